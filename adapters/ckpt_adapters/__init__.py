@@ -1,0 +1,1 @@
+"""Adapters: model libraries as ckpt_tools sees them."""

@@ -1,0 +1,52 @@
+"""Correct the BatchNorm running variances of trained models for dropout (Hendrycks & Gimpel 2016, section 3).
+
+Public names are resolved on first use, so that ``import ckpt_tools`` costs nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ckpt_tools.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from ckpt_tools.contract import LoadedModel, Reestimation, Walk
+    from ckpt_tools.errors import CkptToolsError
+    from ckpt_tools.identify.load import load
+    from ckpt_tools.reestimate.run import reestimate_bn
+    from ckpt_tools.storage.write import save
+    from ckpt_tools.walker.downstream import walk
+
+_HOME = {
+    "CkptToolsError": "ckpt_tools.errors",
+    "LoadedModel": "ckpt_tools.contract",
+    "Reestimation": "ckpt_tools.contract",
+    "Walk": "ckpt_tools.contract",
+    "load": "ckpt_tools.identify.load",
+    "reestimate_bn": "ckpt_tools.reestimate.run",
+    "save": "ckpt_tools.storage.write",
+    "walk": "ckpt_tools.walker.downstream",
+}
+
+__all__ = [
+    "CkptToolsError",
+    "LoadedModel",
+    "Reestimation",
+    "Walk",
+    "__version__",
+    "load",
+    "reestimate_bn",
+    "save",
+    "walk",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'ckpt_tools' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

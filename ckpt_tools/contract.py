@@ -1,0 +1,236 @@
+"""The data that passes between the floors, and the Protocol that adapters satisfy.
+
+Importing this module imports no torch; tensors and modules appear in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Estimator = Literal["pooled", "exact", "ema"]
+LayerChoice = Literal["auto", "downstream", "all"]
+Statistics = Literal["variance", "mean+variance"]
+Rates = Literal["given", "recorded", "model", "unknown"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict as it stands in a file, and what else the file says about the model.
+
+    ``tensors`` maps plain keys (wrapper prefixes such as ``module.`` removed) to CPU tensors in file order.
+    """
+
+    path: Path
+    format: str
+    tensors: Mapping[str, Tensor]
+    weights: str = ""  # where in the file the state dict stood, "" for the top level
+    prefix: str = ""  # what was removed in front of every key
+    words: Mapping[str, object] = field(default_factory=dict)  # "arch", "args", …: everything that is no tensor
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors file
+    left_out: tuple[str, ...] = ()  # entries of the file that belong to no state dict, and odd ones in it
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by key."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a model eats: one sample's shape, and how an image becomes one (its evaluation transform)."""
+
+    shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()  # per channel, on the scale 0–1; empty: pixels are only divided by 255
+    std: tuple[float, ...] = ()
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0  # side of the centre crop / shorter side of the resized image
+    crop_mode: str = "center"  # "center", "squash" (aspect ratio not kept) or "border" (padded), as in timm
+    origin: str = "assumed"  # who said so
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build one architecture: ``adapter:name`` with keyword arguments."""
+
+    adapter: str
+    name: str
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+    rates: Rates = "unknown"  # "recorded" when the kwargs tell the drop rates of the training run
+
+    @property
+    def architecture(self) -> str:
+        """The name as the user writes it after ``--arch``."""
+        return self.name if self.adapter == "factory" else f"{self.adapter}:{self.name}"
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """Builds the models of one library. Registered as an entry point of group ``ckpt_tools.adapters``.
+
+    An adapter is made without arguments and holds no state. Every method may import its library.
+    """
+
+    prefix: str
+    """The word before the colon in ``--arch prefix:name``."""
+
+    def architectures(self) -> Sequence[str]:
+        """All names it can build, sorted; empty if they cannot be listed."""
+        ...
+
+    def recognise(self, words: Mapping[str, object]) -> Recipe | None:
+        """The recipe that a checkpoint's own words describe, or None if they are not this library's."""
+        ...
+
+    def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
+        """A new model with the library's own initialisation. Raises ArchitectureError."""
+        ...
+
+    def class_kwargs(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, object]:
+        """Keyword arguments that follow from a state dict's shapes: class count, input channels."""
+        ...
+
+    def rate_kwargs(self, name: str) -> tuple[str, ...]:
+        """Keyword arguments that are drop rates, among them those that bring hidden dropout sites to life."""
+        ...
+
+    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
+        """Input shape and preprocessing, the checkpoint's words before the library's; None if unknown."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint in the model it belongs to.
+
+    ``model`` is on the CPU in float32 and evaluation mode. ``probe`` is the same architecture with every
+    drop rate above zero and without weights (on the meta device where that works): the walker reads from it
+    which BN layers dropout *could* reach. It is None where no rate is known to be hidden.
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint | None
+    recipe: Recipe
+    input_spec: InputSpec | None
+    probe: nn.Module | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """Who knows the drop rates: the user, the checkpoint, or nobody."""
+        return self.recipe.rates
+
+
+@dataclass(frozen=True)
+class DropoutSite:
+    """A place that injects noise in training. ``rate`` is PyTorch's p, None where no number can be read."""
+
+    name: str
+    op: str
+    rate: float | None
+
+    @property
+    def active(self) -> bool:
+        """Whether the site does anything in training as the model stands."""
+        return self.rate != 0.0
+
+
+@dataclass(frozen=True)
+class BatchNormLayer:
+    """A BN layer with running statistics. ``aliases`` are further names of the same module."""
+
+    name: str
+    kind: str
+    channels: int
+    reached: bool
+    downstream_of: tuple[str, ...] = ()
+    potentially_downstream_of: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A normalisation layer that this tool does not touch, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one recorded forward tells: BN layers in execution order, dropout sites, and what lies behind what."""
+
+    batch_norms: tuple[BatchNormLayer, ...]
+    dropout_sites: tuple[DropoutSite, ...]
+    left_alone: tuple[LeftAlone, ...] = ()
+    device: str = "meta"  # where the recorded forward ran: "meta" or "cpu"
+    bytes_per_sample: int = 0  # peak of the live activations of an evaluation forward, float32
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Summary over the channels of a layer."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one BN layer. ``ratio`` is stored variance / new variance; None if it was not measured.
+
+    ``error`` is the relative standard error of the new variance, from per-image clusters.
+    """
+
+    name: str
+    channels: int
+    rewritten: bool
+    reason: str
+    downstream_of: tuple[str, ...] = ()
+    control: bool = False
+    ratio: Spread | None = None
+    error: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Layers that no dropout reaches: their variance on the right data is the stored one.
+
+    ``deviation``: median over the channels of all control layers of |ln(stored / measured)|.
+    ``verdict``: "agree", "disagree", or "none" where no layer can serve.
+    """
+
+    names: tuple[str, ...]
+    deviation: float | None
+    worst: float | None
+    verdict: Literal["agree", "disagree", "none"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Reestimation:
+    """The outcome of a re-estimation: what was rewritten, why, and how sure the numbers are."""
+
+    layers: tuple[LayerResult, ...]
+    controls: Controls
+    why: str
+    estimator: Estimator
+    statistics: Statistics
+    images: int
+    batches: int
+    passes: int
+    residual: float | None  # of `exact`: largest relative change in the last pass
+    stopped_early: bool
+    seconds: float
+    device: str
+    left_alone: tuple[LeftAlone, ...] = ()
+
+    @property
+    def rewritten(self) -> tuple[LayerResult, ...]:
+        """The layers whose running variance changed hands."""
+        return tuple(layer for layer in self.layers if layer.rewritten)

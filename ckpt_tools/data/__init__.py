@@ -1,0 +1,1 @@
+"""Training data: a spec becomes batches of tensors."""

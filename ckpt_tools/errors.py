@@ -1,0 +1,78 @@
+"""What can go wrong, drawn as a tree; each class knows the exit code of the command line.
+
+CkptToolsError                  1   a failure the user can act on
+├── UsageError                  2   arguments that contradict each other or mean nothing
+├── CheckpointError             1   a checkpoint file that cannot be read
+│   └── BlockedPickle           1   … because it would have to execute something
+├── ArchitectureError           1   an unknown architecture, or one that the checkpoint does not fit
+├── ModelError                  1   a model that cannot be walked or run
+├── DataError                   1   training data that cannot be used
+├── OutputError                 1   an output that cannot be written
+├── NothingToDo                 3   no running variance is wrong
+└── CheckFailed                 4   a check or gate said no
+
+Every message names the thing, what was expected, what was found, and the next step.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArchitectureError",
+    "BlockedPickle",
+    "CheckFailed",
+    "CheckpointError",
+    "CkptToolsError",
+    "DataError",
+    "ModelError",
+    "NothingToDo",
+    "OutputError",
+    "UsageError",
+]
+
+
+class CkptToolsError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(CkptToolsError):
+    """Arguments that contradict each other or mean nothing."""
+
+    exit_code = 2
+
+
+class CheckpointError(CkptToolsError):
+    """A checkpoint file that cannot be read."""
+
+
+class BlockedPickle(CheckpointError):
+    """A pickle that would have to import or call something that is not on the allow-list."""
+
+
+class ArchitectureError(CkptToolsError):
+    """An unknown architecture, or one that the checkpoint does not fit."""
+
+
+class ModelError(CkptToolsError):
+    """A model that cannot be walked or run."""
+
+
+class DataError(CkptToolsError):
+    """Training data that cannot be used."""
+
+
+class OutputError(CkptToolsError):
+    """An output that cannot be written."""
+
+
+class NothingToDo(CkptToolsError):
+    """No running variance is wrong: no BatchNorm, or none behind dropout."""
+
+    exit_code = 3
+
+
+class CheckFailed(CkptToolsError):
+    """A check or gate said no; nothing was changed."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""Finding dropout sites and BN layers in a model, and which lies behind which."""
