@@ -1,0 +1,145 @@
+"""One BN layer during a pass: what it normalises with, and what it learns from its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from ckpt_tools.errors import DataError
+from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments
+from ckpt_tools.walker.sites import dropout_call
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The statistics a BN layer normalises with, each (C,)."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+Rule = Callable[["Layer", Moments], Scale]
+"""Which statistics a rewritten layer uses on a batch with these moments."""
+
+
+def stored(layer: Layer, batch: Moments) -> Scale:
+    """The statistics as they stand: the layer behaves as in the final network."""
+    return layer.scale
+
+
+def kept_mean(layer: Layer, batch: Moments) -> Scale:
+    """The kept running mean and the batch's unbiased variance: a batch of all the data is exact at once."""
+    return Scale(layer.scale.mean, batch.variance())
+
+
+def batch_only(layer: Layer, batch: Moments) -> Scale:
+    """Mean and biased variance of the batch, as in training."""
+    return Scale(batch.mean, batch.variance(unbiased=False))
+
+
+class Layer:
+    """A BN layer under observation. ``scale`` starts as the stored statistics in float64."""
+
+    def __init__(self, name: str, module: _BatchNorm, *, rewritten: bool) -> None:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        self.name, self.module, self.rewritten = name, module, rewritten
+        self.stored = Scale(module.running_mean.detach().double(), module.running_var.detach().double())
+        self.scale = self.stored
+        self.rule: Rule = stored
+        self.moments: Moments | None = None
+        self.clusters: Clusters | None = None
+        self._calls: list[BatchMoments] = []
+
+    def begin_pass(self, rule: Rule) -> None:
+        """Forget what was measured; layers that are not rewritten always follow ``stored``."""
+        self.rule = rule if self.rewritten else stored
+        self.moments = self.clusters = None
+        self._calls = []
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, images: int) -> Tensor:
+        """Observe the input (N, C, …) and normalise it by the rule of this pass."""
+        if x.numel() == x.shape[1]:
+            raise DataError(
+                f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a variance needs "
+                "two. Use larger batches (--batch-size) or larger inputs (--input-size)."
+            )
+        seen = batch_moments(x, self.stored.mean, images)
+        self._calls.append(seen)
+        scale = self.rule(self, seen.moments)
+        module = self.module
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        mean, variance = scale.mean.to(module.running_mean), scale.variance.to(module.running_var)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    def end_batch(self) -> Moments | None:
+        """Merge what the calls of one forward saw; their moments together, None if there was no call."""
+        calls, self._calls = self._calls, []
+        if not calls:
+            return None
+        batch, sums = _together(calls)
+        clusters = Clusters.of(sums)
+        self.moments = batch if self.moments is None else self.moments.merge(batch)
+        self.clusters = clusters if self.clusters is None else self.clusters.merge(clusters)
+        return batch
+
+    def relative_error(self) -> Tensor:
+        """Relative standard error (C,) of the pooled variance so far."""
+        assert self.moments is not None
+        assert self.clusters is not None
+        return self.clusters.relative_error(self.moments, self.stored.mean)
+
+
+def _together(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
+    """Moments and per-image sums of several calls in one forward, as with a reused layer."""
+    groups = min(seen.sums.shape[1] for seen in calls)
+    batch, sums = calls[0].moments, torch.zeros_like(calls[0].sums[:, :groups])
+    for seen in calls[1:]:
+        batch = batch.merge(seen.moments)
+    for seen in calls:
+        sums = sums + (seen.sums if seen.sums.shape[1] == groups else seen.sums.sum(1, keepdim=True))
+    return batch, sums
+
+
+class Interception(TorchFunctionMode):
+    """During a forward: BN layers under observation run as their Layer says, and no dropout runs at all.
+
+    Layers are recognised by the running_var they hand to F.batch_norm, whatever their class, so their modules stay
+    untouched in evaluation mode. Dropout that ignores the mode (``F.dropout(x, training=True)``) is skipped here.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        super().__init__()
+        self.layers = {id(layer.module.running_var): layer for layer in layers.values()}
+        self.images = 1  # in the batch under way
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+            given = {"weight": None, "bias": None, "eps": 1e-5} | dict(zip(names, args, strict=False)) | kwargs
+            layer = self.layers.get(id(given["running_var"]))
+            if layer is not None:
+                return layer.forward(given["input"], given["weight"], given["bias"], given["eps"], self.images)
+        drop = dropout_call(func, args, kwargs)
+        if drop is not None:
+            return drop.input
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+def log_step(current: Tensor, target: Tensor, weight: float) -> Tensor:
+    """``current^(1−weight) · target^weight``, the damped fixed-point step; zeros are taken over at once."""
+    blended = torch.exp((1 - weight) * current.log() + weight * target.log())
+    return torch.where((current > 0) & (target > 0), blended, target)

@@ -1,0 +1,107 @@
+"""What the passes left behind, summarised: a result for every layer, and the verdict of the control layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.contract import BatchNormLayer, Controls, LayerResult, Spread, Walk
+from ckpt_tools.errors import CheckFailed
+from ckpt_tools.reestimate.choice import Choice
+from ckpt_tools.reestimate.layer import Layer
+
+DISAGREEMENT = math.log(2)  # a typical control channel off by a factor of two
+_FORGOTTEN = 0.01  # weight that the initial variance of 1 may still have in a control's running average
+
+
+def layer_results(
+    walk: Walk, choice: Choice, layers: dict[str, Layer], error_scale: float
+) -> tuple[LayerResult, ...]:
+    """One result for every BN layer of the walk, in its order."""
+    return tuple(_result(found, choice, layers.get(found.name), error_scale) for found in walk.batch_norms)
+
+
+def _result(found: BatchNormLayer, choice: Choice, layer: Layer | None, error_scale: float) -> LayerResult:
+    measured = layer is not None and layer.moments is not None
+    rewritten = measured and found.name in choice.rewrite
+    ratio = error = None
+    if layer is not None and layer.moments is not None:
+        new = layer.scale.variance if rewritten else layer.moments.variance()
+        floor = 1e-6 * layer.module.eps
+        ratio = spread((layer.stored.variance + floor) / (new + floor))
+        error = spread(layer.relative_error() * error_scale)
+    return LayerResult(
+        name=found.name,
+        channels=found.channels,
+        rewritten=rewritten,
+        reason=_reason(found, choice, measured),
+        downstream_of=found.downstream_of,
+        control=found.name in choice.controls,
+        ratio=ratio,
+        error=error,
+    )
+
+
+def _reason(found: BatchNormLayer, choice: Choice, measured: bool) -> str:
+    if not found.reached:
+        return "never reached by an evaluation forward"
+    if found.name in choice.rewrite:
+        if not measured:
+            return "never reached by the data"
+        return "behind dropout" if found.downstream_of else "rewritten with all layers"
+    return "control: no active dropout reaches it"
+
+
+def spread(values: Tensor) -> Spread:
+    """Median, minimum and maximum over channels."""
+    return Spread(float(values.median()), float(values.min()), float(values.max()))
+
+
+def judge_controls(choice: Choice, layers: dict[str, Layer]) -> Controls:
+    """Compare stored and measured variance of the layers that no dropout reaches.
+
+    Layers whose stored variance is still largely its initial value cannot serve.
+    """
+    usable = {name: layers[name] for name in layers if name in choice.controls and _trained(layers[name])}
+    usable = {name: layer for name, layer in usable.items() if layer.moments is not None}
+    if not usable:
+        why = "every BN layer is behind dropout" if not choice.controls else _UNTRAINED
+        return Controls((), None, None, "none", why)
+    deviations = torch.cat([_deviation(layer) for layer in usable.values()])
+    noise = torch.cat([layer.relative_error() for layer in usable.values()]).median()
+    typical, worst = float(deviations.median()), max(float(_deviation(x).median()) for x in usable.values())
+    apart = typical > DISAGREEMENT + 3 * float(noise)
+    return Controls(tuple(usable), typical, worst, "disagree" if apart else "agree")
+
+
+_UNTRAINED = "the control layers saw too few training batches to have forgotten their initial variance"
+
+
+def _trained(layer: Layer) -> bool:
+    counter, momentum = layer.module.num_batches_tracked, layer.module.momentum
+    batches = int(counter) if counter is not None else 0
+    if momentum is None:
+        return batches > 0
+    return bool(batches) and (1 - momentum) ** batches < _FORGOTTEN
+
+
+def _deviation(layer: Layer) -> Tensor:
+    """|ln(stored / measured)| (C,), blind to differences far below the layer's eps."""
+    assert layer.moments is not None
+    eps = layer.module.eps
+    return ((layer.stored.variance + eps) / (layer.moments.variance() + eps)).log().abs()
+
+
+def refuse_disagreement(controls: Controls) -> None:
+    """Raise CheckFailed if the control layers say that these are not the training data."""
+    if controls.verdict != "disagree" or controls.deviation is None:
+        return
+    factor = math.exp(controls.deviation)
+    raise CheckFailed(
+        f"the data does not look like the training data: {len(controls.names)} control layer(s) that no dropout "
+        f"reaches (first: {controls.names[0]}) differ from their stored variance by a factor of {factor:.3g} in the "
+        "median channel; expected less than 2. Check --data and the preprocessing (--mean, --std, --input-size), "
+        "or pass --force (force=True) to go on."
+    )

@@ -1,0 +1,73 @@
+"""How a model is called on a batch, and what stands inside a wrapped model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ckpt_tools.errors import DataError
+
+Batch: TypeAlias = object
+"""A tensor, a tuple or list whose first item is the input, or a mapping for ``model(**batch)``."""
+
+Forward: TypeAlias = Callable[[nn.Module, Batch], object]
+
+
+def call(model: nn.Module, batch: Batch) -> object:
+    """Run ``model`` on the input part of a batch; the labels that a loader may add are ignored."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and batch:
+        return model(batch[0])
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise DataError(
+        f"a batch is of type {type(batch).__name__}; expected a tensor, a tuple or list whose first item is "
+        "the input, or a dict of the model's arguments. Pass forward=lambda model, batch: … for anything else."
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside any nesting of DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def input_tensors(batch: Batch) -> list[Tensor]:
+    """The floating-point tensors that go into the model, in order."""
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, Mapping):
+        batch = batch[:1]
+    leaves = pytree.tree_leaves(batch)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of samples: the first dimension of the first tensor of a batch."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise DataError("a batch holds no tensor; expected one whose first dimension counts the samples.")
+
+
+def first_samples(batch: Batch, count: int) -> Batch:
+    """The same batch cut to its first ``count`` samples."""
+    size = batch_size(batch)
+
+    def cut(leaf: Tensor) -> Tensor:
+        return leaf[:count] if leaf.ndim and leaf.shape[0] == size else leaf
+
+    return pytree.tree_map_only(Tensor, cut, batch)
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Every tensor of a batch on ``device``."""
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)

@@ -1,0 +1,123 @@
+"""The walk: BN layers in order of execution, dropout sites, and which layer lies behind which site."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from ckpt_tools.contract import BatchNormLayer, DropoutSite, LeftAlone, Walk
+from ckpt_tools.errors import ModelError
+from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
+from ckpt_tools.walker.record import Record, record
+
+
+def walk(
+    model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call
+) -> Walk:
+    """Find the dropout sites and BN layers of a model, and which BN layers lie behind which site.
+
+    A BN layer is downstream of a site if its input changes when the site injects noise: one recorded forward
+    in training mode (BN layers in evaluation mode) follows the dataflow from every operation that draws random
+    numbers. A second one with all rates above zero shows what inactive sites could reach, a third one in
+    evaluation mode which layers are reached at all. ``model`` is not changed.
+
+    Args:
+        model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
+        example_input: a batch: tensor, tuple or list whose first item is the input, or dict of arguments.
+        probe: the same architecture with every drop rate above zero, where the constructor leaves sites out
+            at rate zero (timm's DropPath).
+        forward: how to run the model on a batch, ``forward(model, batch)``.
+
+    Raises:
+        ModelError: if the model can be run neither on meta tensors nor for real.
+    """
+    model = unwrap(model)
+    trained = _record(model, example_input, forward, training=True)
+    evaluated = _record(model, example_input, forward, training=False)
+    possible = _possible(probe if probe is not None else model, example_input, forward) or trained
+
+    active = trained.sites
+    dormant = {
+        name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active
+    }
+    order = [*evaluated.inputs, *(name for name in trained.inputs if name not in evaluated.inputs)]
+    layers, left_alone = _survey(model)
+    ranked = sorted(layers, key=lambda name: order.index(name) if name in order else len(order))
+    return Walk(
+        batch_norms=tuple(_layer(name, layers[name], trained, possible, evaluated) for name in ranked),
+        dropout_sites=(*active.values(), *dormant.values()),
+        left_alone=tuple(left_alone),
+        device=trained.device,
+        bytes_per_sample=_bytes_per_sample(evaluated, example_input),
+    )
+
+
+def _layer(
+    name: str, modules: tuple[_BatchNorm, list[str]], trained: Record, possible: Record, evaluated: Record
+) -> BatchNormLayer:
+    module, aliases = modules
+    behind = trained.inputs.get(name, frozenset())
+    could = possible.inputs.get(name, frozenset()) - behind - set(trained.sites)
+    return BatchNormLayer(
+        name=name,
+        kind=type(module).__name__,
+        channels=module.num_features,
+        reached=name in evaluated.inputs,
+        downstream_of=tuple(site for site in trained.sites if site in behind),
+        potentially_downstream_of=tuple(site for site in possible.sites if site in could),
+        aliases=tuple(aliases),
+    )
+
+
+def _record(model: nn.Module, batch: Batch, forward: Forward, *, training: bool) -> Record:
+    try:
+        return record(model, batch, forward, training=training)
+    except Exception as error:
+        mode = "training" if training else "evaluation"
+        raise ModelError(
+            f"{type(model).__name__}: a forward in {mode} mode failed: {type(error).__name__}: {error}. "
+            "Expected the model to run on the example input; check its shape (--input-size)."
+        ) from error
+
+
+def _possible(model: nn.Module, batch: Batch, forward: Forward) -> Record | None:
+    """The record with every rate above zero; None if the model does not run like that."""
+    try:
+        return record(unwrap(model), batch, forward, training=True, alive=True)
+    except Exception:  # noqa: BLE001 - a rate of 0.5 where the model forbids it is no reason to fail
+        return None
+
+
+def _bytes_per_sample(evaluated: Record, batch: Batch) -> int:
+    samples = batch_size(batch) if evaluated.device == "meta" else min(2, batch_size(batch))
+    return evaluated.peak_bytes // max(1, samples)
+
+
+def _survey(model: nn.Module) -> tuple[dict[str, tuple[_BatchNorm, list[str]]], list[LeftAlone]]:
+    """BN layers with running statistics by first name with their aliases, and normalisers left alone."""
+    layers: dict[str, tuple[_BatchNorm, list[str]]] = {}
+    first_names: dict[int, str] = {}
+    left_alone = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in first_names:
+            first = first_names[id(module)]
+            if first in layers:
+                layers[first][1].append(name)
+            continue
+        first_names[id(module)] = name
+        reason = _reason_to_leave(module)
+        if reason:
+            left_alone.append(LeftAlone(name, f"{type(module).__name__}: {reason}"))
+        elif isinstance(module, _BatchNorm):
+            layers[name] = (module, [])
+    return layers, left_alone
+
+
+def _reason_to_leave(module: nn.Module) -> str:
+    variance = module._buffers.get("running_var")
+    if isinstance(module, _BatchNorm):
+        if variance is None:
+            return "keeps no running statistics; it normalises with those of the batch at test time too"
+        return "not initialised yet" if is_lazy(variance) else ""
+    return "" if variance is None else "no BatchNorm; its statistics are constants or mean something else"

@@ -1,0 +1,286 @@
+"""One recorded forward: which dropout sites reach the input of which BN layer.
+
+Dataflow is followed by storage under a dispatch mode. The output of an operation that draws random numbers is
+tainted by the site that ran it; every output and every tensor written in place carries the taint of the
+inputs; views share their storage and so their taint. Where a model decides by a random number (``.item()`` of a
+tainted tensor, Python's ``random``), everything the deciding module does from then on is tainted.
+
+The forward runs on a copy of the model, so the model itself is never touched: on meta tensors first, and where
+that is impossible (data-dependent control flow) for real, on two samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ckpt_tools.contract import DropoutSite
+from ckpt_tools.walker.call import Batch, Forward, first_samples, to_device
+from ckpt_tools.walker.sites import (
+    ALIVE,
+    HostRandomness,
+    draws,
+    dropout_call,
+    enliven,
+    read_rate,
+    saved_host_randomness,
+    value_free,
+)
+
+_DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
+
+
+@dataclass
+class Record:
+    """What one forward showed. ``inputs``: BN layer → sites that reach its input, in order of execution."""
+
+    device: str
+    inputs: dict[str, frozenset[str]] = field(default_factory=dict)
+    sites: dict[str, DropoutSite] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+
+@dataclass
+class _Frame:
+    """A module whose forward is running. ``decided_by``: sites whose random numbers chose its path."""
+
+    name: str
+    module: nn.Module | None
+    sites: int = 0
+    decided_by: frozenset[str] = frozenset()
+
+
+class _Tape:
+    """The state that the two modes and the module hooks share during one forward."""
+
+    def __init__(self, model: nn.Module, record: Record) -> None:
+        self.record = record
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.frames = [_Frame("", model)]
+        self.declared: tuple[str, float] | None = None  # op and rate of the dropout call under way
+        self.host = HostRandomness()
+        self._taint: dict[StorageWeakRef, frozenset[str]] = {}
+        self._sizes: dict[StorageWeakRef, int] = {}
+
+    def taint(self, tensors: Sequence[Tensor]) -> frozenset[str]:
+        found: frozenset[str] = frozenset()
+        for tensor in tensors:
+            found |= self._taint.get(StorageWeakRef(tensor.untyped_storage()), frozenset())
+        return found
+
+    def mark(self, tensors: Sequence[Tensor], taint: frozenset[str]) -> None:
+        for tensor in tensors:
+            key = StorageWeakRef(tensor.untyped_storage())
+            if taint:
+                self._taint[key] = self._taint.get(key, frozenset()) | taint
+
+    def weigh(self, tensors: Sequence[Tensor]) -> None:
+        """Keep account of the bytes alive after an operation."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._sizes[StorageWeakRef(storage)] = storage.nbytes()
+        self._sizes = {key: size for key, size in self._sizes.items() if not key.expired()}
+        self.record.peak_bytes = max(self.record.peak_bytes, sum(self._sizes.values()))
+
+    def decisions(self) -> frozenset[str]:
+        return frozenset().union(*(frame.decided_by for frame in self.frames))
+
+    def new_site(self, op: str, rate: float | None) -> str:
+        frame = self.frames[-1]
+        frame.sites += 1
+        name = frame.name if frame.sites == 1 else f"{frame.name}:{frame.sites}"
+        self.record.sites.setdefault(name, DropoutSite(name, op, rate))
+        return name
+
+    def site_of(self, func: OpOverload, args: Sequence[object]) -> str:
+        if self.declared is not None:
+            return self.new_site(*self.declared)
+        module = self.frames[-1].module
+        is_noise_module = module is not None and not module._modules and not module._parameters
+        op = type(module).__name__ if is_noise_module else func._schema.name.replace("::", ".")
+        return self.new_site(op, read_rate(module, func, args))
+
+    def notice_host_draws(self) -> None:
+        """A draw that no operation shows taints whatever the running module does next."""
+        if self.host.drawn():
+            frame = self.frames[-1]
+            frame.decided_by |= {self.new_site("random", read_rate(frame.module, _DEFAULT_OP, ()))}
+
+    def enter(self, module: nn.Module, args: object) -> None:
+        self.notice_host_draws()
+        self.frames.append(_Frame(self.names.get(id(module), self.frames[-1].name), module))
+
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
+        self.notice_host_draws()
+        frame = self.frames.pop()
+        if frame.decided_by:
+            self.mark(_tensors(output), frame.decided_by)
+
+
+_DEFAULT_OP = torch.ops.aten.empty_like.default
+
+
+class _Dataflow(TorchDispatchMode):
+    def __init__(self, tape: _Tape, *, meta: bool, weigh: bool) -> None:
+        super().__init__()
+        self.tape, self.meta, self.weigh = tape, meta, weigh
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        tape, kwargs = self.tape, kwargs or {}
+        tape.notice_host_draws()
+        read, written = _tensors((args, kwargs)), _written(func, args, kwargs)
+        taint = tape.decisions()
+        if not value_free(func):
+            taint |= tape.taint(read)
+        if self.meta and any(tensor.is_meta for tensor in read):
+            args, kwargs = _all_meta(args, kwargs, written)
+        output = func(*args, **kwargs)
+        if draws(func, args, kwargs):
+            taint |= {tape.site_of(func, args)}
+        made = _tensors(output)
+        tape.mark([*made, *written], taint)
+        if func in _DECISIONS and taint:
+            tape.frames[-1].decided_by |= taint
+        if self.weigh:
+            tape.weigh(made)
+        return output
+
+
+class _Calls(TorchFunctionMode):
+    """Sees calls of the functional API before they fall apart into operations."""
+
+    def __init__(self, tape: _Tape, layers: Mapping[int, str], *, alive: bool) -> None:
+        super().__init__()
+        self.tape, self.layers, self.alive = tape, layers, alive
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            self._reach(args, kwargs)
+        drop = dropout_call(func, args, kwargs)
+        if drop is None or not drop.training or (drop.rate == 0 and not self.alive):
+            return func(*args, **kwargs)
+        self.tape.declared = (drop.op, drop.rate)
+        try:
+            # At rate 0 or 1 nothing random runs; any other rate shows what the site reaches.
+            rate = drop.rate if 0 < drop.rate < 1 else ALIVE
+            return F.dropout(drop.input, rate, True, bool(kwargs.get("inplace", func.__name__.endswith("_"))))
+        finally:
+            self.tape.declared = None
+
+    def _reach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("input", "running_mean", "running_var"), args, strict=False)) | kwargs
+        name = self.layers.get(id(given["running_var"]))
+        if name is not None:
+            inputs = self.tape.record.inputs
+            taint = self.tape.taint([given["input"]]) | self.tape.decisions()
+            inputs[name] = inputs.get(name, frozenset()) | taint
+
+
+def record(
+    model: nn.Module, batch: Batch, forward: Forward, *, training: bool, alive: bool = False
+) -> Record:
+    """Run ``forward(model, batch)`` once on a copy and record it.
+
+    training: dropout on (BN layers stay in evaluation mode), else a plain evaluation forward.
+    alive: sites whose rate is zero run at ALIVE, to see what they could reach.
+    Raises whatever the model raises when neither a meta nor a real forward gets through.
+    """
+    try:
+        return _run(model, to_device(batch, "meta"), forward, meta=True, training=training, alive=alive)
+    except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
+        return _run(model, first_samples(batch, 2), forward, meta=False, training=training, alive=alive)
+
+
+def _run(
+    model: nn.Module, batch: Batch, forward: Forward, *, meta: bool, training: bool, alive: bool
+) -> Record:
+    twin = _twin(model, meta=meta)
+    if alive:
+        enliven(twin)
+    twin.train(training)
+    layers = {}
+    for name, module in twin.named_modules():
+        if isinstance(module, _BatchNorm):
+            module.training = False  # not .eval(): the layer may hold drop and activation modules
+            layers[id(module.running_var)] = name
+    result = Record(device="meta" if meta else "cpu")
+    tape = _Tape(twin, result)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.no_grad())
+        stack.callback(register_module_forward_pre_hook(tape.enter).remove)
+        stack.callback(register_module_forward_hook(tape.leave).remove)
+        stack.enter_context(_Calls(tape, layers, alive=alive))
+        stack.enter_context(_Dataflow(tape, meta=meta, weigh=not training))
+        forward(twin, batch)
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Random generators and warning filters come back as they were."""
+    with warnings.catch_warnings(), torch.random.fork_rng(), contextmanager(saved_host_randomness)():
+        warnings.simplefilter("ignore")
+        if torch.compiler.is_compiling():
+            raise RuntimeError("a walk cannot be compiled")
+        yield
+
+
+def _twin(model: nn.Module, *, meta: bool) -> nn.Module:
+    """A copy of the model for one forward: on meta, or sharing its parameters with copied buffers."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach().to("meta"), requires_grad=False) if meta else parameter
+        )
+    for module in model.modules():
+        loose = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        for tensor in [*module._buffers.values(), *loose]:
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().to("meta") if meta else tensor.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _written(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+    written = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += _tensors(value)
+    return written
+
+
+def _all_meta(
+    args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Constants that a forward made on the CPU join the meta tensors they are combined with."""
+    if any(not tensor.is_meta for tensor in written):
+        raise RuntimeError("a meta tensor is written into a real one")
+    converted: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to("meta"), (args, kwargs)
+    )
+    return converted
