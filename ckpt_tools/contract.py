@@ -91,8 +91,10 @@ class Adapter(Protocol):
         """A new model with the library's own initialisation. Raises ArchitectureError."""
         ...
 
-    def class_kwargs(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, object]:
-        """Keyword arguments that follow from a state dict's shapes: class count, input channels."""
+    def class_kwargs(
+        self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
+    ) -> dict[str, object]:
+        """Keyword arguments that follow from a state dict's shapes, given the others: class count, input channels."""
         ...
 
     def rate_kwargs(self, name: str) -> tuple[str, ...]:

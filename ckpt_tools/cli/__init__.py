@@ -1,1 +1,35 @@
-"""x"""
+"""The command line ``ckpt-fix``. No module here imports torch before a command runs."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt_tools.cli.bn_reestimate import bn_reestimate
+from ckpt_tools.cli.boundary import Boundary
+from ckpt_tools.cli.demo import demo
+from ckpt_tools.cli.diff import diff
+from ckpt_tools.cli.inspect import inspect
+from ckpt_tools.version import VERSION
+
+__all__ = ["main"]
+
+
+@click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="ckpt-fix")
+def main() -> None:
+    """Correct the BatchNorm running variances of trained checkpoints for dropout.
+
+    Dropout is on while BatchNorm estimates its running variances and off when they are used. After training, run
+    the training data through the model once with dropout off and let only the running variances change
+    (Hendrycks & Gimpel 2016, section 3):
+
+        ckpt-fix bn-reestimate model.pt --data train/
+
+    Exit codes: 0 done, 1 a failure you can act on, 2 usage, 3 nothing to do, 4 a check said no, 130 interrupted.
+    """
+
+
+main.add_command(bn_reestimate)
+main.add_command(demo)
+main.add_command(diff)
+main.add_command(inspect)

@@ -16,9 +16,7 @@ DISAGREEMENT = math.log(2)  # a typical control channel off by a factor of two
 _FORGOTTEN = 0.01  # weight that the initial variance of 1 may still have in a control's running average
 
 
-def layer_results(
-    walk: Walk, choice: Choice, layers: dict[str, Layer], error_scale: float
-) -> tuple[LayerResult, ...]:
+def layer_results(walk: Walk, choice: Choice, layers: dict[str, Layer], error_scale: float) -> tuple[LayerResult, ...]:
     """One result for every BN layer of the walk, in its order."""
     return tuple(_result(found, choice, layers.get(found.name), error_scale) for found in walk.batch_norms)
 

@@ -6,34 +6,20 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Estimator, LayerChoice, Rates, Reestimation, Statistics, Walk
-from ckpt_tools.errors import DataError, ModelError, UsageError
-from ckpt_tools.moments import Moments
+from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.layer import (
-    Interception,
-    Layer,
-    Rule,
-    Scale,
-    batch_only,
-    kept_mean,
-    log_step,
-    stored,
-)
+from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
-from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.walker.call import Batch, Forward, batch_size, call, input_tensors, to_device, unwrap
+from ckpt_tools.reestimate.passes import Passes, device_of
+from ckpt_tools.reestimate.stopping import Progress
+from ckpt_tools.walker.call import Batch, Forward, call, unwrap
 from ckpt_tools.walker.downstream import walk as walk_model
-
-SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
-DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
-MOST_PASSES = 100
 
 
 def reestimate_bn(
@@ -91,7 +77,7 @@ def reestimate_bn(
     if walk is None:
         walk = walk_model(model, first, forward=forward)
     choice = choose(walk, layers, rates=rates, statistics=statistics)
-    run = _Run(model, source, forward, _observed(model, walk, choice), progress)
+    run = Passes(model, source, forward, _observed(model, walk, choice), progress)
     with _evaluating(model), torch.no_grad():
         run.estimate(estimator, statistics, tolerance, momentum, epochs)
     results = layer_results(walk, choice, run.layers, run.error_scale)
@@ -111,116 +97,9 @@ def reestimate_bn(
         residual=run.residual,
         stopped_early=run.stopped_early,
         seconds=time.perf_counter() - started,
-        device=str(_device(model)),
+        device=str(device_of(model)),
         left_alone=walk.left_alone,
     )
-
-
-@dataclass
-class _Run:
-    """The passes over the data, and what they leave in ``layers``."""
-
-    model: nn.Module
-    source: Iterable[Batch]
-    forward: Forward
-    layers: dict[str, Layer]
-    progress: Callable[[Progress], None] | None
-    images: int = 0
-    batches: int = 0
-    passes: int = 0
-    residual: float | None = None
-    stopped_early: bool = False
-    error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
-
-    def estimate(
-        self, estimator: Estimator, statistics: Statistics, tolerance: float | None, momentum: float, epochs: int
-    ) -> None:
-        if estimator == "ema":
-            self._moving_average(statistics, momentum, epochs)
-            return
-        rule = kept_mean if statistics == "variance" else batch_only
-        self._sweep(rule, tolerance)
-        for layer in self._chosen():
-            layer.scale = _measured(layer, statistics)
-        if estimator == "exact":
-            self._settle(statistics)
-
-    def _chosen(self) -> list[Layer]:
-        """Rewritten layers that the data reached; the others keep what they have."""
-        return [layer for layer in self.layers.values() if layer.rewritten and layer.moments is not None]
-
-    def _settle(self, statistics: Statistics) -> None:
-        """Damped fixed-point passes. The residual may rise on the way: the system is triangular, so it ends."""
-        while self.residual is None or self.residual > SETTLED:
-            if self.passes >= MOST_PASSES:
-                raise ModelError(
-                    f"exact: after {self.passes} passes a running variance still changes by {self.residual:.2g} a "
-                    "pass. Use --estimator pooled, or a larger --batch-size for a better start."
-                )
-            self._sweep(stored, None)
-            targets = {layer.name: _measured(layer, statistics) for layer in self._chosen()}
-            self.residual = max(_change(layer, targets[layer.name]) for layer in self._chosen())
-            for layer in self._chosen():
-                layer.scale = _step(layer.scale, targets[layer.name])
-
-    def _moving_average(self, statistics: Statistics, momentum: float, epochs: int) -> None:
-        def update(layer: Layer, batch: Moments) -> None:
-            mean = batch.mean if statistics == "mean+variance" else layer.scale.mean
-            layer.scale = Scale(
-                torch.lerp(layer.scale.mean, mean, momentum),
-                torch.lerp(layer.scale.variance, batch.variance(), momentum),
-            )
-
-        for _ in range(epochs):
-            self._sweep(batch_only, None, update)
-        steps = self.batches * epochs
-        weights = momentum * (1 - momentum) ** torch.arange(steps, dtype=torch.float64)
-        self.error_scale = float((steps * weights.square().sum()).sqrt() / weights.sum())
-
-    def _sweep(
-        self, rule: Rule, tolerance: float | None, update: Callable[[Layer, Moments], None] | None = None
-    ) -> None:
-        """One pass over the data. Later passes take as many batches as the first one did."""
-        self.passes += 1
-        for layer in self.layers.values():
-            layer.begin_pass(rule)
-        images = batches = 0
-        interception = Interception(self.layers)
-        device = _device(self.model)
-        for batch in itertools.islice(self.source, self.batches or None):
-            _check_finite_input(batch, batches)
-            interception.images = batch_size(batch)
-            with interception:
-                self._forward(to_device(batch, device), batches)
-            seen = {name: layer.end_batch() for name, layer in self.layers.items()}
-            _check_finite(self.model, seen, batches)
-            for name, moments in seen.items():
-                if update is not None and moments is not None and self.layers[name].rewritten:
-                    update(self.layers[name], moments)
-            images, batches = images + interception.images, batches + 1
-            bound = error_bound(self.layers.values())
-            if self.progress is not None:
-                self.progress(Progress(self.passes, images, bound, self.residual))
-            if enough(bound, images, tolerance):
-                self.stopped_early = True
-                break
-        self._after_sweep(images, batches)
-
-    def _forward(self, batch: Batch, number: int) -> None:
-        try:
-            self.forward(self.model, batch)
-        except RuntimeError as error:
-            raise ModelError(
-                f"batch {number}: the model cannot run on it: {error}. Check the input's shape and the device."
-            ) from error
-
-    def _after_sweep(self, images: int, batches: int) -> None:
-        if self.batches and batches != self.batches:
-            raise DataError(
-                f"pass {self.passes} gave {batches} batches, the first one {self.batches}; `exact` and epochs > 1 "
-                "need an iterable that can be read again, such as a list or a DataLoader."
-            )
-        self.images, self.batches = images, batches
 
 
 def _check_arguments(
@@ -272,31 +151,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _measured(layer: Layer, statistics: Statistics) -> Scale:
-    """What the last pass says should be stored: unbiased variance, or precise BN's population statistics."""
-    moments = layer.moments
-    assert moments is not None
-    if statistics == "variance":
-        return Scale(layer.stored.mean, moments.variance())
-    return Scale(moments.mean, moments.variance(unbiased=False))
-
-
-def _step(current: Scale, target: Scale) -> Scale:
-    return Scale(
-        torch.lerp(current.mean, target.mean, DAMPING),
-        log_step(current.variance, target.variance, DAMPING),
-    )
-
-
-def _change(layer: Layer, target: Scale) -> float:
-    """Largest relative change of a variance, and of a mean in standard deviations."""
-    current, floor = layer.scale, 1e-6 * layer.module.eps
-    larger = torch.maximum(current.variance, target.variance).clamp_min(floor)
-    variance = (current.variance - target.variance).abs() / larger
-    mean = (current.mean - target.mean).abs() / larger.sqrt()
-    return float(torch.maximum(variance, mean).max())
-
-
 def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
     for layer in layers.values():
         if layer.rewritten and layer.moments is not None:
@@ -309,33 +163,3 @@ def _copy(buffer: Tensor | None, value: Tensor) -> None:
     assert buffer is not None
     with torch.no_grad():
         buffer.copy_(value)
-
-
-def _device(model: nn.Module) -> torch.device:
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def _check_finite_input(batch: Batch, number: int) -> None:
-    for tensor in input_tensors(batch):
-        if not bool(torch.isfinite(tensor).all()):
-            bad = (~torch.isfinite(tensor.flatten(1))).any(1).nonzero().flatten().tolist()
-            raise DataError(
-                f"batch {number}: NaN or infinity in the input, samples {bad[:5]} of {tensor.shape[0]}. "
-                "Remove them or fix the preprocessing."
-            )
-
-
-def _check_finite(model: nn.Module, seen: dict[str, Moments | None], number: int) -> None:
-    sums = {name: moments.m2.sum() for name, moments in seen.items() if moments is not None}
-    if not sums or bool(torch.isfinite(torch.stack(list(sums.values()))).all()):
-        return
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name}: NaN or infinity in the model's weights; nothing can be measured behind them.")
-    name = next(name for name, total in sums.items() if not bool(torch.isfinite(total)))
-    raise ModelError(
-        f"{name}: batch {number} gives non-finite inputs to this layer although weights and input are finite; "
-        "the activations overflow. Check the preprocessing (--mean, --std), or run in float32."
-    )

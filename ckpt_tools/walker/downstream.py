@@ -12,9 +12,7 @@ from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
 from ckpt_tools.walker.record import Record, record
 
 
-def walk(
-    model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call
-) -> Walk:
+def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call) -> Walk:
     """Find the dropout sites and BN layers of a model, and which BN layers lie behind which site.
 
     A BN layer is downstream of a site if its input changes when the site injects noise: one recorded forward
@@ -38,9 +36,7 @@ def walk(
     possible = _possible(probe if probe is not None else model, example_input, forward) or trained
 
     active = trained.sites
-    dormant = {
-        name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active
-    }
+    dormant = {name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active}
     order = [*evaluated.inputs, *(name for name in trained.inputs if name not in evaluated.inputs)]
     layers, left_alone = _survey(model)
     ranked = sorted(layers, key=lambda name: order.index(name) if name in order else len(order))

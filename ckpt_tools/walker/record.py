@@ -68,8 +68,8 @@ class _Frame:
 class _Tape:
     """The state that the two modes and the module hooks share during one forward."""
 
-    def __init__(self, model: nn.Module, record: Record) -> None:
-        self.record = record
+    def __init__(self, model: nn.Module, record: Record, *, training: bool) -> None:
+        self.record, self.training = record, training
         self.names = {id(module): name for name, module in model.named_modules()}
         self.frames = [_Frame("", model)]
         self.declared: tuple[str, float] | None = None  # op and rate of the dropout call under way
@@ -103,7 +103,8 @@ class _Tape:
     def new_site(self, op: str, rate: float | None) -> str:
         frame = self.frames[-1]
         frame.sites += 1
-        name = frame.name if frame.sites == 1 else f"{frame.name}:{frame.sites}"
+        place = frame.name or "(root)"
+        name = place if frame.sites == 1 else f"{place}:{frame.sites}"
         self.record.sites.setdefault(name, DropoutSite(name, op, rate))
         return name
 
@@ -117,7 +118,7 @@ class _Tape:
 
     def notice_host_draws(self) -> None:
         """A draw that no operation shows taints whatever the running module does next."""
-        if self.host.drawn():
+        if self.training and self.host.drawn():
             frame = self.frames[-1]
             frame.decided_by |= {self.new_site("random", read_rate(frame.module, _DEFAULT_OP, ()))}
 
@@ -137,11 +138,15 @@ _DEFAULT_OP = torch.ops.aten.empty_like.default
 
 class _Dataflow(TorchDispatchMode):
     def __init__(self, tape: _Tape, *, meta: bool, weigh: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape, self.meta, self.weigh = tape, meta, weigh
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> object:
         tape, kwargs = self.tape, kwargs or {}
         tape.notice_host_draws()
@@ -171,7 +176,11 @@ class _Calls(TorchFunctionMode):
         self.tape, self.layers, self.alive = tape, layers, alive
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if func is F.batch_norm:
@@ -196,9 +205,7 @@ class _Calls(TorchFunctionMode):
             inputs[name] = inputs.get(name, frozenset()) | taint
 
 
-def record(
-    model: nn.Module, batch: Batch, forward: Forward, *, training: bool, alive: bool = False
-) -> Record:
+def record(model: nn.Module, batch: Batch, forward: Forward, *, training: bool, alive: bool = False) -> Record:
     """Run ``forward(model, batch)`` once on a copy and record it.
 
     training: dropout on (BN layers stay in evaluation mode), else a plain evaluation forward.
@@ -211,9 +218,7 @@ def record(
         return _run(model, first_samples(batch, 2), forward, meta=False, training=training, alive=alive)
 
 
-def _run(
-    model: nn.Module, batch: Batch, forward: Forward, *, meta: bool, training: bool, alive: bool
-) -> Record:
+def _run(model: nn.Module, batch: Batch, forward: Forward, *, meta: bool, training: bool, alive: bool) -> Record:
     twin = _twin(model, meta=meta)
     if alive:
         enliven(twin)
@@ -224,7 +229,7 @@ def _run(
             module.training = False  # not .eval(): the layer may hold drop and activation modules
             layers[id(module.running_var)] = name
     result = Record(device="meta" if meta else "cpu")
-    tape = _Tape(twin, result)
+    tape = _Tape(twin, result, training=training)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
@@ -250,9 +255,7 @@ def _twin(model: nn.Module, *, meta: bool) -> nn.Module:
     """A copy of the model for one forward: on meta, or sharing its parameters with copied buffers."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = (
-            nn.Parameter(parameter.detach().to("meta"), requires_grad=False) if meta else parameter
-        )
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False) if meta else parameter
     for module in model.modules():
         loose = [value for value in vars(module).values() if isinstance(value, Tensor)]
         for tensor in [*module._buffers.values(), *loose]:

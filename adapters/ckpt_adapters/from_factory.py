@@ -1,0 +1,138 @@
+"""``package.module:factory``: any callable of the user's own code that returns a model."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ckpt_adapters.construct import construct, keywords, rate_keywords, suggestion
+from ckpt_adapters.sizes import size_of
+from ckpt_tools.contract import InputSpec, Recipe
+from ckpt_tools.errors import ArchitectureError
+
+_SIZES = (("num_classes", 0), ("n_classes", 0), ("num_labels", 0), ("in_chans", 1), ("in_channels", 1))
+
+
+class FactoryAdapter:
+    """Functions and classes by import path; the current directory is importable.
+
+    The callable runs several times: once or twice for shapes (on the meta device where it can), once for the
+    model, once with drop rates switched on.
+    """
+
+    prefix = "factory"
+
+    def architectures(self) -> Sequence[str]:
+        """Nothing: what can be imported cannot be listed."""
+        return ()
+
+    def recognise(self, words: Mapping[str, object]) -> Recipe | None:
+        """Never: a checkpoint does not get to say which code of yours runs. Name it with --arch."""
+        del words
+        return None
+
+    def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
+        """Call the factory."""
+        return construct(name, _factory(name), kwargs)
+
+    def class_kwargs(
+        self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
+    ) -> dict[str, object]:
+        """``num_classes`` and ``in_chans`` (or their cousins), as far as the callable takes them."""
+        make = _factory(name)
+        taken = keywords(make)
+        sizes = {key: size_of(make, kwargs, key, axis, shapes) for key, axis in _SIZES if key in taken}
+        return {key: size for key, size in sizes.items() if size}
+
+    def rate_kwargs(self, name: str) -> tuple[str, ...]:
+        """Parameters whose name contains "drop"."""
+        return rate_keywords(_factory(name))
+
+    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
+        """``model.input_spec`` (an InputSpec or its fields), or a timm-style ``default_cfg`` that it carries."""
+        del words
+        own = getattr(model, "input_spec", None)
+        if isinstance(own, InputSpec):
+            return own
+        cfg = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
+        fields = own if isinstance(own, Mapping) else _from_cfg(cfg)
+        if not fields:
+            return None
+        try:
+            return InputSpec(**{"origin": name, **fields})
+        except TypeError as error:
+            raise ArchitectureError(f"{name}: input_spec should hold the fields of InputSpec: {error}") from error
+
+
+def _from_cfg(cfg: object) -> dict[str, Any]:
+    if not isinstance(cfg, Mapping) or not cfg.get("input_size"):
+        return {}
+    kept = {key: cfg[key] for key in ("interpolation", "crop_pct", "crop_mode") if cfg.get(key)}
+    scales = {key: tuple(cfg[key]) for key in ("mean", "std") if cfg.get(key)}
+    return {"shape": tuple(cfg["input_size"]), **scales, **kept}
+
+
+def _factory(name: str) -> Callable[..., object]:
+    module_name, _, path = name.partition(":")
+    if not module_name or not path:
+        raise ArchitectureError(
+            f"{name}: expected package.module:factory, found no {'module' if path else 'name after a colon'}. "
+            "Write timm:NAME or torchvision:NAME for a model of those libraries."
+        )
+    module = _import(name, module_name)
+    try:
+        factory = operator.attrgetter(path)(module)
+    except AttributeError as error:
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise ArchitectureError(
+            f"{name}: module {module_name} ({getattr(module, '__file__', None)}) has no {path!r}."
+            f"{suggestion(path, known)}"
+        ) from error
+    if not callable(factory):
+        raise ArchitectureError(f"{name}: expected a callable, found {type(factory).__name__}. Name a function.")
+    return _called_from_here(factory)
+
+
+def _called_from_here(factory: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(factory)
+    def call(**kwargs: object) -> object:
+        with _current_directory_importable():  # factories import siblings when they are called
+            return factory(**kwargs)
+
+    return call
+
+
+def _import(name: str, module_name: str) -> Any:
+    try:
+        with _current_directory_importable():
+            return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # the user's module may do anything while it loads
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            said = f"no module named {missing} is installed or stands in {Path.cwd()}"
+        else:
+            said = f"importing {module_name} failed with {type(error).__name__}: {error}"
+        raise ArchitectureError(f"{name}: {said}.") from error
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """As ``python -m`` has it; console scripts do not."""
+    here = str(Path.cwd())
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)

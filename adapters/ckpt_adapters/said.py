@@ -1,0 +1,59 @@
+"""Reading a checkpoint's own words: which model, with which arguments.
+
+The habits covered: timm's train.py and the torchvision references (``args``), pytorch/examples (``arch``),
+Lightning (``hyper_parameters``), plain scripts (any of these names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+Words = Mapping[str, object]
+
+_ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
+_NAMES = ("arch", "architecture", "model", "model_name")
+# The weights come from the checkpoint; a recorded wish to start from published ones is no longer of use.
+_WEIGHTS = {"pretrained", "pretrained_backbone", "weights", "weights_backbone", "checkpoint_path"}
+
+
+def arguments(words: Words) -> dict[str, object]:
+    """The arguments of the training script, {} if none were saved."""
+    for key in _ARGUMENTS:
+        value = words.get(key)
+        if isinstance(value, Mapping):
+            return {str(name): item for name, item in value.items()}
+    return {}
+
+
+def model_kwargs(words: Words) -> dict[str, object]:
+    """Constructor arguments that the file or the script's arguments name as such."""
+    for source in (words, arguments(words)):
+        value = source.get("model_kwargs")
+        if isinstance(value, Mapping):
+            return {str(name): item for name, item in value.items() if name not in _WEIGHTS}
+    return {}
+
+
+def names(words: Words, *owners: str) -> list[str]:
+    """Model names in the words that one of ``owners`` may answer for: plain ones, and ``owner:name``."""
+    found: list[str] = []
+    for source in (words, arguments(words)):
+        for key in _NAMES:
+            value = source.get(key)
+            if not isinstance(value, str):
+                continue
+            owner, _, name = value.rpartition(":")
+            if owner in ("", *owners) and name not in found:
+                found.append(name)
+    return found
+
+
+def rates(words: Words, keywords: Iterable[str]) -> dict[str, float]:
+    """Drop rates that the script's arguments hold under the constructor's own names."""
+    said = arguments(words) | model_kwargs(words)
+    return {name: rate for name in keywords if (rate := number(said.get(name))) is not None}
+
+
+def number(value: object) -> float | None:
+    """The value if it is a number, else None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,91 @@
+"""``ckpt-fix bn-reestimate``: the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt_tools.cli import options
+from ckpt_tools.cli.progress import Bar
+
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
+
+
+@click.command(name="bn-reestimate")
+@click.argument("checkpoint", type=options.path)
+@click.option(
+    "--data",
+    required=True,
+    metavar="SPEC",
+    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, cifar10:DIR, "
+    "cifar100:DIR, svhn:DIR, mnist:DIR, or package.module:callable.",
+)
+@click.option("-o", "--output", type=options.path, help="Default: NAME.bn.safetensors beside the checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@options.architecture
+@options.checkpoint
+@click.option(
+    "--layers",
+    type=click.Choice(["auto", "downstream", "all"]),
+    default="auto",
+    show_default=True,
+    help="Which BN layers to rewrite. auto: those behind active dropout, or all where no drop rate is recorded.",
+)
+@click.option(
+    "--estimator",
+    type=click.Choice(["pooled", "exact", "ema"]),
+    default="pooled",
+    show_default=True,
+    help="pooled: one pass. exact: passes until every variance is that of the final network. ema: as in the paper.",
+)
+@click.option(
+    "--statistics",
+    type=click.Choice(["variance", "mean+variance"]),
+    default="variance",
+    show_default=True,
+    help="mean+variance is precise BN and rewrites running means, too.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Stop when every layer's 95th-percentile relative standard error is below it.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Read this many samples, drawn at random.")
+@click.option("--seed", default=0, show_default=True, help="Of the random order of the samples.")
+@click.option("--momentum", default=0.1, show_default=True, help="Of the ema estimator.")
+@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Of the ema estimator.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images. Default: one a core, up to 8.")
+@options.preprocessing
+@click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
+@options.as_json
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any) -> None:
+    """Rewrite the BN running variances of CHECKPOINT with dropout off.
+
+    The training data streams through the model once; a new safetensors file is written in which only running
+    variances differ. CHECKPOINT itself is never changed. Without recorded drop rates every BN layer is rewritten.
+
+    \b
+        ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
+        ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
+    """
+    from ckpt_tools.identify.kwargs import parse_model_kwargs
+    from ckpt_tools.job import Preprocessing, Request, execute, prepare
+    from ckpt_tools.report.json import outcome_json
+    from ckpt_tools.report.text import outcome_text, plan_text
+
+    preprocessing = Preprocessing(**{name: said.pop(name) for name in _PREPROCESSING})
+    request = Request(
+        checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said
+    )
+    plan = prepare(request)
+    if not as_json:
+        click.echo(plan_text(plan) + "\n")
+    with Bar(plan.stream.count, hidden=quiet) as bar:
+        outcome = execute(plan, bar)
+    click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))

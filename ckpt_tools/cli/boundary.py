@@ -1,0 +1,50 @@
+"""The one error boundary: what goes wrong becomes a message on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from ckpt_tools.errors import CkptToolsError
+
+TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
+
+
+class Boundary(click.Group):
+    """A group whose commands answer with our exit codes and never with a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. SIGTERM ends it like an interrupt, so that temporary files are removed."""
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except CkptToolsError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", 130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            # The reader of our output went away; keep Python from complaining once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            _fail(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get(TRACEBACK):
+        raise  # noqa: PLE0704 - called from except blocks only
+    click.echo(f"ckpt-fix: {message}", err=True)
+    sys.exit(code)

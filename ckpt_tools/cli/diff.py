@@ -1,0 +1,46 @@
+"""``ckpt-fix diff``: the proof that only the expected tensors differ."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from ckpt_tools.cli import options
+
+
+@click.command()
+@click.argument("before", type=options.path)
+@click.argument("after", type=options.path)
+@click.option(
+    "--expect",
+    type=click.Choice(["auto", "variance", "mean+variance", "nothing", "any"]),
+    default="auto",
+    show_default=True,
+    help="What may differ: values of running_var; of running_mean too; nothing; anything. auto: what AFTER says of "
+    "itself, else variance.",
+)
+@options.checkpoint
+@options.as_json
+def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_json: bool) -> None:
+    """Compare two checkpoints bit by bit; exit 4 if anything differs that should not.
+
+    Wrapper prefixes are removed from the keys. Where AFTER is an output of ckpt-fix, the weights of BEFORE that it was
+    made from are compared.
+
+    \b
+        ckpt-fix diff model.pt model.bn.safetensors
+    """
+    from ckpt_tools.report.json import comparison_json
+    from ckpt_tools.report.text import comparison_text
+    from ckpt_tools.storage.compare import compare_files
+
+    comparison, expected, violations = compare_files(before, after, expect, weights=weights, trust=trust)
+    if as_json:
+        click.echo(json.dumps(comparison_json(comparison, expected, violations), indent=2))
+    else:
+        click.echo(comparison_text(comparison, violations))
+    if violations:
+        sys.exit(4)

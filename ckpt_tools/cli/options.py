@@ -1,0 +1,94 @@
+"""Options that several commands share, and the values they parse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Numbers(click.ParamType):
+    """Numbers separated by commas: ``3,224,224`` or ``0.485,0.456,0.406``."""
+
+    def __init__(self, kind: type[int] | type[float], *, positive: bool) -> None:
+        self.kind, self.positive = kind, positive
+        self.name = "N,N,…" if kind is int else "X,X,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(self.kind(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: expected {self.kind.__name__}s separated by commas", param, ctx)
+        if self.positive and min(numbers) <= 0:
+            self.fail(f"{value!r}: expected numbers above zero", param, ctx)
+        return numbers
+
+
+def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several option decorators as one, in the order in which help lists them."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+architecture = stacked(
+    click.option(
+        "--arch",
+        "architecture",
+        metavar="NAME",
+        help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory. "
+        "Not needed where the checkpoint names it.",
+    ),
+    click.option(
+        "--model-kwargs",
+        multiple=True,
+        metavar="K=V",
+        help="Keyword argument of the architecture, repeatable; drop rates of the training run go here: drop_rate=0.2.",
+    ),
+)
+
+checkpoint = stacked(
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "model", "ema"]),
+        default="auto",
+        show_default=True,
+        help="Which weights of a checkpoint that holds two sets; auto takes EMA weights where there are some.",
+    ),
+    click.option(
+        "--trust",
+        is_flag=True,
+        help="Load a pickle that needs code. Whoever made the file can then run anything on this machine.",
+    ),
+)
+
+preprocessing = stacked(
+    click.option(
+        "--input-size", type=Numbers(int, positive=True), help="Shape of one sample, such as 3,224,224 or 500."
+    ),
+    click.option("--mean", type=Numbers(float, positive=False), help="Per channel, on the scale 0–1."),
+    click.option("--std", type=Numbers(float, positive=True), help="Per channel, on the scale 0–1."),
+    click.option(
+        "--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
+    ),
+    click.option(
+        "--crop-pct",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Side of the centre crop / shorter side of the image.",
+    ),
+)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
+
+path = click.Path(path_type=Path)

@@ -1,0 +1,59 @@
+"""The progress bar of a pass: samples a second, time left, and how sure the result is so far."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ckpt_tools.reestimate.stopping import Progress
+
+
+class Bar:
+    """A tqdm bar on stderr, a new one for every pass; call it with each Progress."""
+
+    def __init__(self, total: int | None, *, hidden: bool) -> None:
+        self._total, self._hidden = total, hidden
+        self._pass_number = 0
+        self._bar: tqdm[object] | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show where the pass stands."""
+        if self._bar is None or progress.pass_number != self._pass_number:
+            self._begin(progress.pass_number)
+        assert self._bar is not None
+        self._bar.set_postfix_str(_certainty(progress), refresh=False)
+        self._bar.update(progress.images - self._bar.n)
+
+    def _begin(self, number: int) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._pass_number = number
+        self._bar = tqdm(
+            total=self._total,
+            desc=f"pass {number}",
+            unit="img",
+            disable=self._hidden,
+            file=sys.stderr,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        )
+
+
+def _certainty(progress: Progress) -> str:
+    bound = "" if math.isinf(progress.bound) else f"standard error ≤ {progress.bound:.1%}"
+    change = "" if progress.residual is None else f", last change {progress.residual:.1g}"
+    return bound + change

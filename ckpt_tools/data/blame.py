@@ -1,0 +1,29 @@
+"""Errors that are not ours: the user's code and worker processes raise anything; it becomes a DataError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckpt_tools.errors import DataError
+
+__all__ = ["blamed", "named"]
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Turns any exception inside into a DataError that says ``what`` raised it, with the original as cause."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what} raised {named(error)}.") from error
+
+
+def named(error: Exception) -> str:
+    """Type and message of an exception in one line."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # torch ships a worker's traceback as the message
+        return text.splitlines()[-1]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

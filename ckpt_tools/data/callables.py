@@ -1,0 +1,174 @@
+"""``package.module:callable``: batches that the user's own code makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.blame import blamed
+from ckpt_tools.data.order import balanced, default_workers, random_order
+from ckpt_tools.data.stream import Batch, Skipped, first_not_finite
+from ckpt_tools.data.user_code import Product, imported
+from ckpt_tools.errors import DataError
+
+__all__ = ["CallableSource", "CallableStream"]
+
+
+@dataclass(frozen=True)
+class CallableSource:
+    """What a callable without arguments returned: an iterable of batches, a DataLoader, or a Dataset.
+
+    A Dataset with a length is batched here, in random order and without its labels; of an iterable, the first
+    ``limit`` samples are taken in its own order.
+    """
+
+    spec: str
+    product: Product
+    limit: int | None = None
+    seed: int = 0
+    kind: Literal["callable"] = "callable"
+    preprocessed: bool = True
+    sample_shape: None = None
+
+    @classmethod
+    def open(cls, spec: str, *, limit: int | None, seed: int) -> CallableSource:
+        """Imports and calls it. Raises DataError, with the user's exception as its cause."""
+        source = cls(spec, Product(spec, imported(spec)), limit, seed)
+        if source.count == 0:
+            raise DataError(f"{spec}: expected samples, the Dataset is empty.")
+        return source
+
+    @property
+    def count(self) -> int | None:
+        """Samples in one pass; None unless the callable returned a Dataset."""
+        data = self.product.latest
+        if not _has_length(data):
+            return None
+        return len(data) if self.limit is None else min(self.limit, len(data))
+
+    def batches(self, input_spec: InputSpec | None, *, batch_size: int, workers: int | None = None) -> CallableStream:
+        """The user's batches as they come, checked for NaN; ``input_spec`` is not used.
+
+        ``batch_size`` and ``workers`` concern a Dataset only.
+        """
+        data = self.product.latest
+        if not _has_length(data):
+            return CallableStream(self.spec, self.product.fresh, limit=self.limit, seed=self.seed)
+        order = random_order(len(data), limit=self.limit, seed=self.seed)
+        plan = [part.tolist() for part in torch.split(order, balanced(len(order), batch_size))]
+        workers = min(default_workers() if workers is None else workers, len(plan))
+        with blamed(f"{self.spec}: batching the Dataset"):
+            loader = DataLoader(
+                data,
+                batch_sampler=plan,
+                num_workers=workers,
+                collate_fn=_inputs,
+                persistent_workers=workers > 0,
+                generator=torch.Generator(),  # leaves the user's random state alone
+            )
+        return CallableStream(self.spec, lambda: loader, seed=self.seed, count=len(order), batch_count=len(plan))
+
+
+class CallableStream:
+    """Passes over what the user's callable returned."""
+
+    transform = "as the callable yields it"
+    skipped: tuple[Skipped, ...] = ()
+
+    def __init__(
+        self,
+        spec: str,
+        product: Callable[[], Iterable[object]],
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        count: int | None = None,
+        batch_count: int | None = None,
+    ) -> None:
+        self.count, self.batch_count = count, batch_count
+        self._spec, self._product, self._limit, self._seed = spec, product, limit, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass. Raises DataError if the user's code raises, or for batches that no model can take."""
+        left = self._limit
+        number = -1
+        for number, batch in enumerate(self._items()):
+            size = self._check(batch, number)
+            if left is not None and size >= left:
+                yield _head(batch, size, left)
+                return
+            left = None if left is None else left - size
+            yield batch
+        if number < 0:
+            raise DataError(f"{self._spec}: expected batches, found none. An iterator may be used up.")
+
+    def _items(self) -> Iterator[Any]:
+        # a shuffling DataLoader draws its order from torch's global state, on the first step
+        with blamed(f"{self._spec}: reading"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed)
+            items = iter(self._product())
+            item = next(items, _END)
+        while item is not _END:
+            yield item
+            with blamed(f"{self._spec}: reading"):
+                item = next(items, _END)
+
+    def _check(self, batch: object, number: int) -> int:
+        """How many samples the batch holds."""
+        inputs = _tensors_of(batch)
+        if not inputs or any(tensor.ndim == 0 or not len(tensor) for tensor in inputs):
+            raise DataError(
+                f"{self._spec}: batch {number} is {_described(batch)}. Expected a tensor (N, …), a tuple or "
+                f"list whose first item is one, or a dict of tensors for model(**batch)."
+            )
+        for tensor in inputs:
+            bad = first_not_finite(tensor)
+            if bad is not None:
+                raise DataError(
+                    f"{self._spec}: batch {number} holds NaN or infinity, first in its sample {bad}. "
+                    f"Expected finite numbers: remove or repair that sample."
+                )
+        return len(inputs[0])
+
+
+_END = object()
+
+
+def _has_length(data: object) -> bool:
+    return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
+
+
+def _inputs(samples: list[Any]) -> Any:
+    """Collates the inputs of samples and drops the labels, which need not be of one size."""
+    return default_collate([sample[0] if isinstance(sample, tuple | list) else sample for sample in samples])
+
+
+def _tensors_of(batch: object) -> list[Tensor]:
+    if isinstance(batch, tuple | list):
+        batch = batch[0] if batch else None
+    if isinstance(batch, Mapping):
+        return [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    return [batch] if isinstance(batch, Tensor) else []
+
+
+def _head(batch: Any, size: int, count: int) -> Any:
+    """The first ``count`` of ``size`` samples of a batch, whatever holds them."""
+    if isinstance(batch, Mapping):
+        return {name: _head(value, size, count) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_head(value, size, count) for value in batch]
+    return batch[:count] if isinstance(batch, Tensor) and batch.ndim and len(batch) == size else batch
+
+
+def _described(batch: object) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {[type(item).__name__ for item in batch][:5]}"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,168 @@
+"""CIFAR-10, CIFAR-100, SVHN and MNIST as torchvision lays them out on disk: training split, no download."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ckpt_tools.data.stored import BROKEN, StoredArray
+from ckpt_tools.errors import DataError
+
+__all__ = ["DATASETS", "find_dataset", "recognise"]
+
+
+def find_dataset(name: str, root: Path) -> StoredArray:
+    """The training images (N, C, H, W) or (N, H, W), uint8, of ``name`` under ``root``.
+
+    ``root`` is torchvision's ``root`` or the folder inside it that holds the files. Raises DataError if files
+    are missing or damaged; checksums are not compared.
+    """
+    try:
+        return DATASETS[name](root)
+    except (*BROKEN, AttributeError, ImportError) as error:
+        raise DataError(
+            f"{name}:{root}: the files cannot be read: {type(error).__name__}: {error}. "
+            f"They may be truncated; unpack or fetch them again."
+        ) from error
+
+
+def recognise(root: Path) -> str | None:
+    """The name of the data set that lies in this folder, if it is one of ours."""
+    for name, marks in _MARKS.items():
+        if any((root / mark).exists() for mark in marks):
+            return name
+    return None
+
+
+_MARKS = {
+    "cifar10": ("cifar-10-batches-py", "data_batch_1"),
+    "cifar100": ("cifar-100-python",),
+    "svhn": ("train_32x32.mat",),
+    "mnist": ("MNIST/raw", "raw/train-images-idx3-ubyte", "train-images-idx3-ubyte"),
+}
+
+
+def _cifar10(root: Path) -> StoredArray:
+    names = [f"data_batch_{number}" for number in range(1, 6)]
+    return _cifar(root, [_locate("cifar10", root, ("cifar-10-batches-py/", ""), (name,)) for name in names])
+
+
+def _cifar100(root: Path) -> StoredArray:
+    return _cifar(root, [_locate("cifar100", root, ("cifar-100-python/", ""), ("train",))])
+
+
+def _cifar(root: Path, files: list[Path]) -> StoredArray:
+    # a pickle tells its size only when it is read; 150 MB once
+    images = torch.cat([_cifar_images(file) for file in files])
+    return _pixels(str(root), tuple(images.shape), lambda: images)
+
+
+def _cifar_images(file: Path) -> Tensor:
+    with file.open("rb") as stream:
+        entry = _ArrayUnpickler(stream, encoding="latin1").load()
+    data = entry.get("data", entry.get(b"data")) if isinstance(entry, dict) else None
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise DataError(f"{file}: expected CIFAR's 'data' of shape (N, 3072) uint8; found another pickle.")
+    return torch.from_numpy(data.reshape(-1, 3, 32, 32))
+
+
+_ALLOWED = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds numpy arrays and plain containers; refuses everything else, so nothing is executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1  # how Python 3 writes bytes into an old pickle
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    return text.encode("latin1")
+
+
+def _svhn(root: Path) -> StoredArray:
+    file = _locate("svhn", root, ("", "svhn/", "SVHN/"), ("train_32x32.mat",))
+    found = {name: shape for name, shape, _ in _matlab("whosmat", file)}
+    if len(found.get("X", ())) != 4:
+        raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N), found {found}.")
+
+    def read() -> Tensor:
+        images: npt.NDArray[np.uint8] = _matlab("loadmat", file, variable_names=["X"])["X"]
+        return torch.from_numpy(images).permute(3, 2, 0, 1)
+
+    height, width, channels, count = found["X"]
+    return _pixels(str(file), (count, channels, height, width), read)
+
+
+def _matlab(function: str, file: Path, **options: Any) -> Any:
+    try:
+        from scipy import io
+    except ImportError as error:
+        raise DataError(
+            f"{file}: SVHN's MATLAB files are read by scipy, which is not installed. "
+            f"Run: pip install 'ckpt-tools[svhn]'"
+        ) from error
+    try:
+        return getattr(io, function)(file, **options)
+    except io.matlab.MatReadError as error:
+        raise ValueError(str(error)) from error
+
+
+def _mnist(root: Path) -> StoredArray:
+    name = "train-images-idx3-ubyte"
+    file = _locate("mnist", root, ("MNIST/raw/", "raw/", ""), (name, f"{name}.gz"))
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rb") as stream:
+        magic, *shape = np.frombuffer(stream.read(16), dtype=">u4").tolist()
+    if magic != 0x0803 or len(shape) != 3:
+        raise DataError(f"{file}: expected an idx file of images (magic number 2051), found {magic}.")
+
+    def read() -> Tensor:
+        with opened(file, "rb") as stream:
+            pixels = bytearray(stream.read()[16:])
+        return torch.frombuffer(pixels, dtype=torch.uint8).reshape(shape)
+
+    return _pixels(str(file), tuple(shape), read)
+
+
+def _pixels(label: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> StoredArray:
+    if 0 in shape:
+        raise DataError(f"{label}: the data set is empty, shape {shape}. Fetch it again.")
+    return StoredArray(label, shape, "uint8", read)
+
+
+def _locate(dataset: str, root: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
+    tried = [root / f"{folder}{name}" for folder in folders for name in names]
+    for path in tried:
+        if path.is_file():
+            return path
+    packed = next((path for path in sorted(root.glob("*.tar*")) if path.is_file()), None)
+    hint = f"Unpack {packed} first." if packed else "Nothing is downloaded: torchvision.datasets can do that."
+    raise DataError(f"{dataset}:{root}: expected {tried[0]} (or the folder that holds {names[0]}), not found. {hint}")
+
+
+DATASETS: Mapping[str, Callable[[Path], StoredArray]] = {
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "mnist": _mnist,
+    "svhn": _svhn,
+}

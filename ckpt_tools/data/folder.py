@@ -1,0 +1,159 @@
+"""A folder of images: what is in it, and how one file becomes pixels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, UnidentifiedImageError
+
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.order import default_workers, random_order
+from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
+from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
+from ckpt_tools.errors import DataError
+
+__all__ = ["EXTENSIONS", "FolderSource", "find_images"]
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"},
+)
+
+# By content, not by name. PIL knows more formats, and hands some of them (EPS) to other programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """All images below a folder, whatever its structure; folder names are no labels here."""
+
+    spec: str
+    root: Path
+    names: tuple[str, ...]  # relative to root, sorted
+    limit: int | None = None
+    seed: int = 0
+    kind: Literal["folder"] = "folder"
+    preprocessed: bool = False
+    sample_shape: None = None
+
+    @classmethod
+    def open(cls, spec: str, root: Path, *, limit: int | None, seed: int) -> FolderSource:
+        """Lists the images without reading one. Raises DataError if there is none."""
+        return cls(spec, root, find_images(root), limit, seed)
+
+    @property
+    def count(self) -> int:
+        """Images in one pass."""
+        return len(self.names) if self.limit is None else min(self.limit, len(self.names))
+
+    def batches(self, input_spec: InputSpec | None, *, batch_size: int, workers: int | None = None) -> IndexedStream:
+        """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
+        if input_spec is None:
+            raise DataError(
+                f"{self.spec}: how an image becomes an input of this model is unknown. "
+                f"Give --input-size 3,224,224 with --mean and --std as in training."
+            )
+        image, scale = ImageTransform(input_spec), PixelScale(input_spec)
+        return IndexedStream(
+            FolderImages(self.root, self.names, image),
+            random_order(len(self.names), limit=self.limit, seed=self.seed),
+            name=self.spec,
+            transform=f"{image}, {scale}",
+            finish=scale,
+            batch_size=batch_size,
+            workers=default_workers() if workers is None else workers,
+        )
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Reads images by number, in a worker process."""
+
+    root: Path
+    names: tuple[str, ...]
+    transform: ImageTransform
+
+    def __getitem__(self, indices: list[int]) -> Chunk:
+        """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
+        images, skipped = [], {}
+        for index in indices:
+            path = self.root / self.names[index]
+            try:
+                images.append(self.transform(_decode(path, self.transform.mode)))
+            # PIL's plugins raise whatever a broken header leads them to
+            except Exception as error:  # noqa: BLE001
+                skipped[index] = Skipped(_printable(self.names[index]), _reason(error, path))
+        return Chunk(stacked(images) if images else None, skipped)
+
+
+def _decode(path: Path, mode: str) -> Image.Image:
+    with warnings.catch_warnings():
+        # odd EXIF, palettes with transparency, large images: nothing to act on, in thousands of files
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.convert(mode)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image" if path.stat().st_size else "empty file"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return str(error) or type(error).__name__
+
+
+def _printable(name: str) -> str:
+    # file names are bytes; those that are not UTF-8 cannot be printed as they are
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def find_images(root: Path) -> tuple[str, ...]:
+    """Paths of all images below ``root``, relative to it and sorted; hidden files and folders are left out.
+
+    Links are followed, and every folder is read once, however many links lead to it. Raises DataError if
+    there is no image, or a folder cannot be listed.
+    """
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    for folder, names in _walk(root):
+        prefix = os.path.relpath(folder, root)
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in EXTENSIONS:
+                images.append(name if prefix == "." else f"{prefix}/{name}")
+            else:
+                others[suffix or "no extension"] += 1
+    if not images:
+        raise DataError(_no_images(root, others))
+    return tuple(sorted(images))
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # in place: os.walk then descends in this order, and not into what was removed
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, [name for name in names if not name.startswith(".")]
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from error
+
+
+def _no_images(root: Path, others: Counter[str]) -> str:
+    if others:
+        listed = ", ".join(f"{number} × {suffix}" for suffix, number in others.most_common(5))
+        found = f"{others.total()} other files ({listed})"
+    else:
+        found = "no files at all"
+    return f"{root}: no image ({' '.join(sorted(EXTENSIONS))}) in this folder or below it; found {found}."

@@ -1,0 +1,152 @@
+"""``--data SPEC``: what a spec stands for."""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.arrays import ArraySource
+from ckpt_tools.data.callables import CallableSource
+from ckpt_tools.data.datasets import DATASETS, find_dataset, recognise
+from ckpt_tools.data.folder import FolderSource
+from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
+from ckpt_tools.data.stream import BatchStream
+from ckpt_tools.errors import DataError, UsageError
+
+__all__ = ["Source", "open_source"]
+
+
+class Source(Protocol):
+    """Training data that has been found and counted, but not read."""
+
+    @property
+    def spec(self) -> str:
+        """The data as the user named it."""
+        ...
+
+    @property
+    def kind(self) -> Literal["folder", "array", "dataset", "callable"]:
+        """What the spec turned out to be."""
+        ...
+
+    @property
+    def count(self) -> int | None:
+        """Samples in one pass, after the limit; None if only a pass can tell."""
+        ...
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of a stored sample, images channels first; None where only decoding can tell."""
+        ...
+
+    @property
+    def preprocessed(self) -> bool:
+        """Whether samples go to the model as they are, so that ``input_spec`` may be None."""
+        ...
+
+    def batches(self, input_spec: InputSpec | None, *, batch_size: int, workers: int | None = None) -> BatchStream:
+        """A stream of batches ready for the model, to be iterated as often as needed.
+
+        ``workers``: processes that decode; None chooses. Raises DataError if the samples cannot become what
+        ``input_spec`` says.
+        """
+        ...
+
+
+def open_source(spec: str, *, limit: int | None = None, seed: int = 0) -> Source:
+    """Finds and counts the data that ``spec`` names, without reading a sample.
+
+    ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; ``cifar10:DIR``,
+    ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; or ``package.module:callable``. ``limit`` samples are
+    drawn at random with ``seed``, all if there are fewer. Raises DataError, naming what is wrong with it.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
+    path = _path(spec)
+    if spec and os.path.lexists(path):
+        return _on_disk(spec, path, limit, seed)
+    prefix, colon, rest = spec.partition(":")
+    if colon and prefix in DATASETS:
+        root = _path(rest)
+        if not rest or not root.is_dir():
+            raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
+        return ArraySource(spec, find_dataset(prefix, root), limit, seed, "dataset")
+    if _IMPORT_PATH.fullmatch(spec):
+        return _callable(spec, limit, seed)
+    raise DataError(_unknown(spec, prefix if colon else None))
+
+
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def _on_disk(spec: str, path: Path, limit: int | None, seed: int) -> Source:
+    if path.is_dir():
+        return _folder(spec, path, limit, seed)
+    if not path.exists():
+        raise DataError(f"{spec}: a link to {path.readlink()}, which is not there. Mount or repair it.")
+    return _file(spec, path, limit, seed)
+
+
+def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
+    try:
+        return FolderSource.open(spec, path, limit=limit, seed=seed)
+    except DataError as error:
+        known = recognise(path)
+        if known is None:
+            raise
+        raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
+
+
+def _file(spec: str, path: Path, limit: int | None, seed: int) -> Source:
+    if path.suffix.lower() not in ARRAY_SUFFIXES:
+        raise DataError(
+            f"{spec}: expected a folder of images or an array file ({' '.join(ARRAY_SUFFIXES)}), found a "
+            f"file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
+        )
+    return ArraySource(spec, find_array(path), limit, seed)
+
+
+def _callable(spec: str, limit: int | None, seed: int) -> Source:
+    try:
+        return CallableSource.open(spec, limit=limit, seed=seed)
+    except DataError as error:
+        # cifr10:data reads like an import path, too
+        prefix, _, rest = spec.partition(":")
+        near = get_close_matches(prefix.lower(), DATASETS, 1)
+        if not near or not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise DataError(f"{error} Did you mean {near[0]}:{rest}?") from error
+
+
+def _unknown(spec: str, prefix: str | None) -> str:
+    if prefix is None or "/" in prefix:
+        return f"{spec or 'an empty --data'}: no such file or folder.{_near_path(_path(spec))}"
+    near = get_close_matches(prefix.lower(), DATASETS, 1)
+    hint = f" Did you mean {near[0]}:?" if near else ""
+    known = ", ".join(f"{name}:DIR" for name in sorted(DATASETS))
+    return (
+        f"{spec}: neither a file or folder that exists nor a data set.{hint} "
+        f"Expected a path, {known}, or package.module:callable."
+    )
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~somebody, of whom there is no home
+        return Path(text)
+
+
+def _near_path(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" {path.parent} does not exist either."
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, names, 1)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""

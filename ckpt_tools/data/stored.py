@@ -1,0 +1,197 @@
+"""Array files: which array of a file is meant, its shape and type, and how to read it."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ckpt_tools.errors import DataError
+
+__all__ = ["ARRAY_SUFFIXES", "StoredArray", "find_array"]
+
+ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".safetensors")
+
+_USUAL_NAMES = ("images", "x", "data", "x_train", "train_images", "inputs", "arr_0")
+BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What the readers of damaged files raise."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array (N, …) in a file. ``read`` gives it as a tensor, memory-mapped where the format allows."""
+
+    label: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+
+    @property
+    def pixels(self) -> bool:
+        """Whether the values are image bytes, not yet preprocessed."""
+        return self.dtype == "uint8"
+
+    def load(self) -> Tensor:
+        """The values. Raises DataError if the file is damaged."""
+        try:
+            return self.read()
+        except BROKEN as error:
+            raise DataError(f"{self.label}: the values cannot be read: {error}. The file is damaged.") from error
+
+
+def find_array(path: Path) -> StoredArray:
+    """The array of images in an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file.
+
+    With several arrays in the file, one under a usual name (images, x, data, …) is taken, else the only one
+    with two dimensions or more. Nothing in the file is executed. Raises DataError, also for empty arrays and
+    types other than float and uint8.
+    """
+    openers = {".npz": _in_npz, ".npy": _in_npy, ".pt": _in_pt, ".safetensors": _in_safetensors}
+    try:
+        array = _choose(path, openers[path.suffix.lower()](path))
+    except BROKEN as error:
+        raise DataError(
+            f"{path}: expected an array file ({path.suffix}), cannot be read: {error}. "
+            f"It may be truncated, or of another format than its name says."
+        ) from error
+    _check(array)
+    return array
+
+
+def _choose(path: Path, arrays: Mapping[str, StoredArray]) -> StoredArray:
+    usable = {name: array for name, array in arrays.items() if len(array.shape) >= 2}
+    for wanted in _USUAL_NAMES:
+        for name, array in usable.items():
+            if name.lower() == wanted:
+                return array
+    if len(usable) == 1:
+        return next(iter(usable.values()))
+    listed = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in list(arrays.items())[:10])
+    more = f" and {len(arrays) - 10} more" if len(arrays) > 10 else ""
+    raise DataError(
+        f"{path}: expected one array of samples (N, …), found: {listed or 'none'}{more}. "
+        f"Save the samples under the name 'images'."
+    )
+
+
+def _check(array: StoredArray) -> None:
+    if 0 in array.shape:
+        raise DataError(f"{array.label}: the array is empty, shape {array.shape}. Expected samples (N, …).")
+    if not (array.pixels or array.dtype.startswith(("float", "bfloat"))):
+        raise DataError(
+            f"{array.label}: expected floats (preprocessed samples) or uint8 (pixels 0–255), found "
+            f"{array.dtype}. Convert the array, to uint8 if it holds pixels."
+        )
+
+
+def _in_npy(path: Path) -> dict[str, StoredArray]:
+    with path.open("rb") as stream:
+        shape, dtype = _header(stream)
+
+    def read() -> Tensor:
+        # copy-on-write: torch warns about arrays that cannot be written to
+        return _tensor(np.load(path, mmap_mode="c", allow_pickle=False))
+
+    return {"": StoredArray(str(path), shape, dtype.name, read)}
+
+
+def _in_npz(path: Path) -> dict[str, StoredArray]:
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.namelist():
+            name = entry.removesuffix(".npy")
+            with archive.open(entry) as stream:
+                shape, dtype = _header(stream)
+            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, _npz_reader(path, name))
+    return arrays
+
+
+def _npz_reader(path: Path, name: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        with np.load(path, allow_pickle=False) as archive:
+            return _tensor(archive[name])
+
+    return read
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    # from version 2 on, only the length field is wider; 3 differs in the names of record fields alone
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    return shape, dtype
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    if array.dtype.itemsize > 8:  # long double, unknown to torch
+        array = array.astype(np.float32)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _in_pt(path: Path) -> dict[str, StoredArray]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: expected tensors only; reading it would execute code, or it is damaged. "
+            f"Save a plain tensor with torch.save(images, path)."
+        ) from error
+    if isinstance(content, tuple | list):  # (images, labels)
+        content = content[0] if content else None
+    if isinstance(content, Tensor):
+        return {"": _of_tensor(str(path), content)}
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a tensor or a dict of tensors, found {type(content).__name__}.")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return {name: _of_tensor(f"{path}[{name}]", value) for name, value in tensors.items()}
+
+
+def _of_tensor(label: str, tensor: Tensor) -> StoredArray:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided:
+        dtype = f"{tensor.layout} {dtype}"
+    return StoredArray(label, tuple(tensor.shape), dtype, tensor.detach)
+
+
+def _in_safetensors(path: Path) -> dict[str, StoredArray]:
+    arrays = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # a file handle, not a dict
+            part = file.get_slice(name)
+            dtype = _SAFETENSORS_TYPES.get(part.get_dtype(), part.get_dtype())
+            label = f"{path}[{name}]"
+            arrays[name] = StoredArray(label, tuple(part.get_shape()), dtype, _safetensors_reader(path, name))
+    return arrays
+
+
+def _safetensors_reader(path: Path, name: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return read
+
+
+_SAFETENSORS_TYPES = {"U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}

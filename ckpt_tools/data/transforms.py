@@ -1,0 +1,170 @@
+"""From an image to a sample: the evaluation transforms of timm and torchvision, without importing them.
+
+Both libraries resize, crop, divide by 255 and normalise, and train their models to expect exactly that. The
+geometry here follows ``timm.data.transforms_factory.transforms_imagenet_eval`` and torchvision's
+``ImageClassification`` preset, rounding included; the tests compare with both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.errors import DataError, UsageError
+
+__all__ = ["INTERPOLATIONS", "ImageTransform", "PixelScale", "stacked"]
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "random": Image.Resampling.BICUBIC,  # timm's word for "a random choice in training"
+}
+_CROP_MODES = ("center", "squash", "border")
+_MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Turns any PIL image into a uint8 tensor (C, H, W): convert, resize, crop or pad.
+
+    Raises UsageError for an interpolation, crop mode or crop fraction that means nothing, and DataError if
+    the model's input is no image of one or three channels.
+    """
+
+    spec: InputSpec
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        if len(spec.shape) != 3 or spec.shape[0] not in _MODES:
+            raise DataError(
+                f"images become samples of shape (1, H, W) or (3, H, W), the model takes {spec.shape} "
+                f"(says {spec.origin}). Give --input-size, or the data as an array of that shape."
+            )
+        if spec.interpolation not in INTERPOLATIONS:
+            raise UsageError(f"interpolation {spec.interpolation!r} is unknown. One of: {', '.join(INTERPOLATIONS)}.")
+        if spec.crop_mode not in _CROP_MODES:
+            raise UsageError(f"crop mode {spec.crop_mode!r} is unknown. One of: {', '.join(_CROP_MODES)}.")
+        if not 0 < spec.crop_pct < math.inf:
+            raise UsageError(f"crop fraction {spec.crop_pct} is not above 0. Common values: 0.875, 0.95, 1.0.")
+
+    @property
+    def mode(self) -> Literal["L", "RGB"]:
+        """PIL's name of the colour space that the model sees."""
+        return _MODES[self.spec.shape[0]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a finished sample."""
+        return self.spec.shape[2], self.spec.shape[1]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """A uint8 tensor (C, H, W). Raises PIL's DecompressionBombError for absurd strips."""
+        image = image.convert(self.mode)
+        size = self.resized(image.size)
+        # A strip of 1×60000 pixels passes PIL's own limit and would grow to gigabytes here.
+        if Image.MAX_IMAGE_PIXELS and size[0] * size[1] > 2 * Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(
+                f"{image.width}×{image.height} pixels would be resized to {size[0]}×{size[1]}"
+            )
+        return to_tensor(self._crop(image.resize(size, INTERPOLATIONS[self.spec.interpolation])))
+
+    def recoloured(self, image: Image.Image) -> Tensor:
+        """A uint8 tensor (C, H, W) of the image at its own size."""
+        return to_tensor(image.convert(self.mode))
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height, before the crop, of an image of this width and height."""
+        width, height = size
+        # crop_pct often is crop / resize of torchvision: 224 / (224 / 232) must not fall short of 232.
+        goal_w, goal_h = (math.floor(side / self.spec.crop_pct + 1e-6) for side in self.size)
+        if self.spec.crop_mode == "squash":
+            return goal_w, goal_h
+        if self.spec.crop_mode == "center" and goal_w == goal_h:
+            # torchvision cuts the longer side off; everything else in timm rounds it
+            if width <= height:
+                return goal_w, int(goal_w * height / width)
+            return int(goal_h * width / height), goal_h
+        choose = max if self.spec.crop_mode == "border" else min
+        ratio = choose(height / goal_h, width / goal_w)
+        return round(width / ratio), round(height / ratio)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        left, top = (_offset(have, want) for have, want in zip(image.size, self.size, strict=True))
+        canvas = Image.new(self.mode, self.size, self._fill())
+        canvas.paste(image, (-left, -top))
+        return canvas
+
+    def _fill(self) -> int | tuple[int, ...]:
+        if self.spec.crop_mode != "border" or not self.spec.mean:
+            return 0
+        levels = tuple(round(255 * value) for value in self.spec.mean)
+        return levels[0] if self.mode == "L" or len(levels) == 1 else levels
+
+    def __str__(self) -> str:
+        width, height = self.size
+        resized = "×".join(str(math.floor(side / self.spec.crop_pct + 1e-6)) for side in (height, width))
+        how = {"center": "shorter side to fit", "squash": "squashed to", "border": "longer side to fit"}
+        return f"{self.mode}, {how[self.spec.crop_mode]} {resized} ({self.spec.interpolation}), centre {height}×{width}"
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """A uint8 batch (n, C, H, W) of the tensors that ``to_tensor`` made, channels last in memory like them."""
+    # numpy copies in this thread; torch.stack wakes all its threads for every image, on a busy machine
+    # at a higher cost than decoding
+    return torch.from_numpy(np.stack([image.permute(1, 2, 0).numpy() for image in images])).permute(0, 3, 1, 2)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A uint8 tensor (C, H, W) on the image's own pixel order, that is, channels last in memory."""
+    pixels = np.array(image)
+    return torch.from_numpy(pixels.reshape(image.height, image.width, -1)).permute(2, 0, 1)
+
+
+def _offset(have: int, want: int) -> int:
+    # torchvision's rounding: to even where pixels are cut off, downwards where they are added
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)
+
+
+class PixelScale:
+    """``(x / 255 − mean) / std`` per channel, as one float32 operation.
+
+    ``spec.mean`` and ``spec.std`` hold one value, one per channel, or none (0 and 1). Raises UsageError for
+    any other number of values, or a std that is not above 0.
+    """
+
+    def __init__(self, spec: InputSpec) -> None:
+        self.mean = _per_channel(spec.mean or (0.0,), spec, "mean")
+        self.std = _per_channel(spec.std or (1.0,), spec, "std")
+        if not bool((self.std > 0).all()):
+            raise UsageError(f"std {spec.std} must be above 0 in every channel. Give --std.")
+        self._scale = (1 / (255 * self.std)).float()
+        self._shift = (-self.mean / self.std).float()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Float32 (N, C, …) from uint8 (N, C, …), in the same memory format."""
+        return pixels.float().mul_(self._scale).add_(self._shift)
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{v:.4g}" for v in t.flatten().tolist()) for t in (self.mean, self.std))
+        return f"/255, mean {mean}, std {std}"
+
+
+def _per_channel(values: tuple[float, ...], spec: InputSpec, name: str) -> Tensor:
+    if len(values) not in (1, spec.shape[0]):
+        raise UsageError(
+            f"{name} has {len(values)} values, the model takes {spec.shape[0]} channels "
+            f"(input {spec.shape}, says {spec.origin}). Give --{name} with one value per channel."
+        )
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, *[1] * (len(spec.shape) - 1))

@@ -1,0 +1,1 @@
+"""The demonstration: a small DenseNet with dropout, trained on bundled digits, then corrected."""

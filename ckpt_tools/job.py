@@ -1,0 +1,241 @@
+"""The main job from file to file: one checkpoint, one source of training data, one new safetensors file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.contract import (
+    Checkpoint,
+    Estimator,
+    InputSpec,
+    LayerChoice,
+    LoadedModel,
+    Reestimation,
+    Statistics,
+    Walk,
+)
+from ckpt_tools.data.source import Source, open_source
+from ckpt_tools.data.stream import BatchStream, Skipped
+from ckpt_tools.errors import ModelError, OutputError, UsageError
+from ckpt_tools.identify.load import load
+from ckpt_tools.reestimate.capacity import fitting_batch_size
+from ckpt_tools.reestimate.choice import Choice, choose
+from ckpt_tools.reestimate.run import reestimate_bn
+from ckpt_tools.reestimate.stopping import Progress
+from ckpt_tools.storage.read import sha256
+from ckpt_tools.storage.write import save
+from ckpt_tools.walker.downstream import walk
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the user says about the input; None leaves it to the checkpoint and the library."""
+
+    input_size: tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything the user asks for. ``batch_size`` None: as large as memory allows, up to 512."""
+
+    checkpoint: Path
+    data: str
+    output: Path | None = None
+    architecture: str | None = None
+    model_kwargs: Mapping[str, object] = field(default_factory=dict)
+    weights: str = "auto"
+    trust: bool = False
+    preprocessing: Preprocessing = Preprocessing()
+    estimator: Estimator = "pooled"
+    layers: LayerChoice = "auto"
+    statistics: Statistics = "variance"
+    tolerance: float | None = None
+    momentum: float = 0.1
+    epochs: int = 1
+    limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    batch_size: int | None = None
+    workers: int | None = None
+    overwrite: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to happen: shown before the first image is read."""
+
+    request: Request
+    loaded: LoadedModel
+    checkpoint: Checkpoint
+    walk: Walk
+    choice: Choice
+    source: Source
+    stream: BatchStream
+    input_spec: InputSpec | None
+    batch_size: int
+    output: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened: the re-estimation, the file, and the digests that tie it to its source."""
+
+    plan: Plan
+    result: Reestimation
+    skipped: tuple[Skipped, ...]
+    source_sha256: str
+    output_sha256: str
+
+
+def prepare(request: Request) -> Plan:
+    """Load, walk and check everything that can be checked before data is read.
+
+    Raises any CkptToolsError; nothing is written.
+    """
+    output = request.output or default_output(request.checkpoint)
+    if output.exists() and not request.overwrite:
+        raise OutputError(f"{output} exists already. Give --overwrite to replace it, or another name with --output.")
+    _check_device(request.device)
+    source = open_source(request.data, limit=request.limit, seed=request.seed)
+    loaded = load(
+        request.checkpoint,
+        request.architecture,
+        model_kwargs=request.model_kwargs,
+        weights=request.weights,
+        trust=request.trust,
+    )
+    assert loaded.checkpoint is not None
+    spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
+    found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
+    choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
+    batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, request.device)
+    stream = source.batches(spec, batch_size=batch_size, workers=request.workers)
+    return Plan(
+        request, loaded, loaded.checkpoint, found, choice, source, stream, spec, batch_size, output
+    )
+
+
+def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
+    """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
+    request = plan.request
+    model = plan.loaded.model.to(request.device)
+    result = reestimate_bn(
+        model,
+        plan.stream,
+        estimator=request.estimator,
+        layers=request.layers,
+        statistics=request.statistics,
+        tolerance=request.tolerance,
+        momentum=request.momentum,
+        epochs=request.epochs,
+        rates=plan.loaded.rates,
+        walk=plan.walk,
+        force=request.force,
+        progress=progress,
+    )
+    digest = sha256(request.checkpoint)
+    written = save(
+        plan.output,
+        plan.checkpoint,
+        _replacements(plan, result),
+        provenance=_provenance(plan, result, digest),
+        overwrite=request.overwrite,
+    )
+    return Outcome(plan, result, plan.stream.skipped, digest, written)
+
+
+def default_output(checkpoint: Path) -> Path:
+    """``model.pt`` → ``model.bn.safetensors``, beside the source."""
+    name = checkpoint.name
+    for suffix in (".index.json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar"):
+        name = name.removesuffix(suffix)
+    return checkpoint.absolute().parent / f"{name}.bn.safetensors"
+
+
+def input_spec_for(known: InputSpec | None, said: Preprocessing, source: Source | None) -> InputSpec | None:
+    """Input shape and preprocessing in force: the user's word, then the checkpoint's and the library's.
+
+    None for preprocessed data of unknown architectures: samples go to the model as they are.
+    """
+    shape = said.input_size or (known.shape if known else None)
+    if source is not None and source.sample_shape is not None and (source.preprocessed or shape is None):
+        shape = source.sample_shape
+    if shape is None:
+        if source is not None and source.preprocessed:
+            return None
+        raise UsageError(
+            "the input size of this architecture is not known. Give one sample's shape, e.g. --input-size 3,224,224."
+        )
+    changes = {
+        name: value for name, value in dataclasses.asdict(said).items() if value is not None and name != "input_size"
+    }
+    base = known or InputSpec(shape)
+    if said.input_size or changes:
+        changes["origin"] = f"{base.origin}, changed by options" if known else "options"
+    return dataclasses.replace(base, shape=shape, **changes)
+
+
+def example_input(spec: InputSpec | None, source: Source | None) -> object:
+    """A batch to walk with: zeros of the input's shape, else the first batch of the data."""
+    if spec is not None:
+        return torch.zeros(2, *spec.shape)
+    assert source is not None
+    return next(iter(source.batches(None, batch_size=2, workers=0)))
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f"--device {device}: this machine has no CUDA device that torch {torch.__version__} can use. "
+            "Use --device cpu, or install a CUDA build of torch and its driver."
+        )
+
+
+def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:
+    """New buffers by key of the state dict, under every name that a layer has."""
+    aliases = {layer.name: layer.aliases for layer in plan.walk.batch_norms}
+    modules = dict(plan.loaded.model.named_modules())
+    buffers = ("running_var", "running_mean")[: 1 if plan.request.statistics == "variance" else 2]
+    replacements = {}
+    for layer in result.rewritten:
+        for name in (layer.name, *aliases[layer.name]):
+            for buffer in buffers:
+                key = f"{name}.{buffer}" if name else buffer
+                if key in plan.checkpoint.tensors:
+                    replacements[key] = getattr(modules[layer.name], buffer).cpu()
+    return replacements
+
+
+def _provenance(plan: Plan, result: Reestimation, source_sha256: str) -> dict[str, object]:
+    """What the output says about itself: enough to repeat it, and no wall-clock time."""
+    request = plan.request
+    return {
+        "source_sha256": source_sha256,
+        "architecture": plan.loaded.recipe.architecture,
+        "estimator": result.estimator,
+        "statistics": result.statistics,
+        "layers": request.layers,
+        "why": result.why,
+        "images": result.images,
+        "batch_size": plan.batch_size,
+        "seed": request.seed,
+        "torch": torch.__version__,
+        "rewritten": [layer.name for layer in result.rewritten],
+    }

@@ -1,0 +1,118 @@
+"""Adapters, found by entry point, and the architecture names that lead to them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import sys
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from ckpt_tools.contract import Adapter
+from ckpt_tools.errors import ArchitectureError
+
+GROUP = "ckpt_tools.adapters"
+_FACTORY = "factory"
+_FIRST = ("timm", "torchvision")  # the order in which ambiguous words of a checkpoint are read
+
+
+def prefixes() -> tuple[str, ...]:
+    """The words that may stand before the colon; loads nothing."""
+    found = {point.name for point in entry_points(group=GROUP)}
+    return tuple(name for name in _FIRST if name in found) + tuple(sorted(found - {*_FIRST}))
+
+
+@functools.cache
+def adapter(prefix: str) -> Adapter:
+    """Load one adapter. ``prefix`` is an entry point's name, or ``module:Class``. Raises ArchitectureError."""
+    point = next(iter(entry_points(group=GROUP, name=prefix)), None) or EntryPoint(prefix, prefix, GROUP)
+    try:
+        made = point.load()()
+    except Exception as error:
+        raise ArchitectureError(
+            f"adapter {prefix} ({point.value}{_origin(point)}) could not be loaded: "
+            f"{type(error).__name__}: {error}. Repair or uninstall it."
+        ) from error
+    if not isinstance(made, Adapter):
+        raise ArchitectureError(
+            f"adapter {prefix} ({point.value}{_origin(point)}): expected the methods of "
+            f"ckpt_tools.contract.Adapter, found {type(made).__name__}, which lacks {', '.join(_lacking(made))}."
+        )
+    return made
+
+
+def adapters() -> dict[str, Adapter]:
+    """Every adapter that loads, by prefix. A broken one is left out here and explained by ``adapter``."""
+    found = {}
+    for prefix in prefixes():
+        try:
+            found[prefix] = adapter(prefix)
+        except ArchitectureError:
+            continue
+    return found
+
+
+def resolve(architecture: str) -> tuple[Adapter, str]:
+    """``timm:resnet50``, ``package.module:factory`` or a bare name → adapter and the name it knows.
+
+    ``module:Class:name`` uses an adapter that is not registered. Raises ArchitectureError.
+    """
+    prefix, colon, name = architecture.partition(":")
+    if not colon:
+        return _only_owner(architecture)
+    if prefix in prefixes():
+        return adapter(prefix), name
+    if name.count(":"):
+        cls, _, rest = name.partition(":")
+        return adapter(f"{prefix}:{cls}"), rest
+    close = difflib.get_close_matches(prefix, prefixes(), n=1)
+    if close and not _importable(prefix):
+        raise ArchitectureError(
+            f"{architecture}: no adapter is called {prefix!r}, and no such module can be imported. "
+            f"Did you mean {close[0]}:{name}?"
+        )
+    return adapter(_FACTORY), architecture
+
+
+def _only_owner(name: str) -> tuple[Adapter, str]:
+    known = {prefix: found.architectures() for prefix, found in adapters().items()}
+    owners = [prefix for prefix, names in known.items() if name in names]
+    if len(owners) == 1:
+        return adapter(owners[0]), name
+    if owners:
+        spellings = " or ".join(f"{prefix}:{name}" for prefix in owners)
+        raise ArchitectureError(f"{name}: {' and '.join(owners)} both have it. Write {spellings}.")
+    everything = (f"{prefix}:{candidate}" for prefix, names in known.items() for candidate in names)
+    raise ArchitectureError(
+        f"{name}: no adapter has an architecture of this name.{_meant(name, everything)} "
+        "Write timm:NAME, torchvision:NAME or package.module:factory."
+    )
+
+
+def _meant(name: str, spellings: Iterable[str]) -> str:
+    by_name: dict[str, list[str]] = {}
+    for spelling in spellings:
+        by_name.setdefault(spelling.partition(":")[2], []).append(spelling)
+    close = [s for match in difflib.get_close_matches(name, by_name, n=2) for s in by_name[match]]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _importable(module: str) -> bool:
+    """Whether the top-level package exists, without importing it; the current directory counts."""
+    top = module.partition(".")[0]
+    if not top.isidentifier():
+        return False
+    if top in sys.modules or Path(f"{top}.py").is_file() or Path(top).is_dir():
+        return True
+    return importlib.util.find_spec(top) is not None
+
+
+def _origin(point: EntryPoint) -> str:
+    return f", from {point.dist.name}" if point.dist else ""
+
+
+def _lacking(made: object) -> list[str]:
+    wanted = [*Adapter.__annotations__, *(name for name, value in vars(Adapter).items() if callable(value))]
+    return [name for name in wanted if not name.startswith("_") and not hasattr(made, name)]

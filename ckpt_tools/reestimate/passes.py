@@ -1,0 +1,176 @@
+"""The passes over the data: one for `pooled` and `ema`, as many as it takes for `exact`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ckpt_tools.contract import Estimator, Statistics
+from ckpt_tools.errors import DataError, ModelError
+from ckpt_tools.moments import Moments
+from ckpt_tools.reestimate.guards import check_activations, check_input
+from ckpt_tools.reestimate.layer import (
+    Interception,
+    Layer,
+    Rule,
+    Scale,
+    batch_only,
+    kept_mean,
+    log_step,
+    stored,
+)
+from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
+from ckpt_tools.walker.call import Batch, Forward, batch_size, to_device
+
+SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
+DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
+MOST_PASSES = 100
+
+
+@dataclass
+class Passes:
+    """The passes over the data, and what they leave in ``layers``."""
+
+    model: nn.Module
+    source: Iterable[Batch]
+    forward: Forward
+    layers: dict[str, Layer]
+    progress: Callable[[Progress], None] | None
+    images: int = 0
+    batches: int = 0
+    passes: int = 0
+    residual: float | None = None
+    stopped_early: bool = False
+    error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
+
+    def estimate(
+        self,
+        estimator: Estimator,
+        statistics: Statistics,
+        tolerance: float | None,
+        momentum: float,
+        epochs: int,
+    ) -> None:
+        """Leave the new statistics in every layer's ``scale``; arguments as in ``reestimate_bn``."""
+        if estimator == "ema":
+            self._moving_average(statistics, momentum, epochs)
+            return
+        rule = kept_mean if statistics == "variance" else batch_only
+        self._sweep(rule, tolerance)
+        for layer in self._chosen():
+            layer.scale = _measured(layer, statistics)
+        if estimator == "exact":
+            self._settle(statistics)
+
+    def _chosen(self) -> list[Layer]:
+        """Rewritten layers that the data reached; the others keep what they have."""
+        return [layer for layer in self.layers.values() if layer.rewritten and layer.moments is not None]
+
+    def _settle(self, statistics: Statistics) -> None:
+        """Damped fixed-point passes. The residual may rise on the way: the system is triangular, so it ends."""
+        while self.residual is None or self.residual > SETTLED:
+            if self.passes >= MOST_PASSES:
+                raise ModelError(
+                    f"exact: after {self.passes} passes a running variance still changes by {self.residual:.2g} a "
+                    "pass. Use --estimator pooled, or a larger --batch-size for a better start."
+                )
+            self._sweep(stored, None)
+            targets = {layer.name: _measured(layer, statistics) for layer in self._chosen()}
+            self.residual = max(_change(layer, targets[layer.name]) for layer in self._chosen())
+            for layer in self._chosen():
+                layer.scale = _step(layer.scale, targets[layer.name])
+
+    def _moving_average(self, statistics: Statistics, momentum: float, epochs: int) -> None:
+        def update(layer: Layer, batch: Moments) -> None:
+            mean = batch.mean if statistics == "mean+variance" else layer.scale.mean
+            layer.scale = Scale(
+                torch.lerp(layer.scale.mean, mean, momentum),
+                torch.lerp(layer.scale.variance, batch.variance(), momentum),
+            )
+
+        for _ in range(epochs):
+            self._sweep(batch_only, None, update)
+        steps = self.batches * epochs
+        weights = momentum * (1 - momentum) ** torch.arange(steps, dtype=torch.float64)
+        self.error_scale = float((steps * weights.square().sum()).sqrt() / weights.sum())
+
+    def _sweep(
+        self, rule: Rule, tolerance: float | None, update: Callable[[Layer, Moments], None] | None = None
+    ) -> None:
+        """One pass over the data. Later passes take as many batches as the first one did."""
+        self.passes += 1
+        for layer in self.layers.values():
+            layer.begin_pass(rule)
+        images = batches = 0
+        interception = Interception(self.layers)
+        device = device_of(self.model)
+        for batch in itertools.islice(self.source, self.batches or None):
+            check_input(batch, batches)
+            interception.images = batch_size(batch)
+            with interception:
+                self._forward(to_device(batch, device), batches)
+            seen = {name: layer.end_batch() for name, layer in self.layers.items()}
+            check_activations(self.model, seen, batches)
+            for name, moments in seen.items():
+                if update is not None and moments is not None and self.layers[name].rewritten:
+                    update(self.layers[name], moments)
+            images, batches = images + interception.images, batches + 1
+            bound = error_bound(self.layers.values())
+            if self.progress is not None:
+                self.progress(Progress(self.passes, images, bound, self.residual))
+            if enough(bound, images, tolerance):
+                self.stopped_early = True
+                break
+        self._after_sweep(images, batches)
+
+    def _forward(self, batch: Batch, number: int) -> None:
+        try:
+            self.forward(self.model, batch)
+        except RuntimeError as error:
+            raise ModelError(
+                f"batch {number}: the model cannot run on it: {error}. Check the input's shape and the device."
+            ) from error
+
+    def _after_sweep(self, images: int, batches: int) -> None:
+        if self.batches and batches != self.batches:
+            raise DataError(
+                f"pass {self.passes} gave {batches} batches, the first one {self.batches}; `exact` and epochs > 1 "
+                "need an iterable that can be read again, such as a list or a DataLoader."
+            )
+        self.images, self.batches = images, batches
+
+
+def _measured(layer: Layer, statistics: Statistics) -> Scale:
+    """What the last pass says should be stored: unbiased variance, or precise BN's population statistics."""
+    moments = layer.moments
+    assert moments is not None
+    if statistics == "variance":
+        return Scale(layer.stored.mean, moments.variance())
+    return Scale(moments.mean, moments.variance(unbiased=False))
+
+
+def _step(current: Scale, target: Scale) -> Scale:
+    return Scale(
+        torch.lerp(current.mean, target.mean, DAMPING),
+        log_step(current.variance, target.variance, DAMPING),
+    )
+
+
+def _change(layer: Layer, target: Scale) -> float:
+    """Largest relative change of a variance, and of a mean in standard deviations."""
+    current, floor = layer.scale, 1e-6 * layer.module.eps
+    larger = torch.maximum(current.variance, target.variance).clamp_min(floor)
+    variance = (current.variance - target.variance).abs() / larger
+    mean = (current.mean - target.mean).abs() / larger.sqrt()
+    return float(torch.maximum(variance, mean).max())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor lives."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,178 @@
+"""Results as text for a terminal: what is in force, what was done, what a walk found, what differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Reestimation, Walk
+from ckpt_tools.job import Outcome, Plan
+from ckpt_tools.storage.compare import Comparison
+
+_SHOWN = 8  # rows of a table before it is cut
+
+
+def plan_text(plan: Plan) -> str:
+    """What is in force, before the pass."""
+    request = plan.request
+    active = [site for site in plan.walk.dropout_sites if site.active]
+    rows = [
+        ("checkpoint", checkpoint_line(plan.checkpoint)),
+        ("architecture", architecture_line(plan.loaded)),
+        ("drop rates", f"{_RATES[plan.loaded.rates]}; {_count(len(active), 'active dropout site')}"),
+        ("layers", f"{plan.choice.why}; {_count(len(plan.choice.controls), 'control layer')}"),
+        ("data", f"{request.data} ({plan.source.kind}), {_amount(plan.stream.count)}"),
+        ("input", plan.stream.transform),
+        ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
+        ("pass", f"{request.estimator}, {request.statistics}, batches of {plan.batch_size} on {request.device}"),
+        ("output", str(plan.output)),
+    ]
+    return _columns(rows)
+
+
+_RATES = {
+    "given": "given by --model-kwargs",
+    "recorded": "recorded in the checkpoint",
+    "model": "those of the model",
+    "unknown": "not recorded",
+}
+
+
+def checkpoint_line(checkpoint: Checkpoint) -> str:
+    """Path, format, and which of its entries was taken."""
+    taken = f", weights from {checkpoint.weights!r}" if checkpoint.weights else ""
+    stripped = f", prefix {checkpoint.prefix!r} removed" if checkpoint.prefix else ""
+    return f"{checkpoint.path} ({checkpoint.format}{taken}{stripped})"
+
+
+def architecture_line(loaded: LoadedModel) -> str:
+    """The architecture with its keyword arguments."""
+    kwargs = " ".join(f"{name}={value}" for name, value in loaded.recipe.kwargs.items())
+    return f"{loaded.recipe.architecture} {kwargs}".rstrip()
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """What was done: the largest changes with their error bars, the controls, the output."""
+    result = outcome.result
+    parts = [_headline(result), _changes(result.rewritten), "", controls_text(result.controls)]
+    parts += _unrewritten(result.layers)
+    if result.left_alone:
+        parts.append(f"left alone: {_listed(f'{item.name} ({item.reason})' for item in result.left_alone)}")
+    if outcome.skipped:
+        names = _listed(f"{item.name} ({item.reason})" for item in outcome.skipped)
+        parts.append(f"skipped: {_count(len(outcome.skipped), 'unreadable sample')}: {names}")
+    parts.append(f"written: {outcome.plan.output}")
+    parts.append(f"         sha256 {outcome.output_sha256}; only {_buffers(result)} differ from the source")
+    return "\n".join(parts)
+
+
+def _headline(result: Reestimation) -> str:
+    passes = f", {result.passes} passes" if result.passes > 1 else ""
+    residual = "" if result.residual is None else f", last change {result.residual:.1g}"
+    stopped = ", stopped at the tolerance" if result.stopped_early else ""
+    return (
+        f"{len(result.rewritten)} of {_count(len(result.layers), 'BN layer')} rewritten from {result.images:,} samples "
+        f"in {result.seconds:.1f} s ({result.estimator}{passes}{residual}{stopped})"
+    )
+
+
+def _changes(layers: Sequence[LayerResult]) -> str:
+    measured = [layer for layer in layers if layer.ratio is not None and layer.error is not None]
+    if not measured:
+        return "no layer was reached by the data"
+    largest = sorted(measured, key=lambda layer: -abs(math.log(max(layer.ratio.median, 1e-30)))) # type: ignore[union-attr]
+    rows = [("largest changes", "stored/new variance", "range over channels", "standard error")]
+    for layer in largest[:_SHOWN]:
+        ratio, error = layer.ratio, layer.error
+        assert ratio is not None
+        assert error is not None
+        rows.append(
+            (
+                layer.name,
+                f"{ratio.median:.3f}",
+                f"{ratio.low:.3f} – {ratio.high:.3f}",
+                f"{error.median:.1%} (worst {error.high:.1%})",
+            )
+        )
+    if len(largest) > _SHOWN:
+        rows.append((f"… and {len(largest) - _SHOWN} more (--json lists all)", "", "", ""))
+    return _columns(rows)
+
+
+def controls_text(controls: Controls) -> str:
+    """The verdict of the control layers in a sentence."""
+    if controls.deviation is None or controls.worst is None:
+        return f"controls: none ({controls.reason})"
+    return (
+        f"controls: {_count(len(controls.names), 'layer')} that dropout does not reach {controls.verdict} with the data; "
+        f"stored and measured variance differ by {math.expm1(controls.deviation):.1%} in the median channel "
+        f"({math.expm1(controls.worst):.1%} in the worst layer)"
+    )
+
+
+def _unrewritten(layers: Iterable[LayerResult]) -> list[str]:
+    missed = [layer.name for layer in layers if layer.reason.startswith("never reached")]
+    return [f"never reached, left as they are: {_listed(missed)}"] if missed else []
+
+
+def _buffers(result: Reestimation) -> str:
+    return "running variances" if result.statistics == "variance" else "running means and variances"
+
+
+def walk_text(walk: Walk) -> str:
+    """BN layers in order of execution with the sites before them, and the dropout sites."""
+    rows = [("BN layer", "channels", "behind active sites", "behind other sites", "")]
+    rows += [
+        (
+            layer.name or "(root)",
+            str(layer.channels),
+            _listed(layer.downstream_of, 2) or "-",
+            _listed(layer.potentially_downstream_of, 2) or "-",
+            "" if layer.reached else "never reached",
+        )
+        for layer in walk.batch_norms
+    ]
+    sites = [("dropout site", "op", "rate")]
+    sites += [
+        (site.name, site.op, "unknown" if site.rate is None else f"{site.rate:g}") for site in walk.dropout_sites
+    ]
+    parts = [_columns(rows) if walk.batch_norms else "no BN layer"]
+    parts.append(_columns(sites) if walk.dropout_sites else "no dropout site")
+    if walk.left_alone:
+        parts.append("left alone: " + "; ".join(f"{item.name} ({item.reason})" for item in walk.left_alone))
+    return "\n\n".join(parts)
+
+
+def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
+    """What differs between two checkpoints, and what of it was not expected."""
+    rows = [("tensor", "difference")]
+    rows += [(change.name, change.describe()) for change in comparison.changes[:_SHOWN]]
+    if len(comparison.changes) > _SHOWN:
+        rows.append((f"… and {len(comparison.changes) - _SHOWN} more", ""))
+    parts = [f"{_count(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
+    if comparison.changes:
+        parts.append(_columns(rows))
+    parts += [f"unexpected: {violation}" for violation in violations]
+    return "\n".join(parts)
+
+
+def _amount(count: int | None) -> str:
+    return "an unknown number of samples" if count is None else f"{count:,} samples"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns; control characters from file and layer names are shown, not obeyed."""
+    clean = [[cell if cell.isprintable() else ascii(cell)[1:-1] for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in clean) for column in range(len(clean[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in clean]
+    return "\n".join(line.rstrip() for line in lines)

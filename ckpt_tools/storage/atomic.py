@@ -1,0 +1,84 @@
+"""Putting a finished file in place in one step, or leaving no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpt_tools.errors import OutputError
+
+__all__ = ["check_target", "new_file", "sync"]
+
+
+@contextlib.contextmanager
+def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary path in the target's folder; what was written there takes the target's name at the end.
+
+    If the block raises anything, KeyboardInterrupt included, the temporary file is removed and the target
+    stays as it was. Without ``overwrite`` a target that appears meanwhile is not replaced.
+    Raises OutputError for a target that is taken, OSError if the file system refuses.
+    """
+    check_target(target, overwrite=overwrite)
+    temporary = target.with_name(f".ckpt-tools-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        _move(temporary, target, overwrite)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        sync(target.parent)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse at once what cannot be written at the end. Raises OutputError."""
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target}: expected the name of a file to write, found a folder. Add a file name.")
+        if not target.parent.is_dir():
+            raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
+        if not overwrite and os.path.lexists(target):
+            raise _taken(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written there ({error.strerror}). Choose another name.") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's content is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _taken(target: Path) -> OutputError:
+    return OutputError(f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another name.")
+
+
+def _move(temporary: Path, target: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(temporary, target)
+        return
+    try:
+        os.link(temporary, target)  # unlike a rename, fails if the name was taken meanwhile
+    except FileExistsError:
+        raise _taken(target) from None
+    except OSError:
+        _move_without_links(temporary, target)
+
+
+def _move_without_links(temporary: Path, target: Path) -> None:
+    """For file systems without hard links: reserve the name, then rename over the reservation."""
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        raise _taken(target) from None
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise

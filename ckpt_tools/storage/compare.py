@@ -1,0 +1,118 @@
+"""Comparing two checkpoints bit by bit: which keys differ, in what, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.storage.provenance import provenance
+
+__all__ = ["Change", "Comparison", "Expectation", "compare", "provenance", "same_bytes"]
+
+Expectation = Literal["nothing", "variance", "mean+variance", "any"]
+
+_MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
+    "nothing": (),
+    "variance": ("running_var",),
+    "mean+variance": ("running_var", "running_mean"),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One tensor that differs. ``before`` and ``after`` describe its type and shape.
+
+    ``relative`` is the largest |after − before| / |before| over its elements, infinite where ``before`` is 0 or
+    a value became NaN; None if types or shapes differ.
+    """
+
+    key: str
+    what: Literal["dtype", "shape", "values"]
+    before: str
+    after: str
+    relative: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences between two checkpoints. Equal means equal bytes, so a NaN equals the same NaN."""
+
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+    changes: tuple[Change, ...]
+    identical: int
+    same_order: bool  # of the keys that both have
+
+    def unexpected(self, expect: Expectation) -> tuple[str, ...]:
+        """One sentence for each difference that ``expect`` does not allow; empty if all is as expected.
+
+        "variance" allows new values of ``running_var``, "mean+variance" those of ``running_mean`` too.
+        """
+        if expect == "any":
+            return ()
+        return (
+            *(f"{key}: missing from the second" for key in self.only_before),
+            *(f"{key}: only in the second" for key in self.only_after),
+            *(_sentence(change) for change in self.changes if not _allowed(change, expect)),
+            *(() if self.same_order else ("the keys stand in another order",)),
+        )
+
+
+def compare(before: Checkpoint, after: Checkpoint) -> Comparison:
+    """Compare the state dicts of two checkpoints tensor by tensor, in the order of the first."""
+    common = [key for key in before.tensors if key in after.tensors]
+    found = [_change(key, before.tensors[key], after.tensors[key]) for key in common]
+    changes = tuple(change for change in found if change is not None)
+    return Comparison(
+        only_before=tuple(key for key in before.tensors if key not in after.tensors),
+        only_after=tuple(key for key in after.tensors if key not in before.tensors),
+        changes=changes,
+        identical=len(common) - len(changes),
+        same_order=common == [key for key in after.tensors if key in before.tensors],
+    )
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def _change(key: str, one: Tensor, other: Tensor) -> Change | None:
+    before, after = _describe(one), _describe(other)
+    if one.dtype != other.dtype:
+        return Change(key, "dtype", before, after)
+    if one.shape != other.shape:
+        return Change(key, "shape", before, after)
+    if same_bytes(one, other):
+        return None
+    return Change(key, "values", before, after, _relative(one, other))
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    before, after = one.to(wide), other.to(wide)
+    ratio = torch.where(before == after, 0.0, (after - before).abs() / before.abs())
+    return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _allowed(change: Change, expect: Expectation) -> bool:
+    return change.what == "values" and change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
+
+
+def _sentence(change: Change) -> str:
+    if change.what == "values":
+        return f"{change.key}: values differ by up to {change.relative:.3g} relative"
+    return f"{change.key}: {change.what} differs: {change.before} in the first, {change.after} in the second"

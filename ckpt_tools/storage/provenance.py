@@ -1,0 +1,43 @@
+"""What an output file says about where it comes from, kept in its safetensors metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.version import VERSION
+
+__all__ = ["output_metadata", "provenance"]
+
+_ENTRY = "ckpt_tools"
+
+
+def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
+    """What this tool wrote about a checkpoint that is its own output; None for anybody else's.
+
+    ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken; ``earlier`` is the
+    source's own provenance if that was an output as well.
+    """
+    try:
+        found = json.loads(checkpoint.metadata.get(_ENTRY, ""))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def output_metadata(checkpoint: Checkpoint, said: Mapping[str, object], source_sha256: str) -> dict[str, str]:
+    """Metadata of an output: all of the source's, ``format: pt``, and one entry with the provenance."""
+    entry = {
+        **said,
+        "version": VERSION,
+        "source": checkpoint.path.name,  # the folder is nobody's business
+        "source_sha256": source_sha256,
+        "weights": checkpoint.weights,
+        "prefix": checkpoint.prefix,
+    }
+    if earlier := provenance(checkpoint):
+        entry["earlier"] = earlier
+    # JSON knows neither NaN nor infinity.
+    clean = json.loads(json.dumps(entry, default=str), parse_constant=lambda _: None)
+    return {**checkpoint.metadata, "format": "pt", _ENTRY: json.dumps(clean, ensure_ascii=False)}

@@ -1,0 +1,57 @@
+"""Reading a checkpoint: ``read_checkpoint`` for the state dict in it, ``sha256`` for its identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.storage.content import Content
+from ckpt_tools.storage.entries import choose_entry, list_entries, sort_remainder
+from ckpt_tools.storage.keys import plain_tensors, strip_wrappers
+from ckpt_tools.storage.source import Source, find_source, load_source, sha256
+from ckpt_tools.storage.words import plain_words
+
+__all__ = ["read_checkpoint", "sha256"]
+
+
+def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = False) -> Checkpoint:
+    """Read a state dict from a ``torch.save`` file, a safetensors file, a folder of shards or its index.
+
+    The state dict may stand at the top level or under the names that common training scripts use. ``weights``
+    is "auto" (averaged weights where there are any, as timm's own loader does), "model", "ema", or the name of
+    an entry. Tensors are on the CPU and memory-mapped where the format permits: read them before the file
+    changes. Nothing in the file is executed unless ``trust`` is set.
+
+    Raises CheckpointError, and its subclass BlockedPickle for a pickle that would need ``trust``.
+    """
+    source = find_source(Path(path))
+    content = load_source(source, trust=trust)
+    try:
+        return _extract(source, content, weights)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a hostile pickle may hide methods of a dict or a tensor behind attributes
+        raise CheckpointError(
+            f"{path}: expected a state dict, found an object that cannot be searched for one "
+            f"({type(error).__name__}: {error}). Save model.state_dict() with torch.save."
+        ) from error
+
+
+def _extract(source: Source, content: Content, weights: str) -> Checkpoint:
+    entry = choose_entry(list_entries(content.root), weights, source.path)
+    words, beside = sort_remainder(content.root, entry)
+    wrapped, odd = plain_tensors(entry.state, source.path)
+    tensors, prefix, counters = strip_wrappers(wrapped)
+    if not entry.path:  # "epoch" and the like among the tensors themselves
+        words = {key: entry.state[key] for key in odd}
+    return Checkpoint(
+        path=source.path,
+        format=content.format,
+        tensors=tensors,
+        weights=entry.name,
+        prefix=prefix,
+        words=plain_words(words),
+        metadata=content.metadata,
+        left_out=(*beside, *odd, *counters),
+    )

@@ -1,0 +1,190 @@
+"""Writing an output: all of the source's tensors but the replaced ones, or nothing at all.
+
+The bytes go to a temporary file beside the target, are synced, read back, compared with the source tensor by
+tensor, and only then take the target's name, in one step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import BlockedPickle, CheckpointError, OutputError
+from ckpt_tools.storage.atomic import check_target, new_file, sync
+from ckpt_tools.storage.compare import same_bytes
+from ckpt_tools.storage.content import load_safetensors, safetensors_header
+from ckpt_tools.storage.provenance import output_metadata
+from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.storage.source import find_source
+
+__all__ = ["save", "write_safetensors"]
+
+
+def save(
+    path: Path | str,
+    checkpoint: Checkpoint,
+    replacements: Mapping[str, Tensor],
+    *,
+    provenance: Mapping[str, object],
+    overwrite: bool = False,
+) -> str:
+    """Write a checkpoint with some tensors replaced as a safetensors file, and return its SHA-256.
+
+    ``replacements`` maps keys of the checkpoint to tensors of the same shape, which are cast to the stored dtype.
+    Every other tensor comes out bit for bit as it is in the source, under the same key and in the same order.
+    ``provenance`` (anything JSON can hold) is added to the output's metadata.
+
+    Raises OutputError, and leaves no file behind, if the target exists and ``overwrite`` is not set, if it is
+    the source, if a replacement does not fit, or if the file cannot be written or reads back differently.
+    """
+    target = Path(path)
+    _refuse_source(target, checkpoint)
+    check_target(target, overwrite=overwrite)
+    tensors = _replaced(checkpoint.tensors, replacements)
+    _check_unchanged(checkpoint)
+    metadata = output_metadata(checkpoint, provenance, sha256(checkpoint.path))
+    return write_safetensors(target, tensors, metadata=metadata, overwrite=overwrite)
+
+
+def write_safetensors(
+    target: Path | str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], overwrite: bool = False
+) -> str:
+    """Write tensors to a safetensors file, all or nothing, and return its SHA-256.
+
+    Tensors may share memory and need not be contiguous. Raises OutputError.
+    """
+    target = Path(target)
+    try:
+        with new_file(target, overwrite=overwrite) as temporary:
+            _write(temporary, tensors, metadata)
+            _verify(temporary, tensors, metadata)
+            digest = sha256(temporary)
+    except (OSError, SafetensorError, CheckpointError, ValueError) as error:
+        raise OutputError(
+            f"{target}: expected to write {_size(tensors):,} bytes there, found: {error}. "
+            "Nothing was left behind; free space or choose another folder with --output."
+        ) from error
+    return digest
+
+
+def _refuse_source(target: Path, checkpoint: Checkpoint) -> None:
+    source = find_source(checkpoint.path)
+    files = [*source.files, *([source.index] if source.index else [])]
+    if any(_is_same(target, file) for file in files):
+        raise OutputError(
+            f"{target}: expected a file of its own, found the source checkpoint ({checkpoint.path}), which is never "
+            "written to. Choose another name."
+        )
+
+
+def _is_same(target: Path, file: Path) -> bool:
+    try:
+        return target.samefile(file)  # through symbolic and hard links
+    except OSError:
+        return False  # no such target
+
+
+def _replaced(tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if unknown := [key for key in replacements if key not in tensors]:
+        raise OutputError(f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the model.")
+    return {
+        key: _cast(key, tensor, replacements[key]) if key in replacements else tensor for key, tensor in tensors.items()
+    }
+
+
+def _cast(key: str, stored: Tensor, value: Tensor) -> Tensor:
+    if value.shape != stored.shape:
+        raise OutputError(
+            f"{key}: expected the stored shape {tuple(stored.shape)}, found {tuple(value.shape)}. "
+            "Check the architecture."
+        )
+    value = value.detach().cpu()
+    cast = value.to(stored.dtype)
+    finite = (value.to(torch.float64).isfinite() & cast.to(torch.float64).isfinite()).view(-1)
+    if not finite.all():
+        at = int((~finite).nonzero()[0])
+        raise OutputError(
+            f"{key}: expected finite numbers, found {float(value.reshape(-1)[at]):g} in element {at}, which is "
+            f"{float(cast.reshape(-1)[at]):g} as {str(stored.dtype).removeprefix('torch.')}. "
+            "Save the checkpoint in a wider type, or look at the data."
+        )
+    return cast
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    """Refuse if the tensors in memory are no longer those of the file: the output would not match its source."""
+    try:
+        stored = read_checkpoint(checkpoint.path, weights=checkpoint.weights or "auto").tensors
+    except BlockedPickle:
+        return  # read with trust; it is not executed a second time
+    changed = [
+        key for key, tensor in checkpoint.tensors.items() if key not in stored or not same_bytes(tensor, stored[key])
+    ]
+    changed += [key for key in stored if key not in checkpoint.tensors]
+    if changed:
+        raise OutputError(
+            f"{checkpoint.path}: expected the tensors as they were read, found {changed[0]} changed in the file or in "
+            "memory since. Run again, on a file that nobody is writing to."
+        )
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    copied = _overlapping(tensors)
+    dense = {
+        key: tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        if key in copied
+        else tensor.detach()
+        for key, tensor in tensors.items()
+    }
+    try:
+        save_file(dense, path, metadata=dict(metadata))
+    except KeyError as error:
+        raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
+    _restore_order(path, list(tensors))
+    sync(path)
+
+
+def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Keys that need a copy, because safetensors takes neither gaps nor tensors that share memory."""
+    copied = {
+        key for key, tensor in tensors.items() if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
+    }
+    end = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if key not in copied and tensor.data_ptr() < end:
+            copied.add(key)
+        elif key not in copied:
+            end = tensor.data_ptr() + tensor.nbytes
+    return copied
+
+
+def _restore_order(path: Path, keys: list[str]) -> None:
+    """Put the header's entries into the source's order; the library sorts them by type and name."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = safetensors_header(path)
+        ordered = {key: header[key] for key in ("__metadata__", *keys) if key in header}
+        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) == len(header) and len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def _verify(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    written, said = load_safetensors(path)
+    if list(written) != list(tensors) or said != dict(metadata):
+        raise ValueError("keys or metadata that read back differently")
+    for key, tensor in tensors.items():
+        if not same_bytes(written[key], tensor):
+            raise ValueError(f"{key} reading back differently from what was written")
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,180 @@
+"""The walk on nets that show one difficulty each, against switching dropout on and looking."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+import ckpt_tools
+from ckpt_tools.errors import ModelError
+
+SHAPES = {"image": (3, 8, 8), "vector": (7,)}
+
+
+def changed_by_dropout(model: nn.Module, x: torch.Tensor) -> set[str]:
+    """The oracle: BN layers whose input differs between training and evaluation mode, BN itself in evaluation."""
+
+    def inputs() -> dict[str, list[torch.Tensor]]:
+        seen: dict[str, list[torch.Tensor]] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].clone()))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        with torch.no_grad():
+            model(x.clone())
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    before = inputs() if not model.eval().training else {}
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    changed = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        for name, tensors in inputs().items():
+            pairs = zip(tensors, before.get(name, []), strict=False)
+            if any(not torch.allclose(new, old, rtol=1e-4, atol=1e-6) for new, old in pairs):
+                changed.add(name)
+    model.eval()
+    return changed
+
+
+NOISE = ["gaussian", "mask in place", "view in place", "item", "python random"]
+CASES = {
+    "densenet": (nets.DenseNet, (3, 8, 8)),
+    "droppath": (nets.ResNet, (3, 8, 8)),
+    "wide": (lambda: nets.ResNet(wide=True), (3, 8, 8)),
+    "reused": (nets.Reused, (3, 8, 8)),
+    "mlp": (nets.mlp, (10,)),
+    "video": (nets.video, (2, 4, 6, 6)),
+    "sequence": (nets.sequence, (4, 12)),
+    **{kind: (lambda kind=kind: nets.Noisy(kind), (7,)) for kind in NOISE},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_downstream_is_what_changes(case: str) -> None:
+    make, shape = CASES[case]
+    model = make()
+    x = torch.randn(8, *shape)
+    walk = ckpt_tools.walk(model, x)
+    found = {layer.name for layer in walk.batch_norms if layer.downstream_of}
+    assert found == changed_by_dropout(model, x)
+    assert found, "the case is meant to have a layer behind dropout"
+
+
+def test_rates_names_and_order() -> None:
+    walk = ckpt_tools.walk(nets.DenseNet(0.25, layers=2), torch.randn(2, 3, 8, 8))
+    assert [layer.name for layer in walk.batch_norms] == ["norms.0", "norms.1", "norm"]
+    assert [(site.op, site.rate) for site in walk.dropout_sites] == [("dropout", 0.25)] * 2
+    assert [len(layer.downstream_of) for layer in walk.batch_norms] == [0, 1, 2]
+    site = ckpt_tools.walk(nets.ResNet(0.3), torch.randn(2, 3, 8, 8)).dropout_sites[0]
+    assert (site.name, site.op, site.rate) == ("0.drop", "DropPath", 0.3)
+
+
+@pytest.mark.parametrize("make", [nets.DenseNet, nets.ResNet, nets.mlp], ids=["functional", "DropPath", "module"])
+def test_sites_at_rate_zero_are_potential(make: type[nn.Module]) -> None:
+    shape = (10,) if make is nets.mlp else (3, 8, 8)
+    off, on = (ckpt_tools.walk(make(rate), torch.randn(2, *shape)) for rate in (0.0, 0.5))
+    assert not any(layer.downstream_of for layer in off.batch_norms)
+    assert {site.rate for site in off.dropout_sites} == {0.0}
+    assert [layer.potentially_downstream_of for layer in off.batch_norms] == [
+        layer.downstream_of for layer in on.batch_norms
+    ]
+
+
+def test_rate_one_is_a_site() -> None:
+    walk = ckpt_tools.walk(nets.mlp(1.0), torch.randn(2, 10))
+    assert [bool(layer.downstream_of) for layer in walk.batch_norms] == [False, True, True]
+
+
+def test_reused_and_unreached_layers() -> None:
+    walk = ckpt_tools.walk(nets.Reused(), torch.randn(2, 3, 8, 8))
+    assert {layer.name: layer.reached for layer in walk.batch_norms} == {"first": True, "shared": True, "unused": False}
+    assert [site.name for site in walk.dropout_sites] == ["drop"]
+
+
+def test_a_layer_under_two_names_is_one_layer() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model.append(model[0])
+    (layer,) = ckpt_tools.walk(model, torch.randn(2, 3)).batch_norms
+    assert (layer.name, layer.aliases) == ("0", ("2",))
+
+
+def test_look_alikes_are_named_and_left_alone() -> None:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    model = nn.Sequential(
+        FrozenBatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.InstanceNorm2d(3, track_running_stats=True)
+    )
+    walk = ckpt_tools.walk(model, torch.randn(2, 3, 4, 4))
+    assert not walk.batch_norms
+    assert {item.name for item in walk.left_alone} == {"0", "1", "2"}
+
+
+def test_dropout_behind_the_last_layer_reaches_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Dropout(0.5))
+    (layer,) = ckpt_tools.walk(model, torch.randn(2, 4)).batch_norms
+    assert not layer.downstream_of
+    assert not layer.potentially_downstream_of
+
+
+def test_values_do_not_flow_through_shapes() -> None:
+    class Shape(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            noisy = nn.functional.dropout(x, 0.5, self.training)
+            return self.bn(x + torch.zeros_like(noisy)) + noisy
+
+    (layer,) = ckpt_tools.walk(Shape(), torch.randn(2, 4)).batch_norms
+    assert not layer.downstream_of
+
+
+def test_the_model_is_untouched() -> None:
+    model = nets.DenseNet(0.0).train()
+    model.norms[0].eval()
+    before = copy.deepcopy(model.state_dict())
+    flags = [module.training for module in model.modules()]
+    ckpt_tools.walk(model, torch.randn(2, 3, 8, 8))
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.drop_rate == 0.0
+
+
+@pytest.mark.parametrize("kind", ["item", "python random"])
+def test_random_generators_come_back(kind: str) -> None:
+    model, x = nets.Noisy(kind), torch.randn(4, 7)
+    states = torch.get_rng_state(), random.getstate()
+    ckpt_tools.walk(model, x)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "list"])
+def test_batches_in_any_form(form: str) -> None:
+    model, x = nets.mlp(), torch.randn(4, 10)
+    batch = {"tuple": (x, torch.zeros(4)), "list": [x, "label"], "dict": {"input": x}}[form]
+    assert ckpt_tools.walk(model, batch) == ckpt_tools.walk(model, x)
+
+
+def test_wrappers_are_looked_through() -> None:
+    model = nets.mlp()
+    assert ckpt_tools.walk(nn.DataParallel(model), torch.randn(4, 10)) == ckpt_tools.walk(model, torch.randn(4, 10))
+
+
+def test_a_model_that_does_not_run() -> None:
+    with pytest.raises(ModelError, match=r"Sequential.*--input-size"):
+        ckpt_tools.walk(nets.mlp(), torch.randn(4, 3))
