@@ -121,9 +121,7 @@ def prepare(request: Request) -> Plan:
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
     batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, request.device)
     stream = source.batches(spec, batch_size=batch_size, workers=request.workers)
-    return Plan(
-        request, loaded, loaded.checkpoint, found, choice, source, stream, spec, batch_size, output
-    )
+    return Plan(request, loaded, loaded.checkpoint, found, choice, source, stream, spec, batch_size, output)
 
 
 def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
@@ -229,6 +227,7 @@ def _provenance(plan: Plan, result: Reestimation, source_sha256: str) -> dict[st
     return {
         "source_sha256": source_sha256,
         "architecture": plan.loaded.recipe.architecture,
+        "model_kwargs": dict(plan.loaded.recipe.kwargs),
         "estimator": result.estimator,
         "statistics": result.statistics,
         "layers": request.layers,

@@ -103,14 +103,25 @@ def batch_moments(x: Tensor, centre: Tensor, images: int) -> BatchMoments:
         centre: (C,) float64.
         images: samples in the batch.
     """
-    rows = x.detach().float().flatten(2) if x.ndim > 2 else x.detach().float().unsqueeze(2)
-    length = rows.shape[2]
-    variance, mean = torch.var_mean(rows, dim=2, correction=0)
-    mean, inner = mean.double(), variance.double() * length  # (N, C): row means and sums of squares
+    length = x[0, 0].numel()
+    mean, inner = _row_moments(x.detach(), length)
     total = mean.mean(0)
     m2 = inner.sum(0) + length * (mean - total).square().sum(0)
     offset = mean - centre
     sums = torch.stack([torch.full_like(mean, length), length * offset, inner + length * offset.square()])
-    groups = images if rows.shape[0] % images == 0 else 1
-    sums = sums.unflatten(1, (groups, -1)).sum(2)
-    return BatchMoments(Moments(rows.shape[0] * length, total, m2), sums)
+    groups = images if x.shape[0] % images == 0 else 1
+    sums = sums.reshape(3, groups, -1, sums.shape[2]).sum(2)
+    return BatchMoments(Moments(x.shape[0] * length, total, m2), sums)
+
+
+def _row_moments(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations (N, C) of every row's channels, float64."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    rows, channels = x.shape[:2]
+    if length == 1:
+        return x.reshape(rows, channels).double(), torch.zeros(rows, channels, dtype=torch.float64, device=x.device)
+    # Group normalisation with a group per channel is the fastest Welford in torch: 4 to 7 times faster than var_mean,
+    # 2.5e-5 off at mean/σ = 600. Its channels_last kernel is not one (44 % off there), hence contiguous().
+    groups = (rows, channels, length, channels)
+    _, mean, inverse = torch.native_group_norm(x.contiguous(), None, None, *groups, 0.0)
+    return mean.double(), inverse.double().pow(-2) * length

@@ -65,7 +65,9 @@ class ResNet(nn.Sequential):
 
     def __init__(self, rate: float = 0.3, *, wide: bool = False) -> None:
         drop = (lambda: nn.Dropout(rate)) if wide else (lambda: DropPath(rate))
-        super().__init__(Block(3, 6, drop()), Block(6, 8, drop()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        super().__init__(
+            Block(3, 6, drop()), Block(6, 8, drop()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+        )
 
 
 class Reused(nn.Module):

@@ -292,7 +292,9 @@ def test_what_is_not_finite_is_refused(spoil, error: type[Exception], words: str
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=words):
         reestimate_bn(model, data)
-    assert all(torch.equal(before[key], value) or key.startswith("convs.1") for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(before[key], value) or key.startswith("convs.1") for key, value in model.state_dict().items()
+    )
 
 
 def test_one_value_per_channel() -> None:

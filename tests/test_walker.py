@@ -22,7 +22,9 @@ def changed_by_dropout(model: nn.Module, x: torch.Tensor) -> set[str]:
     def inputs() -> dict[str, list[torch.Tensor]]:
         seen: dict[str, list[torch.Tensor]] = {}
         hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].clone()))
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(args[0].clone())
+            )
             for name, module in model.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
         ]
@@ -115,7 +117,9 @@ def test_look_alikes_are_named_and_left_alone() -> None:
     from torchvision.ops import FrozenBatchNorm2d
 
     model = nn.Sequential(
-        FrozenBatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.InstanceNorm2d(3, track_running_stats=True)
+        FrozenBatchNorm2d(3),
+        nn.BatchNorm2d(3, track_running_stats=False),
+        nn.InstanceNorm2d(3, track_running_stats=True),
     )
     walk = ckpt_tools.walk(model, torch.randn(2, 3, 4, 4))
     assert not walk.batch_norms

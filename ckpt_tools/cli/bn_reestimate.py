@@ -59,7 +59,9 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Of the ema estimator.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
-@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images. Default: one a core, up to 8.")
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="Processes that decode images. Default: one a core, up to 8."
+)
 @options.preprocessing
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
 @options.as_json
@@ -80,9 +82,7 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     from ckpt_tools.report.text import outcome_text, plan_text
 
     preprocessing = Preprocessing(**{name: said.pop(name) for name in _PREPROCESSING})
-    request = Request(
-        checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said
-    )
+    request = Request(checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
     plan = prepare(request)
     if not as_json:
         click.echo(plan_text(plan) + "\n")

@@ -33,7 +33,7 @@ class Boundary(click.Group):
             # The reader of our output went away; keep Python from complaining once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the last resort of a boundary
             _fail(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1)
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -45,6 +45,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _fail(message: str, code: int) -> None:
     if os.environ.get(TRACEBACK):
-        raise  # noqa: PLE0704 - called from except blocks only
+        raise
     click.echo(f"ckpt-fix: {message}", err=True)
     sys.exit(code)

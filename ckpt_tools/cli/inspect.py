@@ -16,7 +16,7 @@ from ckpt_tools.cli import options
 @options.checkpoint
 @click.option(
     "--input-size",
-    type=options.Numbers(int, positive=True),
+    **options.numbers(int, positive=True),
     help="Shape of one sample, such as 3,224,224 or 500. Default: the architecture's own.",
 )
 @options.as_json

@@ -11,24 +11,21 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Numbers(click.ParamType):
-    """Numbers separated by commas: ``3,224,224`` or ``0.485,0.456,0.406``."""
+def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
+    """Arguments of an option that takes numbers separated by commas: ``3,224,224`` or ``0.485,0.456,0.406``."""
 
-    def __init__(self, kind: type[int] | type[float], *, positive: bool) -> None:
-        self.kind, self.positive = kind, positive
-        self.name = "N,N,…" if kind is int else "X,X,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A tuple of numbers."""
-        if isinstance(value, tuple):
-            return value
+    def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+        if value is None:
+            return None
         try:
-            numbers = tuple(self.kind(part) for part in str(value).split(","))
+            found = tuple(kind(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r}: expected {self.kind.__name__}s separated by commas", param, ctx)
-        if self.positive and min(numbers) <= 0:
-            self.fail(f"{value!r}: expected numbers above zero", param, ctx)
-        return numbers
+            raise click.BadParameter(f"{value!r}: expected {kind.__name__}s separated by commas.") from None
+        if positive and min(found) <= 0:
+            raise click.BadParameter(f"{value!r}: expected numbers above zero.")
+        return found
+
+    return {"metavar": "N,N,…" if kind is int else "X,X,…", "callback": parse}
 
 
 def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -61,10 +58,10 @@ architecture = stacked(
 checkpoint = stacked(
     click.option(
         "--weights",
-        type=click.Choice(["auto", "model", "ema"]),
+        metavar="auto|model|ema|ENTRY",
         default="auto",
         show_default=True,
-        help="Which weights of a checkpoint that holds two sets; auto takes EMA weights where there are some.",
+        help="Which weights of a checkpoint that holds several sets; auto takes EMA weights where there are some.",
     ),
     click.option(
         "--trust",
@@ -74,14 +71,10 @@ checkpoint = stacked(
 )
 
 preprocessing = stacked(
-    click.option(
-        "--input-size", type=Numbers(int, positive=True), help="Shape of one sample, such as 3,224,224 or 500."
-    ),
-    click.option("--mean", type=Numbers(float, positive=False), help="Per channel, on the scale 0–1."),
-    click.option("--std", type=Numbers(float, positive=True), help="Per channel, on the scale 0–1."),
-    click.option(
-        "--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
-    ),
+    click.option("--input-size", **numbers(int, positive=True), help="Shape of one sample, such as 3,224,224 or 500."),
+    click.option("--mean", **numbers(float, positive=False), help="Per channel, on the scale 0–1."),
+    click.option("--std", **numbers(float, positive=True), help="Per channel, on the scale 0–1."),
+    click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])),
     click.option(
         "--crop-pct",
         type=click.FloatRange(0, 1, min_open=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 from tqdm import tqdm
 
@@ -19,9 +19,10 @@ class Bar:
     def __init__(self, total: int | None, *, hidden: bool) -> None:
         self._total, self._hidden = total, hidden
         self._pass_number = 0
-        self._bar: tqdm[object] | None = None
+        self._bar: tqdm[Never] | None = None
 
     def __enter__(self) -> Bar:
+        self._begin(1)
         return self
 
     def __exit__(
@@ -32,7 +33,7 @@ class Bar:
 
     def __call__(self, progress: Progress) -> None:
         """Show where the pass stands."""
-        if self._bar is None or progress.pass_number != self._pass_number:
+        if progress.pass_number != self._pass_number:
             self._begin(progress.pass_number)
         assert self._bar is not None
         self._bar.set_postfix_str(_certainty(progress), refresh=False)

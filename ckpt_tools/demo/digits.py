@@ -1,21 +1,25 @@
-"""The bundled digits, split for the demo."""
+"""The bundled digits, split for the demo: 1797 handwritten digits of 8×8 points (see ``DIGITS.txt``)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import as_file, files
+from importlib.resources import files
 
 import numpy as np
 import torch
 from torch import Tensor
 
 TRAIN_IMAGES = 600
-PIXEL_MEAN, PIXEL_STD = 4.884, 6.017  # of all 1797 images, on their own scale 0–16
+# Mean and standard deviation of all points on their own scale 0–16. Constants, so that any split is scaled alike.
+POINT_MEAN, POINT_STD = 4.884, 6.017
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Digits:
-    """Images are float32 (N, 1, 8, 8), normalised to mean 0 and variance 1; labels int64 (N,), 0–9."""
+    """One split. Images are float32 (N, 1, 8, 8), about mean 0 and variance 1; labels int64 (N,), 0 to 9.
+
+    N is 600 for training and 1197 for testing. The testing images play no part in training or correction.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -24,11 +28,12 @@ class Digits:
 
 
 def load_digits(seed: int) -> Digits:
-    """600 training and 1197 test images; ``seed`` decides which are which. Source: ``DIGITS.txt``."""
-    with as_file(files("ckpt_tools.demo") / "digits.npz") as path, np.load(path) as stored:
-        pixels, labels = stored["images"], stored["labels"]
-    images = torch.from_numpy((pixels.astype(np.float32) - PIXEL_MEAN) / PIXEL_STD).unsqueeze(1)
-    answers = torch.from_numpy(labels.astype(np.int64))
+    """Split the bundled digits at random; ``seed`` decides which 600 are for training."""
+    with files("ckpt_tools.demo").joinpath("digits.npz").open("rb") as file, np.load(file) as stored:
+        points, digits = stored["images"], stored["labels"]
+    images = torch.from_numpy((points.astype(np.float32) - POINT_MEAN) / POINT_STD).unsqueeze(1)
+    labels = torch.from_numpy(digits.astype(np.int64))
+    # A generator of our own: the caller's random state is neither read nor moved.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
-    return Digits(images[train], answers[train], images[test], answers[test])
+    return Digits(images[train], labels[train], images[test], labels[test])

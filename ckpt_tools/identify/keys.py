@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +30,6 @@ def common_prefix(wanted: Iterable[str], keys: Iterable[str]) -> str:
     if hits[""] >= count or 2 * count < len(names):
         return ""
     return f"{prefix}."
-
-
-def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """Only the tensors that stand under ``prefix``, without it; the others are counted as left out."""
-    kept = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
-    others = Counter(key.partition(".")[0] for key in checkpoint.tensors if not key.startswith(prefix))
-    return replace(
-        checkpoint,
-        tensors=kept,
-        prefix=checkpoint.prefix + prefix,
-        left_out=(*checkpoint.left_out, *(f"{name} ({count} tensors)" for name, count in others.items())),
-    )
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str) -> None:

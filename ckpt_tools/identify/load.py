@@ -12,9 +12,9 @@ from torch import nn
 from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, LoadedModel, Recipe
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.keys import common_prefix, fill, under
+from ckpt_tools.identify.keys import common_prefix, fill
 from ckpt_tools.identify.recipe import Choice, choices
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.read import read_checkpoint, under
 
 _PROBE_RATE = 0.2  # any rate strictly between 0 and 1 brings a hidden dropout site to life
 

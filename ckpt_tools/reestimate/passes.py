@@ -131,6 +131,8 @@ class Passes:
         try:
             self.forward(self.model, batch)
         except RuntimeError as error:
+            if str(error).startswith("DataLoader worker"):  # torch raises it wherever the signal finds us
+                raise DataError(f"batch {number}: {error}. Memory ran out? Try fewer --workers.") from error
             raise ModelError(
                 f"batch {number}: the model cannot run on it: {error}. Check the input's shape and the device."
             ) from error

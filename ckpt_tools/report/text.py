@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Reestimation, Walk
 from ckpt_tools.job import Outcome, Plan
-from ckpt_tools.storage.compare import Comparison
+from ckpt_tools.storage.compare import Change, Comparison
 
 _SHOWN = 8  # rows of a table before it is cut
 
@@ -80,7 +80,7 @@ def _changes(layers: Sequence[LayerResult]) -> str:
     measured = [layer for layer in layers if layer.ratio is not None and layer.error is not None]
     if not measured:
         return "no layer was reached by the data"
-    largest = sorted(measured, key=lambda layer: -abs(math.log(max(layer.ratio.median, 1e-30)))) # type: ignore[union-attr]
+    largest = sorted(measured, key=lambda layer: -abs(math.log(max(layer.ratio.median, 1e-30))))  # type: ignore[union-attr]
     rows = [("largest changes", "stored/new variance", "range over channels", "standard error")]
     for layer in largest[:_SHOWN]:
         ratio, error = layer.ratio, layer.error
@@ -104,7 +104,7 @@ def controls_text(controls: Controls) -> str:
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({controls.reason})"
     return (
-        f"controls: {_count(len(controls.names), 'layer')} that dropout does not reach {controls.verdict} with the data; "
+        f"controls: {_count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the data; "
         f"stored and measured variance differ by {math.expm1(controls.deviation):.1%} in the median channel "
         f"({math.expm1(controls.worst):.1%} in the worst layer)"
     )
@@ -133,9 +133,7 @@ def walk_text(walk: Walk) -> str:
         for layer in walk.batch_norms
     ]
     sites = [("dropout site", "op", "rate")]
-    sites += [
-        (site.name, site.op, "unknown" if site.rate is None else f"{site.rate:g}") for site in walk.dropout_sites
-    ]
+    sites += [(site.name, site.op, "unknown" if site.rate is None else f"{site.rate:g}") for site in walk.dropout_sites]
     parts = [_columns(rows) if walk.batch_norms else "no BN layer"]
     parts.append(_columns(sites) if walk.dropout_sites else "no dropout site")
     if walk.left_alone:
@@ -146,7 +144,7 @@ def walk_text(walk: Walk) -> str:
 def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
     """What differs between two checkpoints, and what of it was not expected."""
     rows = [("tensor", "difference")]
-    rows += [(change.name, change.describe()) for change in comparison.changes[:_SHOWN]]
+    rows += [(change.key, _difference(change)) for change in comparison.changes[:_SHOWN]]
     if len(comparison.changes) > _SHOWN:
         rows.append((f"… and {len(comparison.changes) - _SHOWN} more", ""))
     parts = [f"{_count(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
@@ -154,6 +152,12 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
         parts.append(_columns(rows))
     parts += [f"unexpected: {violation}" for violation in violations]
     return "\n".join(parts)
+
+
+def _difference(change: Change) -> str:
+    if change.relative is None:
+        return f"{change.what}: {change.before} → {change.after}"
+    return f"values, up to {change.relative:.3g} relative"
 
 
 def _amount(count: int | None) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.provenance import provenance
+from ckpt_tools.storage.read import read_checkpoint, read_part
 
-__all__ = ["Change", "Comparison", "Expectation", "compare", "provenance", "same_bytes"]
+__all__ = ["Change", "Comparison", "Expectation", "compare", "compare_files", "provenance", "same_bytes"]
 
 Expectation = Literal["nothing", "variance", "mean+variance", "any"]
 
@@ -75,6 +78,32 @@ def compare(before: Checkpoint, after: Checkpoint) -> Comparison:
         identical=len(common) - len(changes),
         same_order=common == [key for key in after.tensors if key in before.tensors],
     )
+
+
+def compare_files(
+    before: Path, after: Path, expect: str = "auto", *, weights: str = "auto", trust: bool = False
+) -> tuple[Comparison, Expectation, tuple[str, ...]]:
+    """Compare two files; what was expected to differ; and what else does, a sentence each.
+
+    Where ``after`` is an output of this tool, it says itself which weights of its source it was made from and what
+    may differ ("auto"). Raises CheckpointError.
+    """
+    new = read_checkpoint(after, trust=trust)
+    said = provenance(new) or {}
+    if expect == "auto":
+        expect = str(said.get("statistics")) if said.get("statistics") in _MAY_CHANGE else "variance"
+    old = _source_of(before, said, weights, trust)
+    comparison, expectation = compare(old, new), cast("Expectation", expect)
+    return comparison, expectation, comparison.unexpected(expectation)
+
+
+def _source_of(path: Path, said: Mapping[str, object], weights: str, trust: bool) -> Checkpoint:
+    if weights == "auto" and said:
+        try:
+            return read_part(path, weights=str(said.get("weights")), prefix=str(said.get("prefix")), trust=trust)
+        except CheckpointError:
+            pass  # not the source that ``after`` speaks of
+    return read_checkpoint(path, weights=weights, trust=trust)
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint
@@ -12,7 +14,7 @@ from ckpt_tools.storage.keys import plain_tensors, strip_wrappers
 from ckpt_tools.storage.source import Source, find_source, load_source, sha256
 from ckpt_tools.storage.words import plain_words
 
-__all__ = ["read_checkpoint", "sha256"]
+__all__ = ["read_checkpoint", "read_part", "sha256", "under"]
 
 
 def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = False) -> Checkpoint:
@@ -36,6 +38,28 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
             f"{path}: expected a state dict, found an object that cannot be searched for one "
             f"({type(error).__name__}: {error}). Save model.state_dict() with torch.save."
         ) from error
+
+
+def read_part(path: Path | str, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
+    """The part of a file that an earlier reading took: the entry ``weights``, without ``prefix`` before its keys.
+
+    Raises CheckpointError if it is not there any more.
+    """
+    found = read_checkpoint(path, weights=weights or "auto", trust=trust)
+    inner = prefix.removeprefix(found.prefix)
+    return under(found, inner) if inner else found
+
+
+def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """Only the tensors that stand under ``prefix``, without it; the others are counted as left out."""
+    kept = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
+    others = Counter(key.partition(".")[0] for key in checkpoint.tensors if not key.startswith(prefix))
+    return replace(
+        checkpoint,
+        tensors=kept,
+        prefix=checkpoint.prefix + prefix,
+        left_out=(*checkpoint.left_out, *(f"{name} ({count} tensors)" for name, count in others.items())),
+    )
 
 
 def _extract(source: Source, content: Content, weights: str) -> Checkpoint:

@@ -21,7 +21,7 @@ from ckpt_tools.storage.atomic import check_target, new_file, sync
 from ckpt_tools.storage.compare import same_bytes
 from ckpt_tools.storage.content import load_safetensors, safetensors_header
 from ckpt_tools.storage.provenance import output_metadata
-from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.storage.read import read_part, sha256
 from ckpt_tools.storage.source import find_source
 
 __all__ = ["save", "write_safetensors"]
@@ -121,7 +121,7 @@ def _cast(key: str, stored: Tensor, value: Tensor) -> Tensor:
 def _check_unchanged(checkpoint: Checkpoint) -> None:
     """Refuse if the tensors in memory are no longer those of the file: the output would not match its source."""
     try:
-        stored = read_checkpoint(checkpoint.path, weights=checkpoint.weights or "auto").tensors
+        stored = read_part(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
     except BlockedPickle:
         return  # read with trust; it is not executed a second time
     changed = [
