@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Reestimation, Walk
+from ckpt_tools.demo.train import Score
 from ckpt_tools.job import Outcome, Plan
 from ckpt_tools.storage.compare import Change, Comparison
 
@@ -104,8 +106,8 @@ def controls_text(controls: Controls) -> str:
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({controls.reason})"
     return (
-        f"controls: {_count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the data; "
-        f"stored and measured variance differ by {math.expm1(controls.deviation):.1%} in the median channel "
+        f"controls: {_count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
+        f"data; stored and measured variance differ by {math.expm1(controls.deviation):.1%} in the median channel "
         f"({math.expm1(controls.worst):.1%} in the worst layer)"
     )
 
@@ -152,6 +154,25 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
         parts.append(_columns(rows))
     parts += [f"unexpected: {violation}" for violation in violations]
     return "\n".join(parts)
+
+
+def demo_text(pairs: Sequence[tuple[Score, Score]]) -> str:
+    """Test error and NLL of every network before and after, and the mean change with its standard error."""
+    rows = [("network", "test error before", "after", "NLL before", "after")]
+    for number, (before, after) in enumerate(pairs):
+        rows.append(
+            (str(number), f"{before.error:.2f} %", f"{after.error:.2f} %", f"{before.nll:.3f}", f"{after.nll:.3f}")
+        )
+    errors = [after.error - before.error for before, after in pairs]
+    nlls = [after.nll - before.nll for before, after in pairs]
+    return f"{_columns(rows)}\n\nchange of test error: {_mean(errors, 2)} points; of NLL: {_mean(nlls, 3)} nats"
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):+.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def _difference(change: Change) -> str:
