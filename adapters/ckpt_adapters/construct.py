@@ -112,8 +112,10 @@ def _is_rate(parameter: inspect.Parameter) -> bool:
     if "drop" not in parameter.name and "stochastic_depth" not in parameter.name:
         return False
     default = parameter.default
-    numeric = isinstance(default, int | float) and not isinstance(default, bool)
-    return numeric or default is None or default is inspect.Parameter.empty
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return 0 <= default <= 1  # drop_block_size is no rate
+    unset = default is None or default is inspect.Parameter.empty
+    return unset and not parameter.name.endswith(("_size", "_layer", "_type", "_mode"))
 
 
 def _complaint(architecture: str, make: Make, kwargs: Mapping[str, object], error: BaseException) -> str:

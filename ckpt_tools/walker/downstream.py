@@ -33,7 +33,7 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
     model = unwrap(model)
     trained = _record(model, example_input, forward, training=True)
     evaluated = _record(model, example_input, forward, training=False)
-    possible = _possible(probe if probe is not None else model, example_input, forward) or trained
+    possible = _possible(probe, example_input, forward) or _possible(model, example_input, forward) or trained
 
     active = trained.sites
     dormant = {name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active}
@@ -77,8 +77,10 @@ def _record(model: nn.Module, batch: Batch, forward: Forward, *, training: bool)
         ) from error
 
 
-def _possible(model: nn.Module, batch: Batch, forward: Forward) -> Record | None:
-    """The record with every rate above zero; None if the model does not run like that."""
+def _possible(model: nn.Module | None, batch: Batch, forward: Forward) -> Record | None:
+    """The record with every rate above zero; None without a model, or if it does not run like that."""
+    if model is None:
+        return None
     try:
         return record(unwrap(model), batch, forward, training=True, alive=True)
     except Exception:  # noqa: BLE001 - a rate of 0.5 where the model forbids it is no reason to fail
