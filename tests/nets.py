@@ -63,10 +63,10 @@ class Block(nn.Module):
 class ResNet(nn.Sequential):
     """Two blocks; the first one's shortcut is parallel to its dropout."""
 
-    def __init__(self, rate: float = 0.3, *, wide: bool = False) -> None:
+    def __init__(self, rate: float = 0.3, *, wide: bool = False, classes: int = 5) -> None:
         drop = (lambda: nn.Dropout(rate)) if wide else (lambda: DropPath(rate))
         super().__init__(
-            Block(3, 6, drop()), Block(6, 8, drop()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+            Block(3, 6, drop()), Block(6, 8, drop()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
         )
 
 

@@ -13,7 +13,7 @@ import ckpt_tools
 from ckpt_tools import plugins
 from ckpt_tools.errors import CkptToolsError
 
-CONVOLUTIONAL = """
+CONVOLUTIONAL = """\
 timm:hgnet_tiny timm:legacy_seresnet18 timm:selecsls42 timm:starnet_s100 timm:semnasnet_075 timm:lcnetv2_base
 timm:sedarknet21 timm:skresnet18 timm:hgnetv2_b1 timm:resnest14d timm:cs3darknet_s timm:mnasnet_small timm:mnasnet_140
 timm:hardcorenas_a timm:spnasnet_100 timm:vovnet39a timm:ese_vovnet19b_dw timm:dpn48b timm:gernet_s
@@ -26,15 +26,15 @@ timm:repghostnet_050 timm:dla34
 torchvision:densenet121 torchvision:efficientnet_b0 torchvision:googlenet torchvision:mobilenet_v2
 torchvision:mobilenet_v3_small torchvision:mnasnet0_5 torchvision:regnet_y_400mf torchvision:regnet_x_400mf
 torchvision:resnet18 torchvision:resnet50 torchvision:shufflenet_v2_x0_5 torchvision:vgg11_bn
-""".split()
-ATTENTION = """
+"""
+ATTENTION = """\
 timm:levit_128s timm:mobilevitv2_050 timm:visformer_tiny timm:botnet26t_256 timm:halonet26t timm:tiny_vit_5m_224
 timm:efficientformerv2_s0 timm:edgenext_xx_small torchvision:maxvit_t
-""".split()
+"""
 
 
 def lively(architecture: str) -> nn.Module:
-    """The architecture with every drop rate it knows at one half, and no parameter that hides a branch by being zero."""
+    """The architecture with every drop rate at one half, and no parameter that hides a branch by being zero."""
     adapter, name = plugins.resolve(architecture)
     try:
         model = adapter.build(name, dict.fromkeys(adapter.rate_kwargs(name), 0.5))
@@ -48,7 +48,7 @@ def lively(architecture: str) -> nn.Module:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("architecture", [*CONVOLUTIONAL, *ATTENTION])
+@pytest.mark.parametrize("architecture", (CONVOLUTIONAL + ATTENTION).split())
 def test_downstream_is_what_changes(architecture: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own, while they build
