@@ -169,7 +169,8 @@ class Walk:
     batch_norms: tuple[BatchNormLayer, ...]
     dropout_sites: tuple[DropoutSite, ...]
     left_alone: tuple[LeftAlone, ...] = ()
-    device: str = "meta"  # where the recorded forward ran: "meta" or "cpu"
+    device: str = "meta"  # where the recorded forward ran: "meta" or "cpu" (for real)
+    containers_trained: bool = True  # False: only leaf modules ran in training mode, other noise was not seen
     bytes_per_sample: int = 0  # peak of the live activations of an evaluation forward, float32
 
 

@@ -182,3 +182,28 @@ def test_wrappers_are_looked_through() -> None:
 def test_a_model_that_does_not_run() -> None:
     with pytest.raises(ModelError, match=r"Sequential.*--input-size"):
         ckpt_tools.walk(nets.mlp(), torch.randn(4, 3))
+
+
+def test_a_model_that_wants_targets_in_training_mode() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nets.mlp()
+
+        def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+            if self.training and targets is None:
+                raise ValueError("targets should not be none when in training mode")
+            return self.body(x)
+
+    walk = ckpt_tools.walk(Detector(), torch.randn(2, 10))
+    assert not walk.containers_trained
+    assert [bool(layer.downstream_of) for layer in walk.batch_norms] == [False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_submodules() -> None:
+    model = nets.mlp()
+    expected = [bool(layer.downstream_of) for layer in ckpt_tools.walk(model, torch.randn(2, 10)).batch_norms]
+    compiled = nn.Sequential(torch.compile(model, backend="eager"), nn.Identity())
+    walk = ckpt_tools.walk(torch.compile(compiled, backend="eager"), torch.randn(2, 10))
+    assert [bool(layer.downstream_of) for layer in walk.batch_norms] == expected

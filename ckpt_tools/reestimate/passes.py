@@ -24,7 +24,7 @@ from ckpt_tools.reestimate.layer import (
     stored,
 )
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.walker.call import Batch, Forward, batch_size, to_device
+from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, to_device
 
 SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
 DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
@@ -169,10 +169,3 @@ def _change(layer: Layer, target: Scale) -> float:
     variance = (current.variance - target.variance).abs() / larger
     mean = (current.mean - target.mean).abs() / larger.sqrt()
     return float(torch.maximum(variance, mean).max())
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lives."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

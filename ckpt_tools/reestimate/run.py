@@ -16,9 +16,9 @@ from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
-from ckpt_tools.reestimate.passes import Passes, device_of
+from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.walker.call import Batch, Forward, call, unwrap
+from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, unwrap
 from ckpt_tools.walker.downstream import walk as walk_model
 
 
@@ -78,7 +78,7 @@ def reestimate_bn(
         walk = walk_model(model, first, forward=forward)
     choice = choose(walk, layers, rates=rates, statistics=statistics)
     run = Passes(model, source, forward, _observed(model, walk, choice), progress)
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), torch.no_grad(), eager():
         run.estimate(estimator, statistics, tolerance, momentum, epochs)
     results = layer_results(walk, choice, run.layers, run.error_scale)
     controls = judge_controls(choice, run.layers)

@@ -138,6 +138,8 @@ def walk_text(walk: Walk) -> str:
     sites += [(site.name, site.op, "unknown" if site.rate is None else f"{site.rate:g}") for site in walk.dropout_sites]
     parts = [_columns(rows) if walk.batch_norms else "no BN layer"]
     parts.append(_columns(sites) if walk.dropout_sites else "no dropout site")
+    if not walk.containers_trained:
+        parts.append("note: the model does not run in training mode without targets; only its leaf modules did")
     if walk.left_alone:
         parts.append("left alone: " + "; ".join(f"{item.name} ({item.reason})" for item in walk.left_alone))
     return "\n\n".join(parts)

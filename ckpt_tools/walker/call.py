@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -71,3 +74,20 @@ def first_samples(batch: Batch, count: int) -> Batch:
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Every tensor of a batch on ``device``."""
     return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor lives."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled submodules run uncompiled: our modes see operations, not graphs."""
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from ckpt_tools.contract import BatchNormLayer, DropoutSite, LeftAlone, Walk
 from ckpt_tools.errors import ModelError
 from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
-from ckpt_tools.walker.record import Record, record
+from ckpt_tools.walker.record import Mode, Record, record
 
 
 def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call) -> Walk:
@@ -31,9 +31,11 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
         ModelError: if the model can be run neither on meta tensors nor for real.
     """
     model = unwrap(model)
-    trained = _record(model, example_input, forward, training=True)
-    evaluated = _record(model, example_input, forward, training=False)
-    possible = _possible(probe, example_input, forward) or _possible(model, example_input, forward) or trained
+    evaluated = _record(model, example_input, forward, "evaluation")
+    mode, trained = _trained(model, example_input, forward)
+    possible = (
+        _possible(probe, example_input, forward, mode) or _possible(model, example_input, forward, mode) or trained
+    )
 
     active = trained.sites
     dormant = {name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active}
@@ -45,6 +47,7 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
         dropout_sites=(*active.values(), *dormant.values()),
         left_alone=tuple(left_alone),
         device=trained.device,
+        containers_trained=mode == "training",
         bytes_per_sample=_bytes_per_sample(evaluated, example_input),
     )
 
@@ -66,23 +69,34 @@ def _layer(
     )
 
 
-def _record(model: nn.Module, batch: Batch, forward: Forward, *, training: bool) -> Record:
+def _trained(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Mode, Record]:
+    """The record with dropout on, and in which mode the model could be run."""
     try:
-        return record(model, batch, forward, training=training)
+        return "training", _record(model, batch, forward, "training")
+    except ModelError:
+        try:
+            return "leaves", _record(model, batch, forward, "leaves")
+        except ModelError:
+            pass
+        raise
+
+
+def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode) -> Record:
+    try:
+        return record(model, batch, forward, mode)
     except Exception as error:
-        mode = "training" if training else "evaluation"
         raise ModelError(
             f"{type(model).__name__}: a forward in {mode} mode failed: {type(error).__name__}: {error}. "
             "Expected the model to run on the example input; check its shape (--input-size)."
         ) from error
 
 
-def _possible(model: nn.Module | None, batch: Batch, forward: Forward) -> Record | None:
+def _possible(model: nn.Module | None, batch: Batch, forward: Forward, mode: Mode) -> Record | None:
     """The record with every rate above zero; None without a model, or if it does not run like that."""
     if model is None:
         return None
     try:
-        return record(unwrap(model), batch, forward, training=True, alive=True)
+        return record(unwrap(model), batch, forward, mode, alive=True)
     except Exception:  # noqa: BLE001 - a rate of 0.5 where the model forbids it is no reason to fail
         return None
 

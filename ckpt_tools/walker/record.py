@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.contract import DropoutSite
-from ckpt_tools.walker.call import Batch, Forward, first_samples, to_device
+from ckpt_tools.walker.call import Batch, Forward, device_of, eager, first_samples, to_device
 from ckpt_tools.walker.sites import (
     ALIVE,
     HostRandomness,
@@ -205,50 +205,61 @@ class _Calls(TorchFunctionMode):
             inputs[name] = inputs.get(name, frozenset()) | taint
 
 
-def record(model: nn.Module, batch: Batch, forward: Forward, *, training: bool, alive: bool = False) -> Record:
+Mode = Literal["training", "leaves", "evaluation"]
+
+
+def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, *, alive: bool = False) -> Record:
     """Run ``forward(model, batch)`` once on a copy and record it.
 
-    training: dropout on (BN layers stay in evaluation mode), else a plain evaluation forward.
+    mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for modules without
+        children only: detection models want targets when the outer module is training), or "evaluation".
     alive: sites whose rate is zero run at ALIVE, to see what they could reach.
     Raises whatever the model raises when neither a meta nor a real forward gets through.
     """
     try:
-        return _run(model, to_device(batch, "meta"), forward, meta=True, training=training, alive=alive)
+        return _run(model, to_device(batch, "meta"), forward, mode, meta=True, alive=alive)
     except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
-        return _run(model, first_samples(batch, 2), forward, meta=False, training=training, alive=alive)
+        few = to_device(first_samples(batch, 2), device_of(model))
+        return _run(model, few, forward, mode, meta=False, alive=alive)
 
 
-def _run(model: nn.Module, batch: Batch, forward: Forward, *, meta: bool, training: bool, alive: bool) -> Record:
+def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, *, meta: bool, alive: bool) -> Record:
     twin = _twin(model, meta=meta)
     if alive:
         enliven(twin)
-    twin.train(training)
-    layers = {}
-    for name, module in twin.named_modules():
-        if isinstance(module, _BatchNorm):
-            module.training = False  # not .eval(): the layer may hold drop and activation modules
-            layers[id(module.running_var)] = name
+    layers = _set_mode(twin, mode)
     result = Record(device="meta" if meta else "cpu")
-    tape = _Tape(twin, result, training=training)
+    tape = _Tape(twin, result, training=mode != "evaluation")
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
+        stack.enter_context(eager())
         stack.callback(register_module_forward_pre_hook(tape.enter).remove)
         stack.callback(register_module_forward_hook(tape.leave).remove)
         stack.enter_context(_Calls(tape, layers, alive=alive))
-        stack.enter_context(_Dataflow(tape, meta=meta, weigh=not training))
+        stack.enter_context(_Dataflow(tape, meta=meta, weigh=mode == "evaluation"))
         forward(twin, batch)
     return result
+
+
+def _set_mode(model: nn.Module, mode: Mode) -> dict[int, str]:
+    """Set every module's train flag; BN layers by the identity of their running_var."""
+    layers = {}
+    for name, module in model.named_modules():
+        module.training = mode == "training" or (mode == "leaves" and not module._modules)
+        if isinstance(module, _BatchNorm):
+            module.training = False  # not .eval(): the layer may hold drop and activation modules
+            layers[id(module.running_var)] = name
+    return layers
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Random generators and warning filters come back as they were."""
-    with warnings.catch_warnings(), torch.random.fork_rng(), contextmanager(saved_host_randomness)():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if torch.compiler.is_compiling():
-            raise RuntimeError("a walk cannot be compiled")
-        yield
+        with torch.random.fork_rng(), saved_host_randomness():
+            yield
 
 
 def _twin(model: nn.Module, *, meta: bool) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,8 +125,9 @@ class HostRandomness:
         return random.getstate()[1][-1], state["state"]["pos"]
 
 
+@contextmanager
 def saved_host_randomness() -> Iterator[None]:
-    """Generator for a context manager: Python's and numpy's global generators come back as they were."""
+    """Python's and numpy's global generators come back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         yield
