@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments
+from ckpt_tools.walker.call import batch_norm_arguments
 from ckpt_tools.walker.sites import dropout_call
 
 
@@ -133,8 +134,7 @@ class Interception(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-            given = {"weight": None, "bias": None, "eps": 1e-5} | dict(zip(names, args, strict=False)) | kwargs
+            given = batch_norm_arguments(args, kwargs)
             layer = self.layers.get(id(given["running_var"]))
             if layer is not None:
                 return layer.forward(given["input"], given["weight"], given["bias"], given["eps"], self.images)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,14 @@ def first_samples(batch: Batch, count: int) -> Batch:
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Every tensor of a batch on ``device``."""
     return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)
+
+
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def batch_norm_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, Any]:
+    """The arguments of a call of ``F.batch_norm`` by name, those that it uses in evaluation mode always among them."""
+    return {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(_BATCH_NORM, args, strict=False)), **kwargs}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.contract import DropoutSite
-from ckpt_tools.walker.call import Batch, Forward, device_of, eager, first_samples, to_device
+from ckpt_tools.walker.call import Batch, Forward, batch_norm_arguments, device_of, eager, first_samples, to_device
 from ckpt_tools.walker.sites import (
     ALIVE,
     HostRandomness,
@@ -197,7 +197,7 @@ class _Calls(TorchFunctionMode):
             self.tape.declared = None
 
     def _reach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(("input", "running_mean", "running_var"), args, strict=False)) | kwargs
+        given = batch_norm_arguments(args, kwargs)
         name = self.layers.get(id(given["running_var"]))
         if name is not None:
             inputs = self.tape.record.inputs
