@@ -22,14 +22,14 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream, Skipped
-from ckpt_tools.errors import ModelError, OutputError, UsageError
+from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.identify.load import load
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.run import reestimate_bn
+from ckpt_tools.reestimate.run import check_method, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.storage.read import sha256
-from ckpt_tools.storage.write import save
+from ckpt_tools.storage.write import check_output, save
 from ckpt_tools.walker.downstream import walk
 
 
@@ -104,8 +104,10 @@ def prepare(request: Request) -> Plan:
     Raises any CkptToolsError; nothing is written.
     """
     output = request.output or default_output(request.checkpoint)
-    if output.exists() and not request.overwrite:
-        raise OutputError(f"{output} exists already. Give --overwrite to replace it, or another name with --output.")
+    check_output(output, request.checkpoint, overwrite=request.overwrite)
+    check_method(
+        request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
+    )
     _check_device(request.device)
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     loaded = load(
@@ -156,7 +158,7 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
 def default_output(checkpoint: Path) -> Path:
     """``model.pt`` → ``model.bn.safetensors``, beside the source."""
     name = checkpoint.name
-    for suffix in (".index.json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar"):
+    for suffix in (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
         name = name.removesuffix(suffix)
     return checkpoint.absolute().parent / f"{name}.bn.safetensors"
 
@@ -194,14 +196,14 @@ def example_input(spec: InputSpec | None, source: Source | None) -> object:
 
 def _check_device(device: str) -> None:
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
-        kind = "unknown"
+        kind, index = "unknown", 0
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N.")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and index >= torch.cuda.device_count():
         raise ModelError(
-            f"--device {device}: this machine has no CUDA device that torch {torch.__version__} can use. "
+            f"--device {device}: this machine has no such CUDA device that torch {torch.__version__} can use. "
             "Use --device cpu, or install a CUDA build of torch and its driver."
         )
 

@@ -299,3 +299,79 @@ def test_arguments_that_mean_nothing(arguments: dict[str, object]) -> None:
     model, data = case("mlp")
     with pytest.raises(UsageError):
         reestimate_bn(model, data, **arguments)
+
+
+class Merging(nn.Linear):
+    """A layer whose own ``train`` does more than set a flag, as LoRA layers do, and whose forward keeps a count."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        with torch.no_grad():
+            self.weight.add_(0.0 if mode else 1.0)
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return super().forward(x)
+
+
+def test_state_that_a_forward_or_eval_changes_comes_back() -> None:
+    model = nn.Sequential(Merging(), nn.Dropout(0.5), nn.BatchNorm1d(6))
+    before = copy.deepcopy(model.state_dict())
+    reestimate_bn(model, nets.batches((6,)))
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"2.running_var"}
+
+
+def test_attention_that_ignores_the_mode_is_off() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(nn.functional.scaled_dot_product_attention(x, x, x, None, 0.5).transpose(1, 2))
+
+    data = [batch.transpose(1, 2) for batch in nets.batches((4, 5))]
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Attending()
+        reestimate_bn(model, data, layers="all")
+        results.append(model.bn.running_var)
+    assert torch.equal(*results)
+
+
+def test_exact_notices_other_samples() -> None:
+    model, data = case("densenet")
+    loader = DataLoader(torch.cat(data), batch_size=50, shuffle=True, drop_last=True)
+    with pytest.raises(DataError, match="other samples"):
+        reestimate_bn(model, loader, estimator="exact")
+
+
+@pytest.mark.parametrize("batches", [torch.zeros(4, 3, 8, 8), {"x": 1}, TensorDataset(torch.zeros(4, 3))])
+def test_what_is_no_iterable_of_batches(batches: object) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        reestimate_bn(nets.DenseNet(), batches)
+
+
+@pytest.mark.parametrize("name", ["estimator", "layers", "statistics"])
+def test_misspelt_choices(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}='al'"):
+        reestimate_bn(nets.DenseNet(), nets.batches((3, 8, 8)), **{name: "al"})
+
+
+def test_a_variance_that_half_precision_cannot_hold() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)).half()
+    before = model[1].running_var.clone()
+    with pytest.raises(ModelError, match=r"1: .*float16"):
+        reestimate_bn(model, [torch.randn(64, 3).half() * 1000])
+    assert torch.equal(model[1].running_var, before)
+
+
+def test_one_sample_proves_nothing_about_the_data() -> None:
+    model, data = case("densenet")
+    assert reestimate_bn(model, [data[0][:1] * 50]).controls.verdict == "none"

@@ -207,3 +207,67 @@ def test_compiled_submodules() -> None:
     compiled = nn.Sequential(torch.compile(model, backend="eager"), nn.Identity())
     walk = ckpt_tools.walk(torch.compile(compiled, backend="eager"), torch.randn(2, 10))
     assert [bool(layer.downstream_of) for layer in walk.batch_norms] == expected
+
+
+def test_layers_that_normalise_by_hand_are_left_alone() -> None:
+    class ByHand(nn.BatchNorm1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x - self.running_mean) / (self.running_var + self.eps).sqrt()
+
+    walk = ckpt_tools.walk(nn.Sequential(nn.Dropout(0.5), ByHand(4), nn.BatchNorm1d(4)), torch.randn(2, 4))
+    assert [layer.name for layer in walk.batch_norms] == ["2"]
+    assert [item.name for item in walk.left_alone] == ["1"]
+
+
+def test_zeros_that_are_no_rates() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop_tokens = 0
+            self.drop, self.bn = nn.Dropout(0.0), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.drop(x[self.drop_tokens :]))
+
+    (layer,) = ckpt_tools.walk(Tokens(), torch.randn(4, 4)).batch_norms
+    assert layer.potentially_downstream_of == ("drop",)
+
+
+def test_two_sites_in_one_module_keep_their_names() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1, self.bn2 = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.bn1(nn.functional.dropout(x, 0.0, self.training))
+            return self.bn2(nn.functional.dropout(x, 0.3, self.training))
+
+    first, second = ckpt_tools.walk(Two(), torch.randn(4, 4)).batch_norms
+    assert (first.downstream_of, first.potentially_downstream_of) == ((), ("(root)",))
+    assert (second.downstream_of, second.potentially_downstream_of) == (("(root):2",), ("(root)",))
+
+
+def test_training_forwards_that_write_to_their_model() -> None:
+    class Codebook(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes, self.bn = nn.Parameter(torch.zeros(4)), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training and x.sum().item() != 12345.0:
+                self.codes.data += 1
+            return self.bn(x)
+
+    model = Codebook()
+    assert ckpt_tools.walk(model, torch.randn(4, 4)).device == "cpu"
+    assert not model.codes.any()
+
+
+def test_what_cannot_be_walked() -> None:
+    with pytest.raises(ModelError, match="lazy module"):
+        ckpt_tools.walk(nn.LazyLinear(3), torch.randn(2, 4))
+    model = nets.mlp()
+    model.lock = (step for step in ())
+    with pytest.raises(ModelError, match="deepcopy"):
+        ckpt_tools.walk(model, torch.randn(2, 10))

@@ -83,9 +83,10 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
 
     preprocessing = Preprocessing(**{name: said.pop(name) for name in _PREPROCESSING})
     request = Request(checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
-    plan = prepare(request)
+    with options.own_stdout():
+        plan = prepare(request)
     if not as_json:
         click.echo(plan_text(plan) + "\n")
-    with Bar(plan.stream.count, hidden=quiet) as bar:
+    with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout():
         outcome = execute(plan, bar)
     click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))

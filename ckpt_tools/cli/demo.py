@@ -25,7 +25,12 @@ _ARCHITECTURE = "ckpt_tools.demo.densenet:digits_densenet"
 
 @click.command()
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Networks to train.")
-@click.option("--keep", type=options.path, metavar="DIR", help="Keep checkpoints and data in this folder.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep checkpoints and data in this folder.",
+)
 @options.as_json
 def demo(seeds: int, keep: Path | None, as_json: bool) -> None:
     """Train a small DenseNet with dropout on 600 digits, correct its checkpoint, score both on 1,197 others.

@@ -43,14 +43,15 @@ def inspect(
     from ckpt_tools.walker.downstream import walk
 
     kwargs = parse_model_kwargs(model_kwargs)
-    if checkpoint is not None:
-        loaded = load(checkpoint, architecture, model_kwargs=kwargs, weights=weights, trust=trust)
-    elif architecture is not None:
-        loaded = load_architecture(architecture, kwargs)
-    else:
+    if checkpoint is None and architecture is None:
         raise click.UsageError("Give a checkpoint, or an architecture with --arch.")
-    spec = input_spec_for(loaded.input_spec, Preprocessing(input_size=input_size), None)
-    found = walk(loaded.model, example_input(spec, None), probe=loaded.probe)
+    with options.own_stdout():
+        if checkpoint is not None:
+            loaded = load(checkpoint, architecture, model_kwargs=kwargs, weights=weights, trust=trust)
+        else:
+            loaded = load_architecture(str(architecture), kwargs)
+        spec = input_spec_for(loaded.input_spec, Preprocessing(input_size=input_size), None)
+        found = walk(loaded.model, example_input(spec, None), probe=loaded.probe)
     if as_json:
         click.echo(json.dumps(inspection_json(loaded, found), indent=2))
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +28,11 @@ def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
         return found
 
     return {"metavar": "N,N,…" if kind is int else "X,X,…", "callback": parse}
+
+
+def own_stdout() -> contextlib.AbstractContextManager[object]:
+    """What a user's factory or data code prints goes to stderr: stdout is for our results."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -46,7 +46,7 @@ def _script_rates(words: Mapping[str, object], keywords: tuple[str, ...]) -> dic
         arguments = words.get(key)
         if isinstance(arguments, Mapping):
             said = {name: arguments.get(name) for name in keywords}
-            return {name: rate for name, rate in said.items() if isinstance(rate, int | float)}
+            return {name: rate for name, rate in said.items() if type(rate) in (int, float)}
     return {}
 
 

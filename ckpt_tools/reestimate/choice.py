@@ -27,7 +27,9 @@ def choose(walk: Walk, layers: LayerChoice, *, rates: Rates, statistics: Statist
         raise NothingToDo(_no_layer(walk))
     behind = [layer for layer in reached if layer.downstream_of]
     controls = frozenset(
-        layer.name for layer in reached if not layer.downstream_of and not layer.potentially_downstream_of
+        layer.name
+        for layer in reached
+        if walk.containers_trained and not layer.downstream_of and not layer.potentially_downstream_of
     )
     if layers == "all":
         return _all(reached, controls, "asked for every BN layer")
@@ -35,8 +37,9 @@ def choose(walk: Walk, layers: LayerChoice, *, rates: Rates, statistics: Statist
         return _all(reached, controls, "mean and variance (precise BN) concern every BN layer")
     if behind:
         # Whatever other rates might be, these layers are untouched by dropout as the model stands.
-        controls = frozenset(layer.name for layer in reached if not layer.downstream_of)
-        why = f"{len(behind)} of {len(reached)} BN layers lie behind active dropout"
+        if walk.containers_trained:
+            controls = frozenset(layer.name for layer in reached if not layer.downstream_of)
+        why = f"{len(behind)} of {len(reached)} BN layers lie behind active dropout{_unseen(walk)}"
         return Choice(frozenset(layer.name for layer in behind), controls, why)
     if layers == "auto" and rates == "unknown" and _may_be_behind(walk, reached):
         why = (
@@ -55,6 +58,12 @@ def _may_be_behind(walk: Walk, reached: list[BatchNormLayer]) -> bool:
     """False only where the sites are known to be active and none of them, at any rate, lies before a BN layer."""
     potential = any(layer.potentially_downstream_of for layer in reached)
     return potential or not any(site.active for site in walk.dropout_sites)
+
+
+def _unseen(walk: Walk) -> str:
+    if walk.containers_trained:
+        return ""
+    return " (only leaf modules ran in training mode, as the model wants targets there; other noise was not seen)"
 
 
 def _no_layer(walk: Walk) -> str:
@@ -76,7 +85,7 @@ def _not_behind(walk: Walk, rates: Rates) -> str:
         names = ", ".join(site.name for site in active[:3])
         cause = f"no BN layer lies behind an active dropout site ({names})"
     else:
-        cause = "every drop rate is zero, so no BN layer saw dropout"
+        cause = f"every drop rate is zero, so no BN layer saw dropout{_unseen(walk)}"
     return (
         f"nothing to do: with {known}, {cause}. Use --layers all (layers='all') to re-estimate every BN layer "
         "all the same, or give the rates of the training run (--model-kwargs)."

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.moments import Moments
-from ckpt_tools.walker.call import Batch, input_tensors
+from ckpt_tools.walker.call import Batch, batch_size, input_tensors
 
 
 def check_input(batch: Batch, number: int) -> None:
     """Raise DataError if the input of a batch holds NaN or infinity."""
     for tensor in input_tensors(batch):
-        if not bool(torch.isfinite(tensor).all()):
-            bad = (~torch.isfinite(tensor.flatten(1))).any(1).nonzero().flatten().tolist()
+        # Among named arguments may be an attention mask, whose infinities are meant.
+        wrong = tensor.isnan() if isinstance(batch, Mapping) else ~tensor.isfinite()
+        if bool(wrong.any()):
+            bad = wrong.reshape(len(tensor), -1).any(1).nonzero().flatten().tolist() if tensor.ndim else [0]
             raise DataError(
-                f"batch {number}: NaN or infinity in the input, samples {bad[:5]} of {tensor.shape[0]}. "
+                f"batch {number}: NaN or infinity in the input, samples {bad[:5]} of {batch_size(batch)}. "
                 "Remove them or fix the preprocessing."
             )
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ckpt_tools.errors import DataError
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments
 from ckpt_tools.walker.call import batch_norm_arguments
-from ckpt_tools.walker.sites import dropout_call
+from ckpt_tools.walker.sites import dropout_call, without_dropout
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Layer:
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, images: int) -> Tensor:
         """Observe the input (N, C, …) and normalise it by the rule of this pass."""
+        if x.numel() == 0:  # no proposals, no tokens: nothing to learn from
+            return F.batch_norm(x, self.module.running_mean, self.module.running_var, weight, bias, False, 0.0, eps)
         if x.numel() == x.shape[1]:
             raise DataError(
                 f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a variance needs "
@@ -114,7 +116,7 @@ def _together(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
 
 
 class Interception(TorchFunctionMode):
-    """During a forward: BN layers under observation run as their Layer says, and no dropout runs at all.
+    """During a forward: BN layers under observation run as their Layer says, and calls of dropout do nothing.
 
     Layers are recognised by the running_var they hand to F.batch_norm, whatever their class, so their modules stay
     untouched in evaluation mode. Dropout that ignores the mode (``F.dropout(x, training=True)``) is skipped here.
@@ -141,8 +143,7 @@ class Interception(TorchFunctionMode):
         drop = dropout_call(func, args, kwargs)
         if drop is not None:
             return drop.input
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
-            kwargs = {**kwargs, "dropout_p": 0.0}
+        args, kwargs = without_dropout(func, args, kwargs)
         return func(*args, **kwargs)
 
 

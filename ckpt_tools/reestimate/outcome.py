@@ -69,12 +69,14 @@ def judge_controls(choice: Choice, layers: dict[str, Layer]) -> Controls:
         return Controls((), None, None, "none", why)
     deviations = torch.cat([_deviation(layer) for layer in usable.values()])
     noise = torch.cat([layer.relative_error() for layer in usable.values()]).median()
+    if not bool(torch.isfinite(noise)):
+        return Controls((), None, None, "none", "from one sample nobody can tell")
     typical, worst = float(deviations.median()), max(float(_deviation(x).median()) for x in usable.values())
     apart = typical > DISAGREEMENT + 3 * float(noise)
     return Controls(tuple(usable), typical, worst, "disagree" if apart else "agree")
 
 
-_UNTRAINED = "the control layers saw too few training batches to have forgotten their initial variance"
+_UNTRAINED = "the counters of the control layers do not show enough training batches to forget the initial variance"
 
 
 def _trained(layer: Layer) -> bool:

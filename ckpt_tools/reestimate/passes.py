@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from ckpt_tools.reestimate.layer import (
     log_step,
     stored,
 )
+from ckpt_tools.reestimate.source import Batches, checksum
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
 from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, to_device
 
@@ -36,7 +38,7 @@ class Passes:
     """The passes over the data, and what they leave in ``layers``."""
 
     model: nn.Module
-    source: Iterable[Batch]
+    source: Batches
     forward: Forward
     layers: dict[str, Layer]
     progress: Callable[[Progress], None] | None
@@ -45,6 +47,7 @@ class Passes:
     passes: int = 0
     residual: float | None = None
     stopped_early: bool = False
+    checksum: float | None = None  # of the input of the first pass
     error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
 
     def estimate(
@@ -63,6 +66,8 @@ class Passes:
         self._sweep(rule, tolerance)
         for layer in self._chosen():
             layer.scale = _measured(layer, statistics)
+        if not self._chosen():
+            raise ModelError("the data reached none of the layers to rewrite, although the example input did.")
         if estimator == "exact":
             self._settle(statistics)
 
@@ -106,6 +111,7 @@ class Passes:
         for layer in self.layers.values():
             layer.begin_pass(rule)
         images = batches = 0
+        total = 0.0
         interception = Interception(self.layers)
         device = device_of(self.model)
         for batch in itertools.islice(self.source, self.batches or None):
@@ -118,18 +124,22 @@ class Passes:
             for name, moments in seen.items():
                 if update is not None and moments is not None and self.layers[name].rewritten:
                     update(self.layers[name], moments)
-            images, batches = images + interception.images, batches + 1
+            images, batches, total = images + interception.images, batches + 1, total + checksum(batch)
+            if tolerance is None and self.progress is None:
+                continue
             bound = error_bound(self.layers.values())
             if self.progress is not None:
                 self.progress(Progress(self.passes, images, bound, self.residual))
             if enough(bound, images, tolerance):
                 self.stopped_early = True
                 break
-        self._after_sweep(images, batches)
+        self._after_sweep(images, batches, total, repeatable=rule is stored)
 
     def _forward(self, batch: Batch, number: int) -> None:
         try:
             self.forward(self.model, batch)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"batch {number}: out of memory: {error}. Use a smaller --batch-size.") from error
         except RuntimeError as error:
             if str(error).startswith("DataLoader worker"):  # torch raises it wherever the signal finds us
                 raise DataError(f"batch {number}: {error}. Memory ran out? Try fewer --workers.") from error
@@ -137,13 +147,24 @@ class Passes:
                 f"batch {number}: the model cannot run on it: {error}. Check the input's shape and the device."
             ) from error
 
-    def _after_sweep(self, images: int, batches: int) -> None:
+    def _after_sweep(self, images: int, batches: int, total: float, *, repeatable: bool) -> None:
+        if not batches:
+            raise DataError("no batch of training data; expected at least one.")
         if self.batches and batches != self.batches:
             raise DataError(
                 f"pass {self.passes} gave {batches} batches, the first one {self.batches}; `exact` and epochs > 1 "
                 "need an iterable that can be read again, such as a list or a DataLoader."
             )
-        self.images, self.batches = images, batches
+        if (
+            repeatable
+            and self.checksum is not None
+            and not math.isclose(total, self.checksum, rel_tol=1e-6, abs_tol=1e-3)
+        ):
+            raise DataError(
+                f"pass {self.passes} saw other samples than the first one (random augmentation, drop_last, or "
+                "shuffling with a tolerance?); `exact` needs the same ones in every pass. Use pooled, or fix the data."
+            )
+        self.images, self.batches, self.checksum = images, batches, total
 
 
 def _measured(layer: Layer, statistics: Statistics) -> Scale:

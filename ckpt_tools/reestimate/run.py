@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Estimator, LayerChoice, Rates, Reestimation, Statistics, Walk
-from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
 from ckpt_tools.reestimate.passes import Passes
+from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, unwrap
 from ckpt_tools.walker.downstream import walk as walk_model
@@ -71,11 +72,16 @@ def reestimate_bn(
         ModelError: NaN in the model, a model that cannot be run.
     """
     started = time.perf_counter()
-    _check_arguments(batches, estimator, tolerance, momentum, epochs)
+    check_method(estimator, layers, statistics, tolerance, momentum, epochs)
+    source = Batches(batches)
+    if source.one_shot and (estimator == "exact" or epochs > 1):
+        raise UsageError(
+            f"estimator {estimator!r} reads the data several times, but batches is a one-shot iterator "
+            f"({type(batches).__name__}). Pass a list or a DataLoader."
+        )
     model = unwrap(model)
-    first, source = _peek(batches)
     if walk is None:
-        walk = walk_model(model, first, forward=forward)
+        walk = walk_model(model, source.first(), forward=forward)
     choice = choose(walk, layers, rates=rates, statistics=statistics)
     run = Passes(model, source, forward, _observed(model, walk, choice), progress)
     with _evaluating(model), torch.no_grad(), eager():
@@ -102,30 +108,25 @@ def reestimate_bn(
     )
 
 
-def _check_arguments(
-    batches: Iterable[Batch], estimator: str, tolerance: float | None, momentum: float, epochs: int
+def check_method(
+    estimator: str, layers: str, statistics: str, tolerance: float | None, momentum: float, epochs: int
 ) -> None:
+    """Raise UsageError if these arguments of ``reestimate_bn`` mean nothing, or nothing together."""
+    for name, value, known in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("layers", layers, get_args(LayerChoice)),
+        ("statistics", statistics, get_args(Statistics)),
+    ):
+        if value not in known:
+            raise UsageError(f"{name}={value!r}: expected one of {', '.join(known)}.")
     if tolerance is not None and not (0 < tolerance < 1 and estimator != "ema"):
-        raise UsageError(f"tolerance={tolerance}: expected a relative error in (0, 1) and not the ema estimator.")
+        raise UsageError(f"tolerance={tolerance}: expected a relative error in (0, 1), and not the ema estimator.")
     if not 0 < momentum <= 1:
         raise UsageError(f"momentum={momentum}: expected a number in (0, 1].")
     if epochs < 1:
         raise UsageError(f"epochs={epochs}: expected at least 1.")
-    if isinstance(batches, Iterator) and (estimator == "exact" or epochs > 1):
-        raise UsageError(
-            f"estimator {estimator!r} reads the data several times, but batches is a one-shot iterator "
-            f"({type(batches).__name__}). Pass a list or a DataLoader."
-        )
-
-
-def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
-    """The first batch, and an iterable that still has all of them."""
-    iterator = iter(batches)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise DataError("no batch of training data; expected at least one.") from None
-    return first, itertools.chain([first], iterator) if iterator is batches else batches
+    if estimator != "ema" and (momentum, epochs) != (0.1, 1):
+        raise UsageError(f"momentum and epochs belong to the ema estimator, not to {estimator}. Leave them out.")
 
 
 def _observed(model: nn.Module, walk: Walk, choice: Choice) -> dict[str, Layer]:
@@ -141,25 +142,45 @@ def _observed(model: nn.Module, walk: Walk, choice: Choice) -> dict[str, Layer]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module; afterwards each one's train flag is as it was."""
-    flags = [(module, module.training) for module in model.modules()]
+    """Evaluation mode for every module; afterwards flags and buffers are as they were.
+
+    Flags are set one by one: a module's own ``eval()`` may do more than that (merge weights, say).
+    """
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    contents = {id(b): (b, b.detach().clone()) for held in buffers for b in held.values() if b is not None}
     try:
-        model.eval()
+        for module in modules:
+            module.training = False
         yield
     finally:
-        for module, flag in flags:
+        for module, flag, held in zip(modules, flags, buffers, strict=True):
             module.training = flag
+            module._buffers.update(held)
+        with torch.no_grad():
+            for buffer, content in contents.values():
+                buffer.copy_(content)
 
 
 def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
+    """Copy the new statistics into the model's buffers: all of them, or none if one does not fit its dtype."""
+    writes: list[tuple[Tensor, Tensor]] = []
     for layer in layers.values():
-        if layer.rewritten and layer.moments is not None:
-            _copy(layer.module.running_var, layer.scale.variance)
-            if statistics == "mean+variance":
-                _copy(layer.module.running_mean, layer.scale.mean)
-
-
-def _copy(buffer: Tensor | None, value: Tensor) -> None:
-    assert buffer is not None
+        if not layer.rewritten or layer.moments is None:
+            continue
+        pairs = [(layer.module.running_var, layer.scale.variance)]
+        if statistics == "mean+variance":
+            pairs.append((layer.module.running_mean, layer.scale.mean))
+        for buffer, value in pairs:
+            assert buffer is not None
+            cast = value.to(buffer.dtype)
+            if not bool(torch.isfinite(cast).all()):
+                raise ModelError(
+                    f"{layer.name}: a new statistic of {float(value.abs().max()):.3g} does not fit into "
+                    f"{buffer.dtype}. Convert the model to float32 first."
+                )
+            writes.append((buffer, cast))
     with torch.no_grad():
-        buffer.copy_(value)
+        for buffer, cast in writes:
+            buffer.copy_(cast)

@@ -43,6 +43,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "controls": _finite(dataclasses.asdict(result.controls)),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
         "output": {"path": str(plan.output), "sha256": outcome.output_sha256},
+        "containers_trained": plan.walk.containers_trained,
         "device": result.device,
         "seconds": round(result.seconds, 3),
     }
@@ -59,6 +60,7 @@ def inspection_json(loaded: LoadedModel, walk: Walk) -> dict[str, object]:
         "batch_norms": [dataclasses.asdict(layer) for layer in walk.batch_norms],
         "dropout_sites": [dataclasses.asdict(site) for site in walk.dropout_sites],
         "left_alone": [dataclasses.asdict(item) for item in walk.left_alone],
+        "containers_trained": walk.containers_trained,
     }
 
 

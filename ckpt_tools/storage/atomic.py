@@ -40,6 +40,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{target}: expected the name of a file to write, found a folder. Add a file name.")
         if not target.parent.is_dir():
             raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
+        if not os.access(target.parent, os.W_OK):
+            raise OutputError(f"{target}: the folder {target.parent} is read-only. Choose another with --output.")
         if not overwrite and os.path.lexists(target):
             raise _taken(target)
     except OSError as error:

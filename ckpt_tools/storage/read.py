@@ -45,7 +45,7 @@ def read_part(path: Path | str, *, weights: str, prefix: str, trust: bool = Fals
 
     Raises CheckpointError if it is not there any more.
     """
-    found = read_checkpoint(path, weights=weights or "auto", trust=trust)
+    found = read_checkpoint(path, weights=weights or "model", trust=trust)
     inner = prefix.removeprefix(found.prefix)
     return under(found, inner) if inner else found
 

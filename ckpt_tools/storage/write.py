@@ -24,7 +24,7 @@ from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.read import read_part, sha256
 from ckpt_tools.storage.source import find_source
 
-__all__ = ["save", "write_safetensors"]
+__all__ = ["check_output", "save", "write_safetensors"]
 
 
 def save(
@@ -39,17 +39,18 @@ def save(
 
     ``replacements`` maps keys of the checkpoint to tensors of the same shape, which are cast to the stored dtype.
     Every other tensor comes out bit for bit as it is in the source, under the same key and in the same order.
-    ``provenance`` (anything JSON can hold) is added to the output's metadata.
+    ``provenance`` (anything JSON can hold) is added to the output's metadata; ``source_sha256`` in it saves hashing
+    the source once more.
 
     Raises OutputError, and leaves no file behind, if the target exists and ``overwrite`` is not set, if it is
     the source, if a replacement does not fit, or if the file cannot be written or reads back differently.
     """
     target = Path(path)
-    _refuse_source(target, checkpoint)
-    check_target(target, overwrite=overwrite)
+    check_output(target, checkpoint.path, overwrite=overwrite)
     tensors = _replaced(checkpoint.tensors, replacements)
     _check_unchanged(checkpoint)
-    metadata = output_metadata(checkpoint, provenance, sha256(checkpoint.path))
+    digest = str(provenance.get("source_sha256") or sha256(checkpoint.path))
+    metadata = output_metadata(checkpoint, provenance, digest)
     return write_safetensors(target, tensors, metadata=metadata, overwrite=overwrite)
 
 
@@ -74,12 +75,21 @@ def write_safetensors(
     return digest
 
 
-def _refuse_source(target: Path, checkpoint: Checkpoint) -> None:
-    source = find_source(checkpoint.path)
+def check_output(target: Path, source_path: Path, *, overwrite: bool) -> None:
+    """Refuse at once what cannot be written at the end: the source itself, a taken name, a missing folder.
+
+    Raises OutputError.
+    """
+    _refuse_source(target, source_path)
+    check_target(target, overwrite=overwrite)
+
+
+def _refuse_source(target: Path, source_path: Path) -> None:
+    source = find_source(source_path)
     files = [*source.files, *([source.index] if source.index else [])]
     if any(_is_same(target, file) for file in files):
         raise OutputError(
-            f"{target}: expected a file of its own, found the source checkpoint ({checkpoint.path}), which is never "
+            f"{target}: expected a file of its own, found the source checkpoint ({source_path}), which is never "
             "written to. Choose another name."
         )
 

@@ -73,7 +73,9 @@ def first_samples(batch: Batch, count: int) -> Batch:
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Every tensor of a batch on ``device``."""
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, non_blocking=True), batch)
+    return pytree.tree_map_only(
+        Tensor, lambda leaf: leaf.to(device, non_blocking=torch.device(device).type == "cuda"), batch
+    )
 
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

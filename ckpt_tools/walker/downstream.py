@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Sequence
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ckpt_tools.contract import BatchNormLayer, DropoutSite, LeftAlone, Walk
-from ckpt_tools.errors import ModelError
+from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
-from ckpt_tools.walker.record import Mode, Record, record
+from ckpt_tools.walker.record import Mode, Rates, Record, record
 
 
 def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call) -> Walk:
@@ -31,16 +35,19 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
         ModelError: if the model can be run neither on meta tensors nor for real.
     """
     model = unwrap(model)
+    _refuse_lazy(model)
     evaluated = _record(model, example_input, forward, "evaluation")
     mode, trained = _trained(model, example_input, forward)
-    possible = (
-        _possible(probe, example_input, forward, mode) or _possible(model, example_input, forward, mode) or trained
-    )
+    possible = _possible([probe, model], example_input, forward, mode) or trained
 
     active = trained.sites
     dormant = {name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active}
     order = [*evaluated.inputs, *(name for name in trained.inputs if name not in evaluated.inputs)]
     layers, left_alone = _survey(model)
+    for name in evaluated.called - set(evaluated.inputs):
+        module, _ = layers.pop(name)
+        reason = "normalises without torch.nn.functional.batch_norm, so its variance cannot be measured"
+        left_alone.append(LeftAlone(name, f"{type(module).__name__}: {reason}"))
     ranked = sorted(layers, key=lambda name: order.index(name) if name in order else len(order))
     return Walk(
         batch_norms=tuple(_layer(name, layers[name], trained, possible, evaluated) for name in ranked),
@@ -69,6 +76,12 @@ def _layer(
     )
 
 
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(f"{name}: not initialised yet (a lazy module). Run the model on a batch first.")
+
+
 def _trained(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Mode, Record]:
     """The record with dropout on, and in which mode the model could be run."""
     try:
@@ -84,6 +97,8 @@ def _trained(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Mode, Re
 def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode) -> Record:
     try:
         return record(model, batch, forward, mode)
+    except CkptToolsError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__}: a forward in {mode} mode failed: {type(error).__name__}: {error}. "
@@ -91,14 +106,15 @@ def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode) -> Rec
         ) from error
 
 
-def _possible(model: nn.Module | None, batch: Batch, forward: Forward, mode: Mode) -> Record | None:
-    """The record with every rate above zero; None without a model, or if it does not run like that."""
-    if model is None:
-        return None
-    try:
-        return record(unwrap(model), batch, forward, mode, alive=True)
-    except Exception:  # noqa: BLE001 - a rate of 0.5 where the model forbids it is no reason to fail
-        return None
+def _possible(models: Sequence[nn.Module | None], batch: Batch, forward: Forward, mode: Mode) -> Record | None:
+    """The record with every rate above zero, of the first model that runs like that; None if none does."""
+    for model in models:
+        for attributes in (True, False):  # a zero that is no rate may stand under a name like drop_tokens
+            if model is None:
+                continue
+            with contextlib.suppress(Exception):
+                return record(unwrap(model), batch, forward, mode, Rates(alive=True, attributes=attributes))
+    return None
 
 
 def _bytes_per_sample(evaluated: Record, batch: Batch) -> int:
@@ -129,7 +145,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, tuple[_BatchNorm, list[str]]], 
 def _reason_to_leave(module: nn.Module) -> str:
     variance = module._buffers.get("running_var")
     if isinstance(module, _BatchNorm):
-        if variance is None:
-            return "keeps no running statistics; it normalises with those of the batch at test time too"
-        return "not initialised yet" if is_lazy(variance) else ""
+        return (
+            "" if variance is not None else "keeps no running statistics; it uses those of the batch at test time too"
+        )
     return "" if variance is None else "no BatchNorm; its statistics are constants or mean something else"

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.contract import DropoutSite
+from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.walker.call import Batch, Forward, batch_norm_arguments, device_of, eager, first_samples, to_device
 from ckpt_tools.walker.sites import (
     ALIVE,
@@ -52,6 +53,7 @@ class Record:
     device: str
     inputs: dict[str, frozenset[str]] = field(default_factory=dict)
     sites: dict[str, DropoutSite] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)  # BN modules that ran at all
     peak_bytes: int = 0
 
 
@@ -124,7 +126,10 @@ class _Tape:
 
     def enter(self, module: nn.Module, args: object) -> None:
         self.notice_host_draws()
-        self.frames.append(_Frame(self.names.get(id(module), self.frames[-1].name), module))
+        name = self.names.get(id(module), self.frames[-1].name)
+        self.frames.append(_Frame(name, module))
+        if isinstance(module, _BatchNorm):
+            self.record.called.add(name)
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
         self.notice_host_draws()
@@ -186,7 +191,10 @@ class _Calls(TorchFunctionMode):
         if func is F.batch_norm:
             self._reach(args, kwargs)
         drop = dropout_call(func, args, kwargs)
-        if drop is None or not drop.training or (drop.rate == 0 and not self.alive):
+        if drop is None or not drop.training:
+            return func(*args, **kwargs)
+        if drop.rate == 0 and not self.alive:
+            self.tape.frames[-1].sites += 1  # it keeps its number, and so the next site its name
             return func(*args, **kwargs)
         self.tape.declared = (drop.op, drop.rate)
         try:
@@ -208,35 +216,47 @@ class _Calls(TorchFunctionMode):
 Mode = Literal["training", "leaves", "evaluation"]
 
 
-def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, *, alive: bool = False) -> Record:
+@dataclass(frozen=True)
+class Rates:
+    """What becomes of sites at rate zero: left off, or run at ALIVE to see what they could reach.
+
+    ``attributes``: also set attributes of modules, for sites hidden behind ``if self.drop_rate > 0``.
+    """
+
+    alive: bool = False
+    attributes: bool = False
+
+
+def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Rates = Rates()) -> Record:
     """Run ``forward(model, batch)`` once on a copy and record it.
 
     mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for modules without
         children only: detection models want targets when the outer module is training), or "evaluation".
-    alive: sites whose rate is zero run at ALIVE, to see what they could reach.
     Raises whatever the model raises when neither a meta nor a real forward gets through.
     """
     try:
-        return _run(model, to_device(batch, "meta"), forward, mode, meta=True, alive=alive)
+        return _run(model, to_device(batch, "meta"), forward, mode, rates, meta=True)
+    except CkptToolsError:
+        raise
     except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
         few = to_device(first_samples(batch, 2), device_of(model))
-        return _run(model, few, forward, mode, meta=False, alive=alive)
+        return _run(model, few, forward, mode, rates, meta=False)
 
 
-def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, *, meta: bool, alive: bool) -> Record:
+def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Rates, *, meta: bool) -> Record:
     twin = _twin(model, meta=meta)
-    if alive:
+    if rates.attributes:
         enliven(twin)
     layers = _set_mode(twin, mode)
     result = Record(device="meta" if meta else "cpu")
     tape = _Tape(twin, result, training=mode != "evaluation")
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(_quiet(device_of(model)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager())
         stack.callback(register_module_forward_pre_hook(tape.enter).remove)
-        stack.callback(register_module_forward_hook(tape.leave).remove)
-        stack.enter_context(_Calls(tape, layers, alive=alive))
+        stack.callback(register_module_forward_hook(tape.leave, always_call=True).remove)
+        stack.enter_context(_Calls(tape, layers, alive=rates.alive))
         stack.enter_context(_Dataflow(tape, meta=meta, weigh=mode == "evaluation"))
         forward(twin, batch)
     return result
@@ -254,25 +274,36 @@ def _set_mode(model: nn.Module, mode: Mode) -> dict[int, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(device: torch.device) -> Iterator[None]:
     """Random generators and warning filters come back as they were."""
+    devices = [device] if device.type == "cuda" else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.random.fork_rng(), saved_host_randomness():
+        with torch.random.fork_rng(devices), saved_host_randomness():
             yield
 
 
 def _twin(model: nn.Module, *, meta: bool) -> nn.Module:
-    """A copy of the model for one forward: on meta, or sharing its parameters with copied buffers."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False) if meta else parameter
+    """A copy of the model for one forward, on meta or for real: training mode may write to anything it holds."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("meta") if meta else tensor.detach().clone()
+
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(copied(parameter), requires_grad=False) for parameter in model.parameters()
+    }
     for module in model.modules():
         loose = [value for value in vars(module).values() if isinstance(value, Tensor)]
         for tensor in [*module._buffers.values(), *loose]:
             if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = tensor.detach().to("meta") if meta else tensor.detach().clone()
-    return copy.deepcopy(model, memo)
+                memo[id(tensor)] = copied(tensor)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: the walk needs a copy of the model, but copy.deepcopy failed: "
+            f"{type(error).__name__}: {error}. Remove what cannot be copied (locks, open files) from its attributes."
+        ) from error
 
 
 def _tensors(tree: object) -> list[Tensor]:

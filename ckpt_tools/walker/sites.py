@@ -6,10 +6,12 @@ in training mode; the calls of ``torch.nn.functional`` are read for their rate o
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +66,21 @@ def dropout_call(
     tensor = given["input"]
     assert isinstance(tensor, torch.Tensor)
     return DropoutCall(op, tensor, float(given["p"]), bool(given["training"]))  # type: ignore[arg-type]
+
+
+def without_dropout(
+    func: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which attention drops nothing; those of any other function as they are."""
+    if func is F.scaled_dot_product_attention:
+        return args[:4], {**dict(zip(_ATTENTION, args[4:], strict=False)), **kwargs, "dropout_p": 0.0}
+    if func is F.multi_head_attention_forward and len(args) <= _MHA_TRAINING:
+        return args, {**kwargs, "training": False}
+    return args, kwargs
+
+
+_ATTENTION = ("dropout_p", "is_causal")  # positional arguments behind query, key, value and mask
+_MHA_TRAINING = list(inspect.signature(F.multi_head_attention_forward).parameters).index("training")
 
 
 def draws(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
