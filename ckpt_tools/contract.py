@@ -204,13 +204,15 @@ class LayerResult:
 class Controls:
     """Layers that no dropout reaches: their variance on the right data is the stored one.
 
-    ``deviation``: median over the channels of all control layers of |ln(stored / measured)|.
+    ``deviation``: median over the channels of all control layers of |ln(stored / measured)|; ``worst``: the
+    largest median of a layer; ``shift``: median of |measured − running mean| in standard deviations.
     ``verdict``: "agree", "disagree", or "none" where no layer can serve.
     """
 
     names: tuple[str, ...]
     deviation: float | None
     worst: float | None
+    shift: float | None
     verdict: Literal["agree", "disagree", "none"]
     reason: str = ""
 

@@ -22,7 +22,7 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream, Skipped
-from ckpt_tools.errors import ModelError, UsageError
+from ckpt_tools.errors import ModelError, OutputError, UsageError
 from ckpt_tools.identify.load import load
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
@@ -105,6 +105,8 @@ def prepare(request: Request) -> Plan:
     """
     output = request.output or default_output(request.checkpoint)
     check_output(output, request.checkpoint, overwrite=request.overwrite)
+    if output.exists() and Path(request.data).exists() and output.samefile(request.data):
+        raise OutputError(f"{output}: expected a file of its own, found the training data. Choose another name.")
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
@@ -157,10 +159,11 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
 
 def default_output(checkpoint: Path) -> Path:
     """``model.pt`` → ``model.bn.safetensors``, beside the source."""
-    name = checkpoint.name
+    whole = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint.absolute()
+    name = whole.name
     for suffix in (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
         name = name.removesuffix(suffix)
-    return checkpoint.absolute().parent / f"{name}.bn.safetensors"
+    return whole.with_name(f"{name}.bn.safetensors")
 
 
 def input_spec_for(known: InputSpec | None, said: Preprocessing, source: Source | None) -> InputSpec | None:
@@ -180,6 +183,8 @@ def input_spec_for(known: InputSpec | None, said: Preprocessing, source: Source 
     changes = {
         name: value for name, value in dataclasses.asdict(said).items() if value is not None and name != "input_size"
     }
+    if changes and source is not None and source.preprocessed:
+        raise UsageError(f"--{next(iter(changes)).replace('_', '-')}: {source.spec} is taken as preprocessed already.")
     base = known or InputSpec(shape)
     if said.input_size or changes:
         changes["origin"] = f"{base.origin}, changed by options" if known else "options"

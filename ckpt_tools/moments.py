@@ -69,6 +69,19 @@ class Clusters:
             self.comoments + other.comoments + outer * (self.count * other.count / count),
         )
 
+    def mean_error(self, moments: Moments, centre: Tensor) -> Tensor:
+        """Standard error (C,) of the pooled mean; infinite for fewer than two images."""
+        if self.count < 2:
+            return torch.full_like(moments.mean, torch.inf)
+        shift = moments.mean - centre
+        weights = torch.stack([-shift, torch.ones_like(shift), torch.zeros_like(shift)])
+        return self._spread_of(weights) / moments.count
+
+    def _spread_of(self, weights: Tensor) -> Tensor:
+        """√(K/(K−1) · Σ_i(…)²) of a weighted sum (3, C) of the three quantities."""
+        scatter = torch.einsum("ic,ijc,jc->c", weights, self.comoments, weights).clamp_min(0)
+        return (scatter * self.count / (self.count - 1)).sqrt()
+
     def relative_error(self, moments: Moments, centre: Tensor) -> Tensor:
         """Relative standard error (C,) of the pooled variance; infinite for fewer than two images.
 
@@ -81,8 +94,7 @@ class Clusters:
         shift = moments.mean - centre
         variance = moments.variance(unbiased=False)
         weights = torch.stack([shift.square() - variance, -2 * shift, torch.ones_like(shift)])
-        scatter = torch.einsum("ic,ijc,jc->c", weights, self.comoments, weights).clamp_min(0)
-        error = (scatter * self.count / (self.count - 1)).sqrt() / moments.count
+        error = self._spread_of(weights) / moments.count
         return torch.where(variance > 0, error / variance, 0.0)
 
 

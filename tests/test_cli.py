@@ -258,6 +258,10 @@ BAD = {
     "output folder missing": (lambda f: None, ["-o", "nowhere/out.safetensors"], 1, "nowhere"),
     "output is the source": (lambda f: None, ["-o", "model.pt", "--overwrite"], 1, "source"),
     "other data": (lambda f: np.save(f / "data.npy", np.load(f / "data.npy") * 9), [], 4, "--force"),
+    "the data as output": (lambda f: None, ["-o", "data.npy", "--overwrite"], 1, "training data"),
+    "a device as output": (lambda f: os.mkfifo(f / "pipe"), ["-o", "pipe", "--overwrite"], 1, "device or pipe"),
+    "mean of floats": (lambda f: None, ["--mean", "0.5"], 2, "--mean"),
+    "infinite mean": (lambda f: None, ["--mean", "inf"], 2, "--mean"),
     "bad number": (lambda f: None, ["--input-size", "3,x"], 2, "--input-size"),
 }
 
@@ -371,3 +375,24 @@ def test_demo() -> None:
     falls = [seed["before"]["error"] - seed["after"]["error"] for seed in seeds]
     assert len(falls) == 3
     assert sum(falls) / 3 >= 2
+
+
+def test_same_command_same_bytes(files: Path) -> None:
+    outputs = set()
+    for number in range(4):
+        ok(*job(files, "-o", files / f"{number}.safetensors", "--limit", 100, "--seed", 3))
+        outputs.add((files / f"{number}.safetensors").read_bytes())
+    assert len(outputs) == 1
+    assert (files / "0.safetensors").stat().st_mode & 0o044, "readable like any file made here"
+
+
+def test_a_list_of_batches_is_read_whole(files: Path) -> None:
+    torch.save(nets.batches((3, 8, 8)), files / "list.pt")
+    assert "from 128 samples" in ok(*job(files, "--data", files / "list.pt")).stdout
+
+
+def test_versioned_modules_load(tmp_path: Path) -> None:
+    import torchvision
+
+    torch.save(torchvision.models.mnasnet0_5(weights=None).state_dict(), tmp_path / "model.pt")
+    ok("inspect", tmp_path / "model.pt", "--arch", "torchvision:mnasnet0_5", "--input-size", "3,64,64", "--json")

@@ -375,3 +375,60 @@ def test_a_variance_that_half_precision_cannot_hold() -> None:
 def test_one_sample_proves_nothing_about_the_data() -> None:
     model, data = case("densenet")
     assert reestimate_bn(model, [data[0][:1] * 50]).controls.verdict == "none"
+
+
+def test_controls_notice_a_shift() -> None:
+    """Another --mean moves the inputs and leaves the variance of the first layer alone."""
+    data = nets.batches((6,))
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    nets.trained(model, data)
+    assert reestimate_bn(copy.deepcopy(model), data).controls.verdict == "agree"
+    with pytest.raises(CheckFailed, match="standard deviations"):
+        reestimate_bn(model, [batch + 3 for batch in data])
+
+
+def test_detection_batches_count_their_images() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+            return self.bn(nn.functional.dropout(torch.stack(images), 0.2, self.training))
+
+    batches = [(list(batch), ["targets"]) for batch in nets.batches((3, 8, 8))]
+    assert reestimate_bn(Detector(), batches).images == 128
+
+
+def test_a_batch_that_only_forward_understands() -> None:
+    class Graph:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x = x
+
+    model, data = case("densenet")
+    again = copy.deepcopy(model)
+    reestimate_bn(model, [Graph(batch) for batch in data], forward=lambda model, graph: model(graph.x))
+    reestimate_bn(again, data)
+    assert torch.equal(model.norm.running_var, again.norm.running_var)
+
+
+def test_models_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nets.mlp()
+    before = model[5].running_var.clone()
+    reestimate_bn(model, nets.batches((10,)))
+    assert not torch.equal(model[5].running_var, before)
+
+
+def test_an_error_of_any_kind_in_a_batch() -> None:
+    model, data = case("densenet")
+    with pytest.raises(ModelError, match="batch 1"):
+        reestimate_bn(model, [data[0], data[1][0, 0]])
+
+
+def test_layers_that_share_their_variance_are_one() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[3].running_var = model[1].running_var
+    result = reestimate_bn(model, nets.batches((4,)))
+    assert [layer.name for layer in result.rewritten] == ["1"]
+    assert not result.left_alone

@@ -264,10 +264,17 @@ def test_training_forwards_that_write_to_their_model() -> None:
     assert not model.codes.any()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_what_cannot_be_walked() -> None:
     with pytest.raises(ModelError, match="lazy module"):
         ckpt_tools.walk(nn.LazyLinear(3), torch.randn(2, 4))
+    with pytest.raises(ModelError, match="TorchScript"):
+        ckpt_tools.walk(nn.Sequential(torch.jit.script(nn.Linear(3, 3))), torch.randn(2, 3))
+
+
+def test_attributes_that_cannot_be_copied_are_shared() -> None:
     model = nets.mlp()
-    model.lock = (step for step in ())
-    with pytest.raises(ModelError, match="deepcopy"):
-        ckpt_tools.walk(model, torch.randn(2, 10))
+    expected = ckpt_tools.walk(model, torch.randn(2, 10))
+    model.steps = (step for step in ())
+    model[0].alias = model[4]
+    assert ckpt_tools.walk(model, torch.randn(2, 10)) == expected

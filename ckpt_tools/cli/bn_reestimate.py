@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import options
+from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -54,7 +55,13 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
     help="Stop when every layer's 95th-percentile relative standard error is below it.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Read this many samples, drawn at random.")
-@click.option("--seed", default=0, show_default=True, help="Of the random order of the samples.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the random order of the samples.",
+)
 @click.option("--momentum", default=0.1, show_default=True, help="Of the ema estimator.")
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Of the ema estimator.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
@@ -87,6 +94,6 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
         plan = prepare(request)
     if not as_json:
         click.echo(plan_text(plan) + "\n")
-    with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout():
+    with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout(), terminable():
         outcome = execute(plan, bar)
     click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -19,8 +21,7 @@ class Boundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. SIGTERM ends it like an interrupt, so that temporary files are removed."""
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        """Run the command and answer for what it raises."""
         try:
             return super().invoke(ctx)
         except CkptToolsError as error:
@@ -35,8 +36,16 @@ class Boundary(click.Group):
             sys.exit(1)
         except Exception as error:  # noqa: BLE001 - the last resort of a boundary
             _fail(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block like an interrupt, so that temporary files are removed."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

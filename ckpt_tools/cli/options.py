@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
             found = tuple(kind(part) for part in value.split(","))
         except ValueError:
             raise click.BadParameter(f"{value!r}: expected {kind.__name__}s separated by commas.") from None
+        if not all(map(math.isfinite, found)):
+            raise click.BadParameter(f"{value!r}: expected finite numbers.")
         if positive and min(found) <= 0:
             raise click.BadParameter(f"{value!r}: expected numbers above zero.")
         return found

@@ -17,11 +17,11 @@ def blamed(what: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"{what} raised {named(error)}.") from error
 
 
-def named(error: Exception) -> str:
+def named(error: BaseException) -> str:
     """Type and message of an exception in one line."""
     text = str(error).strip()
     if "Original Traceback" in text:  # torch ships a worker's traceback as the message

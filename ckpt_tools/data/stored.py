@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -157,14 +157,22 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
             f"{path}: expected tensors only; reading it would execute code, or it is damaged. "
             f"Save a plain tensor with torch.save(images, path)."
         ) from error
-    if isinstance(content, tuple | list):  # (images, labels)
-        content = content[0] if content else None
+    if isinstance(content, tuple | list):
+        content = _joined(content)
     if isinstance(content, Tensor):
         return {"": _of_tensor(str(path), content)}
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a tensor or a dict of tensors, found {type(content).__name__}.")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return {name: _of_tensor(f"{path}[{name}]", value) for name, value in tensors.items()}
+
+
+def _joined(content: Sequence[object]) -> object:
+    """(images, labels) is its first part; a list of batches, which all look alike, is all of them."""
+    shapes = {part.shape[1:] if isinstance(part, Tensor) and part.ndim > 1 else None for part in content}
+    if len(content) > 1 and len(shapes) == 1 and None not in shapes:
+        return torch.cat([part for part in content if isinstance(part, Tensor)])
+    return content[0] if content else None
 
 
 def _of_tensor(label: str, tensor: Tensor) -> StoredArray:

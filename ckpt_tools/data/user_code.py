@@ -49,7 +49,7 @@ def _module(spec: str, name: str) -> ModuleType:
                 f"{spec}: expected a module to import, {error.name!r} is not in {here} or the environment."
             ) from error
         raise DataError(f"{spec}: importing {name} failed: {error}. Install what is missing.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"{spec}: importing {name} raised {named(error)}.") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -34,7 +34,8 @@ def common_prefix(wanted: Iterable[str], keys: Iterable[str]) -> str:
 
 def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str) -> None:
     """Load every tensor, strictly, in the model's own precision. Raises ArchitectureError or CheckpointError."""
-    wanted = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    own = model.state_dict()
+    wanted = {key: value for key, value in own.items() if isinstance(value, Tensor)}
     differences = _differences(wanted, checkpoint, architecture)
     if differences:
         raise ArchitectureError(
@@ -48,8 +49,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str) -> None:
         # Other buffers may hold infinities on purpose: attention masks do.
         if key in weights or key.endswith(("running_mean", "running_var")):
             _require_finite(where + key, tensor)
+    # What a checkpoint may lack stays as built: counters, extra state, and the versions of the modules.
+    complete = OrderedDict({key: value for key, value in own.items() if key not in state} | state)
+    complete._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
         raise ArchitectureError(f"{checkpoint.path} does not fit {architecture}: {error}") from error
 

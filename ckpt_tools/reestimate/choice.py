@@ -42,12 +42,15 @@ def choose(walk: Walk, layers: LayerChoice, *, rates: Rates, statistics: Statist
         why = f"{len(behind)} of {len(reached)} BN layers lie behind active dropout{_unseen(walk)}"
         return Choice(frozenset(layer.name for layer in behind), controls, why)
     if layers == "auto" and rates == "unknown" and _may_be_behind(walk, reached):
-        why = (
-            "drop rates are not recorded in a state dict, so every BN layer is rewritten, as in the paper "
-            "(give them with --model-kwargs, e.g. drop_rate=0.2, to rewrite only what lies behind dropout)"
-        )
-        return _all(reached, controls, why)
+        return _all(reached, controls, _unknown(walk))
     raise NothingToDo(_not_behind(walk, rates))
+
+
+def _unknown(walk: Walk) -> str:
+    why = "drop rates are not recorded in a state dict, so every BN layer is rewritten, as in the paper"
+    if walk.dropout_sites:
+        return f"{why} (give them with --model-kwargs, e.g. drop_rate=0.2, to rewrite only what lies behind dropout)"
+    return f"{why}; this architecture shows no dropout site at all"
 
 
 def _all(reached: list[BatchNormLayer], controls: frozenset[str], why: str) -> Choice:
@@ -86,6 +89,8 @@ def _not_behind(walk: Walk, rates: Rates) -> str:
         cause = f"no BN layer lies behind an active dropout site ({names})"
     else:
         cause = f"every drop rate is zero, so no BN layer saw dropout{_unseen(walk)}"
+    if walk.left_alone:
+        cause += f" (left alone: {walk.left_alone[0].name}, {walk.left_alone[0].reason})"
     return (
         f"nothing to do: with {known}, {cause}. Use --layers all (layers='all') to re-estimate every BN layer "
         "all the same, or give the rates of the training run (--model-kwargs)."

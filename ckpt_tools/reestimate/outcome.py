@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ckpt_tools.reestimate.choice import Choice
 from ckpt_tools.reestimate.layer import Layer
 
 DISAGREEMENT = math.log(2)  # a typical control channel off by a factor of two
+SHIFT = 0.5  # or its mean by half a standard deviation
 _FORGOTTEN = 0.01  # weight that the initial variance of 1 may still have in a control's running average
 
 
@@ -27,9 +29,11 @@ def _result(found: BatchNormLayer, choice: Choice, layer: Layer | None, error_sc
     ratio = error = None
     if layer is not None and layer.moments is not None:
         new = layer.scale.variance if rewritten else layer.moments.variance()
-        floor = 1e-6 * layer.module.eps
-        ratio = spread((layer.stored.variance + floor) / (new + floor))
-        error = spread(layer.relative_error() * error_scale)
+        floor = 1e-3 * layer.module.eps
+        # A dead channel's ratio means nothing; it is left out unless all are dead.
+        alive = new > floor if bool((new > floor).any()) else torch.ones_like(new, dtype=torch.bool)
+        ratio = spread(((layer.stored.variance + floor) / (new + floor))[alive])
+        error = spread((layer.relative_error() * error_scale)[alive])
     return LayerResult(
         name=found.name,
         channels=found.channels,
@@ -66,14 +70,18 @@ def judge_controls(choice: Choice, layers: dict[str, Layer]) -> Controls:
     usable = {name: layer for name, layer in usable.items() if layer.moments is not None}
     if not usable:
         why = "every BN layer is behind dropout" if not choice.controls else _UNTRAINED
-        return Controls((), None, None, "none", why)
-    deviations = torch.cat([_deviation(layer) for layer in usable.values()])
-    noise = torch.cat([layer.relative_error() for layer in usable.values()]).median()
-    if not bool(torch.isfinite(noise)):
-        return Controls((), None, None, "none", "from one sample nobody can tell")
-    typical, worst = float(deviations.median()), max(float(_deviation(x).median()) for x in usable.values())
-    apart = typical > DISAGREEMENT + 3 * float(noise)
-    return Controls(tuple(usable), typical, worst, "disagree" if apart else "agree")
+        return Controls((), None, None, None, "none", why)
+    noise = _typical(layer.relative_error() for layer in usable.values())
+    if math.isinf(noise):
+        return Controls((), None, None, None, "none", "from one sample nobody can tell")
+    deviation, shift = _typical(map(_deviation, usable.values())), _typical(map(_shift, usable.values()))
+    worst = max(float(_deviation(layer).median()) for layer in usable.values())
+    apart = deviation > DISAGREEMENT + 3 * noise or shift > SHIFT + 3 * _typical(map(_shift_error, usable.values()))
+    return Controls(tuple(usable), deviation, worst, shift, "disagree" if apart else "agree")
+
+
+def _typical(values: Iterable[Tensor]) -> float:
+    return float(torch.cat(list(values)).median())
 
 
 _UNTRAINED = "the counters of the control layers do not show enough training batches to forget the initial variance"
@@ -94,14 +102,28 @@ def _deviation(layer: Layer) -> Tensor:
     return ((layer.stored.variance + eps) / (layer.moments.variance() + eps)).log().abs()
 
 
+def _shift(layer: Layer) -> Tensor:
+    """|measured mean − running mean| (C,) in stored standard deviations."""
+    assert layer.moments is not None
+    return (layer.moments.mean - layer.stored.mean).abs() / (layer.stored.variance + layer.module.eps).sqrt()
+
+
+def _shift_error(layer: Layer) -> Tensor:
+    assert layer.moments is not None
+    assert layer.clusters is not None
+    error = layer.clusters.mean_error(layer.moments, layer.stored.mean)
+    return error / (layer.stored.variance + layer.module.eps).sqrt()
+
+
 def refuse_disagreement(controls: Controls) -> None:
     """Raise CheckFailed if the control layers say that these are not the training data."""
-    if controls.verdict != "disagree" or controls.deviation is None:
+    if controls.verdict != "disagree" or controls.deviation is None or controls.shift is None:
         return
     factor = math.exp(controls.deviation)
     raise CheckFailed(
-        f"the data does not look like the training data: {len(controls.names)} control layer(s) that no dropout "
-        f"reaches (first: {controls.names[0]}) differ from their stored variance by a factor of {factor:.3g} in the "
-        "median channel; expected less than 2. Check --data and the preprocessing (--mean, --std, --input-size), "
+        f"the data does not look like the training data: in the median channel of {len(controls.names)} control "
+        f"layer(s) that no dropout reaches (first: {controls.names[0]}), the stored variance is off by a factor of "
+        f"{factor:.3g} and the running mean by {controls.shift:.2g} standard deviations; expected less than 2 and "
+        f"{SHIFT}. Check --data and the preprocessing (--mean, --std, --input-size), "
         "or pass --force (force=True) to go on."
     )

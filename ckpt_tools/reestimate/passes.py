@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckpt_tools.contract import Estimator, Statistics
-from ckpt_tools.errors import DataError, ModelError
+from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.guards import check_activations, check_input
 from ckpt_tools.reestimate.layer import (
@@ -140,11 +140,14 @@ class Passes:
             self.forward(self.model, batch)
         except torch.OutOfMemoryError as error:
             raise ModelError(f"batch {number}: out of memory: {error}. Use a smaller --batch-size.") from error
-        except RuntimeError as error:
+        except CkptToolsError:
+            raise
+        except Exception as error:  # whatever the model, or the caller's forward, raises on this batch
             if str(error).startswith("DataLoader worker"):  # torch raises it wherever the signal finds us
                 raise DataError(f"batch {number}: {error}. Memory ran out? Try fewer --workers.") from error
             raise ModelError(
-                f"batch {number}: the model cannot run on it: {error}. Check the input's shape and the device."
+                f"batch {number}: the model cannot run on it: {type(error).__name__}: {error}. "
+                "Check the input's shape and the device."
             ) from error
 
     def _after_sweep(self, images: int, batches: int, total: float, *, repeatable: bool) -> None:

@@ -158,9 +158,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for module, flag, held in zip(modules, flags, buffers, strict=True):
             module.training = flag
             module._buffers.update(held)
-        with torch.no_grad():
-            for buffer, content in contents.values():
-                buffer.copy_(content)
+        for buffer, content in contents.values():
+            _overwrite(buffer, content)
 
 
 def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
@@ -181,6 +180,11 @@ def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
                     f"{buffer.dtype}. Convert the model to float32 first."
                 )
             writes.append((buffer, cast))
-    with torch.no_grad():
-        for buffer, cast in writes:
-            buffer.copy_(cast)
+    for buffer, cast in writes:
+        _overwrite(buffer, cast)
+
+
+def _overwrite(buffer: Tensor, value: Tensor) -> None:
+    # What was made in inference mode can only be written there.
+    with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
+        buffer.copy_(value)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.walker.call import Batch, input_tensors
+from ckpt_tools.walker.call import Batch, batch_size, input_tensors
 
 
 class Batches:
@@ -33,7 +33,7 @@ class Batches:
     def first(self) -> Batch:
         """The first batch; the next iteration begins with it. Raises DataError if there is none."""
         if self._begun is None:
-            iterator = iter(self._batches)
+            iterator = self._filled()
             for batch in iterator:
                 self._begun = batch, iterator
                 break
@@ -48,7 +48,10 @@ class Batches:
             yield begun[0]
             yield from begun[1]
         else:
-            yield from self._batches
+            yield from self._filled()
+
+    def _filled(self) -> Iterator[Batch]:
+        return (batch for batch in self._batches if batch_size(batch))
 
 
 def checksum(batch: Batch) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import Any
 
 from ckpt_tools.contract import Checkpoint, InputSpec, LayerResult, LoadedModel, Walk
 from ckpt_tools.job import Outcome
@@ -21,7 +22,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "libraries": _libraries(),
         "checkpoint": {**_checkpoint(plan.checkpoint), "sha256": outcome.source_sha256},
         "architecture": plan.loaded.recipe.architecture,
-        "model_kwargs": {name: _plain(value) for name, value in plan.loaded.recipe.kwargs.items()},
+        "model_kwargs": _plain(plan.loaded.recipe.kwargs),
         "rates": plan.loaded.rates,
         "data": {
             "spec": plan.request.data,
@@ -40,7 +41,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "stopped_early": result.stopped_early,
         "why": result.why,
         "layers": [_layer(layer) for layer in result.layers],
-        "controls": _finite(dataclasses.asdict(result.controls)),
+        "controls": _plain_dict(result.controls),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
         "output": {"path": str(plan.output), "sha256": outcome.output_sha256},
         "containers_trained": plan.walk.containers_trained,
@@ -53,7 +54,7 @@ def inspection_json(loaded: LoadedModel, walk: Walk) -> dict[str, object]:
     """What ``inspect`` found in a checkpoint or an architecture."""
     return {
         "architecture": loaded.recipe.architecture,
-        "model_kwargs": {name: _plain(value) for name, value in loaded.recipe.kwargs.items()},
+        "model_kwargs": _plain(loaded.recipe.kwargs),
         "rates": loaded.rates,
         "checkpoint": None if loaded.checkpoint is None else _checkpoint(loaded.checkpoint),
         "input": _input(loaded.input_spec),
@@ -66,9 +67,7 @@ def inspection_json(loaded: LoadedModel, walk: Walk) -> dict[str, object]:
 
 def comparison_json(comparison: Comparison, expect: str, violations: tuple[str, ...]) -> dict[str, object]:
     """What ``diff`` found."""
-    found = _finite(dataclasses.asdict(comparison))
-    assert isinstance(found, dict)
-    return {**found, "expect": expect, "unexpected": list(violations), "ok": not violations}
+    return {**_plain_dict(comparison), "expect": expect, "unexpected": list(violations), "ok": not violations}
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, object]:
@@ -83,16 +82,17 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _layer(layer: LayerResult) -> dict[str, object]:
-    found = _finite(dataclasses.asdict(layer))
-    assert isinstance(found, dict)
-    error = found.pop("error")
-    return {**found, "relative_standard_error": error and {"median": error["median"], "max": error["high"]}} | {
-        "ratio": found["ratio"] and {"median": layer.ratio.median, "min": layer.ratio.low, "max": layer.ratio.high}  # type: ignore[union-attr]
+    found = _plain_dict(layer)
+    ratio, error = found.pop("ratio"), found.pop("error")
+    return {
+        **found,
+        "ratio": ratio and {"median": ratio["median"], "min": ratio["low"], "max": ratio["high"]},
+        "relative_standard_error": error and {"median": error["median"], "max": error["high"]},
     }
 
 
 def _input(spec: InputSpec | None) -> dict[str, object] | None:
-    return None if spec is None else dataclasses.asdict(spec)
+    return None if spec is None else _plain_dict(spec)
 
 
 def _libraries() -> dict[str, str]:
@@ -106,15 +106,18 @@ def _libraries() -> dict[str, str]:
 
 
 def _plain(value: object) -> object:
-    return value if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else repr(value)
-
-
-def _finite(value: object) -> object:
-    """JSON knows no infinity: it becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+    """What JSON can hold: infinities become null, and what it does not know its representation."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _plain_dict(value: Any) -> dict[str, Any]:
+    """A dataclass as plain values."""
+    found = _plain(dataclasses.asdict(value))
+    assert isinstance(found, dict)
+    return found

@@ -108,7 +108,7 @@ def controls_text(controls: Controls) -> str:
     return (
         f"controls: {_count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
         f"data; stored and measured variance differ by {math.expm1(controls.deviation):.1%} in the median channel "
-        f"({math.expm1(controls.worst):.1%} in the worst layer)"
+        f"({math.expm1(controls.worst):.1%} in the worst layer), means by {controls.shift:.2f} standard deviations"
     )
 
 

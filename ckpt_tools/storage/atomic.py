@@ -25,6 +25,7 @@ def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
     temporary = target.with_name(f".ckpt-tools-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # whoever may read files made here may read this one
         sync(temporary)
         _move(temporary, target, overwrite)
     finally:
@@ -38,6 +39,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     try:
         if target.is_dir():
             raise OutputError(f"{target}: expected the name of a file to write, found a folder. Add a file name.")
+        if target.exists() and not target.is_file():
+            raise OutputError(
+                f"{target}: expected the name of a file to write, found a device or pipe. Choose another."
+            )
         if not target.parent.is_dir():
             raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
         if not os.access(target.parent, os.W_OK):
@@ -46,6 +51,12 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise _taken(target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written there ({error.strerror}). Choose another name.") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:

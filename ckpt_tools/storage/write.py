@@ -157,7 +157,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         save_file(dense, path, metadata=dict(metadata))
     except KeyError as error:
         raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
-    _restore_order(path, list(tensors))
+    _restore_order(path, list(tensors), metadata)
     sync(path)
 
 
@@ -175,12 +175,14 @@ def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
     return copied
 
 
-def _restore_order(path: Path, keys: list[str]) -> None:
+def _restore_order(path: Path, keys: list[str], metadata: Mapping[str, str]) -> None:
     """Put the header's entries into the source's order; the library sorts them by type and name."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = safetensors_header(path)
-        ordered = {key: header[key] for key in ("__metadata__", *keys) if key in header}
+        # The library keeps metadata in a hash map: without sorting, equal runs would give unequal bytes.
+        metadata = dict(sorted(metadata.items()))
+        ordered = {"__metadata__": metadata, **{key: header[key] for key in keys if key in header}}
         text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
         if len(ordered) == len(header) and len(text) <= length:
             file.seek(8)

@@ -45,37 +45,50 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _input(batch: Batch) -> object:
+    """The part of a batch that goes into the model, in containers that pytree knows."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
 def input_tensors(batch: Batch) -> list[Tensor]:
     """The floating-point tensors that go into the model, in order."""
-    if isinstance(batch, (tuple, list)) and not isinstance(batch, Mapping):
-        batch = batch[:1]
-    leaves = pytree.tree_leaves(batch)
+    leaves = pytree.tree_leaves(_input(batch))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of samples: the first dimension of the first tensor of a batch."""
-    for leaf in pytree.tree_leaves(batch):
+    """Number of samples: the length of a list of images, else the first dimension of the first tensor.
+
+    A batch that only the caller's ``forward`` understands counts as one.
+    """
+    given = _input(batch)
+    if isinstance(given, (tuple, list)) and all(isinstance(item, Tensor) for item in given):
+        return len(given)
+    for leaf in pytree.tree_leaves(given):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
-    raise DataError("a batch holds no tensor; expected one whose first dimension counts the samples.")
+    return 1
 
 
 def first_samples(batch: Batch, count: int) -> Batch:
-    """The same batch cut to its first ``count`` samples."""
-    size = batch_size(batch)
+    """The input of a batch cut to its first ``count`` samples, as a batch."""
+    given, size = _input(batch), batch_size(batch)
+    if isinstance(given, (tuple, list)):
+        return [given[:count]]
 
     def cut(leaf: Tensor) -> Tensor:
         return leaf[:count] if leaf.ndim and leaf.shape[0] == size else leaf
 
-    return pytree.tree_map_only(Tensor, cut, batch)
+    return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Every tensor of a batch on ``device``."""
-    return pytree.tree_map_only(
-        Tensor, lambda leaf: leaf.to(device, non_blocking=torch.device(device).type == "cuda"), batch
-    )
+    overlap = torch.device(device).type == "cuda"  # towards the CPU, a copy under way could be read too early
+    plain = dict(batch) if isinstance(batch, Mapping) else batch
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, non_blocking=overlap), plain)
 
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -35,7 +36,7 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
         ModelError: if the model can be run neither on meta tensors nor for real.
     """
     model = unwrap(model)
-    _refuse_lazy(model)
+    _refuse(model)
     evaluated = _record(model, example_input, forward, "evaluation")
     mode, trained = _trained(model, example_input, forward)
     possible = _possible([probe, model], example_input, forward, mode) or trained
@@ -44,7 +45,7 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
     dormant = {name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active}
     order = [*evaluated.inputs, *(name for name in trained.inputs if name not in evaluated.inputs)]
     layers, left_alone = _survey(model)
-    for name in evaluated.called - set(evaluated.inputs):
+    for name in [name for name in layers if name in evaluated.called and name not in evaluated.inputs]:
         module, _ = layers.pop(name)
         reason = "normalises without torch.nn.functional.batch_norm, so its variance cannot be measured"
         left_alone.append(LeftAlone(name, f"{type(module).__name__}: {reason}"))
@@ -76,7 +77,11 @@ def _layer(
     )
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _refuse(model: nn.Module) -> None:
+    """Raise ModelError for what no walk can follow."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{name or type(module).__name__}: TorchScript cannot be walked. Load the Python model.")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise ModelError(f"{name}: not initialised yet (a lazy module). Run the model on a batch first.")
@@ -128,12 +133,13 @@ def _survey(model: nn.Module) -> tuple[dict[str, tuple[_BatchNorm, list[str]]], 
     first_names: dict[int, str] = {}
     left_alone = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in first_names:
-            first = first_names[id(module)]
+        variance = module._buffers.get("running_var")
+        # Modules that share their running variance are one layer, as is one module under several names.
+        first = first_names.setdefault(id(module) if variance is None else id(variance), name)
+        if first != name:
             if first in layers:
                 layers[first][1].append(name)
             continue
-        first_names[id(module)] = name
         reason = _reason_to_leave(module)
         if reason:
             left_alone.append(LeftAlone(name, f"{type(module).__name__}: {reason}"))

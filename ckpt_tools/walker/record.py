@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.contract import DropoutSite
-from ckpt_tools.errors import CkptToolsError, ModelError
+from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.walker.call import Batch, Forward, batch_norm_arguments, device_of, eager, first_samples, to_device
 from ckpt_tools.walker.sites import (
     ALIVE,
@@ -264,12 +264,12 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
 
 def _set_mode(model: nn.Module, mode: Mode) -> dict[int, str]:
     """Set every module's train flag; BN layers by the identity of their running_var."""
-    layers = {}
+    layers: dict[int, str] = {}
     for name, module in model.named_modules():
         module.training = mode == "training" or (mode == "leaves" and not module._modules)
         if isinstance(module, _BatchNorm):
             module.training = False  # not .eval(): the layer may hold drop and activation modules
-            layers[id(module.running_var)] = name
+            layers.setdefault(id(module.running_var), name)
     return layers
 
 
@@ -298,12 +298,26 @@ def _twin(model: nn.Module, *, meta: bool) -> nn.Module:
             if tensor is not None and id(tensor) not in memo:
                 memo[id(tensor)] = copied(tensor)
     try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__}: the walk needs a copy of the model, but copy.deepcopy failed: "
-            f"{type(error).__name__}: {error}. Remove what cannot be copied (locks, open files) from its attributes."
-        ) from error
+        return copy.deepcopy(model, dict(memo))
+    except Exception:  # noqa: BLE001 - a lock or an open file among the attributes; they can be shared
+        return _copied_by_attribute(model, memo)
+
+
+def _copied_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy that shares the attributes that cannot be copied."""
+    modules = list(model.modules())
+    for module in modules:
+        memo[id(module)] = type(module).__new__(type(module))
+    for module in modules:
+        attributes = {}
+        for name, value in vars(module).items():
+            try:
+                attributes[name] = copy.deepcopy(value, memo)
+            except Exception:  # noqa: BLE001 - whatever its copying raises
+                attributes[name] = value
+        memo[id(module)].__dict__.update(attributes)
+    twin: nn.Module = memo[id(model)]
+    return twin
 
 
 def _tensors(tree: object) -> list[Tensor]:
