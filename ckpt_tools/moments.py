@@ -56,7 +56,9 @@ class Clusters:
         """From per-image sums (3, images, C)."""
         mean = sums.mean(1)
         centred = sums - mean[:, None]
-        return cls(sums.shape[1], mean, torch.einsum("inc,jnc->ijc", centred, centred))
+        # einsum would make a batched matrix product of this, several times slower.
+        rows = [torch.stack([(one * other).sum(0) for other in centred]) for one in centred]
+        return cls(sums.shape[1], mean, torch.stack(rows))
 
     def merge(self, other: Clusters) -> Clusters:
         """Scatter of both samples together."""
@@ -79,7 +81,7 @@ class Clusters:
 
     def _spread_of(self, weights: Tensor) -> Tensor:
         """√(K/(K−1) · Σ_i(…)²) of a weighted sum (3, C) of the three quantities."""
-        scatter = torch.einsum("ic,ijc,jc->c", weights, self.comoments, weights).clamp_min(0)
+        scatter = (weights[:, None] * self.comoments * weights).sum((0, 1)).clamp_min(0)
         return (scatter * self.count / (self.count - 1)).sqrt()
 
     def relative_error(self, moments: Moments, centre: Tensor) -> Tensor:
