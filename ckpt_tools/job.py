@@ -64,7 +64,7 @@ class Request:
     epochs: int = 1
     limit: int | None = None
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # CUDA if there is one, else the CPU
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -84,6 +84,7 @@ class Plan:
     stream: BatchStream
     input_spec: InputSpec | None
     batch_size: int
+    device: str
     output: Path
 
 
@@ -110,7 +111,7 @@ def prepare(request: Request) -> Plan:
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
-    _check_device(request.device)
+    device = _device(request.device)
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     loaded = load(
         request.checkpoint,
@@ -123,15 +124,15 @@ def prepare(request: Request) -> Plan:
     spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
     found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
-    batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, request.device)
+    batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device)
     stream = source.batches(spec, batch_size=batch_size, workers=request.workers)
-    return Plan(request, loaded, loaded.checkpoint, found, choice, source, stream, spec, batch_size, output)
+    return Plan(request, loaded, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
 
 
 def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
     """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
     request = plan.request
-    model = plan.loaded.model.to(request.device)
+    model = plan.loaded.model.to(plan.device)
     result = reestimate_bn(
         model,
         plan.stream,
@@ -199,18 +200,21 @@ def example_input(spec: InputSpec | None, source: Source | None) -> object:
     return next(iter(source.batches(None, batch_size=2, workers=0)))
 
 
-def _check_device(device: str) -> None:
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
         kind, index = "unknown", 0
     if kind not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N.")
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise ModelError(
             f"--device {device}: this machine has no such CUDA device that torch {torch.__version__} can use. "
             "Use --device cpu, or install a CUDA build of torch and its driver."
         )
+    return device
 
 
 def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:

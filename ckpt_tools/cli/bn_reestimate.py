@@ -64,7 +64,7 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
 )
 @click.option("--momentum", default=0.1, show_default=True, help="Of the ema estimator.")
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Of the ema estimator.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda or cuda:N.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes that decode images. Default: one a core, up to 8."

@@ -26,7 +26,7 @@ def plan_text(plan: Plan) -> str:
         ("data", f"{request.data} ({plan.source.kind}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
-        ("pass", f"{request.estimator}, {request.statistics}, batches of {plan.batch_size} on {request.device}"),
+        ("pass", f"{request.estimator}, {request.statistics}, batches of {plan.batch_size} on {plan.device}"),
         ("output", str(plan.output)),
     ]
     return _columns(rows)
