@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ckpt_tools.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from ckpt_tools.activations import activation_moments
     from ckpt_tools.contract import LoadedModel, Reestimation, Walk
     from ckpt_tools.errors import CkptToolsError
     from ckpt_tools.identify.load import load
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ckpt_tools.walker.downstream import walk
 
 _HOME = {
+    "activation_moments": "ckpt_tools.activations",
     "CkptToolsError": "ckpt_tools.errors",
     "LoadedModel": "ckpt_tools.contract",
     "Reestimation": "ckpt_tools.contract",
@@ -35,6 +37,7 @@ __all__ = [
     "Reestimation",
     "Walk",
     "__version__",
+    "activation_moments",
     "load",
     "reestimate_bn",
     "save",
