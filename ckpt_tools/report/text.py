@@ -79,23 +79,14 @@ def _headline(result: Reestimation) -> str:
 
 
 def _changes(layers: Sequence[LayerResult]) -> str:
-    measured = [layer for layer in layers if layer.ratio is not None and layer.error is not None]
+    measured = [(layer.name, layer.ratio, layer.error) for layer in layers if layer.ratio and layer.error]
     if not measured:
         return "no layer was reached by the data"
-    largest = sorted(measured, key=lambda layer: -abs(math.log(max(layer.ratio.median, 1e-30))))  # type: ignore[union-attr]
+    largest = sorted(measured, key=lambda row: -abs(math.log(max(row[1].median, 1e-30))))
     rows = [("largest changes", "stored/new variance", "range over channels", "standard error")]
-    for layer in largest[:_SHOWN]:
-        ratio, error = layer.ratio, layer.error
-        assert ratio is not None
-        assert error is not None
-        rows.append(
-            (
-                layer.name,
-                f"{ratio.median:.3f}",
-                f"{ratio.low:.3f} – {ratio.high:.3f}",
-                f"{error.median:.1%} (worst {error.high:.1%})",
-            )
-        )
+    for name, ratio, error in largest[:_SHOWN]:
+        sure = f"{error.median:.1%} (worst {error.high:.1%})" if math.isfinite(error.high) else "unknown"
+        rows.append((name or "(root)", f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", sure))
     if len(largest) > _SHOWN:
         rows.append((f"… and {len(largest) - _SHOWN} more (--json lists all)", "", "", ""))
     return _columns(rows)

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from ckpt_tools.contract import BatchNormLayer, DropoutSite, LeftAlone, Walk
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
-from ckpt_tools.walker.record import Mode, Rates, Record, record
+from ckpt_tools.walker.record import Rates, Record, record
+from ckpt_tools.walker.twin import Mode
 
 
 def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call) -> Walk:

@@ -11,12 +11,11 @@ that is impossible (data-dependent control flow) for real, on two samples.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +41,7 @@ from ckpt_tools.walker.sites import (
     saved_host_randomness,
     value_free,
 )
+from ckpt_tools.walker.twin import Mode, copy_of, set_mode
 
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
@@ -213,9 +213,6 @@ class _Calls(TorchFunctionMode):
             inputs[name] = inputs.get(name, frozenset()) | taint
 
 
-Mode = Literal["training", "leaves", "evaluation"]
-
-
 @dataclass(frozen=True)
 class Rates:
     """What becomes of sites at rate zero: left off, or run at ALIVE to see what they could reach.
@@ -244,10 +241,10 @@ def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: 
 
 
 def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Rates, *, meta: bool) -> Record:
-    twin = _twin(model, meta=meta)
+    twin = copy_of(model, meta=meta)
     if rates.attributes:
         enliven(twin)
-    layers = _set_mode(twin, mode)
+    layers = set_mode(twin, mode)
     result = Record(device="meta" if meta else "cpu")
     tape = _Tape(twin, result, training=mode != "evaluation")
     with ExitStack() as stack:
@@ -262,17 +259,6 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
     return result
 
 
-def _set_mode(model: nn.Module, mode: Mode) -> dict[int, str]:
-    """Set every module's train flag; BN layers by the identity of their running_var."""
-    layers: dict[int, str] = {}
-    for name, module in model.named_modules():
-        module.training = mode == "training" or (mode == "leaves" and not module._modules)
-        if isinstance(module, _BatchNorm):
-            module.training = False  # not .eval(): the layer may hold drop and activation modules
-            layers.setdefault(id(module.running_var), name)
-    return layers
-
-
 @contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
     """Random generators and warning filters come back as they were."""
@@ -281,43 +267,6 @@ def _quiet(device: torch.device) -> Iterator[None]:
         warnings.simplefilter("ignore")
         with torch.random.fork_rng(devices), saved_host_randomness():
             yield
-
-
-def _twin(model: nn.Module, *, meta: bool) -> nn.Module:
-    """A copy of the model for one forward, on meta or for real: training mode may write to anything it holds."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("meta") if meta else tensor.detach().clone()
-
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(copied(parameter), requires_grad=False) for parameter in model.parameters()
-    }
-    for module in model.modules():
-        loose = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        for tensor in [*module._buffers.values(), *loose]:
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = copied(tensor)
-    try:
-        return copy.deepcopy(model, dict(memo))
-    except Exception:  # noqa: BLE001 - a lock or an open file among the attributes; they can be shared
-        return _copied_by_attribute(model, memo)
-
-
-def _copied_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy that shares the attributes that cannot be copied."""
-    modules = list(model.modules())
-    for module in modules:
-        memo[id(module)] = type(module).__new__(type(module))
-    for module in modules:
-        attributes = {}
-        for name, value in vars(module).items():
-            try:
-                attributes[name] = copy.deepcopy(value, memo)
-            except Exception:  # noqa: BLE001 - whatever its copying raises
-                attributes[name] = value
-        memo[id(module)].__dict__.update(attributes)
-    twin: nn.Module = memo[id(model)]
-    return twin
 
 
 def _tensors(tree: object) -> list[Tensor]:
