@@ -302,7 +302,17 @@ def test_no_batch_norm_is_nothing_to_do(tmp_path: Path) -> None:
     assert "no BatchNorm" in result.stderr
 
 
-def test_an_unwritable_folder(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_is_refused_before_the_pass(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "os.access", lambda path, mode, **_: mode != os.W_OK
+    )  # root, who runs many a CI, may write anywhere
+    monkeypatch.setattr("ckpt_tools.job.load", lambda *_, **__: pytest.fail("nothing may be loaded"))
+    result = run(*job(files))
+    assert result.exit_code == 1
+    assert "read-only" in result.stderr
+
+
+def test_a_write_that_the_system_refuses(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 

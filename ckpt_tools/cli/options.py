@@ -94,4 +94,4 @@ preprocessing = stacked(
 
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
 
-path = click.Path(path_type=Path)
+path = click.Path(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else

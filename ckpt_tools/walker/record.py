@@ -37,7 +37,8 @@ from ckpt_tools.walker.sites import (
     draws,
     dropout_call,
     enliven,
-    read_rate,
+    keep_rate,
+    module_rate,
     saved_host_randomness,
     value_free,
 )
@@ -116,13 +117,14 @@ class _Tape:
         module = self.frames[-1].module
         is_noise_module = module is not None and not module._modules and not module._parameters
         op = type(module).__name__ if is_noise_module else func._schema.name.replace("::", ".")
-        return self.new_site(op, read_rate(module, func, args))
+        rate = module_rate(module)
+        return self.new_site(op, keep_rate(func, args) if rate is None else rate)
 
     def notice_host_draws(self) -> None:
         """A draw that no operation shows taints whatever the running module does next."""
         if self.training and self.host.drawn():
             frame = self.frames[-1]
-            frame.decided_by |= {self.new_site("random", read_rate(frame.module, _DEFAULT_OP, ()))}
+            frame.decided_by |= {self.new_site("random", module_rate(frame.module))}
 
     def enter(self, module: nn.Module, args: object) -> None:
         self.notice_host_draws()
@@ -136,9 +138,6 @@ class _Tape:
         frame = self.frames.pop()
         if frame.decided_by:
             self.mark(_tensors(output), frame.decided_by)
-
-
-_DEFAULT_OP = torch.ops.aten.empty_like.default
 
 
 class _Dataflow(TorchDispatchMode):

@@ -94,12 +94,17 @@ def draws(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
     return all(arguments.get(name) not in certain for name in _PROBABILITY_ARGUMENTS if name in arguments)
 
 
-def read_rate(module: nn.Module | None, func: OpOverload, args: Sequence[object]) -> float | None:
-    """The drop rate of a site that is no known call: the module's own word, else the op's keep probability."""
+def module_rate(module: nn.Module | None) -> float | None:
+    """The drop rate that a module keeps among its attributes; None if it keeps none above zero."""
     for attribute in _RATE_ATTRIBUTES:
         value = getattr(module, attribute, None)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
             return float(value)
+    return None
+
+
+def keep_rate(func: OpOverload, args: Sequence[object]) -> float | None:
+    """The drop rate that follows from the keep probability of a Bernoulli draw; None for any other operation."""
     if "bernoulli" in func._schema.name and len(args) > 1 and isinstance(args[1], float):
         return 1.0 - args[1]
     return None
