@@ -17,6 +17,11 @@ Estimator = Literal["pooled", "exact", "ema"]
 LayerChoice = Literal["auto", "downstream", "all"]
 Statistics = Literal["variance", "mean+variance"]
 Rates = Literal["given", "recorded", "model", "unknown"]
+WeightKind = Literal["linear", "convolution", "transposed convolution"]
+Scheme = Literal["hypersphere", "orthonormal", "uniform", "normal"]
+InitRule = Literal["paper", "propagated"]
+BackwardTerm = Literal["auto", "on", "off"]
+BackwardFactor = Literal["paper", "inverted"]
 
 
 @dataclass(frozen=True)
@@ -163,11 +168,43 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How a weight maps its input to its units.
+
+    A linear weight has shape (units, fan-in), or (blocks, units, fan-in) for a batch of them; a convolution
+    (units, inputs / groups, *kernel); a transposed convolution (inputs, units / groups, *kernel).
+    ``stride`` and ``dilation`` are those of a transposed convolution: they say which kernel taps meet in one output.
+    """
+
+    kind: WeightKind = "linear"
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """A weight that the forward multiplies activations with, by linear map or convolution.
+
+    ``parameter`` is its key in the state dict, ``name`` the key without ``.weight``. ``inputs`` and ``consumers`` are
+    the parameters of the nearest weight layers before and behind it.
+    """
+
+    name: str
+    parameter: str
+    kind: WeightKind
+    shape: tuple[int, ...]
+    inputs: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Walk:
     """What one recorded forward tells: BN layers in execution order, dropout sites, and what lies behind what."""
 
     batch_norms: tuple[BatchNormLayer, ...]
     dropout_sites: tuple[DropoutSite, ...]
+    weights: tuple[WeightLayer, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
     device: str = "meta"  # where the recorded forward ran: "meta" or "cpu" (for real)
     containers_trained: bool = True  # False: only leaf modules ran in training mode, other noise was not seen
@@ -239,3 +276,71 @@ class Reestimation:
     def rewritten(self) -> tuple[LayerResult, ...]:
         """The layers whose running variance changed hands."""
         return tuple(layer for layer in self.layers if layer.rewritten)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the rule divides a weight by: √(second_moment / keep + backward term), see ``initialize/rule.py``.
+
+    ``activation`` names the function f of the preceding layer, ``second_moment`` is E[f²], ``keep`` the keep probability
+    of the dropout between; ``next_activation``, ``next_slope`` (E[f'²]) and ``next_keep`` are what follows the layer.
+    ``next_slope`` is None where the backward term is left out.
+    """
+
+    activation: str
+    second_moment: float
+    keep: float
+    next_activation: str = ""
+    next_slope: float | None = None
+    next_keep: float = 1.0
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class InitLayer:
+    """What became of one weight: rewritten with these factors, or left as it was and why."""
+
+    name: str
+    parameter: str
+    kind: WeightKind | None  # None: not a weight layer that the forward ran
+    shape: tuple[int, ...]
+    rewritten: bool
+    reason: str = ""
+    fan_in: int = 0
+    fan_out: int = 0
+    factors: Factors | None = None
+    bias: str = ""  # the key of the bias that became zero
+
+
+@dataclass(frozen=True)
+class InitRewrite:
+    """The outcome of an init rewrite. ``layers`` in order of execution, those left alone at the end."""
+
+    layers: tuple[InitLayer, ...]
+    rule: InitRule
+    scheme: Scheme
+    backward_term: BackwardTerm
+    backward_factor: BackwardFactor
+    seed: int
+
+    @property
+    def rewritten(self) -> tuple[InitLayer, ...]:
+        """The layers whose weights are new."""
+        return tuple(layer for layer in self.layers if layer.rewritten)
+
+
+@dataclass(frozen=True)
+class LayerSignal:
+    """How one weight layer's output z and its error signal δ = ∂L/∂z are spread in training mode.
+
+    Variances are over batch, units and positions together. ``error_variance`` is relative to the variance of the
+    error that was fed in at the model's output; None where no gradient arrived. The samples are what a picture is drawn from,
+    those of δ without zeros (Hendrycks & Gimpel 2016, appendix A).
+    """
+
+    name: str
+    parameter: str
+    variance: float
+    error_variance: float | None
+    outputs: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ()

@@ -306,7 +306,7 @@ def test_a_read_only_folder_is_refused_before_the_pass(files: Path, monkeypatch:
     monkeypatch.setattr(
         "os.access", lambda path, mode, **_: mode != os.W_OK
     )  # root, who runs many a CI, may write anywhere
-    monkeypatch.setattr("ckpt_tools.job.load", lambda *_, **__: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr("ckpt_tools.jobs.reestimation.load", lambda *_, **__: pytest.fail("nothing may be loaded"))
     result = run(*job(files))
     assert result.exit_code == 1
     assert "read-only" in result.stderr
@@ -344,7 +344,7 @@ def test_help_imports_no_torch_and_the_package_no_library() -> None:
     script = (
         "import sys, ckpt_tools\n"
         "for name in ckpt_tools.__all__: getattr(ckpt_tools, name)\n"
-        "import ckpt_tools.job, ckpt_tools.report.json\n"
+        "import ckpt_tools.jobs.reestimation, ckpt_tools.jobs.initialization, ckpt_tools.report.json\n"
         "assert not {'timm', 'torchvision', 'ckpt_adapters', 'click'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

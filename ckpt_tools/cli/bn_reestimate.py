@@ -84,7 +84,8 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
-    from ckpt_tools.job import Preprocessing, Request, execute, prepare
+    from ckpt_tools.jobs.inputs import Preprocessing
+    from ckpt_tools.jobs.reestimation import Request, execute, prepare
     from ckpt_tools.report.json import outcome_json
     from ckpt_tools.report.text import outcome_text, plan_text
 

@@ -37,7 +37,7 @@ def inspect(
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.identify.load import load, load_architecture
-    from ckpt_tools.job import Preprocessing, example_input, input_spec_for
+    from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
     from ckpt_tools.report.json import inspection_json
     from ckpt_tools.report.text import architecture_line, checkpoint_line, walk_text
     from ckpt_tools.walker.downstream import walk

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ckpt_tools.contract import Checkpoint, InputSpec, LayerResult, LoadedModel, Walk
-from ckpt_tools.job import Outcome
+from ckpt_tools.jobs.reestimation import Outcome
 from ckpt_tools.storage.compare import Comparison
 from ckpt_tools.version import VERSION
 

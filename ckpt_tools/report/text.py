@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Reestimation, Walk
 from ckpt_tools.demo.train import Score
-from ckpt_tools.job import Outcome, Plan
+from ckpt_tools.jobs.reestimation import Outcome, Plan
 from ckpt_tools.storage.compare import Change, Comparison
 
 _SHOWN = 8  # rows of a table before it is cut

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -17,7 +17,7 @@ from ckpt_tools.storage.read import read_checkpoint, read_part
 
 __all__ = ["Change", "Comparison", "Expectation", "compare", "compare_files", "provenance", "same_bytes"]
 
-Expectation = Literal["nothing", "variance", "mean+variance", "any"]
+Expectation = Literal["nothing", "variance", "mean+variance", "init", "any"]
 
 _MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
     "nothing": (),
@@ -51,17 +51,18 @@ class Comparison:
     identical: int
     same_order: bool  # of the keys that both have
 
-    def unexpected(self, expect: Expectation) -> tuple[str, ...]:
+    def unexpected(self, expect: Expectation, keys: Collection[str] = ()) -> tuple[str, ...]:
         """One sentence for each difference that ``expect`` does not allow; empty if all is as expected.
 
-        "variance" allows new values of ``running_var``, "mean+variance" those of ``running_mean`` too.
+        "variance" allows new values of ``running_var``, "mean+variance" those of ``running_mean`` too, "init" those
+        of ``keys``.
         """
         if expect == "any":
             return ()
         return (
             *(f"{key}: missing from the second" for key in self.only_before),
             *(f"{key}: only in the second" for key in self.only_after),
-            *(_sentence(change) for change in self.changes if not _allowed(change, expect)),
+            *(_sentence(change) for change in self.changes if not _allowed(change, expect, keys)),
             *(() if self.same_order else ("the keys stand in another order",)),
         )
 
@@ -86,21 +87,51 @@ def compare_files(
     """Compare two files; what was expected to differ; and what else does, a sentence each.
 
     Where ``after`` is an output of this tool, it says itself which weights of its source it was made from and what
-    may differ ("auto"). Raises CheckpointError.
+    may differ ("auto"). "init" allows new values of the weights that an initialised file lists as rewritten, and zeros
+    in the biases that it lists as zeroed. Raises CheckpointError.
     """
     new = read_checkpoint(after, trust=trust)
     said = provenance(new) or {}
-    if expect == "auto":
-        expect = str(said.get("statistics")) if said.get("statistics") in _MAY_CHANGE else "variance"
-    old = _source_of(before, said, weights, trust)
-    comparison, expectation = compare(old, new), cast("Expectation", expect)
-    return comparison, expectation, comparison.unexpected(expectation)
+    expectation = _expected(said) if expect == "auto" else cast("Expectation", expect)
+    rewritten, zeroed = _listed(said, after) if expectation == "init" else ((), ())
+    comparison = compare(_source_of(before, said, weights, trust), new)
+    unfounded = _unfounded(new.tensors, rewritten, zeroed)
+    return comparison, expectation, (*unfounded, *comparison.unexpected(expectation, {*rewritten, *zeroed}))
+
+
+def _expected(said: Mapping[str, object]) -> Expectation:
+    """What may differ from its source in a file that says this of itself."""
+    if said.get("expect") == "init":
+        return "init"
+    statistics = str(said.get("statistics"))
+    return cast("Expectation", statistics) if statistics in _MAY_CHANGE else "variance"
+
+
+def _listed(said: Mapping[str, object], path: Path) -> tuple[list[str], list[str]]:
+    """The keys of the new weights and of the biases set to zero."""
+    rewritten, zeroed = said.get("rewritten"), said.get("zeroed")
+    if said.get("expect") != "init" or not isinstance(rewritten, list) or not isinstance(zeroed, list):
+        raise CheckpointError(
+            f"{path}: expected an output of init-rewrite, which lists the weights it rewrote, found no such list in its "
+            "metadata. Compare with --expect auto, or with --expect any to see what differs."
+        )
+    return [str(key) for key in rewritten], [str(key) for key in zeroed]
+
+
+def _unfounded(tensors: Mapping[str, Tensor], rewritten: Collection[str], zeroed: Collection[str]) -> tuple[str, ...]:
+    """One sentence for each entry of the lists that is not what an initialisation makes."""
+    vectors = [key for key in rewritten if key in tensors and tensors[key].ndim < 2]
+    filled = [key for key in zeroed if key in tensors and bool(tensors[key].any())]
+    return (
+        *(f"{key}: listed as a rewritten weight, but has fewer than two dimensions" for key in vectors),
+        *(f"{key}: listed as a bias set to zero, but holds other values" for key in filled),
+    )
 
 
 def _source_of(path: Path, said: Mapping[str, object], weights: str, trust: bool) -> Checkpoint:
-    if weights == "auto" and said:
+    if weights == "auto" and "weights" in said:
         try:
-            return read_part(path, weights=str(said.get("weights")), prefix=str(said.get("prefix")), trust=trust)
+            return read_part(path, weights=str(said["weights"]), prefix=str(said.get("prefix", "")), trust=trust)
         except CheckpointError:
             pass  # not the source that ``after`` speaks of
     return read_checkpoint(path, weights=weights, trust=trust)
@@ -137,8 +168,10 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _allowed(change: Change, expect: Expectation) -> bool:
-    return change.what == "values" and change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
+def _allowed(change: Change, expect: Expectation, keys: Collection[str]) -> bool:
+    if change.what != "values":
+        return False
+    return change.key in keys if expect == "init" else change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
 
 
 def _sentence(change: Change) -> str:

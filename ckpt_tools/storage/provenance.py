@@ -16,8 +16,8 @@ _ENTRY = "ckpt_tools"
 def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     """What this tool wrote about a checkpoint that is its own output; None for anybody else's.
 
-    ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken; ``earlier`` is the
-    source's own provenance if that was an output as well.
+    ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken, if one was; ``earlier`` is
+    the source's own provenance if that was an output as well.
     """
     try:
         found = json.loads(checkpoint.metadata.get(_ENTRY, ""))
@@ -26,18 +26,24 @@ def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-def output_metadata(checkpoint: Checkpoint, said: Mapping[str, object], source_sha256: str) -> dict[str, str]:
-    """Metadata of an output: all of the source's, ``format: pt``, and one entry with the provenance."""
-    entry = {
-        **said,
-        "version": VERSION,
-        "source": checkpoint.path.name,  # the folder is nobody's business
-        "source_sha256": source_sha256,
-        "weights": checkpoint.weights,
-        "prefix": checkpoint.prefix,
-    }
-    if earlier := provenance(checkpoint):
-        entry["earlier"] = earlier
+def output_metadata(
+    checkpoint: Checkpoint | None, said: Mapping[str, object], source_sha256: str = ""
+) -> dict[str, str]:
+    """Metadata of an output: all of the source's, ``format: pt``, and one entry with the provenance.
+
+    ``checkpoint`` None: the output has no source, and its provenance names none.
+    """
+    entry = {**said, "version": VERSION}
+    if checkpoint is not None:
+        entry |= {
+            "source": checkpoint.path.name,  # the folder is nobody's business
+            "source_sha256": source_sha256,
+            "weights": checkpoint.weights,
+            "prefix": checkpoint.prefix,
+        }
+        if earlier := provenance(checkpoint):
+            entry["earlier"] = earlier
     # JSON knows neither NaN nor infinity.
     clean = json.loads(json.dumps(entry, default=str), parse_constant=lambda _: None)
-    return {**checkpoint.metadata, "format": "pt", _ENTRY: json.dumps(clean, ensure_ascii=False)}
+    kept = {} if checkpoint is None else checkpoint.metadata
+    return {**kept, "format": "pt", _ENTRY: json.dumps(clean, ensure_ascii=False)}

@@ -16,6 +16,7 @@ from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
 from ckpt_tools.walker.record import Rates, Record, record
 from ckpt_tools.walker.twin import Mode
+from ckpt_tools.walker.weights import weight_layers
 
 
 def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call) -> Walk:
@@ -54,6 +55,7 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
     return Walk(
         batch_norms=tuple(_layer(name, layers[name], trained, possible, evaluated) for name in ranked),
         dropout_sites=(*active.values(), *dormant.values()),
+        weights=weight_layers(trained.graph, model),
         left_alone=tuple(left_alone),
         device=trained.device,
         containers_trained=mode == "training",

@@ -30,7 +30,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.contract import DropoutSite
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.walker.call import Batch, Forward, batch_norm_arguments, device_of, eager, first_samples, to_device
+from ckpt_tools.walker.call import (
+    Batch,
+    Forward,
+    batch_norm_arguments,
+    device_of,
+    eager,
+    first_samples,
+    to_device,
+)
+from ckpt_tools.walker.graph import Graph, Recorder
 from ckpt_tools.walker.sites import (
     ALIVE,
     HostRandomness,
@@ -52,6 +61,7 @@ class Record:
     """What one forward showed. ``inputs``: BN layer → sites that reach its input, in order of execution."""
 
     device: str
+    graph: Graph
     inputs: dict[str, frozenset[str]] = field(default_factory=dict)
     sites: dict[str, DropoutSite] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)  # BN modules that ran at all
@@ -71,8 +81,8 @@ class _Frame:
 class _Tape:
     """The state that the two modes and the module hooks share during one forward."""
 
-    def __init__(self, model: nn.Module, record: Record, *, training: bool) -> None:
-        self.record, self.training = record, training
+    def __init__(self, model: nn.Module, record: Record, recorder: Recorder, *, training: bool) -> None:
+        self.record, self.recorder, self.training = record, recorder, training
         self.names = {id(module): name for name, module in model.named_modules()}
         self.frames = [_Frame("", model)]
         self.declared: tuple[str, float] | None = None  # op and rate of the dropout call under way
@@ -158,12 +168,14 @@ class _Dataflow(TorchDispatchMode):
         taint = tape.decisions()
         if not value_free(func):
             taint |= tape.taint(read)
+        operands = tape.recorder.read((args, kwargs))
         if self.meta and any(tensor.is_meta for tensor in read):
             args, kwargs = _all_meta(args, kwargs, written)
         output = func(*args, **kwargs)
         if draws(func, args, kwargs):
             taint |= {tape.site_of(func, args)}
         made = _tensors(output)
+        tape.recorder.made(func, operands, made, written, tape.frames[-1].name)
         tape.mark([*made, *written], taint)
         if func in _DECISIONS and taint:
             tape.frames[-1].decided_by |= taint
@@ -244,8 +256,9 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
     if rates.attributes:
         enliven(twin)
     layers = set_mode(twin, mode)
-    result = Record(device="meta" if meta else "cpu")
-    tape = _Tape(twin, result, training=mode != "evaluation")
+    recorder = Recorder(twin, _tensors(dict(batch) if isinstance(batch, Mapping) else batch))
+    result = Record("meta" if meta else "cpu", recorder.graph)
+    tape = _Tape(twin, result, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
         stack.enter_context(_quiet(device_of(model)))
         stack.enter_context(torch.no_grad())

@@ -1,8 +1,7 @@
-"""The main job from file to file: one checkpoint, one source of training data, one new safetensors file."""
+"""Re-estimation from file to file: one checkpoint, one source of training data, one new safetensors file."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,9 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream, Skipped
-from ckpt_tools.errors import ModelError, OutputError, UsageError
 from ckpt_tools.identify.load import load
+from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
+from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.run import check_method, reestimate_bn
@@ -31,17 +31,6 @@ from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.storage.read import sha256
 from ckpt_tools.storage.write import check_output, save
 from ckpt_tools.walker.downstream import walk
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What the user says about the input; None leaves it to the checkpoint and the library."""
-
-    input_size: tuple[int, ...] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: str | None = None
-    crop_pct: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class Request:
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
     weights: str = "auto"
     trust: bool = False
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     estimator: Estimator = "pooled"
     layers: LayerChoice = "auto"
     statistics: Statistics = "variance"
@@ -104,14 +93,13 @@ def prepare(request: Request) -> Plan:
 
     Raises any CkptToolsError; nothing is written.
     """
-    output = request.output or default_output(request.checkpoint)
+    output = request.output or default_output(request.checkpoint, "bn")
     check_output(output, request.checkpoint, overwrite=request.overwrite)
-    if output.exists() and Path(request.data).exists() and output.samefile(request.data):
-        raise OutputError(f"{output}: expected a file of its own, found the training data. Choose another name.")
+    refuse_data(output, request.data)
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
-    device = _device(request.device)
+    device = usable_device(request.device)
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     loaded = load(
         request.checkpoint,
@@ -156,65 +144,6 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         overwrite=request.overwrite,
     )
     return Outcome(plan, result, plan.stream.skipped, digest, written)
-
-
-def default_output(checkpoint: Path) -> Path:
-    """``model.pt`` → ``model.bn.safetensors``, beside the source."""
-    whole = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint.absolute()
-    name = whole.name
-    for suffix in (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
-        name = name.removesuffix(suffix)
-    return whole.with_name(f"{name}.bn.safetensors")
-
-
-def input_spec_for(known: InputSpec | None, said: Preprocessing, source: Source | None) -> InputSpec | None:
-    """Input shape and preprocessing in force: the user's word, then the checkpoint's and the library's.
-
-    None for preprocessed data of unknown architectures: samples go to the model as they are.
-    """
-    shape = said.input_size or (known.shape if known else None)
-    if source is not None and source.sample_shape is not None and (source.preprocessed or shape is None):
-        shape = source.sample_shape
-    if shape is None:
-        if source is not None and source.preprocessed:
-            return None
-        raise UsageError(
-            "the input size of this architecture is not known. Give one sample's shape, e.g. --input-size 3,224,224."
-        )
-    changes = {
-        name: value for name, value in dataclasses.asdict(said).items() if value is not None and name != "input_size"
-    }
-    if changes and source is not None and source.preprocessed:
-        raise UsageError(f"--{next(iter(changes)).replace('_', '-')}: {source.spec} is taken as preprocessed already.")
-    base = known or InputSpec(shape)
-    if said.input_size or changes:
-        changes["origin"] = f"{base.origin}, changed by options" if known else "options"
-    return dataclasses.replace(base, shape=shape, **changes)
-
-
-def example_input(spec: InputSpec | None, source: Source | None) -> object:
-    """A batch to walk with: zeros of the input's shape, else the first batch of the data."""
-    if spec is not None:
-        return torch.zeros(2, *spec.shape)
-    assert source is not None
-    return next(iter(source.batches(None, batch_size=2, workers=0)))
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind, index = torch.device(device).type, torch.device(device).index or 0
-    except RuntimeError:
-        kind, index = "unknown", 0
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
-    if kind == "cuda" and index >= torch.cuda.device_count():
-        raise ModelError(
-            f"--device {device}: this machine has no such CUDA device that torch {torch.__version__} can use. "
-            "Use --device cpu, or install a CUDA build of torch and its driver."
-        )
-    return device
 
 
 def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""The jobs from file to file: re-estimating running variances, initialising weights."""

@@ -1,0 +1,190 @@
+"""Initialisation from file to file: a fresh checkpoint, or only an architecture, and new weights for it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckpt_tools.contract import (
+    BackwardFactor,
+    BackwardTerm,
+    InitRewrite,
+    InitRule,
+    LayerSignal,
+    LoadedModel,
+    Scheme,
+)
+from ckpt_tools.data.source import open_source
+from ckpt_tools.errors import CheckFailed, UsageError
+from ckpt_tools.identify.load import identify, load_architecture
+from ckpt_tools.initialize.rewrite import rewrite_init
+from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
+from ckpt_tools.jobs.new_weights import write_initialized
+from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
+from ckpt_tools.jobs.verification import Trial, new_trial
+from ckpt_tools.storage.atomic import check_target
+from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.storage.write import check_output
+
+Draw = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], None]
+
+
+@dataclass(frozen=True)
+class InitRequest:
+    """Everything the user asks for. Without ``checkpoint``, ``architecture`` and ``output`` are needed."""
+
+    checkpoint: Path | None = None
+    output: Path | None = None
+    architecture: str | None = None
+    model_kwargs: Mapping[str, object] = field(default_factory=dict)
+    weights: str = "auto"
+    trust: bool = False
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    scheme: Scheme = "hypersphere"
+    rule: InitRule = "paper"
+    backward_term: BackwardTerm = "auto"
+    backward_factor: BackwardFactor = "paper"
+    seed: int = 0
+    verify: bool = False
+    data: str | None = None
+    samples: int = 64  # of the verification
+    device: str = "auto"  # of the verification: new weights are made on the CPU, the same everywhere
+    report: Path | None = None
+    overwrite: bool = False
+    force: bool = False
+
+    @property
+    def verifies(self) -> bool:
+        """Whether signals are measured: data and a picture make no sense without."""
+        return self.verify or self.data is not None or self.report is not None
+
+
+@dataclass(frozen=True)
+class InitOutcome:
+    """What happened: the new weights, the file, its source if it has one, and the signals before and after if asked for."""
+
+    request: InitRequest
+    loaded: LoadedModel
+    result: InitRewrite
+    output: Path
+    output_sha256: str
+    source_sha256: str | None = None
+    trial: Trial | None = None
+    before: tuple[LayerSignal, ...] = ()
+    after: tuple[LayerSignal, ...] = ()
+
+
+def initialize(request: InitRequest, draw: Draw | None = None) -> InitOutcome:
+    """Give a model new weights by the rule and write it as a safetensors file.
+
+    From a checkpoint file, every tensor but the new ones comes out bit for bit. From an architecture alone, the rest
+    is the library's own initialisation under ``request.seed``. ``draw`` is called with the signals before and after,
+    just before the output is written. Raises any CkptToolsError; then nothing is written.
+    """
+    output = _checked_output(request)
+    loaded, example, trial = _prepared(request)
+    before = trial.measure(loaded.model, request.seed) if trial else ()
+    result = rewrite_init(
+        loaded.model,
+        example,
+        scheme=request.scheme,
+        rule=request.rule,
+        backward_term=request.backward_term,
+        backward_factor=request.backward_factor,
+        seed=request.seed,
+    )
+    after = trial.measure(loaded.model, request.seed) if trial else ()
+    if draw is not None and trial is not None:
+        draw(before, after)
+    digest = None if request.checkpoint is None else sha256(request.checkpoint)
+    written = write_initialized(output, loaded, result, digest, overwrite=request.overwrite)
+    return InitOutcome(request, loaded, result, output, written, digest, trial, before, after)
+
+
+def refuse_trained(tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckFailed for a state dict whose BatchNorm layers have seen data: an init throws training away.
+
+    Counters tell; where a file has none, running means that moved away from zero do.
+    """
+    counters = {key: tensor for key, tensor in tensors.items() if key.endswith("num_batches_tracked")}
+    means = {key: tensor for key, tensor in tensors.items() if key.endswith("running_mean")}
+    for key, tensor in (counters or means).items():
+        if bool(tensor.any()):
+            raise CheckFailed(
+                f"{key}: expected 0 in a fresh checkpoint, found {float(tensor.reshape(-1)[tensor.abs().argmax()]):g}: "
+                "this model was trained, and new weights would throw that away. Give a fresh checkpoint, or --arch "
+                "alone; --force rewrites it all the same."
+            )
+
+
+def _checked_output(request: InitRequest) -> Path:
+    """Where the output goes; refuses at once what cannot be meant or written."""
+    if request.checkpoint is None and request.architecture is None:
+        raise UsageError("Give a fresh checkpoint, or an architecture with --arch.")
+    if request.checkpoint is not None:
+        output = request.output or default_output(request.checkpoint, "init")
+        check_output(output, request.checkpoint, overwrite=request.overwrite)
+    elif request.output is not None:
+        output = request.output
+        check_target(output, overwrite=request.overwrite)
+    else:
+        raise UsageError(
+            f"--arch {request.architecture} alone names no output. Give one with -o, e.g. -o init.safetensors."
+        )
+    if request.data is not None:
+        refuse_data(output, request.data)
+    if request.report is not None and request.report.absolute() == output.absolute():
+        raise UsageError(
+            f"--report {request.report}: expected a file of its own, found the output's name. Choose another."
+        )
+    return output
+
+
+def _prepared(request: InitRequest) -> tuple[LoadedModel, object, Trial | None]:
+    """The model as it is, an input to walk it with, and what to try it on."""
+    if request.data is None and (said := request.preprocessing.transform):
+        option = next(iter(said)).replace("_", "-")
+        raise UsageError(
+            f"--{option}: says how images become inputs, but there are none. Give --data, or leave it out."
+        )
+    source = None if request.data is None else open_source(request.data, limit=request.samples, seed=request.seed)
+    device = usable_device(request.device) if request.verifies else "cpu"
+    loaded = _loaded(request)
+    spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
+    example = example_input(spec, source)
+    if not request.verifies:
+        return loaded, example, None
+    trial = new_trial(loaded, example, spec, source, samples=request.samples, seed=request.seed, device=device)
+    return loaded, example, trial
+
+
+def _loaded(request: InitRequest) -> LoadedModel:
+    if request.checkpoint is None:
+        with seeded(request.seed):
+            return load_architecture(str(request.architecture), request.model_kwargs)
+    checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
+    if not request.force:
+        refuse_trained(checkpoint.tensors)
+    return identify(checkpoint, request.architecture, request.model_kwargs)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Every generator that a constructor may draw from on the CPU starts at ``seed``, and goes on as before after it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,42 @@
+"""Where a job runs, and where its output goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ckpt_tools.errors import ModelError, OutputError, UsageError
+
+
+def default_output(checkpoint: Path, kind: str) -> Path:
+    """``model.pt`` → ``model.KIND.safetensors``, beside the source."""
+    whole = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint.absolute()
+    name = whole.name
+    for suffix in (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+        name = name.removesuffix(suffix)
+    return whole.with_name(f"{name}.{kind}.safetensors")
+
+
+def refuse_data(output: Path, data: str) -> None:
+    """Raise OutputError if the output would take the place of the data."""
+    if output.exists() and Path(data).exists() and output.samefile(data):
+        raise OutputError(f"{output}: expected a file of its own, found the training data. Choose another name.")
+
+
+def usable_device(said: str) -> str:
+    """What ``--device`` means on this machine. Raises UsageError, ModelError for a device that is not there."""
+    if said == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind, index = torch.device(said).type, torch.device(said).index or 0
+    except RuntimeError:
+        kind, index = "unknown", 0
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device {said}: expected auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ModelError(
+            f"--device {said}: this machine has no such CUDA device that torch {torch.__version__} can use. "
+            "Use --device cpu, or install a CUDA build of torch and its driver."
+        )
+    return said

@@ -1,0 +1,110 @@
+"""The weight layers of a recorded forward: where an operation multiplies activations with a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ckpt_tools.contract import Geometry, WeightLayer
+from ckpt_tools.walker.contractions import contraction, geometry
+from ckpt_tools.walker.graph import Graph, Node, Operand
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One use of a weight. ``view`` is the part of the parameter used, laid out as ``geometry`` says."""
+
+    node: int
+    parameter: str
+    geometry: Geometry
+    view: Operand
+    input: Operand
+    bias: str = ""
+
+
+def weight_uses(graph: Graph, trainable: Iterable[str]) -> tuple[WeightUse, ...]:
+    """Every use of one of the ``trainable`` parameters as a weight, in order of execution."""
+    names = frozenset(trainable)
+    return tuple(use for index in range(len(graph)) if (use := _use(graph, index, names)) is not None)
+
+
+def weight_layers(graph: Graph, model: nn.Module) -> tuple[WeightLayer, ...]:
+    """The weight layers in order of execution, and for each the nearest ones before and behind it."""
+    parameters = dict(model.named_parameters())
+    uses = weight_uses(graph, parameters)
+    inputs = _inputs(graph, uses)
+    order = list(dict.fromkeys(use.parameter for use in uses))
+    kinds = {use.parameter: use.geometry.kind for use in uses}
+    return tuple(
+        WeightLayer(
+            name=layer_name(name),
+            parameter=name,
+            kind=kinds[name],
+            shape=tuple(parameters[name].shape),
+            inputs=tuple(other for other in order if other in inputs[name]),
+            consumers=tuple(other for other in order if name in inputs[other]),
+        )
+        for name in order
+    )
+
+
+def layer_name(parameter: str) -> str:
+    """The module's name where the parameter is its ``weight``, else the whole key."""
+    return parameter.removesuffix(".weight")
+
+
+def _inputs(graph: Graph, uses: Iterable[WeightUse]) -> dict[str, frozenset[str]]:
+    """For each weight the weights whose outputs reach it without passing through another one."""
+    at = {use.node: use for use in uses}
+    behind: list[frozenset[str]] = []  # of each node: the nearest weights before it
+    found: dict[str, frozenset[str]] = {}
+    for index, node in enumerate(graph.nodes):
+        reads = [*node.operands, *([node.base] if node.base is not None else [])]
+        nearest = frozenset().union(*(behind[operand.node] for operand in reads))
+        if index in at:
+            name = at[index].parameter
+            found[name] = found.get(name, frozenset()) | behind[at[index].input.node]
+            nearest = frozenset({name})
+        behind.append(nearest)
+    return found
+
+
+def _use(graph: Graph, index: int, names: frozenset[str]) -> WeightUse | None:
+    node = graph[index]
+    found = contraction(node.func) if node.func is not None else None
+    if found is None:
+        return None
+    for weight_at, input_at in _roles(node, found.factors):
+        weight, given = node.args[weight_at], node.args[input_at]
+        name = graph[weight.node].parameter
+        if name not in names or graph[given.node].static:
+            continue
+        layout = geometry(node.func, node.args)  # type: ignore[arg-type]
+        view = weight if layout.kind != "linear" else _units_first(weight, transposed=weight_at == found.factors[1])
+        bias = node.args[found.bias] if found.bias is not None and len(node.args) > found.bias else None
+        return WeightUse(index, name, layout, view, given, _parameter(graph, bias))
+    return None
+
+
+def _roles(node: Node, factors: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Which factor may be the weight and which the input; of a matrix product, either."""
+    first, second = factors
+    yield second, first
+    if geometry(node.func, node.args).kind == "linear":  # type: ignore[arg-type]
+        yield first, second
+
+
+def _units_first(weight: Operand, *, transposed: bool) -> Operand:
+    """The view (…, units, fan-in) of a matrix; a dimension that only repeats the matrix is dropped."""
+    shape, stride = list(weight.shape), list(weight.stride)
+    if transposed:
+        shape[-2:], stride[-2:] = reversed(shape[-2:]), reversed(stride[-2:])
+    if len(shape) == 3 and stride[0] == 0:
+        del shape[0], stride[0]
+    return replace(weight, shape=tuple(shape), stride=tuple(stride))
+
+
+def _parameter(graph: Graph, operand: Operand | None) -> str:
+    return graph[operand.node].parameter if isinstance(operand, Operand) else ""
