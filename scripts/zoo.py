@@ -2,13 +2,13 @@
 
 scripts/zoo                     # walk all of them, list every failure with its reason
 scripts/zoo --run 20 --seed 1   # random weights saved as .pt, a few images, bn-reestimate, diff
+scripts/zoo --init              # new weights for every model, with or without BatchNorm: written, loaded, run
 scripts/zoo --only 'timm:resnet*'
 """
 
 from __future__ import annotations
 
-import fnmatch
-import inspect
+import functools
 import json
 import random
 import subprocess
@@ -16,10 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -28,48 +25,25 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
+from zoo_init import init_one, summary
+from zoo_models import Checked, architectures, brief, build, checked, example
 
 from ckpt_tools import plugins
-from ckpt_tools.contract import InputSpec
-from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.identify.load import load_architecture
 from ckpt_tools.walker.downstream import walk
 
-LARGEST = 300_000_000  # parameters of a model that --run still takes: it is held in memory twice
+LARGEST = 300_000_000  # parameters of a model that --run and --init still take: it is held in memory twice
 
 
 @dataclass(frozen=True)
-class Walked:
-    """How the walk of one model went. ``failure`` is empty if it went well; ``layers`` 0: no BatchNorm."""
+class Walked(Checked):
+    """``layers`` 0: no BatchNorm."""
 
-    architecture: str
     layers: int = 0
     parameters: int = 0
     reachable: int = 0
     device: str = ""
     seconds: float = 0.0
-    failure: str = ""
-
-
-def architectures(pattern: str) -> Iterator[str]:
-    for prefix in ("timm", "torchvision"):
-        for name in plugins.adapter(prefix).architectures():
-            if fnmatch.fnmatch(f"{prefix}:{name}", pattern):
-                yield f"{prefix}:{name}"
-
-
-def build(architecture: str) -> tuple[nn.Module, InputSpec | None]:
-    """The bare model, on the meta device where its constructor allows that."""
-    adapter, name = plugins.resolve(architecture)
-    for device in ("meta", "cpu"):
-        try:
-            with torch.device(device):
-                model = adapter.build(name, {})
-            return model, adapter.input_spec(model, name, {})
-        except (CkptToolsError, RuntimeError, NotImplementedError):
-            if device == "cpu":
-                raise
-    raise AssertionError
 
 
 def normalised(model: nn.Module) -> bool:
@@ -77,8 +51,6 @@ def normalised(model: nn.Module) -> bool:
 
 
 def walk_one(architecture: str) -> Walked:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     try:
         model, spec = build(architecture)
         if not normalised(model):
@@ -89,25 +61,18 @@ def walk_one(architecture: str) -> Walked:
     started = time.perf_counter()
     try:
         loaded = load_architecture(architecture)
-        shape = spec.shape if spec is not None else (3, 224, 224)
-        found = walk(loaded.model, example(loaded.model, shape), probe=loaded.probe)
+        found = walk(loaded.model, example(loaded.model, spec), probe=loaded.probe)
     except Exception as error:
         return Walked(architecture, failure=brief(error), layers=-1)
     return Walked(
         architecture,
+        "",
         len(found.batch_norms),
         parameters,
         sum(bool(layer.downstream_of or layer.potentially_downstream_of) for layer in found.batch_norms),
         found.device,
         time.perf_counter() - started,
     )
-
-
-def example(model: nn.Module, shape: tuple[int, ...]) -> object:
-    """Zeros for the input, or for every input that the forward cannot do without (RAFT wants two images)."""
-    required = [name for name, one in inspect.signature(model.forward).parameters.items() if one.default is one.empty]
-    named = [name for name in required if name not in ("args", "kwargs")]
-    return {name: torch.zeros(2, *shape) for name in named} if len(named) > 1 else torch.zeros(2, *shape)
 
 
 def run_one(architecture: str, folder: Path) -> str:
@@ -130,10 +95,6 @@ def run_one(architecture: str, folder: Path) -> str:
     return ""
 
 
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:240]
-
-
 def make_images(folder: Path, count: int) -> None:
     (folder / "images").mkdir()
     numbers = random.Random(0)
@@ -142,38 +103,40 @@ def make_images(folder: Path, count: int) -> None:
         noise.save(folder / "images" / f"{index}.jpg")
 
 
-def walk_all(pattern: str, jobs: int) -> list[Walked]:
-    # Forked after the imports: a fresh interpreter a process would import torch, timm and torchvision again.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork"), max_tasks_per_child=None) as pool:
-        futures = [pool.submit(walk_one, name) for name in architectures(pattern)]
-        bar = tqdm(as_completed(futures), total=len(futures), unit="model", file=sys.stderr)
-        return [future.result() for future in bar]
-
-
 @click.command(help=__doc__)
 @click.option("--only", default="*", metavar="PATTERN", help="Names such as 'timm:resnet*'.")
 @click.option("--jobs", default=2, show_default=True)
+@click.option("--init", is_flag=True, help=f"Initialise all models up to {LARGEST:,} parameters instead of walking.")
 @click.option("--run", "runs", default=0, metavar="N", help="The whole job on N models drawn at random.")
 @click.option("--seed", default=0, show_default=True)
-def main(only: str, jobs: int, runs: int, seed: int) -> None:
-    walked = walk_all(only, jobs)
-    with_bn = [one for one in walked if one.layers or one.failure]
-    good = [one for one in with_bn if not one.failure]
-    for one in sorted(walked, key=lambda one: one.architecture):
+@click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="Append a JSON line for every model.")
+def main(only: str, jobs: int, init: bool, runs: int, seed: int, log: Path | None) -> None:
+    names = list(architectures(only))
+    check = functools.partial(init_one, largest=LARGEST) if init else walk_one
+    found = checked(check, names, jobs, log)
+    for one in found:
         if one.failure:
             print(f"FAILED {one.architecture}: {one.failure}")
-    seconds = sorted(one.seconds for one in good)
-    print(f"{len(walked)} models, {len(with_bn)} with BatchNorm, {len(good)} walked, {len(with_bn) - len(good)} failed")
-    if good:
-        print(
-            f"{sum(one.layers for one in good)} BN layers, {sum(one.reachable for one in good)} within reach of "
-            f"dropout; {sum(one.device == 'meta' for one in good)} models on meta tensors; "
-            f"median {seconds[len(seconds) // 2]:.2f} s for building and walking"
-        )
-    failed = len(with_bn) - len(good)
-    if runs:
-        failed += run_some([one.architecture for one in good if one.parameters <= LARGEST], runs, seed)
+    failed = sum(bool(one.failure) for one in found)
+    if init:
+        print(summary(found))
+    else:
+        good = [one for one in found if not one.failure and one.layers]
+        print(f"{len(found)} models, {len(good) + failed} with BatchNorm, {len(good)} walked, {failed} failed")
+        if good:
+            print(walked_line(good))
+        if runs:
+            failed += run_some([one.architecture for one in good if one.parameters <= LARGEST], runs, seed)
     sys.exit(1 if failed else 0)
+
+
+def walked_line(good: list[Walked]) -> str:
+    seconds = sorted(one.seconds for one in good)
+    return (
+        f"{sum(one.layers for one in good)} BN layers, {sum(one.reachable for one in good)} within reach of "
+        f"dropout; {sum(one.device == 'meta' for one in good)} models on meta tensors; "
+        f"median {seconds[len(seconds) // 2]:.2f} s for building and walking"
+    )
 
 
 def run_some(names: list[str], runs: int, seed: int) -> int:

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
-from ckpt_tools.storage.compare import Change, compare, provenance, same_bytes
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.storage.compare import Change, compare, compare_files, provenance, same_bytes
+from ckpt_tools.storage.provenance import output_metadata
+from ckpt_tools.storage.write import write_safetensors
 
 STATE = {
     "conv.weight": torch.arange(6.0).view(2, 3),
@@ -72,6 +75,31 @@ def test_expectations(changed: dict[str, Tensor], allowed: set[str]) -> None:
         violations = found.unexpected(expect)
         assert (violations == ()) == (expect in allowed)
         assert all(next(iter(changed)).partition("_")[2] in line for line in violations)
+
+
+def test_an_initialisation_may_change_the_keys_it_names() -> None:
+    found = compare(checkpoint(STATE), checkpoint(against(conv_weight=torch.ones(2, 3))))
+    assert found.unexpected("init", {"conv.weight"}) == ()
+    assert len(found.unexpected("init", {"bn.running_var"})) == 1
+    assert len(found.unexpected("init")) == 1
+    for other in (torch.ones(3, 2), torch.ones(2, 3).half()):
+        reshaped = compare(checkpoint(STATE), checkpoint(against(conv_weight=other)))
+        assert len(reshaped.unexpected("init", {"conv.weight"})) == 1
+
+
+def test_a_file_says_itself_what_may_differ(tmp_path: Path) -> None:
+    def words(**said: object) -> str:
+        path = tmp_path / "after.safetensors"
+        metadata = output_metadata(None, said)
+        write_safetensors(path, against(), metadata=metadata, overwrite=True)
+        return compare_files(path, path)[1]
+
+    assert words() == "variance"
+    assert words(statistics="mean+variance") == "mean+variance"
+    assert words(statistics=["variance"]) == "variance"
+    assert words(expect="init", rewritten=["conv.weight"], zeroed=[]) == "init"
+    with pytest.raises(CheckpointError, match="no such list"):
+        words(expect="init", rewritten=3, zeroed=[])
 
 
 def test_another_order_of_keys() -> None:

@@ -23,6 +23,7 @@ from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.storage import atomic, write
 from ckpt_tools.storage.compare import compare, provenance
+from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.read import read_checkpoint, sha256
 from ckpt_tools.storage.write import save, write_safetensors
 
@@ -115,6 +116,16 @@ def test_an_output_as_source_keeps_metadata_and_history(tmp_path: Path) -> None:
     assert (found["step"], found["source_sha256"]) == (2, digest)
     assert isinstance(found["earlier"], dict)
     assert found["earlier"]["step"] == 1
+
+
+def test_an_output_without_a_source_names_none(tmp_path: Path) -> None:
+    target = tmp_path / "new.safetensors"
+    write_safetensors(target, model().state_dict(), metadata=output_metadata(None, {"seed": 0}))
+    written = read_checkpoint(target)
+    assert written.metadata["format"] == "pt"
+    found = provenance(written)
+    assert found is not None
+    assert found.keys() == {"seed", "version"}
 
 
 def test_tied_strided_and_odd_tensors(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from ckpt_tools.cli.bn_reestimate import bn_reestimate
 from ckpt_tools.cli.boundary import Boundary
 from ckpt_tools.cli.demo import demo
 from ckpt_tools.cli.diff import diff
+from ckpt_tools.cli.init_rewrite import init_rewrite
 from ckpt_tools.cli.inspect import inspect
 from ckpt_tools.version import VERSION
 
@@ -17,12 +18,18 @@ __all__ = ["main"]
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="ckpt-fix")
 def main() -> None:
-    """Correct the BatchNorm running variances of trained checkpoints for dropout.
+    """Correct the checkpoints of networks with dropout: weights before training, BatchNorm variances after it.
+
+    Dropout changes how signals are spread, which most initialisations do not know. Before training, give a fresh model
+    weights that allow for its drop rates and nonlinearities (Hendrycks & Gimpel 2016, section 2):
+
+    \b
+        ckpt-fix init-rewrite --arch timm:vgg16_bn --model-kwargs drop_rate=0.5 -o init.safetensors
 
     Dropout is on while BatchNorm estimates its running variances and off when they are used. After training, run
-    the training data through the model once with dropout off and let only the running variances change
-    (Hendrycks & Gimpel 2016, section 3):
+    the training data through the model once with dropout off and let only the running variances change (section 3):
 
+    \b
         ckpt-fix bn-reestimate model.pt --data train/
 
     Exit codes: 0 done, 1 a failure you can act on, 2 usage, 3 nothing to do, 4 a check said no, 130 interrupted.
@@ -32,4 +39,5 @@ def main() -> None:
 main.add_command(bn_reestimate)
 main.add_command(demo)
 main.add_command(diff)
+main.add_command(init_rewrite)
 main.add_command(inspect)

@@ -12,8 +12,6 @@ from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar
 
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
-
 
 @click.command(name="bn-reestimate")
 @click.argument("checkpoint", type=options.path)
@@ -84,12 +82,11 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
-    from ckpt_tools.jobs.inputs import Preprocessing
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
     from ckpt_tools.report.json import outcome_json
     from ckpt_tools.report.text import outcome_text, plan_text
 
-    preprocessing = Preprocessing(**{name: said.pop(name) for name in _PREPROCESSING})
+    preprocessing = options.said_preprocessing(said)
     request = Request(checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
     with options.own_stdout():
         plan = prepare(request)

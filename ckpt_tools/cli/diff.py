@@ -16,11 +16,12 @@ from ckpt_tools.cli import options
 @click.argument("after", type=options.path)
 @click.option(
     "--expect",
-    type=click.Choice(["auto", "variance", "mean+variance", "nothing", "any"]),
+    type=click.Choice(["auto", "variance", "mean+variance", "init", "nothing", "any"]),
     default="auto",
     show_default=True,
-    help="What may differ: values of running_var; of running_mean too; nothing; anything. auto: what AFTER says of "
-    "itself, else variance.",
+    help="What may differ: values of running_var; of running_mean too; the weights that AFTER, an output of "
+    "init-rewrite, lists as rewritten, and biases that became 0; nothing; anything. auto: what AFTER says of itself, "
+    "else variance.",
 )
 @options.checkpoint
 @options.as_json
@@ -32,6 +33,7 @@ def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_j
 
     \b
         ckpt-fix diff model.pt model.bn.safetensors
+        ckpt-fix diff fresh.pt fresh.init.safetensors --expect init
     """
     from ckpt_tools.report.json import comparison_json
     from ckpt_tools.report.text import comparison_text

@@ -7,9 +7,12 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from ckpt_tools.jobs.inputs import Preprocessing
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -91,6 +94,16 @@ preprocessing = stacked(
         help="Side of the centre crop / shorter side of the image.",
     ),
 )
+
+
+def said_preprocessing(said: dict[str, Any]) -> Preprocessing:
+    """Take the values of the options above out of a command's arguments."""
+    from ckpt_tools.jobs.inputs import Preprocessing
+
+    return Preprocessing(
+        **{name: said.pop(name) for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    )
+
 
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
 

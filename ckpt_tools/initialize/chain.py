@@ -1,14 +1,13 @@
 """The pointwise function that stands between two layers, taken from the recorded operations and replayed.
 
-A chain is an expression over one variable z: ``Z`` itself, or a ``Call`` of a recorded operation on chains and
-constants. Replaying it on quadrature nodes gives the moments of any nonlinearity, hand-written ones among them, without
-a table of names.
+A chain is an expression: a variable, or a ``Call`` of a recorded operation on chains and constants. Replaying it on
+quadrature nodes gives the moments of any nonlinearity, hand-written ones among them, without a table of names.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,7 +21,9 @@ from ckpt_tools.errors import UsageError
 
 @dataclass(frozen=True)
 class Variable:
-    """The pre-activation z."""
+    """The pre-activation z; ``of`` tells several apart."""
+
+    of: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,31 @@ def op_name(func: OpOverload) -> str:
 
 
 def function(chain: Chain) -> Callable[[Tensor], Tensor]:
-    """The chain as a function of a tensor."""
+    """A chain over the one variable Z as a function of a tensor."""
 
     def f(z: Tensor) -> Tensor:
-        done: dict[int, Tensor] = {}
-
-        def value(part: Any) -> Any:
-            if isinstance(part, Variable):
-                return z
-            if isinstance(part, Call):
-                if id(part) not in done:
-                    done[id(part)] = _run(part, [value(arg) for arg in part.args], z)
-                return done[id(part)]
-            return part
-
-        result: Tensor = value(chain)
-        return result.to(z.dtype)
+        return evaluate(chain, {Z: z})
 
     f.__name__ = label(chain)
     return f
+
+
+def evaluate(chain: Chain, values: Mapping[Variable, Tensor]) -> Tensor:
+    """The chain with tensors of one shape in place of its variables."""
+    like = next(iter(values.values()))
+    done: dict[int, Tensor] = {}
+
+    def value(part: Any) -> Any:
+        if isinstance(part, Variable):
+            return values[part]
+        if isinstance(part, Call):
+            if id(part) not in done:
+                done[id(part)] = _run(part, [value(arg) for arg in part.args], like)
+            return done[id(part)]
+        return part
+
+    result: Tensor = value(chain)
+    return result.to(like.dtype)
 
 
 def label(chain: Chain) -> str:

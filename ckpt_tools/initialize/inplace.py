@@ -41,7 +41,7 @@ def dropout_corrected_(
 
     The paper's backward factor is meant for dropout that does not scale in its backward pass. PyTorch's does, by 1/p:
     its factor is "inverted", E[f'(z^l)²] / next_keep. Divided by the backward term alone, 20 ReLU layers of 500 at
-    keep 0.8 hold the variance of their error signal with the inverted factor and multiply it by about XXXX with the
+    keep 0.8 hold the variance of their error signal with the inverted factor and multiply it by thousands with the
     paper's.
 
     Args:

@@ -106,7 +106,8 @@ def _orthonormal(shape: Shape, generator: torch.Generator) -> Tensor:
     stacks = ceil(units / size)
     q, r = torch.linalg.qr(_gaussian((blocks * stacks, fan_in, size), generator))
     q *= torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None]  # Haar: Mezzadri, math-ph/0609050
-    return q.mT.reshape(blocks, stacks * size, fan_in)[:, :units].contiguous()
+    vectors: Tensor = q.mT.reshape(blocks, stacks * size, fan_in)
+    return vectors[:, :units].contiguous()
 
 
 def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:

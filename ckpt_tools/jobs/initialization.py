@@ -68,7 +68,7 @@ class InitRequest:
 
 @dataclass(frozen=True)
 class InitOutcome:
-    """What happened: the new weights, the file, its source if it has one, and the signals before and after if asked for."""
+    """What happened: the new weights, the file and its source, and if asked for the signals before and after."""
 
     request: InitRequest
     loaded: LoadedModel
@@ -177,7 +177,7 @@ def _loaded(request: InitRequest) -> LoadedModel:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Every generator that a constructor may draw from on the CPU starts at ``seed``, and goes on as before after it."""
+    """Every generator that a constructor may draw from on the CPU starts at ``seed``; afterwards it is as before."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

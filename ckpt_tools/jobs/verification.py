@@ -33,6 +33,11 @@ class Trial:
         """How many samples all batches hold together."""
         return sum(map(batch_size, self.batches))
 
+    @property
+    def batch_size(self) -> int:
+        """How many the largest batch holds."""
+        return max(map(batch_size, self.batches), default=0)
+
     def measure(self, model: nn.Module, seed: int) -> tuple[LayerSignal, ...]:
         """The signals of every weight layer in training mode; the model comes back to the CPU as it was."""
         try:
@@ -74,6 +79,6 @@ def new_trial(
 
 def _size_with_gradients(loaded: LoadedModel, example: object, device: str) -> int:
     """Samples whose activations fit into memory when all of them are kept for the backward pass."""
-    found = walk(loaded.model, example, probe=loaded.probe)
+    found = walk(loaded.model, example)
     kept = 1 + len(found.weights) // 2  # times the peak of a forward that keeps none
     return max(3, fitting_batch_size(kept * found.bytes_per_sample, device))  # 3: no batch of 1 is left over

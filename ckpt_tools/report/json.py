@@ -19,10 +19,10 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
     plan, result = outcome.plan, outcome.result
     return {
         "tool": {"name": "ckpt-tools", "version": VERSION},
-        "libraries": _libraries(),
-        "checkpoint": {**_checkpoint(plan.checkpoint), "sha256": outcome.source_sha256},
+        "libraries": libraries(),
+        "checkpoint": {**checkpoint_json(plan.checkpoint), "sha256": outcome.source_sha256},
         "architecture": plan.loaded.recipe.architecture,
-        "model_kwargs": _plain(plan.loaded.recipe.kwargs),
+        "model_kwargs": plain(plan.loaded.recipe.kwargs),
         "rates": plan.loaded.rates,
         "data": {
             "spec": plan.request.data,
@@ -41,7 +41,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "stopped_early": result.stopped_early,
         "why": result.why,
         "layers": [_layer(layer) for layer in result.layers],
-        "controls": _plain_dict(result.controls),
+        "controls": plain_dict(result.controls),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
         "output": {"path": str(plan.output), "sha256": outcome.output_sha256},
         "containers_trained": plan.walk.containers_trained,
@@ -54,9 +54,9 @@ def inspection_json(loaded: LoadedModel, walk: Walk) -> dict[str, object]:
     """What ``inspect`` found in a checkpoint or an architecture."""
     return {
         "architecture": loaded.recipe.architecture,
-        "model_kwargs": _plain(loaded.recipe.kwargs),
+        "model_kwargs": plain(loaded.recipe.kwargs),
         "rates": loaded.rates,
-        "checkpoint": None if loaded.checkpoint is None else _checkpoint(loaded.checkpoint),
+        "checkpoint": None if loaded.checkpoint is None else checkpoint_json(loaded.checkpoint),
         "input": _input(loaded.input_spec),
         "batch_norms": [dataclasses.asdict(layer) for layer in walk.batch_norms],
         "dropout_sites": [dataclasses.asdict(site) for site in walk.dropout_sites],
@@ -67,10 +67,11 @@ def inspection_json(loaded: LoadedModel, walk: Walk) -> dict[str, object]:
 
 def comparison_json(comparison: Comparison, expect: str, violations: tuple[str, ...]) -> dict[str, object]:
     """What ``diff`` found."""
-    return {**_plain_dict(comparison), "expect": expect, "unexpected": list(violations), "ok": not violations}
+    return {**plain_dict(comparison), "expect": expect, "unexpected": list(violations), "ok": not violations}
 
 
-def _checkpoint(checkpoint: Checkpoint) -> dict[str, object]:
+def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
+    """Where a state dict stood, and what stood beside it."""
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -82,7 +83,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _layer(layer: LayerResult) -> dict[str, object]:
-    found = _plain_dict(layer)
+    found = plain_dict(layer)
     ratio, error = found.pop("ratio"), found.pop("error")
     return {
         **found,
@@ -92,10 +93,11 @@ def _layer(layer: LayerResult) -> dict[str, object]:
 
 
 def _input(spec: InputSpec | None) -> dict[str, object] | None:
-    return None if spec is None else _plain_dict(spec)
+    return None if spec is None else plain_dict(spec)
 
 
-def _libraries() -> dict[str, str]:
+def libraries() -> dict[str, str]:
+    """Versions of what made the numbers."""
     found = {}
     for name in ("torch", "torchvision", "timm", "safetensors", "numpy"):
         try:
@@ -105,19 +107,19 @@ def _libraries() -> dict[str, str]:
     return found
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """What JSON can hold: infinities become null, and what it does not know its representation."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
-def _plain_dict(value: Any) -> dict[str, Any]:
+def plain_dict(value: Any) -> dict[str, Any]:
     """A dataclass as plain values."""
-    found = _plain(dataclasses.asdict(value))
+    found = plain(dataclasses.asdict(value))
     assert isinstance(found, dict)
     return found

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Reestimation, Walk
 from ckpt_tools.demo.train import Score
 from ckpt_tools.jobs.reestimation import Outcome, Plan
+from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.storage.compare import Change, Comparison
 
 _SHOWN = 8  # rows of a table before it is cut
@@ -21,18 +22,18 @@ def plan_text(plan: Plan) -> str:
     rows = [
         ("checkpoint", checkpoint_line(plan.checkpoint)),
         ("architecture", architecture_line(plan.loaded)),
-        ("drop rates", f"{_RATES[plan.loaded.rates]}; {_count(len(active), 'active dropout site')}"),
-        ("layers", f"{plan.choice.why}; {_count(len(plan.choice.controls), 'control layer')}"),
+        ("drop rates", f"{RATES[plan.loaded.rates]}; {count(len(active), 'active dropout site')}"),
+        ("layers", f"{plan.choice.why}; {count(len(plan.choice.controls), 'control layer')}"),
         ("data", f"{request.data} ({plan.source.kind}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
         ("pass", f"{request.estimator}, {request.statistics}, batches of {plan.batch_size} on {plan.device}"),
         ("output", str(plan.output)),
     ]
-    return _columns(rows)
+    return columns(rows)
 
 
-_RATES = {
+RATES = {
     "given": "given by --model-kwargs",
     "recorded": "recorded in the checkpoint",
     "model": "those of the model",
@@ -59,10 +60,10 @@ def outcome_text(outcome: Outcome) -> str:
     parts = [_headline(result), _changes(result.rewritten), "", controls_text(result.controls)]
     parts += _unrewritten(result.layers)
     if result.left_alone:
-        parts.append(f"left alone: {_listed(f'{item.name} ({item.reason})' for item in result.left_alone)}")
+        parts.append(f"left alone: {listed(f'{item.name} ({item.reason})' for item in result.left_alone)}")
     if outcome.skipped:
-        names = _listed(f"{item.name} ({item.reason})" for item in outcome.skipped)
-        parts.append(f"skipped: {_count(len(outcome.skipped), 'unreadable sample')}: {names}")
+        names = listed(f"{item.name} ({item.reason})" for item in outcome.skipped)
+        parts.append(f"skipped: {count(len(outcome.skipped), 'unreadable sample')}: {names}")
     parts.append(f"written: {outcome.plan.output}")
     parts.append(f"         sha256 {outcome.output_sha256}; only {_buffers(result)} differ from the source")
     return "\n".join(parts)
@@ -73,7 +74,7 @@ def _headline(result: Reestimation) -> str:
     residual = "" if result.residual is None else f", last change {result.residual:.1g}"
     stopped = ", stopped at the tolerance" if result.stopped_early else ""
     return (
-        f"{len(result.rewritten)} of {_count(len(result.layers), 'BN layer')} rewritten from {result.images:,} samples "
+        f"{len(result.rewritten)} of {count(len(result.layers), 'BN layer')} rewritten from {result.images:,} samples "
         f"in {result.seconds:.1f} s ({result.estimator}{passes}{residual}{stopped})"
     )
 
@@ -89,7 +90,7 @@ def _changes(layers: Sequence[LayerResult]) -> str:
         rows.append((name or "(root)", f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", sure))
     if len(largest) > _SHOWN:
         rows.append((f"… and {len(largest) - _SHOWN} more (--json lists all)", "", "", ""))
-    return _columns(rows)
+    return columns(rows)
 
 
 def controls_text(controls: Controls) -> str:
@@ -97,7 +98,7 @@ def controls_text(controls: Controls) -> str:
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({controls.reason})"
     return (
-        f"controls: {_count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
+        f"controls: {count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
         f"data; stored and measured variance differ by {math.expm1(controls.deviation):.1%} in the median channel "
         f"({math.expm1(controls.worst):.1%} in the worst layer), means by {controls.shift:.2f} standard deviations"
     )
@@ -105,7 +106,7 @@ def controls_text(controls: Controls) -> str:
 
 def _unrewritten(layers: Iterable[LayerResult]) -> list[str]:
     missed = [layer.name for layer in layers if layer.reason.startswith("never reached")]
-    return [f"never reached, left as they are: {_listed(missed)}"] if missed else []
+    return [f"never reached, left as they are: {listed(missed)}"] if missed else []
 
 
 def _buffers(result: Reestimation) -> str:
@@ -119,16 +120,16 @@ def walk_text(walk: Walk) -> str:
         (
             layer.name or "(root)",
             str(layer.channels),
-            _listed(layer.downstream_of, 2) or "-",
-            _listed(layer.potentially_downstream_of, 2) or "-",
+            listed(layer.downstream_of, 2) or "-",
+            listed(layer.potentially_downstream_of, 2) or "-",
             "" if layer.reached else "never reached",
         )
         for layer in walk.batch_norms
     ]
     sites = [("dropout site", "op", "rate")]
     sites += [(site.name, site.op, "unknown" if site.rate is None else f"{site.rate:g}") for site in walk.dropout_sites]
-    parts = [_columns(rows) if walk.batch_norms else "no BN layer"]
-    parts.append(_columns(sites) if walk.dropout_sites else "no dropout site")
+    parts = [columns(rows) if walk.batch_norms else "no BN layer"]
+    parts.append(columns(sites) if walk.dropout_sites else "no dropout site")
     if not walk.containers_trained:
         parts.append("note: the model does not run in training mode without targets; only its leaf modules did")
     if walk.left_alone:
@@ -142,9 +143,9 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
     rows += [(change.key, _difference(change)) for change in comparison.changes[:_SHOWN]]
     if len(comparison.changes) > _SHOWN:
         rows.append((f"… and {len(comparison.changes) - _SHOWN} more", ""))
-    parts = [f"{_count(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
+    parts = [f"{count(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
     if comparison.changes:
-        parts.append(_columns(rows))
+        parts.append(columns(rows))
     parts += [f"unexpected: {violation}" for violation in violations]
     return "\n".join(parts)
 
@@ -158,7 +159,7 @@ def demo_text(pairs: Sequence[tuple[Score, Score]]) -> str:
         )
     errors = [after.error - before.error for before, after in pairs]
     nlls = [after.nll - before.nll for before, after in pairs]
-    return f"{_columns(rows)}\n\nchange of test error: {_mean(errors, 2)} points; of NLL: {_mean(nlls, 3)} nats"
+    return f"{columns(rows)}\n\nchange of test error: {_mean(errors, 2)} points; of NLL: {_mean(nlls, 3)} nats"
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
@@ -174,23 +175,5 @@ def _difference(change: Change) -> str:
     return f"values, up to {change.relative:.3g} relative"
 
 
-def _amount(count: int | None) -> str:
-    return "an unknown number of samples" if count is None else f"{count:,} samples"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned columns; control characters from file and layer names are shown, not obeyed."""
-    clean = [[cell if cell.isprintable() else ascii(cell)[1:-1] for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in clean) for column in range(len(clean[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in clean]
-    return "\n".join(line.rstrip() for line in lines)
+def _amount(number: int | None) -> str:
+    return "an unknown number of samples" if number is None else f"{number:,} samples"

@@ -112,8 +112,8 @@ def _listed(said: Mapping[str, object], path: Path) -> tuple[list[str], list[str
     rewritten, zeroed = said.get("rewritten"), said.get("zeroed")
     if said.get("expect") != "init" or not isinstance(rewritten, list) or not isinstance(zeroed, list):
         raise CheckpointError(
-            f"{path}: expected an output of init-rewrite, which lists the weights it rewrote, found no such list in its "
-            "metadata. Compare with --expect auto, or with --expect any to see what differs."
+            f"{path}: expected an output of init-rewrite, which lists the weights it rewrote, found no such list. "
+            "Compare with --expect auto, or with --expect any to see what differs."
         )
     return [str(key) for key in rewritten], [str(key) for key in zeroed]
 

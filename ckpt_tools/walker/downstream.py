@@ -63,6 +63,15 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
     )
 
 
+def trained_record(model: nn.Module, example_input: Batch, forward: Forward = call) -> Record:
+    """One recorded forward with dropout on; of the leaf modules only where the whole model cannot be in training mode.
+
+    Raises ModelError.
+    """
+    _refuse(model)
+    return _trained(model, example_input, forward)[1]
+
+
 def _layer(
     name: str, modules: tuple[_BatchNorm, list[str]], trained: Record, possible: Record, evaluated: Record
 ) -> BatchNormLayer:

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from ckpt_tools.walker.sites import draws
+from ckpt_tools.walker.sites import draws, value_free
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Recorder:
         base = self._operand(written[0]) if in_place else None
         random = draws(func, args, kwargs)
         sources = {leaf.node for leaf in pytree.tree_leaves(read) if isinstance(leaf, Operand)}
-        static = not random and all(self.graph[index].static for index in sources)
+        static = not random and (value_free(func) or all(self.graph[index].static for index in sources))
         shapes = tuple(tuple(tensor.shape) for tensor in changed)
         coverage = _coverage(written[0]) if in_place else 1.0
         node = Node(func, args, kwargs, shapes, module, static=static, random=random, base=base, coverage=coverage)

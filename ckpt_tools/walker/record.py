@@ -209,9 +209,10 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         self.tape.declared = (drop.op, drop.rate)
         try:
+            if 0 < drop.rate < 1:
+                return func(*args, **kwargs)
             # At rate 0 or 1 nothing random runs; any other rate shows what the site reaches.
-            rate = drop.rate if 0 < drop.rate < 1 else ALIVE
-            return F.dropout(drop.input, rate, True, bool(kwargs.get("inplace", func.__name__.endswith("_"))))
+            return F.dropout(drop.input, ALIVE, True, bool(kwargs.get("inplace", func.__name__.endswith("_"))))
         finally:
             self.tape.declared = None
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ckpt_tools.contract import Geometry, WeightLayer
 from ckpt_tools.walker.contractions import contraction, geometry
 from ckpt_tools.walker.graph import Graph, Node, Operand
+
+_TABLE_WORDS = {"pos", "position", "positional", "rel", "relative"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,11 @@ class WeightUse:
 
 def weight_uses(graph: Graph, trainable: Iterable[str]) -> tuple[WeightUse, ...]:
     """Every use of one of the ``trainable`` parameters as a weight, in order of execution."""
-    names = frozenset(trainable)
-    return tuple(use for index in range(len(graph)) if (use := _use(graph, index, names)) is not None)
+    names = frozenset(name for name in trainable if not _is_table(name))
+    found = {index: use for index in range(len(graph)) if (use := _use(graph, index, names)) is not None}
+    made = _weight_makers(graph)
+    mixed = {use.parameter for index, use in found.items() if index in made}
+    return tuple(use for use in found.values() if use.parameter not in mixed)
 
 
 def weight_layers(graph: Graph, model: nn.Module) -> tuple[WeightLayer, ...]:
@@ -48,6 +54,26 @@ def weight_layers(graph: Graph, model: nn.Module) -> tuple[WeightLayer, ...]:
         )
         for name in order
     )
+
+
+def reason_left(graph: Graph, parameter: str, tensor: Tensor) -> str:
+    """Why a parameter is no weight that an init rewrite sets."""
+    readers = [index for index, node in enumerate(graph.nodes) if node.parameter == parameter and node.func is None]
+    operations = [graph[reader] for index in readers for reader in graph.readers[index]]
+    names = list(dict.fromkeys(node.func._schema.name.partition("::")[2] for node in operations if node.func))
+    if not tensor.requires_grad:
+        return "is not trained"
+    if not names:
+        return "is never read by the forward"
+    if "embedding" in names:
+        return "is an embedding"
+    if _is_table(parameter):
+        return "is a positional table"
+    if any(node.static for node in operations):
+        return "is not used as it is: a tensor computed from it is"
+    if any(node.func is not None and contraction(node.func) for node in operations):
+        return "multiplies constants only, or makes the weights of another layer"
+    return f"is used by {', '.join(names[:3])}, not as a weight"
 
 
 def layer_name(parameter: str) -> str:
@@ -86,6 +112,26 @@ def _use(graph: Graph, index: int, names: frozenset[str]) -> WeightUse | None:
         bias = node.args[found.bias] if found.bias is not None and len(node.args) > found.bias else None
         return WeightUse(index, name, layout, view, given, _parameter(graph, bias))
     return None
+
+
+def _is_table(name: str) -> bool:
+    """Relative positions are multiplied with queries as weights are; bare parameters tell by their names."""
+    words = re.split(r"[._]", name)
+    return words[-1] != "weight" and not _TABLE_WORDS.isdisjoint(words)
+
+
+def _weight_makers(graph: Graph) -> set[int]:
+    """Operations whose result is the weight of a convolution: a mixture of kernels by the input."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        if node.func is None or contraction(node.func) is None or geometry(node.func, node.args).kind == "linear":
+            continue
+        at = node.args[1].node
+        while not graph[at].static and at not in found:
+            found.add(at)
+            if len(graph[at].operands) == 1:
+                at = graph[at].operands[0].node
+    return found
 
 
 def _roles(node: Node, factors: tuple[int, int]) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,359 @@
+"""From operation to operation through the graph: what every weight layer is fed with.
+
+A ``State`` describes an activation as a pointwise function (``chain``) of a Gaussian ``source``, with dropout between.
+Sources are the outputs of weight layers and normalisations, the input, and whatever several activations were joined into.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+
+from ckpt_tools.errors import UsageError
+from ckpt_tools.initialize.chain import Z, Call, Chain, Variable, call, evaluate, label, moments, op_name
+from ckpt_tools.initialize.constants import Constants
+from ckpt_tools.initialize.kinds import MAXIMA, MEANS, NEUTRAL, NORMS, is_pointwise
+from ckpt_tools.initialize.noise import NOISES, Noise, noise_of
+from ckpt_tools.initialize.rule import UNKNOWN
+from ckpt_tools.initialize.signal import STANDARD, Signal, added, divided, mixed, multiplied, scaled
+from ckpt_tools.walker.contractions import contraction
+from ckpt_tools.walker.graph import Graph, Node, Operand
+from ckpt_tools.walker.weights import WeightUse
+
+Source: TypeAlias = tuple[int, int, int]  # node, offset and size of the part of it
+
+_MOST_PARTS = 4  # of an expression that is integrated over all of them at once
+_POINTS = 2**13
+_NOTHING = 1e-9
+
+
+@dataclass(frozen=True)
+class State:
+    """An activation: ``chain`` of ``source`` (whose own signal is ``origin``), after dropout that keeps ``keep``.
+
+    ``joint`` is the same as an expression over the independent ``parts`` it is made of.
+    """
+
+    signal: Signal
+    source: Source
+    origin: Signal
+    what: str  # the source in words, "" for a weight layer's output
+    chain: Chain = Z
+    keep: float = 1.0
+    joint: Chain = Z
+    parts: frozenset[Source] = frozenset()
+    noise: Noise | None = None
+    random: bool = False  # made of noise alone
+
+    @property
+    def activation(self) -> str:
+        """The nonlinearity in words."""
+        name = label(self.chain)
+        return name if not self.what else self.what if self.chain == Z else f"{name} of {self.what}"
+
+
+@dataclass
+class Flow:
+    """The paper's rule: each layer's factors from its neighbours alone, every activation's mean taken as zero.
+
+    ``seconds``: E[x²] by parameter where it is used more than once, averaged over the uses; ``backward``: the backward
+    term by parameter. They tell how large a layer's output will be.
+    """
+
+    graph: Graph
+    uses: Sequence[WeightUse]
+    constants: Constants
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    backward: Mapping[str, float] = field(default_factory=dict)
+
+    def inputs(self) -> dict[int, State]:
+        """What reaches each weight use, by its node."""
+        self._uses = {use.node: use for use in self.uses}
+        self._states: list[State] = []
+        self._sources: dict[Variable, State] = {}
+        self._fed: dict[int, State] = {}
+        for index, node in enumerate(self.graph.nodes):
+            self._states.append(self._made(index, node))
+        return self._fed
+
+    def state(self, operand: Operand) -> State:
+        """An operand's state; a part of an activation is independent of its other parts."""
+        if self.graph[operand.node].static:
+            signal = self._usual(self.constants.signal(operand))
+            return State(signal, (operand.node, operand.offset, operand.numel), signal, "a constant")
+        state = self._states[operand.node]
+        whole = math.prod(self.graph[operand.node].outputs[operand.output]) if self.graph[operand.node].outputs else None
+        if whole in (None, operand.numel) or state.random:
+            return state
+        return self._source((operand.node, operand.offset, operand.numel), state.signal, state.activation)
+
+    # What each kind of operation makes.
+
+    def _made(self, index: int, node: Node) -> State:
+        if node.func is None or node.static:
+            return self._source((index, 0, 0), STANDARD, "the input")
+        if index in self._uses:
+            return self._weight(index, self._uses[index])
+        try:
+            state = self._operation(index, node)
+        except (UsageError, ArithmeticError, RuntimeError, TypeError, ValueError):
+            state = None  # an operation that cannot be replayed as a function of one value
+        if state is None or not math.isfinite(state.signal.second):
+            return self._unknown(index, node)
+        if node.base is None or node.coverage > 0.999:
+            return state
+        before = self.state(node.base)
+        parts = [(state.signal, node.coverage), (before.signal, 1 - node.coverage)]
+        return self._source((index, 0, 0), mixed(parts), "a concatenation")
+
+    def _operation(self, index: int, node: Node) -> State | None:
+        assert node.func is not None
+        name = op_name(node.func)
+        if node.random and name in NOISES:
+            return self._noise(index, node)
+        if name == "native_dropout":
+            state, keep = self.state(node.args[0]), 1.0 - float(node.args[1])
+            return self._dropped(state, Signal(1.0, 1 / keep, 1.0))
+        if name == "copy":
+            return self.state(node.args[1])
+        if name in NEUTRAL:
+            return self._moved(index, node)
+        if is_pointwise(node.func):
+            return self._pointwise(index, node)
+        return self._special(index, node, name)
+
+    def _special(self, index: int, node: Node, name: str) -> State | None:
+        """Neither moved values nor a pointwise function: this rule knows normalisations and leaves pooling neutral."""
+        if name in NORMS:
+            gain, offset = self._affine(node)
+            return self._source((index, 0, 0), Signal(0.0, gain + offset.second, 0.0), "a normalisation")
+        if name in MEANS or name in MAXIMA:
+            return self.state(self.live(node)[0])
+        if name == "embedding":
+            return self._source((index, 0, 0), self._usual(self.constants.signal(node.args[0])), "an embedding")
+        found = contraction(node.func)  # type: ignore[arg-type]
+        if found is None or all(not self.graph[node.args[at].node].static for at in found.factors):
+            return None
+        return self._fixed_weight(index, node, found.factors)
+
+    def _fixed_weight(self, index: int, node: Node, factors: tuple[int, int]) -> State | None:
+        """A weight that stays. One computed from parameters has its scale by design; a constant filter is a pooling."""
+        weight, given = (node.args[at] for at in reversed(factors))
+        if self.graph[given.node].static:
+            weight, given = given, weight
+        if self.constants.trained(weight):
+            return self._source((index, 0, 0), STANDARD, "")
+        return self.state(given)
+
+    def _affine(self, node: Node) -> tuple[float, Signal]:
+        """E[γ²] and β of a normalisation layer."""
+        names = [argument.name for argument in node.func._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, node.args, strict=False))
+        weight, bias = (given.get(name) for name in ("weight", "bias"))
+        gain = self.constants.signal(weight).second if isinstance(weight, Operand) else 1.0
+        return gain, self._usual(self.constants.signal(bias)) if isinstance(bias, Operand) else Signal(0.0, 0.0, 0.0)
+
+    def _weight(self, index: int, use: WeightUse) -> State:
+        fed = self.state(use.input)
+        self._fed[index] = fed
+        return self._source((index, 0, 0), STANDARD, "")
+
+    def _unknown(self, index: int, node: Node) -> State:
+        assert node.func is not None
+        states = [self.state(operand) for operand in self.live(node)]
+        if states and all(state.random for state in states):
+            return replace(states[0], noise=None)  # pooled or thinned out, it is still noise
+        return self._source((index, 0, 0), self._unknown_signal(states), f"unknown ({op_name(node.func)})")
+
+    def _unknown_signal(self, states: Sequence[State]) -> Signal:
+        return Signal(0.0, UNKNOWN, 0.0)
+
+    def _source(self, source: Source, signal: Signal, what: str) -> State:
+        state = State(signal, source, signal, what, joint=Variable(source), parts=frozenset({source}))
+        self._sources[Variable(source)] = state
+        return state
+
+    def _usual(self, signal: Signal) -> Signal:
+        """Signals as this rule sees them: f(z) and W are zero-centred (section 2.1.1)."""
+        return replace(signal, mean=0.0, shared=0.0)
+
+    def live(self, node: Node) -> list[Operand]:
+        """Operands that carry activations, not constants or indices."""
+        live = [operand for operand in node.operands if not self.graph[operand.node].static]
+        return [operand for operand in live if operand.floating] or live
+
+    def _moved(self, index: int, node: Node) -> State | None:
+        """Values in other places: one tensor stays what it is, several are averaged by size."""
+        joined = op_name(node.func) in ("cat", "stack")  # type: ignore[arg-type]
+        operands = [o for o in node.operands if o.numel] if joined else self.live(node)[:1]
+        if not operands:
+            return None
+        states = [self.state(operand) for operand in operands]
+        if len(states) == 1:
+            return states[0]
+        signal = mixed([(state.signal, operand.numel) for state, operand in zip(states, operands, strict=True)])
+        names = list(dict.fromkeys(state.activation for state in states))
+        what = f"concatenated {names[0]}" if len(names) == 1 else f"concatenation of {len(states)}"
+        return self._source((index, 0, 0), signal, what)
+
+    def _noise(self, index: int, node: Node) -> State:
+        given = next((operand for operand in node.operands if self.graph[operand.node].static), None)
+        noise = noise_of(node, self.constants.uniform(given) if given is not None else None)
+        signal = noise.moments(Z) if noise is not None else Signal(0.5, 1 / 3, 0.25)
+        source = (index, 0, 0)
+        state = replace(self._source(source, signal, "noise"), noise=noise, random=True)
+        self._sources[Variable(source)] = state
+        return state
+
+    # Pointwise operations.
+
+    def _pointwise(self, index: int, node: Node) -> State | None:
+        live = self.live(node)
+        states = {operand: self.state(operand) for operand in live}
+        signals = [state for state in states.values() if not state.random]
+        if not signals:
+            return self._noisy(node, states)
+        statics = [operand for operand in node.operands if operand not in states]
+        name = op_name(node.func)  # type: ignore[arg-type]
+        arithmetic = name in ("add", "sub", "mul", "div")
+        plain = not arithmetic or all(self.constants.uniform(operand) is not None for operand in statics)
+        masks = [state for state in states.values() if state.random]
+        if len({state.source for state in signals}) == 1 and plain and (not masks or is_dropout(name, masks)):
+            return self._chained(node, states, masks)
+        parts = [state.parts for state in states.values()]
+        union = frozenset().union(*parts)
+        if sum(map(len, parts)) > len(union) and len(union) <= _MOST_PARTS and plain:
+            return self._integrated(index, node, states, union)
+        operands = node.operands
+        if not arithmetic or len(operands) != 2:
+            return self._integrated(index, node, states, union) if len(union) <= _MOST_PARTS and plain else None
+        return self._joined(index, node, name, [self.state(operand) for operand in operands], union)
+
+    def _chained(self, node: Node, states: Mapping[Operand, State], masks: Sequence[State]) -> State:
+        """One more link of the chain; a dropout mask counts with its mean, its spread goes into ``keep``."""
+        signals = [state for state in states.values() if not state.random]
+        first = signals[0]
+        kept = math.prod(mask.signal.mean**2 / mask.signal.second for mask in masks)
+        keep = min(state.keep for state in signals) * kept
+
+        def link(operand: Operand) -> Any:
+            state = states.get(operand)
+            if state is None:
+                return self.number(operand)
+            return state.signal.mean if state.random else state.chain
+
+        state = replace(
+            first,
+            chain=call_of(node, link),
+            keep=keep,
+            joint=call_of(node, lambda o: states[o].joint if o in states else self.number(o)),
+            parts=frozenset().union(*(state.parts for state in states.values())),
+        )
+        return replace(state, signal=self._signal(state))
+
+    def _signal(self, state: State) -> Signal:
+        origin = state.origin
+        found = moments(state.chain, 0.0, math.sqrt(origin.second))
+        return Signal(0.0, found.forward / state.keep, 0.0, origin.keep * state.keep)
+
+    def _dropped(self, state: State, mask: Signal) -> State:
+        keep = state.keep * mask.mean**2 / mask.second
+        return replace(state, keep=keep, signal=multiplied(state.signal, replace(mask, keep=mask.mean**2 / mask.second)))
+
+    def _noisy(self, node: Node, states: Mapping[Operand, State]) -> State | None:
+        """A function of noise: floor(keep + u), a mask, a scaled mask."""
+        found = list(states.values())
+        if len({state.source for state in found}) != 1 or found[0].noise is None:
+            return None
+        chain = call_of(node, lambda o: states[o].chain if o in states else self.number(o))
+        joint = call_of(node, lambda o: states[o].joint if o in states else self.number(o))
+        return replace(found[0], chain=chain, joint=joint, signal=found[0].noise.moments(chain))
+
+    def _joined(
+        self, index: int, node: Node, name: str, states: Sequence[State], union: frozenset[Source]
+    ) -> State | None:
+        """Two independent activations, or an activation and a constant tensor or noise, added or multiplied."""
+        one, other = (_mask(state) for state in states)
+        factor = node.kwargs.get("alpha", 1)
+        if name in ("add", "sub"):
+            if other.second <= _NOTHING * one.second:
+                return states[0]  # a branch that starts at zero
+            if one.second <= _NOTHING * other.second and name == "add":
+                return states[1]
+            signal = added(one, scaled(other, float(factor)), 1.0 if name == "add" else -1.0)
+            what = "a sum"
+        else:
+            signal = multiplied(one, other) if name == "mul" else divided(one, other)
+            what = "a product"
+        constant = [state for state in states if state.what == "a constant"]
+        if constant:
+            what = next(state.activation for state in states if state.what != "a constant") or what
+        state = self._source((index, 0, 0), signal, what)
+        live = {operand: s for operand, s in zip(node.operands, states, strict=True) if s.what != "a constant"}
+        if constant or len(union) > _MOST_PARTS:
+            return replace(state, parts=union or state.parts)
+        return replace(state, parts=union, joint=call_of(node, lambda o: live[o].joint))
+
+    def _integrated(
+        self, index: int, node: Node, states: Mapping[Operand, State], union: frozenset[Source]
+    ) -> State | None:
+        """A function of several independent parts, some of which may stand in it more than once."""
+        joint = call_of(node, lambda o: states[o].joint if o in states else self.number(o))
+        variables = _variables(joint)
+        if not variables or len(variables) > _MOST_PARTS:
+            return None
+        points = torch.quasirandom.SobolEngine(len(variables)).draw(_POINTS + 1, dtype=torch.float64)[1:]
+        values = {}
+        for column, variable in enumerate(variables):
+            state, u = self._sources[variable], points[:, column]
+            normal = state.origin.mean + state.origin.deviation * torch.special.ndtri(u)
+            values[variable] = state.noise.quantiles(u) if state.noise is not None else normal
+        found = evaluate(joint, values)
+        mean, second = float(found.mean()), float(found.square().mean())
+        state = self._source((index, 0, 0), self._usual(Signal(mean, second, mean**2)), "a joint function")
+        return replace(state, parts=union, joint=joint)
+
+    def number(self, operand: Operand) -> float:
+        """A constant operand as one number, its mean."""
+        return self.constants.signal(operand).mean
+
+
+def is_dropout(name: str, masks: Sequence[State]) -> bool:
+    """Whether an operation with noise among its factors thins out what it multiplies."""
+    return name in ("mul", "div") and all(abs(mask.signal.mean) > 1e-3 for mask in masks)
+
+
+def _mask(state: State) -> Signal:
+    signal = state.signal
+    if not state.random or signal.second == 0:
+        return signal
+    return replace(signal, keep=signal.mean**2 / signal.second)
+
+
+def call_of(node: Node, part: Callable[[Operand], Any]) -> Chain:
+    """A recorded operation with ``part(operand)`` in place of its operands."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Operand):
+            return part(value)
+        return [convert(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    assert node.func is not None
+    return call(node.func, tuple(convert(arg) for arg in node.args), {k: convert(v) for k, v in node.kwargs.items()})
+
+
+def _variables(chain: Any) -> list[Variable]:
+    found: dict[Variable, None] = {}
+    stack, seen = [chain], set()
+    while stack:
+        part = stack.pop()
+        if isinstance(part, Variable):
+            found[part] = None
+        elif isinstance(part, Call) and id(part) not in seen:
+            seen.add(id(part))
+            stack += part.args
+    return list(found)

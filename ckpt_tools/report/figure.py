@@ -1,0 +1,196 @@
+"""The picture of a verified init: how z and δ are spread from layer to layer, before and after the rewrite.
+
+The paper's Figures 1 and 5 for the user's own model (Hendrycks & Gimpel 2016).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt_tools.contract import LayerSignal
+from ckpt_tools.errors import OutputError, UsageError
+from ckpt_tools.storage.atomic import check_target, new_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+_BEFORE, _AFTER = "as the architecture initialises", "after the rewrite"
+_CENTRAL = 0.98  # of all values lie on a panel's axis
+_SPIKE = 4.0  # a density this many times higher than the median layer's is cut off
+_POINTS = 512
+_COLOURS = {_BEFORE: "#c44e52", _AFTER: "#2f6db3"}
+
+_Row = tuple[str, Callable[[LayerSignal], Sequence[float]], Callable[[LayerSignal], float | None]]
+_ROWS: tuple[_Row, ...] = (
+    ("z", lambda layer: layer.outputs, lambda layer: layer.variance),
+    ("δ", lambda layer: layer.errors, lambda layer: layer.error_variance),
+)
+_LONG = {"z": "outputs z, forward", "δ": "error signals δ, backward (1 = as fed in)"}
+
+
+def check_figure(path: Path) -> None:
+    """Refuse at once what could not be drawn or written at the end.
+
+    Raises UsageError for another suffix than .png, .svg or .pdf and where matplotlib is missing, OutputError for a
+    folder that does not exist or cannot be written to.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UsageError(
+            f"{path}: expected a picture's name, ending in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; "
+            f"found {repr(path.suffix) if path.suffix else 'no suffix'}. Rename it."
+        )
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: expected matplotlib to draw it with, found none. Run: pip install 'ckpt-tools[report]'"
+        ) from error
+    check_target(path, overwrite=True)
+
+
+def write_signals_figure(path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> None:
+    """Draw the signals of all weight layers of a model, as it was and as it became, into a .png, .svg or .pdf file.
+
+    Two rows of densities, one line for each layer: outputs z (the paper's Figure 1) and error signals δ without zeros
+    (Figure 5). Below them Var(z) and Var(δ) against depth. An existing file is replaced.
+
+    Raises:
+        UsageError: another suffix, or matplotlib is missing.
+        OutputError: the file cannot be written.
+    """
+    check_figure(path)
+    figure = _drawn(before, after)
+    try:
+        with new_file(path, overwrite=True) as temporary:
+            figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another folder."
+        ) from error
+
+
+def _drawn(before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> Figure:
+    from matplotlib.figure import Figure
+
+    colours = _colours()
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    axes = figure.subplots(3, 2, height_ratios=(1, 1, 0.8))
+    for panels, (symbol, values, variance) in zip(axes, _ROWS, strict=False):
+        for panel, layers, when in zip(panels, (before, after), (_BEFORE, _AFTER), strict=True):
+            samples = [_finite(values(layer)) for layer in layers]
+            _draw_densities(panel, samples, colours)
+            panel.set_title(f"{symbol} {when}\n{_range(symbol, [variance(layer) for layer in layers])}", fontsize=10)
+            panel.set_xlabel(f"{_LONG[symbol]}; axis: central {_CENTRAL:.0%} of all layers' values", fontsize=8)
+            panel.set_ylabel("density")
+    for panel, (symbol, _, variance) in zip(axes[2], _ROWS, strict=True):
+        _draw_depth(
+            panel, symbol, {when: [variance(layer) for layer in layers] for when, layers in _both(before, after)}
+        )
+    _add_colour_bar(figure, axes[:2], max(len(before), len(after)), colours)
+    return figure
+
+
+def _both(before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> tuple[tuple[str, Sequence[LayerSignal]], ...]:
+    return (_BEFORE, before), (_AFTER, after)
+
+
+def _colours() -> Colormap:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # its last yellows vanish on white
+
+
+def _finite(values: Sequence[float]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    found: NDArray[np.float64] = array[np.isfinite(array)]
+    return found
+
+
+def _range(symbol: str, variances: Sequence[float | None]) -> str:
+    """The title's second line: how far Var is from layer to layer."""
+    known = [value for value in variances if value is not None]
+    finite = [value for value in known if math.isfinite(value)]
+    if not finite:
+        return "nothing to show" if not known else f"Var({symbol}) is not finite"
+    low, high = min(finite), max(finite)
+    spread = f"Var({symbol}) from {low:.3g} to {high:.3g} over {len(known)} layers"
+    if len(known) == 1:
+        spread = f"Var({symbol}) = {low:.3g}"
+    return spread if len(finite) == len(known) else f"{spread}, not finite in {len(known) - len(finite)}"
+
+
+def _draw_densities(panel: Axes, samples: Sequence[NDArray[np.float64]], colours: Colormap) -> None:
+    """One line a layer, over the central part of the pooled values; spikes of far narrower layers are cut off."""
+    pooled = np.concatenate([*samples, np.empty(0)])
+    low, high = np.quantile(pooled, [(1 - _CENTRAL) / 2, (1 + _CENTRAL) / 2]) if len(pooled) else (0.0, 0.0)
+    if not high > low:
+        panel.text(
+            0.5, 0.5, "all values are equal" if len(pooled) else "no values", ha="center", transform=panel.transAxes
+        )
+        panel.set(xticks=[], yticks=[])
+        return
+    peaks = []
+    for depth, values in enumerate(samples):
+        if len(values) < 2 or values.min() == values.max():
+            continue
+        x, density = _density(values, low, high)
+        peaks.append(density.max())
+        colour = colours(depth / max(1, len(samples) - 1))
+        panel.plot(x, density, color=colour, linewidth=1.5 if len(samples) <= 25 else 0.8, alpha=0.85)
+    panel.set_xlim(low, high)
+    panel.set_ylim(0, 1.05 * min(max(peaks), _SPIKE * float(np.median(peaks))))
+
+
+def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A kernel density estimate between two bounds: bins smoothed with a Gaussian of Silverman's width."""
+    margin = (high - low) / 2  # values beyond the bounds reach into the panel
+    counts, edges = np.histogram(values, _POINTS, (low - margin, high + margin))
+    step = edges[1] - edges[0]
+    quartiles = np.quantile(values, [0.25, 0.75])
+    spread = min(values.std(), float(quartiles[1] - quartiles[0]) / 1.34) or values.std()
+    width = min(max(0.9 * spread * len(values) ** -0.2 / step, 0.75), _POINTS / 12)
+    reach = math.ceil(4 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    density = np.convolve(counts, kernel / kernel.sum(), mode="same") / (len(values) * step)
+    return (edges[:-1] + edges[1:]) / 2, density
+
+
+def _draw_depth(panel: Axes, symbol: str, variances: dict[str, list[float | None]]) -> None:
+    """Var against depth on a log axis; zeros and what is not finite have no place there and are counted."""
+    panel.axhline(1, color="0.75", linewidth=1, zorder=0)
+    missing = 0
+    for when, values in variances.items():
+        known = [value if value is not None and 0 < value < math.inf else math.nan for value in values]
+        missing += sum(map(math.isnan, known))
+        if not all(map(math.isnan, known)):
+            marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(values) <= 40 else {}
+            panel.plot(range(1, len(known) + 1), known, color=_COLOURS[when], label=when, linewidth=1.3, **marker)
+    panel.set_yscale("log")
+    panel.set_title(f"Var({symbol}) by depth", fontsize=10)
+    panel.set_ylabel(f"Var({symbol})")
+    left_out = f"; {missing} points at 0, infinite or without gradient left out" if missing else ""
+    panel.set_xlabel(f"layer, in order of execution{left_out}", fontsize=8)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8)
+
+
+def _add_colour_bar(figure: Figure, axes: NDArray[Any], layers: int, colours: Colormap) -> None:
+    if layers < 2:
+        return
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(ScalarMappable(Normalize(1, layers), colours), ax=axes, shrink=0.6, aspect=40, pad=0.02)
+    bar.set_ticks([1, layers], labels=["first\nlayer", "last\nlayer"])
