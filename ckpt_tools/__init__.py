@@ -1,4 +1,6 @@
-"""Correct the BatchNorm running variances of trained models for dropout (Hendrycks & Gimpel 2016, section 3).
+"""Correct the BatchNorm running variances of trained models, and the weights of fresh ones, for dropout.
+
+After Hendrycks & Gimpel 2016, sections 3 and 2.
 
 Public names are resolved on first use, so that ``import ckpt_tools`` costs nothing and imports no torch.
 """
@@ -12,9 +14,10 @@ from ckpt_tools.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from ckpt_tools.activations import activation_moments
-    from ckpt_tools.contract import LoadedModel, Reestimation, Walk
+    from ckpt_tools.contract import InitRewrite, LoadedModel, Reestimation, Walk
     from ckpt_tools.errors import CkptToolsError
     from ckpt_tools.identify.load import load
+    from ckpt_tools.initialize.rewrite import rewrite_init
     from ckpt_tools.reestimate.run import reestimate_bn
     from ckpt_tools.storage.write import save
     from ckpt_tools.walker.downstream import walk
@@ -22,17 +25,20 @@ if TYPE_CHECKING:
 _HOME = {
     "activation_moments": "ckpt_tools.activations",
     "CkptToolsError": "ckpt_tools.errors",
+    "InitRewrite": "ckpt_tools.contract",
     "LoadedModel": "ckpt_tools.contract",
     "Reestimation": "ckpt_tools.contract",
     "Walk": "ckpt_tools.contract",
     "load": "ckpt_tools.identify.load",
     "reestimate_bn": "ckpt_tools.reestimate.run",
+    "rewrite_init": "ckpt_tools.initialize.rewrite",
     "save": "ckpt_tools.storage.write",
     "walk": "ckpt_tools.walker.downstream",
 }
 
 __all__ = [
     "CkptToolsError",
+    "InitRewrite",
     "LoadedModel",
     "Reestimation",
     "Walk",
@@ -40,6 +46,7 @@ __all__ = [
     "activation_moments",
     "load",
     "reestimate_bn",
+    "rewrite_init",
     "save",
     "walk",
 ]

@@ -282,8 +282,8 @@ class Reestimation:
 class Factors:
     """What the rule divides a weight by: √(second_moment / keep + backward term), see ``initialize/rule.py``.
 
-    ``activation`` names the function f of the preceding layer, ``second_moment`` is E[f²], ``keep`` the keep probability
-    of the dropout between; ``next_activation``, ``next_slope`` (E[f'²]) and ``next_keep`` are what follows the layer.
+    ``activation`` names the function f of the preceding layer, ``second_moment`` is E[f²], ``keep`` the keep
+    probability of the dropout between; ``next_activation``, ``next_slope`` (E[f'²]) and ``next_keep`` are what follows the layer.
     ``next_slope`` is None where the backward term is left out.
     """
 
@@ -334,8 +334,8 @@ class LayerSignal:
     """How one weight layer's output z and its error signal δ = ∂L/∂z are spread in training mode.
 
     Variances are over batch, units and positions together. ``error_variance`` is relative to the variance of the
-    error that was fed in at the model's output; None where no gradient arrived. The samples are what a picture is drawn from,
-    those of δ without zeros (Hendrycks & Gimpel 2016, appendix A).
+    error that was fed in at the model's output; None where no gradient arrived. The samples are what a picture is
+    drawn from, those of δ without zeros (Hendrycks & Gimpel 2016, appendix A).
     """
 
     name: str

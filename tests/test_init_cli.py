@@ -186,7 +186,7 @@ def test_json_tells_everything(fresh: Path) -> None:
 def test_the_table_lists_layers_in_order_and_groups_what_is_left(tmp_path: Path) -> None:
     text = ok("init-rewrite", *MIXED, "-o", tmp_path / "init.safetensors").stdout
     assert text.index("\nfirst ") < text.index("\nhead ")
-    for words in ("divided by", "left as they are (", "table.weight", "written: ", "sha256", "hypersphere, seed 0"):
+    for words in ("divided by", "left as they are: ", "table.weight", "written: ", "sha256", "hypersphere, seed 0"):
         assert words in text
     assert not text.endswith("\n\n")
 
@@ -299,12 +299,12 @@ ALONE = ("-o", "new.safetensors")
 BAD = {
     "nothing given": (["-o", "new.safetensors"], 2, "--arch"),
     "no output": ([*DENSE], 2, "-o"),
-    "no weight layers": (["--arch", "test_init_cli:no_weights", "--input-size", "3,8,8", *ALONE], 1, "weight"),
+    "no weight layers": (["--arch", "test_init_cli:no_weights", "--input-size", "3,8,8", *ALONE], 1, "convolution"),
     "no input size": (["--arch", "nets:DenseNet", *ALONE], 2, "--input-size"),
     "wrong input size": (["--arch", "nets:DenseNet", "--input-size", "4,8,8", *ALONE], 1, "--input-size"),
     "unknown architecture": (["--arch", "timm:resnt18", *ALONE], 1, "resnet18"),
     "impossible rate": ([*DENSE, "--model-kwargs", "drop_rate=1.5", *ALONE], None, "1.5"),
-    "nothing kept": ([*DENSE, "--model-kwargs", "drop_rate=1.0", *ALONE], None, "keep"),
+    "nothing kept": ([*DENSE, "--model-kwargs", "drop_rate=1.0", *ALONE], None, "drop rate"),
     "unknown scheme": ([*DENSE, "--scheme", "cube", *ALONE], 2, "hypersphere"),
     "existing output": ([*DENSE, "-o", "fresh.pt"], 1, "--overwrite"),
     "output is the source": (["fresh.pt", *DENSE, "-o", "fresh.pt", "--overwrite"], 1, "source"),
@@ -314,7 +314,7 @@ BAD = {
         1,
         "training data",
     ),
-    "report of no format": ([*DENSE, *ALONE, "--report", "signals.xyz"], None, "signals.xyz"),
+    "report of no format": ([*DENSE, *ALONE, "--report", "signals.xyz"], 2, "signals.xyz"),
     "report is the output": ([*DENSE, "-o", "new.png", "--report", "new.png"], 2, "--report"),
     "missing data": ([*DENSE, *ALONE, "--data", "nowhere.npy"], 1, "nowhere.npy"),
     "unknown device": ([*DENSE, *ALONE, "--verify", "--device", "gpu"], 2, "gpu"),

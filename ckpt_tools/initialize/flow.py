@@ -1,59 +1,34 @@
 """From operation to operation through the graph: what every weight layer is fed with.
 
 A ``State`` describes an activation as a pointwise function (``chain``) of a Gaussian ``source``, with dropout between.
-Sources are the outputs of weight layers and normalisations, the input, and whatever several activations were joined into.
+Sources are the outputs of weight layers and normalisations, the input, and what several activations were joined into.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.initialize.chain import Z, Call, Chain, Variable, call, evaluate, label, moments, op_name
+from ckpt_tools.initialize.chain import Variable, Z, evaluate, moments, op_name
 from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.kinds import MAXIMA, MEANS, NEUTRAL, NORMS, is_pointwise
-from ckpt_tools.initialize.noise import NOISES, Noise, noise_of
+from ckpt_tools.initialize.noise import NOISES, noise_of
 from ckpt_tools.initialize.rule import UNKNOWN
 from ckpt_tools.initialize.signal import STANDARD, Signal, added, divided, mixed, multiplied, scaled
+from ckpt_tools.initialize.state import Source, State, call_of, is_dropout, masked_signal, variables
 from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.graph import Graph, Node, Operand
 from ckpt_tools.walker.weights import WeightUse
 
-Source: TypeAlias = tuple[int, int, int]  # node, offset and size of the part of it
-
 _MOST_PARTS = 4  # of an expression that is integrated over all of them at once
-_POINTS = 2**13
+_POINTS, _MASKS = 2**12, 2**6
 _NOTHING = 1e-9
-
-
-@dataclass(frozen=True)
-class State:
-    """An activation: ``chain`` of ``source`` (whose own signal is ``origin``), after dropout that keeps ``keep``.
-
-    ``joint`` is the same as an expression over the independent ``parts`` it is made of.
-    """
-
-    signal: Signal
-    source: Source
-    origin: Signal
-    what: str  # the source in words, "" for a weight layer's output
-    chain: Chain = Z
-    keep: float = 1.0
-    joint: Chain = Z
-    parts: frozenset[Source] = frozenset()
-    noise: Noise | None = None
-    random: bool = False  # made of noise alone
-
-    @property
-    def activation(self) -> str:
-        """The nonlinearity in words."""
-        name = label(self.chain)
-        return name if not self.what else self.what if self.chain == Z else f"{name} of {self.what}"
 
 
 @dataclass
@@ -86,7 +61,9 @@ class Flow:
             signal = self._usual(self.constants.signal(operand))
             return State(signal, (operand.node, operand.offset, operand.numel), signal, "a constant")
         state = self._states[operand.node]
-        whole = math.prod(self.graph[operand.node].outputs[operand.output]) if self.graph[operand.node].outputs else None
+        whole = (
+            math.prod(self.graph[operand.node].outputs[operand.output]) if self.graph[operand.node].outputs else None
+        )
         if whole in (None, operand.numel) or state.random:
             return state
         return self._source((operand.node, operand.offset, operand.numel), state.signal, state.activation)
@@ -212,7 +189,7 @@ class Flow:
     # Pointwise operations.
 
     def _pointwise(self, index: int, node: Node) -> State | None:
-        live = self.live(node)
+        live = [operand for operand in node.operands if not self.graph[operand.node].static]
         states = {operand: self.state(operand) for operand in live}
         signals = [state for state in states.values() if not state.random]
         if not signals:
@@ -262,7 +239,9 @@ class Flow:
 
     def _dropped(self, state: State, mask: Signal) -> State:
         keep = state.keep * mask.mean**2 / mask.second
-        return replace(state, keep=keep, signal=multiplied(state.signal, replace(mask, keep=mask.mean**2 / mask.second)))
+        return replace(
+            state, keep=keep, signal=multiplied(state.signal, replace(mask, keep=mask.mean**2 / mask.second))
+        )
 
     def _noisy(self, node: Node, states: Mapping[Operand, State]) -> State | None:
         """A function of noise: floor(keep + u), a mask, a scaled mask."""
@@ -277,7 +256,7 @@ class Flow:
         self, index: int, node: Node, name: str, states: Sequence[State], union: frozenset[Source]
     ) -> State | None:
         """Two independent activations, or an activation and a constant tensor or noise, added or multiplied."""
-        one, other = (_mask(state) for state in states)
+        one, other = (masked_signal(state) for state in states)
         factor = node.kwargs.get("alpha", 1)
         if name in ("add", "sub"):
             if other.second <= _NOTHING * one.second:
@@ -303,57 +282,31 @@ class Flow:
     ) -> State | None:
         """A function of several independent parts, some of which may stand in it more than once."""
         joint = call_of(node, lambda o: states[o].joint if o in states else self.number(o))
-        variables = _variables(joint)
-        if not variables or len(variables) > _MOST_PARTS:
+        found_in = variables(joint)
+        if not found_in or len(found_in) > _MOST_PARTS:
             return None
-        points = torch.quasirandom.SobolEngine(len(variables)).draw(_POINTS + 1, dtype=torch.float64)[1:]
-        values = {}
-        for column, variable in enumerate(variables):
-            state, u = self._sources[variable], points[:, column]
-            normal = state.origin.mean + state.origin.deviation * torch.special.ndtri(u)
-            values[variable] = state.noise.quantiles(u) if state.noise is not None else normal
-        found = evaluate(joint, values)
-        mean, second = float(found.mean()), float(found.square().mean())
-        state = self._source((index, 0, 0), self._usual(Signal(mean, second, mean**2)), "a joint function")
+        found = evaluate(joint, self._samples(found_in)).view(_POINTS, _MASKS)
+        mean, second, quiet = float(found.mean()), float(found.square().mean()), float(found.mean(1).square().mean())
+        keep = quiet / second if second > 0 else 1.0
+        state = self._source((index, 0, 0), self._usual(Signal(mean, second, mean**2, keep)), "a joint function")
         return replace(state, parts=union, joint=joint)
+
+    def _samples(self, of: Sequence[Variable]) -> dict[Variable, Tensor]:
+        """Quasi-random values of independent parts: every value of the activations meets every value of the noise."""
+        values = {}
+        shape = (_POINTS, _MASKS)
+        for noisy, count in ((False, _POINTS), (True, _MASKS)):
+            chosen = [variable for variable in of if self._sources[variable].random is noisy]
+            if not chosen:
+                continue
+            points = (torch.quasirandom.SobolEngine(len(chosen)).draw(count, dtype=torch.float64) + 0.5 / count) % 1
+            for variable, u in zip(chosen, points.T, strict=True):
+                state = self._sources[variable]
+                normal = state.origin.mean + state.origin.deviation * torch.special.ndtri(u)
+                value = state.noise.quantiles(u) if state.noise is not None else normal
+                values[variable] = (value if noisy else value[:, None]).expand(shape).reshape(-1)
+        return values
 
     def number(self, operand: Operand) -> float:
         """A constant operand as one number, its mean."""
         return self.constants.signal(operand).mean
-
-
-def is_dropout(name: str, masks: Sequence[State]) -> bool:
-    """Whether an operation with noise among its factors thins out what it multiplies."""
-    return name in ("mul", "div") and all(abs(mask.signal.mean) > 1e-3 for mask in masks)
-
-
-def _mask(state: State) -> Signal:
-    signal = state.signal
-    if not state.random or signal.second == 0:
-        return signal
-    return replace(signal, keep=signal.mean**2 / signal.second)
-
-
-def call_of(node: Node, part: Callable[[Operand], Any]) -> Chain:
-    """A recorded operation with ``part(operand)`` in place of its operands."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Operand):
-            return part(value)
-        return [convert(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    assert node.func is not None
-    return call(node.func, tuple(convert(arg) for arg in node.args), {k: convert(v) for k, v in node.kwargs.items()})
-
-
-def _variables(chain: Any) -> list[Variable]:
-    found: dict[Variable, None] = {}
-    stack, seen = [chain], set()
-    while stack:
-        part = stack.pop()
-        if isinstance(part, Variable):
-            found[part] = None
-        elif isinstance(part, Call) and id(part) not in seen:
-            seen.add(id(part))
-            stack += part.args
-    return list(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import statistics
 from collections.abc import Iterable
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.initialize.chain import Z, Chain, label, moments, op_name
-from ckpt_tools.initialize.flow import Flow, call_of, is_dropout
+from ckpt_tools.initialize.chain import Chain, Z, label, moments, op_name
+from ckpt_tools.initialize.flow import Flow
 from ckpt_tools.initialize.kinds import MAXIMA, MEANS, NEUTRAL, NORMS, is_pointwise
 from ckpt_tools.initialize.rule import UNKNOWN
+from ckpt_tools.initialize.state import call_of, is_dropout
 from ckpt_tools.walker.contractions import contraction
-from ckpt_tools.walker.graph import Node, Operand
+from ckpt_tools.walker.graph import Graph, Node, Operand
 
 _TRANSPARENT = (NEUTRAL | MEANS | MAXIMA | NORMS | {"native_dropout", "copy"}) - {"cat", "stack"}
 
@@ -43,26 +45,26 @@ def follower(flow: Flow, start: int) -> Follower:
     model's output end it. Behind anything else the slope is unknown, 0.5.
     """
     reached = {start: _Reached(Z, 1.0)}
-    ends: dict[_Reached, None] = {}
-    waiting = [start]
+    waiting, seen = _value_readers(flow.graph, start), {start}
     while waiting:
-        at = waiting.pop(0)
-        readers = [index for index in flow.graph.readers[at] if _reads_values(flow.graph[index])]
-        for index in readers:
-            node = flow.graph[index]
-            if index in reached:
-                continue
-            found = _through(flow, node, reached)
-            if found is not None:
-                reached[index] = found
-                waiting.append(index)
-            elif _passes(node):
-                continue  # another operand may be reached later; if not, it is a join
-            elif contraction(node.func) is None:  # type: ignore[arg-type]
-                ends[_Reached(None, reached[at].keep)] = None
-        if not readers or any(index not in reached and _stops(flow.graph[index]) for index in readers):
-            ends[reached[at]] = None
-    return _average(ends or [reached[start]])
+        index = heapq.heappop(waiting)  # in order of execution, so that what it reads is decided already
+        if index in seen:
+            continue
+        seen.add(index)
+        found = _through(flow, flow.graph[index], reached)
+        if found is not None:
+            reached[index] = found
+            for reader in _value_readers(flow.graph, index):
+                heapq.heappush(waiting, reader)
+    ends: dict[_Reached, None] = {}
+    for index, function in reached.items():
+        readers = _value_readers(flow.graph, index)
+        outside = [flow.graph[reader] for reader in readers if reader not in reached]
+        if not readers or any(_stops(node) for node in outside):
+            ends[function] = None
+        if not all(_stops(node) for node in outside):
+            ends[_Reached(None, function.keep)] = None
+    return _average(ends)
 
 
 def _average(ends: Iterable[_Reached]) -> Follower:
@@ -82,7 +84,9 @@ def _average(ends: Iterable[_Reached]) -> Follower:
 def _through(flow: Flow, node: Node, reached: dict[int, _Reached]) -> _Reached | None:
     """The operation as one more step of a function of z; None where it is none."""
     name = op_name(node.func)  # type: ignore[arg-type]
-    live = [operand for operand in flow.live(node) if not flow.state(operand).random]
+    operands = [operand for operand in node.operands if not flow.graph[operand.node].static]
+    operands = operands if is_pointwise(node.func) else flow.live(node)  # type: ignore[arg-type]
+    live = [operand for operand in operands if not flow.state(operand).random]
     if not live or any(operand.node not in reached for operand in live):
         return None
     first = reached[live[0].node]
@@ -91,7 +95,7 @@ def _through(flow: Flow, node: Node, reached: dict[int, _Reached]) -> _Reached |
         return _Reached(first.chain, first.keep * keep)
     if not is_pointwise(node.func) or first.chain is None:  # type: ignore[arg-type]
         return None
-    masks = [state for state in map(flow.state, flow.live(node)) if state.random]
+    masks = [state for state in map(flow.state, operands) if state.random]
     if masks and not is_dropout(name, masks):
         return None
     keep = min(reached[operand.node].keep for operand in live)
@@ -105,14 +109,12 @@ def _through(flow: Flow, node: Node, reached: dict[int, _Reached]) -> _Reached |
     return _Reached(call_of(node, part), keep)
 
 
-def _reads_values(node: Node) -> bool:
-    return node.func is not None and not node.static and not node.random
-
-
-def _passes(node: Node) -> bool:
-    return is_pointwise(node.func) or op_name(node.func) in NEUTRAL  # type: ignore[arg-type]
+def _value_readers(graph: Graph, index: int) -> list[int]:
+    found = [(reader, graph[reader]) for reader in graph.readers[index]]
+    return [reader for reader, node in found if node.func is not None and not node.static and not node.random]
 
 
 def _stops(node: Node) -> bool:
     """Whether z goes into the operation as it is: a weight, or a join with other activations."""
-    return contraction(node.func) is not None or _passes(node)  # type: ignore[arg-type]
+    func = node.func
+    return func is not None and (contraction(func) is not None or is_pointwise(func) or op_name(func) in NEUTRAL)

@@ -12,7 +12,7 @@ from ckpt_tools.initialize.chain import Chain, function, op_name
 from ckpt_tools.initialize.signal import Signal
 from ckpt_tools.walker.graph import Node
 
-NOISES = frozenset("bernoulli rand rand_like uniform randn randn_like normal".split())
+NOISES = frozenset(["bernoulli", "rand", "rand_like", "uniform", "randn", "randn_like", "normal"])
 _POINTS = 2**15
 
 
@@ -39,7 +39,9 @@ class Noise:
 
     def _points(self) -> tuple[Tensor, Tensor]:
         if self.kind == "bernoulli":
-            return torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([1 - self.a, self.a], dtype=torch.float64)
+            return torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor(
+                [1 - self.a, self.a], dtype=torch.float64
+            )
         u = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS
         return self.quantiles(u), torch.full((_POINTS,), 1 / _POINTS, dtype=torch.float64)
 

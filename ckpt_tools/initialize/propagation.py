@@ -1,4 +1,4 @@
-"""The propagated rule: mean and second moment through the whole graph, so that every pre-activation has variance one."""
+"""The propagated rule: mean and second moment through the whole graph, so that every pre-activation has variance 1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.initialize.chain import Call, Z, function, moments, op_name, overlap
-from ckpt_tools.initialize.flow import Flow, State
+from ckpt_tools.initialize.flow import Flow
 from ckpt_tools.initialize.kinds import ATTENTIONS, MAXIMA, MEANS, NORMS, SOFTMAXES
 from ckpt_tools.initialize.rule import UNKNOWN
 from ckpt_tools.initialize.signal import (
@@ -24,6 +24,7 @@ from ckpt_tools.initialize.signal import (
     scaled,
     softmaxed,
 )
+from ckpt_tools.initialize.state import State
 from ckpt_tools.walker.contractions import contraction, geometry
 from ckpt_tools.walker.graph import Node, Operand
 from ckpt_tools.walker.weights import WeightUse
@@ -119,7 +120,9 @@ class Propagation(Flow):
             return super()._fixed_weight(index, node, factors)
         layout = geometry(node.func, node.args)  # type: ignore[arg-type]
         if layout.kind == "linear":
-            values = (values if swapped else values.transpose(-1, -2)).reshape(-1, values.shape[-1 if swapped else -2], 1)
+            values = (values if swapped else values.transpose(-1, -2)).reshape(
+                -1, values.shape[-1 if swapped else -2], 1
+            )
         elif layout.kind == "transposed convolution":
             values = values.transpose(0, 1) / math.sqrt(math.prod(layout.stride))
         signal = _filtered(self.state(given).signal, values.float().flatten(2))
@@ -134,7 +137,12 @@ def _inside(node: Node) -> float:
     given, weight, _, stride, padding, dilation = node.args[:6]
     share = 1.0
     for size, taps, step, pad, gap in zip(
-        given.shape[2:], weight.shape[2:], _each(stride, weight), _each(padding, weight), _each(dilation, weight), strict=False
+        given.shape[2:],
+        weight.shape[2:],
+        _each(stride, weight),
+        _each(padding, weight),
+        _each(dilation, weight),
+        strict=False,
     ):
         first = torch.arange(max(1, (size + 2 * pad - gap * (taps - 1) - 1) // step + 1)) * step - pad
         at = first[:, None] + torch.arange(taps) * gap
@@ -176,7 +184,7 @@ def _maximum(state: State, count: int) -> Signal:
 
 
 def _filtered(one: Signal, weight: Tensor) -> Signal:
-    """Σ w x for a weight of shape (units, inputs, taps): inputs share nothing but their mean, the taps of one input do."""
+    """Σ w x for a weight (units, inputs, taps): inputs share only their mean, the taps of one input what positions do."""
     squares = float(weight.square().sum((1, 2)).mean())
     inputs = float(weight.sum(2).square().sum(1).mean())
     whole = weight.sum((1, 2))

@@ -1,4 +1,4 @@
-"""``rewrite_init``: new weights for a fresh model, corrected for dropout and for the nonlinearities around each layer."""
+"""``rewrite_init``: new weights for a fresh model, corrected for dropout and for the nonlinearity at each layer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.errors import ModelError
 from ckpt_tools.initialize.constants import Constants
-from ckpt_tools.initialize.flow import Flow, State
+from ckpt_tools.initialize.flow import Flow
 from ckpt_tools.initialize.following import Follower, follower
 from ckpt_tools.initialize.propagation import Propagation
+from ckpt_tools.initialize.rule import backward_term as backward_of
 from ckpt_tools.initialize.rule import check_choice, divisor, fan_ratio
 from ckpt_tools.initialize.scheme import fans, fill
+from ckpt_tools.initialize.state import State
 from ckpt_tools.walker.call import Batch, Forward, call, unwrap
 from ckpt_tools.walker.downstream import trained_record
 from ckpt_tools.walker.graph import Graph
@@ -55,23 +57,24 @@ def rewrite_init(
 ) -> InitRewrite:
     """Rewrite the weights of linear layers and convolutions in place, and set their biases to zero.
 
-    W has fan-in vectors of norm one, divided by √(E[f(z^{l−1})²]/p_{l−1} + p_l·E[f'(z^l)²]), the backward term for linear
-    layers only (Hendrycks & Gimpel 2016, section 2.2). f and p are read off one recorded forward in training mode.
+    W has fan-in vectors of norm one, divided by √(E[f(z^{l−1})²]/p_{l−1} + p_l·E[f'(z^l)²]), the backward term for
+    linear layers only (Hendrycks & Gimpel 2016, section 2.2). f and p are read off one recorded forward in training mode.
     Everything else (normalisation, embeddings, tokens, positional tables) keeps its values.
 
     Args:
         model: a fresh nn.Module; wrappers are looked through. Its train flags, buffers and hooks stay as they are.
         example_input: a batch as for ``walk``; only its shape matters.
         scheme: "hypersphere" or "orthonormal" fan-in vectors, "uniform" (section 4), or "normal".
-        rule: "paper": every layer from its neighbours; "propagated": mean and second moment carried through the whole graph.
+        rule: "paper": every layer from its neighbours; "propagated": mean and second moment carried through the graph.
         backward_term: "auto" (linear layers under the paper's rule), "on" or "off".
         backward_factor: "paper": p·E[f'²]; "inverted": E[f'²]/p, what PyTorch's dropout does to the error signal.
         seed: of the new weights.
         forward: how to run the model on a batch.
 
     Raises:
-        UsageError: an unknown method. ModelError: no weight layer, dropout that keeps nothing, weights without values, or a
-            model that cannot be run. Nothing is changed then.
+        UsageError: an unknown method.
+        ModelError: no weight layer, dropout that keeps nothing, weights without values, or a model that cannot be run.
+            Nothing is changed then.
     """
     method = _Method(scheme, rule, backward_term, backward_factor)
     _check(method)
@@ -80,13 +83,15 @@ def rewrite_init(
     record = trained_record(model, example_input, forward)
     for site in record.sites.values():
         if site.rate is not None and site.rate >= 1:
-            raise ModelError(f"{site.name}: expected a drop rate below 1, found {site.rate:g}, which lets nothing through.")
+            raise ModelError(
+                f"{site.name}: expected a drop rate below 1, found {site.rate:g}, which lets nothing through."
+            )
     trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
     uses = weight_uses(record.graph, trainable)
     if not uses:
         raise ModelError(f"{type(model).__name__}: expected linear layers or convolutions to rewrite, found none.")
     if meta := next((use.parameter for use in uses if parameters[use.parameter].is_meta), None):
-        raise ModelError(f"{meta}: expected values, found a tensor on the meta device. Build the model on cpu or cuda.")
+        raise ModelError(f"{meta}: expected values, found a tensor on the meta device. Build the model on a real one.")
     layers = _layers(record.graph, model, uses, method)
     _write(model, uses, layers, method, seed)
     left = _left_alone(record.graph, parameters, {use.parameter for use in uses})
@@ -136,8 +141,8 @@ def _propagated(
     for use in uses:
         if use.node in followers:
             found = followers[use.node]
-            squared = divisor(0.0, 1.0, next_slope=max(found.slope, _DEAD), next_keep=found.keep, backward_factor=method.backward_factor) ** 2
-            backward[use.parameter] = squared * fan_ratio(method.scheme, *fans(use.view.shape, use.geometry))
+            ratio = fan_ratio(method.scheme, *fans(use.view.shape, use.geometry))
+            backward[use.parameter] = ratio * backward_of(found.slope, found.keep, method.backward_factor)
     fed = Propagation(graph, uses, constants, backward=backward).inputs()
     if len({use.parameter for use in uses}) == len(uses):
         return fed

@@ -45,9 +45,7 @@ def divisor(
     check_keep(keep, "keep")
     check_keep(next_keep, "next_keep")
     check_choice(backward_factor, "backward_factor", get_args(BackwardFactor))
-    backward = 0.0
-    if next_slope is not None:
-        backward = next_slope * next_keep if backward_factor == "paper" else next_slope / next_keep
+    backward = 0.0 if next_slope is None else backward_term(next_slope, next_keep, backward_factor)
     total = second_moment / keep + fan_ratio * backward
     if not 0 < total < math.inf:
         raise UsageError(
@@ -55,6 +53,11 @@ def divisor(
             f"found its square to be {total}. Check the activations: one that is 0 everywhere lets nothing through."
         )
     return math.sqrt(total)
+
+
+def backward_term(slope: float, keep: float, factor: BackwardFactor) -> float:
+    """B: p·E[f'²] ("paper") or E[f'²]/p ("inverted")."""
+    return slope * keep if factor == "paper" else slope / keep
 
 
 def fan_ratio(scheme: Scheme, fan_in: int, fan_out: int) -> float:

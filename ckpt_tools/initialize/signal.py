@@ -1,8 +1,9 @@
 """What is known of an activation without running the network, and how operations change it.
 
 Mean-field bookkeeping: of every activation x its mean, its second moment E[x²], and E[x x'], the product of the
-same unit's values at two positions or samples. E[x x'] is what averaging over positions leaves; for independent zero-mean
-inputs it starts at 0 and grows where rectifiers give every unit a mean of its own.
+same unit's values at two positions or samples. E[x x'] is what averaging over positions leaves; for independent
+inputs of mean zero it starts at 0 and grows where rectifiers give every unit a mean of its own (Poole et al. 2016,
+https://arxiv.org/abs/1606.05340).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 class Signal:
     """``mean`` E[x], ``second`` E[x²], ``shared`` E[x x'].
 
-    ``keep``: E[x²] without dropout / E[x²]. ``total``: entries of a distribution that sum to one (softmax) over this many.
+    ``keep``: E[x²] without dropout / E[x²]. ``total``: over this many entries of a softmax, which sum to one.
     """
 
     mean: float
@@ -91,7 +92,9 @@ def contracted(one: Signal, other: Signal, count: int) -> Signal:
         return Signal(other.mean, other.shared + own, other.shared, other.keep)
     cross = count * (count - 1) * (one.mean * other.mean) ** 2
     return Signal(
-        count * one.mean * other.mean, count * one.second * other.second + cross, count * one.shared * other.shared + cross
+        count * one.mean * other.mean,
+        count * one.second * other.second + cross,
+        count * one.shared * other.shared + cross,
     )
 
 

@@ -134,7 +134,7 @@ def _differentiable(tensor: Tensor) -> Tensor:
     """A copy that gradients reach, so that the first layer's δ is computed; not a leaf, so it may be overwritten."""
     if not tensor.is_floating_point():
         return tensor.clone()
-    return tensor.detach().requires_grad_().clone()
+    return tensor.detach().clone().requires_grad_().clone()
 
 
 def _differentiable_outputs(tree: object) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ckpt_tools.contract import InitRewrite, LoadedModel
 from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.write import save, write_safetensors
+from ckpt_tools.walker.call import unwrap
 
 
 def write_initialized(
@@ -20,7 +21,7 @@ def write_initialized(
 
     With a checkpoint, its tensors with the new ones in their place, in its dtypes; else the state dict as it stands.
     """
-    state = {key: value for key, value in loaded.model.state_dict().items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in unwrap(loaded.model).state_dict().items() if isinstance(value, Tensor)}
     rewritten = _every_name(state, [layer.parameter for layer in result.rewritten])
     zeroed = _every_name(state, [layer.bias for layer in result.rewritten if layer.bias])
     said = _provenance(loaded, result) | {"rewritten": rewritten, "zeroed": zeroed}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,28 @@ _SPIKE = 4.0  # a density this many times higher than the median layer's is cut 
 _POINTS = 512
 _COLOURS = {_BEFORE: "#c44e52", _AFTER: "#2f6db3"}
 
-_Row = tuple[str, Callable[[LayerSignal], Sequence[float]], Callable[[LayerSignal], float | None]]
-_ROWS: tuple[_Row, ...] = (
-    ("z", lambda layer: layer.outputs, lambda layer: layer.variance),
-    ("δ", lambda layer: layer.errors, lambda layer: layer.error_variance),
+
+@dataclass(frozen=True)
+class _Row:
+    """One of the two signals: its symbol, what the axes say, and where a layer keeps it."""
+
+    symbol: str
+    title: str
+    axis: str
+    values: Callable[[LayerSignal], Sequence[float]]
+    variance: Callable[[LayerSignal], float | None]
+
+
+_ROWS = (
+    _Row("z", "outputs z", "z", lambda layer: layer.outputs, lambda layer: layer.variance),
+    _Row(
+        "δ",
+        "error signals δ",
+        "δ without zeros, 1 = as fed in",
+        lambda layer: layer.errors,
+        lambda layer: layer.error_variance,
+    ),
 )
-_LONG = {"z": "outputs z, forward", "δ": "error signals δ, backward (1 = as fed in)"}
 
 
 def check_figure(path: Path) -> None:
@@ -75,7 +92,7 @@ def write_signals_figure(path: Path, before: Sequence[LayerSignal], after: Seque
             figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
     except OSError as error:
         raise OutputError(
-            f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another folder."
+            f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
         ) from error
 
 
@@ -85,23 +102,17 @@ def _drawn(before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> Figur
     colours = _colours()
     figure = Figure(figsize=(10, 10), layout="constrained")
     axes = figure.subplots(3, 2, height_ratios=(1, 1, 0.8))
-    for panels, (symbol, values, variance) in zip(axes, _ROWS, strict=False):
-        for panel, layers, when in zip(panels, (before, after), (_BEFORE, _AFTER), strict=True):
-            samples = [_finite(values(layer)) for layer in layers]
-            _draw_densities(panel, samples, colours)
-            panel.set_title(f"{symbol} {when}\n{_range(symbol, [variance(layer) for layer in layers])}", fontsize=10)
-            panel.set_xlabel(f"{_LONG[symbol]}; axis: central {_CENTRAL:.0%} of all layers' values", fontsize=8)
-            panel.set_ylabel("density")
-    for panel, (symbol, _, variance) in zip(axes[2], _ROWS, strict=True):
-        _draw_depth(
-            panel, symbol, {when: [variance(layer) for layer in layers] for when, layers in _both(before, after)}
-        )
+    for row, panels, depth_panel in zip(_ROWS, axes, axes[2], strict=False):
+        variances = {}
+        for when, layers, panel in zip((_BEFORE, _AFTER), (before, after), panels, strict=True):
+            variances[when] = [row.variance(layer) for layer in layers]
+            panel.set_title(f"{row.title}, {when}\n{_range(row.symbol, variances[when])}", fontsize=10)
+            panel.set_xlabel(f"{row.axis} (shown: the central {100 * _CENTRAL:g} % of all layers' values)", fontsize=8)
+            panel.set_ylabel("density", fontsize=8)
+            _draw_densities(panel, [_finite(row.values(layer)) for layer in layers], colours)
+        _draw_depth(depth_panel, row.symbol, variances)
     _add_colour_bar(figure, axes[:2], max(len(before), len(after)), colours)
     return figure
-
-
-def _both(before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> tuple[tuple[str, Sequence[LayerSignal]], ...]:
-    return (_BEFORE, before), (_AFTER, after)
 
 
 def _colours() -> Colormap:
@@ -132,24 +143,33 @@ def _range(symbol: str, variances: Sequence[float | None]) -> str:
 
 def _draw_densities(panel: Axes, samples: Sequence[NDArray[np.float64]], colours: Colormap) -> None:
     """One line a layer, over the central part of the pooled values; spikes of far narrower layers are cut off."""
-    pooled = np.concatenate([*samples, np.empty(0)])
-    low, high = np.quantile(pooled, [(1 - _CENTRAL) / 2, (1 + _CENTRAL) / 2]) if len(pooled) else (0.0, 0.0)
-    if not high > low:
-        panel.text(
-            0.5, 0.5, "all values are equal" if len(pooled) else "no values", ha="center", transform=panel.transAxes
-        )
-        panel.set(xticks=[], yticks=[])
-        return
+    pooled = np.concatenate([*samples, np.zeros(2)])  # two zeros do no harm, and no values at all would
+    low, high = np.quantile(pooled, [(1 - _CENTRAL) / 2, (1 + _CENTRAL) / 2])
     peaks = []
     for depth, values in enumerate(samples):
-        if len(values) < 2 or values.min() == values.max():
-            continue
-        x, density = _density(values, low, high)
-        peaks.append(density.max())
-        colour = colours(depth / max(1, len(samples) - 1))
-        panel.plot(x, density, color=colour, linewidth=1.5 if len(samples) <= 25 else 0.8, alpha=0.85)
+        if high - low > 1e-9 * max(abs(low), abs(high)) and len(values) and values.min() < values.max():
+            x, density = _density(values, low, high)
+            colour = colours(depth / max(1, len(samples) - 1))
+            panel.plot(x, density, color=colour, linewidth=1.5 if len(samples) <= 25 else 0.8, alpha=0.85)
+            peaks.append(density.max())
+    peaks = [peak for peak in peaks if peak > 0]  # a layer may lie beyond the axis
+    if not peaks:
+        panel.text(0.5, 0.5, "no values that differ", ha="center", transform=panel.transAxes)
+        panel.set(xticks=[], yticks=[])
+        return
     panel.set_xlim(low, high)
     panel.set_ylim(0, 1.05 * min(max(peaks), _SPIKE * float(np.median(peaks))))
+    _plain_ticks(panel)
+
+
+def _plain_ticks(panel: Axes) -> None:
+    """Few ticks, each with its whole number: a common power of ten would stand on top of a label."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.tick_params(labelsize=8)
 
 
 def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -166,24 +186,30 @@ def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDAr
     return (edges[:-1] + edges[1:]) / 2, density
 
 
-def _draw_depth(panel: Axes, symbol: str, variances: dict[str, list[float | None]]) -> None:
+def _draw_depth(panel: Axes, symbol: str, variances: Mapping[str, Sequence[float | None]]) -> None:
     """Var against depth on a log axis; zeros and what is not finite have no place there and are counted."""
-    panel.axhline(1, color="0.75", linewidth=1, zorder=0)
-    missing = 0
-    for when, values in variances.items():
-        known = [value if value is not None and 0 < value < math.inf else math.nan for value in values]
-        missing += sum(map(math.isnan, known))
-        if not all(map(math.isnan, known)):
-            marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(values) <= 40 else {}
-            panel.plot(range(1, len(known) + 1), known, color=_COLOURS[when], label=when, linewidth=1.3, **marker)
+    from matplotlib.ticker import MaxNLocator
+
+    points = {when: [_drawable(value) for value in values] for when, values in variances.items()}
+    for when, values in points.items():
+        marker = "o" if len(values) <= 40 else ""
+        panel.plot(range(1, len(values) + 1), values, marker=marker, markersize=3.5, color=_COLOURS[when], label=when)
+    pooled = np.concatenate([*points.values(), [0.1, 10]])  # at least two decades: a ratio of 1.1 is not to look large
+    missing = int(np.isnan(pooled).sum())
     panel.set_yscale("log")
+    panel.set_ylim(np.nanmin(pooled) / 1.5, np.nanmax(pooled) * 1.5)
+    panel.set_xlim(0.5, max(1, *map(len, points.values())) + 0.5)
+    panel.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    panel.axhline(1, color="0.75", linewidth=1, zorder=0)
     panel.set_title(f"Var({symbol}) by depth", fontsize=10)
-    panel.set_ylabel(f"Var({symbol})")
-    left_out = f"; {missing} points at 0, infinite or without gradient left out" if missing else ""
+    left_out = f" (left out: {missing} that are 0, not finite or unknown)" if missing else ""
     panel.set_xlabel(f"layer, in order of execution{left_out}", fontsize=8)
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.legend(fontsize=8)
+
+
+def _drawable(value: float | None) -> float:
+    return value if value is not None and 0 < value < math.inf else math.nan
 
 
 def _add_colour_bar(figure: Figure, axes: NDArray[Any], layers: int, colours: Colormap) -> None:

@@ -73,8 +73,8 @@ def _row(layer: InitLayer) -> tuple[str, ...]:
         return (name, shape, *["-"] * 7)
     behind = ("-", "-", "-")
     if factors.next_slope is not None:
-        behind = (factors.next_activation, f"{factors.next_slope:.3f}", f"{factors.next_keep:g}")
-    before = (factors.activation, f"{factors.second_moment:.3f}", f"{factors.keep:g}")
+        behind = (factors.next_activation, f"{factors.next_slope:.3f}", f"{factors.next_keep:.3g}")
+    before = (factors.activation, f"{factors.second_moment:.3f}", f"{factors.keep:.3g}")
     return (name, shape, *before, *behind, f"{factors.divisor:.3f}")
 
 
@@ -84,7 +84,7 @@ def _left(result: InitRewrite) -> list[str]:
     for layer in result.layers:
         if not layer.rewritten:
             by_reason.setdefault(layer.reason, []).append(layer.parameter)
-    return [f"left as they are ({reason}): {listed(names)}" for reason, names in by_reason.items()]
+    return [f"left as they are: {listed(names)} ({reason})" for reason, names in by_reason.items()]
 
 
 def _cut(rows: int) -> list[str]:

@@ -128,9 +128,9 @@ class Recorder:
         if _key(tensor) not in self._current:
             self._leaf(tensor, Node(None, value=None if tensor.is_meta else tensor, static=True))
         node, output = self._current[_key(tensor)]
-        strides = tuple(tensor.stride())
+        strides = tuple(map(int, tensor.stride()))
         return Operand(
-            node, output, tuple(tensor.shape), strides, tensor.storage_offset(), tensor.is_floating_point()
+            node, output, tuple(tensor.shape), strides, int(tensor.storage_offset()), tensor.is_floating_point()
         )
 
     def _leaf(self, tensor: Tensor, node: Node) -> None:
