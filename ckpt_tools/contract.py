@@ -283,8 +283,8 @@ class Factors:
     """What the rule divides a weight by: √(second_moment / keep + backward term), see ``initialize/rule.py``.
 
     ``activation`` names the function f of the preceding layer, ``second_moment`` is E[f²], ``keep`` the keep
-    probability of the dropout between; ``next_activation``, ``next_slope`` (E[f'²]) and ``next_keep`` are what follows the layer.
-    ``next_slope`` is None where the backward term is left out.
+    probability of the dropout between; ``next_activation``, ``next_slope`` (E[f'²]) and ``next_keep`` are what follows
+    the layer. ``next_slope`` is None where the backward term is left out.
     """
 
     activation: str

@@ -232,9 +232,19 @@ def test_small_layers_are_sampled_whole_and_errors_without_zeros() -> None:
 
 
 def test_the_seed_decides() -> None:
-    model, batches = mlp(), [torch.randn(16, 6)]
-    assert measure_signals(model, batches, seed=1) == measure_signals(model, batches, seed=1)
-    assert measure_signals(model, batches, seed=1) != measure_signals(model, batches, seed=2)
+    def noisy(net: nn.Module, x: Tensor) -> Tensor:
+        return net.body(x) * random.random() + net.head(x) * np.random.rand()
+
+    model, batches = Net(lambda net, x: net.last(noisy(net, x)), body=mlp(), head=mlp()), [torch.randn(16, 6)]
+    model.last = nn.Linear(3, 3)
+    first = measure_signals(model, batches, seed=1)
+    random.random(), np.random.rand(), torch.rand(1)
+    assert measure_signals(model, batches, seed=1) == first
+    assert measure_signals(model, batches, seed=2) != first
+
+
+def test_wrappers_leave_no_trace_in_names() -> None:
+    assert [layer.name for layer in measure_signals(nn.DataParallel(mlp()), [torch.randn(16, 6)])] == ["0", "3", "6"]
 
 
 def test_nothing_of_the_callers_changes() -> None:

@@ -43,7 +43,7 @@ from ckpt_tools.cli.boundary import terminable
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="Whether the error signal counts, too. auto: in linear layers, not in convolutions.",
+    help="Whether the error signal counts, too. auto: in linear layers under --rule paper.",
 )
 @click.option(
     "--backward-factor",

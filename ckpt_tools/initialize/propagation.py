@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize.chain import Call, Z, function, moments, op_name, overlap
 from ckpt_tools.initialize.flow import Flow
 from ckpt_tools.initialize.kinds import ATTENTIONS, MAXIMA, MEANS, NORMS, SOFTMAXES
@@ -42,7 +43,13 @@ class Propagation(Flow):
 
     def _signal(self, state: State) -> Signal:
         origin, chain = state.origin, state.chain
-        found = moments(chain, origin.mean, origin.deviation)
+        try:
+            found = moments(chain, origin.mean, origin.deviation)
+        except UsageError:
+            if origin.deviation > _NARROW * abs(origin.mean):
+                raise
+            found = moments(chain, origin.mean, 0.0)  # 1/√x of an average, which the tails alone cannot take
+            return Signal(found.mean, found.forward, found.forward, origin.keep * state.keep)
         common = math.sqrt(max(origin.shared - origin.mean**2, 0.0))
         own = math.sqrt(max(origin.second - origin.mean**2 - common**2, 0.0))
         shared = overlap(chain, origin.mean, common, own) if common else found.mean**2
@@ -51,7 +58,10 @@ class Propagation(Flow):
     def _weight(self, index: int, use: WeightUse) -> State:
         fed = self.state(use.input)
         if use.geometry.kind == "convolution":
-            fed = replace(fed, signal=scaled(fed.signal, math.sqrt(_inside(self.graph[index]))))
+            # Two positions have in common only the taps that both keep inside the map.
+            inside = _inside(self.graph[index])
+            padded = scaled(fed.signal, math.sqrt(inside))
+            fed = replace(fed, signal=replace(padded, shared=padded.shared * inside))
         self._fed[index] = fed
         forward = fed.signal.second
         squared = self.seconds.get(use.parameter, forward) + self.backward.get(use.parameter, 0.0)
@@ -184,7 +194,7 @@ def _maximum(state: State, count: int) -> Signal:
 
 
 def _filtered(one: Signal, weight: Tensor) -> Signal:
-    """Σ w x for a weight (units, inputs, taps): inputs share only their mean, the taps of one input what positions do."""
+    """Σ w x for a weight (units, inputs, taps): inputs share only their mean, taps of one input what positions do."""
     squares = float(weight.square().sum((1, 2)).mean())
     inputs = float(weight.sum(2).square().sum(1).mean())
     whole = weight.sum((1, 2))
@@ -192,4 +202,5 @@ def _filtered(one: Signal, weight: Tensor) -> Signal:
     return Signal(float(whole.mean()) * one.mean, squares * (one.second - one.shared) + shared, shared, one.keep)
 
 
+_NARROW = 0.3  # deviation / mean below which the mean stands for the whole distribution
 _UNITS, _DRAWS = 256, 128

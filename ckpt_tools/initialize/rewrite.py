@@ -58,7 +58,7 @@ def rewrite_init(
     """Rewrite the weights of linear layers and convolutions in place, and set their biases to zero.
 
     W has fan-in vectors of norm one, divided by √(E[f(z^{l−1})²]/p_{l−1} + p_l·E[f'(z^l)²]), the backward term for
-    linear layers only (Hendrycks & Gimpel 2016, section 2.2). f and p are read off one recorded forward in training mode.
+    linear layers only (Hendrycks & Gimpel 2016, section 2.2). f and p are read off one forward in training mode.
     Everything else (normalisation, embeddings, tokens, positional tables) keeps its values.
 
     Args:
@@ -84,12 +84,15 @@ def rewrite_init(
     for site in record.sites.values():
         if site.rate is not None and site.rate >= 1:
             raise ModelError(
-                f"{site.name}: expected a drop rate below 1, found {site.rate:g}, which lets nothing through."
+                f"{site.name}: expected a drop rate below 1, found {site.rate:g}, which lets nothing through. Lower it."
             )
     trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
     uses = weight_uses(record.graph, trainable)
     if not uses:
-        raise ModelError(f"{type(model).__name__}: expected linear layers or convolutions to rewrite, found none.")
+        raise ModelError(
+            f"{type(model).__name__}: expected linear layers or convolutions to rewrite, found none in its forward. "
+            "Check the architecture."
+        )
     if meta := next((use.parameter for use in uses if parameters[use.parameter].is_meta), None):
         raise ModelError(f"{meta}: expected values, found a tensor on the meta device. Build the model on a real one.")
     layers = _layers(record.graph, model, uses, method)
