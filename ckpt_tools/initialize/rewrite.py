@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -207,8 +208,8 @@ def _write(
 ) -> None:
     """Draw all new weights, then put them in place."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    generator = torch.Generator().manual_seed(seed)
     new: dict[str, Tensor] = {}
+    generators: dict[str, torch.Generator] = {}
     done = set()
     for use in uses:
         view = use.view
@@ -217,17 +218,24 @@ def _write(
         done.add((use.parameter, view.shape, view.offset))
         old = parameters[use.parameter].detach()
         if use.parameter not in new:
+            generators[use.parameter] = _generator(seed, use.parameter)
             new[use.parameter] = torch.empty_like(old, dtype=torch.float32, device="cpu").copy_(old)
         factors = layers[use.parameter].factors
         assert factors is not None
         part = new[use.parameter].as_strided(view.shape, view.stride, view.offset)
-        fill(part, use.geometry, method.scheme, generator, divisor=factors.divisor)
+        fill(part, use.geometry, method.scheme, generators[use.parameter], divisor=factors.divisor)
     with torch.no_grad():
         for name, value in new.items():
             parameters[name].copy_(value)
         for layer in layers.values():
             if layer.bias:
                 parameters[layer.bias].zero_()
+
+
+def _generator(seed: int, parameter: str) -> torch.Generator:
+    """One for each weight, by its name: with another head the other layers still get the same weights."""
+    digest = hashlib.sha256(f"{seed} {parameter}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _left_alone(graph: Graph, parameters: dict[str, nn.Parameter], rewritten: set[str]) -> list[InitLayer]:
