@@ -109,9 +109,15 @@ def make_images(folder: Path, count: int) -> None:
 @click.option("--init", is_flag=True, help=f"Initialise all models up to {LARGEST:,} parameters instead of walking.")
 @click.option("--run", "runs", default=0, metavar="N", help="The whole job on N models drawn at random.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="Append a JSON line for every model.")
+@click.option(
+    "--log",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Append a JSON line for every model, and pass over those it has.",
+)
 def main(only: str, jobs: int, init: bool, runs: int, seed: int, log: Path | None) -> None:
-    names = list(architectures(only))
+    done = {json.loads(line)["architecture"] for line in log.open()} if log and log.exists() else set()
+    names = sorted(set(architectures(only)) - done)
+    random.Random(seed).shuffle(names)  # a run that is cut off has seen models of every family
     check = functools.partial(init_one, largest=LARGEST) if init else walk_one
     found = checked(check, names, jobs, log)
     for one in found:
