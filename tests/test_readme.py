@@ -30,7 +30,7 @@ def test_commands_parse(line: str) -> None:
 
 def test_every_command_and_public_name_is_shown() -> None:
     assert all(f"ckpt-fix {name}" in README for name in main.commands)
-    for name in ("reestimate_bn", "walk", "load"):
+    for name in ("reestimate_bn", "walk", "load", "rewrite_init", "activation_moments"):
         assert f"ckpt_tools.{name}(" in README
     assert ckpt_tools.__all__ == sorted(ckpt_tools.__all__)
 
@@ -41,7 +41,8 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(timm.create_model("resnet18").state_dict(), "model.pt")
     data = nets.batches((3, 8, 8))
-    names = {"model": nets.DenseNet(), "swa_model": nets.DenseNet(), "loader": data, "example_batch": data[0]}
+    names = {"new_model": nets.DenseNet(), "linear": torch.nn.Linear(4, 3), "torch": torch}
+    names |= {"model": nets.DenseNet(), "swa_model": nets.DenseNet(), "loader": data, "example_batch": data[0]}
     for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL):
         if "ckpt_tools" in block:
             exec(block, names)
