@@ -110,7 +110,9 @@ def after(module: nn.Module, signal: Spread) -> Spread | None:
         case nn.Linear() | _ConvNd():
             return Spread()
         case nn.Dropout():
-            return Spread(signal.mean, signal.variance / (1 - module.p))  # the mean's share, mean²·p / (1 − p), is left out
+            return Spread(
+                signal.mean, signal.variance / (1 - module.p)
+            )  # the mean's share, mean²·p / (1 − p), is left out
         case nn.ReLU() | nn.Tanh() | nn.ELU() | nn.GELU():
             return through(module, signal)
         case nn.MaxPool2d():
