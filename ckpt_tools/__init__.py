@@ -14,9 +14,10 @@ from ckpt_tools.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from ckpt_tools.activations import activation_moments
-    from ckpt_tools.contract import InitRewrite, LoadedModel, Reestimation, Walk
+    from ckpt_tools.contract import LoadedModel, Reestimation, Walk
     from ckpt_tools.errors import CkptToolsError
     from ckpt_tools.identify.load import load
+    from ckpt_tools.initialize.outcome import InitRewrite
     from ckpt_tools.initialize.rewrite import rewrite_init
     from ckpt_tools.reestimate.run import reestimate_bn
     from ckpt_tools.storage.write import save
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "activation_moments": "ckpt_tools.activations",
     "CkptToolsError": "ckpt_tools.errors",
-    "InitRewrite": "ckpt_tools.contract",
+    "InitRewrite": "ckpt_tools.initialize.outcome",
     "LoadedModel": "ckpt_tools.contract",
     "Reestimation": "ckpt_tools.contract",
     "Walk": "ckpt_tools.contract",

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ckpt_tools.contract import LayerSignal
 from ckpt_tools.errors import DataError, ModelError, OutputError, UsageError
+from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
 from ckpt_tools.report.figure import check_figure, write_signals_figure
 

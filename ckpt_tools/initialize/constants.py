@@ -85,13 +85,12 @@ class Constants:
         return _flat(value.cpu())
 
     def _run(self, node: Node) -> list[Tensor | None]:
-        assert node.func is not None
         with torch.no_grad():
-            given = _empty if value_free(node.func) else self._fresh
+            given = _empty if value_free(node.op) else self._fresh
             args, kwargs = pytree.tree_map_only(Operand, given, (node.args, dict(node.kwargs)))
             if "device" in kwargs:
                 kwargs["device"] = "cpu"
-            made = node.func(*args, **kwargs)
+            made = node.op(*args, **kwargs)
         return [_flat(leaf) for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
 
     def _fresh(self, operand: Operand) -> Tensor:

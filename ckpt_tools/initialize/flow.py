@@ -88,8 +88,7 @@ class Flow:
         return self._source((index, 0, 0), mixed(parts), "a concatenation")
 
     def _operation(self, index: int, node: Node) -> State | None:
-        assert node.func is not None
-        name = op_name(node.func)
+        name = op_name(node.op)
         if node.random and name in NOISES:
             return self._noise(index, node)
         if name == "native_dropout":
@@ -99,7 +98,7 @@ class Flow:
             return self.state(node.args[1])
         if name in NEUTRAL:
             return self._moved(index, node)
-        if is_pointwise(node.func):
+        if is_pointwise(node.op):
             return self._pointwise(index, node)
         return self._special(index, node, name)
 
@@ -112,7 +111,7 @@ class Flow:
             return self.state(self.live(node)[0])
         if name == "embedding":
             return self._source((index, 0, 0), self._usual(self.constants.signal(node.args[0])), "an embedding")
-        found = contraction(node.func)  # type: ignore[arg-type]
+        found = contraction(node.op)
         if found is None or all(not self.graph[node.args[at].node].static for at in found.factors):
             return None
         return self._fixed_weight(index, node, found.factors)
@@ -128,7 +127,7 @@ class Flow:
 
     def _affine(self, node: Node) -> tuple[float, Signal]:
         """E[γ²] and β of a normalisation layer."""
-        names = [argument.name for argument in node.func._schema.arguments]  # type: ignore[union-attr]
+        names = [argument.name for argument in node.op._schema.arguments]
         given = dict(zip(names, node.args, strict=False))
         weight, bias = (given.get(name) for name in ("weight", "bias"))
         gain = self.constants.signal(weight).second if isinstance(weight, Operand) else 1.0
@@ -140,11 +139,10 @@ class Flow:
         return self._source((index, 0, 0), STANDARD, "")
 
     def _unknown(self, index: int, node: Node) -> State:
-        assert node.func is not None
         states = [self.state(operand) for operand in self.live(node)]
         if states and all(state.random for state in states):
             return replace(states[0], noise=None)  # pooled or thinned out, it is still noise
-        return self._source((index, 0, 0), self._unknown_signal(states), f"unknown ({op_name(node.func)})")
+        return self._source((index, 0, 0), self._unknown_signal(states), f"unknown ({op_name(node.op)})")
 
     def _unknown_signal(self, states: Sequence[State]) -> Signal:
         return Signal(0.0, UNKNOWN, 0.0)
@@ -165,7 +163,7 @@ class Flow:
 
     def _moved(self, index: int, node: Node) -> State | None:
         """Values in other places: one tensor stays what it is, several are averaged by size."""
-        joined = op_name(node.func) in ("cat", "stack")  # type: ignore[arg-type]
+        joined = op_name(node.op) in ("cat", "stack")
         operands = [o for o in node.operands if o.numel] if joined else self.live(node)[:1]
         if not operands:
             return None
@@ -195,7 +193,7 @@ class Flow:
         if not signals:
             return self._noisy(node, states)
         statics = [operand for operand in node.operands if operand not in states]
-        name = op_name(node.func)  # type: ignore[arg-type]
+        name = op_name(node.op)
         arithmetic = name in ("add", "sub", "mul", "div")
         plain = not arithmetic or all(self.constants.uniform(operand) is not None for operand in statics)
         masks = [state for state in states.values() if state.random]

@@ -83,9 +83,9 @@ def _average(ends: Iterable[_Reached]) -> Follower:
 
 def _through(flow: Flow, node: Node, reached: dict[int, _Reached]) -> _Reached | None:
     """The operation as one more step of a function of z; None where it is none."""
-    name = op_name(node.func)  # type: ignore[arg-type]
+    name = op_name(node.op)
     operands = [operand for operand in node.operands if not flow.graph[operand.node].static]
-    operands = operands if is_pointwise(node.func) else flow.live(node)  # type: ignore[arg-type]
+    operands = operands if is_pointwise(node.op) else flow.live(node)
     live = [operand for operand in operands if not flow.state(operand).random]
     if not live or any(operand.node not in reached for operand in live):
         return None
@@ -93,7 +93,7 @@ def _through(flow: Flow, node: Node, reached: dict[int, _Reached]) -> _Reached |
     if name in _TRANSPARENT:
         keep = 1.0 - float(node.args[1]) if name == "native_dropout" else 1.0
         return _Reached(first.chain, first.keep * keep)
-    if not is_pointwise(node.func) or first.chain is None:  # type: ignore[arg-type]
+    if not is_pointwise(node.op) or first.chain is None:
         return None
     masks = [state for state in map(flow.state, operands) if state.random]
     if masks and not is_dropout(name, masks):

@@ -51,9 +51,8 @@ def noise_of(node: Node, probability: float | None) -> Noise | None:
 
     ``probability``: the value of a Bernoulli operation's input where it gives the probabilities.
     """
-    assert node.func is not None
-    name = op_name(node.func)
-    schema = node.func._schema.arguments
+    name = op_name(node.op)
+    schema = node.op._schema.arguments
     arguments = {argument.name: argument.default_value for argument in schema}  # a dispatched call leaves defaults out
     arguments |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | dict(node.kwargs)
 

@@ -113,7 +113,7 @@ class Propagation(Flow):
 
     def _product(self, node: Node) -> Signal | None:
         """A matrix product of two activations."""
-        found = contraction(node.func)  # type: ignore[arg-type]
+        found = contraction(node.op)
         if found is None or any(self.graph[node.args[at].node].static for at in found.factors):
             return None
         one, other = (node.args[at] for at in found.factors)
@@ -128,7 +128,7 @@ class Propagation(Flow):
         values = self.constants.tensor(weight)
         if values is None:
             return super()._fixed_weight(index, node, factors)
-        layout = geometry(node.func, node.args)  # type: ignore[arg-type]
+        layout = geometry(node.op, node.args)
         if layout.kind == "linear":
             values = (values if swapped else values.transpose(-1, -2)).reshape(
                 -1, values.shape[-1 if swapped else -2], 1
@@ -168,7 +168,7 @@ def _each(numbers: Sequence[int], weight: Operand) -> Sequence[int]:
 def _window(node: Node, ratio: float) -> float:
     """How many positions one output of a pooling sees."""
     kernel = node.args[1] if len(node.args) > 1 else None
-    name = op_name(node.func)  # type: ignore[arg-type]
+    name = op_name(node.op)
     if not isinstance(kernel, (list, tuple)) or "pool" not in name or "adaptive" in name:
         return ratio
     dimensions = int(name[name.index("pool") + 4])

@@ -11,19 +11,12 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from ckpt_tools.contract import (
-    BackwardFactor,
-    BackwardTerm,
-    Factors,
-    InitLayer,
-    InitRewrite,
-    InitRule,
-    Scheme,
-)
+from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, Scheme
 from ckpt_tools.errors import ModelError
 from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.flow import Flow
 from ckpt_tools.initialize.following import Follower, follower
+from ckpt_tools.initialize.outcome import Factors, InitLayer, InitRewrite
 from ckpt_tools.initialize.propagation import Propagation
 from ckpt_tools.initialize.rule import backward_term as backward_of
 from ckpt_tools.initialize.rule import check_choice, divisor, fan_ratio

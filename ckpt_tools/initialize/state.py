@@ -60,8 +60,7 @@ def call_of(node: Node, part: Callable[[Operand], Any]) -> Chain:
             return part(value)
         return [convert(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    assert node.func is not None
-    return call(node.func, tuple(convert(arg) for arg in node.args), {k: convert(v) for k, v in node.kwargs.items()})
+    return call(node.op, tuple(convert(arg) for arg in node.args), {k: convert(v) for k, v in node.kwargs.items()})
 
 
 def variables(chain: Any) -> list[Variable]:

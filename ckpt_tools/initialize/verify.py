@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_tools.contract import LayerSignal
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
+from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.moments import Moments
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, to_device, unwrap
 from ckpt_tools.walker.contractions import contraction

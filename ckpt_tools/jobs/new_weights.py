@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt_tools.contract import InitRewrite, LoadedModel
+from ckpt_tools.contract import LoadedModel
+from ckpt_tools.initialize.outcome import InitRewrite
 from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.write import save, write_safetensors
 from ckpt_tools.walker.call import unwrap

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt_tools.contract import LayerSignal
 from ckpt_tools.errors import OutputError, UsageError
+from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.storage.atomic import check_target, new_file
 
 if TYPE_CHECKING:

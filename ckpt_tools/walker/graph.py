@@ -59,6 +59,12 @@ class Node:
     base: Operand | None = None
     coverage: float = 1.0
 
+    @property
+    def op(self) -> OpOverload:
+        """The operation of a node that is no leaf."""
+        assert self.func is not None
+        return self.func
+
     @cached_property
     def operands(self) -> tuple[Operand, ...]:
         """The tensors among the arguments, in order."""

@@ -107,7 +107,7 @@ def _use(graph: Graph, index: int, names: frozenset[str]) -> WeightUse | None:
         name = graph[weight.node].parameter
         if name not in names or graph[given.node].static:
             continue
-        layout = geometry(node.func, node.args)  # type: ignore[arg-type]
+        layout = geometry(node.op, node.args)
         view = weight if layout.kind != "linear" else _units_first(weight, transposed=weight_at == found.factors[1])
         bias = node.args[found.bias] if found.bias is not None and len(node.args) > found.bias else None
         return WeightUse(index, name, layout, view, given, _parameter(graph, bias))
@@ -138,7 +138,7 @@ def _roles(node: Node, factors: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """Which factor may be the weight and which the input; of a matrix product, either."""
     first, second = factors
     yield second, first
-    if geometry(node.func, node.args).kind == "linear":  # type: ignore[arg-type]
+    if geometry(node.op, node.args).kind == "linear":
         yield first, second
 
 

@@ -1,0 +1,75 @@
+"""What an init rewrite did, layer by layer, and how signals spread in a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, Scheme, WeightKind
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the rule divides a weight by: √(second_moment / keep + backward term), see ``initialize/rule.py``.
+
+    ``activation`` names the function f of the preceding layer, ``second_moment`` is E[f²], ``keep`` the keep
+    probability of the dropout between; ``next_activation``, ``next_slope`` (E[f'²]) and ``next_keep`` are what follows
+    the layer. ``next_slope`` is None where the backward term is left out.
+    """
+
+    activation: str
+    second_moment: float
+    keep: float
+    next_activation: str = ""
+    next_slope: float | None = None
+    next_keep: float = 1.0
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class InitLayer:
+    """What became of one weight: rewritten with these factors, or left as it was and why."""
+
+    name: str
+    parameter: str
+    kind: WeightKind | None  # None: not a weight layer that the forward ran
+    shape: tuple[int, ...]
+    rewritten: bool
+    reason: str = ""
+    fan_in: int = 0
+    fan_out: int = 0
+    factors: Factors | None = None
+    bias: str = ""  # the key of the bias that became zero
+
+
+@dataclass(frozen=True)
+class InitRewrite:
+    """The outcome of an init rewrite. ``layers`` in order of execution, those left alone at the end."""
+
+    layers: tuple[InitLayer, ...]
+    rule: InitRule
+    scheme: Scheme
+    backward_term: BackwardTerm
+    backward_factor: BackwardFactor
+    seed: int
+
+    @property
+    def rewritten(self) -> tuple[InitLayer, ...]:
+        """The layers whose weights are new."""
+        return tuple(layer for layer in self.layers if layer.rewritten)
+
+
+@dataclass(frozen=True)
+class LayerSignal:
+    """How one weight layer's output z and its error signal δ = ∂L/∂z are spread in training mode.
+
+    Variances are over batch, units and positions together. ``error_variance`` is relative to the variance of the
+    error that was fed in at the model's output; None where no gradient arrived. The samples are what a picture is
+    drawn from, those of δ without zeros (Hendrycks & Gimpel 2016, appendix A).
+    """
+
+    name: str
+    parameter: str
+    variance: float
+    error_variance: float | None
+    outputs: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ()
