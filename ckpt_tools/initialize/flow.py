@@ -61,12 +61,11 @@ class Flow:
             signal = self._usual(self.constants.signal(operand))
             return State(signal, (operand.node, operand.offset, operand.numel), signal, "a constant")
         state = self._states[operand.node]
-        whole = (
-            math.prod(self.graph[operand.node].outputs[operand.output]) if self.graph[operand.node].outputs else None
-        )
-        if whole in (None, operand.numel) or state.random:
+        outputs = self.graph[operand.node].outputs  # an input has none
+        if not outputs or state.random or math.prod(outputs[operand.output]) == operand.numel:
             return state
-        return self._source((operand.node, operand.offset, operand.numel), state.signal, state.activation)
+        what = state.what if state.chain == Z else state.activation
+        return self._source((operand.node, operand.offset, operand.numel), state.signal, what)
 
     # What each kind of operation makes.
 
