@@ -98,6 +98,8 @@ def label(chain: Chain) -> str:
 @functools.lru_cache(maxsize=4096)
 def moments(chain: Chain, mean: float = 0.0, deviation: float = 1.0) -> ActivationMoments:
     """E[f(u)²], E[f'(u)²] and E[f(u)] for u ~ N(mean, deviation²). Raises UsageError if they do not exist."""
+    if chain == Z:
+        return ActivationMoments(mean**2 + deviation**2, 1.0, mean)
     f = function(chain)
     if (mean, deviation) == (0.0, 1.0):
         return activation_moments(f)
