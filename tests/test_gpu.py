@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import ckpt_tools
 from ckpt_tools.cli import main
+from ckpt_tools.initialize.verify import measure_signals
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -48,3 +49,16 @@ def test_command_line(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
     one, other = (load_file(tmp_path / f"{device}.safetensors") for device in ("cpu", "cuda"))
     torch.testing.assert_close(one["norm.running_var"], other["norm.running_var"], rtol=2e-3, atol=0)
+
+
+def test_an_init_rewrite_on_cuda_gives_the_weights_of_the_cpu() -> None:
+    here = nets.mlp()
+    there = copy.deepcopy(here).cuda()
+    x = torch.randn(64, 10)
+    ckpt_tools.rewrite_init(here, x)
+    ckpt_tools.rewrite_init(there, x.cuda())
+    for one, other in zip(here.parameters(), there.parameters(), strict=True):
+        assert torch.equal(one, other.cpu())
+    found = measure_signals(there, [x.cuda()])
+    assert len(found) == 4
+    assert all(signal.error_variance is not None for signal in found)
