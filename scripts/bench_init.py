@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from bench_init_rules import autoinit, he, lsuv, xavier
+from bench_init_rules import autoinit_dropout, he, lsuv, xavier
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ SIGNAL_RULES: dict[str, Rule] = {
     "the architecture's own": lambda model, batch, seed: None,
     "He": lambda model, batch, seed: he(model),
     "LSUV-like": lambda model, batch, seed: lsuv(model, batch),
-    "AutoInit's dropout rule": lambda model, batch, seed: autoinit(model),
+    "AutoInit's dropout rule": autoinit_dropout,
     "ours, `paper`": lambda model, batch, seed: rewrite_init(model, batch, seed=seed),
     "ours, `paper`, forward term only": lambda model, batch, seed: rewrite_init(
         model, batch, seed=seed, backward_term="off"
@@ -115,7 +115,7 @@ def signal_row(net: Net, title: str, rule: Rule, seeds: int, samples: int) -> li
             return [title, "—", "—", "—", "—"]
         found += measured
     numbers = min(found), statistics.median(found), max(found)
-    return [title, f"{100 * share(found):.0f} %", *(f"{number:.3g}" for number in numbers)]
+    return [title, share(found), *(f"{number:.3g}" for number in numbers)]
 
 
 def variances(net: Net, rule: Rule, seed: int, samples: int) -> list[float] | None:
@@ -129,9 +129,10 @@ def variances(net: Net, rule: Rule, seed: int, samples: int) -> list[float] | No
     return [layer.variance for layer in found]
 
 
-def share(found: Sequence[float]) -> float:
-    """The share of variances that were kept; NaN and infinity were not."""
-    return sum(LOW <= variance <= HIGH for variance in found) / len(found)
+def share(found: Sequence[float]) -> str:
+    """How many variances were kept; NaN and infinity were not."""
+    kept = sum(LOW <= variance <= HIGH for variance in found)
+    return f"{100 * kept / len(found):.1f} % ({kept}/{len(found)})"
 
 
 @dataclass(frozen=True)

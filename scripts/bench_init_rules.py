@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torchvision.models import VGG
 
-from ckpt_tools import activation_moments
+from ckpt_tools import activation_moments, rewrite_init
 
 LSUV_TOLERANCE, LSUV_MOST = 0.1, 10  # Mishkin & Matas 2016, algorithm 1
 
@@ -70,68 +69,21 @@ def lsuv(model: nn.Module, batch: Tensor) -> None:
         model.train()(batch)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """What AutoInit knows of a signal; every signal counts as Gaussian."""
+def autoinit_dropout(model: nn.Module, batch: Tensor, seed: int) -> bool:
+    """The dropout rule of Bingham & Miikkulainen 2021, all else as in our propagated rule; False if no plain chain.
 
-    mean: float = 0.0
-    variance: float = 1.0
-
-    @property
-    def second(self) -> float:
-        return self.variance + self.mean**2
-
-
-def autoinit(model: nn.Module) -> bool:
-    """Bingham & Miikkulainen 2021, for nets that run their leaf modules one after another; False for others.
-
-    Mean and variance are followed from an N(0, 1) input, and every weight layer gets variance 1 / (fan-in · E[x²]),
-    so that its output has mean 0 and variance 1. Functions by quadrature; poolings as of independent positions.
+    They follow mean and variance: dropout with keep p keeps the mean μ and makes the variance ν/p, so that the layer
+    behind is scaled for E[x²] = ν/p + μ². It is (ν + μ²)/p.
     """
-    leaves = [module for module in model.modules() if not any(module.children())]
-    chained = all(isinstance(module, nn.Sequential | VGG) for module in model.modules() if any(module.children()))
-    if not chained or any(after(module, Spread()) is None for module in leaves):
+    containers = (module for module in model.modules() if any(module.children()))
+    if not all(isinstance(module, nn.Sequential | VGG) for module in containers):
         return False
-    zero_biases(model)
-    signal = Spread()
-    for module in leaves:
-        if isinstance(module, nn.Linear | _ConvNd):
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, 0.0, 1 / math.sqrt(fan_in * signal.second))
-        behind = after(module, signal)
-        assert behind is not None
-        signal = behind
+    rewrite_init(model, batch, rule="propagated", seed=seed)
+    chain = [module for module in model.modules() if not any(module.children())]
+    for f, dropout, layer in zip(chain, chain[1:], chain[2:], strict=False):
+        if isinstance(dropout, nn.Dropout) and isinstance(layer, nn.Linear):
+            found, keep = activation_moments(f), 1 - dropout.p
+            theirs = (found.forward - found.mean**2) / keep + found.mean**2
+            with torch.no_grad():
+                layer.weight.mul_(math.sqrt(found.forward / keep / theirs))
     return True
-
-
-def after(module: nn.Module, signal: Spread) -> Spread | None:
-    """What a module makes of a signal; None if it is not one of those that a plain chain consists of."""
-    match module:
-        case nn.Linear() | _ConvNd():
-            return Spread()
-        case nn.Dropout():
-            return Spread(
-                signal.mean, signal.variance / (1 - module.p)
-            )  # the mean's share, mean²·p / (1 − p), is left out
-        case nn.ReLU() | nn.Tanh() | nn.ELU() | nn.GELU():
-            return through(module, signal)
-        case nn.MaxPool2d():
-            return maximum(signal, count=module.kernel_size**2)
-        case nn.Flatten() | nn.Identity() | nn.AdaptiveAvgPool2d():  # VGG's pools 7×7 to 7×7
-            return signal
-    return None
-
-
-def through(f: nn.Module, signal: Spread) -> Spread:
-    deviation = math.sqrt(signal.variance)
-    found = activation_moments(lambda z: f(signal.mean + deviation * z))
-    return Spread(found.mean, found.forward - found.mean**2)
-
-
-def maximum(signal: Spread, count: int) -> Spread:
-    """The largest of ``count`` independent Gaussians: its density is n·φ(z)·Φ(z)^(n−1)."""
-    z = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
-    density = count * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * torch.special.ndtr(z) ** (count - 1)
-    mean = float(torch.trapezoid(z * density, z))
-    variance = float(torch.trapezoid((z - mean).square() * density, z))
-    return Spread(signal.mean + math.sqrt(signal.variance) * mean, signal.variance * variance)

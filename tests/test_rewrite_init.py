@@ -126,10 +126,70 @@ def test_alpha_dropout_keeps_the_second_moment() -> None:
         (lambda z: z * torch.linspace(1, 2, 12), float(torch.linspace(1, 2, 12).square().mean())),
         (lambda z: torch.where(torch.isnan(z), 0.0, z), 1.0),
         (lambda z: torch.zeros_like(z) + z, 1.0),
+        (lambda z: filled(z, "new_empty"), (RELU + 0.3943) / 2),
+        (lambda z: filled(z, "new_zeros"), (RELU + 0.3943) / 2),
+        (lambda z: torch.cat([torch.tanh(z[:, :4]), 9 * z], 1)[:, :4], 0.3943),
+        (lambda z: z * torch.rsqrt(z.square().mean(1, keepdim=True)), 1.0),
+        (lambda z: standardised(z) * 2, 4.0),
+        (lambda z: torch.tanh(z).unsqueeze_(0), 0.3943),
+        (lambda z: F.silu(z[:, :6]) * z[:, 6:], 0.3558),
     ],
 )  # fmt: skip
 def test_joins_normalisation_and_pooling(f: object, second: float) -> None:
     assert between(f).second_moment == pytest.approx(second, abs=1e-3)
+
+
+def filled(z: Tensor, maker: str) -> Tensor:
+    """A tensor written part by part: what it held before counts nothing."""
+    out = getattr(z, maker)(z.shape[0], 24)
+    out[:, :12], out[:, 12:] = F.relu(z), torch.tanh(z)
+    return out
+
+
+def standardised(z: Tensor) -> Tensor:
+    centred = z - z.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).add(1e-6).sqrt()
+
+
+def test_averages_beside_what_they_average_are_numbers_backwards_too() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.Linear(8, 3))
+    assert factors(rewrite_init(net, torch.zeros(2, 6)), "0").next_slope == pytest.approx(1, abs=1e-3)
+
+
+def test_dropout_in_front_of_a_curved_nonlinearity_is_integrated() -> None:
+    """E[tanh(m·z)²] for a mask m of 0 and 2."""
+    found = between(lambda z: torch.tanh(F.dropout(z, 0.5)))
+    expected = 0.5 * activation_moments(lambda z: torch.tanh(2 * z)).forward
+    assert found.second_moment / found.keep == pytest.approx(expected, abs=2e-3)
+    twin = between(lambda z: z + F.dropout(F.relu(z), 0.5))
+    assert twin.second_moment / twin.keep == pytest.approx(3, abs=0.02)
+
+
+def test_the_input_counts_as_standardised_however_the_model_scales_it() -> None:
+    class Scaled(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x - 0.5) / 0.25)
+
+    assert factors(rewrite_init(Scaled(F.relu), torch.zeros(2, 6)), "first").second_moment == 1
+
+
+def test_a_recurrent_state_does_not_grow_with_the_sequence() -> None:
+    found = [rewrite_init(nn.GRU(6, 8), torch.zeros(steps, 2, 6)) for steps in (5, 20)]
+    one, other = (factors(result, "weight_hh_l0").divisor for result in found)
+    assert one == other < 2
+
+
+def test_a_table_that_is_also_the_head_stays() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inside = nn.Embedding(50, 6), nn.Linear(6, 6)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.inside(self.table(ids))), self.table.weight)
+
+    result = rewrite_init(Tied(), torch.zeros(2, 3, dtype=torch.long))
+    assert [layer.parameter for layer in result.rewritten] == ["inside.weight"]
 
 
 def test_a_branch_is_added_with_its_dropout() -> None:

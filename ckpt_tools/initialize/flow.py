@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.initialize.chain import Variable, Z, evaluate, moments, op_name
+from ckpt_tools.initialize.chain import Variable, Z, evaluate, function, moments, op_name
 from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.kinds import MAXIMA, MEANS, NEUTRAL, NORMS, is_pointwise
 from ckpt_tools.initialize.noise import NOISES, noise_of
@@ -27,8 +27,10 @@ from ckpt_tools.walker.graph import Graph, Node, Operand
 from ckpt_tools.walker.weights import WeightUse
 
 _MOST_PARTS = 4  # of an expression that is integrated over all of them at once
-_POINTS, _MASKS = 2**12, 2**6
+_POINTS, _MASKS = 2**11, 2**8
 _NOTHING = 1e-9
+_BLANK = frozenset({"empty", "new_empty", "empty_strided", "new_empty_strided", "zeros", "new_zeros"})
+_HOMOGENEOUS = frozenset({"relu", "leaky_relu", "prelu_kernel", "mul", "div", "neg", "abs"})
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Flow:
         """What reaches each weight use, by its node."""
         self._uses = {use.node: use for use in self.uses}
         self._states: list[State] = []
+        self._numbers: dict[Operand, float] = {}
+        self._filled: dict[int, float] = {}
         self._sources: dict[Variable, State] = {}
         self._fed: dict[int, State] = {}
         for index, node in enumerate(self.graph.nodes):
@@ -64,8 +68,29 @@ class Flow:
         outputs = self.graph[operand.node].outputs  # an input has none
         if not outputs or state.random or math.prod(outputs[operand.output]) == operand.numel:
             return state
+        if (parts := self._concatenated(operand)) is not None:
+            return parts
         what = state.what if state.chain == Z else state.activation
         return self._source((operand.node, operand.offset, operand.numel), state.signal, what)
+
+    def _concatenated(self, operand: Operand) -> State | None:
+        """The one part of a concatenation that a view shows; None if it shows several or no concatenation."""
+        node = self.graph[operand.node]
+        if node.func is None or op_name(node.func) != "cat" or not isinstance(node.args[0], (list, tuple)):
+            return None
+        shape = node.outputs[0]
+        dim = (node.args[1] if len(node.args) > 1 else 0) % len(shape)
+        step = math.prod(shape[dim + 1 :])
+        start = operand.offset // step % shape[dim]
+        along = [size for size, stride in zip(operand.shape, operand.stride, strict=True) if stride == step]
+        end = start + max((size for size in along if start + size <= shape[dim]), default=1)
+        at = 0
+        for part in node.args[0]:
+            size = part.shape[dim] if len(part.shape) == len(shape) else 0
+            if at <= start and end <= at + size:
+                return self.state(part)
+            at += size
+        return None
 
     # What each kind of operation makes.
 
@@ -82,9 +107,23 @@ class Flow:
             return self._unknown(index, node)
         if node.base is None or node.coverage > 0.999:
             return state
-        before = self.state(node.base)
-        parts = [(state.signal, node.coverage), (before.signal, 1 - node.coverage)]
-        return self._source((index, 0, 0), mixed(parts), "a concatenation")
+        return self._source((index, 0, 0), self._overwritten(index, node, node.base, state), "a concatenation")
+
+    def _overwritten(self, index: int, node: Node, base: Operand, new: State) -> Signal:
+        """A tensor after a part of it was written; one that was made empty or zero is filled part by part."""
+        before = self.graph[base.node]
+        blank = before.static and before.func is not None and op_name(before.func).removesuffix("_like") in _BLANK
+        filled = 0.0 if blank else self._filled.get(base.node)
+        if filled is None or filled + node.coverage > 1.001:
+            return mixed([(new.signal, node.coverage), (self.state(base).signal, 1 - node.coverage)])
+        self._filled[index] = filled + node.coverage
+        nothing = Signal(0.0, 0.0, 0.0)
+        parts = [(new.signal, node.coverage), (nothing if blank else self._states[base.node].signal, filled)]
+        rest = max(0.0, 1 - filled - node.coverage)
+        if blank or filled == 0.0:
+            return mixed([*parts, (nothing, rest)])
+        whole = scaled(self._states[base.node].signal, 1 / math.sqrt(filled))  # of what was written before
+        return mixed([(new.signal, node.coverage), (whole, filled), (nothing, rest)])
 
     def _operation(self, index: int, node: Node) -> State | None:
         name = op_name(node.op)
@@ -106,7 +145,9 @@ class Flow:
         if name in NORMS:
             gain, offset = self._affine(node)
             return self._source((index, 0, 0), Signal(0.0, gain + offset.second, 0.0), "a normalisation")
-        if name in MEANS or name in MAXIMA:
+        if name in MEANS:
+            return self._pooled(index, self.state(self.live(node)[0]))
+        if name in MAXIMA:
             return self.state(self.live(node)[0])
         if name == "embedding":
             return self._source((index, 0, 0), self._usual(self.constants.signal(node.args[0])), "an embedding")
@@ -114,6 +155,15 @@ class Flow:
         if found is None or all(not self.graph[node.args[at].node].static for at in found.factors):
             return None
         return self._fixed_weight(index, node, found.factors)
+
+    def _pooled(self, index: int, state: State) -> State:
+        """Neutral for whoever reads it alone; beside what was averaged it is the number that averages come to."""
+        average = moments(state.chain, 0.0, math.sqrt(state.origin.second)).mean
+        source = (index, 0, 0)
+        self._source(source, state.signal, state.activation)
+        parts, joint = frozenset({source}), Variable(source)
+        over = state.over or state.source
+        return replace(state, source=source, parts=parts, joint=joint, over=over, average=average)
 
     def _fixed_weight(self, index: int, node: Node, factors: tuple[int, int]) -> State | None:
         """A weight that stays. One computed from parameters has its scale by design; a constant filter is a pooling."""
@@ -169,7 +219,8 @@ class Flow:
         states = [self.state(operand) for operand in operands]
         if len(states) == 1:
             return states[0]
-        signal = mixed([(state.signal, operand.numel) for state, operand in zip(states, operands, strict=True)])
+        sizes = [math.prod(operand.shape) for operand in operands]
+        signal = mixed([(state.signal, size) for state, size in zip(states, sizes, strict=True)])
         names = list(dict.fromkeys(state.activation for state in states))
         what = f"concatenated {names[0]}" if len(names) == 1 else f"concatenation of {len(states)}"
         return self._source((index, 0, 0), signal, what)
@@ -188,19 +239,27 @@ class Flow:
     def _pointwise(self, index: int, node: Node) -> State | None:
         live = [operand for operand in node.operands if not self.graph[operand.node].static]
         states = {operand: self.state(operand) for operand in live}
+        sources = {state.source for state in states.values() if state.over is None}
+        self._numbers = {operand: state.average for operand, state in states.items() if state.over in sources}
+        states = {operand: state for operand, state in states.items() if operand not in self._numbers}
         signals = [state for state in states.values() if not state.random]
         if not signals:
             return self._noisy(node, states)
         statics = [operand for operand in node.operands if operand not in states]
         name = op_name(node.op)
         arithmetic = name in ("add", "sub", "mul", "div")
-        plain = not arithmetic or all(self.constants.uniform(operand) is not None for operand in statics)
+        if arithmetic and len(states) == 1 and self._is_input(signals[0]):
+            return signals[0]
+        plain = not arithmetic or all(self._is_number(operand) for operand in statics)
         masks = [state for state in states.values() if state.random]
-        if len({state.source for state in signals}) == 1 and plain and (not masks or is_dropout(name, masks)):
+        thinned = min(state.keep for state in signals) < 1
+        uneven = thinned and (name not in _HOMOGENEOUS or len({state.keep for state in signals}) > 1)
+        alone = len({state.source for state in signals}) == 1
+        if alone and plain and not uneven and (not masks or is_dropout(name, masks)):
             return self._chained(node, states, masks)
         parts = [state.parts for state in states.values()]
         union = frozenset().union(*parts)
-        if sum(map(len, parts)) > len(union) and len(union) <= _MOST_PARTS and plain:
+        if (uneven or sum(map(len, parts)) > len(union)) and len(union) <= _MOST_PARTS and plain:
             return self._integrated(index, node, states, union)
         operands = node.operands
         if not arithmetic or len(operands) != 2:
@@ -227,6 +286,9 @@ class Flow:
             joint=call_of(node, lambda o: states[o].joint if o in states else self.number(o)),
             parts=frozenset().union(*(state.parts for state in states.values())),
         )
+        if state.over is not None:
+            step = call_of(node, lambda o: Z if o in states else self.number(o))
+            state = replace(state, average=float(function(step)(torch.tensor([state.average], dtype=torch.float64))))
         return replace(state, signal=self._signal(state))
 
     def _signal(self, state: State) -> Signal:
@@ -304,6 +366,16 @@ class Flow:
                 values[variable] = (value if noisy else value[:, None]).expand(shape).reshape(-1)
         return values
 
+    def _is_number(self, operand: Operand) -> bool:
+        return operand in self._numbers or self.constants.uniform(operand) is not None
+
+    def _is_input(self, state: State) -> bool:
+        """Whether it is the input, which this rule takes as standardised, however the model scales it."""
+        node = self.graph[state.source[0]]
+        return node.func is None and not node.static and state.chain == Z
+
     def number(self, operand: Operand) -> float:
         """A constant operand as one number, its mean."""
+        if operand in self._numbers:
+            return self._numbers[operand]
         return self.constants.signal(operand).mean

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ckpt_tools.errors import UsageError
-from ckpt_tools.initialize.chain import Chain, Z, label, moments, op_name
+from ckpt_tools.initialize.chain import Chain, Z, function, label, moments, op_name
 from ckpt_tools.initialize.flow import Flow
 from ckpt_tools.initialize.kinds import MAXIMA, MEANS, NEUTRAL, NORMS, is_pointwise
 from ckpt_tools.initialize.rule import UNKNOWN
@@ -36,6 +38,8 @@ class _Reached:
 
     chain: Chain | None
     keep: float
+    part: tuple[int, int] | None = None  # of the layer's output: offset and size; None for all of it
+    average: float | None = None  # what it comes to where it is a function of an average
 
 
 def follower(flow: Flow, start: int) -> Follower:
@@ -51,19 +55,19 @@ def follower(flow: Flow, start: int) -> Follower:
         if index in seen:
             continue
         seen.add(index)
-        found = _through(flow, flow.graph[index], reached)
-        if found is not None:
-            reached[index] = found
+        step = _through(flow, flow.graph[index], reached)
+        if step is not None:
+            reached[index] = step
             for reader in _value_readers(flow.graph, index):
                 heapq.heappush(waiting, reader)
     ends: dict[_Reached, None] = {}
-    for index, function in reached.items():
+    for index, found in reached.items():
         readers = _value_readers(flow.graph, index)
         outside = [flow.graph[reader] for reader in readers if reader not in reached]
         if not readers or any(_stops(node) for node in outside):
-            ends[function] = None
+            ends[found] = None
         if not all(_stops(node) for node in outside):
-            ends[_Reached(None, function.keep)] = None
+            ends[_Reached(None, found.keep)] = None
     return _average(ends)
 
 
@@ -89,24 +93,43 @@ def _through(flow: Flow, node: Node, reached: dict[int, _Reached]) -> _Reached |
     live = [operand for operand in operands if not flow.state(operand).random]
     if not live or any(operand.node not in reached for operand in live):
         return None
-    first = reached[live[0].node]
+    before = [reached[operand.node] for operand in live]
+    parts = {_part(flow.graph, operand, one) for operand, one in zip(live, before, strict=True)}
+    if len(parts) > 1 or any(one.chain is None for one in before):
+        return None  # two halves of a layer's output are independent
+    (which,) = parts
+    first = before[0]
     if name in _TRANSPARENT:
         keep = 1.0 - float(node.args[1]) if name == "native_dropout" else 1.0
-        return _Reached(first.chain, first.keep * keep)
-    if not is_pointwise(node.op) or first.chain is None:
-        return None
+        average = moments(first.chain).mean if name in MEANS and first.chain is not None else first.average
+        return _Reached(first.chain, first.keep * keep, which, average)
     masks = [state for state in map(flow.state, operands) if state.random]
-    if masks and not is_dropout(name, masks):
+    if not is_pointwise(node.op) or (masks and not is_dropout(name, masks)):
         return None
-    keep = min(reached[operand.node].keep for operand in live)
-    keep *= math.prod(mask.signal.mean**2 / mask.signal.second for mask in masks)
+    averages = [one.average for one in before]
+    alone = None not in averages  # made of averages only
 
     def part(operand: Operand) -> Any:
-        if operand.node in reached:
-            return reached[operand.node].chain
+        one = reached.get(operand.node)
+        if one is not None:
+            return one.chain if alone or one.average is None else one.average
         return flow.state(operand).signal.mean if flow.state(operand).random else flow.number(operand)
 
-    return _Reached(call_of(node, part), keep)
+    keep = min(one.keep for one in before)
+    keep *= math.prod(mask.signal.mean**2 / mask.signal.second for mask in masks)
+    average = None
+    if alone:
+        step = call_of(node, lambda operand: Z if operand.node in reached else part(operand))
+        average = float(function(step)(torch.tensor([averages[0]], dtype=torch.float64)))
+    return _Reached(call_of(node, part), keep, which, average)
+
+
+def _part(graph: Graph, operand: Operand, reached: _Reached) -> tuple[int, int] | None:
+    """Which part of the layer's output an operand shows."""
+    outputs = graph[operand.node].outputs
+    if reached.part is not None or not outputs or math.prod(outputs[operand.output]) == operand.numel:
+        return reached.part
+    return (operand.offset, operand.numel)
 
 
 def _value_readers(graph: Graph, index: int) -> list[int]:

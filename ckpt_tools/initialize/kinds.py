@@ -11,6 +11,8 @@ from ckpt_tools.initialize.chain import op_name
 NEUTRAL = frozenset({
     # copies and views that were made real
     "clone", "to_copy", "contiguous", "unsafe_view", "view_copy", "reshape_copy", "lift_fresh",
+    # views in place
+    "transpose", "t", "squeeze", "unsqueeze", "swapaxes", "swapdims", "detach",
     # values in other places
     "cat", "stack", "index", "gather", "index_select", "masked_select", "sort", "topk", "roll", "flip", "rot90",
     "repeat", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",

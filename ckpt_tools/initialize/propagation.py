@@ -37,6 +37,9 @@ class Propagation(Flow):
     def _usual(self, signal: Signal) -> Signal:
         return signal
 
+    def _is_input(self, state: State) -> bool:
+        return False
+
     def _unknown_signal(self, states: Sequence[State]) -> Signal:
         second = max((state.signal.second for state in states), default=1.0)
         return Signal(0.0, UNKNOWN * second, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -27,6 +28,7 @@ from ckpt_tools.walker.downstream import trained_record
 from ckpt_tools.walker.graph import Graph
 from ckpt_tools.walker.weights import WeightUse, layer_name, reason_left, weight_uses
 
+_MOST_USES = 2
 _DEAD = 1e-12  # E[x²] of a layer behind a scale that starts at zero
 
 
@@ -112,7 +114,8 @@ def _layers(graph: Graph, model: nn.Module, uses: Sequence[WeightUse], method: _
     layers: dict[str, InitLayer] = {}
     parameters = dict(model.named_parameters())
     for name in dict.fromkeys(use.parameter for use in uses):
-        own = [use for use in uses if use.parameter == name]
+        # Two uses are enough: the state of a recurrent net would be carried through every step.
+        own = [use for use in uses if use.parameter == name][:_MOST_USES]
         states = [fed[use.node] for use in own]
         behind = [followers[use.node] for use in own if use.node in followers]
         fan_in, fan_out = fans(own[0].view.shape, own[0].geometry)
@@ -146,7 +149,7 @@ def _propagated(
     seconds: dict[str, list[float]] = {}
     for use in uses:
         seconds.setdefault(use.parameter, []).append(fed[use.node].signal.second)
-    shared = {name: sum(found) / len(found) for name, found in seconds.items() if len(found) > 1}
+    shared = {name: statistics.fmean(found[:_MOST_USES]) for name, found in seconds.items() if len(found) > 1}
     return Propagation(graph, uses, constants, shared, backward).inputs()
 
 
@@ -187,11 +190,12 @@ def _with_backward(use: WeightUse, method: _Method) -> bool:
 
 def _biases(model: nn.Module, uses: Iterable[WeightUse]) -> dict[str, str]:
     """The bias that goes with each weight: the operation's own, or its namesake; "" where there is none."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     found: dict[str, str] = {}
     for use in uses:
         namesake = re.sub(r"weight$", "bias", use.parameter)
-        known = use.bias or (namesake if namesake != use.parameter and namesake in names else "")
+        own = use.bias if use.bias in names else ""
+        known = own or (namesake if namesake != use.parameter and namesake in names else "")
         found[use.parameter] = found.get(use.parameter) or known
     return found
 
@@ -206,9 +210,9 @@ def _write(
     done = set()
     for use in uses:
         view = use.view
-        if (use.parameter, view.shape, view.offset) in done:
+        if (use.parameter, view.numel, view.offset) in done:
             continue
-        done.add((use.parameter, view.shape, view.offset))
+        done.add((use.parameter, view.numel, view.offset))
         old = parameters[use.parameter].detach()
         if use.parameter not in new:
             generators[use.parameter] = _generator(seed, use.parameter)

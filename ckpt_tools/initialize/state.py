@@ -31,6 +31,8 @@ class State:
     parts: frozenset[Source] = frozenset()
     noise: Noise | None = None
     random: bool = False  # made of noise alone
+    over: Source | None = None  # it is a function of an average over this source, and comes to ``average``
+    average: float = 0.0
 
     @property
     def activation(self) -> str:

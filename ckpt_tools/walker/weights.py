@@ -29,7 +29,8 @@ class WeightUse:
 
 def weight_uses(graph: Graph, trainable: Iterable[str]) -> tuple[WeightUse, ...]:
     """Every use of one of the ``trainable`` parameters as a weight, in order of execution."""
-    names = frozenset(name for name in trainable if not _is_table(name))
+    tables = {graph[operand.node].parameter for node in graph.nodes if _embeds(node) for operand in node.operands}
+    names = frozenset(name for name in trainable if not _is_table(name) and name not in tables)
     found = {index: use for index in range(len(graph)) if (use := _use(graph, index, names)) is not None}
     made = _weight_makers(graph)
     mixed = {use.parameter for index, use in found.items() if index in made}
@@ -118,6 +119,10 @@ def _is_table(name: str) -> bool:
     """Relative positions are multiplied with queries as weights are; bare parameters tell by their names."""
     words = re.split(r"[._]", name)
     return words[-1] != "weight" and not _TABLE_WORDS.isdisjoint(words)
+
+
+def _embeds(node: Node) -> bool:
+    return node.func is not None and "embedding" in node.func._schema.name
 
 
 def _weight_makers(graph: Graph) -> set[int]:
