@@ -259,7 +259,7 @@ class Flow:
             return self._chained(node, states, masks)
         parts = [state.parts for state in states.values()]
         union = frozenset().union(*parts)
-        if (uneven or sum(map(len, parts)) > len(union)) and len(union) <= _MOST_PARTS and plain:
+        if ((uneven and alone) or sum(map(len, parts)) > len(union)) and len(union) <= _MOST_PARTS and plain:
             return self._integrated(index, node, states, union)
         operands = node.operands
         if not arithmetic or len(operands) != 2:
