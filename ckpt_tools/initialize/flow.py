@@ -27,7 +27,7 @@ from ckpt_tools.walker.graph import Graph, Node, Operand
 from ckpt_tools.walker.weights import WeightUse
 
 _MOST_PARTS = 4  # of an expression that is integrated over all of them at once
-_POINTS, _MASKS = 2**11, 2**8
+_NOISY, _QUIET = (2**11, 2**8), (2**12, 1)  # values of the activations, values of the noise
 _NOTHING = 1e-9
 _BLANK = frozenset({"empty", "new_empty", "empty_strided", "new_empty_strided", "zeros", "new_zeros"})
 _HOMOGENEOUS = frozenset({"relu", "leaky_relu", "prelu_kernel", "mul", "div", "neg", "abs"})
@@ -344,17 +344,17 @@ class Flow:
         found_in = variables(joint)
         if not found_in or len(found_in) > _MOST_PARTS:
             return None
-        found = evaluate(joint, self._samples(found_in)).view(_POINTS, _MASKS)
+        shape = _NOISY if any(self._sources[variable].random for variable in found_in) else _QUIET
+        found = evaluate(joint, self._samples(found_in, shape)).view(shape)
         mean, second, quiet = float(found.mean()), float(found.square().mean()), float(found.mean(1).square().mean())
         keep = quiet / second if second > 0 else 1.0
         state = self._source((index, 0, 0), self._usual(Signal(mean, second, mean**2, keep)), "a joint function")
         return replace(state, parts=union, joint=joint)
 
-    def _samples(self, of: Sequence[Variable]) -> dict[Variable, Tensor]:
+    def _samples(self, of: Sequence[Variable], shape: tuple[int, int]) -> dict[Variable, Tensor]:
         """Quasi-random values of independent parts: every value of the activations meets every value of the noise."""
         values = {}
-        shape = (_POINTS, _MASKS)
-        for noisy, count in ((False, _POINTS), (True, _MASKS)):
+        for noisy, count in zip((False, True), shape, strict=True):
             chosen = [variable for variable in of if self._sources[variable].random is noisy]
             if not chosen:
                 continue
