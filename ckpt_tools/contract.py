@@ -17,6 +17,7 @@ Estimator = Literal["pooled", "exact", "ema"]
 LayerChoice = Literal["auto", "downstream", "all"]
 Statistics = Literal["variance", "mean+variance"]
 Rates = Literal["given", "recorded", "model", "unknown"]
+RecognisedBy = Literal["user", "checkpoint", "module", "shapes", "shapes without head", "data", "file name"]
 WeightKind = Literal["linear", "convolution", "transposed convolution"]
 Scheme = Literal["hypersphere", "orthonormal", "uniform", "normal"]
 InitRule = Literal["paper", "propagated"]
@@ -39,6 +40,7 @@ class Checkpoint:
     words: Mapping[str, object] = field(default_factory=dict)  # "arch", "args", …: everything that is no tensor
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors file
     left_out: tuple[str, ...] = ()  # entries of the file that belong to no state dict, and odd ones in it
+    module: nn.Module | None = None  # the model itself, where a trusted pickle held a whole one
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -117,7 +119,8 @@ class LoadedModel:
 
     ``model`` is on the CPU in float32 and evaluation mode. ``probe`` is the same architecture with every
     drop rate above zero and without weights (on the meta device where that works): the walker reads from it
-    which BN layers dropout *could* reach. It is None where no rate is known to be hidden.
+    which BN layers dropout *could* reach. It is None where no rate is known to be hidden. ``recognised_by`` says
+    who told the architecture.
     """
 
     model: nn.Module
@@ -125,6 +128,8 @@ class LoadedModel:
     recipe: Recipe
     input_spec: InputSpec | None
     probe: nn.Module | None = None
+    recognised_by: RecognisedBy = "user"
+    twins: tuple[str, ...] = ()  # further architectures that compute the same function with these weights
 
     @property
     def rates(self) -> Rates:
