@@ -106,7 +106,7 @@ def _layers(graph: Graph, model: nn.Module, uses: Sequence[WeightUse], method: _
     """Every weight layer with its factors, by parameter."""
     biases = _biases(model, uses)
     constants = Constants(graph, model, zeroed=[bias for bias in biases.values() if bias])
-    near = Flow(graph, uses, constants)
+    near = Flow(graph, constants, uses)
     fed = near.inputs()
     followers = {use.node: follower(near, use.node) for use in uses if _with_backward(use, method)}
     if method.rule == "propagated":
@@ -143,14 +143,14 @@ def _propagated(
             found = followers[use.node]
             ratio = fan_ratio(method.scheme, *fans(use.view.shape, use.geometry))
             backward[use.parameter] = ratio * backward_of(found.slope, found.keep, method.backward_factor)
-    fed = Propagation(graph, uses, constants, backward=backward).inputs()
+    fed = Propagation(graph, constants, uses, backward=backward).inputs()
     if len({use.parameter for use in uses}) == len(uses):
         return fed
     seconds: dict[str, list[float]] = {}
     for use in uses:
         seconds.setdefault(use.parameter, []).append(fed[use.node].signal.second)
     shared = {name: statistics.fmean(found[:_MOST_USES]) for name, found in seconds.items() if len(found) > 1}
-    return Propagation(graph, uses, constants, shared, backward).inputs()
+    return Propagation(graph, constants, uses, shared, backward).inputs()
 
 
 def _factors(states: Sequence[State], behind: Sequence[Follower], ratio: float, method: _Method) -> Factors:
