@@ -256,6 +256,7 @@ BAD = {
     "output exists": (lambda f: (f / "model.bn.safetensors").write_text("mine"), [], 1, "--overwrite"),
     "momentum without ema": (lambda f: None, ["--momentum", "0.5"], 2, "ema"),
     "output folder missing": (lambda f: None, ["-o", "nowhere/out.safetensors"], 1, "nowhere"),
+    "output named like a pickle": (lambda f: None, ["-o", "new.pt"], 1, "Name it new.safetensors"),
     "output is the source": (lambda f: None, ["-o", "model.pt", "--overwrite"], 1, "source"),
     "other data": (lambda f: np.save(f / "data.npy", np.load(f / "data.npy") * 9), [], 4, "--force"),
     "the data as output": (lambda f: None, ["-o", "data.npy", "--overwrite"], 1, "training data"),

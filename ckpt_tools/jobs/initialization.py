@@ -22,7 +22,6 @@ from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.new_weights import write_initialized
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.verification import Trial, new_trial
-from ckpt_tools.storage.atomic import check_target
 from ckpt_tools.storage.read import read_checkpoint, sha256
 from ckpt_tools.storage.write import check_output
 
@@ -126,7 +125,7 @@ def _checked_output(request: InitRequest) -> Path:
         check_output(output, request.checkpoint, overwrite=request.overwrite)
     elif request.output is not None:
         output = request.output
-        check_target(output, overwrite=request.overwrite)
+        check_output(output, None, overwrite=request.overwrite)
     else:
         raise UsageError(
             f"--arch {request.architecture} alone names no output. Give one with -o, e.g. -o init.safetensors."

@@ -26,6 +26,8 @@ from ckpt_tools.storage.source import find_source
 
 __all__ = ["check_output", "save", "write_safetensors"]
 
+_PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".pt2"})
+
 
 def save(
     path: Path | str,
@@ -75,13 +77,19 @@ def write_safetensors(
     return digest
 
 
-def check_output(target: Path, source_path: Path, *, overwrite: bool) -> None:
+def check_output(target: Path, source_path: Path | None, *, overwrite: bool) -> None:
     """Refuse at once what cannot be written at the end: the source itself, a taken name, a missing folder.
 
-    Raises OutputError.
+    Also refuses a name by which other tools would take the safetensors file for a pickle. Raises OutputError.
     """
-    _refuse_source(target, source_path)
+    if source_path is not None:
+        _refuse_source(target, source_path)
     check_target(target, overwrite=overwrite)
+    if target.suffix.lower() in _PICKLES:
+        raise OutputError(
+            f"{target}: expected a name that ends in .safetensors, which is what is written, found {target.suffix}, "
+            f"which torch.load would take for a pickle. Name it {target.with_suffix('.safetensors').name}."
+        )
 
 
 def _refuse_source(target: Path, source_path: Path) -> None:
