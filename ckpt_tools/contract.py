@@ -130,6 +130,7 @@ class LoadedModel:
     probe: nn.Module | None = None
     recognised_by: RecognisedBy = "user"
     twins: tuple[str, ...] = ()  # further architectures that compute the same function with these weights
+    as_built: tuple[str, ...] = ()  # attributes ("fc.") that the checkpoint fills with a head of its own, or not at all
 
     @property
     def rates(self) -> Rates:

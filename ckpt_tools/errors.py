@@ -5,6 +5,7 @@ CkptToolsError                  1   a failure the user can act on
 ├── CheckpointError             1   a checkpoint file that cannot be read
 │   └── BlockedPickle           1   … because it would have to execute something
 ├── ArchitectureError           1   an unknown architecture, or one that the checkpoint does not fit
+│   └── AmbiguousArchitecture   1   … or several that it fits and that differ in function
 ├── ModelError                  1   a model that cannot be walked or run
 ├── DataError                   1   training data that cannot be used
 ├── OutputError                 1   an output that cannot be written
@@ -17,6 +18,7 @@ Every message names the thing, what was expected, what was found, and the next s
 from __future__ import annotations
 
 __all__ = [
+    "AmbiguousArchitecture",
     "ArchitectureError",
     "BlockedPickle",
     "CheckFailed",
@@ -52,6 +54,14 @@ class BlockedPickle(CheckpointError):
 
 class ArchitectureError(CkptToolsError):
     """An unknown architecture, or one that the checkpoint does not fit."""
+
+
+class AmbiguousArchitecture(ArchitectureError):
+    """Several architectures fit a checkpoint and differ in function: ``candidates`` as ``--arch`` takes them."""
+
+    def __init__(self, message: str, candidates: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.candidates = candidates
 
 
 class ModelError(CkptToolsError):

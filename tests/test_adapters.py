@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -308,3 +309,44 @@ def test_the_current_directory_is_importable_also_while_the_factory_runs(tmp_pat
     )
     monkeypatch.chdir(tmp_path)
     assert isinstance(FactoryAdapter().build("lone_model:make", {}), nn.Identity)
+
+
+def test_timms_own_folders_tell_name_input_and_preprocessing(tmp_path):
+    from timm.models import save_for_hf
+
+    model = timm.create_model("test_resnet", num_classes=5, in_chans=1)
+    data = {"input_size": [1, 96, 96], "mean": [0.3], "std": [0.2], "crop_pct": 0.9, "interpolation": "bilinear"}
+    save_for_hf(model, str(tmp_path), model_config={"pretrained_cfg": data}, safe_serialization=True)
+    words = {"config": json.loads((tmp_path / "config.json").read_text())}
+    adapter, stored = TimmAdapter(), words["config"]["pretrained_cfg"]
+    recipe = adapter.recognise(words)
+    assert (recipe.architecture, recipe.rates) == ("timm:test_resnet", "unknown")
+    built = meta(adapter, recipe.name, **{**recipe.kwargs, "num_classes": 5, "in_chans": 1})
+    assert shapes(built) == shapes(model)
+    spec = adapter.input_spec(built, recipe.name, words)
+    assert spec.origin.endswith("from config.json")
+    assert list(spec.shape) == stored["input_size"]
+    assert (list(spec.mean), list(spec.std), spec.crop_pct) == (stored["mean"], stored["std"], stored["crop_pct"])
+    assert TorchvisionAdapter().recognise(words) is None
+
+
+@pytest.mark.parametrize("cfg", [{"mean": "grey"}, {"input_size": [3, 4]}, {"std": 3}, {"img_size": "?"}, []])
+def test_a_timm_config_of_nonsense_is_not_followed(cfg):
+    adapter = TimmAdapter()
+    model = meta(adapter, "test_resnet")
+    own = adapter.input_spec(model, "test_resnet", {})
+    words = {"config": {"architecture": "test_resnet", "pretrained_cfg": cfg}}
+    assert adapter.input_spec(model, "test_resnet", words) == own
+
+
+def test_model_args_of_a_config_are_constructor_arguments():
+    config = {"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"drop_rate": 0.2, "pretrained": True}}
+    recipe = TimmAdapter().recognise({"config": config})
+    assert (recipe.kwargs, recipe.rates) == ({"drop_rate": 0.2}, "recorded")
+    wrapped = {
+        "architecture": "resnet18",
+        "model_type": "timm_wrapper",
+        "model_args": None,
+        "transformers_version": "5",
+    }
+    assert TimmAdapter().recognise({"config": wrapped}).architecture == "timm:resnet18"

@@ -239,7 +239,7 @@ BAD = {
     "missing checkpoint": (lambda f: (f / "model.pt").unlink(), [], 1, "found nothing there"),
     "empty checkpoint": (lambda f: (f / "model.pt").write_bytes(b""), [], 1, "empty"),
     "truncated checkpoint": (_truncate, [], 1, "model.pt"),
-    "needs code": (lambda f: torch.save({"state_dict": {}, "x": Evil()}, f / "model.pt"), [], 1, "--trust"),
+    "needs code": (lambda f: torch.save({"state_dict": {}, "x": Evil()}, f / "model.pt"), [], 1, "found none"),
     "not a checkpoint": (lambda f: (f / "model.pt").write_text("hello"), [], 1, "model.pt"),
     "NaN in weights": (_nan, [], 1, r"convs.0.weight"),
     "NaN in the data": (_nan_data, [], 1, "NaN"),
@@ -307,7 +307,7 @@ def test_a_read_only_folder_is_refused_before_the_pass(files: Path, monkeypatch:
     monkeypatch.setattr(
         "os.access", lambda path, mode, **_: mode != os.W_OK
     )  # root, who runs many a CI, may write anywhere
-    monkeypatch.setattr("ckpt_tools.jobs.reestimation.load", lambda *_, **__: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr("ckpt_tools.jobs.reestimation.read_checkpoint", lambda *_, **__: pytest.fail("nothing may be loaded"))
     result = run(*job(files))
     assert result.exit_code == 1
     assert "read-only" in result.stderr

@@ -172,9 +172,9 @@ def test_a_misfit_names_the_first_differences_and_both_shapes():
 
 
 def test_a_file_without_words_asks_for_an_architecture():
-    with pytest.raises(ArchitectureError, match=r"does not say which architecture it holds\. Give --arch"):
+    with pytest.raises(ArchitectureError, match=r"(?s)does not say which architecture it holds\..*Give --arch"):
         identify(checkpoint(Small(), epoch=3))
-    with pytest.raises(ArchitectureError, match=r"'my_net', which no adapter.*--arch"):
+    with pytest.raises(ArchitectureError, match=r"(?s)'my_net', which no adapter.*--arch"):
         identify(checkpoint(Small(), arch="my_net"))
 
 

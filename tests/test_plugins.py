@@ -103,7 +103,7 @@ def test_a_third_partys_adapter_is_found(with_plugins):
 
 def test_a_broken_plugin_matters_only_when_it_is_used(with_plugins):
     with_plugins(broken="no_such_package.module:Adapter", half="test_plugins:Half")
-    assert {*plugins.adapters()} == {"timm", "torchvision", "factory"}
+    assert {*plugins.adapters()} == {"timm", "torchvision", "factory", "transformers"}
     assert plugins.resolve("timm:resnet50")[0].prefix == "timm"
     with pytest.raises(ArchitectureError, match=r"broken .*no_such_package"):
         plugins.resolve("broken:model")

@@ -40,7 +40,7 @@ class TimmAdapter:
         return sorted(_timm.list_models())
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
-        """A checkpoint of timm's train.py, or of a script that names a timm model."""
+        """A checkpoint of timm's train.py, a folder of its ``save_for_hf``, or a script's that names a timm model."""
         args = said.arguments(words)
         spoken = (name.removeprefix("timm/") for name in said.names(words, self.prefix, "hf-hub", "hf_hub"))
         name = next((name for name in spoken if _timm.is_model(name)), None)
@@ -69,13 +69,15 @@ class TimmAdapter:
         return _rate_kwargs(name)
 
     def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
-        """``timm.data.resolve_data_config`` of the checkpoint's arguments over the model's own."""
+        """``timm.data.resolve_data_config`` of the checkpoint's arguments or its config.json over the model's own."""
         del name
-        args = _data_args(said.arguments(words))
+        stored = said.hub_config(words).get("pretrained_cfg")
+        args = _data_args(stored if isinstance(stored, Mapping) else said.arguments(words))
         try:
             config = _timm.data.resolve_data_config(args, model=model)
         except (AssertionError, TypeError):  # another script's arguments, of the same names
             args, config = {}, _timm.data.resolve_data_config(model=model)
+        teller = "the checkpoint's args" if stored is None else "config.json"
         channels = int(config["input_size"][0])
         return InputSpec(
             shape=tuple(config["input_size"]),
@@ -84,7 +86,7 @@ class TimmAdapter:
             interpolation=str(config["interpolation"]),
             crop_pct=float(config["crop_pct"]),
             crop_mode=str(config["crop_mode"]),
-            origin="timm default_cfg" + (f", {', '.join(args)} from the checkpoint's args" if args else ""),
+            origin="timm default_cfg" + (f", {', '.join(args)} from {teller}" if args else ""),
         )
 
 

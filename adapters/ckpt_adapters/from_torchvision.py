@@ -35,6 +35,8 @@ class TorchvisionAdapter:
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
         """A checkpoint of the reference scripts, of pytorch/examples, or of a script that names a model."""
+        if said.hub_config(words):  # of timm, which shares many names
+            return None
         known = set(models.list_models())
         name = next((name for name in said.names(words, self.prefix) if name in known), None)
         if name is None:

@@ -1,7 +1,8 @@
 """Reading a checkpoint's own words: which model, with which arguments.
 
 The habits covered: timm's train.py and the torchvision references (``args``), pytorch/examples (``arch``),
-Lightning (``hyper_parameters``), plain scripts (any of these names).
+Lightning (``hyper_parameters``), the config.json of Hugging Face folders (``config``), plain scripts (any of these
+names).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ Words = Mapping[str, object]
 
 _ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 _NAMES = ("arch", "architecture", "model", "model_name")
+_KWARGS = ("model_kwargs", "model_args")  # of timm's train.py, of its config.json
 # The weights come from the checkpoint; a recorded wish to start from published ones is no longer of use.
 _WEIGHTS = {"pretrained", "pretrained_backbone", "weights", "weights_backbone", "checkpoint_path"}
 
@@ -25,12 +27,23 @@ def arguments(words: Words) -> dict[str, object]:
     return {}
 
 
+def hub_config(words: Words) -> dict[str, object]:
+    """The config.json of a Hugging Face folder, transformers' or timm's; {} if there is none."""
+    value = words.get("config")
+    if not isinstance(value, Mapping):
+        return {}
+    of_transformers = "model_type" in value and not value.keys().isdisjoint({"architectures", "transformers_version"})
+    of_timm = isinstance(value.get("pretrained_cfg"), Mapping)
+    return {str(name): item for name, item in value.items()} if of_transformers or of_timm else {}
+
+
 def model_kwargs(words: Words) -> dict[str, object]:
     """Constructor arguments that the file or the script's arguments name as such."""
     for source in (words, arguments(words)):
-        value = source.get("model_kwargs")
-        if isinstance(value, Mapping):
-            return {str(name): item for name, item in value.items() if name not in _WEIGHTS}
+        for key in _KWARGS:
+            value = source.get(key)
+            if isinstance(value, Mapping):
+                return {str(name): item for name, item in value.items() if name not in _WEIGHTS}
     return {}
 
 

@@ -6,6 +6,7 @@ import click
 
 from ckpt_tools.cli.bn_reestimate import bn_reestimate
 from ckpt_tools.cli.boundary import Boundary
+from ckpt_tools.cli.convert import convert
 from ckpt_tools.cli.demo import demo
 from ckpt_tools.cli.diff import diff
 from ckpt_tools.cli.init_rewrite import init_rewrite
@@ -30,6 +31,7 @@ def main() -> None:
     the training data through the model once with dropout off and let only the running variances change (section 3):
 
     \b
+        ckpt-fix inspect model.pt
         ckpt-fix bn-reestimate model.pt --data train/
 
     Exit codes: 0 done, 1 a failure you can act on, 2 usage, 3 nothing to do, 4 a check said no, 130 interrupted.
@@ -37,6 +39,7 @@ def main() -> None:
 
 
 main.add_command(bn_reestimate)
+main.add_command(convert)
 main.add_command(demo)
 main.add_command(diff)
 main.add_command(init_rewrite)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import ArchitectureError, CheckpointError
+from ckpt_tools.identify.digest import COUNTER, Shapes, top
 
-_COUNTER = "num_batches_tracked"  # not saved before PyTorch 1.0
+_VARIANCE = "running_var"
 _SHOWN = 3  # differences of a kind in a message
 
 
 def common_prefix(wanted: Iterable[str], keys: Iterable[str]) -> str:
     """``model.`` where most of a model's keys stand under that attribute, "" where they stand as they are."""
-    names = {key for key in wanted if not key.endswith(_COUNTER)}
+    names = {key for key in wanted if not key.endswith(COUNTER)}
     hits: Counter[str] = Counter()
     for key in keys:
         parts = key.split(".")
@@ -32,18 +34,75 @@ def common_prefix(wanted: Iterable[str], keys: Iterable[str]) -> str:
     return f"{prefix}."
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str) -> None:
-    """Load every tensor, strictly, in the model's own precision. Raises ArchitectureError or CheckpointError."""
+@dataclass(frozen=True)
+class Differences:
+    """Where a state dict departs from the shapes that an architecture wants, by key."""
+
+    reshaped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of them; empty for a state dict that fits."""
+        return (*self.reshaped, *self.missing, *self.unexpected)
+
+    def only_under(self, attributes: Collection[str]) -> bool:
+        """Whether all of them lie under these top attributes, no BatchNorm among them."""
+        return all(top(key) in attributes and not key.endswith(_VARIANCE) for key in self.keys)
+
+    def touches(self, attribute: str) -> bool:
+        """Whether one of them lies under this top attribute."""
+        return any(top(key) == attribute for key in self.keys)
+
+
+def compare(wanted: Shapes, shapes: Shapes) -> Differences:
+    """Compare key by key. What a state dict may lack, it may lack: counters."""
+    return Differences(
+        tuple(key for key, shape in wanted.items() if key in shapes and shapes[key] != shape),
+        tuple(key for key in wanted if key not in shapes and not key.endswith(COUNTER)),
+        tuple(key for key in shapes if key not in wanted),
+    )
+
+
+def misfit(found: Differences, wanted: Shapes, checkpoint: Checkpoint, architecture: str) -> ArchitectureError:
+    """The error that names the first differences of each kind."""
+    shapes = checkpoint.shapes
+    expects = {key: f"{key}: {architecture} expects {shape}" for key, shape in wanted.items()}
+    lines = [
+        *_first(
+            [f"{expects[key]}, the checkpoint holds {shapes[key]}" for key in found.reshaped],
+            f"of {len(wanted)} tensors have another shape",
+        ),
+        *_first(
+            [f"{expects[key]}, the checkpoint lacks it" for key in found.missing],
+            f"of {len(wanted)} tensors are missing",
+        ),
+        *_first(
+            [f"{k}: {architecture} has no such tensor, the checkpoint holds {shapes[k]}" for k in found.unexpected],
+            f"of the checkpoint's {len(shapes)} tensors are unexpected",
+        ),
+    ]
+    return ArchitectureError(
+        f"{checkpoint.path} does not fit {architecture}:\n  " + "\n  ".join(lines) + "\n"
+        "Try another --arch, or --model-kwargs name=value if the model was built with arguments of its own."
+    )
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()) -> None:
+    """Load every tensor, in the model's own precision. Raises ArchitectureError or CheckpointError.
+
+    Strict, but for what differs under the top attributes ``as_built``: a head of somebody's own.
+    """
     own = model.state_dict()
     wanted = {key: value for key, value in own.items() if isinstance(value, Tensor)}
-    differences = _differences(wanted, checkpoint, architecture)
-    if differences:
-        raise ArchitectureError(
-            f"{checkpoint.path} does not fit {architecture}:\n  " + "\n  ".join(differences) + "\n"
-            "Try another --arch, or --model-kwargs name=value if the model was built with arguments of its own."
-        )
+    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    found = compare(shapes, checkpoint.shapes)
+    if not found.only_under(as_built):
+        raise misfit(found, shapes, checkpoint, architecture)
     where = f"{checkpoint.path}: "
-    state = {key: _cast(where + key, t, wanted[key].dtype) for key, t in checkpoint.tensors.items()}
+    left = {*found.reshaped, *found.unexpected}
+    state = {key: _cast(where + key, t, wanted[key].dtype) for key, t in checkpoint.tensors.items() if key not in left}
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, tensor in state.items():
         # Other buffers may hold infinities on purpose: attention masks do.
@@ -56,31 +115,6 @@ def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str) -> None:
         model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
         raise ArchitectureError(f"{checkpoint.path} does not fit {architecture}: {error}") from error
-
-
-def _differences(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, architecture: str) -> list[str]:
-    shapes = checkpoint.shapes
-    expected = {key: f"{key}: {architecture} expects {tuple(tensor.shape)}" for key, tensor in wanted.items()}
-    reshaped = [
-        f"{expected[key]}, the checkpoint holds {shapes[key]}"
-        for key, tensor in wanted.items()
-        if key in shapes and tuple(tensor.shape) != shapes[key]
-    ]
-    missing = [
-        f"{said}, the checkpoint lacks it"
-        for key, said in expected.items()
-        if key not in shapes and not key.endswith(_COUNTER)
-    ]
-    unexpected = [
-        f"{key}: {architecture} has no such tensor, the checkpoint holds {shape}"
-        for key, shape in shapes.items()
-        if key not in wanted
-    ]
-    return [
-        *_first(reshaped, f"of {len(wanted)} tensors have another shape"),
-        *_first(missing, f"of {len(wanted)} tensors are missing"),
-        *_first(unexpected, f"of the checkpoint's {len(shapes)} tensors are unexpected"),
-    ]
 
 
 def _first(lines: list[str], what: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which architecture a checkpoint holds: the user's word, else the checkpoint's own."""
+"""How to build what a checkpoint holds: the user's word, else the checkpoint's own."""
 
 from __future__ import annotations
 
@@ -7,30 +7,20 @@ from dataclasses import replace
 
 from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, Recipe
-from ckpt_tools.errors import ArchitectureError
 
 Choice = tuple[Adapter, Recipe]
 
 _ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 
 
-def choices(checkpoint: Checkpoint, architecture: str | None) -> list[Choice]:
-    """The recipes that may have made this checkpoint, the likeliest first. Raises ArchitectureError."""
-    if architecture is not None:
-        return [_asked_for(checkpoint.words, architecture)]
+def spoken(checkpoint: Checkpoint) -> list[Choice]:
+    """The recipes that the checkpoint's words describe, the likeliest first; they may be wrong."""
     said = [(adapter, adapter.recognise(checkpoint.words)) for adapter in _readers(checkpoint)]
-    found = [(adapter, recipe) for adapter, recipe in said if recipe is not None]
-    if not found:
-        raise ArchitectureError(_unsaid(checkpoint))
-    return found
+    return [(adapter, recipe) for adapter, recipe in said if recipe is not None]
 
 
-def _readers(checkpoint: Checkpoint) -> list[Adapter]:
-    """A file without words spares the import of every library."""
-    return list(plugins.adapters().values()) if checkpoint.words else []
-
-
-def _asked_for(words: Mapping[str, object], architecture: str) -> Choice:
+def named(words: Mapping[str, object], architecture: str) -> Choice:
+    """An architecture by name, with the arguments that the words hold for it. Raises ArchitectureError."""
     adapter, name = plugins.resolve(architecture)
     said = adapter.recognise(words)
     # A timm tag (resnet50.a1_in1k) names weights, not another architecture.
@@ -38,6 +28,26 @@ def _asked_for(words: Mapping[str, object], architecture: str) -> Choice:
         return adapter, replace(said, name=name)
     rates = _script_rates(words, adapter.rate_kwargs(name))
     return adapter, Recipe(adapter.prefix, name, rates, "recorded" if rates else "unknown")
+
+
+def plain(architecture: str) -> Choice:
+    """An architecture by name alone. Raises ArchitectureError."""
+    adapter, name = plugins.resolve(architecture)
+    return adapter, Recipe(adapter.prefix, name)
+
+
+def unsaid(checkpoint: Checkpoint) -> str:
+    """What the words say about the architecture, for a message: a name nobody knows, or nothing."""
+    names = (checkpoint.words.get(key) for key in ("arch", "architecture", "model"))
+    name = next((name for name in names if isinstance(name, str)), None)
+    if name is not None:
+        return f"the file calls its architecture {name!r}, which no adapter can build without being told how"
+    return "the file does not say which architecture it holds"
+
+
+def _readers(checkpoint: Checkpoint) -> list[Adapter]:
+    """A file without words spares the import of every library."""
+    return list(plugins.adapters().values()) if checkpoint.words else []
 
 
 def _script_rates(words: Mapping[str, object], keywords: tuple[str, ...]) -> dict[str, object]:
@@ -48,16 +58,3 @@ def _script_rates(words: Mapping[str, object], keywords: tuple[str, ...]) -> dic
             said = {name: arguments.get(name) for name in keywords}
             return {name: rate for name, rate in said.items() if type(rate) in (int, float)}
     return {}
-
-
-def _unsaid(checkpoint: Checkpoint) -> str:
-    names = (checkpoint.words.get(key) for key in ("arch", "architecture", "model"))
-    name = next((name for name in names if isinstance(name, str)), None)
-    if name is not None:
-        told = f"the file calls its architecture {name!r}, which no adapter can build without being told how"
-    else:
-        told = "the file does not say which architecture it holds"
-    return (
-        f"{checkpoint.path}: {told}. Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 "
-        "or --arch package.module:factory."
-    )

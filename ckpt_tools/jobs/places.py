@@ -8,14 +8,16 @@ import torch
 
 from ckpt_tools.errors import ModelError, OutputError, UsageError
 
+_SUFFIXES = (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".pt2", ".bin", ".ckpt", ".pkl")
 
-def default_output(checkpoint: Path, kind: str) -> Path:
-    """``model.pt`` → ``model.KIND.safetensors``, beside the source."""
+
+def default_output(checkpoint: Path, kind: str = "") -> Path:
+    """``model.pt`` → ``model.KIND.safetensors``, or ``model.safetensors`` without a kind, beside the file or folder."""
     whole = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint.absolute()
     name = whole.name
-    for suffix in (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+    for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
-    return whole.with_name(f"{name}.{kind}.safetensors")
+    return whole.with_name(".".join(part for part in (name, kind, "safetensors") if part))
 
 
 def refuse_data(output: Path, data: str) -> None:

@@ -21,17 +21,20 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream, Skipped
-from ckpt_tools.identify.load import load
+from ckpt_tools.identify.normless import require_batch_norm
+from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
+from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.run import check_method, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.storage.read import sha256
+from ckpt_tools.storage.read import read_checkpoint, sha256
 from ckpt_tools.storage.write import check_output, save
 from ckpt_tools.walker.downstream import walk
 
+_LOOK = 64  # samples in a batch of the first look
 
 @dataclass(frozen=True)
 class Request:
@@ -65,7 +68,7 @@ class Plan:
     """What is about to happen: shown before the first image is read."""
 
     request: Request
-    loaded: LoadedModel
+    recognised: Recognised
     checkpoint: Checkpoint
     walk: Walk
     choice: Choice
@@ -76,12 +79,18 @@ class Plan:
     device: str
     output: Path
 
+    @property
+    def loaded(self) -> LoadedModel:
+        """The checkpoint in the model it belongs to."""
+        return self.recognised.loaded
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened: the re-estimation, the file, and the digests that tie it to its source."""
+    """What happened: the look at the data, the re-estimation, the file, the digests that tie it to its source."""
 
     plan: Plan
+    verdict: DataVerdict
     result: Reestimation
     skipped: tuple[Skipped, ...]
     source_sha256: str
@@ -101,26 +110,28 @@ def prepare(request: Request) -> Plan:
     )
     device = usable_device(request.device)
     source = open_source(request.data, limit=request.limit, seed=request.seed)
-    loaded = load(
-        request.checkpoint,
-        request.architecture,
-        model_kwargs=request.model_kwargs,
-        weights=request.weights,
-        trust=request.trust,
-    )
+    checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
+    require_batch_norm(checkpoint)
+    recognised = recognise(checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing)
+    loaded = recognised.loaded
     assert loaded.checkpoint is not None
     spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
     found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
     batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device)
     stream = source.batches(spec, batch_size=batch_size, workers=request.workers)
-    return Plan(request, loaded, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
+    return Plan(
+        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output
+    )
 
 
 def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
     """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
     request = plan.request
     model = plan.loaded.model.to(plan.device)
+    verdict = _looked_at(plan)
+    if not request.force:
+        refuse(verdict)
     result = reestimate_bn(
         model,
         plan.stream,
@@ -143,7 +154,21 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         provenance=_provenance(plan, result, digest),
         overwrite=request.overwrite,
     )
-    return Outcome(plan, result, plan.stream.skipped, digest, written)
+    return Outcome(plan, verdict, result, plan.stream.skipped, digest, written)
+
+
+def _looked_at(plan: Plan) -> DataVerdict:
+    """The first samples, in the order of the pass, against what the checkpoint remembers of its training."""
+    known = plan.loaded.input_spec
+    return check_data(
+        plan.loaded.model,
+        plan.source.batches(plan.input_spec, batch_size=_LOOK, workers=0),
+        plan.walk,
+        plan.input_spec,
+        preprocessed=plan.source.preprocessed,
+        rates_known=plan.loaded.rates != "unknown",
+        usual_size=known.shape if known else None,
+    )
 
 
 def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:

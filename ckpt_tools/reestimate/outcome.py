@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import BatchNormLayer, Controls, LayerResult, Spread, Walk
 from ckpt_tools.errors import CheckFailed
@@ -66,7 +67,7 @@ def judge_controls(choice: Choice, layers: dict[str, Layer]) -> Controls:
 
     Layers whose stored variance is still largely its initial value cannot serve.
     """
-    usable = {name: layers[name] for name in layers if name in choice.controls and _trained(layers[name])}
+    usable = {name: layers[name] for name in layers if name in choice.controls and trained(layers[name].module)}
     usable = {name: layer for name, layer in usable.items() if layer.moments is not None}
     if not usable:
         why = "every BN layer is behind dropout" if not choice.controls else _UNTRAINED
@@ -87,12 +88,15 @@ def _typical(values: Iterable[Tensor]) -> float:
 _UNTRAINED = "the counters of the control layers do not show enough training batches to forget the initial variance"
 
 
-def _trained(layer: Layer) -> bool:
-    counter, momentum = layer.module.num_batches_tracked, layer.module.momentum
+def trained(module: _BatchNorm) -> bool:
+    """Whether training has made this layer's statistics: the initial ones have no weight left in them."""
+    counter, momentum = module.num_batches_tracked, module.momentum
     batches = int(counter) if counter is not None else 0
-    if momentum is None:
-        return batches > 0
-    return bool(batches) and (1 - momentum) ** batches < _FORGOTTEN
+    if not batches:  # converted checkpoints often carry no count
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        return bool((module.running_mean != 0).any()) or bool((module.running_var != 1).any())
+    return momentum is None or (1 - momentum) ** batches < _FORGOTTEN
 
 
 def _deviation(layer: Layer) -> Tensor:

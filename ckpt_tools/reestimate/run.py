@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import get_args
 
 import torch
@@ -19,6 +18,7 @@ from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
+from ckpt_tools.reestimate.training import evaluating, overwrite
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, unwrap
 from ckpt_tools.walker.downstream import walk as walk_model
 
@@ -84,7 +84,7 @@ def reestimate_bn(
         walk = walk_model(model, source.first(), forward=forward)
     choice = choose(walk, layers, rates=rates, statistics=statistics)
     run = Passes(model, source, forward, _observed(model, walk, choice), progress)
-    with _evaluating(model), torch.no_grad(), eager():
+    with evaluating(model), torch.no_grad(), eager():
         run.estimate(estimator, statistics, tolerance, momentum, epochs)
     results = layer_results(walk, choice, run.layers, run.error_scale)
     controls = judge_controls(choice, run.layers)
@@ -140,28 +140,6 @@ def _observed(model: nn.Module, walk: Walk, choice: Choice) -> dict[str, Layer]:
     return observed
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module; afterwards flags and buffers are as they were.
-
-    Flags are set one by one: a module's own ``eval()`` may do more than that (merge weights, say).
-    """
-    modules = list(model.modules())
-    flags = [module.training for module in modules]
-    buffers = [dict(module._buffers) for module in modules]
-    contents = {id(b): (b, b.detach().clone()) for held in buffers for b in held.values() if b is not None}
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, flag, held in zip(modules, flags, buffers, strict=True):
-            module.training = flag
-            module._buffers.update(held)
-        for buffer, content in contents.values():
-            _overwrite(buffer, content)
-
-
 def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
     """Copy the new statistics into the model's buffers: all of them, or none if one does not fit its dtype."""
     writes: list[tuple[Tensor, Tensor]] = []
@@ -181,10 +159,4 @@ def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
                 )
             writes.append((buffer, cast))
     for buffer, cast in writes:
-        _overwrite(buffer, cast)
-
-
-def _overwrite(buffer: Tensor, value: Tensor) -> None:
-    # What was made in inference mode can only be written there.
-    with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
-        buffer.copy_(value)
+        overwrite(buffer, cast)

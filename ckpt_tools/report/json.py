@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ckpt_tools.contract import Checkpoint, InputSpec, LayerResult, LoadedModel, Walk
+from ckpt_tools.contract import BatchNormLayer, Checkpoint, InputSpec, LayerResult
+from ckpt_tools.jobs.conversion import Conversion
+from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.reestimation import Outcome
+from ckpt_tools.report.inspect_text import command
 from ckpt_tools.storage.compare import Comparison
 from ckpt_tools.version import VERSION
 
@@ -23,6 +26,9 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "checkpoint": {**checkpoint_json(plan.checkpoint), "sha256": outcome.source_sha256},
         "architecture": plan.loaded.recipe.architecture,
         "model_kwargs": plain(plan.loaded.recipe.kwargs),
+        "recognised_by": plan.loaded.recognised_by,
+        "twins": list(plan.loaded.twins),
+        "scores": dict(plan.recognised.scores),
         "rates": plan.loaded.rates,
         "data": {
             "spec": plan.request.data,
@@ -33,6 +39,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
             "transform": plan.stream.transform,
             "input": _input(plan.input_spec),
             "skipped": [dataclasses.asdict(item) for item in outcome.skipped],
+            "agreement": plain_dict(outcome.verdict),
         },
         "estimator": result.estimator,
         "statistics": result.statistics,
@@ -50,18 +57,59 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def inspection_json(loaded: LoadedModel, walk: Walk) -> dict[str, object]:
-    """What ``inspect`` found in a checkpoint or an architecture."""
+def inspection_json(found: Inspection) -> dict[str, object]:
+    """All that ``inspect`` found; what it could not find out is null, with the error that says why."""
+    loaded, walk = found.loaded, found.walk
     return {
-        "architecture": loaded.recipe.architecture,
-        "model_kwargs": plain(loaded.recipe.kwargs),
-        "rates": loaded.rates,
-        "checkpoint": None if loaded.checkpoint is None else checkpoint_json(loaded.checkpoint),
-        "input": _input(loaded.input_spec),
-        "batch_norms": [dataclasses.asdict(layer) for layer in walk.batch_norms],
-        "dropout_sites": [dataclasses.asdict(site) for site in walk.dropout_sites],
-        "left_alone": [dataclasses.asdict(item) for item in walk.left_alone],
-        "containers_trained": walk.containers_trained,
+        "architecture": loaded and loaded.recipe.architecture,
+        "model_kwargs": loaded and plain(loaded.recipe.kwargs),
+        "recognised_by": loaded and loaded.recognised_by,
+        "twins": list(loaded.twins) if loaded else [],
+        "candidates": list(found.candidates),
+        "error": found.error and str(found.error),
+        "rates": loaded and loaded.rates,
+        "checkpoint": found.checkpoint and _inspected(found.checkpoint, found.size),
+        "parameters": found.parameters,
+        "tensors": sum(tally.tensors for tally in found.types.values()),
+        "dtypes": {name: dataclasses.asdict(tally) for name, tally in found.types.items()},
+        "input": _input(found.input_spec),
+        "batch_norms": [_batch_norm(layer, found.steps) for layer in walk.batch_norms] if walk else [],
+        "dropout_sites": [dataclasses.asdict(site) for site in walk.dropout_sites] if walk else [],
+        "left_alone": [dataclasses.asdict(item) for item in walk.left_alone] if walk else [],
+        "containers_trained": walk and walk.containers_trained,
+        "plan": _plan(found),
+    }
+
+
+def _inspected(checkpoint: Checkpoint, size: int | None) -> dict[str, object]:
+    return {**checkpoint_json(checkpoint), "bytes": size, "words": plain(checkpoint.words)}
+
+
+def _batch_norm(layer: BatchNormLayer, steps: Mapping[str, int | None]) -> dict[str, object]:
+    """``batches``: how many the layer has counted in training, null where nobody knows."""
+    return {**dataclasses.asdict(layer), "batches": steps.get(layer.name)}
+
+
+def _plan(found: Inspection) -> dict[str, object] | None:
+    prospect = found.prospect
+    if prospect is None:
+        return None
+    return {
+        "nothing_to_do": not prospect.rewrite,
+        "why": prospect.why,
+        "rewrite": list(prospect.rewrite),
+        "controls": list(prospect.controls),
+        "command": command(found) if prospect.rewrite else None,
+    }
+
+
+def conversion_json(conversion: Conversion) -> dict[str, object]:
+    """What ``convert`` read and wrote."""
+    return {
+        "tool": {"name": "ckpt-tools", "version": VERSION},
+        "checkpoint": {**checkpoint_json(conversion.checkpoint), "sha256": conversion.source_sha256},
+        "shared": [list(group) for group in conversion.shared],
+        "output": {"path": str(conversion.output), "sha256": conversion.output_sha256},
     }
 
 

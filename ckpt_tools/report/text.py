@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Reestimation, Walk
+from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, RecognisedBy, Reestimation
 from ckpt_tools.demo.train import Score
+from ckpt_tools.jobs.conversion import Conversion
+from ckpt_tools.jobs.data_check import DataVerdict
 from ckpt_tools.jobs.reestimation import Outcome, Plan
 from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.storage.compare import Change, Comparison
 
 _SHOWN = 8  # rows of a table before it is cut
+_ARGUMENTS, _LONGEST = 5, 40  # of an architecture on one line, and their characters
 
 
 def plan_text(plan: Plan) -> str:
@@ -21,7 +24,8 @@ def plan_text(plan: Plan) -> str:
     active = [site for site in plan.walk.dropout_sites if site.active]
     rows = [
         ("checkpoint", checkpoint_line(plan.checkpoint)),
-        ("architecture", architecture_line(plan.loaded)),
+        ("architecture", f"{architecture_line(plan.loaded)} (told by {TOLD_BY[plan.loaded.recognised_by]})"),
+        *([("scores", _scores(plan.recognised.scores))] if plan.recognised.scores else []),
         ("drop rates", f"{RATES[plan.loaded.rates]}; {count(len(active), 'active dropout site')}"),
         ("layers", f"{plan.choice.why}; {count(len(plan.choice.controls), 'control layer')}"),
         ("data", f"{request.data} ({plan.source.kind}), {_amount(plan.stream.count)}"),
@@ -41,6 +45,24 @@ RATES = {
 }
 
 
+TOLD_BY: Mapping[RecognisedBy, str] = {
+    "user": "you (--arch); its tensors fit",
+    "checkpoint": "the checkpoint itself; its tensors fit",
+    "module": "the module that the file holds",
+    "shapes": "names and shapes of all tensors",
+    "shapes without head": "names and shapes of all tensors but the head's",
+    "data": "the data, among several that fit",
+    "file name": "the file's name, among several that fit",
+}
+
+
+def _scores(scores: Mapping[str, float | None]) -> str:
+    """How far each architecture is from the stored BN statistics on the data."""
+    ranked = sorted(scores.items(), key=lambda item: math.inf if item[1] is None else item[1])
+    told = ", ".join(f"{name} {'none' if score is None else f'{score:.3f}'}" for name, score in ranked)
+    return f"{told} (distance from the stored BN statistics, 0 is perfect)"
+
+
 def checkpoint_line(checkpoint: Checkpoint) -> str:
     """Path, format, and which of its entries was taken."""
     taken = f", weights from {checkpoint.weights!r}" if checkpoint.weights else ""
@@ -49,15 +71,28 @@ def checkpoint_line(checkpoint: Checkpoint) -> str:
 
 
 def architecture_line(loaded: LoadedModel) -> str:
-    """The architecture with its keyword arguments."""
-    kwargs = " ".join(f"{name}={value}" for name, value in loaded.recipe.kwargs.items())
-    return f"{loaded.recipe.architecture} {kwargs}".rstrip()
+    """The architecture with its keyword arguments, as many as fit on a line."""
+    said = [f"{name}={value}" for name, value in loaded.recipe.kwargs.items()]
+    shown = [text for text in said if len(text) <= _LONGEST][:_ARGUMENTS]
+    more = [f"and {count(len(said) - len(shown), 'more argument')}"] if len(said) > len(shown) else []
+    return " ".join([loaded.recipe.architecture, *shown, *more])
+
+
+def memory(size: int) -> str:
+    """Bytes in the unit that people use: ``97.8 MB``."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007 - the last one stays
+        if value < 999.5:
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"
 
 
 def outcome_text(outcome: Outcome) -> str:
     """What was done: the largest changes with their error bars, the controls, the output."""
     result = outcome.result
-    parts = [_headline(result), _changes(result.rewritten), "", controls_text(result.controls)]
+    parts = [_headline(result), _changes(result.rewritten), "", verdict_text(outcome.verdict)]
+    parts.append(controls_text(result.controls))
     parts += _unrewritten(result.layers)
     if result.left_alone:
         parts.append(f"left alone: {listed(f'{item.name} ({item.reason})' for item in result.left_alone)}")
@@ -93,6 +128,16 @@ def _changes(layers: Sequence[LayerResult]) -> str:
     return columns(rows)
 
 
+def verdict_text(verdict: DataVerdict) -> str:
+    """What the first look at the data said."""
+    if verdict.verdict == "none" or verdict.early is None or verdict.deep is None:
+        return f"data: not compared with the training data ({verdict.cause})"
+    scores = f"distance {verdict.early:.2f} in the first BN layers, {verdict.deep:.2f} over all, 0 is perfect"
+    if verdict.verdict == "agree":
+        return f"data: {verdict.images:,} samples agree with what the BN layers remember ({scores})"
+    return f"data: does NOT look like the training data, used all the same (--force): {verdict.cause} ({scores})"
+
+
 def controls_text(controls: Controls) -> str:
     """The verdict of the control layers in a sentence."""
     if controls.deviation is None or controls.worst is None:
@@ -113,28 +158,18 @@ def _buffers(result: Reestimation) -> str:
     return "running variances" if result.statistics == "variance" else "running means and variances"
 
 
-def walk_text(walk: Walk) -> str:
-    """BN layers in order of execution with the sites before them, and the dropout sites."""
-    rows = [("BN layer", "channels", "behind active sites", "behind other sites", "")]
-    rows += [
-        (
-            layer.name or "(root)",
-            str(layer.channels),
-            listed(layer.downstream_of, 2) or "-",
-            listed(layer.potentially_downstream_of, 2) or "-",
-            "" if layer.reached else "never reached",
-        )
-        for layer in walk.batch_norms
-    ]
-    sites = [("dropout site", "op", "rate")]
-    sites += [(site.name, site.op, "unknown" if site.rate is None else f"{site.rate:g}") for site in walk.dropout_sites]
-    parts = [columns(rows) if walk.batch_norms else "no BN layer"]
-    parts.append(columns(sites) if walk.dropout_sites else "no dropout site")
-    if not walk.containers_trained:
-        parts.append("note: the model does not run in training mode without targets; only its leaf modules did")
-    if walk.left_alone:
-        parts.append("left alone: " + "; ".join(f"{item.name} ({item.reason})" for item in walk.left_alone))
-    return "\n\n".join(parts)
+def conversion_text(conversion: Conversion) -> str:
+    """What was read, what was written, and which tensors it now holds more than once."""
+    tensors = conversion.checkpoint.tensors
+    size = memory(sum(tensor.nbytes for tensor in tensors.values()))
+    parts = [f"read: {checkpoint_line(conversion.checkpoint)}"]
+    if conversion.checkpoint.left_out:
+        parts.append(f"left out: {listed(conversion.checkpoint.left_out)}")
+    for group in conversion.shared:
+        parts.append(f"share memory in the source, written once each: {listed(group)}")
+    parts.append(f"written: {conversion.output}")
+    parts.append(f"         {count(len(tensors), 'tensor')}, {size}, bit for bit; sha256 {conversion.output_sha256}")
+    return "\n".join(parts)
 
 
 def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,26 +12,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.unpickle import load_pickle
+from ckpt_tools.storage.exported import is_exported, load_exported
+from ckpt_tools.storage.foreign import foreign_archive, foreign_file
+from ckpt_tools.storage.pickles import load_pickle
+from ckpt_tools.storage.records import record_names
+from ckpt_tools.storage.torchscript import is_scripted, load_torchscript
 
 __all__ = ["Content", "load_content", "load_safetensors", "safetensors_header"]
 
 _LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER as pickle writes it
+_TAIL = 64 * 1024  # bytes of the table of contents that are looked at
 _HEADER_LIMIT = 100_000_000  # bytes, from the format's specification
 
-_OTHER_FILES = (
-    (b"version https://git-lfs", "a Git LFS pointer", "Fetch the file itself with `git lfs pull`."),
-    (b"\xff\xd8\xff", "a JPEG image", ""),
-    (b"\x89PNG", "a PNG image", ""),
-    (b"\x89HDF", "an HDF5 file", "Convert Keras weights to PyTorch first."),
-    (b"\x93NUMPY", "a numpy array", ""),
-    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
-    (b"BZh", "a bzip2 archive", "Unpack it first."),
-    (b"7z\xbc\xaf", "a 7-zip archive", "Unpack it first."),
-    (b"<!DOCTYPE", "a web page", "The download gave an error page; fetch the file again."),
-    (b"<!doctype", "a web page", "The download gave an error page; fetch the file again."),
-    (b"<html", "a web page", "The download gave an error page; fetch the file again."),
-    (b"\x80", "a pickle that torch.save did not write", "Load it with pickle and torch.save its state dict."),
+_PICKLE = re.compile(  # protocols 2 to 5; protocol 0 and 1: a mark and a container, or a global
+    rb"\x80[\x02-\x05]|\([dl]p?\d*\n|\}q|\]q|c[A-Za-z_][\w.]*\n[\w.]+\n|\(i[\w.]+\n"
 )
 
 
@@ -41,6 +36,8 @@ class Content:
     format: str
     root: object
     metadata: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, object] = field(default_factory=dict)  # from files beside it
+    load: Callable[[Mapping[str, object]], Mapping[str, object]] = dict  # reads the stand-ins in a part of ``root``
 
 
 def load_content(path: Path, *, trust: bool = False) -> Content:
@@ -53,13 +50,35 @@ def load_content(path: Path, *, trust: bool = False) -> Content:
     if not head:
         raise CheckpointError(f"{path}: expected a checkpoint, found an empty file. Copy or download it again.")
     if head.startswith(b"PK\x03\x04"):
-        return Content("torch.save", load_pickle(path, trust=trust))
-    if _LEGACY_MAGIC in head[:32]:
+        return _load_archive(path, head, trust=trust)
+    if _LEGACY_MAGIC in head[:32] or _is_old_tar(head):
         return Content("torch.save (legacy)", load_pickle(path, trust=trust))
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _HEADER_LIMIT:
         tensors, metadata = load_safetensors(path)
         return Content("safetensors", tensors, metadata)
-    raise _not_a_checkpoint(path, head)
+    if _PICKLE.match(head):
+        return Content("pickle", load_pickle(path, trust=trust))
+    raise foreign_file(path, head)
+
+
+def _load_archive(path: Path, head: bytes, *, trust: bool) -> Content:
+    names = {"data.pkl"} if _is_plain(path, head) else record_names(path)
+    if is_exported(names):
+        return Content("torch.export", load_exported(path))
+    if is_scripted(names):
+        tensors, words = load_torchscript(path)
+        return Content("TorchScript", tensors, words=words)
+    if "data.pkl" not in names:
+        raise foreign_archive(path, names)
+    return Content("torch.save", load_pickle(path, trust=trust))
+
+
+def _is_plain(path: Path, head: bytes) -> bool:
+    """Whether torch.save wrote an archive: the pickle comes first. Spares listing thousands of records."""
+    length = int.from_bytes(head[26:28], "little")
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        return head[30 : 30 + length].endswith(b"/data.pkl") and b"/constants.pkl" not in file.read()
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -102,21 +121,6 @@ def _promised_size(path: Path) -> int:
         return 0
 
 
-def _not_a_checkpoint(path: Path, head: bytes) -> CheckpointError:
-    known = [(what, advice) for signature, what, advice in _OTHER_FILES if head.startswith(signature)]
-    what, advice = known[0] if known else (_tar_text_or_bytes(head), "")
-    return CheckpointError(
-        f"{path}: expected a checkpoint (torch.save or safetensors), found {what}. "
-        + (advice or "Give the file that the training script saved.")
-    )
-
-
-def _tar_text_or_bytes(head: bytes) -> str:
-    if head[257:262] == b"ustar":
-        return "a tar archive of other files"
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # a character cut in two by our own reading does not count
-            return f"bytes of no known format, starting with {head[:8].hex(' ')}"
-    return "a text file"
+def _is_old_tar(head: bytes) -> bool:
+    """PyTorch 0.1 saved a tar archive whose first member is ``sys_info``."""
+    return head[257:262] == b"ustar" and head.startswith((b"sys_info", b"./sys_info"))

@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.storage.averages import averaged_copies
+from ckpt_tools.storage.modules import module_state
+from ckpt_tools.storage.pickles import Opaque
 
-__all__ = ["Entry", "choose_entry", "list_entries", "sort_remainder"]
+__all__ = ["Entry", "as_mapping", "choose_entry", "is_trainer_state", "list_entries", "sort_remainder"]
 
 # Entries that timm, torchvision references, Lightning, BasicSR, DeepSpeed and plain scripts save weights under.
 _WEIGHTS = frozenset(
     {"state_dict", "model", "model_state_dict", "model_state", "model_weights", "net", "net_state_dict", "network"}
-    | {"network_state_dict", "weights", "params", "module"}
+    | {"network_state_dict", "weights", "params", "module", "current_model_state"}
 )
 _AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "polyak"})
+_SWAPPED = frozenset({"state_dict", "current_model_state", "averaging_state"})  # Lightning's WeightAveraging
 _TRAINER = ("optim", "sched", "scaler", "rng", "random")  # how a word in the name begins
 _SETTINGS = frozenset({"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"})
+
+_FEW = 16
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A state dict and where it stands: ``path`` is () for the top level."""
+    """A state dict and where it stands: ``path`` is () for the top level.
+
+    ``copy`` is the prefix of an averaged copy within a larger state dict, which ``whole`` then is; ``source`` is the
+    module whose state dict this is, if one was pickled.
+    """
 
     path: tuple[str, ...]
     state: Mapping[str, object]
+    averaged: bool = False  # over training steps (EMA, SWA)
+    copy: str = ""
+    whole: Mapping[str, object] | None = None
+    source: object = None
 
     @property
     def name(self) -> str:
         """The path as the user sees it and writes it after ``--weights``."""
-        return ".".join(self.path)
-
-    @property
-    def averaged(self) -> bool:
-        """Whether these are weights averaged over training steps (EMA, SWA)."""
-        return any(not _AVERAGED.isdisjoint(_tokens(part)) for part in self.path)
+        return ".".join((*self.path, self.copy.rstrip("."))).rstrip(".")
 
     @property
     def rank(self) -> tuple[bool, int]:
@@ -48,21 +58,31 @@ class Entry:
 
 def list_entries(root: object) -> list[Entry]:
     """Every state dict at the top level and up to two levels down; optimizer states are none."""
-    return list(_search(root, ()))
+    return [entry for found in _search(root, (), False) for entry in _split(found)]
 
 
-def choose_entry(entries: list[Entry], weights: str, where: object) -> Entry:
+def as_mapping(root: object) -> object:
+    """What stands at the top of a file as a mapping, where it has parts: a pair by index, an object by attribute."""
+    if isinstance(root, list | tuple) and len(root) <= _FEW:
+        return {str(i): value for i, value in enumerate(root)}
+    if isinstance(root, Opaque) and isinstance(root.state, Mapping) and module_state(root) is None:
+        return root.state
+    return root
+
+
+def choose_entry(root: object, weights: str, where: object) -> Entry:
     """The entry that ``weights`` asks for: "auto" (averaged ones if there are any), "model", "ema" or a name.
 
     Raises CheckpointError if there is none, or more than one.
     """
+    entries = list_entries(root)
     found = ", ".join(entry.name or "(top level)" for entry in entries)
-    named = [entry for entry in entries if entry.path and entry.name == weights]
+    named = [entry for entry in entries if entry.name and entry.name == weights]
     pool = named or _pool(entries, weights)
     if not entries:
         raise CheckpointError(
             f"{where}: expected a state dict (names to tensors) at the top level or up to two levels down, found none. "
-            "Save model.state_dict() with torch.save."
+            f"Save model.state_dict() with torch.save{_trust(root)}."
         )
     if not pool:
         kind = {"model": "weights that are not averaged", "ema": "averaged (EMA) weights"}
@@ -100,28 +120,64 @@ def sort_remainder(root: object, chosen: Entry) -> tuple[dict[str, object], list
     return words, left_out
 
 
+def is_trainer_state(key: str) -> bool:
+    """Whether an entry's name says that it is the optimizer's, the scheduler's and the like."""
+    return "." not in key and any(token.startswith(_TRAINER) for token in _tokens(key))
+
+
+def _trust(root: object) -> str:
+    """Advice for a file with objects that only their own code can open."""
+    values = list(root.values()) if isinstance(root, Mapping) else [root]
+    names = [value.name for value in values if isinstance(value, Opaque)]
+    shown = "".join(c for c in names[0][:100] if c.isprintable()) if names else ""
+    return f", or pass --trust if you trust the file: {shown} in it can then run any code" if shown else ""
+
+
 def _pool(entries: list[Entry], weights: str) -> list[Entry]:
     averaged = [entry for entry in entries if entry.averaged]
     plain = [entry for entry in entries if not entry.averaged]
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(value: object, path: tuple[str, ...]) -> Iterator[Entry]:
-    if isinstance(value, nn.Module):  # only a trusted pickle holds one
-        value = value.state_dict()
-    if not isinstance(value, Mapping):
+def _search(value: object, path: tuple[str, ...], averaged: bool) -> Iterator[Entry]:
+    state = value if isinstance(value, Mapping) else _state_of(value)
+    if state is None:
         return
-    found = _holds_weights(value)
+    found = _holds_weights(state)
     if found:
-        yield Entry(path, value)
+        yield Entry(path, state, averaged, source=None if state is value else value)
     # The top level may hold a stray tensor beside the state dict; deeper down a state dict ends the search.
-    if len(path) < 2 and not (found and path):
-        for key, inner in value.items():
+    if state is value and len(path) < 2 and not (found and path):
+        swapped = state.keys() >= _SWAPPED
+        for key, inner in state.items():
             if isinstance(key, str) and not _is_aside(key):
-                yield from _search(inner, (*path, key))
+                means = not _AVERAGED.isdisjoint(_tokens(key)) or (swapped and key == "state_dict")
+                yield from _search(inner, (*path, key), averaged or means)
 
 
-def _holds_weights(value: Mapping[object, object]) -> bool:
+def _state_of(value: object) -> Mapping[str, object] | None:
+    """The state dict of a whole module, trusted and alive or read as a tree of placeholders."""
+    return value.state_dict() if isinstance(value, nn.Module) else module_state(value)
+
+
+def _split(entry: Entry) -> list[Entry]:
+    """A state dict in which a training module kept an averaged copy of its model is two entries."""
+    copies = [] if entry.averaged else averaged_copies(entry.state)
+    if not copies:
+        return [entry]
+    roots = tuple(copy.root for copy in copies)
+    rest = {key: value for key, value in entry.state.items() if not key.startswith(roots)}
+    parts = {
+        copy.prefix: {key: value for key, value in entry.state.items() if key.startswith(copy.prefix)}
+        for copy in copies
+    }
+    return [
+        replace(entry, state=rest, whole=entry.state),
+        *(replace(entry, state=part, averaged=True, copy=copy, whole=entry.state) for copy, part in parts.items()),
+    ]
+
+
+def _holds_weights(value: Mapping[Any, object]) -> bool:
     """Names to tensors, at least one of which is no mere number; no optimizer state."""
     if "param_groups" in value or not all(isinstance(key, str) for key in value):
         return False
@@ -129,7 +185,7 @@ def _holds_weights(value: Mapping[object, object]) -> bool:
 
 
 def _is_word(key: str, value: object) -> bool:
-    if _is_trainer_state(key) or (isinstance(value, Mapping) and "param_groups" in value):
+    if is_trainer_state(key) or (isinstance(value, Mapping) and "param_groups" in value):
         return False
     if any(isinstance(x, Tensor) and x.dim() > 0 for x in (value if isinstance(value, list) else [value])):
         return False
@@ -140,15 +196,11 @@ def _is_aside(key: str) -> bool:
     """Whether an entry's name says that it holds no weights. Keys with dots are parameters, not entries."""
     if "." in key:
         return key.endswith("._extra_state")
-    return _is_trainer_state(key) or _is_settings(key)
+    return is_trainer_state(key) or _is_settings(key)
 
 
 def _is_settings(key: str) -> bool:
     return not _SETTINGS.isdisjoint(_tokens(key))
-
-
-def _is_trainer_state(key: str) -> bool:
-    return "." not in key and any(token.startswith(_TRAINER) for token in _tokens(key))
 
 
 def _tokens(name: str) -> list[str]:

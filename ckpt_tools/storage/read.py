@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.content import Content
-from ckpt_tools.storage.entries import choose_entry, list_entries, sort_remainder
+from ckpt_tools.storage.entries import Entry, as_mapping, choose_entry, sort_remainder
 from ckpt_tools.storage.keys import plain_tensors, strip_wrappers
+from ckpt_tools.storage.modules import module_class, module_rates
+from ckpt_tools.storage.pickles import Opaque
+from ckpt_tools.storage.quantised import missing_batch_norm
 from ckpt_tools.storage.source import Source, find_source, load_source, sha256
 from ckpt_tools.storage.words import plain_words
 
@@ -18,14 +24,15 @@ __all__ = ["read_checkpoint", "read_part", "sha256", "under"]
 
 
 def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = False) -> Checkpoint:
-    """Read a state dict from a ``torch.save`` file, a safetensors file, a folder of shards or its index.
+    """Read a state dict from any format that PyTorch's libraries save: torch.save files with state dicts or whole
+    modules, safetensors, TorchScript, torch.export, folders of shards, Hugging Face folders, distributed checkpoints.
 
     The state dict may stand at the top level or under the names that common training scripts use. ``weights``
     is "auto" (averaged weights where there are any, as timm's own loader does), "model", "ema", or the name of
     an entry. Tensors are on the CPU and memory-mapped where the format permits: read them before the file
     changes. Nothing in the file is executed unless ``trust`` is set.
 
-    Raises CheckpointError, and its subclass BlockedPickle for a pickle that would need ``trust``.
+    Raises CheckpointError.
     """
     source = find_source(Path(path))
     content = load_source(source, trust=trust)
@@ -63,19 +70,53 @@ def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
 
 
 def _extract(source: Source, content: Content, weights: str) -> Checkpoint:
-    entry = choose_entry(list_entries(content.root), weights, source.path)
-    words, beside = sort_remainder(content.root, entry)
-    wrapped, odd = plain_tensors(entry.state, source.path)
+    root = as_mapping(content.root)
+    entry = choose_entry(root, weights, source.path)
+    words, beside = sort_remainder(root, entry)
+    state = content.load(entry.state)
+    wrapped, odd = _plain(state, source.path)
     tensors, prefix, counters = strip_wrappers(wrapped)
     if not entry.path:  # "epoch" and the like among the tensors themselves
-        words = {key: entry.state[key] for key in odd}
+        words = {key: state[key] for key in odd}
     return Checkpoint(
         path=source.path,
         format=content.format,
         tensors=tensors,
         weights=entry.name,
         prefix=prefix,
-        words=plain_words(words),
+        words=plain_words({**content.words, **content.load(words), **_recorded(entry, prefix)}),
         metadata=content.metadata,
-        left_out=(*beside, *odd, *counters),
+        left_out=(*beside, *_other_parts(entry), *odd, *counters),
+        module=_module(entry, prefix),
     )
+
+
+def _plain(state: Mapping[str, object], where: object) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        return plain_tensors(state, where)
+    except CheckpointError as error:
+        found = missing_batch_norm(state)
+        if found is None:
+            raise
+        raise CheckpointError(f"{where}: expected dense tensors, found {found}") from error
+
+
+def _recorded(entry: Entry, prefix: str) -> dict[str, object]:
+    """What a pickled module says about itself: its class, and the drop rates of its submodules."""
+    module = entry.source
+    if module is None or isinstance(module, nn.Module):
+        return {}
+    for name in prefix.split(".")[:-1]:  # out of the wrappers whose prefix the keys lost
+        module = module.state["_modules"][name] if isinstance(module, Opaque) else None  # type: ignore[index]
+    return {"module": {"class": module_class(module), "rates": module_rates(module)}}
+
+
+def _module(entry: Entry, prefix: str) -> nn.Module | None:
+    """The trusted model itself, out of the wrappers whose prefix its keys lost."""
+    return entry.source.get_submodule(prefix.rstrip(".")) if isinstance(entry.source, nn.Module) else None
+
+
+def _other_parts(entry: Entry) -> list[str]:
+    """The parts of a larger state dict of which the entry is one."""
+    others = [key for key in entry.whole or () if key not in entry.state]
+    return [f"{name} ({count} tensors)" for name, count in Counter(key.partition(".")[0] for key in others).items()]

@@ -1,27 +1,35 @@
-"""Which files make up a checkpoint: one file, or the shards that an index lists."""
+"""Which files make up a checkpoint: one file, the shards that an index lists, or a distributed checkpoint's folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.storage.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.content import Content, load_content
+from ckpt_tools.storage.distributed import METADATA, SHARD, load_distributed
+from ckpt_tools.storage.foreign import foreign_folder
+from ckpt_tools.storage.sidecar import hub_weights, is_trainer_file, sidecar_words
 
 __all__ = ["Source", "find_source", "load_source", "sha256"]
 
 _INDEX = ".index.json"
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one checkpoint. ``shard_of`` maps each key to its shard's name; None for a single file."""
+    """The files of one checkpoint.
+
+    ``shard_of`` maps each key to its shard's name, as an index says; None for a single file and for a distributed
+    checkpoint, whose ``index`` is its metadata.
+    """
 
     path: Path
     files: tuple[Path, ...]
@@ -34,6 +42,8 @@ def find_source(path: Path) -> Source:
     try:
         if path.is_dir():
             return _in_folder(path)
+        if path.name == METADATA or path.suffix == SHARD:
+            return _by_part(path)
         if path.is_file():
             return _indexed(path, path) if path.name.endswith(_INDEX) else Source(path, (path,))
     except OSError as error:
@@ -44,6 +54,16 @@ def find_source(path: Path) -> Source:
 
 def load_source(source: Source, *, trust: bool = False) -> Content:
     """Read all files of a checkpoint; shards become one mapping in the index's order. Raises CheckpointError."""
+    content = _weights(source, trust)
+    return replace(content, words={**content.words, **sidecar_words(source.path)})
+
+
+def _weights(source: Source, trust: bool) -> Content:
+    if source.shard_of is None and source.index is not None:
+        found = load_distributed(source.index.parent)
+        return Content("torch.distributed.checkpoint", found.root, load=found.load)
+    if len(source.files) > 1 and source.shard_of is None:
+        return Content(f"safetensors, {len(source.files)} ranks", load_rank_files(source.files))
     if source.shard_of is None:
         return load_content(source.files[0], trust=trust)
     shards = {file.name: load_content(file, trust=trust) for file in source.files}
@@ -63,7 +83,7 @@ def sha256(path: Path | str) -> str:
         digests = [(_file_digest(file), file.name) for file in source.files]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
-    if source.shard_of is None:
+    if source.shard_of is None and source.index is None and len(digests) == 1:
         return digests[0][0]
     return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in digests).encode()).hexdigest()
 
@@ -74,7 +94,13 @@ def _file_digest(path: Path) -> str:
 
 
 def _in_folder(folder: Path) -> Source:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name))
+    if METADATA in names:
+        return _distributed(folder, names)
+    if ranks := [folder / name for name in names if is_rank_file(name)]:
+        return Source(folder, tuple(ranks))
+    if hub := hub_weights(names):
+        return _indexed(folder, folder / hub) if hub.endswith(_INDEX) else Source(folder, (folder / hub,))
     indices = [name for name in names if name.endswith(_INDEX)]
     if len(indices) > 1:  # Hugging Face repositories often hold the same weights in both formats
         indices = [name for name in indices if "safetensors" in name] or indices
@@ -83,9 +109,26 @@ def _in_folder(folder: Path) -> Source:
     single = indices or [name for name in names if name.endswith(_SUFFIXES)]
     if len(single) == 1:
         return Source(folder, (folder / single[0],))
+    if not single and (foreign := foreign_folder(folder, names)):
+        raise foreign
     found = f"{len(single)} candidates ({', '.join(single[:5])})" if single else "no checkpoint in it"
     raise CheckpointError(
         f"{folder}: expected a folder with one *{_INDEX} or one checkpoint file, found {found}. Give the file itself."
+    )
+
+
+def _distributed(folder: Path, names: list[str]) -> Source:
+    files = [folder / name for name in names if name == METADATA or name.endswith(SHARD)]
+    return Source(folder, tuple(files), folder / METADATA)
+
+
+def _by_part(path: Path) -> Source:
+    """The checkpoint that a file of a distributed one belongs to; only the metadata can speak for the others."""
+    if path.name == METADATA:
+        return _distributed(path.parent, sorted(file.name for file in path.parent.iterdir()))
+    raise CheckpointError(
+        f"{path}: expected a checkpoint, found one shard of a distributed checkpoint. "
+        f"Give the folder that also holds its {METADATA} file."
     )
 
 

@@ -1,0 +1,249 @@
+"""transformers: https://github.com/huggingface/transformers. Imported only where a name or a config.json asks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ckpt_adapters import image_processor, said
+from ckpt_adapters.construct import construct, suggestion, unknown_keyword
+from ckpt_adapters.sizes import size_of
+from ckpt_tools.contract import InputSpec, Recipe
+from ckpt_tools.errors import ArchitectureError
+
+# What a config.json holds besides the arguments of its class; labels count, their names do not.
+_ASIDE = {
+    *("architectures", "model_type", "transformers_version", "_name_or_path", "_commit_hash", "auto_map", "dtype"),
+    *("torch_dtype", "id2label", "label2id", "problem_type", "quantization_config", "torchscript", "return_dict"),
+    *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "use_cache"),
+}
+_WRAPPERS = {"timm_wrapper", "timm_backbone"}  # models of timm in a cover of transformers
+_PROBED_RATE = 0.2
+_MISREAD = (ValueError, TypeError, LookupError, ZeroDivisionError)  # settings of another meaning
+
+
+class TransformersAdapter:
+    """Model classes of transformers (``ResNetForImageClassification``); keyword arguments are those of the config.
+
+    Code that comes with a checkpoint (``auto_map``) is never run, and nothing is looked up on the Hub.
+    """
+
+    prefix = "transformers"
+
+    def architectures(self) -> Sequence[str]:
+        """Nothing: listing them would import the library. ``build`` suggests names."""
+        return ()
+
+    def recognise(self, words: Mapping[str, object]) -> Recipe | None:
+        """A folder of ``save_pretrained``: ``words["config"]`` is its config.json."""
+        config = said.hub_config(words)
+        kind = config.get("model_type")
+        if not isinstance(kind, str) or kind in _WRAPPERS:
+            return None
+        name = _class_name(config, kind)
+        if name is None:
+            return None
+        kwargs = {key: value for key, value in config.items() if key not in _ASIDE}
+        labels = config.get("id2label")
+        if isinstance(labels, Mapping):
+            kwargs["num_labels"] = len(labels)
+        with contextlib.suppress(ArchitectureError):  # ``build`` will say it
+            known = _known(_model_class(name))
+            kwargs = {key: value for key, value in kwargs.items() if key in known}
+        rates = {key: value for key, value in kwargs.items() if "drop" in key and _is_rate(value)}
+        return Recipe(self.prefix, name, rates | kwargs, "recorded" if rates else "unknown")
+
+    def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
+        """A model of that class with a config of these arguments, without weights."""
+        known = _known(_model_class(name))
+        for keyword in kwargs:
+            if keyword not in known:
+                raise ArchitectureError(unknown_keyword(f"transformers:{name}", keyword, known))
+        return construct(f"transformers:{name}", _maker(name), kwargs)
+
+    def class_kwargs(
+        self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
+    ) -> dict[str, object]:
+        """``num_labels`` and ``num_channels``, as far as the config takes them and tensors tell them."""
+        make, known = _maker(name), _known(_model_class(name))
+        sizes = {
+            keyword: size_of(make, kwargs, keyword, axis, shapes)
+            for keyword, axis in (("num_labels", 0), ("num_channels", 1))
+            if keyword in known
+        }
+        return {keyword: size for keyword, size in sizes.items() if size}
+
+    def rate_kwargs(self, name: str) -> tuple[str, ...]:
+        """Fields of the config that are drop rates, also those that hold one a stage."""
+        return _rate_kwargs(name)
+
+    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
+        """By ``words["preprocessor"]`` (preprocessor_config.json), else by the image processor of the model's type.
+
+        None for models that eat something other than images.
+        """
+        del name
+        config: Any = getattr(model, "config", None)
+        if getattr(model, "main_input_name", "") != "pixel_values" or config is None:
+            return None
+        stored = words.get("preprocessor")
+        settings = stored if isinstance(stored, Mapping) else {}
+        kind, defaults = _processor(settings, str(config.model_type))
+        channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
+        size, origin = (int(channels), side), f"transformers {kind or 'config'}"
+        if settings:
+            with contextlib.suppress(*_MISREAD):
+                return image_processor.input_spec(settings, defaults, *size, "preprocessor_config.json")
+        with contextlib.suppress(*_MISREAD):
+            return image_processor.input_spec({}, defaults, *size, origin)
+        return None
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except Exception as error:
+        raise ArchitectureError(
+            f"this architecture is one of transformers, which cannot be imported ({type(error).__name__}: {error}). "
+            "Install it: pip install 'ckpt-tools[transformers]'."
+        ) from error
+
+
+@functools.cache
+def _model_class(name: str) -> Any:
+    """A model class of the installed library by its name. Raises ArchitectureError."""
+    library = _library()
+    cls = None
+    if name in dir(library):  # nothing else leads anywhere, whatever a config.json says
+        with contextlib.suppress(Exception):  # it needs a package that is not installed
+            cls = getattr(library, name)
+    if isinstance(cls, type) and issubclass(cls, library.PreTrainedModel) and getattr(cls, "config_class", None):
+        return cls
+    alike = [one for one in dir(library) if one[:2].lower() == name[:2].lower()]  # of several thousands
+    known = [one for one in alike if one.endswith(("Model", "Backbone")) or "For" in one]
+    raise ArchitectureError(
+        f"transformers:{name}: expected a model class of transformers {library.__version__}, found {name!r}."
+        f"{suggestion(name, known)} Code that comes with a checkpoint is not run; name your own class as "
+        "--arch package.module:Class."
+    )
+
+
+def _class_name(config: Mapping[str, object], kind: str) -> str | None:
+    """The class that wrote the config, else the plain model of its type."""
+    written = config.get("architectures")
+    if isinstance(written, list | tuple) and written and isinstance(written[0], str):
+        return written[0]
+    try:
+        auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    except Exception:  # noqa: BLE001 - not installed, or broken: then nobody knows
+        return None
+    found = auto.MODEL_MAPPING_NAMES.get(kind)
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _fields(cls: Any) -> dict[str, Any]:
+    """The config's arguments with their defaults."""
+    config = cls.config_class
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception), _offline():
+        told = dict(config().to_dict())
+        aliases = getattr(config, "attribute_map", {})
+        return told | {alias: told.get(field) for alias, field in aliases.items()} | {"num_labels": 2}
+    return {"num_labels": 2}  # a config that cannot be made without arguments
+
+
+def _known(cls: Any) -> list[str]:
+    return [field for field in _fields(cls) if field not in _ASIDE]
+
+
+@functools.cache
+def _rate_kwargs(name: str) -> tuple[str, ...]:
+    cls = _model_class(name)
+    rates = [field for field in _known(cls) if "drop" in field and _is_rate(_fields(cls)[field])]
+    return tuple(rate for rate in rates if _takes(cls, rate))
+
+
+def _takes(cls: Any, rate: str) -> bool:
+    """Some fields are declared as whole numbers."""
+    try:
+        _configured(cls, {rate: _PROBED_RATE})
+    except Exception:  # noqa: BLE001 - the library checks types in its own way
+        return False
+    return True
+
+
+def _is_rate(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_rate(item) for item in value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _maker(name: str) -> Callable[..., object]:
+    cls = _model_class(name)
+
+    def make(**kwargs: object) -> object:
+        with warnings.catch_warnings(), _offline():
+            warnings.simplefilter("ignore")  # about fields that are older or newer than the library
+            return cls(_configured(cls, kwargs))
+
+    return make
+
+
+def _configured(cls: Any, kwargs: Mapping[str, object]) -> Any:
+    """The config; a number for a field that holds one a stage goes for every stage."""
+    fields = _fields(cls)
+    spread = {
+        key: [value] * len(fields[key])
+        if isinstance(value, int | float) and "drop" in key and isinstance(fields.get(key), list | tuple)
+        else _without_downloads(value)
+        for key, value in kwargs.items()
+    }
+    return cls.config_class.from_dict(_without_downloads(spread))
+
+
+def _without_downloads(value: Any) -> Any:
+    """A backbone's published weights are not wanted: they come from the checkpoint."""
+    if isinstance(value, Mapping):
+        return {k: False if k == "use_pretrained_backbone" else _without_downloads(v) for k, v in value.items()}
+    return [_without_downloads(item) for item in value] if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """The Hub's client refuses every request, also where a config asks for another model's."""
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _processor(settings: Mapping[str, object], kind: str) -> tuple[str, dict[str, Any]]:
+    """Name and defaults of the image processor that the settings name, or that goes with a model type."""
+    wanted = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    if isinstance(wanted, str):
+        name = wanted.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    else:
+        name = _paired(kind)
+    library = _library()
+    if name in dir(library) and name.endswith("ImageProcessor"):
+        with contextlib.suppress(Exception):  # it needs a package that is not installed
+            return name, dict(getattr(library, name)().to_dict())
+    return "", {}
+
+
+def _paired(kind: str) -> str:
+    with contextlib.suppress(Exception):  # another version of the library keeps its table elsewhere
+        auto = importlib.import_module("transformers.models.auto.image_processing_auto")
+        found = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
+        names = found.values() if isinstance(found, Mapping) else found
+        return next((str(name) for name in names or () if name and not str(name).endswith(("Fast", "Pil"))), "")
+    return ""

@@ -1,0 +1,86 @@
+"""The architectures that a state dict resembles, where none fits, and what differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify.digest import Shapes
+from ckpt_tools.identify.index import Entry, Near, shipped
+from ckpt_tools.identify.keys import compare
+from ckpt_tools.identify.recipe import plain
+from ckpt_tools.identify.skeleton import shapes_of, skeleton
+
+_SHORTLIST = 8  # architectures that are built to see what really differs
+_LIKELY = 0.2  # of a sketch: what chance gives once in a hundred models
+_RESEMBLES = 0.1  # share of common tensors below which a name would only mislead
+
+
+@dataclass(frozen=True)
+class Close:
+    """``fitting`` of the architecture's ``total`` tensors are there; ``share`` is that of all tensors of both."""
+
+    architecture: str
+    fitting: int
+    total: int
+    share: float
+    difference: str
+
+    def __str__(self) -> str:
+        return f"{self.architecture} ({self.fitting} of {self.total} tensors fit; first difference {self.difference})"
+
+
+def closest(shapes: Shapes, count: int = 3) -> list[Close]:
+    """The most similar architectures by exact comparison of a shortlist, the closest first.
+
+    Neither the class count nor the input channels make a difference.
+    """
+    likely = [near for near in shipped().nearest(shapes, _SHORTLIST) if near.likeness >= _LIKELY]
+    found = [close for near in likely if (close := _compared(shapes, near)) is not None]
+    found.sort(key=lambda close: -close.share)
+    return [close for close in found[:count] if close.share >= _RESEMBLES]
+
+
+def closest_lines(shapes: Shapes) -> str:
+    """For a message: the closest three and what differs, or that nothing resembles the tensors."""
+    found = closest(shapes)
+    if not found:
+        libraries = " or ".join(f"{name} {version}" for name, version in shipped().versions.items())
+        return f"No architecture of {libraries} resembles it."
+    return "Closest by its tensors:\n  " + "\n  ".join(map(str, found))
+
+
+def _compared(shapes: Shapes, near: Near) -> Close | None:
+    try:
+        adapter, recipe = plain(near.entry.architecture)
+        wanted = shapes_of(skeleton(adapter, recipe.name, {}))
+    except ArchitectureError:  # the library's version has it no more
+        return None
+    inner = {key.removeprefix(near.prefix): s for key, s in shapes.items() if key.startswith(near.prefix)}
+    outer = tuple(key for key in shapes if not key.startswith(near.prefix))
+    present = _adapted(inner, wanted, near.entry)
+    found = compare(wanted, present)
+    fitting = len(wanted) - len(found.reshaped) - len(found.missing)
+    share = fitting / max(1, len(wanted) + len(found.unexpected) + len(outer))
+    difference = _first(found.keys, wanted, present) or f"{outer[0] if outer else 'its head'}: only in the checkpoint"
+    return Close(near.entry.architecture, fitting, len(wanted), share, difference)
+
+
+def _adapted(shapes: Shapes, wanted: Shapes, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """The shapes with the architecture's own class count and input channels, so that these count for nothing."""
+    free = {*entry.head, *entry.stem}
+    return {
+        key: wanted[key] if key in free and key in wanted and len(wanted[key]) == len(shape) else shape
+        for key, shape in shapes.items()
+    }
+
+
+def _first(keys: tuple[str, ...], wanted: Shapes, present: Shapes) -> str:
+    """The first difference in the order of the architecture's keys."""
+    order = {key: i for i, key in enumerate([*wanted, *present])}
+    key = min(keys, key=lambda one: order[one], default="")
+    if key in wanted and key in present:
+        return f"{key}: {wanted[key]} there, {present[key]} in the checkpoint"
+    if key in wanted:
+        return f"{key}: the checkpoint lacks it"
+    return f"{key}: only in the checkpoint" if key else ""

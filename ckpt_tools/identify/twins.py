@@ -1,0 +1,116 @@
+"""Which architectures of the same keys compute the same function: one forward of each on the same random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ckpt_tools.contract import Checkpoint, InputSpec
+from ckpt_tools.identify.candidate import Candidate
+from ckpt_tools.identify.naming import preference
+
+_SIDE = 96  # pixels; models of a fixed size are run at theirs
+_LARGEST = 250_000_000  # values; a larger model is not run to be told from its like: that takes a minute
+_SAME = 1e-4  # relative difference of the outputs; other padding or pooling gives 0.1 to 1
+
+
+def one_of_each(checkpoint: Checkpoint, candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """One candidate a function, the others as its ``twins``: same output, same input shape, mean and deviation.
+
+    The first is what the file is called after, else timm's, else the one with the shortest name.
+    """
+    ordered = sorted(candidates, key=lambda one: preference(checkpoint.path, one.architecture))
+    if len(ordered) < 2:
+        return tuple(ordered)
+    groups: list[_Group] = []
+    small = sum(tensor.numel() for tensor in checkpoint.tensors.values()) <= _LARGEST
+    for spec, members in _by_input(ordered).items():
+        groups += _by_response(members, spec if small else None)
+    return tuple(replace(group.first, twins=tuple(one.architecture for one in group.others)) for group in groups)
+
+
+@dataclass(frozen=True)
+class _Group:
+    first: Candidate
+    others: list[Candidate]
+    response: Tensor | None
+
+
+def _by_input(candidates: Sequence[Candidate]) -> dict[InputSpec | None, list[Candidate]]:
+    """Candidates by what they eat; how an image is resized and cropped makes no other function."""
+    found: dict[InputSpec | None, list[Candidate]] = {}
+    for candidate in candidates:
+        spec = candidate.input_spec
+        found.setdefault(InputSpec(spec.shape, spec.mean, spec.std) if spec else None, []).append(candidate)
+    return found
+
+
+def _by_response(candidates: Sequence[Candidate], spec: InputSpec | None) -> list[_Group]:
+    groups: list[_Group] = []
+    for candidate in candidates:
+        answer = response(candidate, spec.shape) if spec and len(candidates) > 1 else None
+        same = next((group for group in groups if _same(group.response, answer)), None)
+        if same:
+            same.others.append(candidate)
+        else:
+            groups.append(_Group(candidate, [], answer))
+    return groups
+
+
+def response(candidate: Candidate, shape: Sequence[int]) -> Tensor | None:
+    """The model's output, flattened, for two random inputs under random weights; None if it cannot be run.
+
+    The weights follow from the keys and their order, so that two architectures of the same keys get the same.
+    """
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = candidate.adapter.build(candidate.recipe.name, candidate.recipe.kwargs).float().eval()
+        _randomise(model)
+        small = (*shape[:-2], *(min(side, _SIDE) for side in shape[-2:]))
+        for size in dict.fromkeys((small, tuple(shape))):
+            sample = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
+            try:
+                return _flat(model(sample))
+            except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
+                continue  # of a fixed size, or it wants something else than an image
+    return None
+
+
+def _randomise(model: nn.Module) -> None:
+    """Weights that keep a signal's size; BatchNorm normalises by the batch, so that depth hides no difference."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for key, tensor in model.state_dict().items():
+        if key in weights and tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
+            scaled = noise * fan_in**-0.5 if tensor.dim() > 1 else 0.1 * noise + key.endswith("weight")
+            tensor.copy_(scaled)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+
+
+def _flat(output: object) -> Tensor | None:
+    """Every number of an output in one row; None where there is none to compare."""
+    found = list(_tensors(output))
+    row = torch.cat(found) if found else torch.zeros(0)
+    return row if row.numel() and bool(row.isfinite().all()) and float(row.std(correction=0)) > 0 else None
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output.float().reshape(-1)
+    elif isinstance(output, Mapping):
+        yield from (row for value in output.values() for row in _tensors(value))
+    elif isinstance(output, list | tuple):
+        yield from (row for value in output for row in _tensors(value))
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None or first.shape != second.shape:
+        return False
+    return float((first - second).norm()) <= _SAME * float(first.norm())

@@ -1,0 +1,83 @@
+"""Conversion from file to file: any checkpoint that can be read, as one safetensors file of the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import OutputError
+from ckpt_tools.jobs.places import default_output
+from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.storage.write import check_output, save
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """Everything the user asks for. ``output`` None: NAME.safetensors beside the checkpoint."""
+
+    checkpoint: Path
+    output: Path | None = None
+    weights: str = "auto"
+    trust: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What happened. ``shared``: groups of keys whose tensors shared memory and are now written once each."""
+
+    checkpoint: Checkpoint
+    output: Path
+    source_sha256: str
+    output_sha256: str
+    shared: tuple[tuple[str, ...], ...]
+
+
+def convert(request: ConvertRequest) -> Conversion:
+    """Write one state dict of a checkpoint as a safetensors file: every tensor bit for bit, in the same order.
+
+    Wrapper prefixes are removed from the keys. Raises any CkptToolsError; then no output is left behind.
+    """
+    output = request.output or _default(request.checkpoint)
+    check_output(output, request.checkpoint, overwrite=request.overwrite)
+    checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
+    digest = sha256(request.checkpoint)
+    said = {"expect": "nothing", "source_sha256": digest}
+    written = save(output, checkpoint, {}, provenance=said, overwrite=request.overwrite)
+    return Conversion(checkpoint, output, digest, written, shared_memory(checkpoint.tensors))
+
+
+def shared_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
+    """Groups of keys whose tensors lie in the same memory, wholly or in part, in the order of the keys."""
+    order = {key: place for place, key in enumerate(tensors)}
+    extents = sorted((tensor.data_ptr(), _end(tensor), key) for key, tensor in tensors.items() if tensor.numel())
+    groups: list[list[str]] = []
+    reach = 0
+    for start, end, key in extents:
+        if start < reach:
+            groups[-1].append(key)
+        else:
+            groups.append([key])
+        reach = max(reach, end)
+    found = [tuple(sorted(group, key=order.__getitem__)) for group in groups if len(group) > 1]
+    return tuple(sorted(found, key=lambda group: order[group[0]]))
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind the last element; views may have gaps."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _default(checkpoint: Path) -> Path:
+    output = default_output(checkpoint)
+    if output == checkpoint.absolute():
+        raise OutputError(
+            f"{checkpoint}: expected another name for the copy, found a .safetensors file already. "
+            f"Give one with -o, e.g. -o {output.stem}.copy.safetensors."
+        )
+    return output

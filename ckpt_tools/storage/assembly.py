@@ -1,0 +1,92 @@
+"""Whole tensors from the chunks that several ranks saved."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ckpt_tools.errors import CheckpointError
+
+__all__ = ["assembled", "is_rank_file", "load_rank_files"]
+
+_RANK_FILE = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_OFFSETS = "DCP_SHARDING_INFO"  # torch/distributed/checkpoint/_hf_utils.py
+
+Ints = tuple[int, ...]
+
+
+def assembled(where: object, name: str, size: Ints, parts: Mapping[Ints, Tensor]) -> Tensor:
+    """The tensor of shape ``size`` whose chunks start at the keys of ``parts``. Raises CheckpointError for gaps."""
+    types = {part.dtype for part in parts.values()}
+    fits = all(
+        len(start) == part.dim() == len(size)
+        and all(a + n <= m for a, n, m in zip(start, part.shape, size, strict=True))
+        for start, part in parts.items()
+    )
+    if len(types) != 1 or not fits or prod(size) > sum(part.numel() for part in parts.values()):
+        raise _incomplete(where, name, size)
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    result = torch.empty(size, dtype=types.pop())
+    filled = torch.zeros(size, dtype=torch.bool)
+    for start, part in parts.items():
+        window = tuple(slice(first, first + count) for first, count in zip(start, part.shape, strict=True))
+        result[window] = part
+        filled[window] = True
+    if not bool(filled.all()):
+        raise _incomplete(where, name, size)
+    return result
+
+
+def is_rank_file(name: str) -> bool:
+    """Whether HuggingFaceStorageWriter gives this name to what one rank saves."""
+    return _RANK_FILE.fullmatch(name) is not None
+
+
+def load_rank_files(files: tuple[Path, ...]) -> dict[str, Tensor]:
+    """The tensors of all ranks' safetensors files, put together by the offsets in their metadata.
+
+    Raises CheckpointError.
+    """
+    found: dict[str, dict[Ints, Tensor]] = {}
+    for file in files:
+        for key, (start, tensor) in _parts(file).items():
+            found.setdefault(key, {})[start] = tensor
+    return {key: assembled(files[0].parent, key, _size(parts), parts) for key, parts in found.items()}
+
+
+def _parts(file: Path) -> dict[str, tuple[Ints, Tensor]]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            said = json.loads((opened.metadata() or {})[_OFFSETS])
+            return {key: (_offsets(said[key]["saved_offsets"]), opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own and the system's
+        raise CheckpointError(
+            f"{file}: expected one rank's part of a checkpoint with the offsets of its tensors, found none ({error}). "
+            "The file is damaged or was cut short; copy or download it again."
+        ) from error
+
+
+def _offsets(said: object) -> Ints:
+    if not isinstance(said, list) or not all(type(x) is int and 0 <= x < 2**40 for x in said):
+        raise ValueError(f"the offsets {said!r:.80}")
+    return tuple(said)
+
+
+def _size(parts: Mapping[Ints, Tensor]) -> Ints:
+    dims = min(min(len(start), part.dim()) for start, part in parts.items())
+    return tuple(max(start[i] + part.shape[i] for start, part in parts.items()) for i in range(dims))
+
+
+def _incomplete(where: object, name: str, size: Ints) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {name}: expected chunks of one type that cover all of {size}, found others. "
+        "A rank's file is missing or belongs to another run; fetch the folder again."
+    )

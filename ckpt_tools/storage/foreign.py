@@ -1,0 +1,112 @@
+"""Files and folders that are no checkpoints of PyTorch: what they are, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from ckpt_tools.errors import CheckpointError
+
+__all__ = ["foreign_archive", "foreign_file", "foreign_folder"]
+
+_FRESH = "The download gave an error page; fetch the file again."
+_UNPACK = "Unpack it first."
+_CONVERT = "Convert its weights to PyTorch first (a state dict saved with torch.save or as safetensors)."
+_TF = (
+    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in transformers, and save them."
+)
+_FLAX = "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_flax=True) in transformers."
+_GGUF = "It holds quantised weights of a language model; give the checkpoint that it was converted from."
+_ONNX = "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was exported from."
+
+_SIGNATURES = (
+    (rb"version https://git-lfs", "a Git LFS pointer", "Fetch the file itself with `git lfs pull`."),
+    (rb"\xff\xd8\xff", "a JPEG image", ""),
+    (rb"\x89PNG", "a PNG image", ""),
+    (rb"%PDF", "a PDF document", ""),
+    (rb"\x89HDF", "an HDF5 file, as Keras writes it", _TF),
+    (rb"\x93NUMPY", "a numpy array", ""),
+    (rb"GGUF", "a GGUF file", _GGUF),
+    (rb"(?s).{4}TFL3", "a TensorFlow Lite model", _TF),
+    (rb"(?s).{4}ET\d\d", "an ExecuTorch program", "Give the checkpoint that it was exported from."),
+    (rb"\x08\x01\x12", "a TensorFlow SavedModel", _TF),
+    (rb"\x08[\x02-\x14][\x12\x1a\x22\x28\x32\x3a]", "an ONNX model", _ONNX),
+    (rb"[\x81-\x8f][\xa1-\xbf][ -~]|\xde\x00.[\xa1-\xbf][ -~]", "a msgpack file, as Flax writes it", _FLAX),
+    (rb"\x1f\x8b", "a gzip archive", _UNPACK),
+    (rb"BZh", "a bzip2 archive", _UNPACK),
+    (rb"7z\xbc\xaf", "a 7-zip archive", _UNPACK),
+    (rb"\xfd7zXZ", "an xz archive", _UNPACK),
+    (rb"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (rb"Rar!", "a RAR archive", _UNPACK),
+    (rb"(?i)\s*<(!doctype|html)", "a web page", _FRESH),
+    (rb"\s*<\?xml", "an XML file", ""),
+)
+
+_ARCHIVES = (
+    (r"model\.weights\.h5$", "a Keras model", _TF),
+    (r"\.npy$", "an archive of numpy arrays (.npz)", "Save them as a state dict: torch.save({name: tensor, …}, path)."),
+    (r"(^|/)\.data/extern_modules$", "a torch.package archive", "It holds code; torch.save the model's state_dict()."),
+    (
+        r"^([^/]+/)?model\.json$",
+        "a TorchScript archive of PyTorch 1.3 or older",
+        "Load and save it with PyTorch 1.4–2.4.",
+    ),
+    (r"(^|/)mlmodel$|\.mlmodel$", "a Core ML package", _CONVERT),
+)
+
+_FOLDERS = (
+    (r"^saved_model\.pb$", "a TensorFlow SavedModel", _TF),
+    (r"\.data-\d{5}-of-\d{5}$", "a TensorFlow checkpoint", _TF),
+    (r"^(_METADATA|_CHECKPOINT_METADATA|manifest\.ocdbt)$", "an Orbax checkpoint of JAX", _CONVERT),
+    (r"^(flax_model\.msgpack|tf_model\.h5)$", "a Hugging Face folder without PyTorch weights", _FLAX),
+    (
+        r"^(zero_to_fp32\.py|latest)$",
+        "a DeepSpeed checkpoint",
+        "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and give what it writes.",
+    ),
+    (r"\.distcp$", "shards of a distributed checkpoint without their .metadata", "Fetch the whole folder again."),
+)
+
+
+def foreign_file(path: Path, head: bytes) -> CheckpointError:
+    """The error for a file that is no checkpoint, from its first bytes (about 512)."""
+    known = [(what, advice) for signature, what, advice in _SIGNATURES if re.match(signature, head)]
+    what, advice = known[0] if known else (_tar_text_or_bytes(head), "")
+    return CheckpointError(
+        f"{path}: expected a checkpoint (torch.save or safetensors), found {what}. "
+        + (advice or "Give the file that the training script saved.")
+    )
+
+
+def foreign_archive(path: Path, names: Collection[str]) -> CheckpointError:
+    """The error for a zip archive that is no checkpoint, from the names of its records."""
+    what, advice = _named(_ARCHIVES, names) or (
+        "a zip archive that torch.save did not write",
+        "If it holds a checkpoint, unpack it and give the file inside.",
+    )
+    return CheckpointError(f"{path}: expected a checkpoint, found {what}. {advice}")
+
+
+def foreign_folder(folder: Path, names: Collection[str]) -> CheckpointError | None:
+    """The error for a folder in another library's layout, from the names in it; None for any other folder."""
+    known = _named(_FOLDERS, names)
+    return CheckpointError(f"{folder}: expected a checkpoint, found {known[0]}. {known[1]}") if known else None
+
+
+def _named(table: tuple[tuple[str, str, str], ...], names: Collection[str]) -> tuple[str, str] | None:
+    for pattern, what, advice in table:
+        if any(re.search(pattern, name) for name in names):
+            return what, advice
+    return None
+
+
+def _tar_text_or_bytes(head: bytes) -> str:
+    if head[257:262] == b"ustar":
+        return "a tar archive of other files"
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:  # a character cut in two by our own reading does not count
+            return f"bytes of no known format, starting with {head[:8].hex(' ')}"
+    return "a text file"

@@ -1,0 +1,69 @@
+"""What can be wrong with a pickle, and how much of it is read before that counts as wrong, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["Fault", "Limits", "endless"]
+
+_KEY_ITEMS = 64  # a tuple is a fine key; a tree of them takes forever to hash
+_KEY_LIMIT = 1 << 60  # larger integers can be chosen to share one hash
+
+
+class Fault(Exception):
+    """What was found instead of a sound pickle, as the middle of a sentence: "found …"."""
+
+
+@dataclass
+class Limits:
+    """What one file may cost. The largest sound checkpoints need a few million instructions.
+
+    ``copies`` are items (of lists, of texts, of bytes) that instructions touch again after they were read: none in
+    most files, each of them once or twice in old protocols.
+    """
+
+    instructions: int = 50_000_000
+    copies: int = 20_000_000
+    nesting: int = 8  # pickles inside pickles
+
+    @classmethod
+    def of(cls, nbytes: int) -> Limits:
+        """The limits of a file of this size."""
+        return cls(copies=cls.copies + 4 * nbytes)
+
+    def charge(self, items: int) -> None:
+        """Take some of the copies that are left. Raises Fault if there are too few."""
+        self.copies -= items
+        if self.copies < 0:
+            raise endless()
+
+    def check_keys(self, keys: Iterable[object]) -> None:
+        """Refuse keys of a dict or a set that cannot be hashed, or not in a bounded time. Raises Fault."""
+        for key in keys:
+            if type(key) is not str:
+                self.charge(_check_key(key))
+
+
+def endless() -> Fault:
+    """What to say of a file that reached its limits."""
+    return Fault("a pickle that unfolds to far more than its own size")
+
+
+def _check_key(key: object) -> int:
+    """How many values hashing the key touches."""
+    todo, seen = [key], 0
+    while todo:
+        item = todo.pop()
+        seen += 1
+        if isinstance(item, tuple):
+            if seen + len(todo) + len(item) > _KEY_ITEMS:
+                raise Fault("a pickle with an endless key in a dict")
+            todo.extend(item)
+        elif isinstance(item, list | dict | set | bytearray | slice) or _is_long(item):
+            raise Fault(f"a pickle with a key of a dict that cannot be one ({type(item).__name__})")
+    return seen
+
+
+def _is_long(item: object) -> bool:
+    return isinstance(item, int) and abs(item) > _KEY_LIMIT

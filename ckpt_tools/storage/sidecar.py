@@ -1,0 +1,78 @@
+"""What stands beside the weights: ``config.json`` and ``preprocessor_config.json`` of Hugging Face and timm folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckpt_tools.errors import CheckpointError
+
+__all__ = ["hub_weights", "is_trainer_file", "sidecar_words"]
+
+_SIDECARS = {"config": "config.json", "preprocessor": "preprocessor_config.json"}
+_LIMIT = 32 * 2**20  # bytes; label names of 20,000 classes take one
+# In the order in which transformers looks for them.
+_HUB_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+_SHARD = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
+_TRAINER = re.compile(r"(optimizer|scheduler|scaler|rng_state(_\d+)?|training_args)\.(pt|pth|bin)")
+# One of these tells the config of a model from a settings file that happens to have the name.
+_MARKS = frozenset({"architecture", "architectures", "model_type", "pretrained_cfg", "model_cfg"})
+
+
+def hub_weights(names: list[str]) -> str | None:
+    """The weights among the names in a folder in Hugging Face's layout, safetensors before pickles; None without."""
+    return next((name for name in _HUB_WEIGHTS if name in names), None)
+
+
+def is_trainer_file(name: str) -> bool:
+    """Whether a file lies in the folders of transformers' Trainer beside the weights, and is none."""
+    return _TRAINER.fullmatch(name) is not None
+
+
+def sidecar_words(path: Path) -> dict[str, object]:
+    """What the JSON files beside a checkpoint say, under "config" and "preprocessor"; empty if there are none.
+
+    ``path`` is the folder or the file that the user gave; beside a file they count only if it is named as weights of
+    the Hugging Face hub are and the config is one of a model. Raises CheckpointError for a damaged one.
+    """
+    if path.is_dir():
+        return _said(path)
+    if path.name not in _HUB_WEIGHTS and not _SHARD.fullmatch(path.name):
+        return {}
+    words = _said(path.absolute().parent)
+    config = words.get("config")
+    return words if isinstance(config, Mapping) and not _MARKS.isdisjoint(config) else {}
+
+
+def _said(folder: Path) -> dict[str, object]:
+    files = {word: folder / name for word, name in _SIDECARS.items()}
+    found = {word: _parsed(file) for word, file in files.items() if file.is_file()}
+    return {word: content for word, content in found.items() if content}
+
+
+def _parsed(file: Path) -> dict[str, object]:
+    try:
+        size = file.stat().st_size
+        if size > _LIMIT:
+            raise ValueError(f"{size:,} bytes")
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: expected the JSON description of the model beside it, found none ({error}). "
+            "Fetch it again, or move it away and give --arch."
+        ) from error
+    return content

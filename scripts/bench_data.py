@@ -1,0 +1,306 @@
+"""How often the check of the training data is right: false alarms on the right data, misses on wrong data.
+
+Small nets of many families are trained on what scikit-learn ships. Then random subsets of 256 images, half of them from
+the training split and half held out, go through the check as they should, and as they should not. Colliding pairs of
+architectures (same keys, another function) are told apart by the data. One run on one quiet core takes about half
+an hour with all 200 subsets; --subsets 40 shortens it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+from bench_data_nets import CIFAR, CLASSES, HALF, IMAGENET, MNIST, TRAININGS, Training, normalisation, trained, vgg
+from bench_data_nets import from_timm
+from bench_data_sets import SIZE, ImageSet, cropped, image_set, resized
+from torch import Tensor, nn
+
+from ckpt_tools import walk
+from ckpt_tools.contract import InputSpec, Walk
+from ckpt_tools.errors import ModelError
+from ckpt_tools.jobs.data_check import DataVerdict, check_data
+from ckpt_tools.reestimate.agreement import best_candidate, measure
+
+RESULTS = Path(__file__).with_suffix(".json")
+IMAGES = 256
+QUANTILES = (0.0, 0.5, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A trained net with what it was trained on."""
+
+    training: Training
+    model: nn.Module
+    walk: Walk
+    data: ImageSet
+    mean: Tensor
+    std: Tensor
+
+    def spec(self, mean: Tensor | None = None, std: Tensor | None = None) -> InputSpec:
+        mean, std = self.mean if mean is None else mean, self.std if std is None else std
+        shape = (self.data.channels, SIZE, SIZE)
+        return InputSpec(shape, tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is handed to the check: a batch, and the preprocessing in force (None: floats from a file)."""
+
+    batch: Tensor
+    spec: InputSpec | None
+
+
+def subset(net: Net, number: int) -> Tensor:
+    """Indices of 256 images, from the training split for even numbers, held out for odd ones."""
+    split = net.data.held_out if number % 2 else net.data.train
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(number))
+    return split[order[:IMAGES]]
+
+
+def right(net: Net, chosen: Tensor) -> Given:
+    return _normalised(net, resized(net.data.source[chosen]))
+
+
+def _normalised(net: Net, pixels: Tensor) -> Given:
+    return Given((pixels.float() / 255 - net.mean) / net.std, net.spec())
+
+
+Wrong = Callable[[Net, Tensor], Given]
+
+
+def wrong_kinds(net: Net) -> Iterator[tuple[str, str, Wrong]]:
+    """Kind, variant and maker of everything that is wrong for this net."""
+    if net.training.norm:
+        yield "no normalisation", "0–1", lambda net, i: _rescaled(net, i, (0.0,), (1.0,))
+        yield "no normalisation", "0–1, from a file", lambda net, i: replace(_rescaled(net, i, (0,), (1,)), spec=None)
+    yield "0–255", "0–255, from a file", lambda net, i: Given(resized(net.data.source[i]).float(), None)
+    for name, mean, std in _other_norms(net):
+        far = "another mean/std" if _apart(net, mean, std) > 0.3 else "another mean/std, near"
+        yield far, name, lambda net, i, mean=mean, std=std: _rescaled(net, i, mean, std)
+    if net.data.channels == 3:
+        yield "channels swapped", "BGR", lambda net, i: _normalised(net, resized(net.data.source[i]).flip(1))
+    for other in ("digits", "coloured", "photos", "china", "flower"):
+        if other != net.data.name and not (net.data.name == "photos" and other in ("china", "flower")):
+            yield "another data set", other, lambda net, i, other=other: _normalised(net, _other(net, other, len(i)))
+    yield "another resize", "half the size", lambda net, i: _normalised(net, resized(net.data.source[i], SIZE // 2))
+    yield "another resize", "twice the size", lambda net, i: _normalised(net, resized(net.data.source[i[:96]], 2 * SIZE))
+    yield "another resize", "heavy blur", lambda net, i: _normalised(net, resized(resized(net.data.source[i], 6)))
+    yield "another resize, near", "centre crop 70 %", lambda net, i: _normalised(
+        net, resized(cropped(net.data.source[i], 0.7))
+    )
+    yield "another resize, near", "nearest", lambda net, i: _normalised(net, resized(net.data.source[i], how="nearest"))
+    yield "another resize, near", "bicubic", lambda net, i: _normalised(net, resized(net.data.source[i], how="bicubic"))
+
+
+def _rescaled(net: Net, chosen: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Given:
+    m, s = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (mean, std))
+    m, s = (v.expand(net.data.channels, 1, 1) for v in (m, s))
+    return Given((resized(net.data.source[chosen]).float() / 255 - m) / s, net.spec(m, s))
+
+
+def _other_norms(net: Net) -> Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]:
+    known = {"ImageNet": IMAGENET, "CIFAR-10": CIFAR, "0.5/0.5": HALF, "MNIST": MNIST, "0.3/0.15": ((0.3,), (0.15,))}
+    for name, (mean, std) in known.items():
+        if net.data.channels == 1 and len(mean) == 3:
+            mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+        if _apart(net, mean, std) > 1e-3:
+            yield name, mean, std
+
+
+def _apart(net: Net, mean: tuple[float, ...], std: tuple[float, ...]) -> float:
+    """How far another normalisation is, as the distance of inputs that are standard normal with the right one."""
+    m, s = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, std))
+    return float((((net.mean - m) / s).square() + 2 * (net.std / s).log().square()).sqrt().mean())
+
+
+def _other(net: Net, name: str, count: int) -> Tensor:
+    data = image_set(name)
+    chosen = data.source[data.held_out[torch.randperm(len(data.held_out))[:count]]]
+    if net.data.channels == 1:
+        chosen = chosen.float().mean(1, keepdim=True).to(torch.uint8)
+    return resized(chosen.expand(-1, net.data.channels, -1, -1))
+
+
+def checked(net: Net, given: Given, *, rates_known: bool = True) -> DataVerdict | None:
+    """The verdict; None if the model cannot run on such a batch, which is an answer, too."""
+    try:
+        return check_data(
+            net.model,
+            [given.batch],
+            net.walk,
+            given.spec,
+            preprocessed=given.spec is None,
+            rates_known=rates_known,
+            usual_size=(net.data.channels, SIZE, SIZE),
+        )
+    except ModelError:
+        return None
+
+
+def prepared(training: Training) -> Net:
+    data = image_set(training.data)
+    model = trained(training)
+    found = walk(model, torch.zeros(2, data.channels, SIZE, SIZE))
+    return Net(training, model, found, data, *normalisation(training, data))
+
+
+def measured(net: Net, subsets: int, wrong: int) -> dict[str, object]:
+    """Everything about one net: false alarms with quantiles of the scores, and the refusals by kind and variant."""
+    verdicts = [checked(net, right(net, subset(net, number))) for number in range(subsets)]
+    fair = [verdict for verdict in verdicts if verdict is not None and verdict.early is not None]
+    unknown = [checked(net, right(net, subset(net, n)), rates_known=False) for n in range(min(subsets, wrong))]
+    rates: dict[str, dict[str, list[int]]] = {}
+    for kind, variant, make in wrong_kinds(net):
+        found = [checked(net, make(net, subset(net, 1000 + number))) for number in range(wrong)]
+        ran = [verdict for verdict in found if verdict is not None]
+        if ran:  # a model that cannot run on it has refused
+            rates.setdefault(kind, {})[variant] = [sum(v.verdict == "disagree" for v in ran), len(ran)]
+    return {
+        "net": net.training.name,
+        "data": net.data.name,
+        "false alarms": [sum(v.verdict == "disagree" for v in fair), len(fair)],
+        "false alarms, rates unknown": [sum(v is not None and v.verdict == "disagree" for v in unknown), len(unknown)],
+        "early": _quantiles([v.early for v in fair if v.early is not None]),
+        "deep": _quantiles([v.deep for v in fair if v.deep is not None]),
+        "refused": rates,
+    }
+
+
+def _quantiles(values: list[float]) -> list[float]:
+    if not values:
+        return []
+    points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+    return [round(value, 4) for value in points.tolist()]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two architectures with the same keys and shapes, and other functions."""
+
+    title: str
+    builds: dict[str, Callable[[int], nn.Module]]
+    data: str
+
+
+PAIRS = (
+    Pair("pooling", {"max": vgg, "mean": lambda c: vgg(c, nn.AvgPool2d)}, "coloured"),
+    Pair("anti-aliasing", {"no": from_timm("resnet18", output_stride=32),
+                           "mean": from_timm("resnet18", aa_layer="avg")}, "photos"),
+    Pair("padding", {"symmetric": from_timm("test_efficientnet"),
+                     "as in TensorFlow": from_timm("test_efficientnet", pad_type="same")}, "photos"),
+    Pair("activation", {"ReLU": from_timm("resnet10t"), "SiLU": from_timm("resnet10t", act_layer="silu")}, "photos"),
+)  # fmt: skip
+
+
+def told_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
+    """How often the data picks the architecture that was trained."""
+    picked = {"right": 0, "wrong": 0, "none": 0}
+    ratios = []
+    for name, build in pair.builds.items():
+        training = Training(f"{pair.title}: {name}", build, pair.data, IMAGENET, epochs, 64, "f", "adam", 1e-3)
+        net = prepared(training)
+        candidates = {other: make(net.data.channels) for other, make in pair.builds.items()}
+        for model in candidates.values():
+            model.load_state_dict(net.model.state_dict())
+        for number in range(wrong):
+            batch = right(net, subset(net, number)).batch
+            scores = {
+                other: measure(model, [batch], net.walk, rates_known=True, normalise="batch")
+                for other, model in candidates.items()
+            }
+            best = best_candidate(scores)
+            picked["none" if best is None else "right" if best == name else "wrong"] += 1
+            others = min(score.score or 0.0 for other, score in scores.items() if other != name)
+            ratios.append((scores[name].score or 0.0) / max(others, 1e-9))
+    return {"pair": pair.title, **picked, "score right / wrong": _quantiles(ratios)}
+
+
+@click.command(help=__doc__)
+@click.option("--subsets", default=200, show_default=True, help="Random subsets of the right data, for each net.")
+@click.option("--wrong", default=10, show_default=True, help="Subsets for each variant of wrong data.")
+@click.option("--only", default="", help="Nets whose name contains this; nothing is stored.")
+@click.option("--quick", is_flag=True, help="Two nets, a few subsets; nothing is stored.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder for trained nets.")
+def main(subsets: int, wrong: int, only: str, quick: bool, keep: Path | None) -> None:
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    chosen = [training for training in TRAININGS if only in training.name]
+    if quick:
+        chosen, subsets, wrong = [t for t in chosen if "mlp" in t.name or t.name == "vgg"][:3], 4, 2
+    results = {"nets": [], "pairs": []}
+    for training in chosen:
+        net = _kept(training, keep)
+        results["nets"].append(measured(net, subsets, wrong))
+        click.echo(_line(results["nets"][-1]))
+    if not quick and not only:
+        results["pairs"] = [told_apart(pair, 2 * wrong) for pair in PAIRS]
+    click.echo(table(results))
+    click.echo(f"{time.perf_counter() - started:.0f} s")
+    if not quick and not only:
+        results["seconds"] = round(time.perf_counter() - started)
+        RESULTS.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+
+
+def _kept(training: Training, keep: Path | None) -> Net:
+    """The net, from an earlier run if there is one."""
+    if keep is None:
+        return prepared(training)
+    keep.mkdir(parents=True, exist_ok=True)
+    file = keep / f"{training.name.replace(' ', '_')}.pt"
+    if not file.exists():
+        torch.save(trained(training).state_dict(), file)
+    data = image_set(training.data)
+    model = training.build(data.channels)
+    model.load_state_dict(torch.load(file))
+    model.eval()
+    found = walk(model, torch.zeros(2, data.channels, SIZE, SIZE))
+    return Net(training, model, found, data, *normalisation(training, data))
+
+
+def _line(result: dict) -> str:
+    alarms, count = result["false alarms"]
+    refused = {kind: _share(list(variants.values())) for kind, variants in result["refused"].items()}
+    words = ", ".join(f"{kind} {share}" for kind, share in refused.items())
+    early, deep = result["early"] or [0], result["deep"] or [0]
+    unknown = "/".join(map(str, result["false alarms, rates unknown"]))
+    return (
+        f"{result['net']} ({result['data']}): {alarms}/{count} false alarms (rates unknown {unknown}), early ≤ "
+        f"{early[-1]:.2f}, deep ≤ {deep[-1]:.2f}; refused: {words}"
+    )
+
+
+def _share(counts: list[list[int]]) -> str:
+    refused, of = (sum(column) for column in zip(*counts, strict=True))
+    return f"{100 * refused / of:.0f} %"
+
+
+def table(results: dict) -> str:
+    """The README's table: kinds with their rates over all nets."""
+    kinds: dict[str, dict[str, list[list[int]]]] = {}
+    for net in results["nets"]:
+        for kind, variants in net["refused"].items():
+            for variant, counts in variants.items():
+                kinds.setdefault(kind, {}).setdefault(variant, []).append(counts)
+    alarms = [net["false alarms"] for net in results["nets"] if net["false alarms"][1]]
+    lines = ["", "| data | refused | by variant |", "|---|---|---|"]
+    lines.append(f"| the training data | {sum(a for a, _ in alarms)} of {sum(n for _, n in alarms)} | |")
+    for kind, variants in kinds.items():
+        parts = ", ".join(f"{variant} {_share(counts)}" for variant, counts in variants.items())
+        lines.append(f"| {kind} | {_share([c for counts in variants.values() for c in counts])} | {parts} |")
+    for pair in results["pairs"]:
+        count = pair["right"] + pair["wrong"] + pair["none"]
+        lines.append(f"| {pair['pair']}: right architecture | {pair['right']} of {count} | wrong {pair['wrong']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    assert CLASSES
+    main()

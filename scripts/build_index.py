@@ -1,0 +1,103 @@
+"""Build the index that tells the architecture of a bare state dict: every timm and torchvision model, without weights.
+
+scripts/build_index                          # writes ckpt_tools/identify/index.json.gz
+scripts/build_index --check                  # does the shipped one say what the installed libraries give?
+scripts/build_index --check --only '*:resnet*'
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
+
+import click
+from torch.nn import init
+from zoo_models import Checked, architectures, checked
+
+from ckpt_tools import plugins
+from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify.index import Entry, Index, encode, entry_for, shipped
+from ckpt_tools.identify.skeleton import CHANNELS, CLASSES, following, shapes_of, skeleton
+
+TARGET = Path(__file__).parent.parent / "ckpt_tools" / "identify" / "index.json.gz"
+LIBRARIES = ("timm", "torchvision")
+LARGEST_FILE = 60_000  # bytes
+# Heads that a default build leaves out, and that published weights have.
+OPTIONAL_HEADS = {"torchvision": {"aux_loss": True}}
+
+
+@dataclass(frozen=True)
+class Indexed(Checked):
+    entry: Entry | None = None
+
+
+@contextmanager
+def no_initialisation() -> Iterator[None]:
+    """Constructors that fill no tensor: half the time, and none of them asks for values on the meta device."""
+    names = [name for name in vars(init) if name.endswith("_") and not name.startswith("_")]
+    with mock.patch.multiple(init, **dict.fromkeys(names, lambda tensor, *_args, **_kwargs: tensor)):
+        yield
+
+
+def index_one(architecture: str) -> Indexed:
+    adapter, name = plugins.resolve(architecture)
+    with no_initialisation():
+        own = shapes_of(skeleton(adapter, name, {}))
+        head = following(adapter, name, {}, CLASSES, own)
+        stem = following(adapter, name, {}, CHANNELS, own)
+        try:
+            extra = OPTIONAL_HEADS.get(adapter.prefix)
+            head |= following(adapter, name, extra, CLASSES) if extra else frozenset()
+        except ArchitectureError:
+            pass  # it has no such head
+    return Indexed(architecture, entry=entry_for(architecture, own, head, stem))
+
+
+def compare(found: Index, only: str) -> list[str]:
+    """A line for every architecture about which the shipped index says something else."""
+    known = {entry.architecture: entry for entry in shipped().entries if fnmatch.fnmatch(entry.architecture, only)}
+    new = {entry.architecture: entry for entry in found.entries}
+    versions = shipped().versions
+    lines = [
+        f"{lib} {v}, the index has {versions.get(lib)}" for lib, v in found.versions.items() if versions.get(lib) != v
+    ]
+    lines += [f"{name}: not in the index" for name in new.keys() - known.keys()]
+    lines += [f"{name}: in the index, not in the library" for name in known.keys() - new.keys()]
+    return lines + [f"{name}: has other tensors" for name in new.keys() & known.keys() if new[name] != known[name]]
+
+
+@click.command(help=__doc__)
+@click.option("--check", is_flag=True, help="Compare with the index that ships; exit 1 if it differs.")
+@click.option("--only", default="*", metavar="PATTERN", help="With --check: names such as 'timm:resnet*'.")
+@click.option("--jobs", default=2, show_default=True)
+def main(check: bool, only: str, jobs: int) -> None:
+    if only != "*" and not check:
+        raise click.UsageError("--only goes with --check: an index of some models would name these for all.")
+    started = time.perf_counter()
+    found: list[Indexed] = checked(index_one, list(architectures(only)), jobs, None)
+    for one in found:
+        if one.failure:
+            print(f"FAILED {one.architecture}: {one.failure}")
+    entries = tuple(one.entry for one in found if one.entry is not None)
+    index = Index({library: version(library) for library in LIBRARIES}, entries)
+    print(f"{len(entries)} of {len(found)} architectures in {time.perf_counter() - started:.0f} s")
+    if check:
+        differences = compare(index, only)
+        print("\n".join(sorted(differences)) or "the shipped index says the same")
+        sys.exit(1 if differences else 0)
+    data = encode(index)
+    print(f"{TARGET}: {len(data):,} bytes")
+    if len(data) > LARGEST_FILE:
+        sys.exit(f"expected at most {LARGEST_FILE:,} bytes")
+    TARGET.write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

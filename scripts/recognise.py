@@ -1,0 +1,202 @@
+"""How well does the index tell the architecture of a bare state dict? Every timm and torchvision model is asked.
+
+scripts/recognise                 # names and shapes of every model: as built, 7 classes, 1 channel, under a prefix
+scripts/recognise --closest 60    # … and of 60, one block renamed or a layer added: is it among the closest three?
+scripts/recognise --twins         # … and which colliding architectures compute the same function (minutes)
+scripts/recognise --saved 40      # 40 models saved by torch.save and loaded by ckpt_tools.load
+
+Shapes come from models without weights; the look-up sees nothing else of a file.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+from build_index import no_initialisation
+from torch import nn
+from tqdm import tqdm
+from zoo_models import Checked, architectures, brief, checked
+
+import ckpt_tools
+from ckpt_tools import plugins
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
+from ckpt_tools.identify.candidate import Candidate
+from ckpt_tools.identify.closest import closest
+from ckpt_tools.identify.digest import Shapes
+from ckpt_tools.identify.index import shipped
+from ckpt_tools.identify.recipe import plain
+from ckpt_tools.identify.skeleton import shapes_of, skeleton
+from ckpt_tools.identify.twins import one_of_each
+
+LARGEST = 1_000_000_000  # parameters of the models that count
+SMALL = 60_000_000  # parameters of the models that are saved
+VARIANTS: dict[str, dict[str, object]] = {"as built": {}, "7 classes": {"num_classes": 7}, "1 channel": {"in_chans": 1}}
+
+
+@dataclass(frozen=True)
+class Asked(Checked):
+    """What the first match names for each variant, and how long the look-up took."""
+
+    parameters: int = 0
+    names: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    seconds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranked(Checked):
+    """Whether the original is among the closest three, for each way of changing it."""
+
+    found: tuple[tuple[str, bool], ...] = ()
+
+
+def ask(architecture: str) -> Asked:
+    adapter, name = plugins.resolve(architecture)
+    names, seconds, parameters = [], [], 0
+    for variant, kwargs in VARIANTS.items():
+        try:
+            with no_initialisation():
+                model = skeleton(adapter, name, kwargs)
+        except ArchitectureError:
+            if not kwargs:
+                raise
+            continue  # it takes no such argument
+        shapes = shapes_of(model)
+        parameters = parameters or sum(parameter.numel() for parameter in model.parameters())
+        asked = {variant: shapes}
+        if not kwargs:
+            asked["under model."] = {f"model.{key}": shape for key, shape in shapes.items()}
+        for label, one in asked.items():
+            started = time.perf_counter()
+            match = next(shipped().matches(one), None)
+            seconds.append(time.perf_counter() - started)
+            names.append((label, match.architectures if match else ()))
+    return Asked(architecture, "", parameters, tuple(names), tuple(seconds))
+
+
+def rank(architecture: str) -> Ranked:
+    adapter, name = plugins.resolve(architecture)
+    with no_initialisation():
+        shapes = shapes_of(skeleton(adapter, name, {}))
+        same = next(shipped().matches(shapes)).architectures  # no digest tells these apart
+        changed = {"a block renamed": block_renamed(shapes), "a layer added": layer_added(shapes)}
+        found = {how: {close.architecture for close in closest(one)} for how, one in changed.items()}
+    return Ranked(architecture, found=tuple((how, not names.isdisjoint(same)) for how, names in found.items()))
+
+
+def block_renamed(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The innermost module around the middle tensor that holds at least five."""
+    block = list(shapes)[len(shapes) // 2]
+    while block.count(".") and sum(key.startswith(f"{block}.") for key in shapes) < 5:
+        block = block.rpartition(".")[0]
+    return {f"{block}.inner{key[len(block) :]}" if key.startswith(f"{block}.") else key: s for key, s in shapes.items()}
+
+
+def layer_added(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    return {**shapes, "neck.conv.weight": (64, 64, 3, 3), "neck.conv.bias": (64,)}
+
+
+def figures(found: list[Asked], variant: str) -> str:
+    named = {one.architecture: names for one in found for label, names in one.names if label == variant}
+    unique = sum(names == (architecture,) for architecture, names in named.items())
+    right = sum(architecture in names for architecture, names in named.items())
+    groups = len(set(named.values()))
+    return f"{variant}: {len(named)} asked, {unique} named alone, {right} in the right group, {groups} groups"
+
+
+def functions(found: list[Asked]) -> str:
+    """How many are told apart down to one function, and down to one function and input."""
+    groups = {names for one in found for label, names in one.names if label == "as built" and len(names) > 1}
+    counted = {one.architecture for one in found}
+    told = sum(names == (one.architecture,) for one in found for label, names in one.names if label == "as built")
+    for names in tqdm(sorted(groups), unit="group", file=sys.stderr):
+        adapter, name = plugins.resolve(names[0])
+        tensors = skeleton(adapter, name, {}).state_dict()
+        distinct = one_of_each(Checkpoint(Path("model.pt"), "", tensors), list(map(candidate, names)))
+        for one in distinct:
+            print("  " + " = ".join(one.names) + ("" if len(distinct) == 1 else "  (one of several)"))
+        told += sum(name in counted for name in names) if len(distinct) == 1 else 0
+    return f"as built, twins of one function taken as one: {told} of {len(found)} told without data"
+
+
+def candidate(architecture: str) -> Candidate:
+    adapter, recipe = plain(architecture)
+    model = skeleton(adapter, recipe.name, {})
+    return replace(Candidate(adapter, recipe, "shapes"), input_spec=adapter.input_spec(model, recipe.name, {}))
+
+
+def save_and_load(architecture: str, folder: Path) -> str:
+    """How a really saved file of random weights is recognised; starts with "wrong" if it is not."""
+    adapter, name = plugins.resolve(architecture)
+    path = folder / "model.pt"
+    torch.save(adapter.build(name, {}).state_dict(), path)
+    try:
+        loaded = ckpt_tools.load(path)
+    except AmbiguousArchitecture as error:
+        return "in the right group" if architecture in str(error) else f"wrong group: {error}"
+    right = architecture in (loaded.recipe.architecture, *loaded.twins)
+    return "told" if right else f"wrong: {loaded.recipe.architecture}"
+
+
+def saved(names: Iterable[str]) -> None:
+    answers: Counter[str] = Counter()
+    for name in tqdm(list(names), unit="model", file=sys.stderr):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                answer = save_and_load(name, Path(folder))
+            except Exception as error:
+                answer = f"wrong: {brief(error)}"
+        if answer.startswith("wrong"):
+            print(f"  {name}: {answer}")
+        answers[answer.partition(":")[0]] += 1
+    print("saved and loaded: " + ", ".join(f"{count} {answer}" for answer, count in answers.most_common()))
+
+
+def drawn(found: list[Asked], count: int, largest: int, keep: Callable[[Asked], bool] = bool) -> list[str]:
+    pool = sorted(one.architecture for one in found if one.parameters <= largest and keep(one))
+    return random.Random(0).sample(pool, min(count, len(pool)))
+
+
+@click.command(help=__doc__)
+@click.option("--only", default="*", metavar="PATTERN", help="Names such as 'timm:resnet*'.")
+@click.option("--jobs", default=2, show_default=True)
+@click.option("--closest", "close", default=0, metavar="N", help="Also change N models drawn at random.")
+@click.option("--twins", is_flag=True, help="Also run colliding architectures against each other.")
+@click.option("--saved", "files", default=0, metavar="N", help="Also save and load N models drawn at random.")
+def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
+    warnings.simplefilter("ignore")
+    next(shipped().matches(shapes_of(nn.Linear(1, 1))), None)  # read once, before the processes part
+    everything: list[Asked] = checked(ask, list(architectures(only)), jobs, None)
+    failures = [one for one in everything if one.failure]
+    found = [one for one in everything if not one.failure and one.parameters <= LARGEST]
+    for one in failures:
+        print(f"FAILED {one.architecture}: {one.failure}")
+    print(f"{len(found)} models up to {LARGEST:,} parameters, {len(everything) - len(found) - len(failures)} larger")
+    for variant in ("as built", "7 classes", "1 channel", "under model."):
+        print(figures(found, variant))
+    seconds = sorted(second for one in found for second in one.seconds)
+    worst = [seconds[len(seconds) // 2], seconds[int(0.99 * len(seconds))], seconds[-1]]
+    print("look-up: median {:.1f} ms, 99th percentile {:.1f} ms, longest {:.1f} ms".format(*(1000 * s for s in worst)))
+    if close:
+        ranked: list[Ranked] = checked(rank, drawn(found, close, LARGEST), jobs, None)
+        hits = Counter(how for one in ranked for how, hit in one.found if hit)
+        print(f"among the closest three, of {len(ranked)}: " + ", ".join(f"{how} {n}" for how, n in hits.items()))
+    if twins:
+        print(functions(found))
+    if files:
+        saved(drawn(found, files, SMALL))
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
