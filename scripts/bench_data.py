@@ -16,8 +16,19 @@ from pathlib import Path
 
 import click
 import torch
-from bench_data_nets import CIFAR, CLASSES, HALF, IMAGENET, MNIST, TRAININGS, Training, normalisation, trained, vgg
-from bench_data_nets import from_timm
+from bench_data_nets import (
+    CIFAR,
+    CLASSES,
+    HALF,
+    IMAGENET,
+    MNIST,
+    TRAININGS,
+    Training,
+    from_timm,
+    normalisation,
+    trained,
+    vgg,
+)
 from bench_data_sets import SIZE, ImageSet, cropped, image_set, resized
 from torch import Tensor, nn
 
@@ -90,10 +101,16 @@ def wrong_kinds(net: Net) -> Iterator[tuple[str, str, Wrong]]:
         if other != net.data.name and not (net.data.name == "photos" and other in ("china", "flower")):
             yield "another data set", other, lambda net, i, other=other: _normalised(net, _other(net, other, len(i)))
     yield "another resize", "half the size", lambda net, i: _normalised(net, resized(net.data.source[i], SIZE // 2))
-    yield "another resize", "twice the size", lambda net, i: _normalised(net, resized(net.data.source[i[:96]], 2 * SIZE))
+    yield (
+        "another resize",
+        "twice the size",
+        lambda net, i: _normalised(net, resized(net.data.source[i[:96]], 2 * SIZE)),
+    )
     yield "another resize", "heavy blur", lambda net, i: _normalised(net, resized(resized(net.data.source[i], 6)))
-    yield "another resize, near", "centre crop 70 %", lambda net, i: _normalised(
-        net, resized(cropped(net.data.source[i], 0.7))
+    yield (
+        "another resize, near",
+        "centre crop 70 %",
+        lambda net, i: _normalised(net, resized(cropped(net.data.source[i], 0.7))),
     )
     yield "another resize, near", "nearest", lambda net, i: _normalised(net, resized(net.data.source[i], how="nearest"))
     yield "another resize, near", "bicubic", lambda net, i: _normalised(net, resized(net.data.source[i], how="bicubic"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -92,6 +93,12 @@ def _canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_corpus_is_large() -> None:
     assert len(PICKLES) + len(FILES) >= 250
     assert len({make() for make in PICKLES.values()}) == len(PICKLES)
+
+
+@pytest.mark.parametrize("label", ["builtins.eval", "functools.partial", "INST", "OBJ", "protocol 4 of pickle itself"])
+def test_the_canary_would_sing(tmp_path: Path, label: str) -> None:
+    pickle.loads(PICKLES[label]())
+    (tmp_path / CANARY).unlink()
 
 
 @pytest.mark.parametrize("label", ALL)

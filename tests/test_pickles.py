@@ -316,14 +316,16 @@ def test_foreign_classes_are_opaque_but_readable(how: str) -> None:
     assert found["config"].name == f"{__name__}.Config"
     plain = {"lr": 0.1, "inner": {"a": 1}, "colour": "red", "items": "shadows nothing"}
     assert plain_words(found) == {
-        "config": plain, "settings": {"a": 1}, "names": ["x"], "type": f"<{__name__}.Config>", "id": str(uuid.UUID(int=5))
+        "config": plain,
+        "settings": {"a": 1}, "names": ["x"], "type": f"<{__name__}.Config>", "id": str(uuid.UUID(int=5))
     }  # fmt: skip
 
 
 def test_paths_devices_sizes_and_numbers() -> None:
     content = {
         "path": pathlib.PurePosixPath("/a/b"), "device": torch.device("cuda", 1), "size": torch.Size([1, 2]),
-        "deque": collections.deque([1], 3), "count": collections.Counter("aab"), "np": np.float32(0.5), "dt": np.dtype("f4"),
+        "deque": collections.deque([1], 3), "count": collections.Counter("aab"), "np": np.float32(0.5),
+        "dt": np.dtype("f4"),
     }  # fmt: skip
     for how in HOW:
         found = read(written(content, how))
@@ -388,7 +390,7 @@ def test_what_is_no_module() -> None:
         assert module_class(value) == ""
 
 
-# --- errors and trust --------------------------------------------------------------------------------------------------
+# --- errors and trust ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -407,8 +409,8 @@ def test_errors_name_the_file_and_the_next_step(tmp_path: Path) -> None:
         load_pickle(tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_pickle(tmp_path / "gone.pt")
+    torch.save({}, tmp_path / "y.pt")
     with pytest.raises(CheckpointError, match=r"there is no other\.pkl"):
-        torch.save({}, tmp_path / "y.pt")
         load_archive(tmp_path / "y.pt", "other.pkl")
 
 

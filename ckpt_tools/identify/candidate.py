@@ -13,7 +13,7 @@ from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.digest import tops
-from ckpt_tools.identify.keys import common_prefix, compare, fill, misfit
+from ckpt_tools.identify.keys import common_prefix, compare, computed, fill, misfit
 from ckpt_tools.identify.recorded import recorded_rates, set_rates
 from ckpt_tools.identify.skeleton import CLASSES, following, shapes_of, skeleton
 from ckpt_tools.storage.read import under
@@ -64,7 +64,7 @@ def settle(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, obj
         recipe = _sized(part, adapter, candidate.recipe, given)
         model = skeleton(adapter, name, recipe.kwargs)
         wanted = shapes_of(model)
-    found = compare(wanted, part.shapes)
+    found = compare(wanted, part.shapes, computed(model))
     head: tuple[str, ...] = ()
     if found.keys:
         head = tops(following(adapter, name, recipe.kwargs, CLASSES))

@@ -56,12 +56,18 @@ class Differences:
         return any(top(key) == attribute for key in self.keys)
 
 
-def compare(wanted: Shapes, shapes: Shapes) -> Differences:
-    """Compare key by key. What a state dict may lack, it may lack: counters."""
+def computed(model: nn.Module) -> frozenset[str]:
+    """Keys of the buffers that a model computes for itself and does not save; TorchScript archives hold them."""
+    own = model.state_dict()
+    return frozenset(name for name, _ in model.named_buffers(remove_duplicate=False) if name not in own)
+
+
+def compare(wanted: Shapes, shapes: Shapes, spare: Collection[str] = ()) -> Differences:
+    """Compare key by key. What a state dict may lack, it may lack: counters; ``spare`` keys it may have."""
     return Differences(
         tuple(key for key, shape in wanted.items() if key in shapes and shapes[key] != shape),
         tuple(key for key in wanted if key not in shapes and not key.endswith(COUNTER)),
-        tuple(key for key in shapes if key not in wanted),
+        tuple(key for key in shapes if key not in wanted and key not in spare),
     )
 
 
@@ -97,11 +103,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: 
     own = model.state_dict()
     wanted = {key: value for key, value in own.items() if isinstance(value, Tensor)}
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    found = compare(shapes, checkpoint.shapes)
+    found = compare(shapes, checkpoint.shapes, computed(model))
     if not found.only_under(as_built):
         raise misfit(found, shapes, checkpoint, architecture)
     where = f"{checkpoint.path}: "
-    left = {*found.reshaped, *found.unexpected}
+    left = {*found.reshaped, *(key for key in checkpoint.tensors if key not in wanted)}
     state = {key: _cast(where + key, t, wanted[key].dtype) for key, t in checkpoint.tensors.items() if key not in left}
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, tensor in state.items():

@@ -1,14 +1,13 @@
-"""One function for every instruction of pickle protocols 0 to 5."""
+"""One function for every instruction of pickle protocols 0 to 5: stack, memo, containers, names and calls."""
 
 from __future__ import annotations
 
-import codecs
 import pickle
-import struct
 from collections.abc import Callable
 from functools import partial
 
 from ckpt_tools.storage.pickles.faults import Fault, Limits
+from ckpt_tools.storage.pickles.literals import LITERALS, as_text, push
 from ckpt_tools.storage.pickles.machine import Buffer, Machine, Meaning
 from ckpt_tools.storage.pickles.opaque import Opaque
 
@@ -23,70 +22,6 @@ def read_pickle(data: Buffer, meaning: Meaning, limits: Limits, position: int = 
     machine = Machine(data, meaning, limits, position)
     value = machine.run(_INSTRUCTIONS, pickle.STOP[0])
     return value, machine.position
-
-
-def _push(value: object, m: Machine) -> None:
-    m.stack.append(value)
-
-
-def _bytes(width: int, convert: Callable[[bytes], object], m: Machine) -> None:
-    m.stack.append(convert(m.take(m.number(width))))
-
-
-def _short_bytes(convert: Callable[[bytes], object], m: Machine) -> None:
-    m.stack.append(convert(m.take(m.byte())))
-
-
-def _byte(m: Machine) -> None:
-    m.stack.append(m.byte())
-
-
-def _unsigned(width: int, m: Machine) -> None:
-    m.stack.append(m.number(width))
-
-
-def _binint(m: Machine) -> None:
-    m.stack.append(m.number(4, signed=True))
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogatepass")
-
-
-def _old_text(raw: bytes) -> str:
-    return raw.decode("latin-1")  # what Python 2 called a string may be the bytes of an array
-
-
-def _long(raw: bytes) -> int:
-    return int.from_bytes(raw, "little", signed=True)
-
-
-def _int_line(m: Machine) -> None:
-    line = m.line()
-    m.stack.append(line == b"01" if line in (b"00", b"01") else int(line))
-
-
-def _long_line(m: Machine) -> None:
-    m.stack.append(int(m.line().removesuffix(b"L")))
-
-
-def _float_line(m: Machine) -> None:
-    m.stack.append(float(m.line()))
-
-
-def _binfloat(m: Machine) -> None:
-    m.stack.append(struct.unpack(">d", m.take(8))[0])
-
-
-def _string_line(m: Machine) -> None:
-    line = m.line().strip()
-    if len(line) < 2 or line[:1] not in (b'"', b"'") or line[:1] != line[-1:]:
-        raise Fault("a pickle with a string without quotes")
-    m.stack.append(_old_text(codecs.escape_decode(line[1:-1])[0]))
-
-
-def _unicode_line(m: Machine) -> None:
-    m.stack.append(codecs.raw_unicode_escape_decode(m.line())[0])
 
 
 def _mark(m: Machine) -> None:
@@ -225,7 +160,7 @@ def _recall_byte(m: Machine) -> None:
 
 def _global(m: Machine) -> None:
     module, name = m.line(), m.line()
-    m.push_name(_text(module), _text(name))
+    m.push_name(as_text(module), as_text(name))
 
 
 def _stack_global(m: Machine) -> None:
@@ -240,7 +175,7 @@ def _extension(width: int, m: Machine) -> None:
 def _inst(m: Machine) -> None:
     module, name = m.line(), m.line()
     args = tuple(m.pop_mark())
-    m.push_name(_text(module), _text(name))
+    m.push_name(as_text(module), as_text(name))
     m.call(m.pop(), args)
 
 
@@ -269,7 +204,7 @@ def _build(m: Machine) -> None:
 
 
 def _persid(m: Machine) -> None:
-    m.stack.append(m.meaning.persistent(_text(m.line())))
+    m.stack.append(m.meaning.persistent(as_text(m.line())))
 
 
 def _binpersid(m: Machine) -> None:
@@ -284,39 +219,16 @@ def _buffer(m: Machine) -> None:
     m.push_name("pickle", "PickleBuffer")  # its bytes were kept outside the file
 
 
-_INSTRUCTIONS: dict[int, Callable[[Machine], None]] = {
+_INSTRUCTIONS: dict[int, Callable[[Machine], None]] = LITERALS | {
     code[0]: function
     for code, function in (
         (pickle.PROTO, partial(_skip, 1)),
         (pickle.FRAME, partial(_skip, 8)),
-        (pickle.NONE, partial(_push, None)),
-        (pickle.NEWTRUE, partial(_push, True)),
-        (pickle.NEWFALSE, partial(_push, False)),
-        (pickle.INT, _int_line),
-        (pickle.BININT, _binint),
-        (pickle.BININT1, _byte),
-        (pickle.BININT2, partial(_unsigned, 2)),
-        (pickle.LONG, _long_line),
-        (pickle.LONG1, partial(_short_bytes, _long)),
-        (pickle.LONG4, partial(_bytes, 4, _long)),
-        (pickle.FLOAT, _float_line),
-        (pickle.BINFLOAT, _binfloat),
-        (pickle.STRING, _string_line),
-        (pickle.BINSTRING, partial(_bytes, 4, _old_text)),
-        (pickle.SHORT_BINSTRING, partial(_short_bytes, _old_text)),
-        (pickle.UNICODE, _unicode_line),
-        (pickle.SHORT_BINUNICODE, partial(_short_bytes, _text)),
-        (pickle.BINUNICODE, partial(_bytes, 4, _text)),
-        (pickle.BINUNICODE8, partial(_bytes, 8, _text)),
-        (pickle.SHORT_BINBYTES, partial(_short_bytes, bytes)),
-        (pickle.BINBYTES, partial(_bytes, 4, bytes)),
-        (pickle.BINBYTES8, partial(_bytes, 8, bytes)),
-        (pickle.BYTEARRAY8, partial(_bytes, 8, bytearray)),
         (pickle.MARK, _mark),
         (pickle.POP, _pop),
         (pickle.POP_MARK, _pop_mark),
         (pickle.DUP, _dup),
-        (pickle.EMPTY_TUPLE, partial(_push, ())),
+        (pickle.EMPTY_TUPLE, partial(push, ())),
         (pickle.TUPLE1, partial(_tuple, 1)),
         (pickle.TUPLE2, partial(_tuple, 2)),
         (pickle.TUPLE3, partial(_tuple, 3)),
