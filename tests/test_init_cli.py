@@ -12,6 +12,7 @@ from pathlib import Path
 import nets
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -382,3 +383,14 @@ def test_help_imports_no_torch() -> None:
         "assert not {'torch', 'numpy', 'timm', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=dict(os.environ))
+
+
+def test_a_head_of_ones_own_cannot_be_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("resnet10t")
+    model.fc = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(512, 3))
+    torch.save(model.state_dict(), "own.pt")
+    result = run("init-rewrite", "own.pt", "--arch", "timm:resnet10t")
+    assert result.exit_code == 1
+    assert "another head under fc." in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.pt"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, LoadedModel, Scheme
 from ckpt_tools.data.source import open_source
-from ckpt_tools.errors import CheckFailed, UsageError
+from ckpt_tools.errors import ArchitectureError, CheckFailed, UsageError
 from ckpt_tools.identify.load import identify, load_architecture
 from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
@@ -164,7 +164,14 @@ def _loaded(request: InitRequest) -> LoadedModel:
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     if not request.force:
         refuse_trained(checkpoint.tensors)
-    return identify(checkpoint, request.architecture, request.model_kwargs)
+    loaded = identify(checkpoint, request.architecture, request.model_kwargs)
+    if loaded.as_built:
+        raise ArchitectureError(
+            f"{request.checkpoint}: expected every weight of {loaded.recipe.architecture}, found another head under "
+            f"{', '.join(loaded.as_built)}, which would keep its old weights. Name what builds your model: "
+            "--arch package.module:factory."
+        )
+    return loaded
 
 
 @contextlib.contextmanager

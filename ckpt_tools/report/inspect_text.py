@@ -5,24 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from ckpt_tools.contract import BatchNormLayer, Checkpoint, DropoutSite, InputSpec, LoadedModel, RecognisedBy, Walk
+from ckpt_tools.contract import BatchNormLayer, Checkpoint, DropoutSite, InputSpec, LoadedModel, Walk
 from ckpt_tools.jobs.inspection import Inspection, Prospect, Tally
 from ckpt_tools.report.columns import columns, count, listed
-from ckpt_tools.report.text import RATES, architecture_line, memory
+from ckpt_tools.report.text import RATES, TOLD_BY, architecture_line, memory
 
 _SHOWN = 12  # rows of a table before it is cut
 _WORDS = 8  # of the checkpoint's own
 _WORD = 40  # characters of one
-
-_TOLD_BY: Mapping[RecognisedBy, str] = {
-    "user": "you (--arch); its tensors fit",
-    "checkpoint": "the checkpoint itself; its tensors fit",
-    "module": "the module that the file holds",
-    "shapes": "names and shapes of all tensors",
-    "shapes without head": "names and shapes of all tensors but the head's",
-    "data": "the data, among several that fit",
-    "file name": "the file's name, among several that fit",
-}
 
 
 def inspection_text(found: Inspection, *, everything: bool = False) -> str:
@@ -144,7 +134,7 @@ def _model_rows(found: Inspection) -> list[tuple[str, str]]:
         return [("architecture", f"one of {listed(found.candidates)}" if found.candidates else "not known")]
     rows = [
         ("architecture", architecture_line(loaded)),
-        ("told by", _TOLD_BY[loaded.recognised_by] if loaded.checkpoint else "you (--arch)"),
+        ("told by", TOLD_BY[loaded.recognised_by] if loaded.checkpoint else "you (--arch)"),
         ("the same as", listed(loaded.twins)),
         ("other head", _head(loaded)),
     ]
