@@ -3,7 +3,6 @@
 CkptToolsError                  1   a failure the user can act on
 ├── UsageError                  2   arguments that contradict each other or mean nothing
 ├── CheckpointError             1   a checkpoint file that cannot be read
-│   └── BlockedPickle           1   … because it would have to execute something
 ├── ArchitectureError           1   an unknown architecture, or one that the checkpoint does not fit
 │   └── AmbiguousArchitecture   1   … or several that it fits and that differ in function
 ├── ModelError                  1   a model that cannot be walked or run
@@ -20,7 +19,6 @@ from __future__ import annotations
 __all__ = [
     "AmbiguousArchitecture",
     "ArchitectureError",
-    "BlockedPickle",
     "CheckFailed",
     "CheckpointError",
     "CkptToolsError",
@@ -46,10 +44,6 @@ class UsageError(CkptToolsError):
 
 class CheckpointError(CkptToolsError):
     """A checkpoint file that cannot be read."""
-
-
-class BlockedPickle(CheckpointError):
-    """A pickle that would have to import or call something that is not on the allow-list."""
 
 
 class ArchitectureError(CkptToolsError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ _TRAINER = ("optim", "sched", "scaler", "rng", "random")  # how a word in the na
 _SETTINGS = frozenset({"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"})
 
 _FEW = 16
+_MOST = 200  # state dicts in one file; a pickle can name one of them any number of times
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,14 @@ class Entry:
         return (not known, max(1, len(self.path)))
 
 
-def list_entries(root: object) -> list[Entry]:
-    """Every state dict at the top level and up to two levels down; optimizer states are none."""
-    return [entry for found in _search(root, (), False) for entry in _split(found)]
+def list_entries(root: object, barren: dict[int, int] | None = None) -> list[Entry]:
+    """Every state dict at the top level and up to two levels down; optimizer states are none.
+
+    ``barren`` has the mappings without any, by identity, and how many levels of them were searched: a pickle can hold
+    one mapping in many places, and each is searched once.
+    """
+    searched = _search(root, (), False, {} if barren is None else barren)
+    return [entry for found in islice(searched, _MOST) for entry in _split(found)]
 
 
 def as_mapping(root: object) -> object:
@@ -105,6 +112,7 @@ def sort_remainder(root: object, chosen: Entry) -> tuple[dict[str, object], list
     """
     words: dict[str, object] = {}
     left_out: list[str] = []
+    barren: dict[int, int] = {}
     holder = root
     for depth, step in enumerate(chosen.path):
         if not isinstance(holder, Mapping):
@@ -112,7 +120,7 @@ def sort_remainder(root: object, chosen: Entry) -> tuple[dict[str, object], list
         for key, value in holder.items():
             if key == step:
                 continue
-            if _is_word(str(key), value):
+            if _is_word(str(key), value, barren):
                 words[str(key)] = value  # the nearer to the state dict, the more it says about it
             else:
                 left_out.append(".".join((*chosen.path[:depth], str(key))))
@@ -139,11 +147,12 @@ def _pool(entries: list[Entry], weights: str) -> list[Entry]:
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(value: object, path: tuple[str, ...], averaged: bool) -> Iterator[Entry]:
+def _search(value: object, path: tuple[str, ...], averaged: bool, barren: dict[int, int]) -> Iterator[Entry]:
     state = value if isinstance(value, Mapping) else _state_of(value)
-    if state is None:
+    levels = 2 - len(path)
+    if state is None or barren.get(id(value), -1) >= levels:
         return
-    found = _holds_weights(state)
+    found = any_inside = _holds_weights(state)
     if found:
         yield Entry(path, state, averaged, source=None if state is value else value)
     # The top level may hold a stray tensor beside the state dict; deeper down a state dict ends the search.
@@ -152,7 +161,11 @@ def _search(value: object, path: tuple[str, ...], averaged: bool) -> Iterator[En
         for key, inner in state.items():
             if isinstance(key, str) and not _is_aside(key):
                 means = not _AVERAGED.isdisjoint(_tokens(key)) or (swapped and key == "state_dict")
-                yield from _search(inner, (*path, key), averaged or means)
+                for entry in _search(inner, (*path, key), averaged or means, barren):
+                    any_inside = True
+                    yield entry
+    if not any_inside:
+        barren[id(value)] = levels
 
 
 def _state_of(value: object) -> Mapping[str, object] | None:
@@ -184,12 +197,12 @@ def _holds_weights(value: Mapping[Any, object]) -> bool:
     return any(isinstance(x, Tensor) and x.dim() > 0 and not _is_aside(str(key)) for key, x in value.items())
 
 
-def _is_word(key: str, value: object) -> bool:
+def _is_word(key: str, value: object, barren: dict[int, int]) -> bool:
     if is_trainer_state(key) or (isinstance(value, Mapping) and "param_groups" in value):
         return False
     if any(isinstance(x, Tensor) and x.dim() > 0 for x in (value if isinstance(value, list) else [value])):
         return False
-    return _is_settings(key) or not list_entries(value)
+    return _is_settings(key) or not list_entries(value, barren)
 
 
 def _is_aside(key: str) -> bool:
