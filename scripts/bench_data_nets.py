@@ -157,6 +157,10 @@ TRAININGS = (
              schedule=False),
     Training("shufflenet, mixup", shufflenet, "coloured", IMAGENET, 8, 64, "m"),
     Training("resnet18", resnet18, "china", IMAGENET, 4, 64, "f"),
+    Training("resnet, constant rate", resnet, "digits", MNIST, 10, 64, "", "sgd", 0.05, schedule=False),
+    Training("densenet, Adam, constant rate", lambda c: digits_densenet(0.3, CLASSES, blocks=(5, 4), growth=8,
+             in_channels=c), "digits", HALF, 10, 64, "", "adam", 1e-3, schedule=False),
+    Training("vgg, Adam, constant rate", vgg, "coloured", IMAGENET, 10, 64, "", "adam", 1e-3, schedule=False),
     Training("BN on the input", normalised_input, "photos", (), 6, 48, "", "adam", 1e-3),
 )  # fmt: skip
 

@@ -134,8 +134,8 @@ def test_shifted_images_over_black_are_excused() -> None:
     model = nets.trained(nets.ResNet(0.0), list(normalised(shifted, IMAGENET).split(64)), 80)
     given = normalised(x, IMAGENET)
     verdict = check_data(model, [given], walk(model, given[:2]), spec(IMAGENET), preprocessed=False, rates_known=True)
-    assert verdict.early is not None
-    assert verdict.early > 0.12
+    assert verdict.scores is not None
+    assert verdict.scores.early > 0.12
     assert verdict.verdict == "agree"
 
 
@@ -180,7 +180,7 @@ def test_untrained_statistics_say_nothing() -> None:
     model = nets.DenseNet()
     x = pixels("warm")
     verdict = check_data(model, [x], walk(model, x[:2]), None, preprocessed=True, rates_known=True)
-    assert (verdict.verdict, verdict.early, verdict.deep) == ("none", None, None)
+    assert (verdict.verdict, verdict.scores) == ("none", None)
     refuse(verdict)
 
 

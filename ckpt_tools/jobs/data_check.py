@@ -1,17 +1,19 @@
 """Is this the training data? What the model remembers of its inputs, against what it is about to be given.
 
-Two scores in 0–1 (``reestimate.agreement``): ``early`` is that of the first BN layers on their stored statistics,
-``deep`` that of all layers on batch statistics. Of data that looks suspicious two questions are asked: would some usual
-training augmentation explain it (then it is excused), and does another preprocessing fit much better (then
-it is refused, and the better one named)? The thresholds come from ``scripts/bench-data``; its figures, false alarms and
-misses among them, stand in ``scripts/bench_data.json``.
+Three scores in 0–1 (``reestimate.agreement``): ``early``, the first BN layers on their stored statistics, is the most
+sensitive; ``first``, the first of them, and ``deep``, all layers on batch statistics, do not add up how far the
+weights of an unfinished training have moved since the statistics were taken.
+
+Of data that looks suspicious two questions are asked: would some usual training augmentation explain it (then it
+is excused), and does another preprocessing fit much better (then it is refused, and the better one named)? The
+thresholds come from ``scripts/bench-data``; its figures, false alarms and misses, stand in ``scripts/bench_data.json``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
@@ -24,10 +26,32 @@ from ckpt_tools.jobs.hypotheses import augmentations, hypotheses, sizes
 from ckpt_tools.reestimate.agreement import Agreement
 from ckpt_tools.walker.call import Batch, Forward, call
 
+
+@dataclass(frozen=True)
+class Scores:
+    """0 where the stored statistics are those of the data, 1 as far as it goes."""
+
+    early: float
+    first: float
+    deep: float
+
+    def below(self, bounds: Scores, spare: float) -> bool:
+        """Whether no score is above its bound by more than ``spare``."""
+        pairs = zip(astuple(self), astuple(bounds), strict=True)
+        return all(score <= bound + spare for score, bound in pairs)
+
+    def least(self, other: Scores) -> Scores:
+        """The smaller of each."""
+        return Scores(*map(min, astuple(self), astuple(other)))
+
+
 IMAGES = 256  # looked at
-EARLY_CLEAN, DEEP_CLEAN = 0.12, 0.20  # below both, nothing else is tried
-EARLY_WRONG, DEEP_WRONG = 0.27, 0.25  # above one, with every excuse, the data is refused
-EXCUSED = 0.06  # a score that no other preprocessing needs to beat
+CLEAN = Scores(early=0.12, first=0.15, deep=0.12)  # below all, nothing else is tried
+WRONG = Scores(early=0.22, first=0.22, deep=0.17)  # above one, with every excuse, the data is refused
+MOVING = Scores(early=0.50, first=0.30, deep=0.20)  # on top for a training that has hardly begun
+SETTLED = 100  # batches after which weights, and with them the statistics, move no faster than at the end
+EXCUSE = 0.20  # an augmentation that leaves more than this of the early score explains nothing
+PERFECT = 0.06  # an early score that no other preprocessing needs to beat
 _FINAL = 3  # hypotheses, ranked on few images, that are then scored on all
 
 
@@ -35,18 +59,26 @@ _FINAL = 3  # hypotheses, ranked on few images, that are then scored on all
 class DataVerdict:
     """Whether the data looks like the training data, in numbers and in a sentence.
 
-    ``early`` and ``deep``: 0 where the stored statistics are those of the data, 1 as far as it goes; None for
-    "none", whose ``cause`` says why nobody can tell. ``tried``: every hypothesis, best first; empty where nothing was
-    suspicious. ``layers``: the deep score, layer by layer.
+    ``scores`` is None for "none", whose ``cause`` says why nobody can tell. ``tried``: every hypothesis, best first;
+    empty where nothing was suspicious. ``layers``: the deep score, layer by layer.
     """
 
     verdict: Literal["agree", "disagree", "none"]
     cause: str = ""
-    early: float | None = None
-    deep: float | None = None
+    scores: Scores | None = None
     images: int = 0
     tried: tuple[Tried, ...] = ()
     layers: Agreement | None = None
+
+    @property
+    def early(self) -> float | None:
+        """The most sensitive score."""
+        return self.scores.early if self.scores else None
+
+    @property
+    def deep(self) -> float | None:
+        """The score over all layers."""
+        return self.scores.deep if self.scores else None
 
     @property
     def best(self) -> Tried | None:
@@ -98,20 +130,27 @@ def check_data(
         ModelError: the model cannot run on a batch.
     """
     sample = Sample(model, drawn(batches, images), walk, rates_known, forward, seed)
-    early, deep = sample.early(), sample.deep()
-    if early.score is None or deep.score is None:
+    deep = sample.deep()
+    scores = _scores(sample.early(), deep)
+    if scores is None:
         return DataVerdict("none", deep.reason, images=deep.images)
-    spare = _spare(deep.images)
-    scores = early.score, deep.score
-    if early.score <= EARLY_CLEAN + spare and deep.score <= DEEP_CLEAN + spare:
-        return DataVerdict("agree", "", *scores, deep.images, layers=deep)
+    if scores.below(CLEAN, _spare(deep.images)):
+        return DataVerdict("agree", "", scores, deep.images, layers=deep)
     tried = _tried(sample, spec, preprocessed, usual_size)
     cause = _cause(sample, scores, _excused(sample, scores, spec, preprocessed), deep, tried, usual_size)
-    return DataVerdict("disagree" if cause else "agree", cause, *scores, deep.images, tried, deep)
+    return DataVerdict("disagree" if cause else "agree", cause, scores, deep.images, tried, deep)
 
 
-Scores = tuple[float, float]
-"""Early and deep."""
+def _scores(early: Agreement, deep: Agreement) -> Scores | None:
+    if early.score is None or deep.score is None:
+        return None
+    return Scores(early.score, deep.layers[0].distance, deep.score)
+
+
+def bounds(batches: int | None) -> Scores:
+    """What the data may score, by the number of batches the model was trained on; None: nobody counted."""
+    moving = 0.0 if batches is None else max(0.0, 1 - batches / SETTLED)
+    return Scores(*(wrong + moving * more for wrong, more in zip(astuple(WRONG), astuple(MOVING), strict=True)))
 
 
 def _spare(images: int) -> float:
@@ -129,18 +168,20 @@ def _cause(
 ) -> str:
     """Why the data is refused; empty if it is not."""
     spare = _spare(deep.images)
-    if tried and scores[0] > EARLY_CLEAN + spare and excused[0] > max(EXCUSED + spare, tried[0].share):
+    suspicious = scores.early > CLEAN.early + spare
+    if tried and suspicious and excused.early > max(PERFECT + spare, tried[0].needed):
         best = tried[0]
-        fit = f"the stored statistics fit {best.hypothesis.title} (score {best.score:.2f} against {scores[0]:.2f})"
-        return f"{_arriving(sample)}; {fit}: {best.hypothesis.advice}"
-    if excused[0] <= EARLY_WRONG + spare and excused[1] <= DEEP_WRONG + spare:
+        fit = f"the stored statistics fit {best.title} (score {best.score:.2f} against {scores.early:.2f})"
+        return f"{_arriving(sample)}; {fit}: {best.advice}"
+    allowed = bounds(deep.batches)
+    if excused.below(allowed, spare):
         return ""
     worst = deep.worst
     assert worst is not None
     return (
-        f"no usual preprocessing fits (score {scores[0]:.2f} in the first BN layers, expected below {EARLY_WRONG}; "
-        f"{scores[1]:.2f} over all of them, expected below {DEEP_WRONG}; most in {worst.name}): another data set"
-        f"{_other_size(sample, usual_size)}"
+        f"no usual preprocessing fits (score {scores.early:.2f} in the first BN layers and {scores.deep:.2f} over all, "
+        f"expected below {allowed.early:.2f} and {allowed.deep:.2f}; most in {worst.name}): "
+        f"another data set{_other_size(sample, usual_size)}"
     )
 
 
@@ -154,8 +195,10 @@ def _excused(sample: Sample, scores: Scores, spec: InputSpec | None, preprocesse
     if not found:
         return scores
     _, change = min(found, key=lambda one: one[0])
-    changed = sample.early(change).score, sample.deep(change).score
-    return min(scores[0], changed[0] or 1.0), min(scores[1], changed[1] or 1.0)
+    changed = _scores(sample.early(change), sample.deep(change))
+    if changed is None or changed.early > EXCUSE + _spare(sum(map(len, sample.tensors))):
+        return scores
+    return scores.least(changed)
 
 
 def _black(batch: Tensor, spec: InputSpec | None, preprocessed: bool) -> Tensor:
@@ -174,9 +217,9 @@ def _tried(
         return ()
     batch, few = sample.together, sample.few
     possible = [*hypotheses(batch, spec, preprocessed=preprocessed), *sizes(batch, usual_size)]
-    ranked = sorted((few.tried(one) for one in possible), key=lambda tried: tried.share)
-    ranked[:_FINAL] = [sample.tried(one.hypothesis) for one in ranked[:_FINAL]]
-    return tuple(sorted(ranked, key=lambda tried: tried.share))
+    ranked = sorted(((few.tried(one), one) for one in possible), key=lambda pair: pair[0].needed)
+    tried = [sample.tried(one) for _, one in ranked[:_FINAL]] + [tried for tried, _ in ranked[_FINAL:]]
+    return tuple(sorted(tried, key=lambda one: one.needed))
 
 
 def _arriving(sample: Sample) -> str:

@@ -21,15 +21,15 @@ _FEW = 64  # images
 
 @dataclass(frozen=True)
 class Tried:
-    """A hypothesis with its early score, 1 if the model cannot run on what it makes of the data."""
+    """A hypothesis with its early score, 1 if the model cannot run on what it makes of the data.
 
-    hypothesis: Hypothesis
+    ``needed`` is what the data as given must score for the hypothesis to be believed.
+    """
+
+    title: str
+    advice: str
     score: float
-
-    @property
-    def share(self) -> float:
-        """The score on a scale on which scores of different kinds of hypotheses compare."""
-        return self.score / self.hypothesis.enough
+    needed: float
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Sample:
             score = self.early(hypothesis.change).score
         except ModelError:  # a size that this architecture does not take, say
             score = None
-        return Tried(hypothesis, 1.0 if score is None else score)
+        score = 1.0 if score is None else score
+        return Tried(hypothesis.title, hypothesis.advice, score, score / hypothesis.enough)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -36,6 +36,7 @@ from ckpt_tools.walker.downstream import walk
 
 _LOOK = 64  # samples in a batch of the first look
 
+
 @dataclass(frozen=True)
 class Request:
     """Everything the user asks for. ``batch_size`` None: as large as memory allows, up to 512."""
@@ -120,9 +121,7 @@ def prepare(request: Request) -> Plan:
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
     batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device)
     stream = source.batches(spec, batch_size=batch_size, workers=request.workers)
-    return Plan(
-        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output
-    )
+    return Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
 
 
 def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:

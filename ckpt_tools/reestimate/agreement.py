@@ -20,7 +20,7 @@ from ckpt_tools.contract import BatchNormLayer, Walk
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.reestimate.guards import check_input
 from ckpt_tools.reestimate.layer import Layer, batch_only, stored
-from ckpt_tools.reestimate.outcome import trained
+from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
 from ckpt_tools.reestimate.training import (
     SeenEnough,
     TrainingInterception,
@@ -56,7 +56,8 @@ class LayerAgreement:
 class Agreement:
     """All layers in order of execution, and the mean of their distances: 0 is perfect, 1 as far as it goes.
 
-    ``score`` is None, with the ``reason``, where no layer can serve.
+    ``score`` is None, with the ``reason``, where no layer can serve. ``batches``: how many the layers have counted in
+    training, None where none did.
     """
 
     layers: tuple[LayerAgreement, ...]
@@ -64,6 +65,7 @@ class Agreement:
     normalise: Normalise
     score: float | None
     reason: str = ""
+    batches: int | None = None
 
     @property
     def error(self) -> float:
@@ -189,13 +191,16 @@ def _summary(seen: Mapping[str, Layer], masked: set[str], images: int, normalise
         why = "the data reaches no BN layer" if not seen else f"{images} image(s) cannot show a variance"
         return Agreement((), images, normalise, None, why)
     layers = tuple(_compared(layer, variance=name not in masked) for name, layer in seen.items())
-    return Agreement(layers, images, normalise, sum(layer.distance for layer in layers) / len(layers))
+    score = sum(layer.distance for layer in layers) / len(layers)
+    counts = [count for layer in seen.values() if (count := batches_seen(layer.module))]
+    return Agreement(layers, images, normalise, score, batches=min(counts, default=None))
 
 
 def _compared(layer: Layer, *, variance: bool) -> LayerAgreement:
     assert layer.moments is not None
     assert layer.clusters is not None
-    eps = layer.module.eps
+    # Of a dead channel, the rest of the initial variance may be all there is.
+    eps = layer.module.eps + 3 * initial_weight(layer.module)
     there, here = layer.stored.variance + eps, layer.moments.variance() + eps
     shift = (layer.moments.mean - layer.stored.mean).abs() / there.sqrt()
     deviation = (here / there).log().abs() if variance else torch.zeros_like(shift)
