@@ -247,7 +247,7 @@ class LayerResult:
 class Controls:
     """Layers that no dropout reaches: their variance on the right data is the stored one.
 
-    ``deviation``: median over the channels of all control layers of |ln(stored / measured)|; ``worst``: the
+    ``deviation``: median over the channels of the first three control layers of |ln(stored / measured)|; ``worst``: the
     largest median of a layer; ``shift``: median of |measured − running mean| in standard deviations.
     ``verdict``: "agree", "disagree", or "none" where no layer can serve.
     """

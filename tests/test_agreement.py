@@ -149,7 +149,7 @@ def test_statistics_that_training_has_not_made_cannot_serve(steps: int, counted:
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked") and not counted:
             buffer.zero_()
-    found = measure(model.eval(), data, walk(model, data[0]), rates_known=True)
+    found = measure(model.eval(), data, walk(model, data[0]), rates_known=True, counted=counted)
     assert (found.score is not None) == usable
     assert usable or "counters" in found.reason
 

@@ -512,6 +512,8 @@ def test_other_pickle_protocols(tmp_path: Path, protocol: int) -> None:
 NO_CHECKPOINT = {
     "JPEG": b"\xff\xd8\xff\xe0" + bytes(600),
     "text file": b"hello {world}\n" * 99,
+    "nothing but zeros": bytes(4000),
+    "bytes of no known format": b"abc\0" * 999,
     "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "web page": b"<!DOCTYPE html><html></html>",
     "tar archive": b"a.txt" + bytes(252) + b"ustar" + bytes(900),

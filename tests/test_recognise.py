@@ -62,6 +62,17 @@ def test_a_bare_state_dict_says_what_it_is(tmp_path, prefix, dtype):
     assert same_function(loaded, model.float())
 
 
+@pytest.mark.parametrize("architecture", [None, "timm:test_efficientnet"])
+def test_a_loss_with_weights_of_its_own_is_no_part_of_the_model(architecture):
+    model = trained(timm.create_model("test_efficientnet", num_classes=7))
+    loaded = identify(checkpoint(model.state_dict() | {"criterion.weight": torch.ones(7)}), architecture)
+    assert (loaded.recipe.architecture, loaded.as_built) == ("timm:test_efficientnet", ("criterion.",))
+    assert "criterion.weight" in loaded.checkpoint.tensors
+    assert same_function(loaded, model)
+    with pytest.raises(ArchitectureError, match=r"attention\.weight"):
+        identify(checkpoint(model.state_dict() | {"attention.weight": torch.ones(7)}), architecture)
+
+
 @pytest.mark.parametrize(
     ("architecture", "kwargs"),
     [
@@ -168,6 +179,13 @@ def test_twins_of_one_function_are_one_answer():
     assert pickled.recipe.adapter == "torchvision"
 
 
+def test_the_class_of_a_pickled_module_goes_before_a_library_whose_headless_model_fits_better():
+    model = torchvision.models.densenet121(num_classes=2)
+    model.classifier = nn.Sequential(nn.Dropout(0.3), nn.Linear(1024, 2))
+    pickled = identify(checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}}))
+    assert (pickled.recipe.adapter, pickled.as_built) == ("torchvision", ("classifier.",))
+
+
 def test_rates_that_mean_different_layers_in_twins_are_no_answer():
     model = torchvision.models.densenet121(num_classes=2)
     with pytest.raises(AmbiguousArchitecture, match="may mean different layers") as raised:
@@ -244,6 +262,13 @@ def test_the_closest_three_and_what_differs():
     assert "--arch" in said[-1]
 
 
+def test_another_kernel_size_of_the_stem_is_named():
+    own = shapes_of(meta("torchvision:resnet18")) | {"conv1.weight": (64, 3, 3, 3)}
+    found = closest(own)
+    assert found[0].difference == "conv1.weight: (64, 3, 7, 7) there, (64, 3, 3, 3) in the checkpoint"
+    assert not any("quantized_" in close.architecture for close in found)
+
+
 def test_the_closest_is_found_whatever_the_head_and_the_prefix():
     own = {f"model.{key}": s for key, s in shapes_of(meta("timm:test_efficientnet", num_classes=3, in_chans=1)).items()}
     own["model.blocks.1.0.conv_exp.weight"] = (9, 9, 9, 9)
@@ -314,6 +339,32 @@ def test_the_rates_of_a_pickled_module_are_set_where_they_belong():
     assert loaded.model.blocks[1][0].drop_path.drop_prob == 0.1
     assert loaded.model.blocks[2][0].drop_path.drop_prob == 0.3
     assert identify(checkpoint(state, module=words), None, {"drop_rate": 0.4}).rates == "given"
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel, lambda model: nn.DataParallel(nn.Sequential(model))])
+def test_the_rates_of_a_wrapped_module_are_found(tmp_path, wrap):
+    torch.save(wrap(torchvision.models.densenet121(drop_rate=0.2)), tmp_path / "m.pt")
+    loaded = load(tmp_path / "m.pt")
+    assert loaded.rates == "recorded"
+    assert loaded.model.features.denseblock1.denselayer1.drop_rate == 0.2
+
+
+@pytest.mark.parametrize("rates", [{"drop_block_rate": 0.1}, {"drop_block_rate": 0.1, "drop_path_rate": 0.2}], ids=str)
+def test_drop_blocks_are_no_drop_paths(tmp_path, rates):
+    model = timm.create_model("resnet26d", **rates)
+    torch.save(model, tmp_path / "m.pt")
+    loaded = load(tmp_path / "m.pt", "timm:resnet26d")
+    assert loaded.rates == "recorded"
+    assert {key: value for key, value in loaded.recipe.kwargs.items() if "drop" in key} == rates
+    own, found = [
+        [(n, m.drop_prob) for n, m in x.named_modules() if hasattr(m, "drop_prob")] for x in (model, loaded.model)
+    ]
+    assert own == found
+
+
+def test_rates_of_layers_that_the_architecture_has_not_leave_the_others_unknown():
+    words = {"class": "mine.Net", "rates": {"features.drop_path": {"drop_prob": 0.3}}}
+    assert identify(checkpoint(torchvision.models.shufflenet_v2_x0_5(), module=words)).rates == "unknown"
 
 
 @pytest.mark.parametrize("words", [None, 3, {"rates": [1]}, {"class": 5, "rates": {"a": 3, 4: {"p": 1}}}], ids=str)

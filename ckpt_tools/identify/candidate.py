@@ -12,14 +12,13 @@ from torch import nn
 from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.digest import tops
+from ckpt_tools.identify.digest import LOSSES, tops
 from ckpt_tools.identify.keys import common_prefix, compare, computed, fill, misfit
 from ckpt_tools.identify.recorded import recorded_rates, set_rates
 from ckpt_tools.identify.skeleton import CLASSES, following, shapes_of, skeleton
 from ckpt_tools.storage.read import under
 
 _PROBE_RATE = 0.2  # any rate strictly between 0 and 1 brings a hidden dropout site to life
-_PATH_RATE = "drop_path_rate"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,10 @@ def settle(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, obj
     head: tuple[str, ...] = ()
     if found.keys:
         head = tops(following(adapter, name, recipe.kwargs, CLASSES))
-        if len(head) == len(tops(wanted)) or not found.only_under(head):
+        if len(head) == len(tops(wanted)):
+            head = ()
+        head = (*head, *sorted(LOSSES - set(tops(wanted))))
+        if not found.only_under(head):
             raise misfit(found, wanted, part, recipe.architecture)
     return replace(
         candidate,
@@ -88,12 +90,13 @@ def load_candidate(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel:
     rates = recorded_rates(part) if recipe.rates == "unknown" else {}
     model = _built(adapter, recipe)
     if rates:
-        hidden = set_rates(model, rates)
         recipe = replace(recipe, rates="recorded")
-        if hidden and _PATH_RATE in adapter.rate_kwargs(recipe.name):
-            recipe = replace(recipe, kwargs={**recipe.kwargs, _PATH_RATE: hidden})
+        if hidden := set_rates(model, rates):
+            taken = {name: rate for name, rate in hidden.items() if name in adapter.rate_kwargs(recipe.name)}
+            recipe = replace(recipe, kwargs={**recipe.kwargs, **taken})
             model = _built(adapter, recipe)
-            set_rates(model, rates)
+            if set_rates(model, rates):  # of layers that this architecture has not, whatever its arguments
+                recipe = replace(recipe, rates="unknown")
     fill(model, part, recipe.architecture, candidate.as_built)
     return LoadedModel(
         model=model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.digest import Shapes
+from ckpt_tools.identify.digest import Shape, Shapes
 from ckpt_tools.identify.index import Entry, Near, shipped
 from ckpt_tools.identify.keys import compare
 from ckpt_tools.identify.recipe import plain
@@ -13,6 +13,8 @@ from ckpt_tools.identify.skeleton import shapes_of, skeleton
 
 _SHORTLIST = 8  # architectures that are built to see what really differs
 _LIKELY = 0.2  # of a sketch: what chance gives once in a hundred models
+_QUANTISABLE = "quantized_"  # torchvision's second name for a model of the same tensors
+_SIZES = "the class count or the input channels"
 _RESEMBLES = 0.1  # share of common tensors below which a name would only mislead
 
 
@@ -37,6 +39,7 @@ def closest(shapes: Shapes, count: int = 3) -> list[Close]:
     """
     likely = [near for near in shipped().nearest(shapes, _SHORTLIST) if near.likeness >= _LIKELY]
     found = [close for near in likely if (close := _compared(shapes, near)) is not None]
+    found = [close for close in found if close.architecture.replace(_QUANTISABLE, "") not in _names(found, close)]
     found.sort(key=lambda close: -close.share)
     return [close for close in found[:count] if close.share >= _RESEMBLES]
 
@@ -62,7 +65,7 @@ def _compared(shapes: Shapes, near: Near) -> Close | None:
     found = compare(wanted, present)
     fitting = len(wanted) - len(found.reshaped) - len(found.missing)
     share = fitting / max(1, len(wanted) + len(found.unexpected) + len(outer))
-    difference = _first(found.keys, wanted, present) or f"{outer[0] if outer else 'its head'}: only in the checkpoint"
+    difference = _first(found.keys, wanted, present) or (f"{outer[0]}: only in the checkpoint" if outer else _SIZES)
     return Close(near.entry.architecture, fitting, len(wanted), share, difference)
 
 
@@ -70,9 +73,18 @@ def _adapted(shapes: Shapes, wanted: Shapes, entry: Entry) -> dict[str, tuple[in
     """The shapes with the architecture's own class count and input channels, so that these count for nothing."""
     free = {*entry.head, *entry.stem}
     return {
-        key: wanted[key] if key in free and key in wanted and len(wanted[key]) == len(shape) else shape
+        key: wanted[key] if key in free and key in wanted and _alike(wanted[key], shape) else shape
         for key, shape in shapes.items()
     }
+
+
+def _alike(one: Shape, other: Shape) -> bool:
+    """Whether they differ along one axis at most: another kernel size is another architecture."""
+    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) <= 1
+
+
+def _names(found: list[Close], without: Close) -> set[str]:
+    return {close.architecture for close in found if close is not without}
 
 
 def _first(keys: tuple[str, ...], wanted: Shapes, present: Shapes) -> str:

@@ -19,6 +19,8 @@ Shapes = Mapping[str, Shape]
 COUNTER = "num_batches_tracked"  # not saved before PyTorch 1.0
 BUCKETS = 32  # of a sketch; the first half looks at keys and shapes, the second at keys alone
 
+LOSSES = frozenset({"criterion.", "criterions.", "loss.", "losses.", "loss_fn.", "loss_func.", "loss_function."})
+
 _MODULUS = 2**64
 _MAIN_SHARE = 0.25  # of all tensors: what stands under a prefix is a model of its own, not one of its layers
 _DEEPEST = 3  # attributes in front of a model
@@ -106,7 +108,7 @@ class Part:
 
 def parts(shapes: Shapes) -> Iterator[Part]:
     """The whole, and what stands under each prefix that may hold a model of its own, the largest first."""
-    yield Part("", shapes)
+    yield Part("", {key: shape for key, shape in shapes.items() if top(key) not in LOSSES})
     counts: Counter[str] = Counter()
     for key in shapes:
         for prefix in _prefixes(key):

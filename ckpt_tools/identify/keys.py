@@ -56,6 +56,11 @@ class Differences:
         return any(top(key) == attribute for key in self.keys)
 
 
+def has_counters(checkpoint: Checkpoint) -> bool:
+    """Whether the file says how many batches its BN layers have seen; if not, a model's zeros say nothing."""
+    return any(key.endswith(COUNTER) for key in checkpoint.tensors)
+
+
 def computed(model: nn.Module) -> frozenset[str]:
     """Keys of the buffers that a model computes for itself and does not save; TorchScript archives hold them."""
     own = model.state_dict()

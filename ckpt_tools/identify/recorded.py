@@ -8,6 +8,8 @@ from torch import nn
 
 from ckpt_tools.contract import Checkpoint
 
+_PATH_RATE, _BLOCK_RATE = "drop_path_rate", "drop_block_rate"
+
 Rates = Mapping[str, Mapping[str, float]]
 
 
@@ -32,17 +34,21 @@ def class_of(checkpoint: Checkpoint) -> str:
     return name if isinstance(name, str) else ""
 
 
-def set_rates(model: nn.Module, rates: Rates) -> float:
-    """Set what the model has a place for. Returns the largest rate of drop paths it has none for, 0 without."""
+def set_rates(model: nn.Module, rates: Rates) -> dict[str, float]:
+    """Set what the model has a place for. Returns the largest rate it has none for, by the constructor's keyword.
+
+    Only ``drop_prob`` counts: drop paths and drop blocks are built where their rate is above zero.
+    """
     modules = dict(model.named_modules())
-    hidden = 0.0
+    hidden: dict[str, float] = {}
     for path, attributes in rates.items():
         for name, rate in attributes.items():
             module = modules.get(path)
             if module is not None and _is_rate(getattr(module, name, None)):
                 setattr(module, name, rate)
-            elif name == "drop_prob":
-                hidden = max(hidden, rate)
+            elif name == "drop_prob" and rate > 0:
+                keyword = _BLOCK_RATE if "block" in path.rpartition(".")[2] else _PATH_RATE
+                hidden[keyword] = max(hidden.get(keyword, 0.0), rate)
     return hidden
 
 

@@ -113,9 +113,9 @@ def _fitting(
 
 
 def _narrowed(checkpoint: Checkpoint, found: list[Candidate]) -> list[Candidate]:
-    """Those that fit to the last key before those with a foreign head, the pickled class's library before others."""
+    """The pickled class's library before others, those that fit to the last key before those with a foreign head."""
     library = class_of(checkpoint).partition(".")[0]
-    for wanted in (lambda one: not one.as_built, lambda one: one.adapter.prefix == library):
+    for wanted in (lambda one: one.adapter.prefix == library, lambda one: not one.as_built):
         found = [one for one in found if wanted(one)] or found
     return found
 

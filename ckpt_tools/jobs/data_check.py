@@ -49,7 +49,7 @@ IMAGES = 256  # looked at
 CLEAN = Scores(early=0.12, first=0.15, deep=0.12)  # below all, nothing else is tried
 WRONG = Scores(early=0.22, first=0.22, deep=0.17)  # above one, with every excuse, the data is refused
 MOVING = Scores(early=0.50, first=0.30, deep=0.20)  # on top for a training that has hardly begun
-SETTLED = 100  # batches after which weights, and with them the statistics, move no faster than at the end
+SETTLED = 150  # batches after which weights, and with them the statistics, move no faster than at the end
 EXCUSE = 0.20  # an augmentation that leaves more than this of the early score explains nothing
 PERFECT = 0.06  # an early score that no other preprocessing needs to beat
 _FINAL = 3  # hypotheses, ranked on few images, that are then scored on all
@@ -103,6 +103,7 @@ def check_data(
     *,
     preprocessed: bool,
     rates_known: bool,
+    counted: bool = True,
     usual_size: tuple[int, ...] | None = None,
     forward: Forward = call,
     images: int = IMAGES,
@@ -120,6 +121,7 @@ def check_data(
         spec: the preprocessing in force; None where unknown.
         preprocessed: whether the samples go to the model as they were stored.
         rates_known: whether the model's drop rates are those of the training run.
+        counted: whether the counters of the model's BN layers are those of the training run.
         usual_size: one sample's shape as the architecture usually takes it.
         forward: ``forward(model, batch)``.
         images: how many samples to look at.
@@ -129,7 +131,7 @@ def check_data(
         DataError: NaN in a batch, a batch of one value per channel.
         ModelError: the model cannot run on a batch.
     """
-    sample = Sample(model, drawn(batches, images), walk, rates_known, forward, seed)
+    sample = Sample(model, drawn(batches, images), walk, rates_known, counted, forward, seed)
     deep = sample.deep()
     scores = _scores(sample.early(), deep)
     if scores is None:

@@ -40,6 +40,7 @@ class Sample:
     batches: Sequence[Batch]
     walk: Walk
     rates_known: bool
+    counted: bool
     forward: Forward
     seed: int
 
@@ -93,6 +94,7 @@ class Sample:
             forward=self.forward,
             layers=EARLY_LAYERS if early else None,
             normalise="stored" if early else "batch",
+            counted=self.counted,
             seed=self.seed,
         )
 

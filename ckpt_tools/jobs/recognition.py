@@ -10,6 +10,7 @@ from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.source import Source
 from ckpt_tools.errors import AmbiguousArchitecture
 from ckpt_tools.identify.candidate import Candidate, load_candidate
+from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.identify.naming import by_file_name
 from ckpt_tools.identify.resolution import candidates
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
@@ -59,7 +60,14 @@ def _agreement(checkpoint: Checkpoint, candidate: Candidate, source: Source, sai
     spec = input_spec_for(loaded.input_spec, said, source)
     found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
     batches = itertools.islice(source.batches(spec, batch_size=_BATCH_SIZE, workers=0), _BATCHES)
-    return measure(loaded.model, batches, found, rates_known=loaded.rates != "unknown", normalise="batch")
+    return measure(
+        loaded.model,
+        batches,
+        found,
+        rates_known=loaded.rates != "unknown",
+        normalise="batch",
+        counted=has_counters(checkpoint),
+    )
 
 
 def _undecided(checkpoint: Checkpoint, scores: Mapping[str, float | None]) -> str:

@@ -21,6 +21,7 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream, Skipped
+from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
@@ -166,6 +167,7 @@ def _looked_at(plan: Plan) -> DataVerdict:
         plan.input_spec,
         preprocessed=plan.source.preprocessed,
         rates_known=plan.loaded.rates != "unknown",
+        counted=has_counters(plan.checkpoint),
         usual_size=known.shape if known else None,
     )
 

@@ -87,6 +87,7 @@ def measure(
     forward: Forward = call,
     layers: int | None = None,
     normalise: Normalise = "stored",
+    counted: bool = True,
     seed: int = 0,
 ) -> Agreement:
     """Compare the inputs of BN layers under training conditions with what the layers have stored.
@@ -104,6 +105,7 @@ def measure(
         layers: end every forward at the first so many usable layers in order of execution; None: all.
         normalise: "stored" statistics, as in the final network: differences add up from layer to layer; or those of
             the "batch", as in training: every layer is judged by itself.
+        counted: whether the counters of the model's BN layers are those of the training run.
         seed: of dropout.
 
     Raises:
@@ -111,7 +113,7 @@ def measure(
         ModelError: the model cannot run on a batch.
     """
     model = unwrap(model)
-    usable = _usable(model, walk)[:layers]
+    usable = _usable(model, walk, counted)[:layers]
     if not usable:
         return Agreement((), 0, normalise, None, _reason(walk))
     masked = {found.name for found in usable if not rates_known and _may_drop(found)}
@@ -144,13 +146,13 @@ def best_candidate(agreements: Mapping[str, Agreement]) -> str | None:
     return name if best < CLEARLY * second else None
 
 
-def _usable(model: nn.Module, walk: Walk) -> list[BatchNormLayer]:
+def _usable(model: nn.Module, walk: Walk, counted: bool) -> list[BatchNormLayer]:
     """Layers that a forward reaches, and whose statistics training has made, in order of execution."""
     modules = dict(model.named_modules())
     found = []
     for layer in walk.batch_norms:
         module = modules.get(layer.name)
-        if layer.reached and isinstance(module, _BatchNorm) and trained(module):
+        if layer.reached and isinstance(module, _BatchNorm) and trained(module, counted=counted):
             found.append(layer)
     return found
 

@@ -66,9 +66,8 @@ def spread(values: Tensor) -> Spread:
 def judge_controls(choice: Choice, layers: dict[str, Layer]) -> Controls:
     """Compare stored and measured variance of the layers that no dropout reaches.
 
-    Layers whose stored variance is still largely its initial value cannot serve. The first three that can decide: on
-    nets of ``scripts/bench-data`` their median channel is off by up to 0.43 (log variance) and 0.13 (mean) on the right
-    data, over all layers by more than the bounds; pixels of 0–255 or 0–1 instead of normalised ones give above 0.75.
+    Layers whose stored variance is still largely its initial value cannot serve. The first three that can decide:
+    behind them, what the weights of an unfinished training have moved since the statistics were taken adds up.
     """
     usable = {name: layers[name] for name in layers if name in choice.controls and trained(layers[name].module)}
     usable = {name: layer for name, layer in usable.items() if layer.moments is not None}
@@ -92,13 +91,16 @@ def _typical(values: Iterable[Tensor]) -> float:
 _UNTRAINED = "the counters of the control layers do not show enough training batches to forget the initial variance"
 
 
-def trained(module: _BatchNorm) -> bool:
-    """Whether training has made this layer's statistics: the initial ones have no weight left in them."""
-    if not batches_seen(module):  # converted checkpoints often carry no count
+def trained(module: _BatchNorm, *, counted: bool = True) -> bool:
+    """Whether training has made this layer's statistics: the initial ones have no weight left in them.
+
+    ``counted`` False: the file had no counters, and those of the module say nothing.
+    """
+    if not counted:
         assert module.running_mean is not None
         assert module.running_var is not None
         return bool((module.running_mean != 0).any()) or bool((module.running_var != 1).any())
-    return initial_weight(module) < _FORGOTTEN
+    return batches_seen(module) > 0 and initial_weight(module) < _FORGOTTEN
 
 
 def initial_weight(module: _BatchNorm) -> float:

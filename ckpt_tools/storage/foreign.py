@@ -104,9 +104,17 @@ def _named(table: tuple[tuple[str, str, str], ...], names: Collection[str]) -> t
 def _tar_text_or_bytes(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive of other files"
+    if b"\0" in head:
+        return _bytes(head)
     try:
         head.decode()
     except UnicodeDecodeError as error:
         if error.start < len(head) - 4:  # a character cut in two by our own reading does not count
-            return f"bytes of no known format, starting with {head[:8].hex(' ')}"
+            return _bytes(head)
     return "a text file"
+
+
+def _bytes(head: bytes) -> str:
+    if not any(head):
+        return "nothing but zeros at its start, as an interrupted copy leaves them"
+    return f"bytes of no known format, starting with {head[:8].hex(' ')}"

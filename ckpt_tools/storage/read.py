@@ -71,7 +71,11 @@ def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
 
 def _extract(source: Source, content: Content, weights: str) -> Checkpoint:
     root = as_mapping(content.root)
-    entry = choose_entry(root, weights, source.path)
+    try:
+        entry = choose_entry(root, weights, source.path)
+    except CheckpointError as error:
+        _require_unquantised(root, source.path, error)
+        raise
     words, beside = sort_remainder(root, entry)
     state = content.load(entry.state)
     wrapped, odd = _plain(state, source.path)
@@ -95,9 +99,14 @@ def _plain(state: Mapping[str, object], where: object) -> tuple[dict[str, Tensor
     try:
         return plain_tensors(state, where)
     except CheckpointError as error:
-        found = missing_batch_norm(state)
-        if found is None:
-            raise
+        _require_unquantised(state, where, error)
+        raise
+
+
+def _require_unquantised(state: object, where: object, error: CheckpointError) -> None:
+    """Raise in place of ``error`` what the keys of a quantised model say better."""
+    names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []
+    if found := missing_batch_norm(names):
         raise CheckpointError(f"{where}: expected dense tensors, found {found}") from error
 
 
@@ -108,7 +117,8 @@ def _recorded(entry: Entry, prefix: str) -> dict[str, object]:
         return {}
     for name in prefix.split(".")[:-1]:  # out of the wrappers whose prefix the keys lost
         module = module.state["_modules"][name] if isinstance(module, Opaque) else None  # type: ignore[index]
-    return {"module": {"class": module_class(module), "rates": module_rates(module)}}
+    rates = {f"{prefix}{path}".removesuffix("."): found for path, found in module_rates(module).items()}
+    return {"module": {"class": module_class(module), "rates": rates}}
 
 
 def _module(entry: Entry, prefix: str) -> nn.Module | None:

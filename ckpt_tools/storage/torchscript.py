@@ -22,6 +22,7 @@ __all__ = ["is_scripted", "load_torchscript"]
 
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n(.*?)(?=^class |^def |\Z)", re.MULTILINE | re.DOTALL)
 _NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[(.*?)\]", re.MULTILINE | re.DOTALL)
+_DROPPING = re.compile("drop|StochasticDepth", re.IGNORECASE)
 _CONSTANT = re.compile(r"^  (\w+) : Final\[float\] = ([-+.\deE]+)$", re.MULTILINE)
 _DEEPEST = 100
 _MOST = 200_000  # modules; a hostile tree may share its branches exponentially often
@@ -101,6 +102,6 @@ def _declared(name: str, body: str) -> _Class:
     rates = {
         key: float(number)
         for key, number in _CONSTANT.findall(body)
-        if "drop" in key.lower() or (key == "p" and "drop" in name.lower())
+        if "drop" in key.lower() or (key == "p" and _DROPPING.search(name))
     }
     return _Class(frozenset(names), rates)
