@@ -14,6 +14,7 @@ import format_files
 import numpy as np
 import pytest
 import torch
+import torchvision
 from click.testing import CliRunner
 from format_files import FORMATS, ORDERED, Maker, Net
 from safetensors.torch import load_file, save_file
@@ -629,6 +630,24 @@ def test_quantised_model(tmp_path: Path) -> None:
         torch.save(quantised.state_dict(), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="quantised"):
         read_checkpoint(tmp_path / "x.pt")
+
+
+def test_whole_module_with_quantised_layers(tmp_path: Path) -> None:
+    plain = torchvision.models.resnet18()
+    with format_files.quietly():
+        torch.save(torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}), tmp_path / "x.pt")
+        torch.save(torchvision.models.quantization.resnet18(quantize=False), tmp_path / "stubs.pt")
+    with pytest.raises(CheckpointError, match="fc: torch.ao.nn.quantized.dynamic"):
+        read_checkpoint(tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "stubs.pt").shapes == {
+        key: tuple(tensor.shape) for key, tensor in plain.state_dict().items()
+    }
+
+
+def test_recorded_stochastic_depth(tmp_path: Path) -> None:
+    torch.save(torchvision.models.efficientnet_b0(stochastic_depth_prob=0.3), tmp_path / "x.pt")
+    rates = read_checkpoint(tmp_path / "x.pt").words["module"]["rates"]
+    assert rates["features.7.0.stochastic_depth"] == {"p": pytest.approx(0.3 * 15 / 16)}
 
 
 @pytest.mark.parametrize(

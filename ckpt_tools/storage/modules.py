@@ -19,6 +19,8 @@ _SCRIPT = "__torch__."  # how the classes in TorchScript archives are named
 _MANGLED = re.compile(r"___torch_mangle_\d+\.")
 _WRAPPED = ("module", "_orig_mod")  # DataParallel, AveragedModel; torch.compile
 _WRAPPERS = 8
+# Layers that hold packed weights, not the stubs of a model that could be quantised.
+_QUANTISED = re.compile(r"^torch\.(ao\.)?nn\.(intrinsic\.)?quantized\.(?!modules\.functional)")
 _MOST = 100_000  # modules and tensors; a tree that shares its branches can unfold to any number
 
 
@@ -36,21 +38,30 @@ def module_state(value: object) -> dict[str, object] | None:
     """What ``state_dict()`` of a pickled ``nn.Module`` or TorchScript module gives, in its order; None for others.
 
     Values are tensors, the same one for tied parameters, or an Opaque for a tensor that is not dense. Raises
-    CheckpointError for a tree that contains itself.
+    CheckpointError for a tree that contains itself, and for quantised layers, which hide their weights.
     """
     if _children(value) is None:
         return None
-    return {module.path + key: tensor for module in _walk(value) for key, tensor in module.tensors.items()}
+    modules = list(_walk(value))
+    packed = next((module for module in modules if _QUANTISED.search(module.name)), None)
+    if packed is not None:
+        raise CheckpointError(
+            f"{module_class(value)}: expected a model of floating-point layers, found a quantised one "
+            f"({packed.path.removesuffix('.')}: {packed.name}): quantisation packs weights and folds "
+            "BatchNorm into the layers before it. Give the checkpoint that was quantised."
+        )
+    return {module.path + key: tensor for module in modules for key, tensor in module.tensors.items()}
 
 
 def module_rates(value: object) -> dict[str, dict[str, float]]:
     """The drop rates, as attributes by the paths of the modules that have them ("" for the root).
 
-    A rate is a number in [0, 1] whose name contains "drop", or ``p`` of a class that does.
+    A rate is a number in [0, 1] whose name contains "drop", or ``p`` of a class that does or is a StochasticDepth.
     """
     found = {}
     for module in _walk(value):
-        dropping = "drop" in module.name.rpartition(".")[2].lower()
+        kind = module.name.rpartition(".")[2].lower()
+        dropping = "drop" in kind or "stochasticdepth" in kind
         rates = {key: rate for key, rate in module.attributes.items() if _is_rate(key, rate, dropping)}
         if rates:
             found[module.path.removesuffix(".")] = {str(key): float(rate) for key, rate in rates.items()}  # type: ignore[arg-type]
