@@ -637,7 +637,7 @@ def test_whole_module_with_quantised_layers(tmp_path: Path) -> None:
     with format_files.quietly():
         torch.save(torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}), tmp_path / "x.pt")
         torch.save(torchvision.models.quantization.resnet18(quantize=False), tmp_path / "stubs.pt")
-    with pytest.raises(CheckpointError, match="fc: torch.ao.nn.quantized.dynamic"):
+    with pytest.raises(CheckpointError, match=r"fc: torch\.ao\.nn\.quantized"):
         read_checkpoint(tmp_path / "x.pt")
     assert read_checkpoint(tmp_path / "stubs.pt").shapes == {
         key: tuple(tensor.shape) for key, tensor in plain.state_dict().items()
