@@ -277,6 +277,7 @@ class Reestimation:
     seconds: float
     device: str
     left_alone: tuple[LeftAlone, ...] = ()
+    cut_to: int | None = None  # samples at a time, where memory was too short for whole batches
 
     @property
     def rewritten(self) -> tuple[LayerResult, ...]:

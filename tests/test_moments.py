@@ -59,8 +59,9 @@ def test_large_means_keep_their_digits() -> None:
 def test_error_equals_the_jackknife() -> None:
     """The oracle: leave one image out, recompute the variance (Efron & Tibshirani 1993, chapter 11)."""
     x = (torch.randn(200, 2, 6) * torch.rand(200, 1, 1) + torch.randn(200, 1, 1)).double()
-    found = batch_moments(x, torch.zeros(2, dtype=torch.float64), 200)
-    error = Clusters.of(found.sums).relative_error(found.moments, torch.zeros(2, dtype=torch.float64))
+    zero = torch.zeros(2, dtype=torch.float64)
+    parts = [batch_moments(part, zero, 100) for part in x.split(100)]
+    error = clustered(parts).relative_error(pooled(parts), zero)
     values = x.numpy()
     left_out = np.stack([np.delete(values, i, 0).swapaxes(0, 1).reshape(2, -1).var(1) for i in range(200)])
     jackknife = np.sqrt(199 / 200 * ((left_out - left_out.mean(0)) ** 2).sum(0))

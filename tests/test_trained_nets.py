@@ -17,8 +17,9 @@ from ckpt_tools import reestimate_bn
 from ckpt_tools.demo.digits import load_digits
 from ckpt_tools.demo.train import train
 from ckpt_tools.moments import Moments
-from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.reestimate.layer import Interception, Layer
 from ckpt_tools.reestimate.passes import Passes
+from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.walker.call import call
 
@@ -82,7 +83,9 @@ def run_pass(model: nn.Module, batches: list[Tensor]) -> dict[str, Moments]:
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms.items()}
     with torch.no_grad():
-        Passes(model, Batches(batches), call, layers, None).estimate("pooled", "variance", None, 0.1, 1)
+        Passes(model, Batches(batches), Runner(model, call, Interception()), layers, None).estimate(
+            "pooled", "variance", None, 0.1, 1
+        )
     return {name: layer.moments for name, layer in layers.items() if layer.moments is not None}
 
 

@@ -13,7 +13,7 @@ from ckpt_tools.errors import ModelError
 from ckpt_tools.jobs.hypotheses import Change, Hypothesis
 from ckpt_tools.reestimate.agreement import Agreement, measure
 from ckpt_tools.reestimate.training import seeded
-from ckpt_tools.walker.call import Batch, Forward, batch_size, first_samples, input_tensors
+from ckpt_tools.walker.call import Batch, Forward, batch_size, input_tensors, samples
 
 EARLY_LAYERS = 3
 _FEW = 64  # images
@@ -105,7 +105,7 @@ def drawn(batches: Iterable[Batch], images: int) -> list[Batch]:
     for batch in batches:
         size = batch_size(batch)
         if size:
-            found.append(batch if size <= images else first_samples(batch, images))
+            found.append(batch if size <= images else samples(batch, 0, images))
         images -= size
         if images <= 0:
             break

@@ -8,7 +8,7 @@ distributions in Fisher's metric. It is cut off at 1, and averaged over the chan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,18 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import BatchNormLayer, Walk
-from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.reestimate.guards import check_input
-from ckpt_tools.reestimate.layer import Layer, batch_only, stored
+from ckpt_tools.reestimate.layer import Interception, Layer, batch_only, stored
 from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
-from ckpt_tools.reestimate.training import (
-    SeenEnough,
-    TrainingInterception,
-    evaluating,
-    seeded,
-    switch_dropout_on,
-)
-from ckpt_tools.walker.call import Batch, Forward, batch_size, call, device_of, eager, to_device, unwrap
+from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.training import evaluating, seeded, switch_dropout_on
+from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
 
 Normalise = Literal["stored", "batch"]
 
@@ -124,11 +118,11 @@ def measure(
         assert isinstance(module, _BatchNorm)
         observed[found.name] = Layer(found.name, module, rewritten=True)
         observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
-    interception = TrainingInterception(observed, dropout=rates_known, stop=layers is not None)
+    runner = Runner(model, forward, Interception(dropout=rates_known))
     with evaluating(model), seeded(model, seed), torch.no_grad(), eager():
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
-        images = sum(_run(model, batch, number, forward, interception) for number, batch in enumerate(batches))
+        images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))
     seen = {name: layer for name, layer in observed.items() if layer.moments is not None}
     return _summary(seen, masked, images, normalise)
 
@@ -167,25 +161,14 @@ def _may_drop(layer: BatchNormLayer) -> bool:
     return bool(layer.downstream_of or layer.potentially_downstream_of)
 
 
-def _run(model: nn.Module, batch: Batch, number: int, forward: Forward, interception: TrainingInterception) -> int:
-    """One batch through the model; how many images it held."""
-    check_input(batch, number)
-    images = batch_size(batch)
-    interception.begin(images)
-    try:
-        with interception:
-            forward(model, to_device(batch, device_of(model)))
-    except (SeenEnough, CkptToolsError) as ended:
-        if isinstance(ended, CkptToolsError):
-            raise
-    except Exception as error:  # whatever the model, or the caller's forward, raises on this batch
-        raise ModelError(
-            f"batch {number}: the model cannot run on it: {type(error).__name__}: {error}. "
-            "Check the input's shape and the device."
-        ) from error
-    for layer in interception.layers.values():
-        layer.end_batch()
-    return images
+def _run(runner: Runner, batches: Iterable[Batch], layers: Sequence[Layer], *, stop: bool) -> Iterator[int]:
+    """All batches through the model; how many images each held."""
+    for number, batch in enumerate(batches):
+        check_input(batch, number)
+        for images in runner.run(batch, number, layers, stop=stop):
+            for layer in layers:
+                layer.end_batch()
+            yield images
 
 
 def _summary(seen: Mapping[str, Layer], masked: set[str], images: int, normalise: Normalise) -> Agreement:

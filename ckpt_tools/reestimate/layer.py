@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,23 +68,35 @@ class Layer:
         self.moments = self.clusters = None
         self._calls = []
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, images: int) -> Tensor:
-        """Observe the input (N, C, …) and normalise it by the rule of this pass."""
+    def observe(self, x: Tensor, images: int) -> None:
+        """Measure an input (N, C, …) of this many images."""
         if x.numel() == 0:  # no proposals, no tokens: nothing to learn from
-            return F.batch_norm(x, self.module.running_mean, self.module.running_var, weight, bias, False, 0.0, eps)
+            return
         if x.numel() == x.shape[1]:
             raise DataError(
                 f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a variance needs "
                 "two. Use larger batches (--batch-size) or larger inputs (--input-size)."
             )
-        seen = batch_moments(x, self.stored.mean, images)
-        self._calls.append(seen)
-        scale = self.rule(self, seen.moments)
-        module = self.module
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        mean, variance = scale.mean.to(module.running_mean), scale.variance.to(module.running_var)
+        self._calls.append(batch_moments(x, self.stored.mean, images))
+
+    def normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """The output for the input that was observed last, by the rule of this pass."""
+        mean, variance = self.module.running_mean, self.module.running_var
+        assert mean is not None
+        assert variance is not None
+        if x.numel():
+            scale = self.rule(self, self._calls[-1].moments)
+            mean, variance = scale.mean.to(mean), scale.variance.to(variance)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    @property
+    def calls(self) -> int:
+        """How often the forward under way has run this layer."""
+        return len(self._calls)
+
+    def forget_batch(self) -> None:
+        """Drop what the forward under way has shown: it did not come to an end."""
+        self._calls = []
 
     def end_batch(self) -> Moments | None:
         """Merge what the calls of one forward saw; their moments together, None if there was no call."""
@@ -115,17 +127,30 @@ def _together(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
     return batch, sums
 
 
+class SeenEnough(BaseException):
+    """Ends a forward whose remaining layers are of no interest. No Exception: a model may catch those."""
+
+
 class Interception(TorchFunctionMode):
     """During a forward: BN layers under observation run as their Layer says, and calls of dropout do nothing.
 
     Layers are recognised by the running_var they hand to F.batch_norm, whatever their class, so their modules stay
-    untouched in evaluation mode. Dropout that ignores the mode (``F.dropout(x, training=True)``) is skipped here.
+    untouched in evaluation mode. Dropout that ignores the mode (``F.dropout(x, training=True)``) is skipped here,
+    unless ``dropout`` leaves it on.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
+    def __init__(self, *, dropout: bool = False) -> None:
         super().__init__()
-        self.layers = {id(layer.module.running_var): layer for layer in layers.values()}
-        self.images = 1  # in the batch under way
+        self._dropout = dropout
+        self._watched: dict[int, Layer] = {}
+        self._waiting: set[int] | None = None
+        self._images = 1
+
+    def begin(self, images: int, watched: Iterable[Layer], *, stop: bool) -> None:
+        """Announce a batch. With ``stop`` its forward ends by SeenEnough once every watched layer has seen it."""
+        self._images = images
+        self._watched = {id(layer.module.running_var): layer for layer in watched}
+        self._waiting = set(self._watched) if stop else None
 
     def __torch_function__(
         self,
@@ -136,15 +161,27 @@ class Interception(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            given = batch_norm_arguments(args, kwargs)
-            layer = self.layers.get(id(given["running_var"]))
-            if layer is not None:
-                return layer.forward(given["input"], given["weight"], given["bias"], given["eps"], self.images)
+            return self._batch_norm(args, kwargs)
+        if self._dropout:
+            return func(*args, **kwargs)
         drop = dropout_call(func, args, kwargs)
         if drop is not None:
             return drop.input
         args, kwargs = without_dropout(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _batch_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        given = batch_norm_arguments(args, kwargs)
+        key = id(given["running_var"])
+        layer = self._watched.get(key)
+        if layer is None:
+            return F.batch_norm(*args, **kwargs)
+        layer.observe(given["input"], self._images)
+        if self._waiting is not None:
+            self._waiting.discard(key)
+            if not self._waiting:
+                raise SeenEnough
+        return layer.normalise(given["input"], given["weight"], given["bias"], given["eps"])
 
 
 def log_step(current: Tensor, target: Tensor, weight: float) -> Tensor:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ckpt_tools.contract import Estimator, Statistics
-from ckpt_tools.errors import CkptToolsError, DataError, ModelError
+from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.guards import check_activations, check_input
 from ckpt_tools.reestimate.layer import (
-    Interception,
     Layer,
     Rule,
     Scale,
@@ -24,13 +23,15 @@ from ckpt_tools.reestimate.layer import (
     log_step,
     stored,
 )
+from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.source import Batches, checksum
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, to_device
+from ckpt_tools.walker.call import Batch
 
 SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
 DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
 MOST_PASSES = 100
+CONTROL_IMAGES = 512  # what control layers look at: enough to tell a factor of two
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Passes:
 
     model: nn.Module
     source: Batches
-    forward: Forward
+    runner: Runner
     layers: dict[str, Layer]
     progress: Callable[[Progress], None] | None
     images: int = 0
@@ -47,8 +48,10 @@ class Passes:
     passes: int = 0
     residual: float | None = None
     stopped_early: bool = False
-    checksum: float | None = None  # of the input of the first pass
+    repeats: bool = False  # whether later passes must see the same samples
+    checksum: float | None = None  # of the input of the first pass, if so
     error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
+    _once: bool | None = None  # whether a forward runs every layer exactly once: then it may end at the last
 
     def estimate(
         self,
@@ -62,6 +65,7 @@ class Passes:
         if estimator == "ema":
             self._moving_average(statistics, momentum, epochs)
             return
+        self.repeats = estimator == "exact"
         rule = kept_mean if statistics == "variance" else batch_only
         self._sweep(rule, tolerance)
         for layer in self._chosen():
@@ -112,19 +116,12 @@ class Passes:
             layer.begin_pass(rule)
         images = batches = 0
         total = 0.0
-        interception = Interception(self.layers)
-        device = device_of(self.model)
         for batch in itertools.islice(self.source, self.batches or None):
             check_input(batch, batches)
-            interception.images = batch_size(batch)
-            with interception:
-                self._forward(to_device(batch, device), batches)
-            seen = {name: layer.end_batch() for name, layer in self.layers.items()}
-            check_activations(self.model, seen, batches)
-            for name, moments in seen.items():
-                if update is not None and moments is not None and self.layers[name].rewritten:
-                    update(self.layers[name], moments)
-            images, batches, total = images + interception.images, batches + 1, total + checksum(batch)
+            for count in self._run(batch, batches, images):
+                images += count
+                self._end_batch(batches, update)
+            batches, total = batches + 1, total + (checksum(batch) if self.repeats else 0.0)
             if tolerance is None and self.progress is None:
                 continue
             bound = error_bound(self.layers.values())
@@ -135,20 +132,21 @@ class Passes:
                 break
         self._after_sweep(images, batches, total, repeatable=rule is stored)
 
-    def _forward(self, batch: Batch, number: int) -> None:
-        try:
-            self.forward(self.model, batch)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(f"batch {number}: out of memory: {error}. Use a smaller --batch-size.") from error
-        except CkptToolsError:
-            raise
-        except Exception as error:  # whatever the model, or the caller's forward, raises on this batch
-            if str(error).startswith("DataLoader worker"):  # torch raises it wherever the signal finds us
-                raise DataError(f"batch {number}: {error}. Memory ran out? Try fewer --workers.") from error
-            raise ModelError(
-                f"batch {number}: the model cannot run on it: {type(error).__name__}: {error}. "
-                "Check the input's shape and the device."
-            ) from error
+    def _run(self, batch: Batch, number: int, images: int) -> Iterator[int]:
+        """Run a batch up to the last layer that is of interest, by what the first batch has shown."""
+        watched = [layer for layer in self.layers.values() if layer.rewritten or images < CONTROL_IMAGES]
+        for count in self.runner.run(batch, number, watched, stop=self._once is True):
+            if self._once is None:
+                self._once = all(layer.calls == 1 for layer in watched)
+            yield count
+
+    def _end_batch(self, number: int, update: Callable[[Layer, Moments], None] | None) -> None:
+        """Merge what the layers saw."""
+        seen = {name: layer.end_batch() for name, layer in self.layers.items()}
+        check_activations(self.model, seen, number)
+        for name, moments in seen.items():
+            if update is not None and moments is not None and self.layers[name].rewritten:
+                update(self.layers[name], moments)
 
     def _after_sweep(self, images: int, batches: int, total: float, *, repeatable: bool) -> None:
         if not batches:

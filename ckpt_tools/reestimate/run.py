@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.contract import Estimator, LayerChoice, Rates, Reestimation, Statistics, Walk
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.reestimate.layer import Interception, Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
 from ckpt_tools.reestimate.passes import Passes
+from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.reestimate.training import evaluating, overwrite
@@ -83,7 +84,8 @@ def reestimate_bn(
     if walk is None:
         walk = walk_model(model, source.first(), forward=forward)
     choice = choose(walk, layers, rates=rates, statistics=statistics)
-    run = Passes(model, source, forward, _observed(model, walk, choice), progress)
+    runner = Runner(model, forward, Interception())
+    run = Passes(model, source, runner, _observed(model, walk, choice), progress)
     with evaluating(model), torch.no_grad(), eager():
         run.estimate(estimator, statistics, tolerance, momentum, epochs)
     results = layer_results(walk, choice, run.layers, run.error_scale)
@@ -104,6 +106,7 @@ def reestimate_bn(
         stopped_early=run.stopped_early,
         seconds=time.perf_counter() - started,
         device=str(device_of(model)),
+        cut_to=runner.largest,
         left_alone=walk.left_alone,
     )
 

@@ -3,56 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.reestimate.layer import Interception, Layer
-from ckpt_tools.walker.call import batch_norm_arguments, device_of
+from ckpt_tools.walker.call import device_of
 from ckpt_tools.walker.sites import saved_host_randomness
-
-
-class SeenEnough(BaseException):
-    """Ends a forward whose remaining layers are of no interest. No Exception: a model may catch those."""
-
-
-class TrainingInterception(Interception):
-    """Observed BN layers run as their Layer says; dropout is on or off.
-
-    With ``stop``, the forward ends by ``SeenEnough`` as soon as every observed layer has seen the batch once.
-    """
-
-    def __init__(self, layers: Mapping[str, Layer], *, dropout: bool, stop: bool) -> None:
-        super().__init__(layers)
-        self._dropout, self._stop = dropout, stop
-        self._waiting: set[int] = set()
-
-    def begin(self, images: int) -> None:
-        """Announce a batch of so many images."""
-        self.images = images
-        self._waiting = set(self.layers)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        if func is not F.batch_norm:
-            return func(*args, **kwargs) if self._dropout else super().__torch_function__(func, types, args, kwargs)
-        output = super().__torch_function__(func, types, args, kwargs)
-        self._waiting.discard(id(batch_norm_arguments(args, kwargs)["running_var"]))
-        if self._stop and not self._waiting:
-            raise SeenEnough
-        return output
 
 
 def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:

@@ -72,23 +72,28 @@ def batch_size(batch: Batch) -> int:
     return 1
 
 
-def first_samples(batch: Batch, count: int) -> Batch:
-    """The input of a batch cut to its first ``count`` samples, as a batch."""
+def samples(batch: Batch, start: int, stop: int) -> Batch:
+    """The input of a batch cut to some of its samples, as a batch."""
     given, size = _input(batch), batch_size(batch)
     if isinstance(given, (tuple, list)):
-        return [given[:count]]
+        return [given[start:stop]]
 
     def cut(leaf: Tensor) -> Tensor:
-        return leaf[:count] if leaf.ndim and leaf.shape[0] == size else leaf
+        return leaf[start:stop] if leaf.ndim and leaf.shape[0] == size else leaf
 
     return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
 
 
-def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """Every tensor of a batch on ``device``."""
+def to_device(batch: Batch, device: torch.device | str, memory_format: torch.memory_format | None = None) -> Batch:
+    """Every tensor of a batch on ``device``; those with four dimensions in ``memory_format``, if there is one."""
     overlap = torch.device(device).type == "cuda"  # towards the CPU, a copy under way could be read too early
+
+    def moved(leaf: Tensor) -> Tensor:
+        format_ = memory_format if memory_format is not None and leaf.ndim == 4 else torch.preserve_format
+        return leaf.to(device, non_blocking=overlap, memory_format=format_)
+
     plain = dict(batch) if isinstance(batch, Mapping) else batch
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, non_blocking=overlap), plain)
+    return pytree.tree_map_only(Tensor, moved, plain)
 
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

@@ -36,7 +36,7 @@ from ckpt_tools.walker.call import (
     batch_norm_arguments,
     device_of,
     eager,
-    first_samples,
+    samples,
     to_device,
 )
 from ckpt_tools.walker.graph import Graph, Recorder
@@ -248,7 +248,7 @@ def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: 
     except CkptToolsError:
         raise
     except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
-        few = to_device(first_samples(batch, 2), device_of(model))
+        few = to_device(samples(batch, 0, 2), device_of(model))
         return _run(model, few, forward, mode, rates, meta=False)
 
 
