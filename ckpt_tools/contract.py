@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Estimator = Literal["pooled", "exact", "ema"]
 LayerChoice = Literal["auto", "downstream", "all"]
 Statistics = Literal["variance", "mean+variance"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Rates = Literal["given", "recorded", "model", "unknown"]
 RecognisedBy = Literal["user", "checkpoint", "module", "shapes", "shapes without head", "data", "file name"]
 WeightKind = Literal["linear", "convolution", "transposed convolution"]
@@ -278,6 +279,8 @@ class Reestimation:
     device: str
     left_alone: tuple[LeftAlone, ...] = ()
     cut_to: int | None = None  # samples at a time, where memory was too short for whole batches
+    precision: Precision = "fp32"
+    deviation: Spread | None = None  # of the variances on the first images from those in fp32, for other precisions
 
     @property
     def rewritten(self) -> tuple[LayerResult, ...]:

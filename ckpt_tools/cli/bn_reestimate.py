@@ -63,6 +63,13 @@ from ckpt_tools.cli.progress import Bar
 @click.option("--momentum", default=0.1, show_default=True, help="Of the ema estimator.")
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Of the ema estimator.")
 @click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda or cuda:N.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA only.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes that decode images. Default: one a core, up to 8."

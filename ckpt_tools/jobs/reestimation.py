@@ -15,6 +15,7 @@ from ckpt_tools.contract import (
     InputSpec,
     LayerChoice,
     LoadedModel,
+    Precision,
     Reestimation,
     Statistics,
     Walk,
@@ -29,6 +30,7 @@ from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
+from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.run import check_method, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.storage.read import read_checkpoint, sha256
@@ -58,6 +60,7 @@ class Request:
     epochs: int = 1
     limit: int | None = None
     seed: int = 0
+    precision: Precision = "fp32"
     device: str = "auto"  # CUDA if there is one, else the CPU
     batch_size: int | None = None
     workers: int | None = None
@@ -111,6 +114,7 @@ def prepare(request: Request) -> Plan:
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
     device = usable_device(request.device)
+    check_precision(request.precision, torch.device(device))
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)
@@ -128,7 +132,7 @@ def prepare(request: Request) -> Plan:
 def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
     """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
     request = plan.request
-    model = plan.loaded.model.to(plan.device)
+    model = plan.loaded.model.to(plan.device, memory_format=torch.channels_last)
     verdict = _looked_at(plan)
     if not request.force:
         refuse(verdict)
@@ -139,6 +143,7 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         layers=request.layers,
         statistics=request.statistics,
         tolerance=request.tolerance,
+        precision=request.precision,
         momentum=request.momentum,
         epochs=request.epochs,
         rates=plan.loaded.rates,
@@ -200,6 +205,7 @@ def _provenance(plan: Plan, result: Reestimation, source_sha256: str) -> dict[st
         "why": result.why,
         "images": result.images,
         "batch_size": plan.batch_size,
+        "precision": result.precision,
         "seed": request.seed,
         "torch": torch.__version__,
         "rewritten": [layer.name for layer in result.rewritten],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ckpt_tools.contract import Estimator, Statistics
+from ckpt_tools.contract import Estimator, Spread, Statistics
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.guards import check_activations, check_input
@@ -23,14 +23,16 @@ from ckpt_tools.reestimate.layer import (
     log_step,
     stored,
 )
+from ckpt_tools.reestimate.precision import deviation
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.source import Batches, checksum
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.walker.call import Batch
+from ckpt_tools.walker.call import Batch, samples
 
 SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
 DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
 MOST_PASSES = 100
+_COMPARED = 64  # images that run in two precisions
 CONTROL_IMAGES = 512  # what control layers look at: enough to tell a factor of two
 
 
@@ -51,6 +53,7 @@ class Passes:
     repeats: bool = False  # whether later passes must see the same samples
     checksum: float | None = None  # of the input of the first pass, if so
     error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
+    deviation: Spread | None = None  # of the variances from those in fp32, if that is not the precision
     _once: bool | None = None  # whether a forward runs every layer exactly once: then it may end at the last
 
     def estimate(
@@ -74,6 +77,22 @@ class Passes:
             raise ModelError("the data reached none of the layers to rewrite, although the example input did.")
         if estimator == "exact":
             self._settle(statistics)
+
+    def compare_precision(self) -> None:
+        """Run the first images in fp32 and in the precision of the pass, and keep how far the variances differ."""
+        batch = samples(self.source.first(), 0, _COMPARED)
+        check_input(batch, 0)
+        precision = self.runner.precision
+        found = []
+        for kind in ("fp32", precision):
+            self.runner.precision = kind
+            for layer in self.layers.values():
+                layer.begin_pass(kept_mean)
+            for _ in self.runner.run(batch, 0, list(self.layers.values())):
+                seen = {name: layer.end_batch() for name, layer in self.layers.items()}
+                check_activations(self.model, seen, 0)
+            found.append({layer.name: layer.moments.variance() for layer in self._chosen() if layer.moments})
+        self.deviation = deviation(*found)
 
     def _chosen(self) -> list[Layer]:
         """Rewritten layers that the data reached; the others keep what they have."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.contract import Estimator, LayerChoice, Rates, Reestimation, Statistics, Walk
+from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.layer import Interception, Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
 from ckpt_tools.reestimate.passes import Passes
+from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
@@ -32,6 +33,7 @@ def reestimate_bn(
     layers: LayerChoice = "auto",
     statistics: Statistics = "variance",
     tolerance: float | None = None,
+    precision: Precision = "fp32",
     momentum: float = 0.1,
     epochs: int = 1,
     rates: Rates = "model",
@@ -59,6 +61,9 @@ def reestimate_bn(
             population mean and biased variance.
         tolerance: stop when the 95th percentile over channels of the relative standard error is below it in
             every rewritten layer, after at least 128 images. None: read everything.
+        precision: of convolutions and matrix products: "fp32"; "tf32" on CUDA; "bf16", "fp16" by torch.autocast.
+            Moments are made from float32 values in float64 whatever it is; how far the variances of the first 64
+            images deviate from fp32 is measured and returned.
         momentum, epochs: of "ema".
         rates: who knows the drop rates; "model" takes the module's own as known.
         forward: ``forward(model, batch)`` for batches that the default cannot run.
@@ -84,9 +89,12 @@ def reestimate_bn(
     if walk is None:
         walk = walk_model(model, source.first(), forward=forward)
     choice = choose(walk, layers, rates=rates, statistics=statistics)
-    runner = Runner(model, forward, Interception())
+    check_precision(precision, device_of(model))
+    runner = Runner(model, forward, Interception(), precision)
     run = Passes(model, source, runner, _observed(model, walk, choice), progress)
     with evaluating(model), torch.no_grad(), eager():
+        if precision != "fp32":
+            run.compare_precision()
         run.estimate(estimator, statistics, tolerance, momentum, epochs)
     results = layer_results(walk, choice, run.layers, run.error_scale)
     controls = judge_controls(choice, run.layers)
@@ -107,6 +115,8 @@ def reestimate_bn(
         seconds=time.perf_counter() - started,
         device=str(device_of(model)),
         cut_to=runner.largest,
+        precision=precision,
+        deviation=run.deviation,
         left_alone=walk.left_alone,
     )
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from ckpt_tools.contract import Precision
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.reestimate.layer import Interception, Layer, SeenEnough
+from ckpt_tools.reestimate.precision import arithmetic
 from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, samples, to_device
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
@@ -23,9 +25,12 @@ class Runner:
     so are the later ones: ``largest`` then says to how many samples.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward, interception: Interception) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Forward, interception: Interception, precision: Precision = "fp32"
+    ) -> None:
         self._model, self._forward, self._interception = model, forward, interception
         self._device = device_of(model)
+        self.precision: Precision = precision
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._layout = torch.channels_last if convolutional else None
         self.largest: int | None = None
@@ -85,7 +90,7 @@ class Runner:
     def _call(self, batch: Batch, watched: Sequence[Layer], *, stop: bool) -> None:
         self._interception.begin(batch_size(batch), watched, stop=stop)
         try:
-            with self._interception:
+            with arithmetic(self.precision, self._device), self._interception:
                 self._forward(self._model, to_device(batch, self._device, self._layout))
         except SeenEnough:
             pass

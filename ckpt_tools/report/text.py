@@ -21,6 +21,7 @@ _ARGUMENTS, _LONGEST = 5, 40  # of an architecture on one line, and their charac
 def plan_text(plan: Plan) -> str:
     """What is in force, before the pass."""
     request = plan.request
+    size = plan.batch_size
     active = [site for site in plan.walk.dropout_sites if site.active]
     rows = [
         ("checkpoint", checkpoint_line(plan.checkpoint)),
@@ -31,7 +32,7 @@ def plan_text(plan: Plan) -> str:
         ("data", f"{request.data} ({plan.source.kind}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
-        ("pass", f"{request.estimator}, {request.statistics}, batches of {plan.batch_size} on {plan.device}"),
+        ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {plan.device}"),
         ("output", str(plan.output)),
     ]
     return columns(rows)
@@ -93,6 +94,11 @@ def outcome_text(outcome: Outcome) -> str:
     result = outcome.result
     parts = [_headline(result), _changes(result.rewritten), "", verdict_text(outcome.verdict)]
     parts.append(controls_text(result.controls))
+    if result.deviation is not None:
+        low, high = result.deviation.median, result.deviation.high
+        parts.append(f"{result.precision}: variances of the first images within {low:.2g} (median), {high:.2g} of fp32")
+    if result.cut_to is not None:
+        parts.append(f"memory was short: batches were cut to {count(result.cut_to, 'sample')} at a time")
     parts += _unrewritten(result.layers)
     if result.left_alone:
         parts.append(f"left alone: {listed(f'{item.name} ({item.reason})' for item in result.left_alone)}")
