@@ -1,0 +1,85 @@
+"""How fast is it? All contestants in one run, on the same batches, interleaved; ratios of medians are printed.
+
+scripts/bench passes             # the pass against plain forwards, update_bn and fvcore
+scripts/bench passes --device cuda --batch 256
+scripts/bench sizes              # cost against images and batch size
+scripts/bench stopping           # --tolerance: time saved, and whether the stated error bounds hold
+scripts/bench input              # decoding and resizing against timm's and torchvision's loaders
+scripts/bench files              # writing against cp, start-up, memory of the whole run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from bench_models import NETWORKS
+from bench_passes import OURS, PEERS, race, ratios, speed_up, table
+
+RESULTS = Path(__file__).with_suffix(".json")
+
+
+def keep(section: str, found: Any) -> None:
+    """Put the figures of one section into bench.json, beside those of the others."""
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    stored[section] = {"torch": torch.__version__, "figures": found}
+    RESULTS.write_text(json.dumps(stored, ensure_ascii=False, indent=1) + "\n")
+
+
+def machine(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """Sub-commands share nothing but the file of results."""
+
+
+@main.command()
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--only", default="", help="Networks whose name contains this; nothing is stored.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--batches", default=2, show_default=True)
+@click.option("--batch", type=int, help="Images in a batch.  [default: 32 at 224, 64 at 32]")
+@click.option("--no-exact", is_flag=True, help="Leave the errors against the exact estimate out.")
+def passes(device: str, only: str, rounds: int, batches: int, batch: int | None, no_exact: bool) -> None:
+    """The pass against plain forwards and peers."""
+    found = {}
+    for network in NETWORKS.values():
+        if only not in network.name:
+            continue
+        costs = race(network, device, batches, batch or network.batch, rounds, exact=not no_exact)
+        print(table(network, costs), flush=True)
+        found[network.name] = [dataclasses.asdict(cost) for cost in costs]
+        found[network.name + ", faster than"] = {peer: speed_up(costs, peer) for peer in PEERS}
+    for peer in PEERS:
+        gains = [value[peer] for name, value in found.items() if name.endswith("faster than")]
+        print(f"geometric mean of the gain over {peer}: {statistics.geometric_mean(gains):.2f}×")
+    if not only:
+        keep(f"passes on {machine(device)}", found)
+
+
+@main.command()
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--network", default="WRN-28-10, 32×32", show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+def sizes(device: str, network: str, rounds: int) -> None:
+    """Cost against batch size, at the same number of images, and against the number of images."""
+    found = {}
+    for batches, batch in ((16, 8), (4, 32), (1, 128), (2, 128), (4, 128)):
+        costs = race(NETWORKS[network], device, batches, batch, rounds, exact=False)
+        ours = next(cost for cost in costs if cost.contestant == OURS)
+        ratio = ratios(costs, "eval forward, channels last")[OURS][0]
+        rate = ours.images / statistics.median(ours.seconds)
+        print(f"{batches} × {batch}: {rate:.1f} images/s, {ratio:.2f} × the eval forward, {ours.memory / 1e6:,.0f} MB")
+        found[f"{batches}×{batch}"] = {"images/s": rate, "ratio": ratio, "memory": ours.memory}
+    keep(f"sizes on {machine(device)}", found)
+
+
+if __name__ == "__main__":
+    main()
