@@ -13,15 +13,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from bench_files import peak_memory, start_up, writing
 from bench_models import NETWORKS
 from bench_passes import OURS, PEERS, race, ratios, speed_up, table
+from bench_photos import photos
+from bench_stopping import NETS, SIDE, coverage, wall_times
 
 RESULTS = Path(__file__).with_suffix(".json")
+SCRATCH = Path(tempfile.gettempdir()) / "ckpt-tools-bench"
 
 
 def keep(section: str, found: Any) -> None:
@@ -79,6 +84,47 @@ def sizes(device: str, network: str, rounds: int) -> None:
         print(f"{batches} × {batch}: {rate:.1f} images/s, {ratio:.2f} × the eval forward, {ours.memory / 1e6:,.0f} MB")
         found[f"{batches}×{batch}"] = {"images/s": rate, "ratio": ratio, "memory": ours.memory}
     keep(f"sizes on {machine(device)}", found)
+
+
+@main.command()
+@click.option("--images", default=20_000, show_default=True)
+@click.option("--trials", default=200, show_default=True)
+@click.option("--rounds", default=1, show_default=True, help="Of the whole command on a folder of JPEG files.")
+@click.option("--folder", type=click.Path(path_type=Path), default=SCRATCH, show_default=True)
+def stopping(images: int, trials: int, rounds: int, folder: Path) -> None:
+    """--tolerance: whether the stated errors are right, and what it saves."""
+    found: dict[str, Any] = {}
+    pixels, labels = photos(images, SIDE, SIDE)
+    for name in NETS:
+        found[name] = coverage(name, pixels, labels, 0.05, trials)
+        print(f"{name}: {found[name]}", flush=True)
+    times = wall_times(folder, images, rounds)
+    whole = statistics.median(times["everything"])
+    for name, runs in times.items():
+        print(
+            f"{name}: {statistics.median(runs):.1f} s, {whole / statistics.median(runs):.1f} times less than everything"
+        )
+    keep("stopping", {**found, "seconds": times})
+
+
+@main.command()
+@click.option("--size", default=1 << 30, show_default=True, help="Bytes of the file that is written.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), default=SCRATCH, show_default=True)
+def files(size: int, rounds: int, folder: Path) -> None:
+    """Writing against cp, start-up, memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = writing(folder, size, rounds)
+    for name in seconds:
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["cp and sync"], strict=True))
+        print(f"{name}: {statistics.median(seconds[name]):.2f} s, {ratio:.2f} × cp and sync")
+    starts = start_up(folder, rounds)
+    for name, median in starts.items():
+        print(f"{name}: {median:.2f} s")
+    memory = peak_memory(folder, (1000, 8000))
+    for name, peak in memory.items():
+        print(f"{name}: {peak / 1e6:,.0f} MB resident at most")
+    keep("files", {"writing": seconds, "start-up": starts, "memory": memory})
 
 
 if __name__ == "__main__":
