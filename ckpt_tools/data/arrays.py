@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.order import default_workers, random_order
 from ckpt_tools.data.stored import StoredArray
 from ckpt_tools.data.stream import Chunk, IndexedStream
@@ -54,8 +55,16 @@ class ArraySource:
         """Whether the samples are taken as they are."""
         return not self.array.pixels
 
-    def batches(self, input_spec: InputSpec | None, *, batch_size: int, workers: int | None = None) -> IndexedStream:
-        """Float32 batches (n, …). Worker processes are used only where images are resampled.
+    def batches(
+        self,
+        input_spec: InputSpec | None,
+        *,
+        batch_size: int,
+        workers: int | None = None,
+        cached: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> IndexedStream:
+        """Float32 batches (n, …). Workers and a cache are used only where images are resampled.
 
         Raises DataError if the samples do not fit ``input_spec``, or are uint8 and there is none.
         """
@@ -67,7 +76,7 @@ class ArraySource:
         else:
             image, finish, words = self._pixels(input_spec)
         if image is None:
-            workers = 0  # copying rows takes less time than sending them between processes
+            workers, cached = 0, False  # the rows are in memory or mapped: copying them takes no time
         elif workers is None:
             workers = 0 if image.spec.shape[1:] == self.sample_shape[1:] else default_workers()
         return IndexedStream(
@@ -78,6 +87,8 @@ class ArraySource:
             finish=finish,
             batch_size=batch_size,
             workers=workers,
+            cache=PixelCache() if cached else None,
+            device=device,
         )
 
     def _rows(self) -> Tensor:

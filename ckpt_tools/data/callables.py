@@ -52,10 +52,18 @@ class CallableSource:
             return None
         return len(data) if self.limit is None else min(self.limit, len(data))
 
-    def batches(self, input_spec: InputSpec | None, *, batch_size: int, workers: int | None = None) -> CallableStream:
-        """The user's batches as they come, checked for NaN; ``input_spec`` is not used.
+    def batches(
+        self,
+        input_spec: InputSpec | None,
+        *,
+        batch_size: int,
+        workers: int | None = None,
+        cached: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> CallableStream:
+        """The user's batches as they come, where they come, checked for NaN.
 
-        ``batch_size`` and ``workers`` concern a Dataset only.
+        ``batch_size`` and ``workers`` (processes) concern a Dataset only; the other arguments are not used.
         """
         data = self.product.latest
         if not _has_length(data):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.order import default_workers, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
 from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
@@ -51,7 +52,15 @@ class FolderSource:
         """Images in one pass."""
         return len(self.names) if self.limit is None else min(self.limit, len(self.names))
 
-    def batches(self, input_spec: InputSpec | None, *, batch_size: int, workers: int | None = None) -> IndexedStream:
+    def batches(
+        self,
+        input_spec: InputSpec | None,
+        *,
+        batch_size: int,
+        workers: int | None = None,
+        cached: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> IndexedStream:
         """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
         if input_spec is None:
             raise DataError(
@@ -67,12 +76,14 @@ class FolderSource:
             finish=scale,
             batch_size=batch_size,
             workers=default_workers() if workers is None else workers,
+            cache=PixelCache() if cached else None,
+            device=device,
         )
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Reads images by number, in a worker process."""
+    """Reads images by number."""
 
     root: Path
     names: tuple[str, ...]
@@ -84,19 +95,12 @@ class FolderImages:
         for index in indices:
             path = self.root / self.names[index]
             try:
-                images.append(self.transform(_decode(path, self.transform.mode)))
+                with Image.open(path, formats=_FORMATS) as image:
+                    images.append(self.transform(image))
             # PIL's plugins raise whatever a broken header leads them to
             except Exception as error:  # noqa: BLE001
                 skipped[index] = Skipped(_printable(self.names[index]), _reason(error, path))
         return Chunk(stacked(images) if images else None, skipped)
-
-
-def _decode(path: Path, mode: str) -> Image.Image:
-    with warnings.catch_warnings():
-        # odd EXIF, palettes with transparency, large images: nothing to act on, in thousands of files
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=_FORMATS) as image:
-            return image.convert(mode)
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -29,6 +29,6 @@ def balanced(count: int, size: int) -> list[int]:
 
 
 def default_workers() -> int:
-    """Worker processes for decoding: one for each core this process may use, at most eight."""
+    """Threads for decoding: one for each core this process may use, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
+
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays import ArraySource
 from ckpt_tools.data.callables import CallableSource
@@ -48,11 +50,20 @@ class Source(Protocol):
         """Whether samples go to the model as they are, so that ``input_spec`` may be None."""
         ...
 
-    def batches(self, input_spec: InputSpec | None, *, batch_size: int, workers: int | None = None) -> BatchStream:
+    def batches(
+        self,
+        input_spec: InputSpec | None,
+        *,
+        batch_size: int,
+        workers: int | None = None,
+        cached: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> BatchStream:
         """A stream of batches ready for the model, to be iterated as often as needed.
 
-        ``workers``: processes that decode; None chooses. Raises DataError if the samples cannot become what
-        ``input_spec`` says.
+        ``workers``: threads that decode; None chooses. ``cached`` keeps what the first pass decodes, for sources
+        that are read more than once. ``device``: where the batches shall be; a callable's stay where it made
+        them. Raises DataError if the samples cannot become what ``input_spec`` says.
         """
         ...
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ckpt_tools.data.blame import named
+from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.order import balanced
+from ckpt_tools.data.quiet import quiet_pil
+from ckpt_tools.data.readers import read_ahead
+from ckpt_tools.data.transfer import sent_ahead
 from ckpt_tools.errors import DataError, UsageError
 
 __all__ = ["Batch", "BatchStream", "Chunk", "IndexedStream", "Samples", "Skipped", "first_not_finite"]
@@ -22,7 +26,7 @@ Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 TOLERATED = 0.01
 """Share of unreadable samples above which the data set is refused."""
 
-_CHUNK = 16  # samples that travel together: 16 of 3×224×224 fit eight workers into Docker's 64 MB of /dev/shm
+_CHUNK = 16  # samples that one thread reads at a time
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a worker sends: the samples it read, (n, …), and by index those it could not."""
+    """What a reader returns: the samples it read, (n, …), and by index those it could not."""
 
     samples: Tensor | None
     skipped: Mapping[int, Skipped]
 
 
 class Samples(Protocol):
-    """A data set that reads several samples at once; workers get a pickled copy."""
+    """A data set that reads several samples at once, in several threads."""
 
     def __getitem__(self, indices: list[int], /) -> Chunk:
         """The samples with these indices, in this order."""
@@ -81,8 +85,8 @@ class IndexedStream:
     """Batches from samples that have a number: files in a folder, rows of an array.
 
     n samples at batch size b come as ⌈n/b⌉ batches whose sizes differ by at most one, less the samples that
-    were skipped. ``finish`` turns what was read into float32, in this process. Iterate one pass at a time;
-    worker processes live until the stream is dropped.
+    were skipped. ``finish`` turns what was read into float32, on ``device``. What one pass has decoded, a
+    ``cache`` keeps for the next. Iterate one pass at a time.
     """
 
     def __init__(
@@ -95,17 +99,20 @@ class IndexedStream:
         finish: Callable[[Tensor], Tensor],
         batch_size: int,
         workers: int,
+        cache: PixelCache | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         if workers < 0:
-            raise UsageError(f"--workers is {workers}. Give 0 to read in this process, or more.")
+            raise UsageError(f"--workers is {workers}. Give 0 to read in this thread, or more.")
         self.count = len(order)
         self.transform = transform
+        self._samples, self._order = samples, order
         self._name = name
         self._finish = finish
-        self._order = order
         self._sizes = balanced(len(order), batch_size)
-        self._plan = _Plan(order, [balanced(size, _CHUNK if workers else size) for size in self._sizes])
-        self._loader = _loader(samples, self._plan, workers)
+        self._workers = workers
+        self._cache = cache
+        self._device = torch.device(device)
         self._skipped: dict[int, Skipped] = {}
         self._passed = False
 
@@ -120,32 +127,54 @@ class IndexedStream:
         return tuple(self._skipped.values())
 
     def __iter__(self) -> Iterator[Tensor]:
-        """One pass of float32 CPU tensors (n, …).
+        """One pass of float32 tensors (n, …).
 
         Raises DataError when more than 1 % of all samples are unreadable, when a value is not finite, or when
-        a worker process fails.
+        reading fails otherwise.
         """
-        chunks = self._chunks()
-        for number, sizes in enumerate(self._plan.sizes):
-            parts = [next(chunks) for _ in sizes]
-            for part in parts:
-                self._note(part.skipped)
-            read = [part.samples for part in parts if part.samples is not None]
+        batches = self._batches()
+        if self._device.type == "cuda":
+            batches = sent_ahead(batches, self._device)
+        for batch in batches:
+            yield self._finish(batch)
+
+    def _batches(self) -> Iterator[Tensor]:
+        """What ``finish`` takes: pixels, or floats that have been checked."""
+        for number, chunks in enumerate(self._chunks()):
+            for chunk in chunks:
+                self._note(chunk.skipped)
+            read = [chunk.samples for chunk in chunks if chunk.samples is not None]
             if read:
-                batch = self._finish(read[0] if len(read) == 1 else torch.cat(read))
-                if read[0].is_floating_point():
+                batch = read[0] if len(read) == 1 else torch.cat(read)
+                if batch.is_floating_point():
+                    batch = batch.float()
                     self._check_finite(batch, number)
+                elif self._cache is not None:
+                    self._cache.keep(number, batch)
                 yield batch
         self._passed = True
 
-    def _chunks(self) -> Iterator[Chunk]:
+    def _chunks(self) -> Iterator[list[Chunk]]:
         try:
-            yield from self._loader
-        except Exception as error:  # whatever a worker raised, or its death
+            with quiet_pil():
+                yield from read_ahead(self._jobs(), self._workers)
+        except Exception as error:  # whatever reading raised
             raise DataError(
-                f"{self._name}: reading failed with {named(error)}. If a worker process was killed, memory or "
-                f"/dev/shm ran out: try fewer --workers, or --workers 0."
+                f"{self._name}: reading failed with {named(error)}. If memory ran out, try fewer --workers, "
+                f"--workers 0, or a smaller --batch-size."
             ) from error
+
+    def _jobs(self) -> Iterator[list[Callable[[], Chunk]]]:
+        """For every batch, how its parts are read; made one by one, as lists of millions would fill memory."""
+        start = 0
+        for number, size in enumerate(self._sizes):
+            indices = self._order[start : start + size]
+            start += size
+            if self._cache is not None and number in self._cache:
+                yield [partial(_kept, self._cache, number)]
+            else:
+                parts = torch.split(indices, balanced(size, _CHUNK)) if self._workers else [indices]
+                yield [partial(self._samples.__getitem__, part.tolist()) for part in parts]
 
     def _note(self, skipped: Mapping[int, Skipped]) -> None:
         new = {index: what for index, what in skipped.items() if index not in self._skipped}
@@ -181,35 +210,5 @@ def first_not_finite(batch: Tensor) -> int | None:
     return int((~finite).reshape(len(batch), -1).any(1).nonzero()[0])
 
 
-class _Plan:
-    """The index lists to read, made one by one: lists for millions of samples would fill memory."""
-
-    def __init__(self, order: Tensor, sizes: list[list[int]]) -> None:
-        self._order = order
-        self.sizes = sizes  # of the chunks of every batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = 0
-        for size in (size for sizes in self.sizes for size in sizes):
-            yield self._order[start : start + size].tolist()
-            start += size
-
-    def __len__(self) -> int:
-        return sum(len(sizes) for sizes in self.sizes)
-
-
-def _loader(samples: Samples, plan: _Plan, workers: int) -> DataLoader[Chunk]:
-    workers = min(workers, len(plan))
-    return DataLoader(
-        samples,  # type: ignore[arg-type]  # torch wants the class Dataset, uses only __getitem__
-        batch_size=None,  # the sampler's items are lists of indices, and the data set takes them whole
-        sampler=plan,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # otherwise every pass would draw from the user's random state
-    )
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+def _kept(cache: PixelCache, number: int) -> Chunk:
+    return Chunk(cache.read(number), {})

@@ -18,19 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.resample import INTERPOLATIONS, agrees, resampled
 from ckpt_tools.errors import DataError, UsageError
 
-__all__ = ["INTERPOLATIONS", "ImageTransform", "PixelScale", "stacked"]
+__all__ = ["ImageTransform", "PixelScale", "stacked"]
 
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "random": Image.Resampling.BICUBIC,  # timm's word for "a random choice in training"
-}
 _CROP_MODES = ("center", "squash", "border")
 _MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
 
@@ -71,18 +63,24 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """A uint8 tensor (C, H, W). Raises PIL's DecompressionBombError for absurd strips."""
-        image = image.convert(self.mode)
-        size = self.resized(image.size)
+        image = self._converted(image)
+        goal = self.resized(image.size)
         # A strip of 1×60000 pixels passes PIL's own limit and would grow to gigabytes here.
-        if Image.MAX_IMAGE_PIXELS and size[0] * size[1] > 2 * Image.MAX_IMAGE_PIXELS:
+        if Image.MAX_IMAGE_PIXELS and goal[0] * goal[1] > 2 * Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(
-                f"{image.width}×{image.height} pixels would be resized to {size[0]}×{size[1]}"
+                f"{image.width}×{image.height} pixels would be resized to {goal[0]}×{goal[1]}"
             )
-        return to_tensor(self._crop(image.resize(size, INTERPOLATIONS[self.spec.interpolation])))
+        # one channel takes torch longer than PIL
+        if self.mode == "RGB" and agrees(image.size, goal, self.spec.interpolation):
+            return self._crop(resampled(to_tensor(image), goal, self.spec.interpolation))
+        return self._crop(to_tensor(image.resize(goal, INTERPOLATIONS[self.spec.interpolation])))
 
     def recoloured(self, image: Image.Image) -> Tensor:
         """A uint8 tensor (C, H, W) of the image at its own size."""
-        return to_tensor(image.convert(self.mode))
+        return to_tensor(self._converted(image))
+
+    def _converted(self, image: Image.Image) -> Image.Image:
+        return image if image.mode == self.mode else image.convert(self.mode)
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height, before the crop, of an image of this width and height."""
@@ -100,17 +98,24 @@ class ImageTransform:
         ratio = choose(height / goal_h, width / goal_w)
         return round(width / ratio), round(height / ratio)
 
-    def _crop(self, image: Image.Image) -> Image.Image:
-        left, top = (_offset(have, want) for have, want in zip(image.size, self.size, strict=True))
-        canvas = Image.new(self.mode, self.size, self._fill())
-        canvas.paste(image, (-left, -top))
+    def _crop(self, pixels: Tensor) -> Tensor:
+        (top, height), (left, width) = (
+            (_offset(have, want), want) for have, want in zip(pixels.shape[1:], self.spec.shape[1:], strict=True)
+        )
+        if top >= 0 and left >= 0:
+            return pixels[:, top : top + height, left : left + width]
+        canvas = torch.tensor(self._fill(), dtype=torch.uint8).repeat(height, width, 1).permute(2, 0, 1)
+        seen = pixels[:, max(top, 0) : top + height, max(left, 0) : left + width]
+        y, x = max(-top, 0), max(-left, 0)
+        canvas[:, y : y + seen.shape[1], x : x + seen.shape[2]] = seen
         return canvas
 
-    def _fill(self) -> int | tuple[int, ...]:
+    def _fill(self) -> list[int]:
+        channels = self.spec.shape[0]
         if self.spec.crop_mode != "border" or not self.spec.mean:
-            return 0
-        levels = tuple(round(255 * value) for value in self.spec.mean)
-        return levels[0] if self.mode == "L" or len(levels) == 1 else levels
+            return [0] * channels
+        levels = [min(max(round(255 * value), 0), 255) for value in self.spec.mean]
+        return levels * channels if len(levels) == 1 else levels[:channels]
 
     def __str__(self) -> str:
         width, height = self.size
@@ -121,9 +126,13 @@ class ImageTransform:
 
 def stacked(images: Sequence[Tensor]) -> Tensor:
     """A uint8 batch (n, C, H, W) of the tensors that ``to_tensor`` made, channels last in memory like them."""
+    channels, height, width = images[0].shape
+    batch = np.empty((len(images), height, width, channels), np.uint8)
     # numpy copies in this thread; torch.stack wakes all its threads for every image, on a busy machine
     # at a higher cost than decoding
-    return torch.from_numpy(np.stack([image.permute(1, 2, 0).numpy() for image in images])).permute(0, 3, 1, 2)
+    for place, image in zip(batch, images, strict=True):
+        place[:] = image.permute(1, 2, 0).numpy()
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -149,16 +158,40 @@ class PixelScale:
         self.std = _per_channel(spec.std or (1.0,), spec, "std")
         if not bool((self.std > 0).all()):
             raise UsageError(f"std {spec.std} must be above 0 in every channel. Give --std.")
-        self._scale = (1 / (255 * self.std)).float()
-        self._shift = (-self.mean / self.std).float()
+        cpu = torch.device("cpu")
+        self._constants = {cpu: ((1 / (255 * self.std)).float(), (-self.mean / self.std).float())}
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Float32 (N, C, …) from uint8 (N, C, …), in the same memory format."""
-        return pixels.float().mul_(self._scale).add_(self._shift)
+        """Float32 (N, C, …) from uint8 (N, C, …), on the same device, in the same memory format."""
+        scale, shift = self._constants_on(pixels.device)
+        if pixels.device.type != "cpu":
+            return pixels.float().mul_(scale).add_(shift)
+        if pixels.ndim == 4 and pixels.is_contiguous(memory_format=torch.channels_last):
+            count, _, height, width = pixels.shape
+            # constants as long as a row of pixels: three at a time would keep vector units idle
+            rows = pixels.permute(0, 2, 3, 1).reshape(count, height, -1)
+            along = (constant.expand(pixels.shape[1], 1, 1).flatten().repeat(width) for constant in (scale, shift))
+            return _scaled(rows, *along).reshape(count, height, width, -1).permute(0, 3, 1, 2)
+        return _scaled(pixels, scale, shift)
+
+    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._constants:  # sent once: every such copy waits for the device
+            scale, shift = self._constants[torch.device("cpu")]
+            self._constants[device] = scale.to(device), shift.to(device)
+        return self._constants[device]
 
     def __str__(self) -> str:
         mean, std = (", ".join(f"{v:.4g}" for v in t.flatten().tolist()) for t in (self.mean, self.std))
         return f"/255, mean {mean}, std {std}"
+
+
+def _scaled(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    # numpy stays in this thread, where torch would wait for cores that are busy decoding, and asks for
+    # large memory pages: a batch in small ones takes longer to allocate than to compute
+    values = np.empty(pixels.shape, np.float32)
+    np.multiply(pixels.numpy(), scale.numpy(), out=values)
+    values += shift.numpy()
+    return torch.from_numpy(values)
 
 
 def _per_channel(values: tuple[float, ...], spec: InputSpec, name: str) -> Tensor:

@@ -1,0 +1,31 @@
+"""Memory that a new allocation can count on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["available_bytes"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int:
+    """Bytes of main memory that are free or can be freed, within the container's limit."""
+    return max(0, min(_of_the_machine(), _of_the_container()))
+
+
+def _of_the_machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 4 * 2**30  # no /proc: macOS, Windows
+
+
+def _of_the_container() -> int:
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = (_CGROUP / "memory.current").read_text().strip()
+        return int(limit) - int(used)
+    except (OSError, ValueError):
+        return 2**62  # no limit is set

@@ -1,0 +1,44 @@
+"""Resizing pixels as PIL does, several times faster, where the two agree."""
+
+from __future__ import annotations
+
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["INTERPOLATIONS", "agrees", "resampled"]
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "random": Image.Resampling.BICUBIC,  # timm's word for "a random choice in training"
+}
+
+_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+
+
+def agrees(size: tuple[int, int], goal: tuple[int, int], interpolation: str) -> bool:
+    """Whether ``resampled`` gives PIL's pixels for images of this width and height: to 0.01 levels on average.
+
+    PIL's weights have 22 bits, torch's about 15, so a pixel in a few hundred is rounded to the other side.
+    """
+    # PIL resizes rows before columns, as torch always does, unless the height shrinks by over twice the width.
+    # After each it rounds and clips, so that the order shows.
+    shrinks = size[1] - goal[1]
+    rows_first = shrinks <= 0 or shrinks <= 2 * (size[0] - goal[0])
+    return INTERPOLATIONS[interpolation] in _MODES and rows_first
+
+
+def resampled(pixels: Tensor, goal: tuple[int, int], interpolation: str) -> Tensor:
+    """Uint8 (C, height, width) of ``goal`` = (width, height) from uint8 (C, H, W), channels last in memory.
+
+    ``interpolation`` is one for which the two agree, that is bilinear, bicubic or random.
+    """
+    mode = _MODES[INTERPOLATIONS[interpolation]]
+    # pixels[None] alone does not count as channels last, and would be copied
+    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, size=(goal[1], goal[0]), mode=mode, antialias=True)[0]
