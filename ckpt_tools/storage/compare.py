@@ -13,6 +13,7 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.provenance import provenance
+from ckpt_tools.storage.raw import raw_bytes, same_raw
 from ckpt_tools.storage.read import read_checkpoint, read_part
 
 __all__ = ["Change", "Comparison", "Expectation", "compare", "compare_files", "provenance", "same_bytes"]
@@ -139,11 +140,7 @@ def _source_of(path: Path, said: Mapping[str, object], weights: str, trust: bool
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits."""
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    return one.dtype == other.dtype and one.shape == other.shape and same_raw(raw_bytes(one), raw_bytes(other))
 
 
 def _change(key: str, one: Tensor, other: Tensor) -> Change | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -18,7 +19,7 @@ from ckpt_tools.storage.pickles import load_pickle
 from ckpt_tools.storage.records import record_names
 from ckpt_tools.storage.torchscript import is_scripted, load_torchscript
 
-__all__ = ["Content", "load_content", "load_safetensors", "safetensors_header"]
+__all__ = ["Content", "data_start", "load_content", "load_safetensors", "safetensors_header"]
 
 _LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER as pickle writes it
 _TAIL = 64 * 1024  # bytes of the table of contents that are looked at
@@ -98,7 +99,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def safetensors_header(path: Path) -> dict[str, object]:
+def safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header, in the order it was written. Raises ValueError if there is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -108,15 +109,20 @@ def safetensors_header(path: Path) -> dict[str, object]:
     return header
 
 
+def data_start(path: Path) -> int:
+    """The place in a safetensors file behind its header."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def _promised_size(path: Path) -> int:
     """Bytes a whole file would have; 0 if its header tells nothing."""
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
+    start = data_start(path)
     if start > path.stat().st_size:
         return start
     try:
         entries = [entry for key, entry in safetensors_header(path).items() if key != "__metadata__"]
-        return start + max((int(entry["data_offsets"][1]) for entry in entries), default=0)  # type: ignore[index]
+        return start + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
     except (ValueError, TypeError, LookupError, RecursionError):
         return 0
 

@@ -18,6 +18,7 @@ from ckpt_tools.storage.modules import module_class, module_rates
 from ckpt_tools.storage.pickles import Opaque
 from ckpt_tools.storage.quantised import missing_batch_norm
 from ckpt_tools.storage.source import Source, find_source, load_source, sha256
+from ckpt_tools.storage.stored import Stamp, StoredCheckpoint, take_stamps
 from ckpt_tools.storage.words import plain_words
 
 __all__ = ["read_checkpoint", "read_part", "sha256", "under"]
@@ -35,9 +36,10 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
     Raises CheckpointError.
     """
     source = find_source(Path(path))
+    stamps = take_stamps(source)
     content = load_source(source, trust=trust)
     try:
-        return _extract(source, content, weights)
+        return _extract(source, content, weights, stamps)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile pickle may hide methods of a dict or a tensor behind attributes
@@ -69,7 +71,7 @@ def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     )
 
 
-def _extract(source: Source, content: Content, weights: str) -> Checkpoint:
+def _extract(source: Source, content: Content, weights: str, stamps: tuple[Stamp, ...]) -> Checkpoint:
     root = as_mapping(content.root)
     try:
         entry = choose_entry(root, weights, source.path)
@@ -82,7 +84,7 @@ def _extract(source: Source, content: Content, weights: str) -> Checkpoint:
     tensors, prefix, counters = strip_wrappers(wrapped)
     if not entry.path:  # "epoch" and the like among the tensors themselves
         words = {key: state[key] for key in odd}
-    return Checkpoint(
+    return StoredCheckpoint(
         path=source.path,
         format=content.format,
         tensors=tensors,
@@ -92,6 +94,7 @@ def _extract(source: Source, content: Content, weights: str) -> Checkpoint:
         metadata=content.metadata,
         left_out=(*beside, *_other_parts(entry), *odd, *counters),
         module=_module(entry, prefix),
+        stamps=stamps,
     )
 
 

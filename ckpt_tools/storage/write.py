@@ -1,13 +1,14 @@
 """Writing an output: all of the source's tensors but the replaced ones, or nothing at all.
 
-The bytes go to a temporary file beside the target, are synced, read back, compared with the source tensor by
-tensor, and only then take the target's name, in one step.
+The bytes go to a temporary file beside the target, are synced, read back, compared with the source's and the
+replaced ones', and only then take the target's name, in one step.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.storage.atomic import check_target, new_file, sync
-from ckpt_tools.storage.compare import same_bytes
-from ckpt_tools.storage.content import load_safetensors, safetensors_header
+from ckpt_tools.storage.content import data_start, load_safetensors, safetensors_header
+from ckpt_tools.storage.layout import Layout, Part, header_text, verified
+from ckpt_tools.storage.patch import Digests, find_original, write_patched
 from ckpt_tools.storage.provenance import output_metadata
-from ckpt_tools.storage.read import read_part, sha256
+from ckpt_tools.storage.read import sha256
 from ckpt_tools.storage.source import find_source
+from ckpt_tools.storage.unchanged import require_stamps, require_unchanged
 
-__all__ = ["check_output", "save", "write_safetensors"]
+__all__ = ["Digests", "check_output", "replace_tensors", "save", "write_safetensors"]
 
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".pt2"})
 
@@ -45,15 +48,40 @@ def save(
     the source once more.
 
     Raises OutputError, and leaves no file behind, if the target exists and ``overwrite`` is not set, if it is
-    the source, if a replacement does not fit, or if the file cannot be written or reads back differently.
+    the source, if a replacement does not fit, if the source is no longer what was read, or if the file cannot be
+    written or reads back differently.
+    """
+    return replace_tensors(path, checkpoint, replacements, provenance=provenance, overwrite=overwrite).output
+
+
+def replace_tensors(
+    path: Path | str,
+    checkpoint: Checkpoint,
+    replacements: Mapping[str, Tensor],
+    *,
+    provenance: Mapping[str, object],
+    overwrite: bool = False,
+) -> Digests:
+    """Do what ``save`` does, and return the SHA-256 of the source too, which costs least while the output is written.
+
+    Raises OutputError.
     """
     target = Path(path)
     check_output(target, checkpoint.path, overwrite=overwrite)
     tensors = _replaced(checkpoint.tensors, replacements)
-    _check_unchanged(checkpoint)
-    digest = str(provenance.get("source_sha256") or sha256(checkpoint.path))
-    metadata = output_metadata(checkpoint, provenance, digest)
-    return write_safetensors(target, tensors, metadata=metadata, overwrite=overwrite)
+    stamps = require_unchanged(checkpoint)
+    known = str(provenance.get("source_sha256") or "")
+    describe = partial(output_metadata, checkpoint, provenance)
+    with _output(target, tensors, overwrite) as temporary:
+        original = find_original(checkpoint)
+        if original is not None:
+            digests = write_patched(original, temporary, {key: tensors[key] for key in replacements}, describe, known)
+            _check_header(temporary, tensors, describe(digests.source))
+        else:
+            source = known or sha256(checkpoint.path)
+            digests = Digests(source, _write_new(temporary, tensors, describe(source)))
+        require_stamps(checkpoint, stamps)
+    return digests
 
 
 def write_safetensors(
@@ -63,18 +91,21 @@ def write_safetensors(
 
     Tensors may share memory and need not be contiguous. Raises OutputError.
     """
-    target = Path(target)
+    with _output(Path(target), tensors, overwrite) as temporary:
+        return _write_new(temporary, tensors, metadata)
+
+
+@contextmanager
+def _output(target: Path, tensors: Mapping[str, Tensor], overwrite: bool) -> Iterator[Path]:
+    """Where to write what becomes ``target`` when all went well. Raises OutputError for what the system refuses."""
     try:
         with new_file(target, overwrite=overwrite) as temporary:
-            _write(temporary, tensors, metadata)
-            _verify(temporary, tensors, metadata)
-            digest = sha256(temporary)
+            yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
             f"{target}: expected to write {_size(tensors):,} bytes there, found: {error}. "
             "Nothing was left behind; free space or choose another folder with --output."
         ) from error
-    return digest
 
 
 def check_output(target: Path, source_path: Path | None, *, overwrite: bool) -> None:
@@ -136,20 +167,15 @@ def _cast(key: str, stored: Tensor, value: Tensor) -> Tensor:
     return cast
 
 
-def _check_unchanged(checkpoint: Checkpoint) -> None:
-    """Refuse if the tensors in memory are no longer those of the file: the output would not match its source."""
-    if checkpoint.module is not None:
-        return  # read with trust; it is not executed a second time
-    stored = read_part(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
-    changed = [
-        key for key, tensor in checkpoint.tensors.items() if key not in stored or not same_bytes(tensor, stored[key])
-    ]
-    changed += [key for key in stored if key not in checkpoint.tensors]
-    if changed:
-        raise OutputError(
-            f"{checkpoint.path}: expected the tensors as they were read, found {changed[0]} changed in the file or in "
-            "memory since. Run again, on a file that nobody is writing to."
-        )
+def _write_new(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a file from memory, read it back and compare; its SHA-256. Raises OSError, ValueError and the library's."""
+    _write(path, tensors, metadata)
+    _check_header(path, tensors, metadata)
+    start, header = data_start(path), safetensors_header(path)
+    spans = {key: header[key]["data_offsets"] for key in tensors}
+    parts = [Part(key, start + begin, end - begin, tensors[key]) for key, (begin, end) in spans.items()]
+    with path.open("rb", buffering=0) as file:
+        return verified(file.fileno(), path.stat().st_size, Layout(file.read(start), parts))
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -187,21 +213,23 @@ def _restore_order(path: Path, keys: list[str], metadata: Mapping[str, str]) -> 
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = safetensors_header(path)
-        # The library keeps metadata in a hash map: without sorting, equal runs would give unequal bytes.
-        metadata = dict(sorted(metadata.items()))
-        ordered = {"__metadata__": metadata, **{key: header[key] for key in keys if key in header}}
-        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(ordered) == len(header) and len(text) <= length:
+        entries = {key: header[key] for key in keys if key in header}
+        text = header_text(entries, metadata)
+        if len(entries) + 1 == len(header) and len(text) <= length:
             file.seek(8)
             file.write(text.ljust(length))
 
 
-def _verify(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _check_header(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Have the library read the file's header. Raises ValueError if it says anything else than it should.
+
+    The library maps the file: nothing of the tensors is read.
+    """
     written, said = load_safetensors(path)
     if list(written) != list(tensors) or said != dict(metadata):
         raise ValueError("keys or metadata that read back differently")
     for key, tensor in tensors.items():
-        if not same_bytes(written[key], tensor):
+        if written[key].dtype != tensor.dtype or written[key].shape != tensor.shape:
             raise ValueError(f"{key} reading back differently from what was written")
 
 
