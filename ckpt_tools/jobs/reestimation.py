@@ -33,8 +33,8 @@ from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.run import check_method, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.storage.read import read_checkpoint, sha256
-from ckpt_tools.storage.write import check_output, save
+from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.write import check_output, replace_tensors
 from ckpt_tools.walker.downstream import walk
 
 _LOOK = 64  # samples in a batch of the first look
@@ -151,15 +151,14 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         force=request.force,
         progress=progress,
     )
-    digest = sha256(request.checkpoint)
-    written = save(
+    digests = replace_tensors(
         plan.output,
         plan.checkpoint,
         _replacements(plan, result),
-        provenance=_provenance(plan, result, digest),
+        provenance=_provenance(plan, result),
         overwrite=request.overwrite,
     )
-    return Outcome(plan, verdict, result, plan.stream.skipped, digest, written)
+    return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output)
 
 
 def _looked_at(plan: Plan) -> DataVerdict:
@@ -192,11 +191,10 @@ def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:
     return replacements
 
 
-def _provenance(plan: Plan, result: Reestimation, source_sha256: str) -> dict[str, object]:
+def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
     """What the output says about itself: enough to repeat it, and no wall-clock time."""
     request = plan.request
     return {
-        "source_sha256": source_sha256,
         "architecture": plan.loaded.recipe.architecture,
         "model_kwargs": dict(plan.loaded.recipe.kwargs),
         "estimator": result.estimator,
