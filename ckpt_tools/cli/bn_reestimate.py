@@ -71,9 +71,7 @@ from ckpt_tools.cli.progress import Bar
     help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA only.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
-@click.option(
-    "--workers", type=click.IntRange(min=0), help="Processes that decode images. Default: one a core, up to 8."
-)
+@click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
 @options.preprocessing
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
 @options.as_json

@@ -125,7 +125,13 @@ def prepare(request: Request) -> Plan:
     found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
     batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device)
-    stream = source.batches(spec, batch_size=batch_size, workers=request.workers)
+    stream = source.batches(
+        spec,
+        batch_size=batch_size,
+        workers=request.workers,
+        cached=request.estimator == "exact" or request.epochs > 1,
+        device=device,
+    )
     return Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
 
 
