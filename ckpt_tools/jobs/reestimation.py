@@ -138,7 +138,7 @@ def prepare(request: Request) -> Plan:
 def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
     """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
     request = plan.request
-    model = plan.loaded.model.to(plan.device, memory_format=torch.channels_last)
+    model = plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last)
     verdict = _looked_at(plan)
     if not request.force:
         refuse(verdict)
