@@ -126,9 +126,9 @@ def batch_moments(x: Tensor, centre: Tensor, images: int) -> BatchMoments:
     images = images if x.shape[0] % images == 0 else 1
     rows = x.shape[0] // images * -(-images // MOST_CLUSTERS)  # of x in a cluster; the last one may have fewer
     count, mean, m2 = _part_moments(x, rows)
-    counts = count[:, None]
-    total = (counts * mean).sum(0) / count.sum()
-    moments = Moments(int(count.sum()), total, m2.sum(0) + (counts * (mean - total).square()).sum(0))
+    counts, values = count[:, None], x.shape[0] * x[0, 0].numel()
+    total = (counts * mean).sum(0) / values
+    moments = Moments(values, total, m2.sum(0) + (counts * (mean - total).square()).sum(0))
     offset = mean - centre
     sums = torch.stack([counts.expand_as(mean), counts * offset, m2 + counts * offset.square()])
     return BatchMoments(moments, sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import nets
 import oracle
@@ -210,3 +211,23 @@ def test_the_process_computes_afterwards_as_it_did_before() -> None:
     with pytest.raises(ModelError, match="ValueError"):
         reestimate_bn(model, DATA, forward=failing, walk=ckpt_tools.walk(model, DATA[0]))
     assert before == (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+
+
+def test_a_compiled_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler sees what stands between BN layers; the moments are the same, and dropout stays off."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model, plain = densenet(), densenet()
+    result = reestimate_bn(model, DATA, compile=True)
+    reestimate_bn(plain, DATA)
+    assert result.images == 128
+    same(model, plain, rtol=1e-5)
+    assert len(graphs) == 1
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("observed_batch_norm" in target for target in targets) == 5
+    assert not any("dropout" in target for target in targets)

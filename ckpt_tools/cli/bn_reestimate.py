@@ -70,6 +70,7 @@ from ckpt_tools.cli.progress import Bar
     show_default=True,
     help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA only.",
 )
+@click.option("--compile", is_flag=True, help="Run what stands between BN layers through torch.compile.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
 @click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
 @options.preprocessing

@@ -61,6 +61,7 @@ class Request:
     limit: int | None = None
     seed: int = 0
     precision: Precision = "fp32"
+    compile: bool = False
     device: str = "auto"  # CUDA if there is one, else the CPU
     batch_size: int | None = None
     workers: int | None = None
@@ -150,6 +151,7 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         statistics=request.statistics,
         tolerance=request.tolerance,
         precision=request.precision,
+        compile=request.compile,
         momentum=request.momentum,
         epochs=request.epochs,
         rates=plan.loaded.rates,

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments
+from ckpt_tools.reestimate.operator import current, observed_batch_norm
 from ckpt_tools.walker.call import batch_norm_arguments
 from ckpt_tools.walker.sites import dropout_call, without_dropout
 
@@ -149,7 +150,7 @@ class Interception(TorchFunctionMode):
     def begin(self, images: int, watched: Iterable[Layer], *, stop: bool) -> None:
         """Announce a batch. With ``stop`` its forward ends by SeenEnough once every watched layer has seen it."""
         self._images = images
-        self._watched = {id(layer.module.running_var): layer for layer in watched}
+        self._watched = {_key(layer.module.running_var): layer for layer in watched}
         self._waiting = set(self._watched) if stop else None
 
     def __torch_function__(
@@ -161,7 +162,7 @@ class Interception(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            return self._batch_norm(args, kwargs)
+            return self._batch_norm(batch_norm_arguments(args, kwargs))
         if self._dropout:
             return func(*args, **kwargs)
         drop = dropout_call(func, args, kwargs)
@@ -170,18 +171,46 @@ class Interception(TorchFunctionMode):
         args, kwargs = without_dropout(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _batch_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        given = batch_norm_arguments(args, kwargs)
-        key = id(given["running_var"])
+    def _batch_norm(self, given: dict[str, Any]) -> Tensor:
+        key = _key(given["running_var"])
         layer = self._watched.get(key)
         if layer is None:
-            return F.batch_norm(*args, **kwargs)
+            return F.batch_norm(**given)
         layer.observe(given["input"], self._images)
         if self._waiting is not None:
             self._waiting.discard(key)
             if not self._waiting:
                 raise SeenEnough
         return layer.normalise(given["input"], given["weight"], given["bias"], given["eps"])
+
+
+class CompiledInterception(Interception):
+    """The same where the model is compiled: BN layers become an operator that the compiler does not look into."""
+
+    def __enter__(self) -> CompiledInterception:
+        current.append(super()._batch_norm)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        current.pop()
+
+    def begin(self, images: int, watched: Iterable[Layer], *, stop: bool) -> None:
+        """Announce a batch; graphs run to their end, so ``stop`` has no effect."""
+        super().begin(images, watched, stop=False)
+
+    def _batch_norm(self, given: dict[str, Any]) -> Tensor:
+        if given.get("training", False):
+            return F.batch_norm(**given)
+        names = ("input", "running_mean", "running_var", "weight", "bias", "eps")
+        output: Tensor = observed_batch_norm(*(given[name] for name in names))
+        return output
+
+
+def _key(running_var: Tensor | None) -> int:
+    """What tells a layer by the buffer it hands over; a compiled graph hands over another object on its memory."""
+    return 0 if running_var is None else running_var.data_ptr()
 
 
 def log_step(current: Tensor, target: Tensor, weight: float) -> Tensor:

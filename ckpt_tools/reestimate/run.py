@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import get_args
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.layer import Interception, Layer
+from ckpt_tools.reestimate.layer import CompiledInterception, Interception, Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.precision import check_precision
@@ -34,6 +35,7 @@ def reestimate_bn(
     statistics: Statistics = "variance",
     tolerance: float | None = None,
     precision: Precision = "fp32",
+    compile: bool = False,
     momentum: float = 0.1,
     epochs: int = 1,
     rates: Rates = "model",
@@ -64,6 +66,7 @@ def reestimate_bn(
         precision: of convolutions and matrix products: "fp32"; "tf32" on CUDA; "bf16", "fp16" by torch.autocast.
             Moments are made from float32 values in float64 whatever it is; how far the variances of the first 64
             images deviate from fp32 is measured and returned.
+        compile: run what stands between BN layers through torch.compile; pays on long passes only.
         momentum, epochs: of "ema".
         rates: who knows the drop rates; "model" takes the module's own as known.
         forward: ``forward(model, batch)`` for batches that the default cannot run.
@@ -90,9 +93,9 @@ def reestimate_bn(
         walk = walk_model(model, source.first(), forward=forward)
     choice = choose(walk, layers, rates=rates, statistics=statistics)
     check_precision(precision, device_of(model))
-    runner = Runner(model, forward, Interception(), precision)
+    runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
     run = Passes(model, source, runner, _observed(model, walk, choice), progress)
-    with evaluating(model), torch.no_grad(), eager():
+    with evaluating(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
         if precision != "fp32":
             run.compare_precision()
         run.estimate(estimator, statistics, tolerance, momentum, epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -26,9 +27,16 @@ class Runner:
     """
 
     def __init__(
-        self, model: nn.Module, forward: Forward, interception: Interception, precision: Precision = "fp32"
+        self,
+        model: nn.Module,
+        forward: Forward,
+        interception: Interception,
+        precision: Precision = "fp32",
+        *,
+        compiled: bool = False,
     ) -> None:
-        self._model, self._forward, self._interception = model, forward, interception
+        self._model = cast(nn.Module, torch.compile(model)) if compiled else model
+        self._forward, self._interception = forward, interception
         self._device = device_of(model)
         self.precision: Precision = precision
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
