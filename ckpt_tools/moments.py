@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ckpt_tools.channel_statistics import part_statistics
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -142,24 +144,5 @@ def _part_moments(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     if length == 1 and rows == 1:
         values = x.reshape(x.shape[:2]).double()
         return count, values, torch.zeros_like(values)
-    mean, variance = _on_cpu(x, rows) if x.device.type == "cpu" else _elsewhere(x, rows)
+    mean, variance = part_statistics(x, rows)
     return count, mean.double(), variance.double() * count[:, None]
-
-
-def _on_cpu(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (P, C): two reads of the input and no write, a part's values still in the cache.
-
-    Within a part the sums are float32, 7e-6 off for 12,544 values; over a whole batch they were 1.5e-4 off.
-    """
-    parts = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in x.split(rows)]
-    mean, variance = map(torch.stack, zip(*parts, strict=True))
-    return mean, variance
-
-
-def _elsewhere(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The same in two launches at most: one a part would cost more than the arithmetic."""
-    whole = x.shape[0] // rows * rows
-    stacks = [x[:whole].unflatten(0, (-1, rows)), x[whole:].unsqueeze(0)]
-    parts = [torch.var_mean(stack, [1, *range(3, stack.ndim)], correction=0) for stack in stacks if stack.numel()]
-    variance, mean = map(torch.cat, zip(*parts, strict=True))
-    return mean, variance
