@@ -11,9 +11,11 @@ from typing import Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.cache import PixelCache
+from ckpt_tools.data.jpeg import decoded
 from ckpt_tools.data.order import default_workers, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
 from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
@@ -95,12 +97,19 @@ class FolderImages:
         for index in indices:
             path = self.root / self.names[index]
             try:
-                with Image.open(path, formats=_FORMATS) as image:
-                    images.append(self.transform(image))
+                images.append(self._read(path))
             # PIL's plugins raise whatever a broken header leads them to
             except Exception as error:  # noqa: BLE001
                 skipped[index] = Skipped(_printable(self.names[index]), _reason(error, path))
         return Chunk(stacked(images) if images else None, skipped)
+
+    def _read(self, path: Path) -> Tensor:
+        with Image.open(path, formats=_FORMATS) as image:  # reads the header alone
+            if image.format == "JPEG" and image.mode == self.transform.mode == "RGB":
+                pixels = decoded(path, image.size) if self.transform.takes_pixels(image.size) else None
+                if pixels is not None:
+                    return self.transform.of_pixels(pixels)
+            return self.transform(image)
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""PIL's warnings are not passed on: odd EXIF or palettes in thousands of files, and nothing to act on."""
+"""Decoders' warnings are not passed on: odd EXIF or palettes in thousands of files, and nothing to act on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-__all__ = ["quiet_pil"]
+__all__ = ["quiet_decoders"]
 
-_RULE = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_RULE = ("ignore", None, Warning, re.compile(r"PIL\.|torchvision\.io\."), 0)
 
 
 @contextmanager
-def quiet_pil() -> Iterator[None]:
-    """Ignores warnings of PIL's modules, in all threads; everybody else's filters stay as they are."""
+def quiet_decoders() -> Iterator[None]:
+    """Ignores warnings of the modules that decode, in all threads; everybody else's filters stay as they are."""
     # warnings.catch_warnings would put back what another thread has changed in the meantime
     filters = cast("list[object]", warnings.filters)
     filters.insert(0, _RULE)

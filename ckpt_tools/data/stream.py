@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ckpt_tools.data.blame import named
 from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.order import balanced
-from ckpt_tools.data.quiet import quiet_pil
+from ckpt_tools.data.quiet import quiet_decoders
 from ckpt_tools.data.readers import read_ahead
 from ckpt_tools.data.transfer import sent_ahead
 from ckpt_tools.errors import DataError, UsageError
@@ -145,7 +146,7 @@ class IndexedStream:
                 self._note(chunk.skipped)
             read = [chunk.samples for chunk in chunks if chunk.samples is not None]
             if read:
-                batch = read[0] if len(read) == 1 else torch.cat(read)
+                batch = _joined(read)
                 if batch.is_floating_point():
                     batch = batch.float()
                     self._check_finite(batch, number)
@@ -156,7 +157,7 @@ class IndexedStream:
 
     def _chunks(self) -> Iterator[list[Chunk]]:
         try:
-            with quiet_pil():
+            with quiet_decoders():
                 yield from read_ahead(self._jobs(), self._workers)
         except Exception as error:  # whatever reading raised
             raise DataError(
@@ -208,6 +209,14 @@ def first_not_finite(batch: Tensor) -> int | None:
     if bool(finite.all()):
         return None
     return int((~finite).reshape(len(batch), -1).any(1).nonzero()[0])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1 or parts[0].ndim != 4 or parts[0].dtype != torch.uint8:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    # numpy copies in this thread; torch.cat would compete with the readers for every core, at the price of decoding
+    last = [part.permute(0, 2, 3, 1).numpy() for part in parts]
+    return torch.from_numpy(np.concatenate(last)).permute(0, 3, 1, 2)
 
 
 def _kept(cache: PixelCache, number: int) -> Chunk:

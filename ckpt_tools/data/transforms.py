@@ -64,16 +64,25 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """A uint8 tensor (C, H, W). Raises PIL's DecompressionBombError for absurd strips."""
         image = self._converted(image)
-        goal = self.resized(image.size)
+        if self.takes_pixels(image.size):
+            return self.of_pixels(to_tensor(image))
+        return self._crop(to_tensor(image.resize(self._goal(image.size), INTERPOLATIONS[self.spec.interpolation])))
+
+    def takes_pixels(self, size: tuple[int, int]) -> bool:
+        """Whether ``of_pixels`` makes the same of an image of this width and height."""
+        # one channel takes torch longer than PIL
+        return self.mode == "RGB" and agrees(size, self._goal(size), self.spec.interpolation)
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """A uint8 tensor (3, H, W) of a decoded image, uint8 (3, H, W) and channels last in memory."""
+        return self._crop(resampled(pixels, self._goal((pixels.shape[2], pixels.shape[1])), self.spec.interpolation))
+
+    def _goal(self, size: tuple[int, int]) -> tuple[int, int]:
+        goal = self.resized(size)
         # A strip of 1×60000 pixels passes PIL's own limit and would grow to gigabytes here.
         if Image.MAX_IMAGE_PIXELS and goal[0] * goal[1] > 2 * Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(
-                f"{image.width}×{image.height} pixels would be resized to {goal[0]}×{goal[1]}"
-            )
-        # one channel takes torch longer than PIL
-        if self.mode == "RGB" and agrees(image.size, goal, self.spec.interpolation):
-            return self._crop(resampled(to_tensor(image), goal, self.spec.interpolation))
-        return self._crop(to_tensor(image.resize(goal, INTERPOLATIONS[self.spec.interpolation])))
+            raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels would be resized to {goal[0]}×{goal[1]}")
+        return goal
 
     def recoloured(self, image: Image.Image) -> Tensor:
         """A uint8 tensor (C, H, W) of the image at its own size."""
