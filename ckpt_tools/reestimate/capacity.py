@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+
+from ckpt_tools.data.memory import available_bytes
 
 LARGEST = 512  # the bias of `pooled` falls like 1/batch; beyond this, sampling error dominates
 _SHARE = 0.25  # of the free memory; convolution workspaces and allocator slack come on top of activations
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def fitting_batch_size(bytes_per_sample: int, device: str) -> int:
@@ -22,21 +21,4 @@ def free_bytes(device: str) -> int:
     """Memory that a new allocation on ``device`` can count on; for the CPU also within the container's limit."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_available(), _container_headroom())
-
-
-def _available() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 4 * 2**30  # no /proc: macOS, Windows
-
-
-def _container_headroom() -> int:
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = (_CGROUP / "memory.current").read_text().strip()
-        return int(limit) - int(used)
-    except (OSError, ValueError):
-        return 2**62  # no limit is set
+    return available_bytes()
