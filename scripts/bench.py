@@ -20,6 +20,7 @@ from typing import Any
 import click
 import torch
 from bench_files import peak_memory, start_up, writing
+from bench_input import alikeness, photographs, speed
 from bench_models import NETWORKS
 from bench_passes import OURS, PEERS, race, ratios, speed_up, table
 from bench_photos import photos
@@ -105,6 +106,17 @@ def stopping(images: int, trials: int, rounds: int, folder: Path) -> None:
             f"{name}: {statistics.median(runs):.1f} s, {whole / statistics.median(runs):.1f} times less than everything"
         )
     keep("stopping", {**found, "seconds": times})
+
+
+@main.command("input")
+@click.option("--images", default=320, show_default=True, help="JPEG files to make.")
+@click.option("--rounds", default=5, show_default=True, help="Passes of every loader.")
+def input_(images: int, rounds: int) -> None:
+    """Decoding and resizing against timm's and torchvision's loaders."""
+    alike = alikeness()
+    with tempfile.TemporaryDirectory() as folder:
+        photographs(Path(folder), images)
+        keep("input", {"loaders": speed(Path(folder), images, rounds), "difference from PIL": alike})
 
 
 @main.command()

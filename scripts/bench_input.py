@@ -7,13 +7,11 @@ figures. About three minutes on two cores.
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
-import click
 import numpy as np
 import timm.data
 import torch
@@ -29,6 +27,7 @@ from ckpt_tools.data.transforms import ImageTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64
+PEERS = ("timm", "torchvision")
 
 
 def photographs(root: Path, count: int) -> None:
@@ -90,7 +89,9 @@ def seconds(batches: Iterable[object]) -> float:
     return time.perf_counter() - start
 
 
-def speed(root: Path, count: int, rounds: int) -> None:
+def speed(root: Path, count: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Images a second, and how many times those of the libraries' loaders that is, by workers and interpolation."""
+    found = {}
     for workers, interpolation in itertools.product((0, 2), ("bicubic", "bilinear")):
         streams = {name: loader(root, interpolation, workers) for name, loader in LOADERS.items()}
         for stream in streams.values():
@@ -98,22 +99,24 @@ def speed(root: Path, count: int, rounds: int) -> None:
         # one torch thread without workers: with more, the libraries' loaders wait for cores on a busy machine
         torch.set_num_threads(max(workers, 1))
         taken = [{name: seconds(stream) for name, stream in streams.items()} for _ in range(rounds)]
-        click.echo(f"\n{workers} workers, {interpolation}")
+        print(f"\n{workers} workers, {interpolation}")
         for name in LOADERS:
-            rate = count / median(times[name] for times in taken)
-            over = [
-                f"{median(times[base] / times[name] for times in taken):5.2f} x {base}" for base in list(LOADERS)[:2]
-            ]
-            click.echo(f"  {name:38} {rate:7.0f} images/s  {'  '.join(over)}")
+            row = {"images/s": count / median(times[name] for times in taken)}
+            for base in PEERS:
+                row[f"× {base}"] = median(times[base] / times[name] for times in taken)
+            print(f"  {name:38}" + "".join(f"  {value:7.2f} {unit}" for unit, value in row.items()), flush=True)
+            found[f"{name}, {workers} workers, {interpolation}"] = row
+    return found
 
 
-def alikeness() -> None:
+def alikeness() -> dict[str, dict[str, float]]:
+    """Grey levels between torch's resizing and PIL's, over sizes that torch is trusted with."""
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
     pictures = {"photographs": photographs, "noise": [Image.fromarray(noise)]}
     sizes = [(640, 427), (500, 375), (375, 500), (333, 251), (97, 611), (1600, 1201), (3001, 35), (35, 3000), (17, 23)]
     goals = [(341, 256), (235, 235), (224, 224), (300, 129), (32, 32), (384, 512)]
-    click.echo("\nGrey levels between torch's resizing and PIL's")
+    found = {}
     for interpolation, (kind, images) in itertools.product(("bilinear", "bicubic"), pictures.items()):
         off = []
         for image, size, goal in itertools.product(images, sizes, goals):
@@ -122,24 +125,13 @@ def alikeness() -> None:
                 spec = InputSpec((3, goal[1], goal[0]), interpolation=interpolation, crop_mode="squash", crop_pct=1.0)
                 theirs = np.array(picture.resize(goal, INTERPOLATIONS[interpolation])).transpose(2, 0, 1)
                 off.append(ImageTransform(spec)(picture).numpy().astype(int) - theirs)
-        absolute = [abs(part).mean() for part in off]
-        click.echo(
-            f"  {interpolation:9} {kind:12} {len(off):3} sizes: |difference| mean {np.mean(absolute):.4f}, "
-            f"median size {median(absolute):.4f}, worst {max(absolute):.4f}; "
-            f"signed, worst size {max(abs(part.mean()) for part in off):.4f}; "
-            f"one pixel {max(abs(part).max() for part in off)}"
-        )
-
-
-@click.command(help=__doc__)
-@click.option("--images", default=320, show_default=True, help="JPEG files to make.")
-@click.option("--rounds", default=5, show_default=True, help="Passes of every loader.")
-def main(images: int, rounds: int) -> None:
-    alikeness()
-    with tempfile.TemporaryDirectory() as folder:
-        photographs(Path(folder), images)
-        speed(Path(folder), images, rounds)
-
-
-if __name__ == "__main__":
-    main()
+        absolute = [float(abs(part).mean()) for part in off]
+        found[f"{interpolation}, {kind}"] = {
+            "sizes": len(off),
+            "|difference|, mean": float(np.mean(absolute)),
+            "worst size": max(absolute),
+            "worst size, signed": float(max(abs(part.mean()) for part in off)),
+            "one pixel": float(max(abs(part).max() for part in off)),
+        }
+        print(f"{interpolation}, {kind}: {found[f'{interpolation}, {kind}']}", flush=True)
+    return found

@@ -48,9 +48,9 @@ class Scores:
 IMAGES = 256  # looked at
 CLEAN = Scores(early=0.12, first=0.15, deep=0.12)  # below all, nothing else is tried
 WRONG = Scores(early=0.22, first=0.22, deep=0.17)  # above one, with every excuse, the data is refused
-MOVING = Scores(early=0.50, first=0.30, deep=0.20)  # on top for a training that has hardly begun
+MOVING = Scores(early=0.15, first=0.10, deep=0.08)  # on top for a training that has hardly begun
 SETTLED = 150  # batches after which weights, and with them the statistics, move no faster than at the end
-EXCUSE = 0.20  # an augmentation that leaves more than this of the early score explains nothing
+EXCUSE = 0.15  # an augmentation that leaves more than this of the early score explains nothing
 PERFECT = 0.06  # an early score that no other preprocessing needs to beat
 _FINAL = 3  # hypotheses, ranked on few images, that are then scored on all
 

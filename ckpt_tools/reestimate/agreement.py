@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import BatchNormLayer, Walk
 from ckpt_tools.reestimate.guards import check_input
+from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.layer import Interception, Layer, batch_only, stored
 from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
 from ckpt_tools.reestimate.running import Runner
@@ -119,7 +120,7 @@ def measure(
         observed[found.name] = Layer(found.name, module, rewritten=True)
         observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
     runner = Runner(model, forward, Interception(dropout=rates_known))
-    with evaluating(model), seeded(model, seed), torch.no_grad(), eager():
+    with kept_heap(), evaluating(model), seeded(model, seed), torch.no_grad(), eager():
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
         images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))

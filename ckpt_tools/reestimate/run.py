@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
+from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.layer import CompiledInterception, Interception, Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
 from ckpt_tools.reestimate.passes import Passes
@@ -95,7 +96,7 @@ def reestimate_bn(
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
     run = Passes(model, source, runner, _observed(model, walk, choice), progress)
-    with evaluating(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
+    with kept_heap(), evaluating(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
         if precision != "fp32":
             run.compare_precision()
         run.estimate(estimator, statistics, tolerance, momentum, epochs)
