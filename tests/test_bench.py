@@ -94,9 +94,7 @@ def test_writing_is_raced_with_cp(tmp_path):
 
 def test_loaders_give_the_same_pixels(tmp_path):
     bench_input.photographs(tmp_path, 4)
-    ours, peer = (
-        next(iter(bench_input.LOADERS[name](tmp_path, "bilinear", 0))) for name in ("ours", "torchvision")
-    )
+    ours, peer = (next(iter(bench_input.LOADERS[name](tmp_path, "bilinear", 0))) for name in ("ours", "torchvision"))
     ours, peer = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in (ours, peer))
     as_pixels = [
         batch * torch.tensor(bench_input.STD).reshape(3, 1, 1) + torch.tensor(bench_input.MEAN).reshape(3, 1, 1)

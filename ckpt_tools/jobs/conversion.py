@@ -11,8 +11,8 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.places import default_output
-from ckpt_tools.storage.read import read_checkpoint, sha256
-from ckpt_tools.storage.write import check_output, save
+from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.write import check_output, replace_tensors
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ def convert(request: ConvertRequest) -> Conversion:
     output = request.output or _default(request.checkpoint)
     check_output(output, request.checkpoint, overwrite=request.overwrite)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
-    digest = sha256(request.checkpoint)
-    said = {"expect": "nothing", "source_sha256": digest}
-    written = save(output, checkpoint, {}, provenance=said, overwrite=request.overwrite)
-    return Conversion(checkpoint, output, digest, written, shared_memory(checkpoint.tensors))
+    digests = replace_tensors(output, checkpoint, {}, provenance={"expect": "nothing"}, overwrite=request.overwrite)
+    return Conversion(checkpoint, output, digests.source, digests.output, shared_memory(checkpoint.tensors))
 
 
 def shared_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:

@@ -22,7 +22,7 @@ from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.new_weights import write_initialized
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.verification import Trial, new_trial
-from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.storage.read import read_checkpoint
 from ckpt_tools.storage.write import check_output
 
 Draw = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], None]
@@ -95,9 +95,8 @@ def initialize(request: InitRequest, draw: Draw | None = None) -> InitOutcome:
     after = trial.measure(loaded.model, request.seed) if trial else ()
     if draw is not None and trial is not None:
         draw(before, after)
-    digest = None if request.checkpoint is None else sha256(request.checkpoint)
-    written = write_initialized(output, loaded, result, digest, overwrite=request.overwrite)
-    return InitOutcome(request, loaded, result, output, written, digest, trial, before, after)
+    digests = write_initialized(output, loaded, result, overwrite=request.overwrite)
+    return InitOutcome(request, loaded, result, output, digests.output, digests.source or None, trial, before, after)
 
 
 def refuse_trained(tensors: Mapping[str, Tensor]) -> None:

@@ -11,14 +11,12 @@ from torch import Tensor
 from ckpt_tools.contract import LoadedModel
 from ckpt_tools.initialize.outcome import InitRewrite
 from ckpt_tools.storage.provenance import output_metadata
-from ckpt_tools.storage.write import save, write_safetensors
+from ckpt_tools.storage.write import Digests, replace_tensors, write_safetensors
 from ckpt_tools.walker.call import unwrap
 
 
-def write_initialized(
-    output: Path, loaded: LoadedModel, result: InitRewrite, source_sha256: str | None = None, *, overwrite: bool = False
-) -> str:
-    """Write a model whose weights were rewritten, and return the file's SHA-256. Raises OutputError.
+def write_initialized(output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False) -> Digests:
+    """Write a model whose weights were rewritten; the source's digest is empty if there is none. Raises OutputError.
 
     With a checkpoint, its tensors with the new ones in their place, in its dtypes; else the state dict as it stands.
     """
@@ -27,10 +25,10 @@ def write_initialized(
     zeroed = _every_name(state, [layer.bias for layer in result.rewritten if layer.bias])
     said = _provenance(loaded, result) | {"rewritten": rewritten, "zeroed": zeroed}
     if loaded.checkpoint is None:
-        return write_safetensors(output, state, metadata=output_metadata(None, said), overwrite=overwrite)
+        written = write_safetensors(output, state, metadata=output_metadata(None, said), overwrite=overwrite)
+        return Digests("", written)
     new = {key: state[key] for key in (*rewritten, *zeroed)}
-    said["source_sha256"] = source_sha256
-    return save(output, loaded.checkpoint, new, provenance=said, overwrite=overwrite)
+    return replace_tensors(output, loaded.checkpoint, new, provenance=said, overwrite=overwrite)
 
 
 def _every_name(state: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:

@@ -61,7 +61,9 @@ def _give_back() -> None:
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ)
+    tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
+        name.startswith("MALLOC_") for name in os.environ
+    )
     if tuned or platform.libc_ver()[0] != "glibc":
         return None
     glibc = ctypes.CDLL(None)
