@@ -43,7 +43,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Clusters:
-    """How per-image sums scatter: mean (3, C) and co-moments (3, 3, C) of (n, Σ(x−c), Σ(x−c)²) over images.
+    """How sums over clusters scatter: mean (3, C) and co-moments (3, 3, C) of (n, Σ(x−c), Σ(x−c)²) of whole images.
 
     Pixels of one image are correlated, so the error of a variance must come from whole images (or batches).
     ``c`` is any fixed centre near the mean, the same for all that is merged; it keeps the sums small.
@@ -55,7 +55,7 @@ class Clusters:
 
     @classmethod
     def of(cls, sums: Tensor) -> Clusters:
-        """From the sums (3, images, C) of every image."""
+        """From the sums (3, clusters, C)."""
         mean = sums.mean(1)
         centred = sums - mean[:, None]
         # einsum would make a batched matrix product of this, several times slower.
@@ -75,7 +75,7 @@ class Clusters:
         )
 
     def mean_error(self, moments: Moments, centre: Tensor) -> Tensor:
-        """Standard error (C,) of the pooled mean; infinite for fewer than two images."""
+        """Standard error (C,) of the pooled mean; infinite for fewer than two clusters."""
         if self.count < 2:
             return torch.full_like(moments.mean, torch.inf)
         shift = moments.mean - centre
@@ -88,10 +88,10 @@ class Clusters:
         return (scatter * self.count / (self.count - 1)).sqrt()
 
     def relative_error(self, moments: Moments, centre: Tensor) -> Tensor:
-        """Relative standard error (C,) of the pooled variance; infinite for fewer than two images.
+        """Relative standard error (C,) of the pooled variance; infinite for fewer than two clusters.
 
-        The variance is a ratio of sums over images; its linearisation at image i is
-        Σ(x−μ)² − V·n_i, so SE(V)² = K/(K−1) · Σ_i(…)² / N² with K images and N values (Cochran 1977,
+        The variance is a ratio of sums over clusters; its linearisation at cluster i is
+        Σ(x−μ)² − V·n_i, so SE(V)² = K/(K−1) · Σ_i(…)² / N² with K clusters and N values (Cochran 1977,
         Sampling Techniques, section 6.4). Covers 94–96 % at ±1.96 from 128 images on.
         """
         if self.count < 2:
@@ -103,7 +103,13 @@ class Clusters:
         return torch.where(variance > 0, error / variance, 0.0)
 
 
-MOST_CLUSTERS = 128  # of one batch; larger batches are divided into so many groups of images
+def _cluster(images: int) -> int:
+    """How many images of a batch make a cluster: four, fewer in small batches, more where 32 clusters are enough.
+
+    128 images, the fewest that a pass stops after, make 32 clusters or more. With one a image the errors are no
+    better, and cost four times as much.
+    """
+    return max(1, min(4, images // 4), -(-images // 32))
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def batch_moments(x: Tensor, centre: Tensor, images: int) -> BatchMoments:
     x = x.detach()
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     images = images if x.shape[0] % images == 0 else 1
-    rows = x.shape[0] // images * -(-images // MOST_CLUSTERS)  # of x in a cluster; the last one may have fewer
+    rows = x.shape[0] // images * _cluster(images)  # of x in a cluster; the last one may have fewer
     count, mean, m2 = _part_moments(x, rows)
     counts, values = count[:, None], x.shape[0] * x[0, 0].numel()
     total = (counts * mean).sum(0) / values

@@ -56,16 +56,26 @@ def test_large_means_keep_their_digits() -> None:
     np.testing.assert_allclose(found.variance(), x.double().numpy().var(ddof=1), rtol=1e-5)
 
 
+def jackknife(values: np.ndarray, group: int) -> np.ndarray:
+    """The oracle: leave a group of images out, recompute the variance (Efron & Tibshirani 1993, chapter 11)."""
+    groups = len(values) // group
+    starts = range(0, len(values), group)
+    rest = [np.delete(values, slice(at, at + group), 0).swapaxes(0, 1).reshape(2, -1).var(1) for at in starts]
+    errors = np.sqrt((groups - 1) / groups * ((np.stack(rest) - np.mean(rest, 0)) ** 2).sum(0))
+    return errors / values.swapaxes(0, 1).reshape(2, -1).var(1)
+
+
 def test_error_equals_the_jackknife() -> None:
-    """The oracle: leave one image out, recompute the variance (Efron & Tibshirani 1993, chapter 11)."""
-    x = (torch.randn(200, 2, 6) * torch.rand(200, 1, 1) + torch.randn(200, 1, 1)).double()
+    x = (torch.randn(800, 2, 6) * torch.rand(800, 1, 1) + torch.randn(800, 1, 1)).double()
     zero = torch.zeros(2, dtype=torch.float64)
-    parts = [batch_moments(part, zero, 100) for part in x.split(100)]
-    error = clustered(parts).relative_error(pooled(parts), zero)
-    values = x.numpy()
-    left_out = np.stack([np.delete(values, i, 0).swapaxes(0, 1).reshape(2, -1).var(1) for i in range(200)])
-    jackknife = np.sqrt(199 / 200 * ((left_out - left_out.mean(0)) ** 2).sum(0))
-    np.testing.assert_allclose(error, jackknife / values.swapaxes(0, 1).reshape(2, -1).var(1), rtol=0.03)
+    for batch, group in ((2, 1), (8, 2), (100, 4), (200, 7)):
+        parts = [batch_moments(part, zero, batch) for part in x.split(batch)]
+        found = clustered(parts)
+        assert found.count == sum(-(-batch // group) for _ in parts)
+        error = found.relative_error(pooled(parts), zero)
+        if batch % group == 0:
+            np.testing.assert_allclose(error, jackknife(x.numpy(), group), rtol=0.03)
+        np.testing.assert_allclose(error, jackknife(x.numpy(), 1), rtol=0.3)
 
 
 def test_intervals_cover() -> None:

@@ -118,7 +118,7 @@ class Layer:
 
 
 def _together(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
-    """Moments and per-image sums of several calls in one forward, as with a reused layer."""
+    """Moments and the clusters' sums of several calls in one forward, as with a reused layer."""
     groups = min(seen.sums.shape[1] for seen in calls)
     batch, sums = calls[0].moments, torch.zeros_like(calls[0].sums[:, :groups])
     for seen in calls[1:]:

@@ -9,7 +9,7 @@ import torch
 
 from ckpt_tools.reestimate.layer import Layer
 
-MINIMUM_IMAGES = 128  # below, per-image cluster errors are too small (coverage 87–92 % at 32 images)
+MINIMUM_IMAGES = 128  # below, clustered errors are too small (coverage 87–92 % at 32 images)
 
 
 @dataclass(frozen=True)
