@@ -2,7 +2,7 @@
 
 Small nets of many families are trained on what scikit-learn ships. Then random subsets of 256 images, half of them from
 the training split and half held out, go through the check as they should, and as they should not. Colliding pairs of
-architectures (same keys, another function) are told apart by the data. With all 200 subsets a run takes two hours on two
+architectures (same keys, another function) are told apart by the data. All 200 subsets take two hours on two
 cores; --seconds shortens it where a check takes long, which it does where the data looks suspicious.
 """
 

@@ -230,8 +230,10 @@ def test_a_file_name_suggests(resnets, path, expected):
 
 
 def test_other_padding_is_another_function_and_pruning_is_none():
+    weights: dict[str, torch.Tensor] = {}
+
     def answers(*names):
-        return [response(candidates(checkpoint(meta(name)), name)[0], (3, 64, 64)) for name in names]
+        return [response(candidates(checkpoint(meta(name)), name)[0], (3, 64, 64), weights) for name in names]
 
     plain, pruned, same = answers("timm:efficientnet_es", "timm:efficientnet_es_pruned", "timm:tf_efficientnet_es")
     assert torch.equal(plain, pruned)

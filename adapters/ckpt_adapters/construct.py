@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.errors import ArchitectureError
 
@@ -22,8 +25,10 @@ _PROBED_RATE = 0.2
 
 def construct(architecture: str, make: Make, kwargs: Mapping[str, object]) -> nn.Module:
     """Call ``make(**kwargs)``. Raises ArchitectureError naming what the constructor did not like."""
+    shapes_only = torch.get_default_device().type == "meta"
     try:
-        model = make(**kwargs)
+        with _Unfilled() if shapes_only else contextlib.nullcontext():
+            model = make(**kwargs)
     except (Exception, SystemExit) as error:  # a module that ends the process when imported is no reason to end
         raise ArchitectureError(_complaint(architecture, make, kwargs, error)) from error
     if not isinstance(model, nn.Module):
@@ -32,6 +37,24 @@ def construct(architecture: str, make: Make, kwargs: Mapping[str, object]) -> nn
             "Name a function or a class that builds the model."
         )
     return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Initialisations of tensors without values, most of a constructor's time, do nothing."""
+
+    _FILLS = frozenset(
+        {function for name, function in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+        | {getattr(Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "clamp_")}
+    )
+
+    def __torch_function__(
+        self, func: Make, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if func in self._FILLS and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)
 
 
 def skeleton(make: Make, kwargs: Mapping[str, object]) -> nn.Module:

@@ -54,8 +54,7 @@ class TorchvisionAdapter:
         self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
     ) -> dict[str, object]:
         """``num_classes``, and whether there are auxiliary heads."""
-        make = _maker(name)
-        taken = keywords(make)
+        make, taken = _maker(name), _keywords(name)
         found: dict[str, object] = {
             keyword: any(key.startswith(heads) for key in shapes)
             for keyword, heads in _AUXILIARY.items()
@@ -85,6 +84,11 @@ def _rate_kwargs(name: str) -> tuple[str, ...]:
     return rate_keywords(_maker(name))
 
 
+@functools.cache
+def _keywords(name: str) -> frozenset[str]:
+    return frozenset(keywords(_maker(name)))
+
+
 def _require_known(name: str, kwargs: Mapping[str, object]) -> None:
     """Half of torchvision's builders swallow what they do not know, and some would download."""
     for keyword in _DOWNLOADS:
@@ -93,9 +97,9 @@ def _require_known(name: str, kwargs: Mapping[str, object]) -> None:
                 f"torchvision:{name}: the weights come from the checkpoint, found {keyword}. Leave it out."
             )
     make = _maker(name)
-    unknown = set(kwargs) - _UNSIGNED - {*keywords(make)} if kwargs else set()
+    unknown = set(kwargs) - _UNSIGNED - _keywords(name) if kwargs else set()
     if unknown and _swallows(make):
-        raise ArchitectureError(unknown_keyword(f"torchvision:{name}", min(unknown), keywords(make)))
+        raise ArchitectureError(unknown_keyword(f"torchvision:{name}", min(unknown), _keywords(name)))
 
 
 def _swallows(make: Callable[..., object]) -> bool:

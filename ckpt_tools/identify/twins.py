@@ -51,8 +51,9 @@ def _by_input(candidates: Sequence[Candidate]) -> dict[InputSpec | None, list[Ca
 
 def _by_response(candidates: Sequence[Candidate], spec: InputSpec | None) -> list[_Group]:
     groups: list[_Group] = []
+    weights: dict[str, Tensor] = {}
     for candidate in candidates:
-        answer = response(candidate, spec.shape) if spec and len(candidates) > 1 else None
+        answer = response(candidate, spec.shape, weights) if spec and len(candidates) > 1 else None
         same = next((group for group in groups if _same(group.response, answer)), None)
         if same:
             same.others.append(candidate)
@@ -61,14 +62,14 @@ def _by_response(candidates: Sequence[Candidate], spec: InputSpec | None) -> lis
     return groups
 
 
-def response(candidate: Candidate, shape: Sequence[int]) -> Tensor | None:
+def response(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]) -> Tensor | None:
     """The model's output, flattened, for two random inputs under random weights; None if it cannot be run.
 
-    The weights follow from the keys and their order, so that two architectures of the same keys get the same.
+    ``weights`` by key are what earlier candidates were given; what is missing there is drawn and added.
     """
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         model = candidate.adapter.build(candidate.recipe.name, candidate.recipe.kwargs).float().eval()
-        _randomise(model)
+        _randomise(model, weights)
         small = (*shape[:-2], *(min(side, _SIDE) for side in shape[-2:]))
         for size in dict.fromkeys((small, tuple(shape))):
             sample = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
@@ -79,19 +80,26 @@ def response(candidate: Candidate, shape: Sequence[int]) -> Tensor | None:
     return None
 
 
-def _randomise(model: nn.Module) -> None:
+def _randomise(model: nn.Module, known: dict[str, Tensor]) -> None:
     """Weights that keep a signal's size; BatchNorm normalises by the batch, so that depth hides no difference."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    generator = torch.Generator().manual_seed(len(known))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, tensor in model.state_dict().items():
-        if key in weights and tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator)
-            fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
-            scaled = noise * fan_in**-0.5 if tensor.dim() > 1 else 0.1 * noise + key.endswith("weight")
-            tensor.copy_(scaled)
+        if key in parameters and tensor.is_floating_point():
+            drawn = known.get(key)
+            if drawn is None or drawn.shape != tensor.shape:
+                drawn = known[key] = _drawn(key, tensor, generator)
+            tensor.copy_(drawn)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.training = True
+
+
+def _drawn(key: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(like.shape, generator=generator)
+    if like.dim() > 1:
+        return noise.mul_(max(1, like[0].numel()) ** -0.5)
+    return noise.mul_(0.1).add_(float(key.endswith("weight")))
 
 
 def _flat(output: object) -> Tensor | None:
