@@ -22,7 +22,7 @@ import torch
 from bench_files import peak_memory, start_up, writing
 from bench_input import alikeness, photographs, speed
 from bench_models import NETWORKS
-from bench_passes import OURS, PEERS, race, ratios, speed_up, table
+from bench_passes import OURS, race, ratios, summary, table
 from bench_photos import photos
 from bench_stopping import NETS, SIDE, coverage, wall_times
 
@@ -55,19 +55,16 @@ def main() -> None:
 @click.option("--no-exact", is_flag=True, help="Leave the errors against the exact estimate out.")
 def passes(device: str, only: str, rounds: int, batches: int, batch: int | None, no_exact: bool) -> None:
     """The pass against plain forwards and peers."""
-    found = {}
+    raced = {}
     for network in NETWORKS.values():
-        if only not in network.name:
-            continue
-        costs = race(network, device, batches, batch or network.batch, rounds, exact=not no_exact)
-        print(table(network, costs), flush=True)
-        found[network.name] = [dataclasses.asdict(cost) for cost in costs]
-        found[network.name + ", faster than"] = {peer: speed_up(costs, peer) for peer in PEERS}
-    for peer in PEERS:
-        gains = [value[peer] for name, value in found.items() if name.endswith("faster than")]
-        print(f"geometric mean of the gain over {peer}: {statistics.geometric_mean(gains):.2f}×")
+        if only in network.name:
+            costs = race(network, device, batches, batch or network.batch, rounds, exact=not no_exact)
+            print(table(network, costs), flush=True)
+            raced[network.name] = costs
+    print(summary(raced))
     if not only:
-        keep(f"passes on {machine(device)}", found)
+        figures = {name: [dataclasses.asdict(cost) for cost in costs] for name, costs in raced.items()}
+        keep(f"passes on {machine(device)}", figures)
 
 
 @main.command()

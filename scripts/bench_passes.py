@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,5 +194,17 @@ def table(network: Network, costs: Sequence[Cost]) -> str:
             f"| {cost.contestant} | {rate:.1f} | {median:.2f} ({low:.2f}–{high:.2f}) | {cost.memory / 1e6:,.0f} MB | "
             f"{cost.images} | {error} |"
         )
-    lines += [f"faster than {peer}: {speed_up(costs, peer):.2f}×" for peer in PEERS]
+    return "\n".join(lines)
+
+
+def summary(raced: Mapping[str, Sequence[Cost]]) -> str:
+    """The README's table: time / eval forward, channels last; then how many times faster ours is than each peer."""
+    lines = ["", "| | " + " | ".join(raced) + " |", "|---" * (len(raced) + 1) + "|"]
+    for one in CONTESTANTS:
+        cells = (f"{ratios(costs, BASE)[one.name][0]:.2f}" for costs in raced.values())
+        lines.append(f"| {one.name} | " + " | ".join(cells) + " |")
+    for peer in PEERS:
+        gains = [speed_up(costs, peer) for costs in raced.values()]
+        mean = statistics.geometric_mean(gains)
+        lines.append(f"| gain over {peer}: {mean:.2f} | " + " | ".join(f"{gain:.2f}" for gain in gains) + " |")
     return "\n".join(lines)
