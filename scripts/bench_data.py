@@ -264,7 +264,7 @@ def told_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
 @click.option("--subsets", default=200, show_default=True, help="Random subsets of the right data, for each net.")
 @click.option("--seconds", default=math.inf, help=f"For the right data of a net, after {FEWEST} subsets.")
 @click.option("--wrong", default=10, show_default=True, help="Subsets for each variant of wrong data.")
-@click.option("--only", default="", help="Nets whose name contains this; nothing is stored.")
+@click.option("--only", default="", help="Nets whose name contains this; the others' results stay.")
 @click.option("--quick", is_flag=True, help="One small net, few subsets; nothing is stored.")
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder for trained nets.")
 @click.option("--jobs", default=2, show_default=True, help="Processes of one thread.")
@@ -285,11 +285,18 @@ def main(subsets: int, seconds: float, wrong: int, only: str, quick: bool, keep:
             results["nets"].append(result)
             click.echo(_line(result))
         results["pairs"] = [one.result() for one in apart]
-    click.echo(table(results))
     click.echo(f"{time.perf_counter() - started:.0f} s")
-    if not quick and not only:
-        results["seconds"] = round(time.perf_counter() - started)
+    if only and not quick:
+        results = renewed(json.loads(RESULTS.read_text()), results["nets"])
+    click.echo(table(results))
+    if not quick:
         RESULTS.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+
+
+def renewed(stored: dict, nets: list[dict]) -> dict:
+    """Stored results with those of some nets in their place."""
+    new = {net["net"]: net for net in nets}
+    return stored | {"nets": [new.get(net["net"], net) for net in stored["nets"]]}
 
 
 def _measured(number: int, *, subsets: int, wrong: int, seconds: float, keep: Path | None) -> dict[str, object]:
