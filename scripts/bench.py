@@ -21,8 +21,8 @@ import click
 import torch
 from bench_files import peak_memory, start_up, writing
 from bench_input import alikeness, photographs, speed
-from bench_models import NETWORKS
-from bench_passes import OURS, race, ratios, summary, table
+from bench_models import NETWORKS, SMALL
+from bench_passes import BASE, CONTESTANTS, OURS, race, ratios, summary, table
 from bench_photos import photos
 from bench_stopping import NETS, SIDE, coverage, wall_times
 
@@ -69,18 +69,24 @@ def passes(device: str, only: str, rounds: int, batches: int, batch: int | None,
 
 @main.command()
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--network", default="WRN-28-10, 32×32", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-def sizes(device: str, network: str, rounds: int) -> None:
+@click.option("--most", default=8000, show_default=True, help="Images of the longest pass.")
+def sizes(device: str, rounds: int, most: int) -> None:
     """Cost against batch size, at the same number of images, and against the number of images."""
     found = {}
-    for batches, batch in ((16, 8), (4, 32), (1, 128), (2, 128), (4, 128)):
-        costs = race(NETWORKS[network], device, batches, batch, rounds, exact=False)
+    batches = [(most // 16 // batch, batch) for batch in (8, 32, 128)]
+    longer = [(most // part // 125, 125) for part in (8, 4, 2, 1)]
+    two = [one for one in CONTESTANTS if one.name in (BASE, OURS)]
+    for count, batch in (*batches, *longer):
+        costs = race(SMALL, device, max(1, count), batch, rounds, exact=False, contestants=two)
         ours = next(cost for cost in costs if cost.contestant == OURS)
-        ratio = ratios(costs, "eval forward, channels last")[OURS][0]
-        rate = ours.images / statistics.median(ours.seconds)
-        print(f"{batches} × {batch}: {rate:.1f} images/s, {ratio:.2f} × the eval forward, {ours.memory / 1e6:,.0f} MB")
-        found[f"{batches}×{batch}"] = {"images/s": rate, "ratio": ratio, "memory": ours.memory}
+        ratio, rate = ratios(costs, BASE)[OURS][0], ours.images / statistics.median(ours.seconds)
+        print(
+            f"{SMALL.name}, {count} × {batch}: {rate:.1f} images/s, {ratio:.2f} × the eval forward, "
+            f"{ours.memory / 1e6:,.0f} MB",
+            flush=True,
+        )
+        found[f"{count}×{batch}"] = {"images/s": rate, "ratio": ratio, "memory": ours.memory}
     keep(f"sizes on {machine(device)}", found)
 
 
@@ -117,23 +123,25 @@ def input_(images: int, rounds: int) -> None:
 
 
 @main.command()
-@click.option("--size", default=1 << 30, show_default=True, help="Bytes of the file that is written.")
+@click.option("--megabytes", default=(100, 1000), multiple=True, show_default=True, help="Of files that are written.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=SCRATCH, show_default=True)
-def files(size: int, rounds: int, folder: Path) -> None:
+def files(megabytes: tuple[int, ...], rounds: int, folder: Path) -> None:
     """Writing against cp, start-up, memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = writing(folder, size, rounds)
-    for name in seconds:
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["cp and sync"], strict=True))
-        print(f"{name}: {statistics.median(seconds[name]):.2f} s, {ratio:.2f} × cp and sync")
-    starts = start_up(folder, rounds)
-    for name, median in starts.items():
-        print(f"{name}: {median:.2f} s")
-    memory = peak_memory(folder, (1000, 8000))
-    for name, peak in memory.items():
+    found: dict[str, Any] = {}
+    for size in megabytes:
+        seconds = found[f"writing {size} MB"] = writing(folder, size * 10**6, rounds)
+        for name in seconds:
+            ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["cp and sync"], strict=True))
+            print(f"{size} MB, {name}: {statistics.median(seconds[name]):.2f} s, {ratio:.2f} × cp and sync", flush=True)
+    found["start-up"] = start_up(folder, rounds)
+    for name, median in found["start-up"].items():
+        print(f"{name}: {median:.2f} s", flush=True)
+    found["memory"] = peak_memory(folder, (1000, 8000))
+    for name, peak in found["memory"].items():
         print(f"{name}: {peak / 1e6:,.0f} MB resident at most")
-    keep("files", {"writing": seconds, "start-up": starts, "memory": memory})
+    keep("files", found)
 
 
 if __name__ == "__main__":

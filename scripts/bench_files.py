@@ -33,7 +33,7 @@ def large_checkpoint(path: Path, size: int) -> Checkpoint:
 
 def writing(root: Path, size: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of cp, of cp with sync, and of a whole verified ``save``, interleaved."""
-    source = root / "large.safetensors"
+    source = root / f"{size}.safetensors"
     checkpoint = large_checkpoint(source, size)
     variances = {key: tensor + 1 for key, tensor in checkpoint.tensors.items() if key.endswith("running_var")}
     seconds: dict[str, list[float]] = {"cp": [], "cp and sync": [], "save": []}

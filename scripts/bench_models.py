@@ -92,3 +92,5 @@ NETWORKS = {
         Network("WRN-28-10, 32×32", WideResNet, 32, 64),
     )
 }
+
+SMALL = Network("ResNet-18, 64×64", torchvision.models.resnet18, 64, 128)  # for runs over thousands of images

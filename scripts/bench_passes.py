@@ -82,20 +82,31 @@ CONTESTANTS = (
 )
 
 
-def race(network: Network, device: str, count: int, size: int, rounds: int, *, exact: bool) -> list[Cost]:
-    """Every contestant in every round, in an order that rotates."""
-    batches = network.batches(count, size, device)
+def race(
+    network: Network,
+    device: str,
+    count: int,
+    size: int,
+    rounds: int,
+    *,
+    exact: bool,
+    contestants: Sequence[Contestant] = CONTESTANTS,
+) -> list[Cost]:
+    """Every contestant in every round, in an order that rotates. More than eight batches repeat."""
+    batches = network.batches(min(count, 8), size, device)
+    batches = [batches[number % 8] for number in range(count)]
     original = network.model(device)
     walk = ckpt_tools.walk(original, batches[0][:2])
     truth = _variances(_settled(original, batches, walk)) if exact else {}
-    given = {True: [batch.to(memory_format=torch.channels_last) for batch in batches], False: batches}
-    models = {one.name: _model(original, one) for one in CONTESTANTS}
-    seconds: dict[str, list[float]] = {one.name: [] for one in CONTESTANTS}
+    last = {id(batch): batch.to(memory_format=torch.channels_last) for batch in batches}
+    given = {True: [last[id(batch)] for batch in batches], False: batches}
+    models = {one.name: _model(original, one) for one in contestants}
+    seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
     memory = dict.fromkeys(seconds, 0)
     images = dict.fromkeys(seconds, count * size)
     for round_ in range(-1, rounds):  # the first one warms up
-        turn = (round_ + 1) % len(CONTESTANTS)
-        for one in CONTESTANTS[turn:] + CONTESTANTS[:turn]:
+        turn = (round_ + 1) % len(contestants)
+        for one in (*contestants[turn:], *contestants[:turn]):
             model = models[one.name].eval()
             before = _forget_peak(device)
             started = time.perf_counter()
@@ -114,7 +125,7 @@ def race(network: Network, device: str, count: int, size: int, rounds: int, *, e
             images[one.name],
             _errors(models[one.name], truth) if one.writes and exact else None,
         )
-        for one in CONTESTANTS
+        for one in contestants
     ]
 
 

@@ -69,6 +69,15 @@ def test_passes_are_printed_and_kept(network, tmp_path, monkeypatch):
     assert "gain over update_bn" in result.output
 
 
+def test_sizes_are_printed_and_kept(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SMALL", network)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench.json")
+    result = CliRunner().invoke(bench.main, ["sizes", "--rounds", "1", "--most", "1000"])
+    assert result.exit_code == 0, result.output
+    (section,) = json.loads((tmp_path / "bench.json").read_text()).values()
+    assert {"1×125", "8×125"} < set(section["figures"])
+
+
 def test_coverage_of_everything_is_whole(monkeypatch):
     """Where every trial reads everything, its estimate is that of everything but for the batches it comes in."""
     images, labels = bench_photos.photos(300, bench_stopping.SIDE, bench_stopping.SIDE)
