@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckpt_tools import reestimate_bn
+from ckpt_tools.contract import Spread
 from ckpt_tools.errors import CheckFailed, DataError, ModelError, NothingToDo, UsageError
 
 NETS = {
@@ -201,6 +202,29 @@ class TestPreciseBN:
         for key, value in theirs.state_dict().items():
             if "running" in key:
                 torch.testing.assert_close(model.state_dict()[key], value, rtol=2e-4, atol=1e-5)
+
+
+def test_stated_errors_are_those_of_repeated_samples() -> None:
+    """Behind normalised layers too, where they are half of what single images let expect."""
+    torch.manual_seed(0)
+    layers = [[nn.Conv2d(width, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU()] for width in (3, 12, 12)]
+    model = nn.Sequential(*(module for layer in layers for module in layer)).eval()
+
+    def sample(count: int) -> list[torch.Tensor]:
+        contrast = torch.empty(count, 1, 1, 1).log_normal_(0, 0.4)
+        return list((torch.randn(count, 3, 9, 9) * contrast).split(32))
+
+    def estimate(batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, Spread]]:
+        again = copy.deepcopy(model)
+        result = reestimate_bn(again, batches, layers="all", force=True)
+        errors = [layer.error for layer in result.rewritten]
+        return list(zip(variances(again).values(), errors, strict=True))
+
+    truth = [variance for variance, _ in estimate(sample(20_000))]
+    trials = [estimate(sample(320)) for _ in range(30)]
+    for number, true in enumerate(truth):
+        off = torch.stack([(trial[number][0] / true - 1) / trial[number][1].median for trial in trials])
+        assert 0.75 < float(off.square().mean().sqrt()) < 1.4
 
 
 def test_tolerance_stops_early() -> None:
