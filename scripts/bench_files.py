@@ -59,12 +59,20 @@ def start_up(root: Path, rounds: int) -> dict[str, float]:
     checkpoint = root / "resnet50.pt"
     torch.save(torchvision.models.resnet50().state_dict(), checkpoint)
     commands = {
-        "--help": ["ckpt-fix", "--help"],
+        "--help": [sys.executable, "-m", "ckpt_tools", "--help"],
         "import torch": [sys.executable, "-c", "import torch"],
         "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
         "import torch, torchvision, timm": [sys.executable, "-c", "import torch, torchvision, timm"],
-        "inspect, 100 MB": ["ckpt-fix", "inspect", str(checkpoint)],
-        "inspect --arch, 100 MB": ["ckpt-fix", "inspect", str(checkpoint), "--arch", "torchvision:resnet50"],
+        "inspect, 100 MB": [sys.executable, "-m", "ckpt_tools", "inspect", str(checkpoint)],
+        "inspect --arch, 100 MB": [
+            sys.executable,
+            "-m",
+            "ckpt_tools",
+            "inspect",
+            str(checkpoint),
+            "--arch",
+            "torchvision:resnet50",
+        ],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -91,7 +99,7 @@ def peak_memory(root: Path, counts: tuple[int, ...]) -> dict[str, int]:
     for count in counts:
         arguments = [checkpoint, "--data", folder, "--arch", "torchvision:resnet18", "--limit", count, "--force", "-q"]
         arguments += ["--input-size", "3,96,96", "--batch-size", 32, "--overwrite", "--json"]
-        found[f"{count} images"] = _peak(["ckpt-fix", "bn-reestimate", *map(str, arguments)])
+        found[f"{count} images"] = _peak([sys.executable, "-m", "ckpt_tools", "bn-reestimate", *map(str, arguments)])
     return found
 
 

@@ -104,7 +104,17 @@ def wall_times(root: Path, count: int, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, arguments in cases.items():
-            command = ["ckpt-fix", "bn-reestimate", checkpoint, "--data", folder, "--arch", "torchvision:resnet18"]
+            command = [
+                sys.executable,
+                "-m",
+                "ckpt_tools",
+                "bn-reestimate",
+                checkpoint,
+                "--data",
+                folder,
+                "--arch",
+                "torchvision:resnet18",
+            ]
             command += ["--input-size", "3,96,96", "--mean", "0.45", "--std", "0.25", "--batch-size", "128"]
             command += ["--overwrite", "--force", "-q", *arguments]
             started = time.perf_counter()
