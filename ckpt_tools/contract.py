@@ -231,7 +231,7 @@ class Spread:
 class LayerResult:
     """What became of one BN layer. ``ratio`` is stored variance / new variance; None if it was not measured.
 
-    ``error`` is the relative standard error of the new variance, from clusters of images.
+    ``error`` is the relative standard error of the new variance, from how images and whole batches scatter.
     """
 
     name: str

@@ -227,6 +227,19 @@ def test_stated_errors_are_those_of_repeated_samples() -> None:
         assert 0.75 < float(off.square().mean().sqrt()) < 1.4
 
 
+def test_batches_of_like_images_are_less_sure() -> None:
+    """As many images, but each batch shows one scene: the error is that of eight samples, not of 128."""
+    model = nn.Sequential(nn.BatchNorm2d(4)).eval()
+    scenes = torch.randn(8, 4, 5, 5) * torch.linspace(0.5, 2, 8)[:, None, None, None]
+    like = [scene.expand(16, -1, -1, -1) + 0.01 * torch.randn(16, 4, 5, 5) for scene in scenes]
+    mixed = list(torch.cat(like)[torch.randperm(128)].split(16))
+    errors = [
+        reestimate_bn(copy.deepcopy(model), batches, layers="all", force=True).rewritten[0].error.median
+        for batches in (like, mixed)
+    ]
+    assert errors[0] > 2.5 * errors[1]
+
+
 def test_tolerance_stops_early() -> None:
     model, _ = case("densenet")
     data = nets.batches((3, 8, 8), count=60)

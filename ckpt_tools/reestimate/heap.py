@@ -22,9 +22,10 @@ _users = 0
 
 @contextmanager
 def kept_heap() -> Iterator[None]:
-    """Until the end, freed memory stays with the process. Afterwards glibc does what it would do by itself.
+    """Until the end, freed memory stays with the process. Then it is given back.
 
-    Without glibc, or where the environment tunes its malloc, nothing happens.
+    Afterwards glibc's thresholds stand still, where a few freed tensors would have brought them. Without glibc, or where
+    the environment tunes its malloc, nothing happens.
     """
     global _users
     with _lock:
