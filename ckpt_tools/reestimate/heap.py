@@ -24,8 +24,8 @@ _users = 0
 def kept_heap() -> Iterator[None]:
     """Until the end, freed memory stays with the process. Then it is given back.
 
-    Afterwards glibc's thresholds stand still, where a few freed tensors would have brought them. Without glibc, or where
-    the environment tunes its malloc, nothing happens.
+    Afterwards glibc's thresholds stand still, where a few freed tensors would have brought them. Without glibc, or
+    where the environment tunes its malloc, nothing happens.
     """
     global _users
     with _lock:
