@@ -11,6 +11,7 @@ import click
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar
+from ckpt_tools.cli.together import together
 
 
 @click.command(name="bn-reestimate")
@@ -86,6 +87,9 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     \b
         ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
+
+    On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
+    batches and, of GPUs, its own; the result is that of one process.
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
@@ -94,10 +98,12 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
 
     preprocessing = options.said_preprocessing(said)
     request = Request(checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
-    with options.own_stdout():
-        plan = prepare(request)
-    if not as_json:
-        click.echo(plan_text(plan) + "\n")
-    with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout(), terminable():
-        outcome = execute(plan, bar)
-    click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))
+    with together(request.device) as team:
+        with options.own_stdout():
+            plan = prepare(request, team)
+        if not as_json and team.speaks:
+            click.echo(plan_text(plan) + "\n")
+        with Bar(plan.stream.count, hidden=quiet or not team.speaks) as bar, options.own_stdout(), terminable():
+            outcome = execute(plan, bar)
+        if team.speaks:
+            click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +20,10 @@ from ckpt_tools.contract import (
     Statistics,
     Walk,
 )
+from ckpt_tools.data.order import Share
 from ckpt_tools.data.source import Source, open_source
-from ckpt_tools.data.stream import BatchStream, Skipped
+from ckpt_tools.data.stream import BatchStream, Skipped, refuse_unreadable
+from ckpt_tools.distributed import ALONE, Ranks, Team
 from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
@@ -31,10 +33,10 @@ from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
-from ckpt_tools.reestimate.run import check_method, reestimate_bn
+from ckpt_tools.reestimate.run import check_method, check_team, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import check_output, replace_tensors
+from ckpt_tools.storage.write import Digests, check_output, replace_tensors
 from ckpt_tools.walker.downstream import walk
 
 _LOOK = 64  # samples in a batch of the first look
@@ -84,6 +86,7 @@ class Plan:
     batch_size: int
     device: str
     output: Path
+    team: Team = ALONE
 
     @property
     def loaded(self) -> LoadedModel:
@@ -103,18 +106,31 @@ class Outcome:
     output_sha256: str
 
 
-def prepare(request: Request) -> Plan:
-    """Load, walk and check everything that can be checked before data is read.
+def prepare(request: Request, team: Team = ALONE) -> Plan:
+    """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
 
-    Raises any CkptToolsError; nothing is written.
+    Raises any CkptToolsError, on all ranks if on one; nothing is written.
     """
+    plan = team.each(lambda: _prepared(request, team))
+    size = team.first(lambda: plan.batch_size)
+    if size == plan.batch_size:
+        return plan
+    return replace(
+        plan, batch_size=size, stream=_stream(request, plan.source, plan.input_spec, size, plan.device, team)
+    )
+
+
+def _prepared(request: Request, team: Team) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
-    check_output(output, request.checkpoint, overwrite=request.overwrite)
+    if team.speaks:
+        check_output(output, request.checkpoint, overwrite=request.overwrite)
     refuse_data(output, request.data)
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
-    device = usable_device(request.device)
+    check_team(request.estimator, team)
+    ranks = Ranks() if team.alone else Ranks.from_environment()
+    device = usable_device(request.device, ranks)
     check_precision(request.precision, torch.device(device))
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
@@ -125,22 +141,33 @@ def prepare(request: Request) -> Plan:
     spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
     found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
-    batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device)
-    stream = source.batches(
+    sharing = ranks.local_world if device == "cpu" else 1
+    size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device, sharing)
+    stream = _stream(request, source, spec, size, device, team)
+    return Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, team)
+
+
+def _stream(
+    request: Request, source: Source, spec: InputSpec | None, size: int, device: str, team: Team
+) -> BatchStream:
+    return source.batches(
         spec,
-        batch_size=batch_size,
+        batch_size=size,
         workers=request.workers,
         cached=request.estimator == "exact" or request.epochs > 1,
         device=device,
+        share=Share(team.rank, team.world),
     )
-    return Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
 
 
 def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
-    request = plan.request
-    model = plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last)
-    verdict = _looked_at(plan)
+    """Run the pass and write the output; of a team, rank 0 looks at the data and writes, and the others wait.
+
+    Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
+    """
+    request, team = plan.request, plan.team
+    model = team.each(lambda: plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last))
+    verdict = team.first(lambda: _looked_at(plan))
     if not request.force:
         refuse(verdict)
     result = reestimate_bn(
@@ -158,15 +185,30 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         walk=plan.walk,
         force=request.force,
         progress=progress,
+        distributed=not team.alone,
     )
-    digests = replace_tensors(
+    skipped = _skipped(plan)
+    digests = team.first(lambda: _written(plan, result))
+    return Outcome(plan, verdict, result, skipped, digests.source, digests.output)
+
+
+def _skipped(plan: Plan) -> tuple[Skipped, ...]:
+    """What no rank could read. Raises DataError if it is too much of the data, which a share cannot tell."""
+    lists = plan.team.all(lambda: plan.stream.skipped)
+    skipped = tuple(item for one in lists for item in one)
+    if plan.stream.count is not None:
+        refuse_unreadable(plan.request.data, skipped, plan.stream.count)
+    return skipped
+
+
+def _written(plan: Plan, result: Reestimation) -> Digests:
+    return replace_tensors(
         plan.output,
         plan.checkpoint,
         _replacements(plan, result),
         provenance=_provenance(plan, result),
-        overwrite=request.overwrite,
+        overwrite=plan.request.overwrite,
     )
-    return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output)
 
 
 def _looked_at(plan: Plan) -> DataVerdict:

@@ -10,11 +10,15 @@ LARGEST = 512  # the bias of `pooled` falls like 1/batch; beyond this, sampling 
 _SHARE = 0.25  # of the free memory; convolution workspaces and allocator slack come on top of activations
 
 
-def fitting_batch_size(bytes_per_sample: int, device: str) -> int:
-    """The largest batch up to 512 whose live activations take a quarter of the free memory of ``device``."""
+def fitting_batch_size(bytes_per_sample: int, device: str, sharing: int = 1) -> int:
+    """The largest batch up to 512 whose live activations take a quarter of the free memory of ``device``.
+
+    ``sharing``: processes with such a batch each on that device; together they take half of it at most.
+    """
     if bytes_per_sample <= 0:
         return LARGEST
-    return max(2, min(LARGEST, int(_SHARE * free_bytes(device)) // bytes_per_sample))
+    share = min(_SHARE, 0.5 / sharing)
+    return max(2, min(LARGEST, int(share * free_bytes(device)) // bytes_per_sample))
 
 
 def free_bytes(device: str) -> int:

@@ -56,6 +56,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "output": {"path": str(plan.output), "sha256": outcome.output_sha256},
         "containers_trained": plan.walk.containers_trained,
         "device": result.device,
+        "processes": result.processes,
         "seconds": round(result.seconds, 3),
     }
 
