@@ -166,7 +166,7 @@ def prepared(folder: Path) -> None:
 
 def torchrun(world: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(str(TESTS / part) for part in ("..", "../adapters", "."))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return subprocess.run(
         [*command, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
