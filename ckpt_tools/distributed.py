@@ -204,8 +204,8 @@ def _rank_errors() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RankError(
-            f"a process of this job is gone or cannot be reached ({reason}). Nothing was written; look for the first "
-            "failure above or below, and start again."
+            f"a process of this job is gone or cannot be reached ({reason}). See what torchrun says about the first "
+            "failure, and start again."
         ) from error
 
 
