@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import many, options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar
 
 
 @click.command(name="bn-reestimate")
-@click.argument("checkpoint", type=options.path)
+@click.argument("checkpoints", metavar="CHECKPOINT...", nargs=-1, required=True, type=options.path)
 @click.option(
     "--data",
     required=True,
@@ -24,6 +24,7 @@ from ckpt_tools.cli.progress import Bar
 )
 @click.option("-o", "--output", type=options.path, help="Default: NAME.bn.safetensors beside the checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@many.options
 @options.architecture
 @options.checkpoint
 @click.option(
@@ -77,7 +78,9 @@ from ckpt_tools.cli.progress import Bar
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any) -> None:
+def bn_reestimate(
+    checkpoints: tuple[Path, ...], model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any
+) -> None:
     """Rewrite the BN running variances of CHECKPOINT with dropout off.
 
     The training data streams through the model once; a new safetensors file is written in which only running
@@ -86,6 +89,13 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     \b
         ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
+
+    Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the same preprocessing
+    share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end),
+    and a second run skips what is done.
+
+    \b
+        ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
@@ -93,7 +103,12 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     from ckpt_tools.report.text import outcome_text, plan_text
 
     preprocessing = options.said_preprocessing(said)
-    request = Request(checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
+    place = many.said_place(said)
+    first = checkpoints[0]
+    request = Request(first, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
+    if many.is_many(checkpoints, place):
+        many.reestimate(checkpoints, request, place, as_json=as_json, quiet=quiet)
+        return
     with options.own_stdout():
         plan = prepare(request)
     if not as_json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +70,16 @@ class Request:
     overwrite: bool = False
     force: bool = False
 
+    def settings(self) -> str:
+        """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
+        said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
+        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else self.data
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+# What a result does not depend on; how a convolution is computed may change its last bits.
+_BESIDE = frozenset({"checkpoint", "output", "trust", "device", "compile", "workers", "overwrite", "force"})
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,10 +115,10 @@ class Outcome:
     output_sha256: str
 
 
-def prepare(request: Request) -> Plan:
+def prepare(request: Request, source: Source | None = None) -> Plan:
     """Load, walk and check everything that can be checked before data is read.
 
-    Raises any CkptToolsError; nothing is written.
+    ``source``: the data, if it is open already. Raises any CkptToolsError; nothing is written.
     """
     output = request.output or default_output(request.checkpoint, "bn")
     check_output(output, request.checkpoint, overwrite=request.overwrite)
@@ -116,7 +128,7 @@ def prepare(request: Request) -> Plan:
     )
     device = usable_device(request.device)
     check_precision(request.precision, torch.device(device))
-    source = open_source(request.data, limit=request.limit, seed=request.seed)
+    source = source or open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)
     recognised = recognise(checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing)
@@ -214,5 +226,6 @@ def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
         "precision": result.precision,
         "seed": request.seed,
         "torch": torch.__version__,
+        "settings": request.settings(),
         "rewritten": [layer.name for layer in result.rewritten],
     }

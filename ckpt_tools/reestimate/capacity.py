@@ -11,10 +11,14 @@ _SHARE = 0.25  # of the free memory; convolution workspaces and allocator slack 
 
 
 def fitting_batch_size(bytes_per_sample: int, device: str) -> int:
-    """The largest batch up to 512 whose live activations take a quarter of the free memory of ``device``."""
+    """The largest power of two up to 512 as batch whose live activations take a quarter of the free memory.
+
+    A power of two, so that a little more or less free memory on ``device`` does not change the result.
+    """
     if bytes_per_sample <= 0:
         return LARGEST
-    return max(2, min(LARGEST, int(_SHARE * free_bytes(device)) // bytes_per_sample))
+    fitting = min(LARGEST, int(_SHARE * free_bytes(device)) // bytes_per_sample)
+    return 1 << max(2, fitting).bit_length() - 1
 
 
 def free_bytes(device: str) -> int:
