@@ -17,6 +17,7 @@ from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError
 from ckpt_tools.jobs.places import default_output
 from ckpt_tools.jobs.reestimation import Outcome, Plan, Request, execute, prepare
 from ckpt_tools.reestimate.capacity import free_bytes
+from ckpt_tools.storage.atomic import sweep
 from ckpt_tools.storage.discovery import Found
 from ckpt_tools.storage.provenance import recorded
 from ckpt_tools.storage.read import sha256
@@ -105,6 +106,7 @@ def _is_done(item: Item, request: Request) -> bool:
 def _prepared(item: Item, request: Request, source: Source) -> Plan:
     try:
         item.output.parent.mkdir(parents=True, exist_ok=True)
+        sweep(item.output.parent)
     except OSError as error:
         raise OutputError(
             f"{item.output}: its folder cannot be made ({error.strerror}). Choose another --output-dir."
