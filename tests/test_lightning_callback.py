@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,12 @@ def test_the_older_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     old = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, default_root_dir=tmp_path, **quiet)
     old.fit(OldTask(), loader())
     assert plain(tmp_path / "model.ckpt")["ckpt_tools"]["rewritten"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (text for text in re.findall(r"```python\n(.+?)```", readme, re.DOTALL) if "BNReestimation" in text)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"module": Task(), "loader": loader()})
+    assert plain(tmp_path / "checkpoints" / "last.ckpt")["ckpt_tools"]["rewritten"]
