@@ -70,7 +70,7 @@ def test_a_finished_job(files: Path, summary: Path) -> None:
     rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
     assert rows["rewritten"].startswith("4 of 5 BN layers")
     assert rows["images"].startswith("128 of ")
-    assert rows["controls"] == "agree"
+    assert rows["controls"] == "1 layer(s) agree"
     assert facts["output"]["sha256"] in rows["output"]
     ratios = sorted(layer["ratio"]["median"] for layer in facts["layers"] if layer["rewritten"])
     middle = (ratios[1] + ratios[2]) / 2

@@ -29,13 +29,10 @@ _ENTRY = "ckpt_tools"  # of a checkpoint: what was done, and the variances of th
 
 def _framework() -> str:
     """The one in use, else the one installed."""
-    for name in _FRAMEWORKS:
-        if name in sys.modules:
-            return name
-    for name in _FRAMEWORKS:
-        if find_spec(name.partition(".")[0]):
-            return name
-    raise ModuleNotFoundError("BNReestimation needs Lightning: pip install 'ckpt-tools[lightning]'.")
+    installed = [name for name in _FRAMEWORKS if find_spec(name.partition(".")[0])]
+    if not installed:
+        raise ModuleNotFoundError("BNReestimation needs Lightning: pip install 'ckpt-tools[lightning]'.")
+    return next((name for name in installed if name in sys.modules), installed[0])
 
 
 if TYPE_CHECKING:
@@ -89,13 +86,16 @@ class BNReestimation(Callback):
         self.when, self.attribute, self.batches = when, attribute, batches
         self.limit_batches, self.max_images = limit_batches, max_images
         self.result: Reestimation | None = None
-        self._options: dict[str, Any] = {"estimator": estimator, "layers": layers, "forward": forward}
-        self._options["tolerance"] = None if estimator == "ema" else tolerance
-        self._options = {name: value for name, value in self._options.items() if value is not None}
+        self._options: dict[str, Any] = {"estimator": estimator, "layers": layers}
+        if estimator != "ema":  # which reads everything
+            self._options["tolerance"] = tolerance
+        if forward is not None:
+            self._options["forward"] = forward
         self._last: tuple[tuple[float, ...], dict[str, Tensor]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what could only fail, or go unnoticed, hours later."""
+        self._last = None
         if stage != "fit":
             return
         strategies = {kind.__name__ for kind in type(trainer.strategy).__mro__}
@@ -133,14 +133,15 @@ class BNReestimation(Callback):
 
     def _new_variances(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """By key of the module's state dict. One pass serves all that is saved of the same weights."""
-        sums = tuple(float(value.double().sum()) for value in pl_module.state_dict().values() if _is_tensor(value))
+        tensors = [value for value in pl_module.state_dict().values() if isinstance(value, Tensor)]
+        sums = tuple(float(tensor.float().sum()) for tensor in tensors)
         if self._last is None or self._last[0] != sums:
             self._last = sums, self._measured(trainer, pl_module)
         return self._last[1]
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         loader, limit = self._loader(trainer)
-        self.result = None
+        results: list[Reestimation] = []
         if loader is None:
             warnings.warn("BNReestimation: no training dataloader at hand; nothing was corrected.", stacklevel=2)
             return {}
@@ -152,7 +153,7 @@ class BNReestimation(Callback):
                 prepare=_transfer(trainer, pl_module),
                 limit_batches=limit,
                 max_images=self.max_images,
-                done=self._take,
+                done=results.append,
                 **self._options,
             )
         except UsageError:
@@ -160,10 +161,8 @@ class BNReestimation(Callback):
         except CkptToolsError as error:  # a lost checkpoint would cost more than an uncorrected one
             warnings.warn(f"BNReestimation: nothing was corrected. {error}", stacklevel=2)
             return {}
+        self.result = results[0]
         return _changed(state, network.state_dict(), f"{self.attribute}." if self.attribute else "")
-
-    def _take(self, result: Reestimation) -> None:
-        self.result = result
 
     def _loader(self, trainer: Trainer) -> tuple[Iterable[object] | None, int | None]:
         """What to read and how many batches of it; of the trainer's own no more than training itself reads."""
@@ -218,7 +217,7 @@ def _holding(module: nn.Module, state: Mapping[str, Any]) -> Iterator[bool]:
 
     Yields whether they are other ones; afterwards the module has its own back.
     """
-    live = {key: value for key, value in module.state_dict().items() if _is_tensor(value)}
+    live = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     foreign = any(key in state and not torch.equal(state[key].to(value.device), value) for key, value in live.items())
     own = {key: value.detach().clone() for key, value in live.items()} if foreign else {}
     try:
@@ -237,12 +236,8 @@ def _overwrite(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def _changed(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """What in ``state`` is not the module's own, by key of the whole module."""
-    pairs = ((key, value, own[key]) for key, value in state.items() if _is_tensor(value))
+    pairs = ((key, value, own[key]) for key, value in state.items() if isinstance(value, Tensor))
     return {f"{prefix}{key}": value for key, value, live in pairs if value.data_ptr() != live.data_ptr()}
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _told(result: Reestimation) -> dict[str, object]:

@@ -107,7 +107,8 @@ class _Reading:
     def __iter__(self) -> Iterator[Batch]:
         random.seed(self._seed)
         np.random.seed(self._seed % 2**32)
-        for generator in (torch.default_generator, *self._generators):
+        torch.manual_seed(self._seed)
+        for generator in self._generators:
             generator.manual_seed(self._seed)
         images = 0
         for batch in itertools.islice(self._batches, self._limit_batches):

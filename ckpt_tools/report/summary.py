@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _NAMED = 5  # of many things, before "…"
+_VERDICTS = {"agree": "agrees with the BN statistics", "disagree": "disagrees (forced)", "none": "not compared"}
 _OUTCOMES = {2: "usage", 3: "nothing to do", 4: "a check said no", 130: "interrupted"}
 
 
@@ -20,8 +21,8 @@ def summary_markdown(facts: Mapping[str, Any]) -> str:
         ("stored/new variance", _ratios(facts["layers"])),
         ("standard error", _errors(facts["layers"])),
         ("images", f"{facts['data']['images']:,} of {_code(facts['data']['spec'])}"),
-        ("data", _cell(facts["data"]["agreement"]["verdict"])),
-        ("controls", _cell(facts["controls"]["verdict"])),
+        ("data", _VERDICTS[facts["data"]["agreement"]["verdict"]]),
+        ("controls", _controls(facts["controls"])),
         ("output", f"{_code(facts['output']['path'])}<br>sha256 {_code(facts['output']['sha256'])}"),
     ]
     table = [f"| {name} | {value} |" for name, value in rows]
@@ -54,6 +55,11 @@ def _rewritten(facts: Mapping[str, Any]) -> str:
     layers = facts["layers"]
     count = sum(layer["rewritten"] for layer in layers)
     return f"{count} of {len(layers)} BN layers ({_cell(facts['estimator'])}, {_cell(facts['statistics'])})"
+
+
+def _controls(controls: Mapping[str, Any]) -> str:
+    count = len(controls["names"])
+    return f"{count} layer(s) {_cell(controls['verdict'])}" if count else "none"
 
 
 def _ratios(layers: Iterable[Mapping[str, Any]]) -> str:
