@@ -35,6 +35,7 @@ def main() -> None:
         ckpt-fix bn-reestimate model.pt --data train/
 
     Exit codes: 0 done, 1 a failure you can act on, 2 usage, 3 nothing to do, 4 a check said no, 130 interrupted.
+    In GitHub Actions errors and warnings are annotations, too, and the summary of the step tells what was done.
     """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import many, options
+from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar
 
@@ -115,4 +115,6 @@ def bn_reestimate(
         click.echo(plan_text(plan) + "\n")
     with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout(), terminable():
         outcome = execute(plan, bar)
-    click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))
+    facts = outcome_json(outcome)
+    click.echo(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
+    github.done(facts)

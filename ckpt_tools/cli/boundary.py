@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ckpt_tools.cli import github
 from ckpt_tools.errors import CkptToolsError
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
@@ -28,7 +29,10 @@ class Boundary(click.Group):
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             _fail("interrupted; nothing was written", 130)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except click.ClickException as error:
+            github.fail(error.format_message(), error.exit_code)
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
             # The reader of our output went away; keep Python from complaining once more at exit.
@@ -56,4 +60,5 @@ def _fail(message: str, code: int) -> None:
     if os.environ.get(TRACEBACK):
         raise
     click.echo(f"ckpt-fix: {message}", err=True)
+    github.fail(message, code)
     sys.exit(code)
