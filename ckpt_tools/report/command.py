@@ -7,17 +7,21 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from ckpt_tools.identify.kwargs import parse_model_kwargs
-from ckpt_tools.jobs.reestimation import Plan, Request
+from ckpt_tools.jobs.reestimation import Plan
+from ckpt_tools.report.redaction import without_secrets
 
 _NAMES = {"architecture": "arch"}  # fields whose option has another name
 
 
 def repeating_command(plan: Plan) -> str:
-    """What to type to get the same bytes again: what was asked for, with the batch size that came out of it."""
+    """What to type to get the same bytes again: what was asked for, with the batch size that came out of it.
+
+    Credentials and query strings of URLs are left out.
+    """
     request = dataclasses.replace(plan.request, batch_size=plan.batch_size)
     checkpoint = str(request.checkpoint)
     checkpoint = f"./{checkpoint}" if checkpoint.startswith("-") else checkpoint
-    return shlex.join(["ckpt-fix", "bn-reestimate", checkpoint, *_options(request)])
+    return shlex.join(without_secrets(["ckpt-fix", "bn-reestimate", checkpoint, *_options(request)]))
 
 
 def _options(said: object) -> Iterator[str]:

@@ -14,6 +14,7 @@ from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.reestimation import Outcome
 from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.inspect_text import command
+from ckpt_tools.report.redaction import without_secrets
 from ckpt_tools.storage.compare import Comparison
 from ckpt_tools.version import VERSION
 
@@ -32,7 +33,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "scores": dict(plan.recognised.scores),
         "rates": plan.loaded.rates,
         "data": {
-            "spec": plan.request.data,
+            "spec": without_secrets(plan.request.data),
             "kind": plan.source.kind,
             "images": result.images,
             "batches": result.batches,
