@@ -56,6 +56,7 @@ class Drawing:
     right: float
     bottom: float  # the axis
     one: float  # where the ratio is 1
+    pens: Mapping[str, float]  # widths of the marks that depend on how close the layers stand
     marks: Mapping[str, str]
     y_labels: tuple[tuple[float, str], ...]
     x_labels: tuple[tuple[float, str], ...]
@@ -82,7 +83,7 @@ def draw(facts: Mapping[str, Any], *, width: int, height: int, hits: bool) -> Dr
         **_ticks(parts(facts, "dropout_sites"), step, layers, bottom),
     }
     return Drawing(
-        width=width, height=height, left=_LEFT, right=plot_right, bottom=bottom, one=y.at(1), marks=marks,
+        width=width, height=height, left=_LEFT, right=plot_right, bottom=bottom, one=y.at(1), pens=_pens(step), marks=marks,
         y_labels=tuple((y.at(value), f"{value:g}") for value in y.ticks()),
         x_labels=tuple((_LEFT + (at - 0.5) * step, str(at)) for at in whole_ticks(layers, max(2, width // 90))),
         hits=tuple((_LEFT + (p.depth - 1) * step, step, p.text) for p in points) if hits else (),
@@ -157,6 +158,12 @@ def _dots(points: Sequence[Point], y: LogAxis, step: float) -> dict[str, str]:
             "kept": f"M{x - 3:.1f} {at - 3:.1f}l6 6m0 -6l-6 6",
         }[kind]
     return marks
+
+
+def _pens(step: float) -> dict[str, float]:
+    """Widths in pixels, for layers that stand ``step`` pixels apart."""
+    sizes = {"rewritten": (0.75, 2.2, 5.5), "ranges": (0.4, 0.8, 1.5), "errors": (0.4, 0.8, 2.0), "sites": (0.3, 0.8, 1.75)}
+    return {name: round(min(max(share * step, low), high), 2) for name, (share, low, high) in sizes.items()}
 
 
 def _ticks(sites: Sequence[Mapping[str, Any]], step: float, layers: int, bottom: float) -> dict[str, str]:

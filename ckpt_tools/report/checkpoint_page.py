@@ -12,7 +12,7 @@ from ckpt_tools.report.columns import count, listed
 from ckpt_tools.report.content import Cell, Column, Figure, Page, Section, Table, Tone
 from ckpt_tools.report.extras import flagged_section, metrics_section
 from ckpt_tools.report.numbers import number, number_cell, percent_text, ratio_text, seconds_text, whole_text
-from ckpt_tools.report.redaction import without_secrets
+from ckpt_tools.report.redaction import presentable
 from ckpt_tools.report.text import RATES, TOLD_BY
 
 Facts = Mapping[str, Any]
@@ -22,7 +22,7 @@ VERDICTS: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "qui
 
 def checkpoint_page(facts: Facts) -> Page:
     """What was done to one checkpoint, from the facts of its run."""
-    facts = without_secrets(facts)
+    facts = presentable(facts)
     source = part(facts, "checkpoint")
     path = str(source.get("path") or "a model")
     return Page(
@@ -184,7 +184,8 @@ def _provenance(facts: Facts) -> Section:
         ("Arguments", ", ".join(f"{name}={value!r}" for name, value in part(facts, "model_kwargs").items())),
         ("Drop rates", RATES.get(str(facts.get("rates")), str(facts.get("rates") or ""))),
         ("Layers chosen", str(facts.get("why") or "")),
-        ("Estimator", ", ".join(str(word) for word in method if word) + f", {count(round(passes), 'pass')}".replace("passs", "passes")),
+        ("Estimator", ", ".join(str(word) for word in method if word)),
+        ("Passes", f"{passes:,.0f}" if passes > 1 else ""),
         ("Stopped", "at the tolerance" if facts.get("stopped_early") else ""),
         ("Left alone", listed(f"{row.get('name')} ({row.get('reason')})" for row in parts(facts, "left_alone"))),
         ("Device", str(facts.get("device") or "")),
@@ -203,7 +204,6 @@ def _sites(facts: Facts) -> Section:
     if not sites:
         return Section("Dropout sites", ("The walk found none.",), "quiet")
     active = sum(bool(site.get("active")) for site in sites)
-    columns = (Column("Site", "code"), Column("Operation"), Column("Rate", "number"), Column("First layer behind it", "number"))
     rows = [
         (
             Cell(str(site.get("name") or "(root)"), str(site.get("name"))),
@@ -214,7 +214,12 @@ def _sites(facts: Facts) -> Section:
         for site in sites
     ]
     said = f"{count(len(sites), 'site')}, {active:,} of them active."
-    return Section("Dropout sites", (said,), table=Table("Dropout sites", columns, tuple(rows)))
+    return Section("Dropout sites", (said,), table=Table("Dropout sites", _SITE_COLUMNS, tuple(rows)))
+
+
+_SITE_COLUMNS = (
+    Column("Site", "code"), Column("Operation"), Column("Rate", "number"), Column("First layer behind it", "number")
+)  # fmt: skip
 
 
 def _behind(site: Facts, layers: int) -> Cell:

@@ -24,7 +24,7 @@ class Column:
     """A head. Numbers stand on the right; code is set in a fixed width."""
 
     title: str
-    kind: Literal["text", "number", "code"] = "text"
+    kind: Literal["text", "number", "code", "prose"] = "text"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Figure:
     label: str
     value: str
     note: str = ""
+    tone: Tone = ""
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,15 @@ class Page:
 
 @dataclass(frozen=True)
 class FolderPage:
-    """Many checkpoints: a table with a row for each, and a page for each under the anchor its row links to."""
+    """Many checkpoints: a table with a row for each, and a page for each under the anchor its row links to.
+
+    ``failures``: for every checkpoint that failed its anchor, its name and what was said.
+    """
 
     title: str
     subtitle: str
     headline: str
-    tone: Tone
     figures: tuple[Figure, ...]
+    failures: tuple[tuple[str, str, str], ...]
     table: Table
     pages: tuple[tuple[str, Page], ...] = field(default=())

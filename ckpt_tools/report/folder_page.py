@@ -22,17 +22,17 @@ from ckpt_tools.report.columns import count
 from ckpt_tools.report.content import Cell, Column, Figure, FolderPage, Page, Section, Table, Tone
 from ckpt_tools.report.extras import metrics
 from ckpt_tools.report.numbers import UNKNOWN, measured, measured_text, number_cell, ratio_text, seconds_text
-from ckpt_tools.report.redaction import without_secrets
+from ckpt_tools.report.redaction import presentable
 
 Record = Mapping[str, Any]
 
 _TONES: Mapping[str, Tone] = {"done": "good", "failed": "bad"}
-_MOST = 200  # characters of an error in the table
+_MOST = 120  # characters of an error in the table
 
 
 def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
     """The table, and a page for every checkpoint; ``title`` is the name of the folder where the paths do not tell."""
-    records = without_secrets(list(records))
+    records = presentable(list(records))
     names = _names(records)
     anchors = [f"checkpoint-{place}" for place in range(1, len(records) + 1)]
     tally = Counter(str(record.get("status")) for record in records)
@@ -40,8 +40,12 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
         title=title or _folder(records) or "Checkpoints",
         subtitle=count(len(records), "checkpoint"),
         headline=", ".join(f"{number:,} {status}" for status, number in tally.most_common()) + "." if tally else "None.",
-        tone="bad" if tally["failed"] else "",
         figures=tuple(_figures(records)),
+        failures=tuple(
+            (anchor, name, _line(record))
+            for anchor, name, record in zip(anchors, names, records, strict=True)
+            if record.get("status") == "failed"
+        ),
         table=_table(records, names, anchors),
         pages=tuple((anchor, _page(record, name)) for anchor, record, name in zip(anchors, records, names, strict=True)),
     )
@@ -72,10 +76,11 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     ratios = [statistics.median(found.values()) for found in map(medians, reports) if found]
     seconds = [cell.order for cell in (number_cell(record.get("seconds")) for record in records) if cell.order]
     found = [Figure("Done", f"{sum(record.get('status') == 'done' for record in records):,}", f"of {len(records):,}")]
-    found.append(Figure("Failed", f"{sum(record.get('status') == 'failed' for record in records):,}"))
+    failed = sum(record.get("status") == "failed" for record in records)
+    found.append(Figure("Failed", f"{failed:,}", tone="bad" if failed else ""))
     if ratios:
-        found.append(Figure("Stored ÷ new variance", ratio_text(statistics.median(ratios)), "median checkpoint"))
-        found.append(Figure("Range", f"{ratio_text(min(ratios))} – {ratio_text(max(ratios))}", "of the checkpoints' medians"))
+        span = f"median checkpoint; {ratio_text(min(ratios))} to {ratio_text(max(ratios))} over all"
+        found.append(Figure("Stored ÷ new variance", ratio_text(statistics.median(ratios)), span))
     found.append(Figure("Time", seconds_text(sum(map(float, seconds))), "over all checkpoints"))
     return found
 
@@ -86,7 +91,7 @@ def _table(records: Sequence[Record], names: Sequence[str], anchors: Sequence[st
         Column("Checkpoint", "code"), Column("Outcome"), Column("Rewritten", "number"), Column("Median ratio", "number"),
         Column("Largest change", "number"), Column("Images", "number"), Column("Controls"),
         *(Column(f"{name} {when}", "number") for name in measures for when in ("before", "after")),
-        Column("Time", "number"), Column("Message"),
+        Column("Time", "number"), Column("Message", "prose"),
     )  # fmt: skip
     rows = [_row(*said, measures) for said in zip(records, names, anchors, strict=True)]
     return Table("Checkpoints", columns, tuple(rows))
@@ -99,7 +104,7 @@ def _row(record: Record, name: str, anchor: str, measures: Sequence[str]) -> tup
     rewritten = sum(bool(layer.get("rewritten")) for layer in layers) if layers else None
     verdict = control_verdict(report) if report else UNKNOWN
     scores = metrics(report)
-    message = " ".join(str(record.get("error") or "").split())
+    message = _line(record)
     return (
         Cell(name, name, link=anchor),
         Cell(status, status, _TONES.get(status, "quiet")),
@@ -116,6 +121,11 @@ def _row(record: Record, name: str, anchor: str, measures: Sequence[str]) -> tup
         number_cell(record.get("seconds"), seconds_text(record.get("seconds"))),
         Cell(message if len(message) <= _MOST else message[:_MOST] + "…", message or None),
     )
+
+
+def _line(record: Record) -> str:
+    """What went wrong, on one line."""
+    return " ".join(str(record.get("error") or "").split())
 
 
 def _page(record: Record, name: str) -> Page:

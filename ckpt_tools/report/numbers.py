@@ -29,7 +29,7 @@ def ratio_text(value: object) -> str:
 def percent_text(value: object) -> str:
     """``4.4 %`` of 0.044."""
     found = number(value)
-    return UNKNOWN if found is None else f"{100 * found:.2g} %" if abs(found) < 0.1 else f"{100 * found:,.1f} %"
+    return UNKNOWN if found is None else f"{100 * found:.2g} %" if abs(found) < 0.01 else f"{100 * found:,.1f} %"
 
 
 def seconds_text(value: object) -> str:
@@ -48,10 +48,11 @@ def measured_text(entry: object, *, signed: bool = False) -> str:
     value, error = measured(entry)
     if value is None:
         return UNKNOWN
-    digits = max(0, 1 - math.floor(math.log10(error))) if error else max(0, 3 - math.floor(math.log10(abs(value) or 1)))
     sign = "+" if signed else ""
-    text = f"{value:{sign},.{min(digits, 8)}f}".replace("-", "−")
-    return f"{text} ± {error:,.{min(digits, 8)}f}" if error else text
+    if not error or error < 0:
+        return f"{value:{sign}.4g}".replace("-", "−")
+    digits = min(max(0, 1 - math.floor(math.log10(error))), 8)
+    return f"{value:{sign},.{digits}f}".replace("-", "−") + f" ± {error:,.{digits}f}"
 
 
 def measured(entry: object) -> tuple[float | None, float | None]:

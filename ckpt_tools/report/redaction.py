@@ -12,6 +12,18 @@ _USER = re.compile(_SCHEME + r"(?:[^\s/?#@:]*:(?!\d+(?:[/?#\s]|$))(?:(?!://)\S)*
 _QUERY = re.compile(_SCHEME + r"([^\s'\"<>?#]*)[?#][^\s'\"<>]*")
 
 
+def presentable(value: Any) -> Any:
+    """``without_secrets``, and characters that would not show, or turn the line around, as their escapes."""
+    if isinstance(value, str):
+        clean = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in without_secrets(value))
+        return "".join(clean)
+    if isinstance(value, Mapping):
+        return {presentable(key): presentable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [presentable(item) for item in value]
+    return value
+
+
 def without_secrets(value: Any) -> Any:
     """The same plain value (text, mapping, list, …) with ``user:secret@`` and ``?query#fragment`` cut from its URLs."""
     if isinstance(value, str):
