@@ -75,9 +75,17 @@ from ckpt_tools.cli.progress import Bar
 @click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
 @options.preprocessing
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
+@options.reports
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any) -> None:
+def bn_reestimate(
+    checkpoint: Path,
+    model_kwargs: tuple[str, ...],
+    reports: tuple[Path, ...],
+    as_json: bool,
+    quiet: bool,
+    **said: Any,
+) -> None:
     """Rewrite the BN running variances of CHECKPOINT with dropout off.
 
     The training data streams through the model once; a new safetensors file is written in which only running
@@ -91,13 +99,20 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
     from ckpt_tools.report.json import outcome_json
     from ckpt_tools.report.text import outcome_text, plan_text
+    from ckpt_tools.report.write import check_reports, write_report
 
     preprocessing = options.said_preprocessing(said)
     request = Request(checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
+    check_reports(reports, (checkpoint, request.output, Path(request.data)))
     with options.own_stdout():
         plan = prepare(request)
     if not as_json:
         click.echo(plan_text(plan) + "\n")
     with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout(), terminable():
         outcome = execute(plan, bar)
-    click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))
+    facts = outcome_json(outcome)
+    for report in reports:
+        write_report(report, facts)
+    click.echo(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
+    if not as_json:
+        click.echo("".join(f"report: {report}\n" for report in reports), nl=False)

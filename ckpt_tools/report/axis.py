@@ -6,9 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LADDERS = (
-    (1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
-)  # fmt: skip
+_LADDERS: tuple[tuple[float, ...], ...] = (
+    (1,),
+    (1, 3),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 5, 7),
+    (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+)
 _MOST = 8  # labels on an axis
 
 
@@ -50,7 +54,9 @@ def covering(values: Sequence[float], extremes: Sequence[float]) -> tuple[float,
 
 def whole_ticks(most: int, count: int) -> list[int]:
     """1, and round numbers up to ``most``: about ``count`` of them, without one that crowds the first."""
-    step = next(step for power in range(12) for step in (10**power, 2 * 10**power, 5 * 10**power) if most / step <= count)
+    step = next(
+        step for power in range(12) for step in (10**power, 2 * 10**power, 5 * 10**power) if most / step <= count
+    )
     return [1, *(number for number in range(step, most + 1, step) if number > max(1, step / 2))]
 
 

@@ -162,7 +162,12 @@ def _dots(points: Sequence[Point], y: LogAxis, step: float) -> dict[str, str]:
 
 def _pens(step: float) -> dict[str, float]:
     """Widths in pixels, for layers that stand ``step`` pixels apart."""
-    sizes = {"rewritten": (0.75, 2.2, 5.5), "ranges": (0.4, 0.8, 1.5), "errors": (0.4, 0.8, 2.0), "sites": (0.3, 0.8, 1.75)}
+    sizes = {
+        "rewritten": (0.7, 2.6, 5.0),
+        "ranges": (0.3, 0.6, 1.5),
+        "errors": (0.4, 1.2, 2.0),
+        "sites": (0.3, 0.8, 1.75),
+    }
     return {name: round(min(max(share * step, low), high), 2) for name, (share, low, high) in sizes.items()}
 
 

@@ -109,7 +109,9 @@ def _sections(facts: Facts) -> Iterator[Section | None]:
     yield _layers(facts)
 
 
-_REPEAT = "The same versions on the same machine give the same bytes. An existing output is replaced with --overwrite only."
+_REPEAT = (
+    "The same versions on the same machine give the same bytes. An existing output is replaced with --overwrite only."
+)
 
 _READING = (
     "A ratio above 1 means that the stored variance was too large for a network without dropout, below 1 too small. "
@@ -144,7 +146,9 @@ def _controls(controls: Facts) -> Section:
     )
 
 
-_CONTROLS = "On the data of the training run their variance is the stored one; what is off here would be off everywhere."
+_CONTROLS = (
+    "On the data of the training run their variance is the stored one; what is off here would be off everywhere."
+)
 
 
 def _data(data: Facts) -> Section:

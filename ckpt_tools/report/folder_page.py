@@ -39,7 +39,9 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
     return FolderPage(
         title=title or _folder(records) or "Checkpoints",
         subtitle=count(len(records), "checkpoint"),
-        headline=", ".join(f"{number:,} {status}" for status, number in tally.most_common()) + "." if tally else "None.",
+        headline=", ".join(f"{number:,} {status}" for status, number in tally.most_common()) + "."
+        if tally
+        else "None.",
         figures=tuple(_figures(records)),
         failures=tuple(
             (anchor, name, _line(record))
@@ -47,7 +49,9 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
             if record.get("status") == "failed"
         ),
         table=_table(records, names, anchors),
-        pages=tuple((anchor, _page(record, name)) for anchor, record, name in zip(anchors, records, names, strict=True)),
+        pages=tuple(
+            (anchor, _page(record, name)) for anchor, record, name in zip(anchors, records, names, strict=True)
+        ),
     )
 
 
