@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ckpt_tools.report.axis import LogAxis, covering, whole_ticks
-from ckpt_tools.report.checkpoint_page import part, parts, role_of
 from ckpt_tools.report.columns import count
+from ckpt_tools.report.facts import part, parts, role_of
 from ckpt_tools.report.numbers import number, percent_text, ratio_text
 
 NORMAL = 1.96  # standard errors to either side hold 95 %
@@ -83,7 +83,8 @@ def draw(facts: Mapping[str, Any], *, width: int, height: int, hits: bool) -> Dr
         **_ticks(parts(facts, "dropout_sites"), step, layers, bottom),
     }
     return Drawing(
-        width=width, height=height, left=_LEFT, right=plot_right, bottom=bottom, one=y.at(1), pens=_pens(step), marks=marks,
+        width=width, height=height, left=_LEFT, right=plot_right, bottom=bottom, one=y.at(1),
+        pens=_pens(step), marks=marks,
         y_labels=tuple((y.at(value), f"{value:g}") for value in y.ticks()),
         x_labels=tuple((_LEFT + (at - 0.5) * step, str(at)) for at in whole_ticks(layers, max(2, width // 90))),
         hits=tuple((_LEFT + (p.depth - 1) * step, step, p.text) for p in points) if hits else (),
@@ -162,13 +163,10 @@ def _dots(points: Sequence[Point], y: LogAxis, step: float) -> dict[str, str]:
 
 def _pens(step: float) -> dict[str, float]:
     """Widths in pixels, for layers that stand ``step`` pixels apart."""
-    sizes = {
-        "rewritten": (0.7, 2.6, 5.0),
-        "ranges": (0.3, 0.6, 1.5),
-        "errors": (0.4, 1.2, 2.0),
-        "sites": (0.3, 0.8, 1.75),
-    }
-    return {name: round(min(max(share * step, low), high), 2) for name, (share, low, high) in sizes.items()}
+    return {name: round(min(max(share * step, least), most), 2) for name, (share, least, most) in _PENS.items()}
+
+
+_PENS = {"rewritten": (0.7, 2.6, 5.0), "ranges": (0.3, 0.6, 1.5), "errors": (0.4, 1.2, 2.0), "sites": (0.3, 0.8, 1.75)}
 
 
 def _ticks(sites: Sequence[Mapping[str, Any]], step: float, layers: int, bottom: float) -> dict[str, str]:

@@ -6,16 +6,15 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
 
 from ckpt_tools.report.columns import count, listed
-from ckpt_tools.report.content import Cell, Column, Figure, Page, Section, Table, Tone
+from ckpt_tools.report.content import Figure, Page, Section, Tone
 from ckpt_tools.report.extras import flagged_section, metrics_section
-from ckpt_tools.report.numbers import number, number_cell, percent_text, ratio_text, seconds_text, whole_text
+from ckpt_tools.report.facts import Facts, furthest, medians, part, parts, rewritten_layers
+from ckpt_tools.report.layer_tables import layers_section, sites_section
+from ckpt_tools.report.numbers import number, percent_text, ratio_text, seconds_text, whole_text
 from ckpt_tools.report.redaction import presentable
 from ckpt_tools.report.text import RATES, TOLD_BY
-
-Facts = Mapping[str, Any]
 
 VERDICTS: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "quiet"}
 
@@ -35,18 +34,6 @@ def checkpoint_page(facts: Facts) -> Page:
     )
 
 
-def part(facts: Facts, name: str) -> Facts:
-    """A mapping among the facts, empty where there is none."""
-    found = facts.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
-def parts(facts: Facts, name: str) -> list[Facts]:
-    """The mappings of a list among the facts."""
-    found = facts.get(name)
-    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, (list, tuple)) else []
-
-
 def control_verdict(facts: Facts) -> str:
     """What the control layers say: agree, disagree or none."""
     return str(part(facts, "controls").get("verdict", "none"))
@@ -57,39 +44,24 @@ def data_verdict(facts: Facts) -> str:
     return str(part(part(facts, "data"), "agreement").get("verdict", "none"))
 
 
-def medians(facts: Facts) -> dict[str, float]:
-    """The median ratio stored / new of every rewritten layer that was measured, by name."""
-    found = {str(row.get("name")): number(part(row, "ratio").get("median")) for row in _rewritten(facts)}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def furthest(ratios: Mapping[str, float]) -> str | None:
-    """The layer whose ratio is furthest from 1, up or down."""
-    return max(ratios, key=lambda name: abs(math.log(max(ratios[name], 1e-30))), default=None)
-
-
-def _rewritten(facts: Facts) -> list[Facts]:
-    return [row for row in parts(facts, "layers") if row.get("rewritten")]
-
-
 def _headline(facts: Facts) -> str:
     layers, images = parts(facts, "layers"), whole_text(part(facts, "data").get("images"))
     what = "means and variances" if facts.get("statistics") == "mean+variance" else "variances"
     return (
-        f"{len(_rewritten(facts)):,} of {count(len(layers), 'BatchNorm layer')} got new running {what}, "
+        f"{len(rewritten_layers(facts)):,} of {count(len(layers), 'BatchNorm layer')} got new running {what}, "
         f"measured on {images} images with dropout off. Nothing else in the checkpoint differs."
     )
 
 
 def _figures(facts: Facts) -> Iterator[Figure]:
     ratios, layers = medians(facts), parts(facts, "layers")
-    yield Figure("Layers rewritten", f"{len(_rewritten(facts)):,}", f"of {len(layers):,}")
+    yield Figure("Layers rewritten", f"{len(rewritten_layers(facts)):,}", f"of {len(layers):,}")
     if ratios:
         name = furthest(ratios)
         assert name is not None
         yield Figure("Stored ÷ new variance", ratio_text(statistics.median(ratios.values())), "median layer")
         yield Figure("Largest change", ratio_text(ratios[name]), name or "(root)")
-    errors = [number(part(row, "relative_standard_error").get("median")) for row in _rewritten(facts)]
+    errors = [number(part(row, "relative_standard_error").get("median")) for row in rewritten_layers(facts)]
     known = [error for error in errors if error is not None]
     if known:
         yield Figure("Standard error", percent_text(max(known)), "median channel, least certain layer")
@@ -105,8 +77,8 @@ def _sections(facts: Facts) -> Iterator[Section | None]:
     yield _provenance(facts)
     command = facts.get("command")
     yield Section("Repeat it", (_REPEAT,), code=str(command)) if command else None
-    yield _sites(facts)
-    yield _layers(facts)
+    yield sites_section(facts)
+    yield layers_section(facts)
 
 
 _REPEAT = (
@@ -146,9 +118,7 @@ def _controls(controls: Facts) -> Section:
     )
 
 
-_CONTROLS = (
-    "On the data of the training run their variance is the stored one; what is off here would be off everywhere."
-)
+_CONTROLS = "On the training data their variance is the stored one; what is off here would be off everywhere."
 
 
 def _data(data: Facts) -> Section:
@@ -175,7 +145,7 @@ def _data(data: Facts) -> Section:
 def _provenance(facts: Facts) -> Section:
     source, output, tool = part(facts, "checkpoint"), part(facts, "output"), part(facts, "tool")
     libraries = part(facts, "libraries")
-    told = TOLD_BY.get(facts.get("recognised_by"), "")  # type: ignore[arg-type, call-overload]
+    told = TOLD_BY.get(facts.get("recognised_by"), "")  # type: ignore[arg-type]
     passes = number(facts.get("passes")) or 1
     method = [facts.get("estimator"), facts.get("statistics"), facts.get("precision")]
     rows = [
@@ -201,68 +171,3 @@ def _provenance(facts: Facts) -> Section:
 
 def _said(rows: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     return tuple((name, text) for name, text in rows if text)
-
-
-def _sites(facts: Facts) -> Section:
-    sites, layers = parts(facts, "dropout_sites"), parts(facts, "layers")
-    if not sites:
-        return Section("Dropout sites", ("The walk found none.",), "quiet")
-    active = sum(bool(site.get("active")) for site in sites)
-    rows = [
-        (
-            Cell(str(site.get("name") or "(root)"), str(site.get("name"))),
-            Cell(str(site.get("op", "")), str(site.get("op", ""))),
-            number_cell(site.get("rate"), "not known" if site.get("rate") is None else f"{site['rate']:g}"),
-            _behind(site, len(layers)),
-        )
-        for site in sites
-    ]
-    said = f"{count(len(sites), 'site')}, {active:,} of them active."
-    return Section("Dropout sites", (said,), table=Table("Dropout sites", _SITE_COLUMNS, tuple(rows)))
-
-
-_SITE_COLUMNS = (
-    Column("Site", "code"), Column("Operation"), Column("Rate", "number"), Column("First layer behind it", "number")
-)  # fmt: skip
-
-
-def _behind(site: Facts, layers: int) -> Cell:
-    depth = number(site.get("depth"))
-    return Cell("none", layers + 1, "quiet") if depth is None else Cell(f"{depth + 1:.0f}", depth + 1)
-
-
-_LAYER_COLUMNS = (
-    Column("Layer", "code"), Column("Depth", "number"), Column("Channels", "number"), Column("Role"),
-    Column("Stored ÷ new", "number"), Column("Smallest", "number"), Column("Largest", "number"),
-    Column("Std. error", "number"), Column("Worst", "number"),
-)  # fmt: skip
-
-
-def _layers(facts: Facts) -> Section:
-    rows = tuple(_layer(depth, row) for depth, row in enumerate(parts(facts, "layers"), 1))
-    said = (
-        "Stored variance over new variance: the median channel, the smallest and the largest; the relative standard "
-        "error of the new variance: median and worst channel."
-    )
-    return Section("Every layer", (said,), table=Table("Every layer", _LAYER_COLUMNS, rows))
-
-
-def _layer(depth: int, row: Facts) -> tuple[Cell, ...]:
-    ratio, error, role = part(row, "ratio"), part(row, "relative_standard_error"), role_of(row)
-    return (
-        Cell(str(row.get("name") or "(root)"), str(row.get("name"))),
-        number_cell(depth),
-        number_cell(row.get("channels")),
-        Cell(role, role, "" if role == "rewritten" else "quiet"),
-        *(number_cell(ratio.get(key), ratio_text(ratio.get(key))) for key in ("median", "min", "max")),
-        *(number_cell(error.get(key), percent_text(error.get(key))) for key in ("median", "max")),
-    )
-
-
-def role_of(row: Facts) -> str:
-    """What became of a layer, in one or two words."""
-    if row.get("rewritten"):
-        return "rewritten"
-    if row.get("control"):
-        return "control"
-    return "not reached" if str(row.get("reason", "")).startswith("never reached") else "kept"

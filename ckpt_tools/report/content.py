@@ -11,7 +11,7 @@ Tone = Literal["", "good", "bad", "quiet"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text. ``order`` is what sorting compares, None: nothing to compare; ``link``: an anchor of the page."""
+    """A value as text. ``order``: what sorting compares, None for nothing; ``link``: an anchor of the page."""
 
     text: str
     order: float | str | None = None

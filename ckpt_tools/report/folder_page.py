@@ -9,18 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ckpt_tools.report.checkpoint_page import (
-    VERDICTS,
-    checkpoint_page,
-    control_verdict,
-    furthest,
-    medians,
-    part,
-    parts,
-)
+from ckpt_tools.report.checkpoint_page import VERDICTS, checkpoint_page, control_verdict
 from ckpt_tools.report.columns import count
 from ckpt_tools.report.content import Cell, Column, Figure, FolderPage, Page, Section, Table, Tone
 from ckpt_tools.report.extras import metrics
+from ckpt_tools.report.facts import furthest, medians, part, parts
 from ckpt_tools.report.numbers import UNKNOWN, measured, measured_text, number_cell, ratio_text, seconds_text
 from ckpt_tools.report.redaction import presentable
 
@@ -39,9 +32,7 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
     return FolderPage(
         title=title or _folder(records) or "Checkpoints",
         subtitle=count(len(records), "checkpoint"),
-        headline=", ".join(f"{number:,} {status}" for status, number in tally.most_common()) + "."
-        if tally
-        else "None.",
+        headline=(", ".join(f"{number:,} {status}" for status, number in tally.most_common()) or "No checkpoint") + ".",
         figures=tuple(_figures(records)),
         failures=tuple(
             (anchor, name, _line(record))
@@ -49,9 +40,7 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
             if record.get("status") == "failed"
         ),
         table=_table(records, names, anchors),
-        pages=tuple(
-            (anchor, _page(record, name)) for anchor, record, name in zip(anchors, records, names, strict=True)
-        ),
+        pages=tuple((anchor, _page(*said)) for anchor, *said in zip(anchors, records, names, strict=True)),
     )
 
 
@@ -92,7 +81,8 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
 def _table(records: Sequence[Record], names: Sequence[str], anchors: Sequence[str]) -> Table:
     measures = list(dict.fromkeys(name for record in records for name in metrics(part(record, "report"))))
     columns = (
-        Column("Checkpoint", "code"), Column("Outcome"), Column("Rewritten", "number"), Column("Median ratio", "number"),
+        Column("Checkpoint", "code"), Column("Outcome"), Column("Rewritten", "number"),
+        Column("Median ratio", "number"),
         Column("Largest change", "number"), Column("Images", "number"), Column("Controls"),
         *(Column(f"{name} {when}", "number") for name in measures for when in ("before", "after")),
         Column("Time", "number"), Column("Message", "prose"),

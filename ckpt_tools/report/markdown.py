@@ -23,9 +23,8 @@ _MARK = f"<!-- ckpt-tools {VERSION} report -->"
 def checkpoint_markdown(facts: Mapping[str, Any]) -> str:
     """The report of one checkpoint, from the facts of ``outcome_json``."""
     page = checkpoint_page(facts)
-    return "\n".join(
-        [_MARK, "", f"# {escaped(page.title)}", "", escaped(page.subtitle), "", *_body(page, 2), _FOOT, ""]
-    )
+    head = [_MARK, "", f"# {escaped(page.title)}", "", escaped(page.subtitle), ""]
+    return "\n".join([*head, *_body(page, 2), _FOOT, ""])
 
 
 def folder_markdown(records: Sequence[Mapping[str, Any]], title: str = "") -> str:

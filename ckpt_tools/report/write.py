@@ -88,5 +88,5 @@ def _refuse_strangers(path: Path) -> None:
         raise OutputError(f"{path}: cannot be replaced ({error.strerror}). Choose another name.") from error
     if head.strip() and _MARK not in head:
         raise OutputError(
-            f"{path}: expected no file, or an earlier report to replace, found a file that is none. Choose another name."
+            f"{path}: expected no file, or an earlier report to replace, found another file. Choose another name."
         )
