@@ -75,11 +75,12 @@ def draw(facts: Mapping[str, Any], *, width: int, height: int, hits: bool) -> Dr
     low, high = covering(_certain(points), [end for point in points for end in (point.low, point.high)])
     y = LogAxis(low, high, bottom, _TOP)
     step = (plot_right - _LEFT) / layers
+    placed = [(_LEFT + (point.depth - 0.5) * step, point) for point in points]
     marks = {
-        "ranges": "".join(_bar(_LEFT + (point.depth - 0.5) * step, y, point.low, point.high) for point in points),
-        "errors": "".join(_bar(_LEFT + (p.depth - 0.5) * step, y, *p.sure) for p in points if p.sure is not None),
-        "beyond": "".join(_arrows(_LEFT + (point.depth - 0.5) * step, y, point) for point in points),
-        **_dots(points, y, step),
+        "ranges": "".join(_bar(x, y, point.low, point.high) for x, point in placed),
+        "errors": "".join(_bar(x, y, *point.sure) for x, point in placed if point.sure is not None),
+        "beyond": "".join(_arrows(x, y, point) for x, point in placed),
+        **_dots(placed, y, step),
         **_ticks(parts(facts, "dropout_sites"), step, layers, bottom),
     }
     return Drawing(
@@ -87,7 +88,7 @@ def draw(facts: Mapping[str, Any], *, width: int, height: int, hits: bool) -> Dr
         pens=_pens(step), marks=marks,
         y_labels=tuple((y.at(value), f"{value:g}") for value in y.ticks()),
         x_labels=tuple((_LEFT + (at - 0.5) * step, str(at)) for at in whole_ticks(layers, max(2, width // 90))),
-        hits=tuple((_LEFT + (p.depth - 1) * step, step, p.text) for p in points) if hits else (),
+        hits=tuple((x - step / 2, step, point.text) for x, point in placed) if hits else (),
         title="Stored over new running variance of every BatchNorm layer, by depth",
         description=described(facts, points, low, high),
     )  # fmt: skip
@@ -145,12 +146,12 @@ def _arrows(x: float, y: LogAxis, point: Point) -> str:
     return up + down
 
 
-def _dots(points: Sequence[Point], y: LogAxis, step: float) -> dict[str, str]:
+def _dots(placed: Sequence[tuple[float, Point]], y: LogAxis, step: float) -> dict[str, str]:
     """Round dots (of zero length, drawn with a round pen), diamonds for controls, crosses for what was kept."""
     size = min(4.5, max(2.5, step / 2))
     marks = dict.fromkeys(("rewritten", "control", "kept"), "")
-    for point in points:
-        x, at = _LEFT + (point.depth - 0.5) * step, y.at(point.median)
+    for x, point in placed:
+        at = y.at(point.median)
         kind = point.role if point.role in marks else "kept"
         marks[kind] += {
             "rewritten": f"M{x:.1f} {at:.1f}h0",

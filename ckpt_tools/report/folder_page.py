@@ -29,18 +29,15 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
     names = _names(records)
     anchors = [f"checkpoint-{place}" for place in range(1, len(records) + 1)]
     tally = Counter(str(record.get("status")) for record in records)
+    rows = list(zip(anchors, names, records, strict=True))
     return FolderPage(
         title=title or _folder(records) or "Checkpoints",
         subtitle=count(len(records), "checkpoint"),
         headline=(", ".join(f"{number:,} {status}" for status, number in tally.most_common()) or "No checkpoint") + ".",
         figures=tuple(_figures(records)),
-        failures=tuple(
-            (anchor, name, _line(record))
-            for anchor, name, record in zip(anchors, names, records, strict=True)
-            if record.get("status") == "failed"
-        ),
+        failures=tuple((place, name, _line(row)) for place, name, row in rows if row.get("status") == "failed"),
         table=_table(records, names, anchors),
-        pages=tuple((anchor, _page(*said)) for anchor, *said in zip(anchors, records, names, strict=True)),
+        pages=tuple((anchor, _page(record, name)) for anchor, name, record in rows),
     )
 
 
@@ -87,8 +84,8 @@ def _table(records: Sequence[Record], names: Sequence[str], anchors: Sequence[st
         *(Column(f"{name} {when}", "number") for name in measures for when in ("before", "after")),
         Column("Time", "number"), Column("Message", "prose"),
     )  # fmt: skip
-    rows = [_row(*said, measures) for said in zip(records, names, anchors, strict=True)]
-    return Table("Checkpoints", columns, tuple(rows))
+    rows = tuple(_row(*said, measures) for said in zip(records, names, anchors, strict=True))
+    return Table("Checkpoints", columns, rows)
 
 
 def _row(record: Record, name: str, anchor: str, measures: Sequence[str]) -> tuple[Cell, ...]:
