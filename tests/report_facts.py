@@ -96,13 +96,8 @@ def records() -> list[dict[str, Any]]:
     for place in range(12):
         name = HOSTILE[place] if place < len(HOSTILE) else f"epoch-{place}.pt"
         report = with_metrics(facts(layers=3 + (place * 5) % 7, path=f"/sweep/{name}"))
-        record = {
-            "checkpoint": f"/sweep/{name}",
-            "status": "done",
-            "output": f"/out/{place}.safetensors",
-            "error": None,
-        }
-        found.append({**record, "report": report, "seconds": 100.0 - 9 * place})
+        record = {"checkpoint": f"/sweep/{name}", "status": "done", "output": f"/out/{place}.safetensors"}
+        found.append({**record, "error": None, "report": report, "seconds": 100.0 - 9 * place})
     for place, status in ((6, "failed"), (8, "failed"), (10, "nothing to do")):
         error = f"{HOSTILE[0]}: expected a checkpoint at https://me:pw@host/x?key=1, found none."
         found[place] |= {"status": status, "output": None, "error": error, "report": None}

@@ -39,6 +39,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     write_report(folder / "one.html", with_metrics(facts(layers=60, names=HOSTILE, path=f"/runs/{HOSTILE[0]}")))
     write_report(folder / "folder.html", records())
+    write_report(folder / "short.html", records()[:2])
     return folder
 
 
@@ -65,8 +66,9 @@ class Tab:
 
 
 def column(page: Any, number: int) -> list[str]:
-    rows = page.locator("#checkpoints ~ .scroll tbody tr, section:has(> #checkpoints) tbody tr")
-    return [row.locator("th, td").nth(number).inner_text() for row in rows.all()]
+    rows = page.locator("section:has(> #checkpoints) tbody tr")
+    found: list[str] = rows.evaluate_all("(rows, number) => rows.map((row) => row.cells[number].innerText)", number)
+    return found
 
 
 @pytest.mark.parametrize("name", ["one", "folder"])
@@ -75,9 +77,8 @@ def test_every_view(browser: Any, reports: Path, tmp_path: Path, name: str, them
     with Tab(browser, reports / f"{name}.html", theme, width) as tab:
         size = tab.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
         assert size == [width, width], "no sideways scrolling of the page"
-        colours = tab.page.evaluate(
-            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-        )
+        style = "getComputedStyle(document.body)"
+        colours = tab.page.evaluate(f"[{style}.backgroundColor, {style}.color]")
         dark = [sum(map(int, colour[4:-1].split(","))) < 384 for colour in colours]
         assert dark == [theme == "dark", theme == "light"]
         charts = tab.page.locator("main figure > svg")
@@ -142,7 +143,6 @@ def test_names_stay_text(browser: Any, reports: Path) -> None:
         assert tab.page.locator("script").count() == 1
         assert tab.page.locator("main img, main iframe").count() == 0
         assert {HOSTILE[0], HOSTILE[1]} & {text.removeprefix("/sweep/") for text in column(tab.page, 0)}
-        tab.page.locator("main details").evaluate_all("all => all.forEach(one => one.open = true)")
         assert not tab.complaints
 
 
@@ -150,7 +150,6 @@ def test_without_scripts(browser: Any, reports: Path) -> None:
     with Tab(browser, reports / "one.html", scripts=False) as tab:
         assert tab.page.locator("tbody tr").count() > 60
         assert tab.page.locator("th button:enabled").count() == 0, "no button that does nothing"
-        assert tab.page.get_by_text("features", exact=False).count() == 0
         assert tab.page.locator("svg.wide").is_visible()
 
 
@@ -162,7 +161,7 @@ def test_the_chart_speaks(browser: Any, reports: Path) -> None:
 
 
 def test_paper(browser: Any, reports: Path, tmp_path: Path) -> None:
-    with Tab(browser, reports / "folder.html", "dark") as tab:
+    with Tab(browser, reports / "short.html", "dark") as tab:
         tab.page.emulate_media(media="print", color_scheme="dark")
         assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert tab.page.locator("#checkpoint-1").is_visible(), "folded parts are printed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -81,7 +82,7 @@ def test_well_formed_and_accessible(page: str) -> None:
             assert attributes["href"][1:] in ids
     levels = [int(tag[1]) for tag, _, _ in found.elements if re.fullmatch(r"h\d", tag)]
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     pictures = found.all("svg", role="img")
     assert all(attributes["aria-labelledby"] for attributes, _ in pictures)
     assert found.all("html", lang="en")
@@ -127,16 +128,8 @@ def test_the_table_carries_the_facts() -> None:
         ratio = row["ratio"]
         assert all(f"{ratio[key]:.3f}" in text for key in ("median", "min", "max"))
         assert row["name"] in text
-    for said in (
-        "a" * 64,
-        "b" * 64,
-        given["command"],
-        "torn.png",
-        "1,234",
-        "drop2",
-        "not known",
-        "agree with the data",
-    ):
+    expected = ("a" * 64, "b" * 64, given["command"], "torn.png", "1,234", "drop2", "not known", "agree with the data")
+    for said in expected:
         assert said in text
 
 
@@ -205,10 +198,8 @@ def contrast(one: str, other: str) -> float:
 
 def test_contrast_in_every_theme() -> None:
     """WCAG 2.2 AA: 4.5 for text, 3 for what a chart is read by."""
-    themes = [
-        dict(re.findall(r"--(\w+): (#\w{6})", block))
-        for block in re.findall(r":root \{(.*?)\}", PAGES["bare"](), re.DOTALL)
-    ]
+    blocks = re.findall(r":root \{(.*?)\}", PAGES["bare"](), re.DOTALL)
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in blocks]
     assert len(themes) == 3, "light, dark, print"
     for theme in themes:
         for ground in (theme["paper"], theme["wash"]):
