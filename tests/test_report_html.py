@@ -128,7 +128,7 @@ def test_the_table_carries_the_facts() -> None:
         ratio = row["ratio"]
         assert all(f"{ratio[key]:.3f}" in text for key in ("median", "min", "max"))
         assert row["name"] in text
-    expected = ("a" * 64, "b" * 64, given["command"], "torn.png", "1,234", "drop2", "not known", "agree with the data")
+    expected = ("a" * 64, "b" * 64, given["command"], "torn.png", "1,234", "drop2", "not known", "agrees with the data")
     for said in expected:
         assert said in text
 

@@ -28,7 +28,7 @@ def checkpoint_page(facts: Facts) -> Page:
         title=PurePath(path).name or path,
         subtitle=" · ".join(str(said) for said in (facts.get("architecture"), source.get("format")) if said),
         headline=_headline(facts),
-        tone="bad" if "disagree" in (control_verdict(facts), data_verdict(facts)) else "",
+        tone="bad" if _doubtful(facts) else "",
         figures=tuple(_figures(facts)),
         sections=tuple(section for section in _sections(facts) if section is not None),
     )
@@ -47,10 +47,15 @@ def data_verdict(facts: Facts) -> str:
 def _headline(facts: Facts) -> str:
     layers, images = parts(facts, "layers"), whole_text(part(facts, "data").get("images"))
     what = "means and variances" if facts.get("statistics") == "mean+variance" else "variances"
+    doubt = "The data does not look like the training data; the run was forced. " if _doubtful(facts) else ""
     return (
-        f"{len(rewritten_layers(facts)):,} of {count(len(layers), 'BatchNorm layer')} got new running {what}, "
+        f"{doubt}{len(rewritten_layers(facts)):,} of {count(len(layers), 'BatchNorm layer')} got new running {what}, "
         f"measured on {images} images with dropout off. Nothing else in the checkpoint differs."
     )
+
+
+def _doubtful(facts: Facts) -> bool:
+    return "disagree" in (control_verdict(facts), data_verdict(facts))
 
 
 def _figures(facts: Facts) -> Iterator[Figure]:
@@ -102,7 +107,8 @@ def _controls(controls: Facts) -> Section:
     deviation, worst, shift = (number(controls.get(key)) for key in ("deviation", "worst", "shift"))
     if verdict == "none" or deviation is None or worst is None:
         return Section("Control layers", (f"No verdict: {controls.get('reason') or 'there are none'}.",), "quiet")
-    word = "agree with the data" if verdict == "agree" else "disagree with the data; it was used all the same (--force)"
+    word = verdict + ("s" if len(names) == 1 else "")
+    forced = "" if verdict == "agree" else "; it was used all the same (--force)"
     rows = [
         ("Layers", listed(names, 12)),
         ("Stored and measured variance differ by", f"{percent_text(math.expm1(deviation))} in the median channel"),
@@ -112,7 +118,7 @@ def _controls(controls: Facts) -> Section:
         rows.append(("Means differ by", f"{shift:.2g} standard deviations"))
     return Section(
         "Control layers",
-        (f"{count(len(names), 'layer')} that no dropout reaches {word}.", _CONTROLS),
+        (f"{count(len(names), 'layer')} that no dropout reaches {word} with the data{forced}.", _CONTROLS),
         VERDICTS.get(verdict, ""),
         pairs=tuple(rows),
     )

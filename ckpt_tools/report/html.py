@@ -22,6 +22,7 @@ from ckpt_tools.version import VERSION
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 __all__ = ["checkpoint_html", "folder_html", "require_templates"]
 
@@ -85,7 +86,15 @@ def _environment() -> Environment:
         trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["anchor"] = lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    environment.filters["soft"] = _soft
     return environment
+
+
+def _soft(name: str) -> Markup:
+    """A name, escaped, that may be broken into lines behind its dots and slashes."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([./])", r"\1<wbr>", str(escape(name))))
 
 
 def _text(name: str) -> str:
