@@ -76,10 +76,16 @@ from ckpt_tools.cli.progress import Bar
 @click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
 @options.preprocessing
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
+@options.reports
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def bn_reestimate(
-    checkpoints: tuple[Path, ...], model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any
+    checkpoints: tuple[Path, ...],
+    model_kwargs: tuple[str, ...],
+    reports: tuple[Path, ...],
+    as_json: bool,
+    quiet: bool,
+    **said: Any,
 ) -> None:
     """Rewrite the BN running variances of CHECKPOINT with dropout off.
 
@@ -101,14 +107,16 @@ def bn_reestimate(
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
     from ckpt_tools.report.json import outcome_json
     from ckpt_tools.report.text import outcome_text, plan_text
+    from ckpt_tools.report.write import check_reports, write_report
 
     preprocessing = options.said_preprocessing(said)
     place = many.said_place(said)
     first = checkpoints[0]
     request = Request(first, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
     if many.is_many(checkpoints, place):
-        many.reestimate(checkpoints, request, place, as_json=as_json, quiet=quiet)
+        many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
+    check_reports(reports, (first, request.output, Path(request.data)))
     with options.own_stdout():
         plan = prepare(request)
     if not as_json:
@@ -116,5 +124,9 @@ def bn_reestimate(
     with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout(), terminable():
         outcome = execute(plan, bar)
     facts = outcome_json(outcome)
+    for report in reports:
+        write_report(report, facts)
     click.echo(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
+    if not as_json:
+        click.echo("".join(f"report: {report}\n" for report in reports), nl=False)
     github.done(facts)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Never
 import click
 from tqdm import tqdm
 
+from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
@@ -61,11 +62,15 @@ def is_many(paths: Sequence[Path], place: Place) -> bool:
     return len(paths) > 1 or any(vars(place).values()) or not is_one_checkpoint(paths[0])
 
 
-def reestimate(paths: Sequence[Path], request: Request, place: Place, *, as_json: bool, quiet: bool) -> None:
+def reestimate(
+    paths: Sequence[Path], request: Request, place: Place, reports: Sequence[Path], *, as_json: bool, quiet: bool
+) -> None:
     """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
     from ckpt_tools.jobs.folder import items_for, run
     from ckpt_tools.report.folder_text import folder_text
     from ckpt_tools.report.manifest import Manifest
+    from ckpt_tools.report.markdown import folder_markdown
+    from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
 
     if request.output is not None:
@@ -74,12 +79,16 @@ def reestimate(paths: Sequence[Path], request: Request, place: Place, *, as_json
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
     log = Manifest(place.manifest or _beside(paths, place.output_dir))
+    check_reports(reports, (log.path, Path(request.data), *(item.checkpoint for item in items)))
     records: list[Any] = []
     with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
         run(items, request, lambda result: records.append(bars.finished(log.add(result))), bars.images)
     order = {str(item.checkpoint): number for number, item in enumerate(items)}
     records.sort(key=lambda record: order[record["checkpoint"]])
+    for report in reports:
+        write_report(report, records)
     click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else folder_text(records, log.path))
+    github.summarise(folder_markdown(records))
     _answer([record["status"] for record in records], log.path)
 
 

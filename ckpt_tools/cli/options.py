@@ -107,4 +107,14 @@ def said_preprocessing(said: dict[str, Any]) -> Preprocessing:
 
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
 
+reports = click.option(
+    "--report",
+    "reports",
+    type=click.Path(path_type=Path, readable=False),
+    multiple=True,
+    metavar="FILE",
+    help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI summary (.md) or the facts "
+    "(.json). Repeatable. An earlier report is replaced, no other file is.",
+)
+
 path = click.Path(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else

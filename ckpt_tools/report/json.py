@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ckpt_tools.contract import BatchNormLayer, Checkpoint, InputSpec, LayerResult
+from ckpt_tools.contract import BatchNormLayer, Checkpoint, DropoutSite, InputSpec, LayerResult, Walk
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.reestimation import Outcome
+from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.inspect_text import command
+from ckpt_tools.report.redaction import without_secrets
 from ckpt_tools.storage.compare import Comparison
 from ckpt_tools.version import VERSION
 
@@ -31,7 +33,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "scores": dict(plan.recognised.scores),
         "rates": plan.loaded.rates,
         "data": {
-            "spec": plan.request.data,
+            "spec": without_secrets(plan.request.data),
             "kind": plan.source.kind,
             "images": result.images,
             "batches": result.batches,
@@ -53,7 +55,9 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "layers": [_layer(layer) for layer in result.layers],
         "controls": plain_dict(result.controls),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
+        "dropout_sites": [_site(site, plan.walk) for site in plan.walk.dropout_sites],
         "output": {"path": str(plan.output), "sha256": outcome.output_sha256},
+        "command": repeating_command(plan),
         "containers_trained": plan.walk.containers_trained,
         "device": result.device,
         "seconds": round(result.seconds, 3),
@@ -141,6 +145,13 @@ def _layer(layer: LayerResult) -> dict[str, object]:
         "ratio": ratio and {"median": ratio["median"], "min": ratio["low"], "max": ratio["high"]},
         "relative_standard_error": error and {"median": error["median"], "max": error["high"]},
     }
+
+
+def _site(site: DropoutSite, walk: Walk) -> dict[str, object]:
+    """``depth``: how many BN layers run before the first one that the site reaches, null if it reaches none."""
+    behind = (site.name in (*layer.downstream_of, *layer.potentially_downstream_of) for layer in walk.batch_norms)
+    depth = next((index for index, reached in enumerate(behind) if reached), None)
+    return {**dataclasses.asdict(site), "active": site.active, "depth": depth}
 
 
 def _input(spec: InputSpec | None) -> dict[str, object] | None:
