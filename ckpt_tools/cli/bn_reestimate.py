@@ -10,7 +10,7 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.cli.progress import Bar
+from ckpt_tools.cli.progress import Bar, EvaluationBar
 
 
 @click.command(name="bn-reestimate")
@@ -74,6 +74,13 @@ from ckpt_tools.cli.progress import Bar
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
 @click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
 @options.preprocessing
+@click.option(
+    "--eval-data",
+    metavar="SPEC",
+    help="Labelled data (as for ckpt-fix evaluate) to judge the model on, before and after. It decides the gate "
+    "and nothing else.",
+)
+@options.evaluation
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -86,6 +93,7 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     \b
         ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
+        ckpt-fix bn-reestimate model.pt --data train/ --eval-data val/ --gate 'error <= before + 0.1'
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
@@ -98,6 +106,7 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
         plan = prepare(request)
     if not as_json:
         click.echo(plan_text(plan) + "\n")
-    with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout(), terminable():
-        outcome = execute(plan, bar)
+    bars = Bar(plan.stream.count, hidden=quiet), EvaluationBar(plan.labelled_images, hidden=quiet)
+    with bars[0], bars[1], options.own_stdout(), terminable():
+        outcome = execute(plan, *bars)
     click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))

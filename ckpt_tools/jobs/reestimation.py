@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,12 +23,23 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream, Skipped
+from ckpt_tools.errors import UsageError
 from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.recognition import Recognised, recognise
+from ckpt_tools.jobs.validation import (
+    Judged,
+    Metrics,
+    Question,
+    Validation,
+    metrics_of,
+    open_validation,
+    question,
+    refuse_failed,
+)
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
@@ -67,6 +79,10 @@ class Request:
     workers: int | None = None
     overwrite: bool = False
     force: bool = False
+    eval_data: str | None = None  # labelled, to judge the model on before and after
+    class_map: Path | None = None
+    calibrate: bool = False
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,12 @@ class Plan:
     batch_size: int
     device: str
     output: Path
+    validation: Validation | None = None
+
+    @property
+    def labelled_images(self) -> int | None:
+        """Images to judge the model on; None if there are none, or only a pass can tell."""
+        return None if self.validation is None else self.validation.stream.count
 
     @property
     def loaded(self) -> LoadedModel:
@@ -101,6 +123,7 @@ class Outcome:
     skipped: tuple[Skipped, ...]
     source_sha256: str
     output_sha256: str
+    metrics: Metrics | None = None
 
 
 def prepare(request: Request) -> Plan:
@@ -116,6 +139,7 @@ def prepare(request: Request) -> Plan:
     )
     device = usable_device(request.device)
     check_precision(request.precision, torch.device(device))
+    asked = _question(request)
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)
@@ -133,16 +157,38 @@ def prepare(request: Request) -> Plan:
         cached=request.estimator == "exact" or request.epochs > 1,
         device=device,
     )
-    return Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
+    validation = None if asked is None else _validation(asked, request, loaded, batch_size, device)
+    return Plan(
+        request=request,
+        recognised=recognised,
+        checkpoint=loaded.checkpoint,
+        walk=found,
+        choice=choice,
+        source=source,
+        stream=stream,
+        input_spec=spec,
+        batch_size=batch_size,
+        device=device,
+        output=output,
+        validation=validation,
+    )
 
 
-def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
+def execute(
+    plan: Plan,
+    progress: Callable[[Progress], None] | None = None,
+    evaluated: Callable[[str, int], None] | None = None,
+) -> Outcome:
+    """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind.
+
+    ``evaluated`` is called while the labelled data is read, with "before" or "after" and the number of images so far.
+    """
     request = plan.request
     model = plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last)
     verdict = _looked_at(plan)
     if not request.force:
         refuse(verdict)
+    before = _judged(plan, "before", evaluated)
     result = reestimate_bn(
         model,
         plan.stream,
@@ -159,14 +205,59 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         force=request.force,
         progress=progress,
     )
+    after = _judged(plan, "after", evaluated)
+    metrics = metrics_of(plan.validation, before, after) if plan.validation and after else None
+    if metrics is not None:
+        refuse_failed(metrics, " Nothing was written.")
     digests = replace_tensors(
         plan.output,
         plan.checkpoint,
         _replacements(plan, result),
-        provenance=_provenance(plan, result),
+        provenance=_provenance(plan, result) | _temperature(metrics),
         overwrite=request.overwrite,
     )
-    return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output)
+    return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output, metrics)
+
+
+def _question(request: Request) -> Question | None:
+    if request.eval_data is not None:
+        return question(request.eval_data, request.class_map, request.calibrate, request.gate, compared=True)
+    for option, said in (
+        ("--gate", request.gate),
+        ("--calibrate", request.calibrate or None),
+        ("--class-map", request.class_map),
+    ):
+        if said is not None:
+            raise UsageError(f"{option} needs labelled data to evaluate on. Give --eval-data SPEC.")
+    return None
+
+
+def _validation(asked: Question, request: Request, loaded: LoadedModel, batch_size: int, device: str) -> Validation:
+    return open_validation(
+        asked,
+        open_source(asked.data, seed=request.seed, split="test"),
+        loaded.input_spec,
+        request.preprocessing,
+        batch_size=batch_size,
+        workers=request.workers,
+        cached=True,
+        device=device,
+        seed=request.seed,
+    )
+
+
+def _judged(plan: Plan, name: str, evaluated: Callable[[str, int], None] | None) -> Judged | None:
+    """The model as it stands on the labelled data, if there is some."""
+    if plan.validation is None:
+        return None
+    return plan.validation.judge(plan.loaded.model, evaluated and partial(evaluated, name))
+
+
+def _temperature(metrics: Metrics | None) -> dict[str, object]:
+    """Of the network after, for whoever divides its logits; the weights know nothing of it."""
+    if metrics is None or metrics.after.temperature is None:
+        return {}
+    return {"temperature": metrics.after.temperature, "temperature_images": metrics.images}
 
 
 def _looked_at(plan: Plan) -> DataVerdict:
