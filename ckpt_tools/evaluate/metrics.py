@@ -32,8 +32,10 @@ class Estimate:
 
 
 def require_torchmetrics() -> None:
-    """Raise CkptToolsError, naming the extra, if torchmetrics is not installed. It is not imported here: that takes
-    seconds, and brings torchvision along."""
+    """Raise CkptToolsError, naming the extra, if torchmetrics is not installed.
+
+    It is not imported yet: that takes seconds and brings torchvision, and with it another JPEG decoder, along.
+    """
     if importlib.util.find_spec("torchmetrics") is None:
         raise CkptToolsError(
             "an evaluation needs torchmetrics, which is not installed. Run: pip install 'ckpt-tools[evaluate]'"
@@ -85,6 +87,9 @@ def _calibration_error(outcomes: Outcomes) -> float:
 
 def _pseudovalues(outcomes: Outcomes) -> Tensor:
     """The jackknife's, N·ECE − (N−1)·ECE without the image, in closed form.
+
+    Their standard error was right on simulated overconfident networks (1 to 1.4 times the true one), and up to 1.6
+    times too large on calibrated ones, where the signs of the gaps are chance (300 draws each of 300 and 2,000 images).
 
     With d = hit − confidence of an image and D their sum over its bin, N·ECE is the sum of |D|, and leaving the image
     out turns one |D| into |D − d|: the pseudovalue is |D| − |D − d|.

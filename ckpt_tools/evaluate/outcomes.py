@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TOP = 5
+TOP = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Outcomes:
         labels = labels.to(logits.device)
         log_p = logits.double().log_softmax(1)
         # topk and argmax pick one of equal logits, so that a network that is always undecided is not always right
-        five = logits.topk(_TOP, 1).indices if logits.shape[1] > _TOP else None
+        five = logits.topk(TOP, 1).indices if logits.shape[1] > TOP else None
         return cls(
             correct=(logits.argmax(1) == labels).cpu(),
             among_five=None if five is None else (five == labels[:, None]).any(1).cpu(),

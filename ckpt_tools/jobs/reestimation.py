@@ -133,7 +133,9 @@ def prepare(request: Request) -> Plan:
     """
     output = request.output or default_output(request.checkpoint, "bn")
     check_output(output, request.checkpoint, overwrite=request.overwrite)
-    refuse_data(output, request.data)
+    for data in (request.data, request.eval_data):
+        if data is not None:
+            refuse_data(output, data)
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )

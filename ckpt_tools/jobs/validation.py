@@ -17,7 +17,7 @@ from ckpt_tools.data.stream import Skipped
 from ckpt_tools.errors import CheckFailed, DataError, UsageError
 from ckpt_tools.evaluate.gate import Gate, parse_gate
 from ckpt_tools.evaluate.metrics import Estimate, Metric, changes, measure, require_torchmetrics
-from ckpt_tools.evaluate.outcomes import Outcomes
+from ckpt_tools.evaluate.outcomes import TOP, Outcomes
 from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.evaluate.temperature import Calibration, calibrate
 from ckpt_tools.jobs.inputs import Preprocessing, input_spec_for
@@ -72,13 +72,26 @@ class Validation:
         found = evaluate(
             model,
             self.stream,
-            check=self.stream.check,
+            check=self._check,
             keep_logits=self.question.calibrate,
             seed=self.seed,
             progress=progress,
         )
         calibration = None if found.logits is None else calibrate(found.logits, found.labels, seed=self.seed)
         return Judged(found.outcomes, found.labels, found.classes, calibration)
+
+    @property
+    def kind(self) -> str:
+        """What the data is, in words."""
+        return "dataset, test split" if self.source.kind == "dataset" else self.source.kind
+
+    def _check(self, labels: Tensor, outputs: int) -> None:
+        self.stream.check(labels, outputs)
+        gate = self.question.gate
+        if gate is not None and "error5" in gate.metrics and outputs <= TOP:
+            raise UsageError(
+                f"--gate {gate.text!r}: error5 needs a head with six classes or more, this one has {outputs}."
+            )
 
 
 def open_validation(
@@ -145,7 +158,7 @@ def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> 
     gate = asked.gate
     return Metrics(
         data=asked.data,
-        kind="dataset, test split" if validation.source.kind == "dataset" else validation.source.kind,
+        kind=validation.kind,
         images=len(after.outcomes),
         classes=after.classes,
         after=now,

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 
 from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome, EvaluationPlan
-from ckpt_tools.jobs.validation import Metrics, Scores
+from ckpt_tools.jobs.validation import Metrics
 from ckpt_tools.report.columns import columns, count, listed
 
-_NAMES: Mapping[Metric, tuple[str, int]] = {  # digits behind the point
-    "error": ("top-1 error, %", 2),
-    "error5": ("top-5 error, %", 2),
-    "nll": ("NLL, nats", 4),
-    "ece": ("ECE, %", 2),
+Estimates = Mapping[Metric, Estimate]
+
+_NAMES: Mapping[Metric, tuple[str, str, int]] = {  # name, unit, digits behind the point
+    "error": ("top-1 error", "%", 2),
+    "error5": ("top-5 error", "%", 2),
+    "nll": ("NLL", "nats", 4),
+    "ece": ("ECE", "%", 2),
 }
 
 
@@ -25,7 +27,7 @@ def metrics_text(metrics: Metrics) -> str:
         columns(_rows(metrics)),
     ]
     if metrics.before is not None:
-        parts.append("(± standard error; that of the change is paired, image by image)")
+        parts.append("± standard error; that of the change is paired, image by image")
     if metrics.skipped:
         names = listed(f"{item.name} ({item.reason})" for item in metrics.skipped)
         parts.append(f"skipped: {count(len(metrics.skipped), 'unreadable image')}: {names}")
@@ -37,28 +39,23 @@ def metrics_text(metrics: Metrics) -> str:
 
 
 def _rows(metrics: Metrics) -> list[tuple[str, ...]]:
-    compared = metrics.before is not None
-    rows: list[tuple[str, ...]] = [("", "before", "after", "change") if compared else ("", "value ± standard error")]
-    for name, words, after, before, change in (
-        *((name, _NAMES[name][0], *_three(metrics, name, calibrated=False)) for name in metrics.after.metrics),
-        *(
-            (name, f"{_NAMES[name][0]}, T", *_three(metrics, name, calibrated=True))
-            for name in metrics.after.calibrated
-        ),
-    ):
-        digits = _NAMES[name][1]
-        cells = [before and _shown(before, digits), _shown(after, digits), change and _shown(change, digits, "+")]
-        rows.append((words, *(cell for cell in cells if cell)))
+    heads = ("value",) if metrics.before is None else ("before", "after", "change")
+    before, after = metrics.before, metrics.after
+    rows: list[tuple[str, ...]] = [("", *heads)]
+    rows += [_row(name, "", before and before.metrics, after.metrics, metrics.change) for name in after.metrics]
+    rows += [
+        _row(name, " at T", before and before.calibrated, after.calibrated, metrics.calibrated_change)
+        for name in after.calibrated
+    ]
     return rows
 
 
-def _three(metrics: Metrics, name: Metric, *, calibrated: bool) -> tuple[Estimate, Estimate | None, Estimate | None]:
-    def of(scores: Scores) -> Mapping[Metric, Estimate]:
-        return scores.calibrated if calibrated else scores.metrics
-
-    change = metrics.calibrated_change if calibrated else metrics.change
-    before = of(metrics.before)[name] if metrics.before else None
-    return of(metrics.after)[name], before, change.get(name)
+def _row(name: Metric, suffix: str, before: Estimates | None, after: Estimates, change: Estimates) -> tuple[str, ...]:
+    words, unit, digits = _NAMES[name]
+    label, now = f"{words}{suffix}, {unit}", _shown(after[name], digits)
+    if before is None:
+        return label, now
+    return label, _shown(before[name], digits), now, _shown(change[name], digits, "+")
 
 
 def _shown(estimate: Estimate, digits: int, sign: str = "") -> str:
@@ -70,12 +67,10 @@ def _temperatures(metrics: Metrics) -> str:
     assert metrics.after.halves is not None
     before = metrics.before and metrics.before.temperature
     first, second = metrics.after.halves
-    fitted = (
-        f"{before:.3f} before, {metrics.after.temperature:.3f} after" if before else f"{metrics.after.temperature:.3f}"
-    )
+    after = f"{metrics.after.temperature:.3f}"
     return (
-        f"temperature to divide logits by: {fitted}, fitted on all images; in the rows with T, either half of the "
-        f"images has the other's ({first:.3f}, {second:.3f})"
+        f"temperature to divide logits by: {f'{before:.3f} before, {after} after' if before else after}, fitted on all "
+        f"images; in the rows at T, either half of the images has the other's ({first:.3f}, {second:.3f})"
     )
 
 
@@ -85,7 +80,7 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
     rows.append(("checkpoint" if plan.before is None else "after", _contestant(plan.after)))
     stream = plan.after.validation.stream
     known = "an unknown number of images" if stream.count is None else count(stream.count, "image")
-    rows += [("data", f"{plan.request.data} ({plan.after.validation.source.kind}), {known}")]
+    rows += [("data", f"{plan.request.data} ({plan.after.validation.kind}), {known}")]
     rows += [("input", stream.transform), ("device", plan.device)]
     return columns(rows)
 
