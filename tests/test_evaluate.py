@@ -327,7 +327,7 @@ def test_a_failed_gate_leaves_no_output(files: Path) -> None:
         (["--eval-data", "data.npy"], 1, "no labels"),
         (["--eval-data", "val.npz", "--class-map", "map.json"], 2, "numbers already"),
         (["--eval-data", "val.npz", "--class-map", "none.json"], 1, "none.json"),
-        (["--eval-data", "val.npz", "--gate", "error5 <= before"], 2, "fewer than six"),
+        (["--eval-data", "val.npz", "--gate", "error5 <= before"], 2, "six classes or more"),
         (["--eval-data", "seven.npz"], 1, "label 6 is no class of a head with 5 outputs"),
     ],
 )

@@ -23,7 +23,9 @@ def default_output(checkpoint: Path, kind: str = "") -> Path:
 def refuse_data(output: Path, data: str) -> None:
     """Raise OutputError if the output would take the place of the data."""
     if output.exists() and Path(data).exists() and output.samefile(data):
-        raise OutputError(f"{output}: expected a file of its own, found the data. Choose another name.")
+        raise OutputError(
+            f"{output}: expected a file of its own, found training data or --eval-data. Choose another name."
+        )
 
 
 def usable_device(said: str) -> str:

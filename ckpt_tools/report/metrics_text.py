@@ -40,13 +40,12 @@ def metrics_text(metrics: Metrics) -> str:
 
 def _rows(metrics: Metrics) -> list[tuple[str, ...]]:
     heads = ("value",) if metrics.before is None else ("before", "after", "change")
-    before, after = metrics.before, metrics.after
     rows: list[tuple[str, ...]] = [("", *heads)]
-    rows += [_row(name, "", before and before.metrics, after.metrics, metrics.change) for name in after.metrics]
-    rows += [
-        _row(name, " at T", before and before.calibrated, after.calibrated, metrics.calibrated_change)
-        for name in after.calibrated
-    ]
+    before, after = metrics.before, metrics.after
+    plain = before.metrics if before else None
+    calibrated = before.calibrated if before else None
+    rows += [_row(name, "", plain, after.metrics, metrics.change) for name in after.metrics]
+    rows += [_row(name, " at T", calibrated, after.calibrated, metrics.calibrated_change) for name in after.calibrated]
     return rows
 
 
