@@ -366,6 +366,22 @@ def test_one_file(files: Path) -> None:
     assert run(*arguments, "--before", files / "none.pt").exit_code == 1
 
 
+def test_a_checkpoint_without_its_head_is_not_judged(files: Path) -> None:
+    import timm
+
+    state = timm.create_model("resnet18").state_dict()
+    torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, files / "headless.pt")
+    np.savez(files / "big.npz", images=np.zeros((4, 3, 64, 64), np.float32), labels=np.arange(4))
+    arguments = ("--data", files / "big.npz", "--arch", "timm:resnet18", "-q")
+    own = {key.replace("fc.", "fc.0."): value for key, value in state.items()}
+    torch.save(own, files / "own.pt")
+    torch.save(state, files / "whole.pt")
+    for name, said in (("headless.pt", "no classifier"), ("own.pt", "weights of fc.")):
+        result = run("evaluate", files / name, *arguments)
+        assert (result.exit_code, said in result.stderr) == (1, True), result.output
+    assert "4 images, 1,000 classes" in run("evaluate", files / "whole.pt", *arguments).stdout
+
+
 def test_a_callable_that_shuffles_anew_is_noticed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (files / "my_restless.py").write_text(
         "import random, nets, torch\n"

@@ -53,7 +53,7 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.evaluation import EvaluationRequest, execute, prepare
-    from ckpt_tools.jobs.validation import refuse_failed
+    from ckpt_tools.jobs.scores import refuse_failed
     from ckpt_tools.report.json import evaluation_json
     from ckpt_tools.report.metrics_text import evaluation_plan_text, evaluation_text
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,8 @@ from ckpt_tools.data.source import open_source
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.places import usable_device
 from ckpt_tools.jobs.recognition import recognise
-from ckpt_tools.jobs.validation import Judged, Metrics, Question, Validation, metrics_of, open_validation, question
+from ckpt_tools.jobs.scores import Metrics, metrics_of
+from ckpt_tools.jobs.validation import Judged, Question, Validation, open_validation, question
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.storage.read import read_checkpoint, sha256
 from ckpt_tools.walker.downstream import walk
@@ -113,7 +113,7 @@ def _contestant(path: Path, asked: Question, request: EvaluationRequest, device:
     validation = open_validation(
         asked,
         source,
-        loaded.input_spec,
+        loaded,
         request.preprocessing,
         batch_size=batch_size,
         workers=request.workers,
@@ -125,4 +125,4 @@ def _contestant(path: Path, asked: Question, request: EvaluationRequest, device:
 
 def _judged(contestant: Contestant, name: str, device: str, progress: Callable[[str, int], None] | None) -> Judged:
     model = contestant.loaded.model.to(device).to(memory_format=torch.channels_last)
-    return contestant.validation.judge(model, progress and partial(progress, name))
+    return contestant.validation.judge(model, name, progress)

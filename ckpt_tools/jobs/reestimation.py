@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,23 +22,14 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream, Skipped
-from ckpt_tools.errors import UsageError
 from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.recognition import Recognised, recognise
-from ckpt_tools.jobs.validation import (
-    Judged,
-    Metrics,
-    Question,
-    Validation,
-    metrics_of,
-    open_validation,
-    question,
-    refuse_failed,
-)
+from ckpt_tools.jobs.scores import Metrics, compared
+from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
@@ -133,15 +123,14 @@ def prepare(request: Request) -> Plan:
     """
     output = request.output or default_output(request.checkpoint, "bn")
     check_output(output, request.checkpoint, overwrite=request.overwrite)
-    for data in (request.data, request.eval_data):
-        if data is not None:
-            refuse_data(output, data)
+    refuse_data(output, request.data)
+    refuse_data(output, request.eval_data or request.data, "labelled")
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
     device = usable_device(request.device)
     check_precision(request.precision, torch.device(device))
-    asked = _question(request)
+    asked = optional_question(request.eval_data, request.class_map, request.calibrate, request.gate)
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)
@@ -159,20 +148,22 @@ def prepare(request: Request) -> Plan:
         cached=request.estimator == "exact" or request.epochs > 1,
         device=device,
     )
-    validation = None if asked is None else _validation(asked, request, loaded, batch_size, device)
-    return Plan(
-        request=request,
-        recognised=recognised,
-        checkpoint=loaded.checkpoint,
-        walk=found,
-        choice=choice,
-        source=source,
-        stream=stream,
-        input_spec=spec,
-        batch_size=batch_size,
-        device=device,
-        output=output,
-        validation=validation,
+    plan = Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
+    return plan if asked is None else replace(plan, validation=_validation(plan, asked))
+
+
+def _validation(plan: Plan, asked: Question) -> Validation:
+    request = plan.request
+    return open_validation(
+        asked,
+        open_source(asked.data, seed=request.seed, split="test"),
+        plan.loaded,
+        request.preprocessing,
+        batch_size=plan.batch_size,
+        workers=request.workers,
+        device=plan.device,
+        seed=request.seed,
+        cached=True,
     )
 
 
@@ -190,7 +181,8 @@ def execute(
     verdict = _looked_at(plan)
     if not request.force:
         refuse(verdict)
-    before = _judged(plan, "before", evaluated)
+    validation = plan.validation
+    before = None if validation is None else validation.judge(model, "before", evaluated)
     result = reestimate_bn(
         model,
         plan.stream,
@@ -207,59 +199,16 @@ def execute(
         force=request.force,
         progress=progress,
     )
-    after = _judged(plan, "after", evaluated)
-    metrics = metrics_of(plan.validation, before, after) if plan.validation and after else None
-    if metrics is not None:
-        refuse_failed(metrics, " Nothing was written.")
+    after = None if validation is None else validation.judge(model, "after", evaluated)
+    metrics = compared(validation, before, after)
     digests = replace_tensors(
         plan.output,
         plan.checkpoint,
         _replacements(plan, result),
-        provenance=_provenance(plan, result) | _temperature(metrics),
+        provenance=_provenance(plan, result) | (metrics.provenance if metrics else {}),
         overwrite=request.overwrite,
     )
     return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output, metrics)
-
-
-def _question(request: Request) -> Question | None:
-    if request.eval_data is not None:
-        return question(request.eval_data, request.class_map, request.calibrate, request.gate, compared=True)
-    for option, said in (
-        ("--gate", request.gate),
-        ("--calibrate", request.calibrate or None),
-        ("--class-map", request.class_map),
-    ):
-        if said is not None:
-            raise UsageError(f"{option} needs labelled data to evaluate on. Give --eval-data SPEC.")
-    return None
-
-
-def _validation(asked: Question, request: Request, loaded: LoadedModel, batch_size: int, device: str) -> Validation:
-    return open_validation(
-        asked,
-        open_source(asked.data, seed=request.seed, split="test"),
-        loaded.input_spec,
-        request.preprocessing,
-        batch_size=batch_size,
-        workers=request.workers,
-        cached=True,
-        device=device,
-        seed=request.seed,
-    )
-
-
-def _judged(plan: Plan, name: str, evaluated: Callable[[str, int], None] | None) -> Judged | None:
-    """The model as it stands on the labelled data, if there is some."""
-    if plan.validation is None:
-        return None
-    return plan.validation.judge(plan.loaded.model, evaluated and partial(evaluated, name))
-
-
-def _temperature(metrics: Metrics | None) -> dict[str, object]:
-    """Of the network after, for whoever divides its logits; the weights know nothing of it."""
-    if metrics is None or metrics.after.temperature is None:
-        return {}
-    return {"temperature": metrics.after.temperature, "temperature_images": metrics.images}
 
 
 def _looked_at(plan: Plan) -> DataVerdict:

@@ -1,28 +1,26 @@
-"""Labelled data that models are judged on, before and after, and what is asked of the result."""
+"""Labelled data that models are judged on, and what is asked of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ckpt_tools.contract import InputSpec
+from ckpt_tools.contract import LoadedModel
 from ckpt_tools.data.labelled import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import ClassMap, read_class_map
 from ckpt_tools.data.source import Source
-from ckpt_tools.data.stream import Skipped
-from ckpt_tools.errors import CheckFailed, DataError, UsageError
+from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.evaluate.gate import Gate, parse_gate
-from ckpt_tools.evaluate.metrics import Estimate, Metric, changes, measure, require_torchmetrics
+from ckpt_tools.evaluate.metrics import require_torchmetrics
 from ckpt_tools.evaluate.outcomes import TOP, Outcomes
 from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.evaluate.temperature import Calibration, calibrate
 from ckpt_tools.jobs.inputs import Preprocessing, input_spec_for
-
-CALIBRATED: tuple[Metric, ...] = ("nll", "ece")  # what a temperature changes
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,16 @@ def question(data: str, class_map: Path | None, calibrate: bool, gate: str | Non
     return Question(data, None if class_map is None else read_class_map(class_map), calibrate, parsed)
 
 
+def optional_question(data: str | None, class_map: Path | None, calibrate: bool, gate: str | None) -> Question | None:
+    """The same where there need be no data; None if there is none. Raises UsageError if only the rest was said."""
+    if data is not None:
+        return question(data, class_map, calibrate, gate, compared=True)
+    for option, said in (("--gate", gate is not None), ("--calibrate", calibrate), ("--class-map", class_map)):
+        if said:
+            raise UsageError(f"{option} needs labelled data to evaluate on. Give --eval-data SPEC.")
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Judged:
     """One model on all images: their outcomes, and with ``--calibrate`` its temperature."""
@@ -67,15 +75,18 @@ class Validation:
     stream: LabelledStream
     seed: int = 0
 
-    def judge(self, model: nn.Module, progress: Callable[[int], None] | None = None) -> Judged:
-        """A pass over the images. Raises DataError if the classes are not those of the head, ModelError."""
+    def judge(self, model: nn.Module, name: str, progress: Callable[[str, int], None] | None = None) -> Judged:
+        """A pass over the images; ``progress`` is told ``name`` and the number of images so far.
+
+        Raises DataError if the classes are not those of the head, ModelError for a model that is no classifier.
+        """
         found = evaluate(
             model,
             self.stream,
             check=self._check,
             keep_logits=self.question.calibrate,
             seed=self.seed,
-            progress=progress,
+            progress=progress and partial(progress, name),
         )
         calibration = None if found.logits is None else calibrate(found.logits, found.labels, seed=self.seed)
         return Judged(found.outcomes, found.labels, found.classes, calibration)
@@ -97,7 +108,7 @@ class Validation:
 def open_validation(
     asked: Question,
     source: Source,
-    known: InputSpec | None,
+    loaded: LoadedModel,
     said: Preprocessing,
     *,
     batch_size: int,
@@ -106,10 +117,11 @@ def open_validation(
     seed: int = 0,
     cached: bool = False,
 ) -> Validation:
-    """Labelled batches of a source for a model that ``known`` describes. Raises DataError, UsageError."""
+    """Labelled batches of a source for a model. Raises DataError, UsageError; ModelError without a trained head."""
+    _require_head(loaded)
     stream = labelled_batches(
         source,
-        input_spec_for(known, said, source),
+        input_spec_for(loaded.input_spec, said, source),
         class_map=asked.class_map,
         batch_size=batch_size,
         workers=workers,
@@ -119,80 +131,16 @@ def open_validation(
     return Validation(asked, source, stream, seed)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """One model: its metrics with standard errors; with a temperature, NLL and ECE of held-out halves as well."""
-
-    metrics: Mapping[Metric, Estimate]
-    temperature: float | None = None
-    halves: tuple[float, float] | None = None
-    calibrated: Mapping[Metric, Estimate] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """The table: after, and before with the change if there was one. ``failures``: what of the gate does not hold."""
-
-    data: str
-    kind: str
-    images: int
-    classes: int
-    after: Scores
-    before: Scores | None = None
-    change: Mapping[Metric, Estimate] = field(default_factory=dict)
-    calibrated_change: Mapping[Metric, Estimate] = field(default_factory=dict)
-    gate: str | None = None
-    failures: tuple[str, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-
-
-def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> Metrics:
-    """Metrics of one or two models on the same images. Raises DataError if the images were not the same."""
-    asked = validation.question
-    if before is not None and not torch.equal(before.labels, after.labels):
-        raise DataError(
-            f"{asked.data}: the labels before ({len(before.labels)}) are not those after ({len(after.labels)}). "
-            "Both must see the same images in the same order: switch off shuffling and leave the data alone."
+def _require_head(loaded: LoadedModel) -> None:
+    """Raise ModelError if the model has no head, or one whose weights are not the checkpoint's, but fresh."""
+    if loaded.recipe.kwargs.get("num_classes") == 0:  # timm's word for it, and the factories'
+        raise ModelError(
+            f"{loaded.recipe.architecture}: the checkpoint holds no classifier, only features. Give one with its head."
         )
-    was, now = None if before is None else _scores(before), _scores(after)
-    gate = asked.gate
-    return Metrics(
-        data=asked.data,
-        kind=validation.kind,
-        images=len(after.outcomes),
-        classes=after.classes,
-        after=now,
-        before=was,
-        change=changes(before.outcomes, after.outcomes) if before else {},
-        calibrated_change=_calibrated_change(before, after),
-        gate=gate.text if gate else None,
-        failures=gate.failures(_values(was), _values(now)) if gate else (),
-        skipped=validation.stream.skipped,
-    )
-
-
-def refuse_failed(metrics: Metrics, consequence: str = "") -> None:
-    """Raise CheckFailed if the gate did not hold."""
-    if metrics.failures:
-        raise CheckFailed(f"the gate is not passed: {'; '.join(metrics.failures)}.{consequence}")
-
-
-def _scores(judged: Judged) -> Scores:
-    found, calibration = measure(judged.outcomes), judged.calibration
-    if calibration is None:
-        return Scores(found)
-    return Scores(found, calibration.temperature, calibration.halves, _calibrated(measure(calibration.held_out)))
-
-
-def _calibrated_change(before: Judged | None, after: Judged) -> Mapping[Metric, Estimate]:
-    if before is None or before.calibration is None or after.calibration is None:
-        return {}
-    return _calibrated(changes(before.calibration.held_out, after.calibration.held_out))
-
-
-def _calibrated(found: Mapping[Metric, Estimate]) -> dict[Metric, Estimate]:
-    return {name: found[name] for name in CALIBRATED}
-
-
-def _values(scores: Scores | None) -> dict[str, float]:
-    return {name: estimate.value for name, estimate in scores.metrics.items()} if scores else {}
+    keys = loaded.model.state_dict()
+    fresh = [one for one in loaded.as_built if any(key.startswith(one) for key in keys)]
+    if fresh:
+        raise ModelError(
+            f"{loaded.recipe.architecture}: the checkpoint does not hold the weights of {', '.join(fresh)}, so nobody "
+            "knows what this model answers. Name the architecture with its own head: --arch package.module:factory."
+        )

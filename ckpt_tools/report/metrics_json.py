@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from ckpt_tools.evaluate.metrics import BINS, Estimate, Metric
-from ckpt_tools.jobs.validation import Metrics, Scores
+from ckpt_tools.jobs.scores import Metrics, Scores
 
 
 def metrics_json(metrics: Metrics) -> dict[str, object]:

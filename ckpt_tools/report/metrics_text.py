@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome, EvaluationPlan
-from ckpt_tools.jobs.validation import Metrics
+from ckpt_tools.jobs.scores import Metrics
 from ckpt_tools.report.columns import columns, count, listed
 
 Estimates = Mapping[Metric, Estimate]
