@@ -376,7 +376,7 @@ def test_a_checkpoint_without_its_head_is_not_judged(files: Path) -> None:
     own = {key.replace("fc.", "fc.0."): value for key, value in state.items()}
     torch.save(own, files / "own.pt")
     torch.save(state, files / "whole.pt")
-    for name, said in (("headless.pt", "no classifier"), ("own.pt", "weights of fc.")):
+    for name, said in (("headless.pt", "found none"), ("own.pt", "none under fc.")):
         result = run("evaluate", files / name, *arguments)
         assert (result.exit_code, said in result.stderr) == (1, True), result.output
     assert "4 images, 1,000 classes" in run("evaluate", files / "whole.pt", *arguments).stdout

@@ -132,15 +132,13 @@ def open_validation(
 
 
 def _require_head(loaded: LoadedModel) -> None:
-    """Raise ModelError if the model has no head, or one whose weights are not the checkpoint's, but fresh."""
-    if loaded.recipe.kwargs.get("num_classes") == 0:  # timm's word for it, and the factories'
-        raise ModelError(
-            f"{loaded.recipe.architecture}: the checkpoint holds no classifier, only features. Give one with its head."
-        )
+    """Raise ModelError if the model has no head, or one that is as it was built and not the checkpoint's."""
     keys = loaded.model.state_dict()
-    fresh = [one for one in loaded.as_built if any(key.startswith(one) for key in keys)]
-    if fresh:
+    none = loaded.recipe.kwargs.get("num_classes") == 0  # timm's word for it, and the factories'
+    own = [one for one in loaded.as_built if none or any(key.startswith(one) for key in keys)]
+    if none or own:
+        found = f"other weights or none under {', '.join(own)}" if own else "none"
         raise ModelError(
-            f"{loaded.recipe.architecture}: the checkpoint does not hold the weights of {', '.join(fresh)}, so nobody "
-            "knows what this model answers. Name the architecture with its own head: --arch package.module:factory."
+            f"{loaded.recipe.architecture}: expected a checkpoint with the classifier of this architecture, found "
+            f"{found}. Name what builds your model: --arch package.module:factory."
         )
