@@ -10,7 +10,7 @@ import click
 
 from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.cli.progress import Bar
+from ckpt_tools.cli.progress import Bar, EvaluationBar
 
 
 @click.command(name="bn-reestimate")
@@ -75,6 +75,13 @@ from ckpt_tools.cli.progress import Bar
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
 @click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
 @options.preprocessing
+@click.option(
+    "--eval-data",
+    metavar="SPEC",
+    help="Labelled data (as for ckpt-fix evaluate) to judge the model on, before and after. It decides the gate "
+    "and nothing else.",
+)
+@options.evaluation
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
 @options.reports
 @options.as_json
@@ -95,6 +102,7 @@ def bn_reestimate(
     \b
         ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
+        ckpt-fix bn-reestimate model.pt --data train/ --eval-data val/ --gate 'error <= before + 0.1'
 
     Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the same preprocessing
     share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end),
@@ -116,13 +124,14 @@ def bn_reestimate(
     if many.is_many(checkpoints, place):
         many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
-    check_reports(reports, (first, request.output, Path(request.data)))
+    check_reports(reports, (first, request.output, Path(request.data), Path(request.eval_data or request.data)))
     with options.own_stdout():
         plan = prepare(request)
     if not as_json:
         click.echo(plan_text(plan) + "\n")
-    with Bar(plan.stream.count, hidden=quiet) as bar, options.own_stdout(), terminable():
-        outcome = execute(plan, bar)
+    bars = Bar(plan.stream.count, hidden=quiet), EvaluationBar(plan.labelled_images, hidden=quiet)
+    with bars[0], bars[1], options.own_stdout(), terminable():
+        outcome = execute(plan, *bars)
     facts = outcome_json(outcome)
     for report in reports:
         write_report(report, facts)

@@ -83,6 +83,29 @@ checkpoint = stacked(
     ),
 )
 
+evaluation = stacked(
+    click.option(
+        "--class-map",
+        type=click.Path(path_type=Path, readable=False),
+        metavar="FILE",
+        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name a line in the head\'s '
+        "order. Default: the folders in alphabetical order.",
+    ),
+    click.option(
+        "--calibrate",
+        is_flag=True,
+        help="Fit a temperature, too: NLL and ECE of each half of the images at the other half's temperature. Weights "
+        "stay as they are.",
+    ),
+    click.option(
+        "--gate",
+        metavar="EXPR",
+        help="What must hold, or exit code 4: 'error <= before + 0.1 and ece <= 5'. Metrics: error, error5, ece "
+        "(percent, so 0.1 is a tenth of a point), nll (nats), without temperature. Comparisons: < <= > >=. Sums of "
+        "numbers, before (the same metric) and before.nll, with + - * and brackets.",
+    ),
+)
+
 preprocessing = stacked(
     click.option("--input-size", **numbers(int, positive=True), help="Shape of one sample, such as 3,224,224 or 500."),
     click.option("--mean", **numbers(float, positive=False), help="Per channel, on the scale 0–1."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.recognition import Recognised, recognise
+from ckpt_tools.jobs.scores import Metrics, compared
+from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
@@ -69,6 +71,10 @@ class Request:
     workers: int | None = None
     overwrite: bool = False
     force: bool = False
+    eval_data: str | None = None  # labelled, to judge the model on before and after
+    class_map: Path | None = None
+    calibrate: bool = False
+    gate: str | None = None
 
     def settings(self) -> str:
         """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
@@ -96,6 +102,12 @@ class Plan:
     batch_size: int
     device: str
     output: Path
+    validation: Validation | None = None
+
+    @property
+    def labelled_images(self) -> int | None:
+        """Images to judge the model on; None if there are none, or only a pass can tell."""
+        return None if self.validation is None else self.validation.stream.count
 
     @property
     def loaded(self) -> LoadedModel:
@@ -113,6 +125,7 @@ class Outcome:
     skipped: tuple[Skipped, ...]
     source_sha256: str
     output_sha256: str
+    metrics: Metrics | None = None
 
 
 def prepare(request: Request, source: Source | None = None) -> Plan:
@@ -123,11 +136,13 @@ def prepare(request: Request, source: Source | None = None) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
     check_output(output, request.checkpoint, overwrite=request.overwrite)
     refuse_data(output, request.data)
+    refuse_data(output, request.eval_data or request.data, "labelled")
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
     device = usable_device(request.device)
     check_precision(request.precision, torch.device(device))
+    asked = optional_question(request.eval_data, request.class_map, request.calibrate, request.gate)
     source = source or open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)
@@ -145,16 +160,41 @@ def prepare(request: Request, source: Source | None = None) -> Plan:
         cached=request.estimator == "exact" or request.epochs > 1,
         device=device,
     )
-    return Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
+    plan = Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
+    return plan if asked is None else replace(plan, validation=_validation(plan, asked))
 
 
-def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind."""
+def _validation(plan: Plan, asked: Question) -> Validation:
+    request = plan.request
+    return open_validation(
+        asked,
+        open_source(asked.data, seed=request.seed, split="test"),
+        plan.loaded,
+        request.preprocessing,
+        batch_size=plan.batch_size,
+        workers=request.workers,
+        device=plan.device,
+        seed=request.seed,
+        cached=True,
+    )
+
+
+def execute(
+    plan: Plan,
+    progress: Callable[[Progress], None] | None = None,
+    evaluated: Callable[[str, int], None] | None = None,
+) -> Outcome:
+    """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind.
+
+    ``evaluated`` is called while the labelled data is read, with "before" or "after" and the number of images so far.
+    """
     request = plan.request
     model = plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last)
     verdict = _looked_at(plan)
     if not request.force:
         refuse(verdict)
+    validation = plan.validation
+    before = None if validation is None else validation.judge(model, "before", evaluated)
     result = reestimate_bn(
         model,
         plan.stream,
@@ -171,14 +211,16 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         force=request.force,
         progress=progress,
     )
+    after = None if validation is None else validation.judge(model, "after", evaluated)
+    metrics = compared(validation, before, after)
     digests = replace_tensors(
         plan.output,
         plan.checkpoint,
         _replacements(plan, result),
-        provenance=_provenance(plan, result),
+        provenance=_provenance(plan, result) | (metrics.provenance if metrics else {}),
         overwrite=request.overwrite,
     )
-    return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output)
+    return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output, metrics)
 
 
 def _looked_at(plan: Plan) -> DataVerdict:
