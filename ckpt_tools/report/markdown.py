@@ -55,7 +55,7 @@ def _folder(page: FolderPage, pages: Iterable[tuple[str, Page]], note: str) -> s
 
 
 def _without_tables(page: Page) -> Page:
-    """The page without its long tables; what failed stays whole."""
+    """The page without its long tables."""
     kept = [section for section in page.sections if section.table is None or not section.table.long]
     return dataclasses.replace(page, sections=tuple(kept))
 
