@@ -15,7 +15,7 @@ from report_facts import HOSTILE, facts, layer, records, with_metrics
 
 from ckpt_tools.report.html import checkpoint_html, folder_html
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "wbr", "img", "br", "hr", "input"}
 
 
 class Document(HTMLParser):

@@ -96,3 +96,14 @@ def test_a_command_with_fences_stays_inside() -> None:
     fence = re.search(r"^(`+)sh$", text, re.MULTILINE)[1]
     assert len(fence) > 4
     assert text.count(f"\n{fence}\n") == 1
+
+
+@pytest.mark.parametrize(("layers", "copies", "left_out"), [(3, 1, ""), (60, 200, "Layers"), (3, 500, "reports are")])
+def test_a_folder_fits_into_a_summary(layers: int, copies: int, left_out: str) -> None:
+    """GitHub refuses more than 1 MiB."""
+    record = {"checkpoint": "/a/b.pt", "status": "done", "report": facts(layers=layers), "seconds": 1.0}
+    text = folder_markdown([record] * copies)
+    assert len(text.encode()) <= 2**20
+    assert left_out in text
+    assert ("left out" in text) == bool(left_out)
+    assert text.count("| b.pt |") == copies

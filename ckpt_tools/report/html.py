@@ -91,10 +91,10 @@ def _environment() -> Environment:
 
 
 def _soft(name: str) -> Markup:
-    """A name, escaped, that may be broken into lines behind its dots and slashes."""
+    """A name, escaped, that may be broken into lines behind its dots and slashes, but not within a number."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([./])", r"\1<wbr>", str(escape(name))))
+    return Markup(re.sub(r"((?<!\d)[./]|[./](?!\d))", r"\1<wbr>", str(escape(name))))
 
 
 def _text(name: str) -> str:

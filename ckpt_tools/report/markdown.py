@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from ckpt_tools.report.chart import described, measured_points
 from ckpt_tools.report.checkpoint_page import checkpoint_page
-from ckpt_tools.report.content import Column, Figure, Page, Section, Table, Tone
+from ckpt_tools.report.content import Column, Figure, FolderPage, Page, Section, Table, Tone
 from ckpt_tools.report.folder_page import folder_page
 from ckpt_tools.version import VERSION
 
@@ -28,15 +29,38 @@ def checkpoint_markdown(facts: Mapping[str, Any]) -> str:
 
 
 def folder_markdown(records: Sequence[Mapping[str, Any]], title: str = "") -> str:
-    """The report of many checkpoints: a table, and every checkpoint's report folded away below it."""
+    """The report of many checkpoints: a table, and every checkpoint's report folded away below it.
+
+    GitHub takes a summary of up to 1 MiB: beyond it the long tables are left out, and then the checkpoints' reports.
+    """
     page = folder_page(records, title)
+    pages = list(page.pages)
+    for kept, note in (
+        (pages, ""),
+        ([(anchor, _without_tables(item)) for anchor, item in pages], "Layers are left out: they would not fit."),
+        ([], "The checkpoints' own reports are left out: they would not fit."),
+    ):
+        text = _folder(page, kept, note)
+        if len(text.encode(errors="replace")) <= _FITS:
+            break
+    return text
+
+
+def _folder(page: FolderPage, pages: Iterable[tuple[str, Page]], note: str) -> str:
     lines = [_MARK, "", f"# {escaped(page.title)}", "", escaped(page.headline), "", *_figures(page.figures)]
-    lines += ["## Checkpoints", "", *_table(page.table)]
-    for _, item in page.pages:
+    lines += ["## Checkpoints", "", *_table(page.table), *([escaped(note), ""] if note else [])]
+    for _, item in pages:
         lines += _folded(f"{item.title}: {item.subtitle}", _body(item, 3))
     return "\n".join([*lines, _FOOT, ""])
 
 
+def _without_tables(page: Page) -> Page:
+    """The page without its long tables."""
+    kept = [section for section in page.sections if section.table is None or not section.table.long]
+    return dataclasses.replace(page, sections=tuple(kept))
+
+
+_FITS = 1_000_000  # bytes
 _FOOT = f"Made by ckpt-tools {VERSION}."
 
 

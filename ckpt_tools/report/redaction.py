@@ -15,8 +15,10 @@ _QUERY = re.compile(_SCHEME + r"([^\s'\"<>?#]*)[?#][^\s'\"<>]*")
 def presentable(value: Any) -> Any:
     """``without_secrets``, and characters that would not show, or turn the line around, as their escapes."""
     if isinstance(value, str):
-        clean = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in without_secrets(value))
-        return "".join(clean)
+        clean = without_secrets(value)
+        if clean.isprintable():  # nearly all are
+            return clean
+        return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in clean)
     if isinstance(value, Mapping):
         return {presentable(key): presentable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -27,7 +29,7 @@ def presentable(value: Any) -> Any:
 def without_secrets(value: Any) -> Any:
     """The same plain value (text, mapping, list, …) with ``user:secret@`` and ``?query#fragment`` cut from its URLs."""
     if isinstance(value, str):
-        return _QUERY.sub(r"\1\2", _USER.sub(r"\1", value))
+        return _QUERY.sub(r"\1\2", _USER.sub(r"\1", value)) if "://" in value else value
     if isinstance(value, Mapping):
         return {without_secrets(key): without_secrets(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

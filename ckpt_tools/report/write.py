@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def check_reports(paths: Sequence[Path], others: Iterable[Path | None] = ()) -> 
         UsageError: another suffix, one name twice, or jinja2 is missing.
         OutputError: a folder that is not there, or a file that is no report of ours.
     """
-    taken = {path.resolve() for path in others if path is not None}
+    taken = {os.path.realpath(path) for path in others if path is not None}
     for path in paths:
         if path.suffix.lower() not in _SUFFIXES:
             raise UsageError(
@@ -40,9 +41,9 @@ def check_reports(paths: Sequence[Path], others: Iterable[Path | None] = ()) -> 
         if path.suffix.lower() == ".html":
             require_templates()
         check_target(path, overwrite=True)
-        if path.resolve() in taken:
+        if os.path.realpath(path) in taken:
             raise UsageError(f"--report {path}: expected a file of its own, found another file of this job. Rename it.")
-        taken.add(path.resolve())
+        taken.add(os.path.realpath(path))
         _refuse_strangers(path)
 
 
@@ -62,7 +63,7 @@ def write_report(path: Path, facts: Facts) -> None:
             temporary.write_text(text, encoding="utf-8", errors="replace")  # a file name may hold lone surrogates
     except OSError as error:
         raise OutputError(
-            f"{path}: expected to write a report there, found: {error}. Nothing was left behind; choose another place."
+            f"{path}: expected to write a report there, found: {error}. No report is left there; choose another place."
         ) from error
 
 
