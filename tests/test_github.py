@@ -25,7 +25,9 @@ ARCH = ["--arch", "nets:DenseNet"]
 def files(tmp_path: Path) -> Path:
     model = nets.trained(nets.DenseNet(), nets.batches((3, 8, 8)))
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    np.save(tmp_path / "data.npy", torch.cat(nets.batches((3, 8, 8))).numpy())
+    images = torch.cat(nets.batches((3, 8, 8))).numpy()
+    np.save(tmp_path / "data.npy", images)
+    np.savez(tmp_path / "labelled.npz", images=images, labels=np.arange(len(images)) % 5)
     return tmp_path
 
 
@@ -170,6 +172,7 @@ EVERY = {
     "bn-reestimate": ["model.pt", "--data", "data.npy", "--arch", "chatty:build"],
     "convert": ["model.pt"],
     "diff": ["model.pt", "model.pt"],
+    "evaluate": ["model.pt", "--data", "labelled.npz", "--arch", "chatty:build"],
     "init-rewrite": ["--arch", "chatty:build", "--input-size", "3,8,8", "-o", "init.safetensors"],
     "inspect": ["model.pt", "--arch", "chatty:build", "--input-size", "3,8,8"],
 }

@@ -62,7 +62,9 @@ def test_from_the_command_line(files: Path) -> None:
 def parsed(arguments: list[str]) -> Request:
     """What the command line makes of its arguments."""
     said = main.commands["bn-reestimate"].make_context("bn-reestimate", list(arguments)).params
-    said = {name: value for name, value in said.items() if name not in ("as_json", "quiet", "reports")}
+    of_many = ("as_json", "quiet", "reports", "output_dir", "include", "exclude", "manifest")
+    said = {name: value for name, value in said.items() if name not in of_many}
+    (said["checkpoint"],) = said.pop("checkpoints")
     preprocessing = Preprocessing(**{name: said.pop(name) for name in Preprocessing.__dataclass_fields__})
     kwargs = parse_model_kwargs(said.pop("model_kwargs"))
     return Request(**said, model_kwargs=kwargs, preprocessing=preprocessing)
