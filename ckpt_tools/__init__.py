@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckpt_tools.initialize.outcome import InitRewrite
     from ckpt_tools.initialize.rewrite import rewrite_init
     from ckpt_tools.reestimate.run import reestimate_bn
+    from ckpt_tools.reestimate.snapshot import corrected_state_dict
     from ckpt_tools.storage.write import save
     from ckpt_tools.walker.downstream import walk
 
@@ -30,6 +31,7 @@ _HOME = {
     "LoadedModel": "ckpt_tools.contract",
     "Reestimation": "ckpt_tools.contract",
     "Walk": "ckpt_tools.contract",
+    "corrected_state_dict": "ckpt_tools.reestimate.snapshot",
     "load": "ckpt_tools.identify.load",
     "reestimate_bn": "ckpt_tools.reestimate.run",
     "rewrite_init": "ckpt_tools.initialize.rewrite",
@@ -45,6 +47,7 @@ __all__ = [
     "Walk",
     "__version__",
     "activation_moments",
+    "corrected_state_dict",
     "load",
     "reestimate_bn",
     "rewrite_init",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,10 +43,18 @@ def _each(parts: Sequence[Tensor]) -> list[Statistics]:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    pool = ThreadPoolExecutor(threads, "ckpt-tools-statistics", initializer=torch.set_num_threads, initargs=(1,))
+    together = threading.Barrier(threads)  # no thread is idle before the last one has started
+    pool = ThreadPoolExecutor(threads, "ckpt-tools-statistics", initializer=_alone, initargs=(together,))
     list(pool.map(_each, [()] * threads))
     torch.set_num_threads(threads)  # what a thread sets also holds for those that start later, until another sets it
     return pool
+
+
+def _alone(together: threading.Barrier) -> None:
+    """Let this thread compute by itself, so that sums are added in one order, whoever adds them."""
+    torch.get_num_threads()  # a thread's first question or region takes over what another thread has set last
+    torch.set_num_threads(1)
+    together.wait()
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork takes no threads along

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import ckpt_tools
 from ckpt_tools.cli import main
+from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.initialize.verify import measure_signals
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -31,6 +32,15 @@ def test_same_as_on_the_cpu(estimator: str) -> None:
     found = {layer.name: on_cuda.get_buffer(f"{layer.name}.running_var").cpu() for layer in result.rewritten}
     truth = {name: on_cpu.get_buffer(f"{name}.running_var") for name in found}
     assert oracle.relative_difference(found, truth).max() < 2e-3  # TF32 convolutions
+
+
+def test_evaluation_is_the_same_as_on_the_cpu() -> None:
+    model = nets.trained(nets.DenseNet(), nets.batches((3, 8, 8)))
+    data = [(batch, torch.arange(32) % 5) for batch in nets.batches((3, 8, 8))]
+    on_cpu = evaluate(model, data, keep_logits=True)
+    on_cuda = evaluate(copy.deepcopy(model).cuda(), data, keep_logits=True)
+    assert torch.allclose(on_cuda.logits, on_cpu.logits, atol=1e-4)
+    assert torch.allclose(on_cuda.outcomes.nll, on_cpu.outcomes.nll, atol=1e-4)
 
 
 def test_walk_of_a_model_on_cuda() -> None:

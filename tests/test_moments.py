@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt_tools.channel_statistics import _pool
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments
 
 
@@ -105,3 +108,17 @@ def test_constant_channels_have_no_error() -> None:
     error = Clusters.of(found.sums).relative_error(found.moments, torch.zeros(2, dtype=torch.float64))
     assert found.moments.variance().tolist() == [0, 0]
     assert error.tolist() == [0, 0]
+
+
+def test_threads_of_the_statistics_add_in_one_order() -> None:
+    """A thread that split its part over others would make the last bits depend on who computes it."""
+    with ThreadPoolExecutor(1) as elsewhere:  # the pool sets what later threads start with
+        pool = elsewhere.submit(_pool, 3).result()
+    together = threading.Barrier(3)
+
+    def threads(_: int) -> int:
+        together.wait()
+        torch.ones(100_000).sum()
+        return torch.get_num_threads()
+
+    assert list(pool.map(threads, range(3))) == [1, 1, 1]

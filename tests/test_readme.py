@@ -30,7 +30,7 @@ def test_commands_parse(line: str) -> None:
 
 def test_every_command_and_public_name_is_shown() -> None:
     assert all(f"ckpt-fix {name}" in README for name in main.commands)
-    for name in ("reestimate_bn", "walk", "load", "rewrite_init", "activation_moments"):
+    for name in ("reestimate_bn", "walk", "load", "rewrite_init", "activation_moments", "corrected_state_dict"):
         assert f"ckpt_tools.{name}(" in README
     assert ckpt_tools.__all__ == sorted(ckpt_tools.__all__)
 

@@ -9,6 +9,7 @@ from ckpt_tools.cli.boundary import Boundary
 from ckpt_tools.cli.convert import convert
 from ckpt_tools.cli.demo import demo
 from ckpt_tools.cli.diff import diff
+from ckpt_tools.cli.evaluate import evaluate
 from ckpt_tools.cli.init_rewrite import init_rewrite
 from ckpt_tools.cli.inspect import inspect
 from ckpt_tools.version import VERSION
@@ -35,6 +36,7 @@ def main() -> None:
         ckpt-fix bn-reestimate model.pt --data train/
 
     Exit codes: 0 done, 1 a failure you can act on, 2 usage, 3 nothing to do, 4 a check said no, 130 interrupted.
+    In GitHub Actions errors and warnings are annotations, too, and the summary of the step tells what was done.
     """
 
 
@@ -42,5 +44,6 @@ main.add_command(bn_reestimate)
 main.add_command(convert)
 main.add_command(demo)
 main.add_command(diff)
+main.add_command(evaluate)
 main.add_command(init_rewrite)
 main.add_command(inspect)

@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.cli.progress import Bar
+from ckpt_tools.cli.progress import Bar, EvaluationBar
 from ckpt_tools.cli.together import together
 
 
 @click.command(name="bn-reestimate")
-@click.argument("checkpoint", type=options.path)
+@click.argument("checkpoints", metavar="CHECKPOINT...", nargs=-1, required=True, type=options.path)
 @click.option(
     "--data",
     required=True,
@@ -25,6 +25,7 @@ from ckpt_tools.cli.together import together
 )
 @click.option("-o", "--output", type=options.path, help="Default: NAME.bn.safetensors beside the checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@many.options
 @options.architecture
 @options.checkpoint
 @click.option(
@@ -75,10 +76,25 @@ from ckpt_tools.cli.together import together
 @click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
 @click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
 @options.preprocessing
+@click.option(
+    "--eval-data",
+    metavar="SPEC",
+    help="Labelled data (as for ckpt-fix evaluate) to judge the model on, before and after. It decides the gate "
+    "and nothing else.",
+)
+@options.evaluation
 @click.option("--force", is_flag=True, help="Go on although control layers disagree with the data.")
+@options.reports
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any) -> None:
+def bn_reestimate(
+    checkpoints: tuple[Path, ...],
+    model_kwargs: tuple[str, ...],
+    reports: tuple[Path, ...],
+    as_json: bool,
+    quiet: bool,
+    **said: Any,
+) -> None:
     """Rewrite the BN running variances of CHECKPOINT with dropout off.
 
     The training data streams through the model once; a new safetensors file is written in which only running
@@ -87,6 +103,14 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     \b
         ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
+        ckpt-fix bn-reestimate model.pt --data train/ --eval-data val/ --gate 'error <= before + 0.1'
+
+    Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the same preprocessing
+    share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end),
+    and a second run skips what is done.
+
+    \b
+        ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
 
     On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
     batches and, of GPUs, its own; the result is that of one process.
@@ -95,15 +119,31 @@ def bn_reestimate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
     from ckpt_tools.report.json import outcome_json
     from ckpt_tools.report.text import outcome_text, plan_text
+    from ckpt_tools.report.write import check_reports, write_report
 
     preprocessing = options.said_preprocessing(said)
-    request = Request(checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
+    place = many.said_place(said)
+    first = checkpoints[0]
+    request = Request(first, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
+    if many.is_many(checkpoints, place):
+        many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
+        return
+    check_reports(reports, (first, request.output, Path(request.data), Path(request.eval_data or request.data)))
     with together(request.device) as team:
         with options.own_stdout():
-            plan = prepare(request, team)
+            plan = prepare(request, team=team)
         if not as_json and team.speaks:
             click.echo(plan_text(plan) + "\n")
-        with Bar(plan.stream.count, hidden=quiet or not team.speaks) as bar, options.own_stdout(), terminable():
-            outcome = execute(plan, bar)
-        if team.speaks:
-            click.echo(json.dumps(outcome_json(outcome), indent=2) if as_json else outcome_text(outcome))
+        hidden = quiet or not team.speaks
+        bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
+        with bars[0], bars[1], options.own_stdout(), terminable():
+            outcome = execute(plan, *bars)
+        if not team.speaks:
+            return
+        facts = outcome_json(outcome)
+        for report in reports:
+            write_report(report, facts)
+        click.echo(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
+        if not as_json:
+            click.echo("".join(f"report: {report}\n" for report in reports), nl=False)
+        github.done(facts)

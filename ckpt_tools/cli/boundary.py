@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ckpt_tools.cli import github
 from ckpt_tools.errors import CkptToolsError
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
@@ -24,7 +25,10 @@ class Boundary(click.Group):
         """Run the command and answer for what it raises."""
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except click.ClickException as error:
+            github.fail(error.format_message(), error.exit_code)
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
             # The reader of our output went away; keep Python from complaining once more at exit.
@@ -54,6 +58,7 @@ def told(error: BaseException) -> int:
         raise error
     message, code = _answer(error)
     click.echo(f"ckpt-fix: {message}", err=True)
+    github.fail(message, code)
     return code
 
 

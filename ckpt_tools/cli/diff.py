@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
 from ckpt_tools.cli import options
+from ckpt_tools.errors import CheckFailed
 
 
 @click.command()
@@ -39,10 +39,12 @@ def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_j
     from ckpt_tools.report.text import comparison_text
     from ckpt_tools.storage.compare import compare_files
 
-    comparison, expected, violations = compare_files(before, after, expect, weights=weights, trust=trust)
+    with options.own_stdout():
+        comparison, expected, violations = compare_files(before, after, expect, weights=weights, trust=trust)
     if as_json:
         click.echo(json.dumps(comparison_json(comparison, expected, violations), indent=2))
     else:
         click.echo(comparison_text(comparison, violations))
     if violations:
-        sys.exit(4)
+        shown = ", ".join(violations[:3]) + (", …" if len(violations) > 3 else "")
+        raise CheckFailed(f"{after}: {len(violations)} of its tensors should be as in {before} and are not: {shown}.")

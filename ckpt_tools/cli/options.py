@@ -83,6 +83,29 @@ checkpoint = stacked(
     ),
 )
 
+evaluation = stacked(
+    click.option(
+        "--class-map",
+        type=click.Path(path_type=Path, readable=False),
+        metavar="FILE",
+        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name a line in the head\'s '
+        "order. Default: the folders in alphabetical order.",
+    ),
+    click.option(
+        "--calibrate",
+        is_flag=True,
+        help="Fit a temperature, too: NLL and ECE of each half of the images at the other half's temperature. Weights "
+        "stay as they are.",
+    ),
+    click.option(
+        "--gate",
+        metavar="EXPR",
+        help="What must hold, or exit code 4: 'error <= before + 0.1 and ece <= 5'. Metrics: error, error5, ece "
+        "(percent, so 0.1 is a tenth of a point), nll (nats), without temperature. Comparisons: < <= > >=. Sums of "
+        "numbers, before (the same metric) and before.nll, with + - * and brackets.",
+    ),
+)
+
 preprocessing = stacked(
     click.option("--input-size", **numbers(int, positive=True), help="Shape of one sample, such as 3,224,224 or 500."),
     click.option("--mean", **numbers(float, positive=False), help="Per channel, on the scale 0–1."),
@@ -106,5 +129,15 @@ def said_preprocessing(said: dict[str, Any]) -> Preprocessing:
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
+
+reports = click.option(
+    "--report",
+    "reports",
+    type=click.Path(path_type=Path, readable=False),
+    multiple=True,
+    metavar="FILE",
+    help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI summary (.md) or the facts "
+    "(.json). Repeatable. An earlier report is replaced, no other file is.",
+)
 
 path = click.Path(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else

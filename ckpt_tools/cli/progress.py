@@ -1,4 +1,4 @@
-"""The progress bar of a pass: samples a second, time left, and how sure the result is so far."""
+"""Progress bars: samples a second, time left, and of a re-estimation how sure the result is so far."""
 
 from __future__ import annotations
 
@@ -43,15 +43,45 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
         self._pass_number = number
-        self._bar = tqdm(
-            total=self._total,
-            desc=f"pass {number}",
-            unit="img",
-            disable=self._hidden,
-            file=sys.stderr,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-            dynamic_ncols=True,
-        )
+        self._bar = _bar(f"pass {number}", self._total, self._hidden)
+
+
+class EvaluationBar:
+    """A tqdm bar on stderr for every model that is evaluated; call it with which one and its images so far."""
+
+    def __init__(self, total: int | None, *, hidden: bool) -> None:
+        self._total, self._hidden = total, hidden
+        self._name = ""
+        self._bar: tqdm[Never] | None = None
+
+    def __enter__(self) -> EvaluationBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, name: str, images: int) -> None:
+        """Show how far the model has come."""
+        if self._bar is None or name != self._name:
+            if self._bar is not None:
+                self._bar.close()
+            self._name, self._bar = name, _bar(name, self._total, self._hidden)
+        self._bar.update(images - self._bar.n)
+
+
+def _bar(name: str, total: int | None, hidden: bool) -> tqdm[Never]:
+    return tqdm(
+        total=total,
+        desc=name,
+        unit="img",
+        disable=hidden,
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+    )
 
 
 def _certainty(progress: Progress) -> str:

@@ -18,15 +18,15 @@ from ckpt_tools.data.stream import Batch, Skipped, first_not_finite
 from ckpt_tools.data.user_code import Product, imported
 from ckpt_tools.errors import DataError
 
-__all__ = ["CallableSource", "CallableStream"]
+__all__ = ["CallableSource", "CallableStream", "tensors_of"]
 
 
 @dataclass(frozen=True)
 class CallableSource:
     """What a callable without arguments returned: an iterable of batches, a DataLoader, or a Dataset.
 
-    A Dataset with a length is batched here, in random order and without its labels; of an iterable, the first
-    ``limit`` samples are taken in its own order.
+    A Dataset with a length is batched here, in random order and, unless asked for, without its labels; of an
+    iterable, the first ``limit`` samples are taken in its own order.
     """
 
     spec: str
@@ -62,11 +62,12 @@ class CallableSource:
         cached: bool = False,
         device: str | torch.device = "cpu",
         share: Share = WHOLE,
+        labelled: bool = False,
     ) -> CallableStream:
         """The user's batches as they come, where they come, checked for NaN.
 
-        ``batch_size`` and ``workers`` (processes) concern a Dataset only. Of an iterable every process makes all
-        batches and keeps its ``share``; the other arguments are not used.
+        ``batch_size``, ``workers`` (processes) and ``labelled`` concern a Dataset only. Of an iterable every process
+        makes all batches and keeps its ``share``; the other arguments are not used.
         """
         data = self.product.latest
         if not _has_length(data):
@@ -80,7 +81,7 @@ class CallableSource:
                 data,
                 batch_sampler=plan,
                 num_workers=workers,
-                collate_fn=_inputs,
+                collate_fn=_pairs if labelled else _inputs,
                 persistent_workers=workers > 0,
                 generator=torch.Generator(),  # leaves the user's random state alone
             )
@@ -140,7 +141,7 @@ class CallableStream:
 
     def _check(self, batch: object, number: int) -> int:
         """How many samples the batch holds."""
-        inputs = _tensors_of(batch)
+        inputs = tensors_of(batch)
         if not inputs or any(tensor.ndim == 0 or not len(tensor) for tensor in inputs):
             raise DataError(
                 f"{self._spec}: batch {number} is {_described(batch)}. Expected a tensor (N, …), a tuple or "
@@ -168,7 +169,13 @@ def _inputs(samples: list[Any]) -> Any:
     return default_collate([sample[0] if isinstance(sample, tuple | list) else sample for sample in samples])
 
 
-def _tensors_of(batch: object) -> list[Tensor]:
+def _pairs(samples: list[Any]) -> Any:
+    """Collates inputs and labels, and drops what else a sample holds."""
+    return default_collate([tuple(sample[:2]) if isinstance(sample, tuple | list) else sample for sample in samples])
+
+
+def tensors_of(batch: object) -> list[Tensor]:
+    """The tensors (N, …) that go into the model."""
     if isinstance(batch, tuple | list):
         batch = batch[0] if batch else None
     if isinstance(batch, Mapping):

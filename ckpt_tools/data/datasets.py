@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100, SVHN and MNIST as torchvision lays them out on disk: training split, no download."""
+"""CIFAR-10, CIFAR-100, SVHN and MNIST as torchvision lays them out on disk, either split, no download."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +16,19 @@ from torch import Tensor
 from ckpt_tools.data.stored import BROKEN, StoredArray
 from ckpt_tools.errors import DataError
 
-__all__ = ["DATASETS", "find_dataset", "recognise"]
+__all__ = ["DATASETS", "Split", "find_dataset", "recognise"]
+
+Split = Literal["train", "test"]
 
 
-def find_dataset(name: str, root: Path) -> StoredArray:
-    """The training images (N, C, H, W) or (N, H, W), uint8, of ``name`` under ``root``.
+def find_dataset(name: str, root: Path, split: Split = "train") -> StoredArray:
+    """The images (N, C, H, W) or (N, H, W), uint8, of one split of ``name`` under ``root``, with their labels.
 
     ``root`` is torchvision's ``root`` or the folder inside it that holds the files. Raises DataError if files
     are missing or damaged; checksums are not compared.
     """
     try:
-        return DATASETS[name](root)
+        return DATASETS[name](root, split)
     except (*BROKEN, AttributeError, ImportError) as error:
         raise DataError(
             f"{name}:{root}: the files cannot be read: {type(error).__name__}: {error}. "
@@ -50,25 +52,33 @@ _MARKS = {
 }
 
 
-def _cifar10(root: Path) -> StoredArray:
-    names = [f"data_batch_{number}" for number in range(1, 6)]
-    return _cifar(root, [_locate("cifar10", root, ("cifar-10-batches-py/", ""), (name,)) for name in names])
+def _cifar10(root: Path, split: Split) -> StoredArray:
+    names = ["test_batch"] if split == "test" else [f"data_batch_{number}" for number in range(1, 6)]
+    files = [_locate("cifar10", root, ("cifar-10-batches-py/", ""), (name,)) for name in names]
+    return _cifar(root, files, "labels", 10)
 
 
-def _cifar100(root: Path) -> StoredArray:
-    return _cifar(root, [_locate("cifar100", root, ("cifar-100-python/", ""), ("train",))])
+def _cifar100(root: Path, split: Split) -> StoredArray:
+    return _cifar(root, [_locate("cifar100", root, ("cifar-100-python/", ""), (split,))], "fine_labels", 100)
 
 
-def _cifar(root: Path, files: list[Path]) -> StoredArray:
+def _cifar(root: Path, files: list[Path], key: str, classes: int) -> StoredArray:
     # a pickle tells its size only when it is read; 150 MB once
-    images = torch.cat([_cifar_images(file) for file in files])
-    return _pixels(str(root), tuple(images.shape), lambda: images)
+    entries = [_cifar_entry(file) for file in files]
+    images = torch.cat([_cifar_images(file, entry) for file, entry in zip(files, entries, strict=True)])
+    told = [label for entry in entries for label in entry.get(key, entry.get(key.encode())) or ()]
+    labels = StoredArray(f"{root}[{key}]", (len(told),), "int64", lambda: torch.tensor(told))
+    return _pixels(str(root), tuple(images.shape), lambda: images, labels, classes)
 
 
-def _cifar_images(file: Path) -> Tensor:
+def _cifar_entry(file: Path) -> dict[Any, Any]:
     with file.open("rb") as stream:
         entry = _ArrayUnpickler(stream, encoding="latin1").load()
-    data = entry.get("data", entry.get(b"data")) if isinstance(entry, dict) else None
+    return entry if isinstance(entry, dict) else {}
+
+
+def _cifar_images(file: Path, entry: dict[Any, Any]) -> Tensor:
+    data = entry.get("data", entry.get(b"data"))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise DataError(f"{file}: expected CIFAR's 'data' of shape (N, 3072) uint8; found another pickle.")
     return torch.from_numpy(data.reshape(-1, 3, 32, 32))
@@ -99,8 +109,8 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _svhn(root: Path) -> StoredArray:
-    file = _locate("svhn", root, ("", "svhn/", "SVHN/"), ("train_32x32.mat",))
+def _svhn(root: Path, split: Split) -> StoredArray:
+    file = _locate("svhn", root, ("", "svhn/", "SVHN/"), (f"{split}_32x32.mat",))
     found = {name: shape for name, shape, _ in _matlab("whosmat", file)}
     if len(found.get("X", ())) != 4:
         raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N), found {found}.")
@@ -109,8 +119,13 @@ def _svhn(root: Path) -> StoredArray:
         images: npt.NDArray[np.uint8] = _matlab("loadmat", file, variable_names=["X"])["X"]
         return torch.from_numpy(images).permute(3, 2, 0, 1)
 
+    def read_labels() -> Tensor:
+        digits: npt.NDArray[Any] = _matlab("loadmat", file, variable_names=["y"])["y"]
+        return torch.from_numpy(digits.astype(np.int64)).flatten() % 10  # the file writes 10 for zero
+
     height, width, channels, count = found["X"]
-    return _pixels(str(file), (count, channels, height, width), read)
+    labels = StoredArray(f"{file}[y]", (count,), "int64", read_labels)
+    return _pixels(str(file), (count, channels, height, width), read, labels, 10)
 
 
 def _matlab(function: str, file: Path, **options: Any) -> Any:
@@ -127,27 +142,44 @@ def _matlab(function: str, file: Path, **options: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _mnist(root: Path) -> StoredArray:
-    name = "train-images-idx3-ubyte"
-    file = _locate("mnist", root, ("MNIST/raw/", "raw/", ""), (name, f"{name}.gz"))
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rb") as stream:
-        magic, *shape = np.frombuffer(stream.read(16), dtype=">u4").tolist()
-    if magic != 0x0803 or len(shape) != 3:
-        raise DataError(f"{file}: expected an idx file of images (magic number 2051), found {magic}.")
+def _mnist(root: Path, split: Split) -> StoredArray:
+    name = "t10k" if split == "test" else split
+    file, shape = _idx(root, f"{name}-images-idx3-ubyte", 3)
 
     def read() -> Tensor:
-        with opened(file, "rb") as stream:
-            pixels = bytearray(stream.read()[16:])
-        return torch.frombuffer(pixels, dtype=torch.uint8).reshape(shape)
+        return _idx_values(file, 3).reshape(shape)
 
-    return _pixels(str(file), tuple(shape), read)
+    def read_labels() -> Tensor:
+        return _idx_values(_idx(root, f"{name}-labels-idx1-ubyte", 1)[0], 1)
+
+    return _pixels(str(file), shape, read, StoredArray(f"{root}[{name}-labels]", shape[:1], "uint8", read_labels), 10)
 
 
-def _pixels(label: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> StoredArray:
+def _idx(root: Path, name: str, dimensions: int) -> tuple[Path, tuple[int, ...]]:
+    """An idx file of MNIST, plain or gzipped, and the shape of its bytes."""
+    file = _locate("mnist", root, ("MNIST/raw/", "raw/", ""), (name, f"{name}.gz"))
+    with _opened(file) as stream:
+        magic, *shape = np.frombuffer(stream.read(4 + 4 * dimensions), dtype=">u4").tolist()
+    if magic != 0x0800 + dimensions or len(shape) != dimensions:
+        raise DataError(f"{file}: expected an idx file (magic number {0x0800 + dimensions}), found {magic}.")
+    return file, tuple(shape)
+
+
+def _idx_values(file: Path, dimensions: int) -> Tensor:
+    with _opened(file) as stream:
+        return torch.frombuffer(bytearray(stream.read()[4 + 4 * dimensions :]), dtype=torch.uint8)
+
+
+def _opened(file: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
+
+
+def _pixels(
+    label: str, shape: tuple[int, ...], read: Callable[[], Tensor], labels: StoredArray, classes: int
+) -> StoredArray:
     if 0 in shape:
         raise DataError(f"{label}: the data set is empty, shape {shape}. Fetch it again.")
-    return StoredArray(label, shape, "uint8", read)
+    return StoredArray(label, shape, "uint8", read, labels, classes)
 
 
 def _locate(dataset: str, root: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
@@ -160,7 +192,7 @@ def _locate(dataset: str, root: Path, folders: tuple[str, ...], names: tuple[str
     raise DataError(f"{dataset}:{root}: expected {tried[0]} (or the folder that holds {names[0]}), not found. {hint}")
 
 
-DATASETS: Mapping[str, Callable[[Path], StoredArray]] = {
+DATASETS: Mapping[str, Callable[[Path, Split], StoredArray]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "mnist": _mnist,

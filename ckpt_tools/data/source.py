@@ -13,7 +13,7 @@ import torch
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays import ArraySource
 from ckpt_tools.data.callables import CallableSource
-from ckpt_tools.data.datasets import DATASETS, find_dataset, recognise
+from ckpt_tools.data.datasets import DATASETS, Split, find_dataset, recognise
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.order import WHOLE, Share
 from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
@@ -70,12 +70,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(spec: str, *, limit: int | None = None, seed: int = 0) -> Source:
+def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Split = "train") -> Source:
     """Finds and counts the data that ``spec`` names, without reading a sample.
 
     ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; ``cifar10:DIR``,
     ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; or ``package.module:callable``. ``limit`` samples are
-    drawn at random with ``seed``, all if there are fewer. Raises DataError, naming what is wrong with it.
+    drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, which come with two. Raises
+    DataError, naming what is wrong with it.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
@@ -87,7 +88,7 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0) -> Source
         root = _path(rest)
         if not rest or not root.is_dir():
             raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
-        return ArraySource(spec, find_dataset(prefix, root), limit, seed, "dataset")
+        return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
     if _IMPORT_PATH.fullmatch(spec):
         return _callable(spec, limit, seed)
     raise DataError(_unknown(spec, prefix if colon else None))

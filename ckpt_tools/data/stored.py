@@ -6,7 +6,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,8 @@ __all__ = ["ARRAY_SUFFIXES", "StoredArray", "find_array"]
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".safetensors")
 
 _USUAL_NAMES = ("images", "x", "data", "x_train", "train_images", "inputs", "arr_0")
+_LABELS_OF = {"x_train": "y_train", "train_images": "train_labels", "arr_0": "arr_1"}
+_LABEL_NAMES = ("labels", "y", "label", "targets", "target")
 BROKEN = (
     OSError,
     ValueError,
@@ -40,12 +42,17 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array (N, …) in a file. ``read`` gives it as a tensor, memory-mapped where the format allows."""
+    """An array (N, …) in a file. ``read`` gives it as a tensor, memory-mapped where the format allows.
+
+    ``labels``, if the file has them, is the class of every sample (N,), and ``classes`` how many there are, if known.
+    """
 
     label: str
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
+    labels: StoredArray | None = None
+    classes: int | None = None
 
     @property
     def pixels(self) -> bool:
@@ -69,24 +76,32 @@ def find_array(path: Path) -> StoredArray:
     """
     openers = {".npz": _in_npz, ".npy": _in_npy, ".pt": _in_pt, ".safetensors": _in_safetensors}
     try:
-        array = _choose(path, openers[path.suffix.lower()](path))
+        arrays = openers[path.suffix.lower()](path)
+        name = _choose(path, arrays)
     except BROKEN as error:
         raise DataError(
             f"{path}: expected an array file ({path.suffix}), cannot be read: {error}. "
             f"It may be truncated, or of another format than its name says."
         ) from error
-    _check(array)
-    return array
+    _check(arrays[name])
+    return replace(arrays[name], labels=_labels(name, arrays))
 
 
-def _choose(path: Path, arrays: Mapping[str, StoredArray]) -> StoredArray:
+def _labels(name: str, arrays: Mapping[str, StoredArray]) -> StoredArray | None:
+    """The array that by its name holds the labels of the one called ``name``."""
+    by_name = {key.lower(): array for key, array in arrays.items() if key != name}
+    wanted = (_LABELS_OF.get(name.lower(), ""), *_LABEL_NAMES)
+    return next((by_name[one] for one in wanted if one in by_name), None)
+
+
+def _choose(path: Path, arrays: Mapping[str, StoredArray]) -> str:
     usable = {name: array for name, array in arrays.items() if len(array.shape) >= 2}
     for wanted in _USUAL_NAMES:
-        for name, array in usable.items():
+        for name in usable:
             if name.lower() == wanted:
-                return array
+                return name
     if len(usable) == 1:
-        return next(iter(usable.values()))
+        return next(iter(usable))
     listed = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in list(arrays.items())[:10])
     more = f" and {len(arrays) - 10} more" if len(arrays) > 10 else ""
     raise DataError(
@@ -157,6 +172,9 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
             f"{path}: expected tensors only; reading it would execute code, or it is damaged. "
             f"Save a plain tensor with torch.save(images, path)."
         ) from error
+    if isinstance(content, tuple | list) and len(content) == 2 and _is_labels(content[1], content[0]):
+        images, labels = content
+        return {"": _of_tensor(str(path), images), "labels": _of_tensor(f"{path}[1]", labels)}
     if isinstance(content, tuple | list):
         content = _joined(content)
     if isinstance(content, Tensor):
@@ -165,6 +183,12 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
         raise DataError(f"{path}: expected a tensor or a dict of tensors, found {type(content).__name__}.")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return {name: _of_tensor(f"{path}[{name}]", value) for name, value in tensors.items()}
+
+
+def _is_labels(labels: object, images: object) -> bool:
+    if not isinstance(labels, Tensor) or not isinstance(images, Tensor):
+        return False
+    return labels.ndim == 1 and labels.shape == images.shape[:1]
 
 
 def _joined(content: Sequence[object]) -> object:

@@ -140,6 +140,10 @@ class IndexedStream:
         """Samples that no pass so far could read, each once."""
         return tuple(self._skipped.values())
 
+    def indices(self) -> Iterator[int]:
+        """Numbers of the samples of a pass, in its order; whoever is known to be unreadable by then is left out."""
+        return (index for index in self._order.tolist() if index not in self._skipped)
+
     def __iter__(self) -> Iterator[Tensor]:
         """One pass of float32 tensors (n, …).
 

@@ -21,10 +21,10 @@ def default_output(checkpoint: Path, kind: str = "") -> Path:
     return whole.with_name(".".join(part for part in (name, kind, "safetensors") if part))
 
 
-def refuse_data(output: Path, data: str) -> None:
+def refuse_data(output: Path, data: str, kind: str = "training") -> None:
     """Raise OutputError if the output would take the place of the data."""
     if output.exists() and Path(data).exists() and output.samefile(data):
-        raise OutputError(f"{output}: expected a file of its own, found the training data. Choose another name.")
+        raise OutputError(f"{output}: expected a file of its own, found the {kind} data. Choose another name.")
 
 
 def usable_device(said: str, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +32,8 @@ from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.recognition import Recognised, recognise
+from ckpt_tools.jobs.scores import Metrics, compared
+from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
@@ -69,6 +73,20 @@ class Request:
     workers: int | None = None
     overwrite: bool = False
     force: bool = False
+    eval_data: str | None = None  # labelled, to judge the model on before and after
+    class_map: Path | None = None
+    calibrate: bool = False
+    gate: str | None = None
+
+    def settings(self) -> str:
+        """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
+        said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
+        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else self.data
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+# What a result does not depend on; how a convolution is computed may change its last bits.
+_BESIDE = frozenset({"checkpoint", "output", "trust", "device", "compile", "workers", "overwrite", "force"})
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,12 @@ class Plan:
     device: str
     output: Path
     team: Team = ALONE
+    validation: Validation | None = None
+
+    @property
+    def labelled_images(self) -> int | None:
+        """Images to judge the model on; None if there are none, or only a pass can tell."""
+        return None if self.validation is None else self.validation.stream.count
 
     @property
     def loaded(self) -> LoadedModel:
@@ -104,14 +128,15 @@ class Outcome:
     skipped: tuple[Skipped, ...]
     source_sha256: str
     output_sha256: str
+    metrics: Metrics | None = None
 
 
-def prepare(request: Request, team: Team = ALONE) -> Plan:
+def prepare(request: Request, source: Source | None = None, team: Team = ALONE) -> Plan:
     """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
 
-    Raises any CkptToolsError, on all ranks if on one; nothing is written.
+    ``source``: the data, if it is open already. Raises any CkptToolsError, on all ranks if on one; nothing is written.
     """
-    plan = team.each(lambda: _prepared(request, team))
+    plan = team.each(lambda: _prepared(request, source, team))
     size = team.first(lambda: plan.batch_size)
     if size == plan.batch_size:
         return plan
@@ -120,11 +145,12 @@ def prepare(request: Request, team: Team = ALONE) -> Plan:
     )
 
 
-def _prepared(request: Request, team: Team) -> Plan:
+def _prepared(request: Request, source: Source | None, team: Team) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
     if team.speaks:
         check_output(output, request.checkpoint, overwrite=request.overwrite)
     refuse_data(output, request.data)
+    refuse_data(output, request.eval_data or request.data, "labelled")
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
@@ -132,7 +158,8 @@ def _prepared(request: Request, team: Team) -> Plan:
     ranks = Ranks() if team.alone else Ranks.from_environment()
     device = usable_device(request.device, ranks)
     check_precision(request.precision, torch.device(device))
-    source = open_source(request.data, limit=request.limit, seed=request.seed)
+    asked = optional_question(request.eval_data, request.class_map, request.calibrate, request.gate)
+    source = source or open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)
     recognised = recognise(checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing)
@@ -144,7 +171,10 @@ def _prepared(request: Request, team: Team) -> Plan:
     sharing = ranks.local_world if device == "cpu" else 1
     size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device, sharing)
     stream = _stream(request, source, spec, size, device, team)
-    return Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, team)
+    plan = Plan(
+        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, team=team
+    )
+    return plan if asked is None else replace(plan, validation=_validation(plan, asked))
 
 
 def _stream(
@@ -160,16 +190,38 @@ def _stream(
     )
 
 
-def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Run the pass and write the output; of a team, rank 0 looks at the data and writes, and the others wait.
+def _validation(plan: Plan, asked: Question) -> Validation:
+    request = plan.request
+    return open_validation(
+        asked,
+        open_source(asked.data, seed=request.seed, split="test"),
+        plan.loaded,
+        request.preprocessing,
+        batch_size=plan.batch_size,
+        workers=request.workers,
+        device=plan.device,
+        seed=request.seed,
+        cached=True,
+    )
+
+
+def execute(
+    plan: Plan,
+    progress: Callable[[Progress], None] | None = None,
+    evaluated: Callable[[str, int], None] | None = None,
+) -> Outcome:
+    """Run the pass and write the output; of a team, rank 0 looks at the data, judges and writes, and the others wait.
 
     Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
+    ``evaluated`` is called while the labelled data is read, with "before" or "after" and the number of images so far.
     """
     request, team = plan.request, plan.team
     model = team.each(lambda: plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last))
     verdict = team.first(lambda: _looked_at(plan))
     if not request.force:
         refuse(verdict)
+    validation = plan.validation
+    before = None if validation is None else team.first(lambda: validation.judge(model, "before", evaluated))
     result = reestimate_bn(
         model,
         plan.stream,
@@ -187,9 +239,11 @@ def execute(plan: Plan, progress: Callable[[Progress], None] | None = None) -> O
         progress=progress,
         distributed=not team.alone,
     )
+    after = None if validation is None else team.first(lambda: validation.judge(model, "after", evaluated))
+    metrics = compared(validation, before, after)
     skipped = _skipped(plan)
-    digests = team.first(lambda: _written(plan, result))
-    return Outcome(plan, verdict, result, skipped, digests.source, digests.output)
+    digests = team.first(lambda: _written(plan, result, metrics))
+    return Outcome(plan, verdict, result, skipped, digests.source, digests.output, metrics)
 
 
 def _skipped(plan: Plan) -> tuple[Skipped, ...]:
@@ -201,12 +255,12 @@ def _skipped(plan: Plan) -> tuple[Skipped, ...]:
     return skipped
 
 
-def _written(plan: Plan, result: Reestimation) -> Digests:
+def _written(plan: Plan, result: Reestimation, metrics: Metrics | None) -> Digests:
     return replace_tensors(
         plan.output,
         plan.checkpoint,
         _replacements(plan, result),
-        provenance=_provenance(plan, result),
+        provenance=_provenance(plan, result) | (metrics.provenance if metrics else {}),
         overwrite=plan.request.overwrite,
     )
 
@@ -256,5 +310,6 @@ def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
         "precision": result.precision,
         "seed": request.seed,
         "torch": torch.__version__,
+        "settings": request.settings(),
         "rewritten": [layer.name for layer in result.rewritten],
     }

@@ -11,14 +11,16 @@ _SHARE = 0.25  # of the free memory; convolution workspaces and allocator slack 
 
 
 def fitting_batch_size(bytes_per_sample: int, device: str, sharing: int = 1) -> int:
-    """The largest batch up to 512 whose live activations take a quarter of the free memory of ``device``.
+    """The largest power of two up to 512 as batch whose live activations take a quarter of the free memory.
 
+    A power of two, so that a little more or less free memory on ``device`` does not change the result.
     ``sharing``: processes with such a batch each on that device; together they take half of it at most.
     """
     if bytes_per_sample <= 0:
         return LARGEST
     share = min(_SHARE, 0.5 / sharing)
-    return max(2, min(LARGEST, int(share * free_bytes(device)) // bytes_per_sample))
+    fitting = min(LARGEST, int(share * free_bytes(device)) // bytes_per_sample)
+    return 1 << max(2, fitting).bit_length() - 1
 
 
 def free_bytes(device: str) -> int:

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ckpt_tools.contract import BatchNormLayer, Checkpoint, InputSpec, LayerResult
+from ckpt_tools.contract import BatchNormLayer, Checkpoint, DropoutSite, InputSpec, LayerResult, Walk
 from ckpt_tools.jobs.conversion import Conversion
+from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome
 from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.reestimation import Outcome
+from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.inspect_text import command
+from ckpt_tools.report.metrics_json import metrics_json
+from ckpt_tools.report.redaction import without_secrets
 from ckpt_tools.storage.compare import Comparison
 from ckpt_tools.version import VERSION
 
@@ -31,7 +35,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "scores": dict(plan.recognised.scores),
         "rates": plan.loaded.rates,
         "data": {
-            "spec": plan.request.data,
+            "spec": without_secrets(plan.request.data),
             "kind": plan.source.kind,
             "images": result.images,
             "batches": result.batches,
@@ -53,11 +57,38 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "layers": [_layer(layer) for layer in result.layers],
         "controls": plain_dict(result.controls),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
+        "dropout_sites": [_site(site, plan.walk) for site in plan.walk.dropout_sites],
+        "metrics": outcome.metrics and metrics_json(outcome.metrics),
         "output": {"path": str(plan.output), "sha256": outcome.output_sha256},
+        "command": repeating_command(plan),
         "containers_trained": plan.walk.containers_trained,
         "device": result.device,
         "processes": result.processes,
         "seconds": round(result.seconds, 3),
+    }
+
+
+def evaluation_json(outcome: EvaluationOutcome) -> dict[str, object]:
+    """The whole of an ``evaluate``: the checkpoints, the metrics, the gate."""
+    plan = outcome.plan
+    return {
+        "tool": {"name": "ckpt-tools", "version": VERSION},
+        "libraries": libraries(),
+        "checkpoint": _contestant(plan.after, outcome.sha256),
+        "before": plan.before and _contestant(plan.before, outcome.before_sha256),
+        "metrics": metrics_json(outcome.metrics),
+        "device": plan.device,
+        "seconds": round(outcome.seconds, 3),
+    }
+
+
+def _contestant(contestant: Contestant, sha256: str | None) -> dict[str, object]:
+    return {
+        **checkpoint_json(contestant.checkpoint),
+        "sha256": sha256,
+        "architecture": contestant.loaded.recipe.architecture,
+        "model_kwargs": plain(contestant.loaded.recipe.kwargs),
+        "transform": contestant.validation.stream.transform,
     }
 
 
@@ -142,6 +173,13 @@ def _layer(layer: LayerResult) -> dict[str, object]:
         "ratio": ratio and {"median": ratio["median"], "min": ratio["low"], "max": ratio["high"]},
         "relative_standard_error": error and {"median": error["median"], "max": error["high"]},
     }
+
+
+def _site(site: DropoutSite, walk: Walk) -> dict[str, object]:
+    """``depth``: how many BN layers run before the first one that the site reaches, null if it reaches none."""
+    behind = (site.name in (*layer.downstream_of, *layer.potentially_downstream_of) for layer in walk.batch_norms)
+    depth = next((index for index, reached in enumerate(behind) if reached), None)
+    return {**dataclasses.asdict(site), "active": site.active, "depth": depth}
 
 
 def _input(spec: InputSpec | None) -> dict[str, object] | None:

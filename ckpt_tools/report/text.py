@@ -12,6 +12,7 @@ from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.data_check import DataVerdict
 from ckpt_tools.jobs.reestimation import Outcome, Plan
 from ckpt_tools.report.columns import columns, count, listed
+from ckpt_tools.report.metrics_text import metrics_text
 from ckpt_tools.storage.compare import Change, Comparison
 
 _SHOWN = 8  # rows of a table before it is cut
@@ -93,7 +94,10 @@ def memory(size: int) -> str:
 def outcome_text(outcome: Outcome) -> str:
     """What was done: the largest changes with their error bars, the controls, the output."""
     result = outcome.result
-    parts = [_headline(result), _changes(result.rewritten), "", verdict_text(outcome.verdict)]
+    parts = [_headline(result), _changes(result.rewritten), ""]
+    if outcome.metrics is not None:
+        parts += [metrics_text(outcome.metrics), ""]
+    parts.append(verdict_text(outcome.verdict))
     parts.append(controls_text(result.controls))
     if result.deviation is not None:
         low, high = result.deviation.median, result.deviation.high

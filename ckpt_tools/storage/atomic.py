@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 
-__all__ = ["check_target", "new_file", "sync"]
+__all__ = ["check_target", "new_file", "sweep", "sync"]
+
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(rf"\.ckpt-tools-{_HOST}-(\d+)-[0-9a-f]+\.tmp")
 
 
 @contextlib.contextmanager
@@ -22,7 +28,7 @@ def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises OutputError for a target that is taken, OSError if the file system refuses.
     """
     check_target(target, overwrite=overwrite)
-    temporary = target.with_name(f".ckpt-tools-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".ckpt-tools-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # whoever may read files made here may read this one
@@ -32,6 +38,24 @@ def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         sync(target.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine that were killed while writing have left in a folder."""
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is somebody else's
+    return True
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint
+from ckpt_tools.storage.content import safetensors_header
 from ckpt_tools.version import VERSION
 
-__all__ = ["output_metadata", "provenance"]
+__all__ = ["output_metadata", "provenance", "recorded"]
 
 _ENTRY = "ckpt_tools"
 
@@ -19,9 +21,22 @@ def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken, if one was; ``earlier`` is
     the source's own provenance if that was an output as well.
     """
+    return _parsed(checkpoint.metadata)
+
+
+def recorded(path: Path) -> dict[str, object] | None:
+    """The same of a safetensors file, from its header alone; None where there is no such file or header."""
     try:
-        found = json.loads(checkpoint.metadata.get(_ENTRY, ""))
-    except (ValueError, RecursionError):
+        metadata = safetensors_header(path).get("__metadata__")
+    except (OSError, ValueError, RecursionError, MemoryError):
+        return None
+    return _parsed(metadata) if isinstance(metadata, dict) else None
+
+
+def _parsed(metadata: Mapping[str, str]) -> dict[str, object] | None:
+    try:
+        found = json.loads(metadata.get(_ENTRY, ""))
+    except (ValueError, TypeError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

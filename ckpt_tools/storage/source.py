@@ -17,10 +17,10 @@ from ckpt_tools.storage.distributed import METADATA, SHARD, load_distributed
 from ckpt_tools.storage.foreign import foreign_folder
 from ckpt_tools.storage.sidecar import hub_weights, is_trainer_file, sidecar_words
 
-__all__ = ["Source", "find_source", "load_source", "sha256"]
+__all__ = ["SUFFIXES", "Source", "find_source", "load_source", "sha256"]
 
 _INDEX = ".index.json"
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _in_folder(folder: Path) -> Source:
         indices = [name for name in indices if "safetensors" in name] or indices
     if len(indices) == 1:
         return _indexed(folder, folder / indices[0])
-    single = indices or [name for name in names if name.endswith(_SUFFIXES)]
+    single = indices or [name for name in names if name.endswith(SUFFIXES)]
     if len(single) == 1:
         return Source(folder, (folder / single[0],))
     if not single and (foreign := foreign_folder(folder, names)):

@@ -1,0 +1,144 @@
+"""``ckpt-fix bn-reestimate`` on many checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Never
+
+import click
+from tqdm import tqdm
+
+from ckpt_tools.cli import github
+from ckpt_tools.cli.boundary import terminable
+from ckpt_tools.cli.options import own_stdout, path, stacked
+from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
+
+if TYPE_CHECKING:
+    from ckpt_tools.jobs.reestimation import Request
+
+_MANIFEST = "ckpt-fix.jsonl"
+
+options = stacked(
+    click.option(
+        "--output-dir",
+        type=path,
+        help="For several checkpoints: where outputs go, laid out as the checkpoints are. Default: beside each.",
+    ),
+    click.option("--include", multiple=True, metavar="GLOB", help="Of a folder, only these names; repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Of a folder, not these names; repeatable."),
+    click.option(
+        "--manifest",
+        type=path,
+        help=f"For several checkpoints: one line of JSON for each. Default: {_MANIFEST} in --output-dir, else in the "
+        "folder that was given.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of many checkpoints are meant, and where their outputs go."""
+
+    output_dir: Path | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    manifest: Path | None
+
+
+def said_place(said: dict[str, Any]) -> Place:
+    """Take the values of the options above out of a command's arguments."""
+    return Place(**{name: said.pop(name) for name in ("output_dir", "include", "exclude", "manifest")})
+
+
+def is_many(paths: Sequence[Path], place: Place) -> bool:
+    """Whether a run has, or may have, more than one checkpoint."""
+    from ckpt_tools.storage.discovery import is_one_checkpoint
+
+    return len(paths) > 1 or any(vars(place).values()) or not is_one_checkpoint(paths[0])
+
+
+def reestimate(
+    paths: Sequence[Path], request: Request, place: Place, reports: Sequence[Path], *, as_json: bool, quiet: bool
+) -> None:
+    """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
+    from ckpt_tools.jobs.folder import items_for, run
+    from ckpt_tools.report.folder_text import folder_text
+    from ckpt_tools.report.manifest import Manifest
+    from ckpt_tools.report.markdown import folder_markdown
+    from ckpt_tools.report.write import check_reports, write_report
+    from ckpt_tools.storage.discovery import find_checkpoints
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("torchrun shares one checkpoint among processes, not several. Run a folder in one process.")
+    if request.output is not None:
+        raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
+    outside = [place.output_dir] if place.output_dir else []
+    found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
+    items = items_for(found, place.output_dir)
+    log = Manifest(place.manifest or _beside(paths, place.output_dir))
+    check_reports(reports, (log.path, Path(request.data), *(item.checkpoint for item in items)))
+    records: list[Any] = []
+    with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
+        run(items, request, lambda result: records.append(bars.finished(log.add(result))), bars.images)
+    order = {str(item.checkpoint): number for number, item in enumerate(items)}
+    records.sort(key=lambda record: order[record["checkpoint"]])
+    for report in reports:
+        write_report(report, records)
+    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else folder_text(records, log.path))
+    github.summarise(folder_markdown(records))
+    _answer([record["status"] for record in records], log.path)
+
+
+def _answer(statuses: Sequence[str], manifest: Path) -> None:
+    failed = statuses.count("failed")
+    if failed:
+        raise CkptToolsError(f"{failed} of {len(statuses)} checkpoints failed; {manifest} says why.")
+    if set(statuses) == {"nothing to do"}:
+        raise NothingToDo(f"nothing to do in any of {len(statuses)} checkpoints; {manifest} says why.")
+
+
+def _beside(paths: Sequence[Path], output_dir: Path | None) -> Path:
+    """In the folder of the outputs; without one in the folder that was given, else in the current one."""
+    folders = [path for path in paths if path.is_dir()]
+    return (output_dir or (folders[0] if len(folders) == len(paths) == 1 else Path())) / _MANIFEST
+
+
+class _Bars:
+    """Two bars on stderr: checkpoints that have come to an end, and the images of the round under way."""
+
+    def __init__(self, total: int, *, hidden: bool) -> None:
+        self._shared: dict[str, Any] = {"file": sys.stderr, "disable": hidden, "dynamic_ncols": True}
+        self._shared["mininterval"] = 0.2 if sys.stderr.isatty() else 10
+        self._checkpoints: tqdm[Never] = tqdm(total=total, desc="checkpoints", unit="", position=0, **self._shared)
+        self._images: tqdm[Never] | None = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._images is not None:
+            self._images.close()
+        self._checkpoints.close()
+
+    def finished(self, record: Any) -> Any:
+        """Count a checkpoint; what went wrong is said at once."""
+        if record["error"] and not self._shared["disable"]:
+            self._checkpoints.write(f"{record['checkpoint']}: {record['status']}", file=sys.stderr)
+        self._checkpoints.update()
+        return record
+
+    def images(self, models: int, seen: int, total: int | None) -> None:
+        """Show how far a round is; a second pass over the data counts on."""
+        if self._images is None or seen < self._images.n:
+            if self._images is not None:
+                self._images.close()
+            self._images = tqdm(total=total, desc=f"images × {models}", unit="img", position=1, **self._shared)
+        self._images.update(seen - self._images.n)

@@ -1,0 +1,128 @@
+"""Evaluation of one checkpoint, or of two on the same images: metrics and a gate, nothing written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ckpt_tools.contract import Checkpoint, LoadedModel
+from ckpt_tools.data.source import open_source
+from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
+from ckpt_tools.jobs.places import usable_device
+from ckpt_tools.jobs.recognition import recognise
+from ckpt_tools.jobs.scores import Metrics, metrics_of
+from ckpt_tools.jobs.validation import Judged, Question, Validation, open_validation, question
+from ckpt_tools.reestimate.capacity import fitting_batch_size
+from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.walker.downstream import walk
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Everything the user asks for. ``before``: a second checkpoint, to compare with."""
+
+    checkpoint: Path
+    data: str
+    before: Path | None = None
+    class_map: Path | None = None
+    calibrate: bool = False
+    gate: str | None = None
+    architecture: str | None = None
+    model_kwargs: Mapping[str, object] = field(default_factory=dict)
+    weights: str = "auto"
+    trust: bool = False
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    limit: int | None = None
+    seed: int = 0
+    device: str = "auto"  # CUDA if there is one, else the CPU
+    batch_size: int | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A checkpoint in its model, with the data as this model takes it."""
+
+    checkpoint: Checkpoint
+    loaded: LoadedModel
+    validation: Validation
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is about to be evaluated."""
+
+    request: EvaluationRequest
+    after: Contestant
+    before: Contestant | None
+    device: str
+
+    @property
+    def images(self) -> int | None:
+        """Images that a pass reads; None if only a pass can tell."""
+        return self.after.validation.stream.count
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """The metrics, and what they were measured on. A gate that is not passed is told by ``metrics.failures``."""
+
+    plan: EvaluationPlan
+    metrics: Metrics
+    sha256: str
+    before_sha256: str | None
+    seconds: float
+
+
+def prepare(request: EvaluationRequest) -> EvaluationPlan:
+    """Load and check everything that can be checked before an image is read. Raises any CkptToolsError."""
+    compared = request.before is not None
+    asked = question(request.data, request.class_map, request.calibrate, request.gate, compared=compared)
+    device = usable_device(request.device)
+    before = None if request.before is None else _contestant(request.before, asked, request, device)
+    return EvaluationPlan(request, _contestant(request.checkpoint, asked, request, device), before, device)
+
+
+def execute(plan: EvaluationPlan, progress: Callable[[str, int], None] | None = None) -> EvaluationOutcome:
+    """Run the models. ``progress`` is called with which one and the number of images so far."""
+    started = time.perf_counter()
+    before = None if plan.before is None else _judged(plan.before, "before", plan.device, progress)
+    after = _judged(plan.after, "after" if plan.before else "evaluate", plan.device, progress)
+    return EvaluationOutcome(
+        plan,
+        metrics_of(plan.after.validation, before, after),
+        sha256(plan.request.checkpoint),
+        None if plan.request.before is None else sha256(plan.request.before),
+        time.perf_counter() - started,
+    )
+
+
+def _contestant(path: Path, asked: Question, request: EvaluationRequest, device: str) -> Contestant:
+    source = open_source(request.data, limit=request.limit, seed=request.seed, split="test")
+    checkpoint = read_checkpoint(path, weights=request.weights, trust=request.trust)
+    loaded = recognise(checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing).loaded
+    assert loaded.checkpoint is not None
+    batch_size = request.batch_size
+    if batch_size is None:
+        spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
+        batch_size = fitting_batch_size(walk(loaded.model, example_input(spec, source)).bytes_per_sample, device)
+    validation = open_validation(
+        asked,
+        source,
+        loaded,
+        request.preprocessing,
+        batch_size=batch_size,
+        workers=request.workers,
+        device=device,
+        seed=request.seed,
+    )
+    return Contestant(loaded.checkpoint, loaded, validation)
+
+
+def _judged(contestant: Contestant, name: str, device: str, progress: Callable[[str, int], None] | None) -> Judged:
+    model = contestant.loaded.model.to(device).to(memory_format=torch.channels_last)
+    return contestant.validation.judge(model, name, progress)

@@ -1,0 +1,189 @@
+"""Re-estimation of many checkpoints: those with the same preprocessing share one stream of images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from ckpt_tools.data.memory import available_bytes
+from ckpt_tools.data.shared import read_together
+from ckpt_tools.data.source import Source, open_source
+from ckpt_tools.data.stream import BatchStream
+from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError
+from ckpt_tools.jobs.places import default_output
+from ckpt_tools.jobs.reestimation import Outcome, Plan, Request, execute, prepare
+from ckpt_tools.reestimate.capacity import free_bytes
+from ckpt_tools.storage.atomic import sweep
+from ckpt_tools.storage.discovery import Found
+from ckpt_tools.storage.provenance import recorded
+from ckpt_tools.storage.read import sha256
+
+Status = Literal["done", "done before", "nothing to do", "failed"]
+Watch = Callable[[int, int, int | None], None]
+"""Told how many checkpoints share a round, the images it has read so far, and how many a pass has."""
+
+_SHARE = 0.4  # of the free memory, for the models of a round; activations need the rest
+
+
+@dataclass(frozen=True)
+class Item:
+    """One checkpoint of many, and where its output goes."""
+
+    checkpoint: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of an item. ``outcome`` is there if it was done, ``error`` if it was not.
+
+    ``seconds`` from its reading to its end, with the others of its round in between.
+    """
+
+    item: Item
+    status: Status
+    outcome: Outcome | None = None
+    error: Exception | None = None
+    seconds: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether the error was foreseen: anything else is a bug, of a model's code or of ours."""
+        return self.error is None or isinstance(self.error, CkptToolsError)
+
+
+def items_for(found: Sequence[Found], output_dir: Path | None) -> tuple[Item, ...]:
+    """Outputs below ``output_dir`` as the checkpoints lie below what was searched, or beside each checkpoint.
+
+    Two checkpoints that would share an output (``a.pt`` and ``a.pth``) keep their suffix in its name.
+    """
+    named = [(one, default_output(_place(one, output_dir), "bn")) for one in found]
+    outputs = [output for _, output in named]
+    return tuple(
+        Item(one.path, output if outputs.count(output) == 1 else _full_name(_place(one, output_dir)))
+        for one, output in named
+    )
+
+
+def run(items: Sequence[Item], request: Request, record: Callable[[Result], None], watch: Watch | None = None) -> None:
+    """Re-estimate every item; ``record`` gets each result as soon as its output stands. One failure stops no other.
+
+    What an earlier run finished with the same settings from the same bytes is not done again, unless
+    ``request.overwrite`` is set. Raises what concerns all items: DataError, UsageError.
+    """
+    source = open_source(request.data, limit=request.limit, seed=request.seed)
+    waiting = _Waiting()
+    for item in items:
+        started = time.perf_counter()
+        own = replace(request, checkpoint=item.checkpoint, output=item.output)
+        try:
+            plan = None if _is_done(item, own) else _prepared(item, own, source)
+        except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
+            record(_stopped(item, error, started))
+            continue
+        if plan is None:
+            record(Result(item, "done before", seconds=time.perf_counter() - started))
+            continue
+        waiting.add(_Prepared(item, plan, started))
+        if waiting.full:
+            _round(waiting.largest(), record, watch)
+    while waiting:
+        _round(waiting.largest(), record, watch)
+
+
+def _is_done(item: Item, request: Request) -> bool:
+    """Whether the output is there, made with these settings from this checkpoint."""
+    made = None if request.overwrite else recorded(item.output)
+    if made is None or made.get("settings") != request.settings():
+        return False
+    return made.get("source_sha256") == sha256(item.checkpoint)
+
+
+def _prepared(item: Item, request: Request, source: Source) -> Plan:
+    try:
+        item.output.parent.mkdir(parents=True, exist_ok=True)
+        sweep(item.output.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{item.output}: its folder cannot be made ({error.strerror}). Choose another --output-dir."
+        ) from error
+    return prepare(request, source)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    item: Item
+    plan: Plan
+    started: float
+
+
+class _Waiting:
+    """Prepared checkpoints by what they read; those of one group go through one stream."""
+
+    def __init__(self) -> None:
+        self._groups: dict[object, list[_Prepared]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, one: _Prepared) -> None:
+        key = (one.plan.input_spec, one.plan.batch_size, one.plan.device)
+        self._groups.setdefault(key, []).append(one)
+
+    @property
+    def full(self) -> bool:
+        """Whether the models take as much memory as leaves enough for running them."""
+        plans = [one.plan for group in self._groups.values() for one in group]
+        held = sum(map(_bytes, plans))
+        device = plans[0].device
+        return held > _SHARE * (available_bytes() + held) or (device != "cpu" and held > _SHARE * free_bytes(device))
+
+    def largest(self) -> list[_Prepared]:
+        """The group with the most checkpoints, which then waits no more."""
+        key = max(self._groups, key=lambda key: len(self._groups[key]))
+        return self._groups.pop(key)
+
+
+def _bytes(plan: Plan) -> int:
+    model = plan.loaded.model
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: Watch | None) -> None:
+    """All of a group through one stream."""
+    stream = group[0].plan.stream
+    seen = 0
+
+    def count(images: int) -> None:
+        nonlocal seen
+        seen += images
+        if watch is not None:
+            watch(len(group), seen, stream.count)
+
+    read_together(stream, [partial(_finish, one, record) for one in group], count)
+
+
+def _finish(one: _Prepared, record: Callable[[Result], None], stream: BatchStream) -> None:
+    try:
+        outcome = execute(replace(one.plan, stream=stream))
+    except Exception as error:  # noqa: BLE001 - as above
+        record(_stopped(one.item, error, one.started))
+    else:
+        record(Result(one.item, "done", outcome, seconds=time.perf_counter() - one.started))
+
+
+def _stopped(item: Item, error: Exception, started: float) -> Result:
+    status: Status = "nothing to do" if isinstance(error, NothingToDo) else "failed"
+    return Result(item, status, error=error, seconds=time.perf_counter() - started)
+
+
+def _place(found: Found, output_dir: Path | None) -> Path:
+    return found.path if output_dir is None else output_dir / found.place
+
+
+def _full_name(place: Path) -> Path:
+    return place.with_name(f"{place.name}.bn.safetensors")

@@ -1,0 +1,78 @@
+"""The manifest of a folder: one line of JSON for every checkpoint that came to an end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import OutputError
+from ckpt_tools.jobs.folder import Result
+from ckpt_tools.report.json import outcome_json
+
+__all__ = ["Manifest", "record_of"]
+
+Record = Mapping[str, Any]
+
+
+class Manifest:
+    """A JSONL file that is only ever appended to. What a killed run left unfinished in it is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written."""
+        self.path = path
+        self._records: dict[str, Record] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b") as file:
+                file.seek(0)
+                content = file.read()
+                if content and not content.endswith(b"\n"):  # killed while writing
+                    file.write(b"\n")
+        except OSError as error:
+            raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
+        for record in _parsed(content):
+            self._records[record["checkpoint"]] = record
+
+    def add(self, result: Result) -> Record:
+        """Record a result and return what is known of the checkpoint: what was done before has its earlier line."""
+        name = str(result.item.checkpoint)
+        earlier = self._records.get(name)
+        if result.status == "done before" and earlier and earlier.get("output") == str(result.item.output):
+            return {**earlier, "status": result.status}
+        record = record_of(result)
+        self._records[name] = record
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Give another --manifest.") from error
+        return record
+
+
+def record_of(result: Result) -> Record:
+    """A result as a line of the manifest; ``report`` is what ``--json`` says of a single checkpoint."""
+    error = result.error
+    return {
+        "checkpoint": str(result.item.checkpoint),
+        "status": result.status,
+        "output": str(result.item.output) if result.status in ("done", "done before") else None,
+        "error": None if error is None else str(error) if result.known else f"{type(error).__name__}: {error}",
+        "exit_code": getattr(error, "exit_code", 1) if error else 0,
+        "seconds": round(result.seconds, 3),
+        "report": None if result.outcome is None else outcome_json(result.outcome),
+    }
+
+
+def _parsed(content: bytes) -> Iterable[dict[str, Any]]:
+    for line in content.splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("checkpoint"), str):
+            yield record

@@ -1,0 +1,74 @@
+"""Numbers as a reader wants them: as many digits as mean something, and never ``nan``."""
+
+from __future__ import annotations
+
+import math
+
+from ckpt_tools.report.content import Cell, Tone
+
+UNKNOWN = "–"
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for whatever else stands in the facts."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def ratio_text(value: object) -> str:
+    """``1.039``, ``0.0021``, ``12,400``."""
+    found = number(value)
+    if found is None:
+        return UNKNOWN
+    if found == 0 or 0.1 <= abs(found) < 100:
+        return f"{found:.3f}"
+    return f"{found:,.0f}" if 100 <= abs(found) < 1e6 else f"{found:.2g}"
+
+
+def percent_text(value: object) -> str:
+    """``4.4 %`` of 0.044."""
+    found = number(value)
+    return UNKNOWN if found is None else f"{100 * found:.2g} %" if abs(found) < 0.01 else f"{100 * found:,.1f} %"
+
+
+def seconds_text(value: object) -> str:
+    """``2.6 s``, ``4 min 10 s``, ``3 h 5 min``."""
+    found = number(value)
+    if found is None:
+        return UNKNOWN
+    if found < 99.5:
+        return f"{found:.1f} s"
+    minutes, seconds = divmod(round(found), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def measured_text(entry: object, *, signed: bool = False) -> str:
+    """``3.20 ± 0.10`` of ``{"value": 3.2, "standard_error": 0.1}`` or of a plain number; two digits of the error."""
+    value, error = measured(entry)
+    if value is None:
+        return UNKNOWN
+    sign = "+" if signed else ""
+    if not error or error < 0:
+        return f"{value:{sign}.4g}".replace("-", "−")
+    digits = min(max(0, 1 - math.floor(math.log10(error))), 8)
+    return f"{value:{sign},.{digits}f}".replace("-", "−") + f" ± {error:,.{digits}f}"
+
+
+def measured(entry: object) -> tuple[float | None, float | None]:
+    """Value and standard error of a metric."""
+    if isinstance(entry, dict):
+        return number(entry.get("value")), number(entry.get("standard_error"))
+    return number(entry), None
+
+
+def number_cell(value: object, text: str | None = None, tone: Tone = "") -> Cell:
+    """A cell that sorts by its value and shows it as text."""
+    found = number(value)
+    return Cell(text if text is not None else whole_text(value), found, tone if found is not None else "quiet")
+
+
+def whole_text(value: object) -> str:
+    """``1,024``."""
+    found = number(value)
+    return UNKNOWN if found is None else f"{found:,.0f}"

@@ -1,0 +1,125 @@
+"""The checkpoints in folders: files by their names, and folders that are one checkpoint as a whole."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.storage.assembly import is_rank_file
+from ckpt_tools.storage.distributed import METADATA
+from ckpt_tools.storage.provenance import recorded
+from ckpt_tools.storage.sidecar import hub_weights, is_trainer_file
+from ckpt_tools.storage.source import SUFFIXES, find_source
+
+__all__ = ["Found", "find_checkpoints", "is_one_checkpoint"]
+
+_INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint, and its place below the folder that was searched: the file's name where it was named itself."""
+
+    path: Path
+    place: PurePath
+
+
+def is_one_checkpoint(path: Path) -> bool:
+    """Whether a path that the user gave stands for one checkpoint and not for a folder of them."""
+    if not path.is_dir():
+        return path.exists() or not _is_pattern(path)
+    try:
+        find_source(path)
+    except CheckpointError:
+        return not any(_below(path, ()))  # the reader says best what is wrong with it
+    return _is_whole(path) or len(list(_below(path, ()))) < 2
+
+
+def find_checkpoints(
+    paths: Sequence[Path], include: Sequence[str] = (), exclude: Sequence[str] = (), *, outside: Sequence[Path] = ()
+) -> tuple[Found, ...]:
+    """Checkpoints named by files, glob patterns and folders, these searched to the bottom; each once, in order.
+
+    ``include`` and ``exclude`` are patterns for file names or for paths below the searched folder. What this tool
+    wrote itself, and what lies in ``outside``, does not count. Raises CheckpointError where a path yields none.
+    """
+    found: dict[Path, Found] = {}
+    for path in paths:
+        below = [one for one in _named(path, outside) if _wanted(one, include, exclude)]
+        if not below:
+            raise CheckpointError(_nothing(path, include, exclude))
+        for one in below:
+            found.setdefault(one.path.absolute(), one)
+    return tuple(found.values())
+
+
+def _named(path: Path, outside: Sequence[Path]) -> Iterator[Found]:
+    if path.is_dir() and not _is_whole(path):
+        yield from _below(path, outside)
+    elif path.exists() or not _is_pattern(path):
+        yield Found(path, PurePath(path.absolute().name))
+    else:
+        for match in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 - of absolute patterns, too
+            yield from _named(Path(match), outside)
+
+
+def _below(root: Path, outside: Sequence[Path]) -> Iterator[Found]:
+    skipped = {folder.resolve() for folder in outside}
+    for folder, inner, names in os.walk(root):
+        here = Path(folder)
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and (here / name).resolve() not in skipped)
+        if here != root and _is_whole(here):
+            inner.clear()
+            yield Found(here, here.relative_to(root))
+            continue
+        for name in sorted(names):
+            if _is_weights(name, here):
+                yield Found(here / name, (here / name).relative_to(root))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files of a folder make one checkpoint: shards, ranks, or weights with what belongs to them."""
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+    except OSError:
+        return False
+    indexed = any(name.endswith(_INDEX) for name in names)
+    return indexed or METADATA in names or any(map(is_rank_file, names)) or _is_hub_folder(names)
+
+
+def _is_hub_folder(names: list[str]) -> bool:
+    return "config.json" in names and hub_weights(names) is not None
+
+
+def _is_weights(name: str, folder: Path) -> bool:
+    if name.startswith(".") or is_trainer_file(name) or not name.lower().endswith(SUFFIXES):
+        return False
+    return not (name.endswith(".safetensors") and recorded(folder / name) is not None)
+
+
+def _wanted(found: Found, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    def matches(patterns: Sequence[str]) -> bool:
+        names = (found.place.name, found.place.as_posix())
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+    return (not include or matches(include)) and not matches(exclude)
+
+
+def _is_pattern(path: Path) -> bool:
+    return glob.has_magic(str(path))
+
+
+def _nothing(path: Path, include: Sequence[str], exclude: Sequence[str]) -> str:
+    kinds = " ".join(SUFFIXES)
+    filtered = " that --include and --exclude leave" if include or exclude else ""
+    if path.is_dir():
+        return (
+            f"{path}: expected checkpoints ({kinds}){filtered} in it or below, found none. What ckpt-fix wrote itself "
+            "does not count. Check the folder, or name the files."
+        )
+    return f"{path}: expected it to match checkpoints ({kinds}){filtered}, found none. Check the pattern."

@@ -1,0 +1,164 @@
+"""Many checkpoints in one run: as each alone, every outcome on record, nothing twice, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from ckpt_tools.cli import main
+from ckpt_tools.jobs.folder import items_for, run
+from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.report.manifest import Manifest
+from ckpt_tools.storage.discovery import find_checkpoints
+
+SHAPE = (3, 8, 8)
+
+
+def cli(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def job(root: Path, *more: object) -> list[object]:
+    data = ["--data", root / "data.npy", "--arch", "nets:DenseNet", "--batch-size", 16]
+    return ["bn-reestimate", *more, *data, "-q"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    batches = nets.batches(SHAPE)
+    np.save(tmp_path / "data.npy", torch.cat(batches).numpy())
+    for number in range(4):
+        torch.manual_seed(number)
+        folder = tmp_path / "runs" / f"{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(nets.trained(nets.DenseNet(), batches).state_dict(), folder / f"{number}.pt")
+    return tmp_path
+
+
+def lines(manifest: Path) -> list[dict]:
+    return [json.loads(line) for line in manifest.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "exact"])
+def test_outputs_equal_those_of_single_runs(root: Path, estimator: str) -> None:
+    more = ("--estimator", estimator)
+    assert cli(*job(root, root / "runs", *more), "--output-dir", root / "fixed").exit_code == 0
+    for number in (0, 3):
+        source = root / "runs" / f"{number % 2}" / f"{number}.pt"
+        assert cli(*job(root, source, *more), "-o", root / "single.safetensors", "--overwrite").exit_code == 0
+        together = root / "fixed" / f"{number % 2}" / f"{number}.bn.safetensors"
+        assert together.read_bytes() == (root / "single.safetensors").read_bytes()
+
+
+def test_a_bad_file_stops_no_other(root: Path) -> None:
+    (root / "runs" / "bad.pt").write_bytes(b"nonsense")
+    torch.save({"weight": torch.ones(2)}, root / "runs" / "other.pt")
+    result = cli(*job(root, root / "runs", "--output-dir", root / "fixed"))
+    assert result.exit_code == 1
+    assert "1 of 6 checkpoints failed" in result.stderr
+    assert "expected a checkpoint" in result.stdout
+    records = {Path(line["checkpoint"]).name: line for line in lines(root / "fixed" / "ckpt-fix.jsonl")}
+    assert {name for name, record in records.items() if record["status"] == "done"} == {f"{n}.pt" for n in range(4)}
+    assert records["bad.pt"]["status"] == "failed"
+    assert records["other.pt"]["status"] == "nothing to do"  # it has no BN layer
+    assert records["0.pt"]["report"]["output"]["path"] == records["0.pt"]["output"]
+
+
+def test_a_second_run_skips_what_is_done(root: Path) -> None:
+    command = (*job(root, root / "runs"), "--output-dir", root / "fixed", "--json")
+    cli(*command)
+    stamps = {path: path.stat().st_mtime_ns for path in (root / "fixed").rglob("*.safetensors")}
+    torch.save(nets.trained(nets.DenseNet(), nets.batches(SHAPE)).state_dict(), root / "runs" / "new.pt")
+    records = json.loads(cli(*command).stdout)["checkpoints"]
+    assert sorted(record["status"] for record in records) == ["done", *["done before"] * 4]
+    assert all(record["report"] for record in records)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_what_has_changed_is_refused_or_with_overwrite_done_again(root: Path) -> None:
+    command = (*job(root, root / "runs"), "--output-dir", root / "fixed", "--json")
+    cli(*command)
+    torch.save(nets.trained(nets.DenseNet(), nets.batches(SHAPE)).state_dict(), root / "runs" / "0" / "0.pt")
+    result = cli(*command)
+    assert result.exit_code == 1
+    failed = [record for record in json.loads(result.stdout)["checkpoints"] if record["status"] == "failed"]
+    assert len(failed) == 1
+    assert "--overwrite" in failed[0]["error"]
+    assert cli(*command, "--overwrite").exit_code == 0
+    assert cli(*command, "--seed", 1).exit_code == 1  # other settings
+
+
+def test_two_that_would_share_an_output_keep_their_suffix(root: Path) -> None:
+    first = root / "runs" / "0" / "0.pt"
+    first.with_suffix(".pth").write_bytes(first.read_bytes())
+    items = items_for(find_checkpoints([root / "runs" / "0"]), root / "fixed")
+    assert [item.output.name for item in items] == ["0.pt.bn.safetensors", "0.pth.bn.safetensors", "2.bn.safetensors"]
+
+
+def test_nothing_to_do_anywhere(root: Path) -> None:
+    result = cli(*job(root, root / "runs"), "--output-dir", root / "fixed", "--model-kwargs", "drop_rate=0.0")
+    assert result.exit_code == 3
+    assert {line["status"] for line in lines(root / "fixed" / "ckpt-fix.jsonl")} == {"nothing to do"}
+
+
+def test_bad_use(root: Path) -> None:
+    (root / "empty").mkdir()
+    (root / "texts").mkdir()
+    (root / "texts" / "readme.txt").write_text("x")
+    for folder in ("empty", "texts"):
+        result = cli(*job(root, root / folder), "--output-dir", root / "fixed")
+        assert result.exit_code == 1
+        assert "found none" in result.stderr
+    assert cli(*job(root, root / "runs"), "-o", root / "x.safetensors").exit_code == 2
+    (root / "file").write_text("in the way")
+    assert cli(*job(root, root / "runs"), "--output-dir", root / "file").exit_code == 1
+    assert not (root / "fixed").exists()
+
+
+def _killed_run(root: Path, seconds: float) -> None:
+    """The run in a forked child, which the kernel ends in its midst: no handler, no clean-up."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        whole_run(root)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def whole_run(root: Path) -> list[str]:
+    items = items_for(find_checkpoints([root / "runs"]), root / "fixed")
+    log = Manifest(root / "fixed" / "ckpt-fix.jsonl")
+    request = Request(Path(), str(root / "data.npy"), architecture="nets:DenseNet", batch_size=16)
+    seen: list[str] = []
+    run(items, request, lambda result: seen.append(log.add(result)["status"]))
+    return seen
+
+
+def test_killed_at_random_moments(root: Path) -> None:
+    whole_run(root)
+    expected = {path.relative_to(root / "fixed"): load_file(path) for path in (root / "fixed").rglob("*.safetensors")}
+    (root / "fixed").rename(root / "reference")
+    source = random.Random(0)
+    for _ in range(20):
+        _killed_run(root, source.uniform(0.001, 0.5))
+        for path in (root / "fixed").rglob("*.safetensors"):
+            found = load_file(path)
+            assert all(
+                torch.equal(found[key], value) for key, value in expected[path.relative_to(root / "fixed")].items()
+            )
+    assert set(whole_run(root)) <= {"done", "done before"}
+    assert len(list((root / "fixed").rglob("*.safetensors"))) == 4
+    assert not list((root / "fixed").rglob("*.tmp"))
+    done = [line["checkpoint"] for line in lines(root / "fixed" / "ckpt-fix.jsonl") if line["status"] == "done"]
+    assert len(done) == len(set(done))

@@ -1,0 +1,204 @@
+"""What GitHub Actions sees: annotations on stderr, a summary in its file, and JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import nn
+
+from ckpt_tools.cli import main
+from ckpt_tools.cli.github import annotate
+from ckpt_tools.report.summary import failure_markdown, worries
+
+ARCH = ["--arch", "nets:DenseNet"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    model = nets.trained(nets.DenseNet(), nets.batches((3, 8, 8)))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    images = torch.cat(nets.batches((3, 8, 8))).numpy()
+    np.save(tmp_path / "data.npy", images)
+    np.savez(tmp_path / "labelled.npz", images=images, labels=np.arange(len(images)) % 5)
+    return tmp_path
+
+
+@pytest.fixture
+def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job in GitHub Actions; its summary already holds a line."""
+    path = tmp_path / "summary.md"
+    path.write_text("before\n")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def job(files: Path, *more: object) -> Result:
+    return run("bn-reestimate", files / "model.pt", "--data", files / "data.npy", *ARCH, "-q", *more)
+
+
+def annotations(stderr: str) -> list[tuple[str, str, str]]:
+    """Kind, title and message, read as the runner reads them: whole lines, escapes undone."""
+    found = []
+    for line in stderr.splitlines():
+        if match := re.fullmatch(r"::(\w+) title=([^:,]*)::(.*)", line):
+            kind, title, message = match.groups()
+            for code, character in (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "%")):
+                title = title.replace(code, character)
+                message = message.replace(code, character) if code not in ("%3A", "%2C") else message
+            found.append((kind, title, message))
+    return found
+
+
+def test_a_finished_job(files: Path, summary: Path) -> None:
+    result = job(files, "--json", "--model-kwargs", "drop_rate=0.2")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert annotations(result.stderr) == []
+    text = summary.read_text()
+    assert text.startswith("before\n### ckpt-fix bn-reestimate\n")
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
+    assert rows["rewritten"].startswith("4 of 5 BN layers")
+    assert rows["images"].startswith("128 of ")
+    assert rows["controls"] == "1 layer(s) agree"
+    assert facts["output"]["sha256"] in rows["output"]
+    ratios = sorted(layer["ratio"]["median"] for layer in facts["layers"] if layer["rewritten"])
+    middle = (ratios[1] + ratios[2]) / 2
+    assert rows["stored/new variance"].startswith(f"{middle:.3f} in the median layer; {ratios[0]:.3f}")
+    job(files, "--overwrite")
+    assert summary.read_text().count("### ckpt-fix bn-reestimate") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind", "words"),
+    [
+        (["--model-kwargs", "drop_rate=0.0"], 3, "warning", "nothing to do"),
+        (["--mean", "9,9,9", "--layers", "none"], 2, "error", "--layers"),
+        (["--arch", "nets:Missing"], 1, "error", "Missing"),
+        (["--no-such-option"], 2, "error", "--no-such-option"),
+    ],
+)
+def test_errors(files: Path, summary: Path, arguments: list[str], code: int, kind: str, words: str) -> None:
+    result = job(files, "--json", *arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    ((found, title, message),) = annotations(result.stderr)
+    assert (found, title) == (kind, "ckpt-fix")
+    assert words in message
+    assert message.splitlines()[0] in result.stderr.replace("Error: ", "")
+    assert f"(exit code {code})" in summary.read_text()
+
+
+def test_a_gate_that_says_no(files: Path, summary: Path) -> None:
+    other = files / "other.pt"
+    torch.save({key: value + 1 for key, value in torch.load(files / "model.pt").items()}, other)
+    result = run("diff", files / "model.pt", other, "--json")
+    assert result.exit_code == 4
+    assert not json.loads(result.stdout)["ok"]
+    ((kind, _, message),) = annotations(result.stderr)
+    assert kind == "error"
+    assert "other.pt" in message
+    assert "(exit code 4)" in summary.read_text()
+
+
+def test_wrong_data_that_is_forced_is_a_warning(files: Path, summary: Path) -> None:
+    np.save(files / "data.npy", np.load(files / "data.npy") * 30 + 7)
+    refused = job(files, "--json")
+    assert refused.exit_code == 4
+    assert [kind for kind, _, _ in annotations(refused.stderr)] == ["error"]
+    forced = job(files, "--json", "--force", "--model-kwargs", "drop_rate=0.2")
+    assert forced.exit_code == 0
+    messages = [message for kind, _, message in annotations(forced.stderr) if kind == "warning"]
+    assert any("does not look like the training data" in message for message in messages)
+    assert "**Warning:**" in summary.read_text()
+
+
+def test_skipped_images_are_a_warning(tmp_path: Path, summary: Path) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict(), tmp_path / "model.pt")
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for number in range(120):
+        Image.new("RGB", (9, 9), (2 * number, number, 255 - number)).save(folder / f"{number:03}.png")
+    (folder / "broken,50%.png").write_bytes(b"\x89PNG")
+    arguments = ["--arch", "plain:build", "--input-size", "3,8,8", "--force", "-q", "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "plain.py").write_text(
+            "from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+        )
+        patch.syspath_prepend(str(tmp_path))
+        result = run("bn-reestimate", tmp_path / "model.pt", "--data", folder, *arguments)
+    assert result.exit_code == 0, result.stderr
+    messages = [message for _, _, message in annotations(result.stderr)]
+    assert any("1 unreadable sample" in message and "broken,50%.png" in message for message in messages)
+
+
+def test_nothing_is_written_elsewhere(files: Path) -> None:
+    before = sorted(files.iterdir())
+    result = job(files, "--model-kwargs", "drop_rate=0.0")
+    assert "::" not in result.stderr
+    assert sorted(files.iterdir()) == before
+
+
+def test_a_summary_that_cannot_be_written_is_no_failure(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(files))  # a folder
+    result = job(files, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)
+    assert "the summary cannot be written (Is a directory)" in result.stderr
+
+
+def test_escapes(summary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "100 % of a: b, c\r\nnext\n::error::not a command"
+    annotate("error", message)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert annotations(line) == [("error", "ckpt-fix", message)]
+    assert "&#124;" in failure_markdown("a | b", 1)
+    assert "<b>" not in failure_markdown("<b>", 1)
+
+
+EVERY = {
+    "bn-reestimate": ["model.pt", "--data", "data.npy", "--arch", "chatty:build"],
+    "convert": ["model.pt"],
+    "diff": ["model.pt", "model.pt"],
+    "evaluate": ["model.pt", "--data", "labelled.npz", "--arch", "chatty:build"],
+    "init-rewrite": ["--arch", "chatty:build", "--input-size", "3,8,8", "-o", "init.safetensors"],
+    "inspect": ["model.pt", "--arch", "chatty:build", "--input-size", "3,8,8"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(main.commands) - {"demo"}))  # tests/test_cli.py runs the demo
+def test_json_is_alone_on_stdout(name: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "chatty.py").write_text("import nets\ndef build():\n    print('building')\n    return nets.DenseNet()\n")
+    monkeypatch.syspath_prepend(files)
+    monkeypatch.chdir(files)
+    good = run(name, *EVERY[name], "--json")
+    assert good.exit_code == 0, good.stderr
+    assert json.loads(good.stdout)
+    assert ("building" in good.stderr) == ("chatty:build" in EVERY[name])
+    (files / "model.pt").write_bytes(b"no checkpoint")
+    bad = run(name, *EVERY[name], "--json")
+    assert bad.exit_code == 1
+    assert bad.stdout == ""
+    assert bad.stderr
+
+
+def test_data_that_nothing_vouches_for() -> None:
+    facts = {
+        "data": {"skipped": [], "agreement": {"verdict": "none", "cause": "no counters"}},
+        "controls": {"verdict": "none", "reason": "every layer is rewritten"},
+    }
+    assert worries(facts) == ("nothing vouches for the data: no counters; no control layer (every layer is rewritten)",)
+    facts["controls"] = {"verdict": "agree", "reason": ""}
+    assert worries(facts) == ()
