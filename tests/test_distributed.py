@@ -129,7 +129,7 @@ def test_every_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_on_one_cpu_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt_tools.reestimate.capacity.free_bytes", lambda device: 8000)
-    assert [fitting_batch_size(10, "cpu", sharing) for sharing in (1, 2, 4, 8)] == [200, 200, 100, 50]
+    assert [fitting_batch_size(10, "cpu", sharing) for sharing in (1, 2, 4, 8)] == [128, 128, 64, 32]
 
 
 def test_without_a_process_group() -> None:
