@@ -180,3 +180,17 @@ def test_models_that_do_not_fit_together_go_one_by_one(root: Path, monkeypatch: 
     assert whole_run(root) == ["done"] * 4
     assert rounds == [1] * 4
     assert {path.name: path.read_bytes() for path in (root / "fixed").rglob("*.safetensors")} == together
+
+
+def test_the_compiler_is_left_as_it_was(root: Path) -> None:
+    """Models in turns, each in a thread, enter and leave in another order than a stack's."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))  # from here on there is a compiler
+    assert whole_run(root) == ["done"] * 4
+    torch.compile(lambda x: x + 2, backend=backend)(torch.ones(3))
+    assert len(graphs) == 2
