@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 
@@ -53,6 +54,8 @@ def test_a_pass_is_read_once_for_all_and_one_job_computes_at_a_time() -> None:
     def job(reading: BatchStream) -> None:
         for _ in reading:
             assert busy.acquire(blocking=False)
+            for _ in range(200):
+                os.sched_yield()  # whoever else could run would
             busy.release()
 
     read_together(stream, [job] * 3, counts.append)

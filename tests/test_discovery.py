@@ -48,7 +48,22 @@ def test_names_and_places_are_filtered(runs: Path) -> None:
 
 
 def test_patterns_and_files_come_once_each(runs: Path) -> None:
-    assert places(runs / "**" / "*.pt", runs / "a b" / "last.pt", exclude=["opt*"]) == ["last.pt"]
+    assert places(runs / "**" / "*.pt", runs / "a b" / "last.pt", exclude=["opt*"]) == ["a b/last.pt"]
+
+
+def test_equal_names_keep_places_of_their_own(runs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    torch.save(STATE, other / "last.pt")
+    torch.save(STATE, runs / "last.pt")
+    assert places(runs / "**" / "last.pt") == ["a b/last.pt", "last.pt"]
+    assert places(runs / "a b" / "last.pt", other / "last.pt") == ["runs/a b/last.pt", "other/last.pt"]
+    assert places(runs / ".." / "other", runs, include=["last.pt"]) == [
+        "other/last.pt",
+        "runs/last.pt",
+        "runs/a b/last.pt",
+    ]
+    assert places(runs / "[ab] b" / "*.pt") == ["a b/last.pt"]
 
 
 def test_a_folder_of_outputs_inside_is_left_out(runs: Path) -> None:

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from ckpt_tools.cli import main
+from ckpt_tools.data.shared import read_together
 from ckpt_tools.jobs.folder import items_for, run
 from ckpt_tools.jobs.reestimation import Request
 from ckpt_tools.report.manifest import Manifest
@@ -162,3 +163,34 @@ def test_killed_at_random_moments(root: Path) -> None:
     assert not list((root / "fixed").rglob("*.tmp"))
     done = [line["checkpoint"] for line in lines(root / "fixed" / "ckpt-fix.jsonl") if line["status"] == "done"]
     assert len(done) == len(set(done))
+
+
+def test_models_that_do_not_fit_together_go_one_by_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_run(root)
+    together = {path.name: path.read_bytes() for path in (root / "fixed").rglob("*.safetensors")}
+    (root / "fixed").rename(root / "together")
+    monkeypatch.setattr("ckpt_tools.jobs.folder.available_bytes", lambda: 0)
+    rounds: list[int] = []
+
+    def watched(stream: object, jobs: list[object], watch: object) -> None:
+        rounds.append(len(jobs))
+        read_together(stream, jobs, watch)
+
+    monkeypatch.setattr("ckpt_tools.jobs.folder.read_together", watched)
+    assert whole_run(root) == ["done"] * 4
+    assert rounds == [1] * 4
+    assert {path.name: path.read_bytes() for path in (root / "fixed").rglob("*.safetensors")} == together
+
+
+def test_the_compiler_is_left_as_it_was(root: Path) -> None:
+    """Models in turns, each in a thread, enter and leave in another order than a stack's."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))  # from here on there is a compiler
+    assert whole_run(root) == ["done"] * 4
+    torch.compile(lambda x: x + 2, backend=backend)(torch.ones(3))
+    assert len(graphs) == 2

@@ -64,7 +64,6 @@ from ckpt_tools.cli.together import together
 )
 @click.option("--momentum", default=0.1, show_default=True, help="Of the ema estimator.")
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Of the ema estimator.")
-@click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda or cuda:N.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
@@ -73,8 +72,7 @@ from ckpt_tools.cli.together import together
     help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA only.",
 )
 @click.option("--compile", is_flag=True, help="Run what stands between BN layers through torch.compile.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
-@click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
+@options.running
 @options.preprocessing
 @click.option(
     "--eval-data",

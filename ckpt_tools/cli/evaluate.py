@@ -34,9 +34,7 @@ from ckpt_tools.cli.progress import EvaluationBar
     show_default=True,
     help="Of the random order of the images, and of the halves of --calibrate.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda or cuda:N.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Default: as large as memory allows, up to 512.")
-@click.option("--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8.")
+@options.running
 @options.preprocessing
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")

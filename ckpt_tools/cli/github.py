@@ -45,12 +45,13 @@ def fail(message: str, code: int) -> None:
 
 
 def done(facts: Mapping[str, Any]) -> None:
-    """A finished ``bn-reestimate``, from its JSON: what it was worried about, and the summary."""
-    from ckpt_tools.report.summary import summary_markdown, worries
+    """A finished ``bn-reestimate``, from its JSON: what it was worried about, and its report."""
+    from ckpt_tools.report.markdown import checkpoint_markdown
+    from ckpt_tools.report.summary import worries
 
     for worry in worries(facts):
         annotate("warning", worry)
-    summarise(summary_markdown(facts))
+    summarise(checkpoint_markdown(facts))
 
 
 def _data(text: str) -> str:

@@ -128,6 +128,20 @@ def said_preprocessing(said: dict[str, Any]) -> Preprocessing:
     )
 
 
+running = stacked(
+    click.option(
+        "--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda or cuda:N."
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Default: as large as memory allows, a power of two up to 512.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8."
+    ),
+)
+
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
 
 reports = click.option(

@@ -70,7 +70,8 @@ class PixelCache:
         with self._lock:
             file = self._opened()
             file.seek(stored.offset)
-            file.readinto(pixels)  # type: ignore[attr-defined]  # every binary file has it
+            if file.readinto(pixels) != pixels.nbytes:  # type: ignore[attr-defined]  # every binary file has it
+                raise OSError("the file of decoded images has become shorter")
         return torch.from_numpy(pixels).as_strided(stored.shape, stored.strides)
 
     def _store(self, number: int, batch: Tensor) -> None:

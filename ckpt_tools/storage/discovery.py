@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ _INDEX = ".index.json"
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint, and its place below the folder that was searched: the file's name where it was named itself."""
+    """A checkpoint, and its place below the folder that was searched, or that all searched folders lie in."""
 
     path: Path
     place: PurePath
@@ -48,38 +49,54 @@ def find_checkpoints(
     ``include`` and ``exclude`` are patterns for file names or for paths below the searched folder. What this tool
     wrote itself, and what lies in ``outside``, does not count. Raises CheckpointError where a path yields none.
     """
+    root = Path(os.path.commonpath([_base(path) for path in paths]))
     found: dict[Path, Found] = {}
     for path in paths:
-        below = [one for one in _named(path, outside) if _wanted(one, include, exclude)]
+        places = [(one, _absolute(one).relative_to(root)) for one in _named(path, outside)]
+        below = [Found(one, place) for one, place in places if _wanted(place, include, exclude)]
         if not below:
             raise CheckpointError(_nothing(path, include, exclude))
         for one in below:
-            found.setdefault(one.path.absolute(), one)
+            found.setdefault(_absolute(one.path), one)
     return tuple(found.values())
 
 
-def _named(path: Path, outside: Sequence[Path]) -> Iterator[Found]:
+def _base(path: Path) -> Path:
+    """The folder that a path searches: itself, what stands before the first wildcard, or where a file lies."""
+    if path.is_dir() and not _is_whole(path):
+        return _absolute(path)
+    parts = (
+        path.parts if path.exists() else tuple(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    )
+    return _absolute(Path(*parts) if len(parts) < len(path.parts) else path.parent)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - without .., and without following links
+
+
+def _named(path: Path, outside: Sequence[Path]) -> Iterator[Path]:
     if path.is_dir() and not _is_whole(path):
         yield from _below(path, outside)
     elif path.exists() or not _is_pattern(path):
-        yield Found(path, PurePath(path.absolute().name))
+        yield path
     else:
         for match in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 - of absolute patterns, too
             yield from _named(Path(match), outside)
 
 
-def _below(root: Path, outside: Sequence[Path]) -> Iterator[Found]:
+def _below(root: Path, outside: Sequence[Path]) -> Iterator[Path]:
     skipped = {folder.resolve() for folder in outside}
     for folder, inner, names in os.walk(root):
         here = Path(folder)
         inner[:] = sorted(name for name in inner if not name.startswith(".") and (here / name).resolve() not in skipped)
         if here != root and _is_whole(here):
             inner.clear()
-            yield Found(here, here.relative_to(root))
+            yield here
             continue
         for name in sorted(names):
             if _is_weights(name, here):
-                yield Found(here / name, (here / name).relative_to(root))
+                yield here / name
 
 
 def _is_whole(folder: Path) -> bool:
@@ -102,9 +119,9 @@ def _is_weights(name: str, folder: Path) -> bool:
     return not (name.endswith(".safetensors") and recorded(folder / name) is not None)
 
 
-def _wanted(found: Found, include: Sequence[str], exclude: Sequence[str]) -> bool:
+def _wanted(place: PurePath, include: Sequence[str], exclude: Sequence[str]) -> bool:
     def matches(patterns: Sequence[str]) -> bool:
-        names = (found.place.name, found.place.as_posix())
+        names = (place.name, place.as_posix())
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
     return (not include or matches(include)) and not matches(exclude)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -113,9 +114,39 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Compiled submodules run uncompiled: our modes see operations, not graphs."""
+    """Compiled submodules run uncompiled: our modes see operations, not graphs.
+
+    The stance belongs to the process: where models take turns in several threads, the last to leave restores it.
+    """
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    _STANCE.enter()
+    try:
         yield
+    finally:
+        _STANCE.leave()
+
+
+class _Stance:
+    """torch.compiler's stance while anybody needs it to be eager."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._held: AbstractContextManager[object] = nullcontext()
+
+    def enter(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._held = torch.compiler.set_stance("force_eager")
+                self._held.__enter__()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._held.__exit__(None, None, None)
+
+
+_STANCE = _Stance()
