@@ -160,7 +160,7 @@ def folder(images: int, each: int, rounds: int, scratch: Path) -> None:
         seconds = race_folder(data, runs, rounds, Path(outputs))
     alone, together = seconds.values()
     ratio = statistics.median(b / a for a, b in zip(alone, together, strict=True))
-    print(f"{3 * each} single runs {statistics.median(alone):.1f} s, one folder run {statistics.median(together):.1f} s:")
+    print(f"{3 * each} single runs {statistics.median(alone):.1f} s, one of all {statistics.median(together):.1f} s")
     print(f"{ratio:.2f} of the time; all tensors equal")
     keep(f"folder, {3 * each} checkpoints, {images} images", seconds)
 

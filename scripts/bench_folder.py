@@ -86,7 +86,8 @@ def _run(path: Path, data: Path, *arguments: object) -> None:
 
 def _check_equal(one: Path, other: Path) -> None:
     with safe_open(one, "pt") as a, safe_open(other, "pt") as b:
-        if list(a.keys()) != list(b.keys()) or not all(_same(a.get_tensor(key), b.get_tensor(key)) for key in a.keys()):
+        keys = list(a.keys())
+        if keys != list(b.keys()) or not all(_same(a.get_tensor(key), b.get_tensor(key)) for key in keys):
             raise SystemExit(f"{one} and {other} differ.")
 
 
