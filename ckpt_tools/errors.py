@@ -8,6 +8,7 @@ CkptToolsError                  1   a failure the user can act on
 ├── ModelError                  1   a model that cannot be walked or run
 ├── DataError                   1   training data that cannot be used
 ├── OutputError                 1   an output that cannot be written
+├── RankError                   1   a process of a distributed job that is gone
 ├── NothingToDo                 3   no running variance is wrong
 └── CheckFailed                 4   a check or gate said no
 
@@ -26,6 +27,7 @@ __all__ = [
     "ModelError",
     "NothingToDo",
     "OutputError",
+    "RankError",
     "UsageError",
 ]
 
@@ -68,6 +70,10 @@ class DataError(CkptToolsError):
 
 class OutputError(CkptToolsError):
     """An output that cannot be written."""
+
+
+class RankError(CkptToolsError):
+    """A process of a distributed job that is gone, failed or cannot be reached."""
 
 
 class NothingToDo(CkptToolsError):

@@ -11,6 +11,7 @@ import click
 from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar, EvaluationBar
+from ckpt_tools.cli.together import together
 
 
 @click.command(name="bn-reestimate")
@@ -108,6 +109,9 @@ def bn_reestimate(
 
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
+
+    On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
+    batches and, of GPUs, its own; the result is that of one process.
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
@@ -123,17 +127,21 @@ def bn_reestimate(
         many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
     check_reports(reports, (first, request.output, Path(request.data), Path(request.eval_data or request.data)))
-    with options.own_stdout():
-        plan = prepare(request)
-    if not as_json:
-        click.echo(plan_text(plan) + "\n")
-    bars = Bar(plan.stream.count, hidden=quiet), EvaluationBar(plan.labelled_images, hidden=quiet)
-    with bars[0], bars[1], options.own_stdout(), terminable():
-        outcome = execute(plan, *bars)
-    facts = outcome_json(outcome)
-    for report in reports:
-        write_report(report, facts)
-    click.echo(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
-    if not as_json:
-        click.echo("".join(f"report: {report}\n" for report in reports), nl=False)
-    github.done(facts)
+    with together(request.device) as team:
+        with options.own_stdout():
+            plan = prepare(request, team=team)
+        if not as_json and team.speaks:
+            click.echo(plan_text(plan) + "\n")
+        hidden = quiet or not team.speaks
+        bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
+        with bars[0], bars[1], options.own_stdout(), terminable():
+            outcome = execute(plan, *bars)
+        if not team.speaks:
+            return
+        facts = outcome_json(outcome)
+        for report in reports:
+            write_report(report, facts)
+        click.echo(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
+        if not as_json:
+            click.echo("".join(f"report: {report}\n" for report in reports), nl=False)
+        github.done(facts)

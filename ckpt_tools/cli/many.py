@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def reestimate(
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("torchrun shares one checkpoint among processes, not several. Run a folder in one process.")
     if request.output is not None:
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
     outside = [place.output_dir] if place.output_dir else []
