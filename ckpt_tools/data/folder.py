@@ -105,6 +105,10 @@ class FolderImages:
                 skipped[index] = Skipped(_printable(self.names[index]), _reason(error, path))
         return Chunk(stacked(images) if images else None, skipped)
 
+    def name(self, index: int) -> str:
+        """The file below the folder."""
+        return _printable(self.names[index])
+
     def _read(self, path: Path) -> Tensor:
         with Image.open(path, formats=_FORMATS) as image:  # reads the header alone
             if image.format == "JPEG" and image.mode == self.transform.mode == "RGB":
