@@ -84,8 +84,8 @@ def clusters_odd(energy: Tensor, images: int, gauge: Gauge) -> bool:
     size, middle = images / len(energy), among.median()
     if size * math.expm1(min(float(energy.max() - middle), 50)) <= math.exp(DEEP_FLOOR) - 1:
         return False  # as nearly always
-    single = [torch.log1p(size * torch.expm1((one - middle).clamp(0, 50))) for one in (energy, among)]
-    return bool(apart(*single, DEEP_FLOOR).any())
+    single, others = (torch.log1p(size * torch.expm1((one - middle).clamp(0, 50))) for one in (energy, among))
+    return bool(apart(single, others, DEEP_FLOOR).any())
 
 
 def extremes(energy: Mapping[str, Tensor], gauges: Mapping[str, Gauge]) -> dict[int, Suspect]:
