@@ -8,6 +8,7 @@ CkptToolsError                  1   a failure the user can act on
 ├── ModelError                  1   a model that cannot be walked or run
 ├── DataError                   1   training data that cannot be used
 ├── OutputError                 1   an output that cannot be written
+├── RemoteError                 1   a URL behind which nothing can be read
 ├── NothingToDo                 3   no running variance is wrong
 └── CheckFailed                 4   a check or gate said no
 
@@ -26,6 +27,7 @@ __all__ = [
     "ModelError",
     "NothingToDo",
     "OutputError",
+    "RemoteError",
     "UsageError",
 ]
 
@@ -68,6 +70,10 @@ class DataError(CkptToolsError):
 
 class OutputError(CkptToolsError):
     """An output that cannot be written."""
+
+
+class RemoteError(CkptToolsError):
+    """A URL behind which nothing can be read: nothing there, no access, no network, a package that is missing."""
 
 
 class NothingToDo(CkptToolsError):
