@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import github
+from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.remote.mirror import mirroring, told
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
 
@@ -22,7 +24,11 @@ class Boundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command and answer for what it raises."""
+        """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
+        with mirroring(transfer_bar), terminable():
+            return self._answered(ctx)
+
+    def _answered(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except CkptToolsError as error:
@@ -59,6 +65,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get(TRACEBACK):
         raise
+    message = told(message)
     click.echo(f"ckpt-fix: {message}", err=True)
     github.fail(message, code)
     sys.exit(code)
