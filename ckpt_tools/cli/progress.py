@@ -77,7 +77,7 @@ class EvaluationBar:
 @contextlib.contextmanager
 def transfer_bar(url: str, size: int | None) -> Iterator[Callable[[int], object]]:
     """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a second."""
-    with tqdm[Never](
+    bar: tqdm[Never] = tqdm(
         total=size,
         desc=url,
         unit="B",
@@ -87,7 +87,8 @@ def transfer_bar(url: str, size: int | None) -> Iterator[Callable[[int], object]
         disable=not sys.stderr.isatty(),
         file=sys.stderr,
         dynamic_ncols=True,
-    ) as bar:
+    )
+    with bar:
         yield lambda seen: bar.update(seen - bar.n)
 
 

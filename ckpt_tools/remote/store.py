@@ -74,7 +74,7 @@ class Remote:
 
 
 def open_remote(url: str) -> Remote:
-    """What a URL stands for. Asks no network. Raises UsageError for an unknown scheme, RemoteError without its package."""
+    """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without its package."""
     from fsspec.core import url_to_fs
 
     _require_known(url)
@@ -84,7 +84,7 @@ def open_remote(url: str) -> Remote:
 
 
 def open_url(url: str) -> IO[bytes]:
-    """A file behind a URL, to read from beginning to end. Raises RemoteError; reading raises whatever the store does."""
+    """A file behind a URL, to be read from beginning to end. Raises RemoteError; reading raises what the store does."""
     remote = open_remote(url)
     with reaching(url):
         return cast("IO[bytes]", remote.fs.open(remote.path, "rb"))
