@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -33,8 +34,10 @@ from ckpt_tools.data import remote_folder
 from ckpt_tools.data.source import open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
+from ckpt_tools.jobs.places import default_output
 from ckpt_tools.remote.copies import fetch
 from ckpt_tools.remote.mirror import located, mirroring, told
+from ckpt_tools.remote.scratch import new_name
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import recorded
 from ckpt_tools.storage.read import read_checkpoint
@@ -81,16 +84,37 @@ def stores() -> Iterator[None]:
     assert not [name for name in (*Fragile.files, *MemoryFileSystem.store) if ".tmp" in name]
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    return nets.trained(nets.DenseNet(), nets.batches(SHAPE))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its training data, and a folder of three models, made once."""
+    folder = tmp_path_factory.mktemp("made")
+    np.save(folder / "data.npy", torch.cat(nets.batches(SHAPE)).numpy())
+    for number in range(3):
+        torch.manual_seed(number)
+        runs = folder / "runs" / f"{number % 2}"
+        runs.mkdir(parents=True, exist_ok=True)
+        torch.save(nets.trained(nets.DenseNet(), nets.batches(SHAPE)).state_dict(), runs / f"{number}.pt")
+    return folder
 
 
 @pytest.fixture
-def files(tmp_path: Path, model: nn.Module) -> Path:
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    np.save(tmp_path / "data.npy", torch.cat(nets.batches(SHAPE)).numpy())
+def files(tmp_path: Path, made: Path) -> Path:
+    shutil.copy(made / "data.npy", tmp_path)
+    shutil.copy(made / "runs/0/0.pt", tmp_path / "model.pt")
     return tmp_path
+
+
+@pytest.fixture
+def runs(files: Path, made: Path) -> Path:
+    shutil.copytree(made / "runs", files / "runs")
+    return files
+
+
+@pytest.fixture
+def model(made: Path) -> nn.Module:
+    model = nets.DenseNet()
+    model.load_state_dict(torch.load(made / "runs/0/0.pt"))
+    return model
 
 
 def upload(path: Path, url: str) -> str:
@@ -183,7 +207,7 @@ def job(files: Path, *more: object) -> list[object]:
     ("url", "code", "said"),
     [
         ("memory://bucket/nothing.pt", 1, "memory://bucket/nothing.pt: expected a file or folder there, found nothing"),
-        ("s4://bucket/model.pt", 2, "Did you mean s3://?"),
+        ("s4://bucket/model.pt", 2, "Did you mean s3?"),
         ("memory://bucket/../model.pt", 2, "without empty parts"),
         ("memory://", 2, "without empty parts"),
         ("lost://bucket/model.pt", 1, "reading lost:// needs a package"),
@@ -282,7 +306,7 @@ def test_the_source_is_never_written_to(files: Path) -> None:
 def test_a_disk_without_room(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = upload(files / "model.pt", "memory://bucket/model.pt")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    assert "needs 21,150 bytes, 10 bytes are free" in failed("inspect", url)
+    assert "bytes, 10 bytes are free" in failed("inspect", url)
 
 
 # Secrets
@@ -388,16 +412,6 @@ def test_an_index_leads_nowhere_else(files: Path) -> None:
 
 
 # Folders
-
-
-@pytest.fixture
-def runs(files: Path) -> Path:
-    for number in range(3):
-        torch.manual_seed(number)
-        folder = files / "runs" / f"{number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(nets.trained(nets.DenseNet(), nets.batches(SHAPE)).state_dict(), folder / f"{number}.pt")
-    return files
 
 
 @pytest.mark.parametrize("scheme", ["memory", "fragile"])
@@ -606,6 +620,30 @@ def test_http_that_fails(files: Path, server: str) -> None:
 def test_nothing_is_written_over_http(files: Path, server: str) -> None:
     said = failed("bn-reestimate", files / "model.pt", "--data", "nowhere", "-o", f"{server}/x.safetensors")
     assert f"{server}/x.safetensors: nothing can be written over http." in said
+
+
+def test_nothing_is_written_unasked_over_http_or_into_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with mirroring():
+        for url in ("http://host/a/model.pt", "hf://org/repo/model.pt"):
+            assert default_output(located(url), "bn") == tmp_path / "model.bn.safetensors"
+        assert told(str(default_output(located("s3://bucket/model.pt")))) == "s3://bucket/model.safetensors"
+
+
+def test_copies_of_killed_processes_are_removed(files: Path, temporary: Path) -> None:
+    killed = temporary / new_name().replace(str(os.getpid()), "999999999")
+    killed.mkdir()
+    ok(
+        "inspect",
+        upload(files / "model.pt", "memory://bucket/model.pt"),
+        "--arch",
+        "nets:DenseNet",
+        "--input-size",
+        "3,8,8",
+    )
+    assert not killed.exists()
 
 
 def test_images_over_http(images: Path, server: str) -> None:

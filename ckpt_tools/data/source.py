@@ -115,13 +115,13 @@ def _on_disk(spec: str, path: Path, limit: int | None, seed: int) -> Source:
 
 
 def _behind_url(spec: str, limit: int | None, seed: int) -> Source:
-    shown, place = without_secrets(spec), located(spec)
-    if place.suffix.lower() in ARRAY_SUFFIXES:
-        return ArraySource(shown, find_array(fetch(place)), limit, seed)
+    shown = without_secrets(spec)
+    if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
+        return ArraySource(shown, find_array(fetch(located(spec))), limit, seed)
     remote = open_remote(spec)
     if remote.is_folder() or remote.scheme in ("http", "https"):  # where a folder is a page that lists it
         return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
-    return _file(shown, place, limit, seed)
+    return _file(shown, Path(shown), limit, seed)
 
 
 def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:

@@ -24,7 +24,7 @@ _PIECE = 1 << 22  # bytes that are compared at a time
 def writes_beside(path: Path) -> bool:
     """Whether an output that nobody named may go beside a file: not over http, and not into a repository."""
     mirror = mirror_of(path)
-    return mirror is None or mirror.remote(path).scheme not in _READ_ONLY | _COMMITS
+    return mirror is None or mirror.scheme(path) not in _READ_ONLY | _COMMITS
 
 
 def check_remote(target: Path, *, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.remote.address import Origin, is_url, local_path, parted
+from ckpt_tools.remote.address import Origin, is_url, local_path, parted, scheme_of
 from ckpt_tools.remote.scratch import new_folder
 from ckpt_tools.remote.store import Remote, open_remote
 
@@ -73,6 +73,10 @@ class Mirror:
         """What a place stands for. Raises UsageError, RemoteError where its store cannot be opened."""
         number, _, rest = path.relative_to(self.folder).as_posix().partition("/")
         return open_remote(f"{self._origins[int(number)].said}{rest}{self.query(path)}")
+
+    def scheme(self, path: Path) -> str:
+        """``s3`` and the like, of the URL of a place."""
+        return scheme_of(self._origins[int(path.relative_to(self.folder).parts[0])].said)
 
     def query(self, path: Path) -> str:
         """What follows the path in the URL of a place; below a folder, what follows the folder's."""

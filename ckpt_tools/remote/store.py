@@ -74,7 +74,7 @@ class Remote:
 
 
 def open_remote(url: str) -> Remote:
-    """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without its package."""
+    """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without a package."""
     from fsspec.core import url_to_fs
 
     _require_known(url)
@@ -107,11 +107,11 @@ def _require_known(url: str) -> None:
     known = {*available_protocols(), *registry}
     scheme = scheme_of(url)
     if scheme not in known:
-        near = get_close_matches(scheme, sorted(known), 1)
-        hint = f" Did you mean {near[0]}://?" if near else ""
+        near = get_close_matches(scheme, sorted(known), 1, 0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
             f"{without_secrets(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found "
-            f"{scheme}://.{hint}"
+            f"{scheme}.{hint}"
         )
 
 
