@@ -36,7 +36,7 @@ from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
 from ckpt_tools.jobs.places import default_output
 from ckpt_tools.remote.copies import fetch
-from ckpt_tools.remote.mirror import located, mirroring, told
+from ckpt_tools.remote.mirror import as_urls, located, mirroring
 from ckpt_tools.remote.scratch import new_name
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import recorded
@@ -339,10 +339,10 @@ def test_places_are_told_as_urls() -> None:
         one, other = located("https://me:pw@host/a/b.pt?sig=1"), located("https://me:pw@host/a/b.pt?sig=2")
         assert one != other
         assert one == located("https://me:pw@host/a/b.pt?sig=1")
-        assert told({str(one): [f"{other}: bad", one.parent.as_posix()]}) == {
+        assert as_urls({str(one): [f"{other}: bad", one.parent.as_posix()]}) == {
             "https://host/a/b.pt": ["https://host/a/b.pt: bad", "https://host/a"]
         }
-        assert told("see https://me:pw@host/x?sig=1") == "see https://host/x"
+        assert as_urls("see https://me:pw@host/x?sig=1") == "see https://host/x"
     assert located("plain/path") == Path("plain/path")
 
 
@@ -629,7 +629,7 @@ def test_nothing_is_written_unasked_over_http_or_into_a_repository(
     with mirroring():
         for url in ("http://host/a/model.pt", "hf://org/repo/model.pt"):
             assert default_output(located(url), "bn") == tmp_path / "model.bn.safetensors"
-        assert told(str(default_output(located("s3://bucket/model.pt")))) == "s3://bucket/model.safetensors"
+        assert as_urls(str(default_output(located("s3://bucket/model.pt")))) == "s3://bucket/model.safetensors"
 
 
 def test_copies_of_killed_processes_are_removed(files: Path, temporary: Path) -> None:

@@ -11,7 +11,8 @@ import click
 from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar, EvaluationBar
-from ckpt_tools.remote.mirror import located, told
+from ckpt_tools.cli.together import together
+from ckpt_tools.remote.mirror import as_urls, located
 
 
 @click.command(name="bn-reestimate")
@@ -119,6 +120,9 @@ def bn_reestimate(
 
     Every path may be a URL of a store that fsspec knows (s3:// gs:// hf:// http:// …), with credentials from the
     environment.
+
+    On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
+    batches and, of GPUs, its own; the result is that of one process.
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.reestimation import Request, execute, prepare
@@ -134,17 +138,21 @@ def bn_reestimate(
         many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
     check_reports(reports, (first, request.output, *map(located, (request.data, request.eval_data or request.data))))
-    with options.own_stdout():
-        plan = prepare(request)
-    if not as_json:
-        options.show(plan_text(plan) + "\n")
-    bars = Bar(plan.stream.count, hidden=quiet), EvaluationBar(plan.labelled_images, hidden=quiet)
-    with bars[0], bars[1], options.own_stdout(), terminable():
-        outcome = execute(plan, *bars)
-    facts = told(outcome_json(outcome))
-    for report in reports:
-        write_report(report, facts)
-    options.show(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
-    if not as_json:
-        click.echo(told("".join(f"report: {report}\n" for report in reports)), nl=False)
-    github.done(facts)
+    with together(request.device) as team:
+        with options.own_stdout():
+            plan = prepare(request, team=team)
+        if not as_json and team.speaks:
+            options.show(plan_text(plan) + "\n")
+        hidden = quiet or not team.speaks
+        bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
+        with bars[0], bars[1], options.own_stdout(), terminable():
+            outcome = execute(plan, *bars)
+        if not team.speaks:
+            return
+        facts = as_urls(outcome_json(outcome))
+        for report in reports:
+            write_report(report, facts)
+        options.show(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
+        if not as_json:
+            click.echo(as_urls("".join(f"report: {report}\n" for report in reports)), nl=False)
+        github.done(facts)

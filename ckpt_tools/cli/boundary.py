@@ -15,7 +15,7 @@ import click
 from ckpt_tools.cli import github
 from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.remote.mirror import mirroring, told
+from ckpt_tools.remote.mirror import as_urls, mirroring
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
 
@@ -31,10 +31,6 @@ class Boundary(click.Group):
     def _answered(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except CkptToolsError as error:
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", 130)
         except click.ClickException as error:
             github.fail(error.format_message(), error.exit_code)
             raise
@@ -44,8 +40,8 @@ class Boundary(click.Group):
             # The reader of our output went away; keep Python from complaining once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except Exception as error:  # noqa: BLE001 - the last resort of a boundary
-            _fail(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of a boundary
+            sys.exit(told(error))
 
 
 @contextlib.contextmanager
@@ -62,10 +58,24 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, code: int) -> None:
+def told(error: BaseException) -> int:
+    """Print what went wrong; the exit code for it. With CKPT_FIX_TRACEBACK set, raises it instead."""
     if os.environ.get(TRACEBACK):
-        raise
-    message = told(message)
+        raise error
+    message, code = _answer(error)
     click.echo(f"ckpt-fix: {message}", err=True)
     github.fail(message, code)
-    sys.exit(code)
+    return code
+
+
+def exit_code(error: BaseException) -> int:
+    """What the process says about it to whoever started it."""
+    return _answer(error)[1]
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, CkptToolsError):
+        return as_urls(str(error)), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written", 130
+    return as_urls(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where."), 1

@@ -10,7 +10,7 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.remote.mirror import told
+from ckpt_tools.remote.mirror import as_urls
 
 
 @click.command()
@@ -39,5 +39,5 @@ def convert(checkpoint: Path, as_json: bool, **said: Any) -> None:
 
     with options.own_stdout(), terminable():
         conversion = execute(ConvertRequest(checkpoint, **said))
-    facts = told(conversion_json(conversion))
+    facts = as_urls(conversion_json(conversion))
     options.show(json.dumps(facts, indent=2) if as_json else conversion_text(conversion))

@@ -10,7 +10,7 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.progress import EvaluationBar
-from ckpt_tools.remote.mirror import told
+from ckpt_tools.remote.mirror import as_urls
 
 
 @click.command()
@@ -65,6 +65,6 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
         options.show(evaluation_plan_text(plan) + "\n")
     with EvaluationBar(plan.images, hidden=quiet) as bar, options.own_stdout():
         outcome = execute(plan, bar)
-    facts = told(evaluation_json(outcome))
+    facts = as_urls(evaluation_json(outcome))
     options.show(json.dumps(facts, indent=2) if as_json else evaluation_text(outcome))
     refuse_failed(outcome.metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.remote.delivery import writes_beside
-from ckpt_tools.remote.mirror import located, told
+from ckpt_tools.remote.mirror import as_urls, located
 
 if TYPE_CHECKING:
     from ckpt_tools.jobs.folder import Result
@@ -78,6 +79,8 @@ def reestimate(
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("torchrun shares one checkpoint among processes, not several. Run a folder in one process.")
     if request.output is not None:
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
     outside = [place.output_dir] if place.output_dir else []
@@ -89,11 +92,11 @@ def reestimate(
     with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable(), contextlib.ExitStack() as after:
         after.callback(log.publish)
         run(items, request, lambda result: records.append(bars.finished(_recorded(log, result))), bars.images)
-    order = {told(str(item.checkpoint)): number for number, item in enumerate(items)}
+    order = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
     records.sort(key=lambda record: order[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
-    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else told(folder_text(records, log.path)))
+    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else as_urls(folder_text(records, log.path)))
     github.summarise(folder_markdown(records))
     _answer([record["status"] for record in records], log.path)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.mirror import located, told
+from ckpt_tools.remote.mirror import as_urls, located
 
 if TYPE_CHECKING:
     from ckpt_tools.jobs.inputs import Preprocessing
@@ -34,7 +34,7 @@ path = _Location(path_type=Path, readable=False)  # who cannot be read is told b
 
 def show(text: str) -> None:
     """Print a result, with the URLs of remote files and without their secrets."""
-    click.echo(told(text))
+    click.echo(as_urls(text))
 
 
 def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.jpeg import decoded
-from ckpt_tools.data.order import default_workers, random_order
+from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
 from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
 from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
@@ -64,6 +64,7 @@ class FolderSource:
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
+        share: Share = WHOLE,
     ) -> IndexedStream:
         """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
         if input_spec is None:
@@ -82,6 +83,7 @@ class FolderSource:
             workers=default_workers() if workers is None else workers,
             cache=PixelCache() if cached else None,
             device=device,
+            share=share,
         )
 
 

@@ -15,6 +15,7 @@ from ckpt_tools.data.arrays import ArraySource
 from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.datasets import DATASETS, Split, find_dataset, recognise
 from ckpt_tools.data.folder import FolderSource
+from ckpt_tools.data.order import WHOLE, Share
 from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
 from ckpt_tools.data.stream import BatchStream
@@ -64,6 +65,7 @@ class Source(Protocol):
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
+        share: Share = WHOLE,
     ) -> BatchStream:
         """A stream of batches ready for the model, to be iterated as often as needed.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ckpt_tools.distributed import Ranks
 from ckpt_tools.errors import ModelError, OutputError, UsageError
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import located
@@ -34,10 +35,19 @@ def refuse_data(output: Path, data: str, kind: str = "training") -> None:
         raise OutputError(f"{output}: expected a file of its own, found the {kind} data. Choose another name.")
 
 
-def usable_device(said: str) -> str:
-    """What ``--device`` means on this machine. Raises UsageError, ModelError for a device that is not there."""
+def usable_device(said: str, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
+    """What ``--device`` means on this machine: of several ranks each gets the GPU with its number.
+
+    Raises UsageError, ModelError for a device that is not there.
+    """
     if said == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        said = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.local_world > 1 and said.startswith("cuda"):
+        if said != "cuda":
+            raise UsageError(
+                f"--device {said}: expected auto, cpu or cuda under torchrun; each rank takes its own GPU."
+            )
+        said = f"cuda:{ranks.local_rank}"
     try:
         kind, index = torch.device(said).type, torch.device(said).index or 0
     except RuntimeError:

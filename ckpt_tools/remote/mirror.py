@@ -2,7 +2,7 @@
 
 A mirror is a temporary folder: ``s3://bucket/runs/model.pt`` has its place at ``MIRROR/0/bucket/runs/model.pt``.
 Whoever reads calls ``fetch`` on a path first, whoever writes delivers what stands at a place, and all others work with
-paths as ever. ``told`` turns places in a text back into URLs, without their secrets.
+paths as ever. ``as_urls`` turns places in a text back into URLs, without their secrets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ckpt_tools.remote.address import Origin, is_url, local_path, parted, scheme
 from ckpt_tools.remote.scratch import new_folder
 from ckpt_tools.remote.store import Remote, open_remote
 
-__all__ = ["Mirror", "is_remote", "located", "mirror_of", "mirroring", "store_of", "told"]
+__all__ = ["Mirror", "as_urls", "is_remote", "located", "mirror_of", "mirroring", "store_of"]
 
 Watch = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], object]]]
 """Told the URL and the bytes of a transfer, if they are known; what comes out of it is told the bytes so far."""
@@ -132,16 +132,16 @@ def store_of(path: Path) -> Path | None:
     return None if mirror is None else mirror.folder / path.relative_to(mirror.folder).parts[0]
 
 
-def told(value: Any) -> Any:
+def as_urls(value: Any) -> Any:
     """The same plain value (text, mapping, list, …) with URLs instead of places, and without secrets in any URL."""
     if isinstance(value, str):
         for mirror in _LIVING:
             value = mirror.told(value)
         return without_secrets(value)
     if isinstance(value, Mapping):
-        return {told(key): told(item) for key, item in value.items()}
+        return {as_urls(key): as_urls(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [told(item) for item in value]
+        return [as_urls(item) for item in value]
     return value
 
 

@@ -12,7 +12,7 @@ from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.folder import Result
 from ckpt_tools.remote.copies import fetch
 from ckpt_tools.remote.delivery import deliver
-from ckpt_tools.remote.mirror import is_remote, told
+from ckpt_tools.remote.mirror import as_urls, is_remote
 from ckpt_tools.report.json import outcome_json
 from ckpt_tools.storage.atomic import check_target
 
@@ -53,9 +53,9 @@ class Manifest:
 
     def add(self, result: Result) -> Record:
         """Record a result and return what is known of the checkpoint: what was done before has its earlier line."""
-        name = told(str(result.item.checkpoint))
+        name = as_urls(str(result.item.checkpoint))
         earlier = self._records.get(name)
-        if result.status == "done before" and earlier and earlier.get("output") == told(str(result.item.output)):
+        if result.status == "done before" and earlier and earlier.get("output") == as_urls(str(result.item.output)):
             return {**earlier, "status": result.status}
         record = record_of(result)
         self._records[name] = record
@@ -72,7 +72,7 @@ class Manifest:
 def record_of(result: Result) -> Record:
     """A result as a line of the manifest; ``report`` is what ``--json`` says of a single checkpoint."""
     error = result.error
-    record: Record = told(
+    record: Record = as_urls(
         {
             "checkpoint": str(result.item.checkpoint),
             "status": result.status,
