@@ -118,8 +118,10 @@ def bn_reestimate(
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
 
-    Every path may be a URL of a store that fsspec knows (s3:// gs:// hf:// http:// …), with credentials from the
-    environment.
+    Every path may be a URL of a store that fsspec knows, with credentials from the environment:
+
+    \b
+        ckpt-fix bn-reestimate s3://bucket/model.pt --data s3://bucket/train/
 
     On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
     batches and, of GPUs, its own; the result is that of one process.

@@ -15,7 +15,9 @@ from ckpt_tools.remote.mirror import as_urls
 
 @click.command()
 @click.argument("checkpoint", type=options.path)
-@click.option("-o", "--output", type=options.path, help="Default: NAME.safetensors beside the checkpoint.")
+@click.option(
+    "-o", "--output", type=options.path, help="A file or a URL. Default: NAME.safetensors beside the checkpoint."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @options.checkpoint
 @options.as_json

@@ -31,6 +31,7 @@ def fetch(path: Path, *, optional: bool = False) -> Path:
     try:
         size = remote.size()
         with mirror.watch(str(remote), size) as seen:
+            mirror.make(path.parent)
             _copy(remote, path, size, counting(seen))
     except RemoteError as error:
         known = error.__cause__ or error
@@ -60,7 +61,7 @@ def peek(path: Path, count: int = 0, size: int | None = None) -> bytes | None:
         if is_missing(error.__cause__ or error):
             return None
         raise
-    path.parent.mkdir(parents=True, exist_ok=True)
+    mirror.make(path.parent)
     with path.open("wb") as file:
         file.write(head[:count])
         file.truncate(max(size or 0, len(head[:count])))  # a hole, which takes no room
@@ -84,7 +85,6 @@ def _beginning(path: Path, count: int) -> bytes | None:
 
 
 def _copy(remote: Remote, path: Path, size: int | None, callback: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if size is not None and size > shutil.disk_usage(path.parent).free:
         raise _no_room(remote, path.parent, size)
     part = path.with_name(new_name())

@@ -44,7 +44,7 @@ def check_remote(target: Path, *, overwrite: bool) -> None:
     if folder is not None and target.parent not in mirror.writable and remote.scheme not in _COMMITS:
         _probe(remote, folder)
         mirror.writable.add(target.parent)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    mirror.make(target.parent)
 
 
 def deliver(file: Path, target: Path, *, overwrite: bool) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.errors import RemoteError
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.address import Origin, is_url, local_path, parted, scheme_of
-from ckpt_tools.remote.scratch import new_folder
+from ckpt_tools.remote.scratch import new_name, roomy_folder, sweep
 from ckpt_tools.remote.store import Remote, open_remote
 
 __all__ = ["Mirror", "as_urls", "is_remote", "located", "mirror_of", "mirroring", "store_of"]
@@ -33,7 +34,7 @@ def _unseen(name: str, size: int | None) -> contextlib.AbstractContextManager[Ca
 
 
 class Mirror:
-    """Places for remote files. Its folder is made for the first URL and removed by ``close``.
+    """Places for remote files. Its folder is made for the first copy and removed by ``close``.
 
     ``present``: places at which the file stands as it is behind its URL; ``surveyed``: those of folders whose files all
     have places; ``writable``: those of folders that have proved to be.
@@ -50,10 +51,23 @@ class Mirror:
 
     @property
     def folder(self) -> Path:
-        """The temporary folder."""
+        """The temporary folder, which need not be there yet."""
         if self._folder is None:
-            self._folder = new_folder()
+            self._folder = roomy_folder().resolve() / new_name()
         return self._folder
+
+    def make(self, folder: Path) -> None:
+        """Make a folder among the places, and all above it. Raises RemoteError."""
+        try:
+            if not self.folder.exists():
+                sweep(self.folder.parent)
+                self.folder.mkdir(mode=0o700)  # copies are nobody else's business
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RemoteError(
+                f"{folder}: no copy of it can be put into {self.folder.parent} ({error.strerror}). Set TMPDIR to a "
+                "folder that can be written."
+            ) from error
 
     def place(self, url: str) -> Path:
         """Where a remote file stands once it is fetched. Raises UsageError for a URL that means no place."""

@@ -11,7 +11,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-__all__ = ["abandoned", "new_folder", "new_name", "roomy_folder"]
+__all__ = ["abandoned", "new_name", "roomy_folder", "sweep"]
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _NAME = re.compile(rf"\.?ckpt-tools-{_HOST}-(\d+)-[0-9a-f]+(\.tmp)?")
@@ -24,15 +24,11 @@ def roomy_folder() -> Path:
     return large if usable else Path(tempfile.gettempdir())
 
 
-def new_folder() -> Path:
-    """A temporary folder that nobody else may look into; those of processes that were killed are removed."""
-    root = roomy_folder().resolve()
+def sweep(root: Path) -> None:
+    """Remove the folders that killed processes of this machine have left."""
     for path in root.glob("ckpt-tools-*"):
         if abandoned(path.name):
             shutil.rmtree(path, ignore_errors=True)
-    folder = root / new_name()
-    folder.mkdir(mode=0o700)
-    return folder
 
 
 def new_name() -> str:

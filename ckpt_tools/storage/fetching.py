@@ -31,7 +31,7 @@ def fetch_checkpoint(path: Path) -> None:
     remote = mirror.remote(path)
     if remote.is_folder():
         sizes = remote.sizes(depth=1)
-        path.mkdir(parents=True, exist_ok=True)
+        mirror.make(path)
         for name in (name for name in sizes if is_of_interest(name) and not (path / name).exists()):
             peek(path / name, size=sizes[name])  # whoever looks for the checkpoint sees all of them
         _fetch(path, members(list(sizes)), described=True)
@@ -76,7 +76,7 @@ def survey(path: Path) -> None:
         return
     remote = mirror.remote(base)
     if remote.is_folder():
-        base.mkdir(parents=True, exist_ok=True)
+        mirror.make(base)
         sizes = {name: size for name, size in remote.sizes().items() if _is_visible(name)}
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(lambda name: _outline(base / name, sizes[name]), sizes))
