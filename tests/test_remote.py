@@ -24,13 +24,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 from PIL import Image
 from safetensors.torch import load, save_file
-from stores import Fragile
+from stores import Fragile, Whole
 from torch import nn
 
 import ckpt_tools
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import remote_folder
+from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.source import open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
@@ -76,7 +77,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 @pytest.fixture(autouse=True)
 def stores() -> Iterator[None]:
-    fsspec.register_implementation("fragile", Fragile, clobber=True)
+    for store in (Fragile, Whole):
+        fsspec.register_implementation(store.protocol, store, clobber=True)
     Fragile.reset()
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -279,6 +281,20 @@ def test_other_bytes_than_were_sent(files: Path, monkeypatch: pytest.MonkeyPatch
     assert Fragile.files == {}
 
 
+def test_an_object_store_gets_an_output_in_one_step(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok("convert", files / "model.pt", "-o", files / "local.safetensors")
+    ok("convert", files / "model.pt", "-o", "s3://bucket/x.safetensors")
+    assert Whole.files == {"bucket/x.safetensors": (files / "local.safetensors").read_bytes()}
+    Fragile.files["bucket/x.safetensors"] = b"earlier"
+    Fragile.write_limit = 1000
+    again = ["convert", files / "model.pt", "-o", "s3://bucket/x.safetensors", "--overwrite"]
+    assert "the store went away" in failed(*again)
+    assert Whole.files == {"bucket/x.safetensors": b"earlier"}
+    monkeypatch.setattr(Whole, "put_file", lambda self, local, name, **more: self.pipe_file(name, b"rubbish"))
+    assert "other bytes came back than were sent" in failed(*again)
+    assert Whole.files == {}
+
+
 def test_an_existing_output_stays_without_overwrite(files: Path) -> None:
     url = upload(files / "data.npy", "memory://bucket/x.safetensors")
     said = failed(*job(files, files / "model.pt", "-o", url))
@@ -327,6 +343,7 @@ def test_secrets_are_shown_nowhere(files: Path) -> None:
     Fragile.read_limit = None
     told_all.append(failed("bn-reestimate", source, "--data", data.replace("data", "nothing"), *more, "--overwrite"))
     told_all.append(failed("inspect", source.replace("model", "nothing")))
+    told_all.append(failed("inspect", "model.pt", source, code=2))
     for text in told_all:
         assert "s3cr3t" not in text
         assert "t0k3n" not in text
@@ -555,6 +572,13 @@ def test_remote_arrays(files: Path) -> None:
         (upload(files / "model.pt", "memory://bucket/data.bin"), "expected a folder of images or an array"),
     ]:
         assert said in failed("bn-reestimate", files / "model.pt", "--data", spec)
+
+
+def test_remote_class_maps(files: Path) -> None:
+    (files / "classes.txt").write_text("cat\ndog\n")
+    with mirroring():
+        found = read_class_map(located(upload(files / "classes.txt", "memory://bucket/classes.txt")))
+        assert found.numbers == {"cat": 0, "dog": 1}
 
 
 # http

@@ -32,6 +32,7 @@ class Boundary(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
+            error.message = as_urls(error.message)  # an argument may be a URL with a token
             github.fail(error.format_message(), error.exit_code)
             raise
         except (click.exceptions.Exit, click.Abort):
