@@ -139,18 +139,22 @@ def _writing(remote: Remote) -> Iterator[None]:
     """Whatever a store's client raises within becomes an OutputError."""
     try:
         yield
-    except CkptToolsError:
+    except CkptToolsError as error:
+        error.args = (f"{error}{_notes(error)}",)
         raise
     except NotImplementedError as error:
         raise OutputError(
             f"{remote}: nothing can be written over {remote.scheme}. Choose another place with --output."
         ) from error
     except Exception as error:
-        left = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         raise OutputError(
-            f"{remote}: cannot be written there ({reason(error)}).{left or ' Nothing was left behind.'} "
+            f"{remote}: cannot be written there ({reason(error)}).{_notes(error) or ' Nothing was left behind.'} "
             "Check the credentials, or choose another place with --output."
         ) from error
+
+
+def _notes(error: BaseException) -> str:
+    return "".join(f" {note}" for note in getattr(error, "__notes__", ()))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.folder import Result
-from ckpt_tools.remote.copies import fetch
+from ckpt_tools.remote.copies import fetch, peek
 from ckpt_tools.remote.delivery import deliver
 from ckpt_tools.remote.mirror import as_urls, is_remote
 from ckpt_tools.report.json import outcome_json
@@ -33,7 +33,8 @@ class Manifest:
         self._records: dict[str, Record] = {}
         if is_remote(path):
             check_target(path, overwrite=True)
-            fetch(path, optional=True)
+            if peek(path) is not None:
+                fetch(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
