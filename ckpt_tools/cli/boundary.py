@@ -32,8 +32,10 @@ class Boundary(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = as_urls(error.message)  # an argument may be a URL with a token
-            github.fail(error.format_message(), error.exit_code)
+            message = as_urls(error.format_message())
+            github.fail(message, error.exit_code)
+            if message != error.format_message():  # an argument was a URL with a token
+                raise click.UsageError(message, getattr(error, "ctx", None)) from error
             raise
         except (click.exceptions.Exit, click.Abort):
             raise
