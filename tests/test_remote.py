@@ -455,7 +455,8 @@ def test_a_remote_folder_is_done_as_a_local_one_and_only_once(runs: Path, scheme
     assert "temporary" not in first.output + again.output + manifest
 
 
-def test_beside_the_checkpoints_and_by_patterns(runs: Path) -> None:
+def test_beside_the_checkpoints_and_by_patterns(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)  # where the manifest of a pattern goes
     url = upload_all(runs / "runs", "memory://bucket/runs")
     ok(*job(runs, f"{url}/0/*.pt"))
     made = {f"/bucket/runs/0/{number}.bn.safetensors" for number in (0, 2)}
