@@ -193,6 +193,8 @@ class Passes:
             together += new
             over = not new.batches or bool(together.common)
             more = tolerance is not None and not over and not self._reached(tolerance, together.images)
+        if together.batches and not self.team.alone and self.progress is not None:  # the others may have ended later
+            self.progress(Progress(self.passes, together.images, error_bound(self.layers.values()), self.residual))
         if common := self._common(together):
             self.passes -= 1
             self.screening.common |= common
