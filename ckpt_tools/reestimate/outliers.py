@@ -51,9 +51,19 @@ def margins(values: Tensor, among: Tensor, floor: float = FLOOR) -> Tensor:
     middle, upper = torch.quantile(among, torch.tensor([0.5, 0.75], dtype=among.dtype)).tolist()
     limit = max(floor, SPREADS * (upper - middle)) * (1 + _DOUBT / len(among))
     distance = values - middle
-    usual = among[among - middle <= limit].max() - middle
+    usual = _highest_usual(among - middle, limit)
     gap = (distance - usual) / (GAP * distance.clamp_min(floor))
     return torch.where(distance > limit, torch.minimum(distance / limit, gap), distance / limit)
+
+
+def _highest_usual(distances: Tensor, limit: float) -> float:
+    """The last one below the limit, or above it on a ladder whose steps are no gaps."""
+    usual = float(distances[distances <= limit].max())
+    for distance in distances[distances > limit].sort().values.tolist():
+        if distance - usual > GAP * distance:
+            break
+        usual = distance
+    return usual
 
 
 class Gauge:

@@ -309,8 +309,9 @@ class Passes:
                 "shuffling with a tolerance?); `exact` needs the same ones in every pass. Use pooled, or fix the data."
             )
         self._own = own.batches
-        new = {one.outlier.name: one for one in together.found}
-        self.found += tuple(one for name, one in new.items() if name not in {old.outlier.name for old in self.found})
+        if not repeatable:  # those that come later know these already
+            names = {old.outlier.name for old in self.found}
+            self.found += tuple(one for one in together.found if one.outlier.name not in names)
         self.images, self.batches, self.checksum = together.images, together.batches, together.checksum
 
 
