@@ -69,7 +69,7 @@ def flagged_section(facts: Mapping[str, Any]) -> Section:
         looked = any(key in place for place in (facts, data) for key in _FLAGGED)
         return Section("Flagged images", (_ALL_READ + (", and none stood out." if looked else "."),), "quiet")
     rows = tuple(_flag(what, entry) for what, entry in [*skipped, *flagged[:_LISTED]])
-    said = f"{count(len(skipped), 'sample')} skipped as unreadable, {len(flagged):,} flagged and left out."
+    said = f"{count(len(skipped), 'sample')} skipped as unreadable, {len(flagged):,} flagged and not counted."
     if len(flagged) > _LISTED:
         said += f" The first {_LISTED} are listed; --json names all."
     columns = (Column("Image", "code"), Column("What"), Column("Why"))
