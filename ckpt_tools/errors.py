@@ -9,6 +9,7 @@ CkptToolsError                  1   a failure the user can act on
 ├── DataError                   1   training data that cannot be used
 ├── OutputError                 1   an output that cannot be written
 ├── RankError                   1   a process of a distributed job that is gone
+├── RemoteError                 1   a URL behind which nothing can be read
 ├── NothingToDo                 3   no running variance is wrong
 └── CheckFailed                 4   a check or gate said no
 
@@ -28,6 +29,7 @@ __all__ = [
     "NothingToDo",
     "OutputError",
     "RankError",
+    "RemoteError",
     "UsageError",
 ]
 
@@ -74,6 +76,10 @@ class OutputError(CkptToolsError):
 
 class RankError(CkptToolsError):
     """A process of a distributed job that is gone, failed or cannot be reached."""
+
+
+class RemoteError(CkptToolsError):
+    """A URL behind which nothing can be read: nothing there, no access, no network, a package that is missing."""
 
 
 class NothingToDo(CkptToolsError):
