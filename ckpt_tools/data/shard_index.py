@@ -41,7 +41,8 @@ class Indexed:
 
     def name(self, row: int) -> str:
         """What to call an image; takes time, as few are asked for."""
-        return printable(f"{self.path.name}/{self.names.split(b'\0')[row].decode('utf-8', 'surrogateescape')}")
+        name = self.names.split(b"\0")[row].decode("utf-8", "surrogateescape")
+        return printable(f"{self.path.name}/{name}")
 
     def label(self, row: int) -> bytes | None:
         """The beginning of the label of an image. Raises OSError."""
