@@ -81,8 +81,8 @@ class FolderImages:
 
     def __getitem__(self, indices: list[int]) -> Chunk:
         """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
-        names = self.names
-        return read_images(indices, lambda i: self.root / names[i], lambda i: _printable(names[i]), self.transform)
+        files = [self.root / self.names[index] for index in indices]
+        return read_images(indices, files, lambda index: _printable(self.names[index]), self.transform)
 
 
 def _printable(name: str) -> str:

@@ -54,7 +54,9 @@ def grouped(members: Iterable[tuple[str, T]], shard: str) -> Iterator[Sample[T]]
                 yield Sample(key, parts)
             key, parts = split[0], {}
         if split[1] in parts:
-            raise DataError(f"{shard}: expected every member of a sample once, found {printable(name)} again. Write it anew.")
+            raise DataError(
+                f"{shard}: expected every member of a sample once, found {printable(name)} again. Write it anew."
+            )
         parts[split[1]] = member
     if parts:
         yield Sample(key, parts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -35,28 +35,28 @@ def image_transforms(spec: str, input_spec: InputSpec | None) -> tuple[ImageTran
 
 def read_images(
     numbers: Iterable[int],
-    file: Callable[[int], Path | bytearray],
+    files: Iterable[Path | BytesIO | Exception],
     name: Callable[[int], str],
     transform: ImageTransform,
 ) -> Chunk:
     """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others.
 
-    ``file`` gives the file with a number, or its content, and may raise; ``name`` gives what to call it.
+    ``files``: for each number its path, its content, or why there is none; ``name`` gives what to call it.
     """
     images, skipped = [], {}
-    for number in numbers:
-        found: Path | bytearray | None = None
+    for number, file in zip(numbers, files, strict=True):
         try:
-            found = file(number)
-            images.append(_pixels(found, transform))
+            images.append(_read(file, transform))
         # PIL's plugins raise whatever a broken header leads them to
         except Exception as error:  # noqa: BLE001
-            skipped[number] = Skipped(name(number), _reason(error, found))
+            skipped[number] = Skipped(name(number), _reason(error, file))
     return Chunk(stacked(images) if images else None, skipped)
 
 
-def _pixels(file: Path | bytearray, transform: ImageTransform) -> Tensor:
-    with Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=_FORMATS) as image:  # the header alone
+def _read(file: Path | BytesIO | Exception, transform: ImageTransform) -> Tensor:
+    if isinstance(file, Exception):
+        raise file
+    with Image.open(file, formats=_FORMATS) as image:  # reads the header alone
         if image.format == "JPEG" and image.mode == transform.mode == "RGB":
             pixels = decoded(file, image.size) if transform.takes_pixels(image.size) else None
             if pixels is not None:
@@ -64,9 +64,9 @@ def _pixels(file: Path | bytearray, transform: ImageTransform) -> Tensor:
         return transform(image)
 
 
-def _reason(error: Exception, file: Path | bytearray | None) -> str:
-    if isinstance(error, UnidentifiedImageError) and file is not None:
-        size = file.stat().st_size if isinstance(file, Path) else len(file)
+def _reason(error: Exception, file: Path | BytesIO | Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        size = file.stat().st_size if isinstance(file, Path) else isinstance(file, BytesIO) and len(file.getbuffer())
         return "no image" if size else "empty file"
     if isinstance(error, FileNotFoundError):
         return "no such file"

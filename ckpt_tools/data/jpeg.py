@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,8 @@ from torch import Tensor
 __all__ = ["decoded"]
 
 
-def decoded(file: Path | bytearray, size: tuple[int, int]) -> Tensor | None:
+def decoded(file: Path | BytesIO, size: tuple[int, int]) -> Tensor | None:
     """Uint8 (3, H, W) of a colour JPEG of this width and height, unrotated; None where PIL has to read it.
-
-    ``file``: its path, or its content.
 
     Torchvision is used only if something else, say the model, has imported it: that takes as long as decoding
     thousands of files. Its decoder is announced to be removed; then PIL reads everything. PIL also says what is
@@ -25,7 +24,7 @@ def decoded(file: Path | bytearray, size: tuple[int, int]) -> Tensor | None:
     if decode is None:
         return None
     try:
-        content = np.fromfile(file, np.uint8) if isinstance(file, Path) else np.frombuffer(file, np.uint8)
+        content = np.fromfile(file, np.uint8) if isinstance(file, Path) else np.frombuffer(file.getbuffer(), np.uint8)
         pixels: Tensor = decode(torch.from_numpy(content), mode="RGB")
     except (RuntimeError, ValueError, OSError, Warning):
         return None

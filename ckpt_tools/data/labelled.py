@@ -65,8 +65,8 @@ def labelled_batches(
     """Like ``source.batches``, with labels.
 
     Folders give the first subfolder's name, arrays what lies beside them in the file, data sets their own labels,
-    shards their ``.cls`` members; callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for folders. Raises DataError where
-    there are no labels.
+    shards their ``.cls`` members; callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for
+    folders. Raises DataError where there are no labels.
     """
     if class_map is not None and not isinstance(source, FolderSource):
         raise UsageError(f"--class-map names folders, and the labels of {source.spec} are numbers already. Drop it.")

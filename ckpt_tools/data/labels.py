@@ -130,7 +130,7 @@ def array_labels(array: StoredArray) -> Labels:
 
 
 def class_number(text: bytes | None, image: Callable[[], str]) -> int:
-    """The number that a shard's ``.cls`` member beside an ``image`` holds. Raises DataError if it is none or missing."""
+    """The number in the ``.cls`` member beside an ``image`` of a shard. Raises DataError if it is none or missing."""
     if text is None:
         raise DataError(
             f"{image()}: it has no label, which an evaluation needs: expected a member KEY.cls, the class number as "

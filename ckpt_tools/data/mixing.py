@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 def taken_in_turn(
-    sources: Iterable[Iterator[T]], together: int, pool: Executor | None = None, weight: Callable[[T], int] = lambda _: 1
+    sources: Iterable[Iterator[T]],
+    together: int,
+    pool: Executor | None = None,
+    weight: Callable[[T], int] = lambda _: 1,
 ) -> Iterator[T]:
     """One item of each of ``together`` sources in turn; when one ends, the next takes its place.
 

@@ -47,22 +47,22 @@ class Indexed:
     def label(self, row: int) -> bytes | None:
         """The beginning of the label of an image. Raises OSError."""
         offset, size = self.places[row, 2:].tolist()
-        return None if size < 0 else bytes(self._read(offset, min(size, LONGEST)))
+        return None if size < 0 else self._read(offset, min(size, LONGEST))
 
-    def image(self, row: int) -> bytearray:
+    def image(self, row: int) -> bytes:
         """The file. Raises OSError, ValueError if it is too large."""
         offset, size = self.places[row, :2].tolist()
         if size > LARGEST:
             raise ValueError(f"{size:,} bytes, more than an image has")
         return self._read(offset, size)
 
-    def _read(self, offset: int, size: int) -> bytearray:
-        content = bytearray(size)
+    def _read(self, offset: int, size: int) -> bytes:
         # opened for every piece, as a file of a folder would be: nobody shares a position, and few are open
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
-            if file.readinto(content) != size:
-                raise OSError("the shard has become shorter")
+            content = file.read(size)
+        if len(content) < size:
+            raise OSError("the shard has become shorter")
         return content
 
 
@@ -118,5 +118,3 @@ def _indexed(path: Path) -> Indexed:
         raise DataError(f"{path}: the shard cannot be read: {error.strerror or error}.") from error
     table = np.frombuffer(places, np.int64).reshape(-1, 4)
     return Indexed(path, table, bytes(names), extensions)
-
-

@@ -99,7 +99,9 @@ def _expanded(spec: str, pattern: str) -> Sequence[str]:
     try:
         names = list(dict.fromkeys(itertools.islice(expanded(pattern), _MOST + 1)))
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{spec[:100]}: these braces cannot be read. Write them as in train-{{000..146}}.tar.") from error
+        raise DataError(
+            f"{spec[:100]}: these braces cannot be read. Write them as in train-{{000..146}}.tar."
+        ) from error
     if len(names) > _MOST:
         raise DataError(f"{spec}: more than {_MOST:,} shards. Check the numbers in braces.")
     return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -80,11 +81,14 @@ class ShardImages:
 
     def __getitem__(self, indices: list[int]) -> Chunk:
         """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
-        return read_images(indices, self._content, self._name, self.transform)
+        return read_images(indices, map(self._file, indices), self._name, self.transform)
 
-    def _content(self, number: int) -> bytearray:
+    def _file(self, number: int) -> BytesIO | Exception:
         shard, row = self.index.find(number)
-        return shard.image(row)
+        try:
+            return BytesIO(shard.image(row))
+        except (OSError, ValueError) as error:
+            return error
 
     def _name(self, number: int) -> str:
         shard, row = self.index.find(number)

@@ -16,9 +16,13 @@ from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.datasets import DATASETS, Split, find_dataset, recognise
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.order import WHOLE, Share
+from ckpt_tools.data.shard_names import is_pattern, is_shard, local_shards, shards_in
+from ckpt_tools.data.shard_stream import ShardStreamSource
+from ckpt_tools.data.shards import ShardSource
 from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.remote.address import is_url, local_path
 
 __all__ = ["Source", "open_source"]
 
@@ -32,7 +36,7 @@ class Source(Protocol):
         ...
 
     @property
-    def kind(self) -> Literal["folder", "array", "dataset", "callable"]:
+    def kind(self) -> Literal["folder", "shards", "array", "dataset", "callable"]:
         """What the spec turned out to be."""
         ...
 
@@ -73,13 +77,20 @@ class Source(Protocol):
 def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Split = "train") -> Source:
     """Finds and counts the data that ``spec`` names, without reading a sample.
 
-    ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; ``cifar10:DIR``,
-    ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; or ``package.module:callable``. ``limit`` samples are
+    ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; WebDataset shards, as a
+    ``.tar``, a folder or a pattern of them, or a URL of such; ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or
+    ``mnist:DIR``; or ``package.module:callable``. ``limit`` samples are
     drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, which come with two. Raises
     DataError, naming what is wrong with it.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
+    if spec.startswith("pipe:"):
+        raise DataError(
+            f"{spec}: commands are not run. Give the shards as paths or URLs, s3://bucket/{{000..146}}.tar."
+        )
+    if is_url(spec) and local_path(spec) is None:
+        return ShardStreamSource.open(spec, limit=limit, seed=seed)
     path = _path(spec)
     if spec and os.path.lexists(path):
         return _on_disk(spec, path, limit, seed)
@@ -91,6 +102,8 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
         return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
     if _IMPORT_PATH.fullmatch(spec):
         return _callable(spec, limit, seed)
+    if is_pattern(spec):
+        return ShardSource.open(spec, local_shards(spec, str(path)), limit=limit, seed=seed)
     raise DataError(_unknown(spec, prefix if colon else None))
 
 
@@ -109,6 +122,9 @@ def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
     try:
         return FolderSource.open(spec, path, limit=limit, seed=seed)
     except DataError as error:
+        shards = shards_in(path)
+        if shards:
+            return ShardSource.open(spec, shards, limit=limit, seed=seed)
         known = recognise(path)
         if known is None:
             raise
@@ -116,9 +132,11 @@ def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
 
 
 def _file(spec: str, path: Path, limit: int | None, seed: int) -> Source:
+    if is_shard(path.name):
+        return ShardSource.open(spec, [path], limit=limit, seed=seed)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise DataError(
-            f"{spec}: expected a folder of images or an array file ({' '.join(ARRAY_SUFFIXES)}), found a "
+            f"{spec}: expected a folder of images, an array file ({' '.join(ARRAY_SUFFIXES)}) or a .tar shard, found a "
             f"file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
         )
     return ArraySource(spec, find_array(path), limit, seed)
@@ -150,7 +168,7 @@ def _unknown(spec: str, prefix: str | None) -> str:
 
 def _path(text: str) -> Path:
     try:
-        return Path(text).expanduser()
+        return (is_url(text) and local_path(text)) or Path(text).expanduser()
     except RuntimeError:  # ~somebody, of whom there is no home
         return Path(text)
 

@@ -61,7 +61,9 @@ class TarReader:
             if self._length is not None and end > self._length:
                 raise self._cut_off()
             if sparse:
-                raise DataError(f"{self._name}: {_text(name)!r:.300} is stored as a sparse file. Write the shard without -S.")
+                raise DataError(
+                    f"{self._name}: {_text(name)!r:.300} is stored as a sparse file. Write the shard without -S."
+                )
             if kind in _REGULAR:
                 yield Member(_text(name), self._at, size)
             self._go(end)
@@ -136,7 +138,9 @@ class TarReader:
         return DataError(f"{self._name}: this tar is cut off after {length:,} bytes. Copy or write it again.")
 
     def _damaged(self, start: int) -> DataError:
-        return DataError(f"{self._name}: expected a tar, found no header at byte {start:,}: it is damaged. Copy it again.")
+        return DataError(
+            f"{self._name}: expected a tar, found no header at byte {start:,}: it is damaged. Copy it again."
+        )
 
     def _no_tar(self, block: bytes) -> DataError:
         kind = next((kind for magic, kind in _COMPRESSED.items() if block.startswith(magic)), None)
