@@ -41,7 +41,7 @@ def requested(name: str, options: dict[str, object]) -> Request:
 
 def summary(name: str, team: Team) -> dict[str, object]:
     """Everything in a result that several processes must share with one."""
-    plan = prepare(requested(name, JOBS[name]), team)
+    plan = prepare(requested(name, JOBS[name]), team=team)
     outcome = execute(plan)
     result = outcome.result
     return {
@@ -89,7 +89,7 @@ def main(folder: str) -> None:
         told["variances"] = [b.tolist() for name, b in model.named_buffers() if name.endswith("running_var")][1:]
         for name, options in BROKEN.items():
             try:
-                execute(prepare(requested(name, options), team))
+                execute(prepare(requested(name, options), team=team))
             except CkptToolsError as error:
                 told[name] = [type(error).__name__, str(error)]
         Path(f"rank{team.rank}.json").write_text(json.dumps(told))
