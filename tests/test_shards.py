@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import tarfile
@@ -23,7 +24,7 @@ from ckpt_tools.data.grouping import grouped, image_extension
 from ckpt_tools.data.images import EXTENSIONS
 from ckpt_tools.data.labelled import labelled_batches
 from ckpt_tools.data.mixing import evenly, shuffled, taken_in_turn
-from ckpt_tools.data.order import Share
+from ckpt_tools.data.order import WHOLE, Share
 from ckpt_tools.data.shard_names import expanded
 from ckpt_tools.data.tar import TarReader
 from ckpt_tools.errors import CkptToolsError, DataError, RemoteError, UsageError
@@ -85,7 +86,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def remote() -> Iterator[str]:
     yield "memory://bucket/shards"
-    MEMORY.rm("/bucket", recursive=True)
+    if MEMORY.exists("/bucket"):
+        MEMORY.rm("/bucket", recursive=True)
 
 
 def put(remote: str, shards: Sequence[bytes]) -> str:
@@ -99,7 +101,7 @@ def samples(spec: object, seed: int = 0, limit: int | None = None, **options: ob
     return torch.cat(list(open_source(str(spec), seed=seed, limit=limit).batches(SPEC, **reading)))  # type: ignore[arg-type]
 
 
-def seen(spec: object, share: Share = Share(), limit: int | None = None, seed: int = 0, workers: int = 0) -> list[int]:
+def seen(spec: object, share: Share = WHOLE, limit: int | None = None, seed: int = 0, workers: int = 0) -> list[int]:
     source = open_source(str(spec), limit=limit, seed=seed)
     batches = source.batches(EVEN, batch_size=5, workers=workers, share=share)
     return [level for batch in batches for level in batch[:, 0, 0, 0].mul(255).round().int().tolist()]
@@ -109,7 +111,13 @@ def test_they_are_the_images_of_a_folder(folder: Path) -> None:
     wanted = samples(folder / "images", seed=3)
     source = open_source(str(folder / "shards"))
     assert (source.kind, source.count, source.sample_shape, source.preprocessed) == ("shards", 90, None, False)
-    for name in ("shards", "shards/train-{000..002}.tar", "shards/train-*.tar", "shards/train-00[012].tar", "{shards,shards}/*"):
+    for name in (
+        "shards",
+        "shards/train-{000..002}.tar",
+        "shards/train-*.tar",
+        "shards/train-00[012].tar",
+        "{shards,shards}/*",
+    ):
         assert torch.equal(samples(folder / name, seed=3, workers=2), wanted)
     assert torch.equal(samples(folder / "shards", seed=3, limit=40, batch_size=50), wanted[:40])
     assert not torch.equal(samples(folder / "shards", seed=4), wanted)
@@ -126,7 +134,7 @@ def test_statistics_are_those_of_a_folder(folder: Path) -> None:
     for name in ("images", "shards"):
         torch.manual_seed(0)
         model = nets.trained(nets.DenseNet(), nets.batches((3, 8, 8)))
-        reestimate_bn(model, open_source(str(folder / name)).batches(SPEC, batch_size=32, workers=0))
+        reestimate_bn(model, open_source(str(folder / name)).batches(SPEC, batch_size=32, workers=0), force=True)
         found.append(torch.cat([buffer for key, buffer in model.named_buffers() if key.endswith("running_var")]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
 
@@ -187,7 +195,9 @@ def test_absurd_sizes_and_names(tmp_path: Path, remote: str, far: bool, monkeypa
     members = [(f"{number}.png", grey(1)) for number in range(99)] + [("\x1b[31m" + "x" * 999 + ".png", b"." * 1001)]
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
-    stream = open_source(f"{remote}/train-00.tar" if far else str(tmp_path / "a.tar")).batches(EVEN, batch_size=9, workers=0)
+    stream = open_source(f"{remote}/train-00.tar" if far else str(tmp_path / "a.tar")).batches(
+        EVEN, batch_size=9, workers=0
+    )
     assert sum(map(len, stream)) == 99
     (what,) = stream.skipped
     assert what.reason == "1,001 bytes, more than an image has"
@@ -212,7 +222,7 @@ BAD = [
     (bytes(10240), "expected images .* no samples at all"),
     (packed([("a.txt", b""), ("b.image.jpg", b"")]), r"1 × \.txt, 1 × \.image\.jpg"),
     (packed([("a.png", grey(1)), ("a.png", grey(2))]), "found a.png again"),
-    (packed([("a.png", grey(1))])[:-9728], "mark at the end"),
+    (packed([("a.png", grey(1))])[:1024], "mark at the end"),
     (packed([("a.png", grey(1))])[:600], "cut off"),
     (packed([("a.png", grey(1))])[:1024] + b"x" * 1024, "no header at byte 1,024"),
 ]
@@ -265,7 +275,9 @@ def test_lists_that_lead_nowhere(tmp_path: Path, remote: str, spec: str, words: 
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
     st.randoms(use_true_random=False),
 )
-def test_the_reader_finds_what_tarfile_finds(members: list[tuple[str, bytes]], format: int, dice: random.Random) -> None:
+def test_the_reader_finds_what_tarfile_finds(
+    members: list[tuple[str, bytes]], format: int, dice: random.Random
+) -> None:
     content = packed([(name, data) for name, data in members if not name.endswith("/")], format)
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         wanted = [(info.name, info.offset_data, info.size) for info in archive]
@@ -283,10 +295,8 @@ def test_the_reader_finds_what_tarfile_finds(members: list[tuple[str, bytes]], f
     for _ in range(3):
         torn[dice.randrange(end)] = dice.randrange(256)
     for length in (len(torn), None):
-        try:
+        with contextlib.suppress(DataError):
             list(TarReader(io.BytesIO(torn), "", length))
-        except DataError:
-            pass
 
 
 def test_old_and_long_headers() -> None:
@@ -339,8 +349,10 @@ def test_groups_are_webdatasets(names: list[str]) -> None:
 
 PATTERN = st.recursive(
     st.sampled_from(["a", "tr-", "{0..3}", "{08..11}", "{3..1}", "{-1..1}", "{0..9..4}", "{c..e}", "{x}", "{}", ""]),
-    lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda parts: "{" + ",".join(parts) + "}")
-    | st.tuples(inner, inner).map("".join),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3).map(lambda parts: "{" + ",".join(parts) + "}")
+        | st.tuples(inner, inner).map("".join)
+    ),
     max_leaves=5,
 )
 
@@ -375,7 +387,7 @@ def test_shuffling_holds_back_what_it_may() -> None:
     assert all(item <= place + 10 for place, item in enumerate(drawn))
     assert drawn != list(range(100))
     heavy = list(shuffled(iter(range(100)), 1, most=50, weight=lambda _: 10, heaviest=10))
-    assert heavy == list(range(100))
+    assert all(item <= place + 1 for place, item in enumerate(heavy))
 
 
 @pytest.mark.parametrize("shards", [1, 2, 20])
@@ -439,7 +451,9 @@ def test_labels_stay_with_their_images(tmp_path: Path, remote: str, far: bool, w
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize(("label", "words"), [(None, r"KEY\.cls"), (b"cat", "found b'cat'"), (b"9" * 99, "found b'9999")])
+@pytest.mark.parametrize(
+    ("label", "words"), [(None, r"KEY\.cls"), (b"cat", "found b'cat'"), (b"9" * 99, "found b'9999")]
+)
 def test_labels_that_are_none(tmp_path: Path, remote: str, far: bool, label: bytes | None, words: str) -> None:
     content = packed([("a.png", grey(1))] + ([] if label is None else [("a.cls", label)]))
     (tmp_path / "a.tar").write_bytes(content)

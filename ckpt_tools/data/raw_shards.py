@@ -30,6 +30,7 @@ _HELD_BYTES = 2**28
 class Raw:
     """A sample with an image: the file, or why it is not taken, and the beginning of its label."""
 
+    url: str
     name: str
     image: bytes | Exception
     label: bytes | None
@@ -87,7 +88,7 @@ def _samples(url: str, others: Counter[str]) -> Generator[Raw]:
                 continue
             name, image = sample.parts[extension]
             label = sample.parts[LABEL][1] if LABEL in sample.parts else None
-            yield Raw(printable(f"{shard}/{name}"), image or b"", label if isinstance(label, bytes) else None)
+            yield Raw(url, printable(f"{shard}/{name}"), image or b"", label if isinstance(label, bytes) else None)
 
 
 def _content(tar: TarReader, member: Member) -> bytes | Exception | None:

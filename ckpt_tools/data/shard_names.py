@@ -17,6 +17,7 @@ from ckpt_tools.remote.store import open_remote, reaching
 __all__ = ["expanded", "is_pattern", "is_shard", "local_shards", "remote_shards", "shards_in"]
 
 _MOST = 100_000  # shards of one spec
+_SHOWN = 100  # characters of one that cannot be read
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # told from others, to say why they are refused
@@ -43,7 +44,10 @@ def shards_in(folder: Path) -> tuple[Path, ...]:
 def local_shards(spec: str, pattern: str) -> tuple[Path, ...]:
     """The files that a pattern with braces or ``* ? []`` names, each once. Raises DataError if one is not there."""
     names = _expanded(spec, pattern)
-    found = {name: _local(name) for name in names}
+    try:
+        found = {name: _local(name) for name in names}
+    except OSError as error:
+        raise DataError(f"{spec[:_SHOWN]}: the shards cannot be looked for: {error.strerror}.") from error
     missing = [name for name, files in found.items() if not files]
     if len(missing) == len(names):
         raise DataError(f"{spec}: no .tar shard matches this, {_example(names)}. Check the folder and the numbers.")
@@ -100,7 +104,7 @@ def _expanded(spec: str, pattern: str) -> Sequence[str]:
         names = list(dict.fromkeys(itertools.islice(expanded(pattern), _MOST + 1)))
     except (RecursionError, ValueError) as error:
         raise DataError(
-            f"{spec[:100]}: these braces cannot be read. Write them as in train-{{000..146}}.tar."
+            f"{spec[:_SHOWN]}: these braces cannot be read. Write them as in train-{{000..146}}.tar."
         ) from error
     if len(names) > _MOST:
         raise DataError(f"{spec}: more than {_MOST:,} shards. Check the numbers in braces.")

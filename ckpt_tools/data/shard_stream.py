@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +87,7 @@ class _Decoded:
 
     pixels: Tensor | None
     labels: Sequence[int]
-    skipped: Sequence[Skipped]
+    skipped: Mapping[tuple[str, str], Skipped]  # by URL and name
     count: int
 
 
@@ -118,7 +118,7 @@ class ShardStream:
         self._source, self._image, self._finish = source, image, scale
         self._batch_size, self._workers, self._device, self._share = batch_size, workers, device, share
         self._labelled, self._cache = labelled, cache
-        self._skipped: dict[str, Skipped] = {}
+        self._skipped: dict[tuple[str, str], Skipped] = {}
         self._kept: list[list[int]] | None = None  # labels of the batches in the cache, if all are there
         self._passed = False
 
@@ -163,7 +163,8 @@ class ShardStream:
         count, others = 0, Counter[str]()
         for parts in self._read(others):
             count += sum(part.count for part in parts)
-            self._note([what for part in parts for what in part.skipped])
+            for part in parts:
+                self._note(part.skipped)
             if count >= _ENOUGH:
                 refuse_unreadable(self._source.spec, self.skipped, count)
             yield parts
@@ -202,13 +203,14 @@ class ShardStream:
             for number, sample in enumerate(samples if self._labelled else ())
             if number not in chunk.skipped
         ]
-        return _Decoded(chunk.samples, labels, list(chunk.skipped.values()), len(samples))
+        skipped = {(samples[number].url, what.name): what for number, what in chunk.skipped.items()}
+        return _Decoded(chunk.samples, labels, skipped, len(samples))
 
-    def _note(self, skipped: Sequence[Skipped]) -> None:
-        for what in skipped:
-            if self._passed and what.name not in self._skipped:
+    def _note(self, skipped: Mapping[tuple[str, str], Skipped]) -> None:
+        for place, what in skipped.items():
+            if self._passed and place not in self._skipped:
                 raise DataError(
                     f"{self._source.spec}: {what.name} was readable in the first pass, now: {what.reason}. All passes "
                     f"must see the same samples: leave the data alone while it is read, and run again."
                 )
-            self._skipped[what.name] = what
+            self._skipped[place] = what
