@@ -20,7 +20,8 @@ from ckpt_tools.cli.together import together
     "--data",
     required=True,
     metavar="SPEC",
-    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, cifar10:DIR, "
+    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, WebDataset "
+    "shards (one .tar, a folder of them, 'train-{000..146}.tar', 'train-*.tar', or a URL of such), cifar10:DIR, "
     "cifar100:DIR, svhn:DIR, mnist:DIR, or package.module:callable.",
 )
 @click.option("-o", "--output", type=options.path, help="Default: NAME.bn.safetensors beside the checkpoint.")

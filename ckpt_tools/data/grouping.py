@@ -37,7 +37,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     """
     folder, slash, last = name.rpartition("/")
     stem, dot, extension = last.partition(".")
-    if not stem or not dot or _ABOUT_THE_SHARD.match(name):
+    if not stem or not dot or (name.startswith("__") and _ABOUT_THE_SHARD.match(name)):
         return None
     return folder + slash + stem, extension.lower()
 
