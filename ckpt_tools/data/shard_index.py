@@ -29,9 +29,9 @@ LONGEST = 64
 
 @dataclass(frozen=True, eq=False)
 class Indexed:
-    """One shard: (n, 4) offset and size of every image and of its label (−1 if it has none), and the images' names.
+    """One shard: (n, 5) offset and size of every image and of its label (−1 if it has none), and where its name begins.
 
-    Names end in a NUL. ``extensions`` counts those of samples without an image.
+    Each of the ``names`` ends in a NUL. ``extensions`` counts those of samples without an image.
     """
 
     path: Path
@@ -40,13 +40,14 @@ class Indexed:
     extensions: Counter[str]
 
     def name(self, row: int) -> str:
-        """What to call an image; takes time, as few are asked for."""
-        name = self.names.split(b"\0")[row].decode("utf-8", "surrogateescape")
+        """What to call an image."""
+        start = int(self.places[row, 4])
+        name = self.names[start : self.names.index(b"\0", start)].decode("utf-8", "surrogateescape")
         return printable(f"{self.path.name}/{name}")
 
     def label(self, row: int) -> bytes | None:
         """The beginning of the label of an image. Raises OSError."""
-        offset, size = self.places[row, 2:].tolist()
+        offset, size = self.places[row, 2:4].tolist()
         return None if size < 0 else self._read(offset, min(size, LONGEST))
 
     def image(self, row: int) -> bytes:
@@ -113,8 +114,9 @@ def _indexed(path: Path) -> Indexed:
                 image, label = sample.parts[extension], sample.parts.get(LABEL)
                 places.extend((image.offset, image.size))
                 places.extend((0, -1) if label is None else (label.offset, label.size))
+                places.append(len(names))
                 names += image.name.encode("utf-8", "surrogateescape") + b"\0"
     except OSError as error:
         raise DataError(f"{path}: the shard cannot be read: {error.strerror or error}.") from error
-    table = np.frombuffer(places, np.int64).reshape(-1, 4)
+    table = np.frombuffer(places, np.int64).reshape(-1, 5)
     return Indexed(path, table, bytes(names), extensions)

@@ -76,7 +76,7 @@ class TarReader:
             if not lot:
                 raise self._cut_off()
             content += lot
-        self._at += count
+            self._at += len(lot)
         return content
 
     def _go(self, to: int) -> None:
