@@ -101,29 +101,40 @@ def _remote(url: str) -> Sequence[str]:
 
 def _expanded(spec: str, pattern: str) -> Sequence[str]:
     try:
-        names = list(dict.fromkeys(itertools.islice(expanded(pattern), _MOST + 1)))
+        return list(dict.fromkeys(expanded(pattern)))
+    except OverflowError:
+        raise DataError(f"{spec[:_SHOWN]}: more than {_MOST:,} shards. Check the numbers in braces.") from None
     except (RecursionError, ValueError) as error:
-        raise DataError(
-            f"{spec[:_SHOWN]}: these braces cannot be read. Write them as in train-{{000..146}}.tar."
-        ) from error
-    if len(names) > _MOST:
-        raise DataError(f"{spec}: more than {_MOST:,} shards. Check the numbers in braces.")
-    return names
+        raise DataError(f"{spec[:_SHOWN]}: these braces cannot be read. Write train-{{000..146}}.tar.") from error
 
 
-def expanded(pattern: str) -> Iterator[str]:
+def expanded(pattern: str) -> list[str]:
     """What a shell makes of a pattern with braces: ``{000..146}``, ``{0..9..3}``, ``{a..e}``, ``{train,val}``, nested.
 
-    Lazily, and braces that mean nothing stay as they are.
+    Braces that mean nothing stay as they are. Raises OverflowError for too many.
     """
-    for start in (at for at, character in enumerate(pattern) if character == "{"):
-        group = _group(pattern, start)
+    found = [""]
+    for choices in _pieces(pattern):
+        if len(found) * len(choices) > _MOST:
+            raise OverflowError
+        found = [head + one for head in found for one in choices]
+    return found
+
+
+def _pieces(pattern: str) -> Iterator[Sequence[str]]:
+    """What can stand in each part of a pattern, from left to right."""
+    start, at = 0, pattern.find("{")
+    while at >= 0:
+        group = _group(pattern, at)
         choices = None if group is None else _choices(group)
         if group is not None and choices is not None:
-            tail = pattern[start + len(group) + 2 :]
-            yield from (pattern[:start] + one + rest for one in choices for rest in expanded(tail))
-            return
-    yield pattern
+            yield [pattern[start:at]]
+            yield choices
+            start = at = at + len(group) + 2
+        else:
+            at += 1
+        at = pattern.find("{", at)
+    yield [pattern[start:]]
 
 
 def _group(pattern: str, start: int) -> str | None:
@@ -136,21 +147,32 @@ def _group(pattern: str, start: int) -> str | None:
     return None
 
 
-def _choices(group: str) -> Iterator[str] | None:
+def _choices(group: str) -> Sequence[str] | None:
     numbers, letters = _NUMBERS.fullmatch(group), _LETTERS.fullmatch(group)
     if numbers is not None:
         first, last, step = numbers[1], numbers[2], int(numbers[3] or 1) or 1
         padded = any(re.match(r"-?0\d", end) for end in (first, last))
-        return (f"{n:0{max(len(first), len(last)) if padded else 0}d}" for n in _span(int(first), int(last), step))
+        width = max(len(first), len(last)) if padded else 0
+        return [f"{number:0{width}d}" for number in _span(int(first), int(last), step)]
     if letters is not None:
         first, last = (end for end in letters.groups() if end)
-        return map(chr, _span(ord(first), ord(last)))
+        return [chr(code) for code in _span(ord(first), ord(last))]
     parts = _parts(group)
-    return itertools.chain.from_iterable(map(expanded, parts)) if len(parts) > 1 else None
+    if len(parts) == 1:
+        return None
+    found: list[str] = []
+    for part in parts:
+        found += expanded(part)
+        if len(found) > _MOST:
+            raise OverflowError
+    return found
 
 
 def _span(first: int, last: int, step: int = 1) -> range:
-    return range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    span = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    if len(span) > _MOST:  # raises OverflowError by itself if it is longer than any list
+        raise OverflowError
+    return span
 
 
 def _parts(group: str) -> list[str]:
