@@ -90,7 +90,7 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
             f"{spec}: commands are not run. Give the shards as paths or URLs, s3://bucket/{{000..146}}.tar."
         )
     if is_url(spec) and local_path(spec) is None:
-        return ShardStreamSource.open(spec, limit=limit, seed=seed)
+        return _behind_url(spec, limit, seed)
     path = _path(spec)
     if spec and os.path.lexists(path):
         return _on_disk(spec, path, limit, seed)
@@ -118,14 +118,17 @@ def _on_disk(spec: str, path: Path, limit: int | None, seed: int) -> Source:
     return _file(spec, path, limit, seed)
 
 
+def _behind_url(spec: str, limit: int | None, seed: int) -> Source:
+    return ShardStreamSource.open(spec, limit=limit, seed=seed)
+
+
 def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
     try:
         return FolderSource.open(spec, path, limit=limit, seed=seed)
     except DataError as error:
-        shards = shards_in(path)
-        if shards:
-            return ShardSource.open(spec, shards, limit=limit, seed=seed)
         known = recognise(path)
+        if known is None and (shards := shards_in(path)):
+            return ShardSource.open(spec, shards, limit=limit, seed=seed)
         if known is None:
             raise
         raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
