@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePath
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.images import EXTENSIONS, image_transforms, read_images
 from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
+from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.stream import Chunk, IndexedStream
 from ckpt_tools.data.transforms import ImageTransform
 from ckpt_tools.errors import DataError
@@ -27,7 +29,7 @@ class FolderSource:
     """All images below a folder, whatever its structure; folder names are no labels here."""
 
     spec: str
-    root: Path
+    root: Path | RemoteFolder
     names: tuple[str, ...]  # relative to root, sorted
     limit: int | None = None
     seed: int = 0
@@ -36,7 +38,7 @@ class FolderSource:
     sample_shape: None = None
 
     @classmethod
-    def open(cls, spec: str, root: Path, *, limit: int | None, seed: int) -> FolderSource:
+    def open(cls, spec: str, root: Path | RemoteFolder, *, limit: int | None, seed: int) -> FolderSource:
         """Lists the images without reading one. Raises DataError if there is none."""
         return cls(spec, root, find_images(root), limit, seed)
 
@@ -75,14 +77,19 @@ class FolderSource:
 class FolderImages:
     """Reads images by number."""
 
-    root: Path
+    root: Path | RemoteFolder
     names: tuple[str, ...]
     transform: ImageTransform
 
     def __getitem__(self, indices: list[int]) -> Chunk:
         """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
-        files = [self.root / self.names[index] for index in indices]
-        return read_images(indices, files, lambda index: _printable(self.names[index]), self.transform)
+        return read_images(indices, self._files(indices), lambda index: _printable(self.names[index]), self.transform)
+
+    def _files(self, indices: list[int]) -> Sequence[Path | BytesIO | Exception]:
+        names = [self.names[index] for index in indices]
+        if isinstance(self.root, RemoteFolder):
+            return self.root.read(names)
+        return [self.root / name for name in names]
 
 
 def _printable(name: str) -> str:
@@ -90,25 +97,29 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def find_images(root: Path) -> tuple[str, ...]:
+def find_images(root: Path | RemoteFolder) -> tuple[str, ...]:
     """Paths of all images below ``root``, relative to it and sorted; hidden files and folders are left out.
 
     Links are followed, and every folder is read once, however many links lead to it. Raises DataError if
-    there is no image, or a folder cannot be listed.
+    there is no image, or a folder cannot be listed, RemoteError for a store that does not answer.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
-    for folder, names in _walk(root):
-        prefix = os.path.relpath(folder, root)
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if suffix in EXTENSIONS:
-                images.append(name if prefix == "." else f"{prefix}/{name}")
-            else:
-                others[suffix or "no extension"] += 1
+    for name in root.names() if isinstance(root, RemoteFolder) else _names(root):
+        suffix = PurePath(name).suffix.lower()
+        if suffix in EXTENSIONS:
+            images.append(name)
+        else:
+            others[suffix or "no extension"] += 1
     if not images:
         raise DataError(_no_images(root, others))
     return tuple(sorted(images))
+
+
+def _names(root: Path) -> Iterator[str]:
+    for folder, names in _walk(root):
+        prefix = os.path.relpath(folder, root)
+        yield from names if prefix == "." else (f"{prefix}/{name}" for name in names)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -128,7 +139,7 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from error
 
 
-def _no_images(root: Path, others: Counter[str]) -> str:
+def _no_images(root: Path | RemoteFolder, others: Counter[str]) -> str:
     if others:
         listed = ", ".join(f"{number} × {suffix}" for suffix, number in others.most_common(5))
         found = f"{others.total()} other files ({listed})"

@@ -14,7 +14,7 @@ from ckpt_tools.errors import DataError
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.store import open_remote, reaching
 
-__all__ = ["expanded", "is_pattern", "is_shard", "local_shards", "remote_shards", "shards_in"]
+__all__ = ["expanded", "is_pattern", "is_shard", "local_shards", "names_shards", "remote_shards", "shards_in"]
 
 _MOST = 100_000  # shards of one spec
 _SHOWN = 100  # characters of one that cannot be read
@@ -31,6 +31,11 @@ def is_shard(name: str) -> bool:
 def is_pattern(text: str) -> bool:
     """Whether a text can name several files."""
     return "{" in text or glob.has_magic(text)
+
+
+def names_shards(url: str) -> bool:
+    """Whether a URL names shards by itself, as a pattern or by its extension: a folder does not."""
+    return "{" in url or "*" in url or is_shard(urlsplit(url).path)
 
 
 def shards_in(folder: Path) -> tuple[Path, ...]:

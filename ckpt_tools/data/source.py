@@ -16,13 +16,18 @@ from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.datasets import DATASETS, Split, find_dataset, recognise
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.order import WHOLE, Share
-from ckpt_tools.data.shard_names import is_pattern, is_shard, local_shards, shards_in
+from ckpt_tools.data.remote_folder import RemoteFolder
+from ckpt_tools.data.shard_names import is_pattern, is_shard, local_shards, names_shards, shards_in
 from ckpt_tools.data.shard_stream import ShardStreamSource
 from ckpt_tools.data.shards import ShardSource
 from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.address import is_url, local_path
+from ckpt_tools.remote.copies import fetch
+from ckpt_tools.remote.mirror import located
+from ckpt_tools.remote.store import open_remote
 
 __all__ = ["Source", "open_source"]
 
@@ -78,8 +83,8 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
     """Finds and counts the data that ``spec`` names, without reading a sample.
 
     ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; WebDataset shards, as a
-    ``.tar``, a folder or a pattern of them, or a URL of such; ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or
-    ``mnist:DIR``; or ``package.module:callable``. ``limit`` samples are
+    ``.tar``, a folder or a pattern of them; ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; a URL
+    (``s3://…``) of such a folder, file or pattern; or ``package.module:callable``. ``limit`` samples are
     drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, which come with two. Raises
     DataError, naming what is wrong with it.
     """
@@ -97,6 +102,8 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in DATASETS:
         root = _path(rest)
+        if is_url(rest):
+            raise DataError(f"{spec}: expected {prefix}:DIR with a folder of this machine. Fetch it first.")
         if not rest or not root.is_dir():
             raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
         return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
@@ -119,7 +126,20 @@ def _on_disk(spec: str, path: Path, limit: int | None, seed: int) -> Source:
 
 
 def _behind_url(spec: str, limit: int | None, seed: int) -> Source:
-    return ShardStreamSource.open(spec, limit=limit, seed=seed)
+    shown = without_secrets(spec)
+    if names_shards(spec):
+        return ShardStreamSource.open(spec, limit=limit, seed=seed)
+    if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
+        return ArraySource(shown, find_array(fetch(located(spec))), limit, seed)
+    remote = open_remote(spec)
+    if not remote.is_folder() and remote.scheme not in ("http", "https"):  # where a folder is a page that lists it
+        return _file(shown, Path(shown), limit, seed)
+    try:
+        return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
+    except DataError:
+        if not any(map(is_shard, remote.names())):
+            raise
+        return ShardStreamSource.open(spec, limit=limit, seed=seed)
 
 
 def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
@@ -127,11 +147,12 @@ def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
         return FolderSource.open(spec, path, limit=limit, seed=seed)
     except DataError as error:
         known = recognise(path)
-        if known is None and (shards := shards_in(path)):
-            return ShardSource.open(spec, shards, limit=limit, seed=seed)
-        if known is None:
+        if known is not None:
+            raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
+        shards = shards_in(path)
+        if not shards:
             raise
-        raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
+        return ShardSource.open(spec, shards, limit=limit, seed=seed)
 
 
 def _file(spec: str, path: Path, limit: int | None, seed: int) -> Source:

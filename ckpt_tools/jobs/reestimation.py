@@ -35,11 +35,13 @@ from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.jobs.scores import Metrics, compared
 from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
 from ckpt_tools.jobs.walks import Walks
+from ckpt_tools.redaction import without_secrets
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.run import check_method, check_team, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
+from ckpt_tools.remote.mirror import as_urls
 from ckpt_tools.storage.read import read_checkpoint
 from ckpt_tools.storage.write import Digests, check_output, replace_tensors
 
@@ -81,8 +83,9 @@ class Request:
     def settings(self) -> str:
         """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
         said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
-        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else self.data
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else without_secrets(self.data)
+        text = as_urls(json.dumps(said, sort_keys=True, default=repr))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # What a result does not depend on; how a convolution is computed may change its last bits.

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from ckpt_tools.errors import UsageError
 from ckpt_tools.redaction import without_secrets
 
-__all__ = ["Origin", "is_url", "local_path", "scheme_of", "split"]
+__all__ = ["Address", "Origin", "is_url", "local_path", "parted", "scheme_of"]
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL = frozenset({"file", "local"})
@@ -23,9 +23,7 @@ def is_url(text: str) -> bool:
 
 def scheme_of(url: str) -> str:
     """``s3`` of ``s3://bucket/key``, in lower case."""
-    match = _URL.match(url)
-    assert match is not None, url
-    return match[1].lower()
+    return url.partition("://")[0].lower()
 
 
 def local_path(url: str) -> Path | None:
@@ -35,21 +33,31 @@ def local_path(url: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What stands around the path in a URL: ``before`` it with credentials, ``shown`` without, a query ``behind`` it."""
+    """What stands before the path in a URL: with credentials, and as it may be shown."""
 
-    before: str
+    said: str
     shown: str
-    behind: str = ""
 
 
-def split(url: str) -> tuple[Origin, str]:
-    """A URL as its origin and its path, host or bucket first. Raises UsageError for a path that no folder can mirror."""
+@dataclass(frozen=True)
+class Address:
+    """A URL in three parts. ``path`` begins with the host or bucket; ``query`` is all that follows it."""
+
+    origin: Origin
+    path: str
+    query: str
+
+
+def parted(url: str) -> Address:
+    """The parts of a URL. Raises UsageError for one whose path no folder could mirror."""
     clean = without_secrets(url)
-    rest = clean[_URL.match(clean).end() :].strip("/")  # type: ignore[union-attr]
-    parts = rest.split("/")
-    if not rest or any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise UsageError(f"{clean}: expected scheme://PLACE/NAME without empty parts, . and .. in it. Write it in full.")
-    shown = clean[: clean.index(rest, len(scheme_of(url)) + 3)]
-    match = re.search(rf"(?<=[/@]){re.escape(rest)}(?=/*(?:$|[?#]))", url)
-    assert match is not None, clean  # the rest is a piece of the URL as it was
-    return Origin(url[: match.start()], shown, url[match.end() :].strip("/")), rest
+    start = clean.index("://") + 3
+    path = clean[start:].strip("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
+        raise UsageError(
+            f"{clean}: expected scheme://PLACE/NAME without empty parts, . and .. in it. Write it in full."
+        )
+    match = re.search(rf"(?<=[/@]){re.escape(path)}(?=/*(?:$|[?#]))", url)
+    assert match is not None, clean  # the path is a piece of the URL
+    origin = Origin(url[: match.start()], clean[: clean.index(path, start)])
+    return Address(origin, path, url[match.end() :].lstrip("/"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ from ckpt_tools.remote.address import scheme_of
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Remote", "open_remote", "open_url", "reaching", "reason"]
+__all__ = ["Remote", "counting", "is_missing", "is_refusal", "open_remote", "open_url", "reaching", "reason"]
 
 _PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp",
@@ -35,7 +35,7 @@ class Remote:
     path: str
 
     def __str__(self) -> str:
-        return without_secrets(self.url)
+        return str(without_secrets(self.url))
 
     @property
     def scheme(self) -> str:
@@ -74,7 +74,7 @@ class Remote:
 
 
 def open_remote(url: str) -> Remote:
-    """The store of a URL. Asks no network. Raises UsageError for an unknown kind, RemoteError if a package is missing."""
+    """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without a package."""
     from fsspec.core import url_to_fs
 
     _require_known(url)
@@ -84,7 +84,7 @@ def open_remote(url: str) -> Remote:
 
 
 def open_url(url: str) -> IO[bytes]:
-    """A file behind a URL, to read from its beginning to its end. Raises RemoteError; reading raises what the store does."""
+    """A file behind a URL, to be read from beginning to end. Raises RemoteError; reading raises what the store does."""
     remote = open_remote(url)
     with reaching(url):
         return cast("IO[bytes]", remote.fs.open(remote.path, "rb"))
@@ -107,11 +107,11 @@ def _require_known(url: str) -> None:
     known = {*available_protocols(), *registry}
     scheme = scheme_of(url)
     if scheme not in known:
-        near = get_close_matches(scheme, sorted(known), 1)
-        hint = f" Did you mean {near[0]}://?" if near else ""
+        near = get_close_matches(scheme, sorted(known), 1, 0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
             f"{without_secrets(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found "
-            f"{scheme}://.{hint}"
+            f"{scheme}.{hint}"
         )
 
 
@@ -168,3 +168,10 @@ def _status(error: BaseException) -> int | None:
             if isinstance(status, int):
                 return status
     return None
+
+
+def counting(seen: Callable[[int], object]) -> Any:
+    """What a transfer takes as ``callback``, to tell how many bytes have passed so far."""
+    from fsspec.callbacks import Callback
+
+    return Callback(hooks={"seen": lambda size, value, **_: seen(value)})
