@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import random
 import tarfile
 from collections import Counter
@@ -498,3 +499,40 @@ def test_errors_are_ours(tmp_path: Path) -> None:
     ):
         with pytest.raises(CkptToolsError):
             open_source(str(tmp_path / spec))
+
+
+def test_a_network_scores_on_shards_as_on_an_array(tmp_path: Path) -> None:
+    import nets
+    from click.testing import CliRunner
+
+    from ckpt_tools.cli import main
+
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    classes = np.random.default_rng(1).integers(0, 5, 60)
+    members: list[tuple[str, bytes]] = []
+    for number, (image, label) in enumerate(zip(pixels, classes, strict=True)):
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, "PNG")
+        members += [(f"{number:03}.png", content.getvalue()), (f"{number:03}.cls", str(label).encode())]
+    for number in range(2):
+        (tmp_path / f"val-{number}.tar").write_bytes(packed(members[60 * number : 60 * number + 60]))
+    np.savez(tmp_path / "val.npz", images=pixels, labels=classes)
+    torch.save(nets.DenseNet().state_dict(), tmp_path / "model.pt")
+    told = []
+    for name in ("val-{0,1}.tar", "val.npz"):
+        options = [
+            "--arch",
+            "nets:DenseNet",
+            "--input-size",
+            "3,8,8",
+            "--batch-size",
+            "16",
+            "--device",
+            "cpu",
+            "--json",
+        ]
+        arguments = ["evaluate", str(tmp_path / "model.pt"), "--data", str(tmp_path / name), *options]
+        told.append(json.loads(CliRunner().invoke(main, arguments, catch_exceptions=False).stdout))
+    assert told[0]["metrics"].pop("kind") == "shards"
+    assert told[1]["metrics"].pop("kind") == "array"
+    assert {**told[0]["metrics"], "data": ""} == {**told[1]["metrics"], "data": ""}

@@ -160,8 +160,8 @@ def _file(spec: str, path: Path, limit: int | None, seed: int) -> Source:
         return ShardSource.open(spec, [path], limit=limit, seed=seed)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise DataError(
-            f"{spec}: expected a folder of images, an array file ({' '.join(ARRAY_SUFFIXES)}) or a .tar shard, found a "
-            f"file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
+            f"{spec}: expected a folder of images or an array file ({' '.join(ARRAY_SUFFIXES)}), or .tar shards, found "
+            f"a file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
         )
     return ArraySource(spec, find_array(path), limit, seed)
 
