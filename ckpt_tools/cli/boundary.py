@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ class Boundary(click.Group):
             # The reader of our output went away; keep Python from complaining once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:
+            _fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and its permissions.", 1)
         except Exception as error:  # noqa: BLE001 - the last resort of a boundary
             _fail(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1)
 
@@ -59,6 +62,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get(TRACEBACK):
         raise
+    message = _harmless(message)
     click.echo(f"ckpt-fix: {message}", err=True)
     github.fail(message, code)
     sys.exit(code)
+
+
+def _harmless(message: str) -> str:
+    """Names in files come from others: no control characters, and nothing that a CI runner takes for a command.
+
+    GitHub's looks for ``::`` at the start of a line, behind blanks too, and for ``##[`` anywhere (ActionCommand.cs).
+    """
+    from ckpt_tools.report.redaction import presentable
+
+    return re.sub(r"^(\s*)::", r"\1: :", presentable(message), flags=re.MULTILINE).replace("##[", "# #[")

@@ -17,6 +17,7 @@ from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.report.redaction import presentable
 
 if TYPE_CHECKING:
     from ckpt_tools.jobs.reestimation import Request
@@ -128,7 +129,8 @@ class _Bars:
     def finished(self, record: Any) -> Any:
         """Count a checkpoint; what went wrong is said at once."""
         if record["error"] and not self._shared["disable"]:
-            self._checkpoints.write(f"{record['checkpoint']}: {record['status']}", file=sys.stderr)
+            name = presentable(record["checkpoint"]).replace("\n", "\\n")
+            self._checkpoints.write(f"{name}: {record['status']}", file=sys.stderr)
         self._checkpoints.update()
         return record
 

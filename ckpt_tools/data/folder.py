@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -18,7 +21,7 @@ from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.jpeg import decoded
 from ckpt_tools.data.order import default_workers, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
-from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
+from ckpt_tools.data.transforms import LARGEST, ImageTransform, PixelScale, stacked
 from ckpt_tools.errors import DataError
 
 __all__ = ["EXTENSIONS", "FolderSource", "find_images"]
@@ -104,12 +107,26 @@ class FolderImages:
         return Chunk(stacked(images) if images else None, skipped)
 
     def _read(self, path: Path) -> Tensor:
-        with Image.open(path, formats=_FORMATS) as image:  # reads the header alone
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise OSError("no regular file")
+        with Image.open(path, formats=_FORMATS) as image, _one_at_a_time(image.size):  # opening reads the header alone
             if image.format == "JPEG" and image.mode == self.transform.mode == "RGB":
                 pixels = decoded(path, image.size) if self.transform.takes_pixels(image.size) else None
                 if pixels is not None:
                     return self.transform.of_pixels(pixels)
             return self.transform(image)
+
+
+def _one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
+    """Several threads with an image of 300 MB each are more than a small machine has."""
+    pixels = size[0] * size[1]
+    if pixels > LARGEST:
+        raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels, more than {LARGEST:,}")
+    return _LARGE if pixels > _ALONE else nullcontext()
+
+
+_ALONE = 1 << 24  # pixels from which on an image is decoded alone
+_LARGE = Lock()
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -27,6 +27,8 @@ def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
 def recorded(path: Path) -> dict[str, object] | None:
     """The same of a safetensors file, from its header alone; None where there is no such file or header."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         metadata = safetensors_header(path).get("__metadata__")
     except (OSError, ValueError, RecursionError, MemoryError):
         return None
