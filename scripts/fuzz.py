@@ -30,11 +30,13 @@ class Book:
         self.cases: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.seconds: dict[str, float] = dict.fromkeys(READERS, 0.0)
         self.slowest, self.peak = (0.0, ""), 0
 
     def enter(self, tally: Tally) -> None:
         """Add a worker's tally, and keep what failed."""
-        for reader, refused in tally.done:
+        for reader, refused, seconds in tally.done:
+            self.seconds[reader] += seconds
             self.cases[reader] += 1
             self.refused[reader] += refused
         self.slowest, self.peak = max(self.slowest, tally.slowest), max(self.peak, tally.peak)
@@ -46,11 +48,10 @@ class Book:
 
     def summary(self, seconds: float) -> str:
         """A line for each reader, and one for all."""
-        lines = [f"{'reader':20}{'cases':>9}{'refused':>9}{'failed':>8}"]
-        for reader in self.cases:
-            lines.append(
-                f"{reader:20}{self.cases[reader]:9,}{self.refused[reader] / self.cases[reader]:9.0%}{self.failed[reader]:8,}"
-            )
+        lines = [f"{'reader':20}{'cases':>9}{'refused':>9}{'failed':>8}{'ms each':>9}"]
+        for reader, cases in self.cases.items():
+            refused, each = self.refused[reader] / cases, 1000 * self.seconds[reader] / cases
+            lines.append(f"{reader:20}{cases:9,}{refused:9.0%}{self.failed[reader]:8,}{each:9.1f}")
         total = self.cases.total()
         lines.append(
             f"{total:,} cases in {seconds:,.0f} s ({total / max(seconds, 1e-9):,.0f} a second), {self.failed.total()} "

@@ -126,7 +126,7 @@ def _greedy(error: BaseException | None) -> str:
         seen.add(id(error))
         if isinstance(error, MemoryError) or "allocate" in str(error):
             return "".join(traceback.format_exception(first))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return ""
 
 

@@ -65,7 +65,8 @@ def _folder(path: Path) -> None:
 def _array(path: Path) -> None:
     source = open_source(str(path), limit=64)
     _read(source, None if source.preprocessed else InputSpec((3, 8, 8)))
-    array_labels(source.array)  # type: ignore[attr-defined]
+    if source.array.labels is not None:  # type: ignore[attr-defined]
+        array_labels(source.array)  # type: ignore[attr-defined]
 
 
 def _read(source: Source, spec: InputSpec | None) -> None:

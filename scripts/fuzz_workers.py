@@ -28,7 +28,7 @@ _context = get_context("fork")  # after the imports: torch takes seconds
 class Tally:
     """What a worker did since its last message. ``peak``: bytes, the most that its process ever held."""
 
-    done: list[tuple[str, bool]]
+    done: list[tuple[str, bool, float]]
     slowest: tuple[float, str]
     failures: list[Result]
     peak: int
@@ -98,7 +98,7 @@ class _Worker:
 
     def _blame(self, report: Callable[[Tally], None], why: str) -> None:
         case = self.cases[self.at.value]
-        report(Tally([(case.reader, False)], (0.0, str(case)), [Result(case, why, 0.0)], 0))
+        report(Tally([(case.reader, False, 0.0)], (0.0, str(case)), [Result(case, why, 0.0)], 0))
 
 
 def _work(cases: Sequence[Case], at: Any, sender: Connection) -> None:
@@ -113,7 +113,7 @@ def _work(cases: Sequence[Case], at: Any, sender: Connection) -> None:
             tally.peak = _peak()
             if tally.peak - before > _LEAP:
                 print(f"{case}: {(tally.peak - before) >> 20} MB more", file=sys.stderr, flush=True)
-            tally.done.append((case.reader, result.refused))
+            tally.done.append((case.reader, result.refused, result.seconds))
             tally.slowest = max(tally.slowest, (result.seconds, str(case)))
             if result.failure:
                 tally.failures.append(result)

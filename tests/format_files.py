@@ -202,7 +202,9 @@ def old_tar(path: Path, tensors: dict[str, Tensor]) -> None:
     target = io.BytesIO()
     Pickler(target, 2).dump(tensors)
     with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
-        for name, content in (("storages", storages), ("tensors", described), ("pickle", target.getvalue())):
+        system = pickle.dumps({"protocol_version": 1000, "little_endian": True}, 2)
+        members = {"sys_info": system, "pickle": target.getvalue(), "tensors": described, "storages": storages}
+        for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))

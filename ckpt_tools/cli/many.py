@@ -128,7 +128,7 @@ class _Bars:
 
     def finished(self, record: Any) -> Any:
         """Count a checkpoint; what went wrong is said at once."""
-        if record["error"] and not self._shared["disable"]:
+        if record.get("error") and not self._shared["disable"]:
             name = presentable(record["checkpoint"]).replace("\n", "\\n")
             self._checkpoints.write(f"{name}: {record['status']}", file=sys.stderr)
         self._checkpoints.update()

@@ -123,7 +123,7 @@ def _check(array: StoredArray) -> None:
 
 def _in_npy(path: Path) -> dict[str, StoredArray]:
     with path.open("rb") as stream:
-        shape, dtype = _header(stream)
+        shape, dtype = _header(stream, most_inflated(path))
         start = stream.tell()
 
     def read() -> Tensor:
@@ -140,7 +140,7 @@ def _in_npz(path: Path) -> dict[str, StoredArray]:
         for entry in archive.infolist():
             name = entry.filename.removesuffix(".npy")
             with _entry(archive, entry) as stream:
-                shape, dtype = _header(stream)
+                shape, dtype = _header(stream, most_inflated(path))
             arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, _npz_reader(path, entry))
     return arrays
 
@@ -151,7 +151,7 @@ def _npz_reader(path: Path, entry: zipfile.ZipInfo) -> Callable[[], Tensor]:
             raise ValueError(f"it claims to hold {entry.file_size:,} bytes, which is out of all proportion")
         with zipfile.ZipFile(path) as archive:
             with _entry(archive, entry) as stream:
-                shape, dtype = _header(stream)
+                shape, dtype = _header(stream, entry.file_size)
                 _require_held(shape, dtype, entry.file_size - stream.tell())
             with _entry(archive, entry) as stream:
                 array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
@@ -166,20 +166,25 @@ def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
     return archive.open(entry)
 
 
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _header(stream: IO[bytes], most: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type as they stand in front of an array. Raises ValueError if it takes more than ``most`` bytes."""
     version = np.lib.format.read_magic(stream)
     # from version 2 on, only the length field is wider; 3 differs in the names of record fields alone
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
+    try:
+        shape, _, dtype = read(stream)
+    except (MemoryError, RecursionError):  # what Python's parser says of many brackets
+        raise ValueError("a header that is nested without end") from None
     if min(shape, default=0) < 0:
         raise ValueError(f"the shape {shape}")
+    _require_held(shape, dtype, most)
     return shape, dtype
 
 
 def _require_held(shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -> None:
     """Raise ValueError where fewer bytes follow than an array needs, before anything is allocated for it."""
     if math.prod(shape) * dtype.itemsize > held:
-        raise ValueError(f"{shape} {dtype.name} takes {math.prod(shape) * dtype.itemsize:,} bytes, {held:,} are there")
+        raise ValueError(f"{dtype.name} {shape} takes {math.prod(shape) * dtype.itemsize:,} bytes, {held:,} are there")
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -193,7 +198,9 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
         content = load_pickle(path)
     except CheckpointError as error:
         found = str(error).removeprefix(f"{path}: ")
-        raise DataError(f"{path}: it cannot be read: {found} Save a plain tensor with torch.save(images, path).") from error
+        raise DataError(
+            f"{path}: it cannot be read: {found} Save a plain tensor with torch.save(images, path)."
+        ) from error
     if isinstance(content, tuple | list) and len(content) == 2 and _is_labels(content[1], content[0]):
         images, labels = content
         return {"": _of_tensor(str(path), images), "labels": _of_tensor(f"{path}[1]", labels)}
