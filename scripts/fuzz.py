@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 from fuzz_cases import Case, Result, made, run, written
-from fuzz_readers import READERS
+from fuzz_readers import READERS, SLOW
 from fuzz_workers import Tally, run_all
 from tqdm import tqdm
 
@@ -75,7 +75,7 @@ def main(cases: int, seed: int, readers: str, jobs: int, only: str | None, crash
     unknown = sorted(set(names) - set(READERS))
     if unknown:
         raise click.BadParameter(f"--readers: {', '.join(unknown)}: expected some of {', '.join(READERS)}.")
-    todo = [Case(names[place % len(names)], place // len(names), seed) for place in range(cases)]
+    todo = planned(names, cases, seed)
     for name in names:
         run(Case(name, 0, seed), crashes.parent / ".fuzz-first")  # imports and seeds, before the workers fork
     started = time.perf_counter()
@@ -84,6 +84,18 @@ def main(cases: int, seed: int, readers: str, jobs: int, only: str | None, crash
         run_all(todo, jobs, book.enter)
     print(book.summary(time.perf_counter() - started))
     sys.exit(1 if book.failed or book.peak > _PEAK else 0)
+
+
+def planned(names: list[str], cases: int, seed: int) -> list[Case]:
+    """The cases of a run, all readers in turn, in equal shares but for the slow ones."""
+    shares = {name: SLOW.get(name, 1.0) for name in names}
+    each = cases / sum(shares.values())
+    places = [
+        ((number + 0.5) / share, name, number)
+        for name, share in shares.items()
+        for number in range(int(each * share) + 1)
+    ]
+    return [Case(name, number, seed) for _, name, number in sorted(places)[:cases]]
 
 
 def _again(case: Case, crashes: Path) -> int:

@@ -64,11 +64,14 @@ class _Worker:
         self.process.start()
         sender.close()
         self.seen = (0, time.monotonic())
+        self.reported = 0  # cases
 
     def receive(self, report: Callable[[Tally], None]) -> bool:
         """Pass a message on; False when there will be no more."""
         try:
-            report(self.receiver.recv())
+            tally = self.receiver.recv()
+            self.reported += len(tally.done)
+            report(tally)
             return True
         except EOFError:
             self.process.join()
@@ -92,8 +95,8 @@ class _Worker:
         return True
 
     def rest(self) -> _Worker | None:
-        """A worker for what is left behind the case that ended this one."""
-        left = self.cases[self.at.value + 1 :]
+        """A worker for what is left but the case that ended this one; what was not reported is done again."""
+        left = [*self.cases[self.reported : self.at.value], *self.cases[self.at.value + 1 :]]
         return _Worker(left) if left else None
 
     def _blame(self, report: Callable[[Tally], None], why: str) -> None:

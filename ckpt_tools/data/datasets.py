@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ckpt_tools.data.matlab import matlab_arrays
 from ckpt_tools.data.stored import StoredArray, most_inflated
 from ckpt_tools.errors import CheckpointError, DataError
 from ckpt_tools.storage.pickles import Opaque, load_pickle
@@ -99,38 +99,25 @@ def _told(entry: dict[Any, Any], key: str) -> list[int]:
 
 def _svhn(root: Path, split: Split) -> StoredArray:
     file = _locate("svhn", root, ("", "svhn/", "SVHN/"), (f"{split}_32x32.mat",))
-    found = {name: (shape, kind) for name, shape, kind in _matlab("whosmat", file)}
-    shape, kind = found.get("X", ((), ""))
-    if len(shape) != 4 or kind != "uint8" or min(shape) < 0:
-        raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N) uint8, found {found!r:.300}.")
-    if sum(math.prod(found[name][0]) for name in ("X", "y") if name in found) > most_inflated(file):
-        raise ValueError(f"it claims to hold an array of shape {shape}, which is out of all proportion")
+    found = matlab_arrays(file)
+    pixels, digits = found.get("X"), found.get("y")
+    if pixels is None or len(pixels.shape) != 4 or pixels.kind != "uint8":
+        held = {name: (array.shape, array.kind) for name, array in found.items()}
+        raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N) uint8, found {held!r:.300}.")
+    if pixels.nbytes + (digits.nbytes if digits else 0) > most_inflated(file):
+        raise ValueError(f"it claims to hold an array of shape {pixels.shape}, which is out of all proportion")
 
     def read() -> Tensor:
-        images: npt.NDArray[np.uint8] = _matlab("loadmat", file, variable_names=["X"])["X"]
-        return torch.from_numpy(images).permute(3, 2, 0, 1)
+        return torch.from_numpy(pixels.read()).permute(3, 2, 0, 1)
 
     def read_labels() -> Tensor:
-        digits: npt.NDArray[Any] = _matlab("loadmat", file, variable_names=["y"])["y"]
-        return torch.from_numpy(digits.astype(np.int64)).flatten() % 10  # the file writes 10 for zero
+        if digits is None:
+            raise ValueError("there is no array y")
+        return torch.from_numpy(digits.read().astype(np.int64)).flatten() % 10  # the file writes 10 for zero
 
-    height, width, channels, count = shape
+    height, width, channels, count = pixels.shape
     labels = StoredArray(f"{file}[y]", (count,), "int64", read_labels)
     return _pixels(str(file), (count, channels, height, width), read, labels, 10)
-
-
-def _matlab(function: str, file: Path, **options: Any) -> Any:
-    try:
-        from scipy import io
-    except ImportError as error:
-        raise DataError(
-            f"{file}: SVHN's MATLAB files are read by scipy, which is not installed. "
-            f"Run: pip install 'ckpt-tools[svhn]'"
-        ) from error
-    try:
-        return getattr(io, function)(file, **options)
-    except io.matlab.MatReadError as error:
-        raise ValueError(str(error)) from error
 
 
 def _mnist(root: Path, split: Split) -> StoredArray:
