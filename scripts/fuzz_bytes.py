@@ -133,11 +133,11 @@ def mutated_json(value: Any, draw: random.Random) -> bytes:
     for _ in range(draw.choice((1, 1, 2, 3))):
         value = _changed(value, draw)
     text = json.dumps(value, ensure_ascii=draw.random() < 0.9)
+    if draw.random() < 0.05:  # one key twice
+        text = re.sub(r'("[^"]{,50}": [^,{}\[\]]{1,50})', r"\1, \1", text, count=1)
     for _ in range(text.count(f'"{_DEEP}"')):
         depth, (opened, closed) = draw.choice((70, 990, 5_000, 50_000)), draw.choice((("[", "]"), ('{"a":', "}")))
         text = text.replace(f'"{_DEEP}"', opened * depth + "0" + closed * depth * draw.choice((1, 1, 0)), 1)
-    if draw.random() < 0.05:  # one key twice
-        text = re.sub(r'("[^"]*": [^,{}\[\]]+)', r"\1, \1", text, count=1)
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -160,7 +160,8 @@ def _changed(value: Any, draw: random.Random) -> Any:
     elif kind == 2 and isinstance(holder, dict):
         holder[mutated_text(str(key), draw)] = holder.pop(key)
     elif kind == 3:
-        holder[key] = [holder[key]] * draw.choice((1, 2, 1000)) if draw.random() < 0.5 else {"a": holder[key]}
+        many = 2 if isinstance(holder[key], dict | list) else 1000  # lists of lists of lists take a while to write
+        holder[key] = [holder[key]] * draw.choice((1, 2, many)) if draw.random() < 0.5 else {"a": holder[key]}
     elif kind == 4 and isinstance(holder[key], str):
         holder[key] = mutated_text(holder[key], draw)
     elif kind == 5 and isinstance(holder[key], int):

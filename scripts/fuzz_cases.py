@@ -24,6 +24,7 @@ __all__ = ["LIMIT", "Case", "Result", "made", "run", "written"]
 
 LIMIT = 5.0  # seconds of the processor for a case
 _PARTS = 60_000  # bytes of what splices are taken from
+_LARGEST = 2_000_000  # bytes of a file after a change
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def made(case: Case) -> Seed:
         if len(files) > 1 and draw.random() < 0.05:
             files = _rearranged(files, name, draw)
         else:
-            files[name] = mutated(files[name], draw, _parts(case.reader))
+            files[name] = mutated(files[name], draw, _parts(case.reader))[:_LARGEST]
     return Seed(files, seed.entry)
 
 

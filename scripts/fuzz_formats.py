@@ -124,7 +124,7 @@ def _zip_members(data: bytes, draw: random.Random, others: Sequence[bytes]) -> b
     elif kind == 3:
         members[at] = (draw.choice((*_NAMES, mutated_text(name, draw), members[0][0])), content)
     elif kind == 4:
-        members[at] = (name, bytes(draw.choice((0, 1, 100, 100_000, 3_000_000))))
+        members[at] = (name, bytes(draw.choice((0, 1, 100, 10_000, 100_000))))
     elif kind == 5:
         members.append((draw.choice(_NAMES), draw.choice(members)[1]))
     else:
@@ -136,8 +136,11 @@ def _zip_members(data: bytes, draw: random.Random, others: Sequence[bytes]) -> b
 
 
 def _zipped(members: Sequence[tuple[str, bytes]], draw: random.Random) -> bytes:
-    methods = (zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-    method = draw.choice(methods)
+    method = zipfile.ZIP_STORED if draw.random() < 0.7 else zipfile.ZIP_DEFLATED
+    if draw.random() < 0.03:  # slow to write
+        method = draw.choice((zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    if draw.random() < 0.01:
+        method, members = zipfile.ZIP_DEFLATED, [(name, content + bytes(20_000_000)) for name, content in members[:2]]
     target = io.BytesIO()
     with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(target, "w") as archive:  # names that come twice
         for name, content in members:

@@ -156,7 +156,8 @@ READERS: Mapping[str, Reader] = {
 }
 
 SLOW: Mapping[str, float] = {
-    **dict.fromkeys(("words", "manifest"), 0.25),
+    "words": 0.05,
+    "manifest": 0.25,
     **dict.fromkeys(("folder", "distributed", "shards", "malicious"), 0.5),
 }
 """Readers that get a smaller share of the cases: they work in a larger one."""
