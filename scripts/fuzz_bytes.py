@@ -135,9 +135,9 @@ def mutated_json(value: Any, draw: random.Random) -> bytes:
     text = json.dumps(value, ensure_ascii=draw.random() < 0.9)
     if draw.random() < 0.05:  # one key twice
         text = re.sub(r'("[^"]{,50}": [^,{}\[\]]{1,50})', r"\1, \1", text, count=1)
-    for _ in range(text.count(f'"{_DEEP}"')):
-        depth, (opened, closed) = draw.choice((70, 990, 5_000, 50_000)), draw.choice((("[", "]"), ('{"a":', "}")))
-        text = text.replace(f'"{_DEEP}"', opened * depth + "0" + closed * depth * draw.choice((1, 1, 0)), 1)
+    depth, (opened, closed) = draw.choice((70, 990, 5_000, 50_000)), draw.choice((("[", "]"), ('{"a":', "}")))
+    deep = opened * depth + "0" + closed * depth * draw.choice((1, 1, 0))
+    text = text.replace(f'"{_DEEP}"', deep, 1).replace(f'"{_DEEP}"', "0")
     return text.encode("utf-8", "surrogatepass")
 
 
