@@ -12,7 +12,8 @@ __all__ = ["EXTREMES", "NUMBERS", "mutated_bytes", "mutated_json", "mutated_text
 
 NUMBERS = (
     *(0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x10000, 1_000_000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF),
-    *(0x100000000, 1 << 40, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -1, -2, -(1 << 31), -(1 << 63)),
+    *(0x100000000, 1 << 40, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1),
+    *(-1, -2, -(1 << 31), -(1 << 63)),
 )  # fmt: skip
 _TEXTS = (
     *("", "a", ".", "..", "/", "../../../../etc/passwd", "/etc/passwd", "C:\\x", "\0", "\ud800", "\u202e", "\x1b[2J"),
@@ -111,7 +112,8 @@ def _digits(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     if not found:
         return _number(data, draw, ())
     one = draw.choice(found)
-    return data[: one.start()] + str(draw.choice((*NUMBERS, 10**30, 10**400))).encode() + data[one.end() :]
+    other = str(draw.choice((*NUMBERS, 10**30, 10**400))).encode()
+    return data[: one.start()] + other + data[one.end() :]
 
 
 _CHANGES: tuple[Callable[[bytes, random.Random, Sequence[bytes]], bytes], ...] = (

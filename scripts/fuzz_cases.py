@@ -20,7 +20,7 @@ from fuzz_seeds import Seed, seeds
 
 from ckpt_tools.errors import CkptToolsError
 
-__all__ = ["LIMIT", "Case", "Result", "made", "run", "written"]
+__all__ = ["LIMIT", "Case", "Hang", "Result", "limited", "made", "run", "written"]
 
 LIMIT = 5.0  # seconds of the processor for a case
 _PARTS = 60_000  # bytes of what splices are taken from
@@ -107,7 +107,7 @@ def run(case: Case, folder: Path) -> Result:
     failure, refused = "", False
     started = time.perf_counter()
     try:
-        with warnings.catch_warnings(action="ignore"), _limited():
+        with warnings.catch_warnings(action="ignore"), limited():
             READERS[case.reader](path)
     except CkptToolsError as error:
         refused, failure = True, _greedy(error)
@@ -132,7 +132,7 @@ def _greedy(error: BaseException | None) -> str:
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def limited() -> Iterator[None]:
     """Raises Hang in this thread after ``LIMIT`` seconds of the processor; other processes on it do not count."""
 
     def stop(*_: object) -> None:

@@ -18,13 +18,13 @@ __all__ = ["is_pickled", "mutated_pickle"]
 _NAMES = (
     *(*CALLS, *VALUES, "os.system", "builtins.eval", "torch.nn.modules.module.Module", "torch.FloatStorage"),
     *("torch.QInt8Storage", "torch.storage._load_from_bytes", "numpy.ndarray", "numpy.dtype", "copyreg._reconstructor"),
-    *("numpy._core.numeric._frombuffer", "copyreg.__newobj__", "copyreg.__newobj_ex__", "torch._utils._rebuild_qtensor"),
+    *("numpy._core.numeric._frombuffer", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
+    "torch._utils._rebuild_qtensor",
     *("torch.distributed.checkpoint.metadata.Metadata", "omegaconf.dictconfig.DictConfig", "uuid.UUID", "a.B"),
 )  # fmt: skip
 # Instructions without an argument, the frequent ones again.
-_BARE = [*b"()]}t012NeauslobdRQ", *b"\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94\x97\x98"] + list(
-    b"ReubQ\x94\x85" * 2
-)
+_OFTEN = b"ReubQ\x94\x85" * 2
+_BARE = [*b"()]}t012NeauslobdRQ", *b"\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94\x97\x98", *_OFTEN]
 _LARGEST = 3_000_000  # bytes of a pickle after a change
 
 Chunk = tuple[str, bytes]

@@ -1,4 +1,4 @@
-"""Small valid files for every reader, written by the libraries that write them: torch, safetensors, numpy, PIL, scipy."""
+"""Small valid files for every reader, written by the libraries that write them: torch, safetensors, numpy, PIL."""
 
 from __future__ import annotations
 
@@ -170,14 +170,20 @@ _PROCESSOR = {
     "do_normalize": True,
     "rescale_factor": 1 / 255,
 }
+_SCRIPT = {
+    **{"model": "resnet18", "drop": 0.2, "drop_path": 0.1, "num_classes": 5, "input_size": [3, 32, 32], "gp": "avg"},
+    **{"mean": [0.5, 0.5, 0.5], "split_bn": False, "aug_splits": 0},
+}
+_REFERENCE = {"model": "densenet121", "val_resize_size": 256, "val_crop_size": 224, "interpolation": "bilinear"}
+_MODULE = {"class": "torchvision.models.resnet.ResNet", "rates": {"": {"p": 0.5}}}
 _WORDS: tuple[dict[str, object], ...] = (
     {"config": _TIMM},
     {"config": _RESNET, "preprocessor": _PROCESSOR},
-    {"args": {"model": "resnet18", "drop": 0.2, "drop_path": 0.1, "num_classes": 5, "input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "gp": "avg", "split_bn": False, "aug_splits": 0}, "arch": "resnet18"},
-    {"args": {"model": "densenet121", "val_resize_size": 256, "val_crop_size": 224, "interpolation": "bilinear"}, "epoch": 1},
+    {"args": _SCRIPT, "arch": "resnet18"},
+    {"args": _REFERENCE, "epoch": 1},
     {"hyper_parameters": {"model_name": "timm:resnet18", "drop_rate": 0.1, "model_kwargs": {"num_classes": 3}}},
-    {"arch": "resnet50", "best_acc1": 0.5, "module": {"class": "torchvision.models.resnet.ResNet", "rates": {"": {"p": 0.5}}}},
-)  # fmt: skip
+    {"arch": "resnet50", "best_acc1": 0.5, "module": _MODULE},
+)
 
 
 def _words(folder: Path) -> Iterator[Seed]:

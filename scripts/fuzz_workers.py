@@ -44,11 +44,7 @@ def run_all(cases: Sequence[Case], jobs: int, report: Callable[[Tally], None]) -
     while running:
         ready = wait(list(running), timeout=1)
         for receiver, worker in list(running.items()):
-            if receiver in ready:
-                ended = not worker.receive(report)
-            else:
-                ended = worker.late() and worker.killed(report)
-            if ended:
+            if not worker.receive(report) if receiver in ready else worker.late() and worker.killed(report):
                 del running[receiver]
                 again = worker.rest()
                 if again is not None:

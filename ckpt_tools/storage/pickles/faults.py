@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Fault", "KEY_LIMIT", "Limits", "endless"]
+__all__ = ["KEY_LIMIT", "Fault", "Limits", "endless"]
 
 _KEY_ITEMS = 64  # a tuple is a fine key; a tree of them takes forever to hash
 KEY_LIMIT = 1 << 60  # larger integers can be chosen to share one hash
