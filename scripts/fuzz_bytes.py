@@ -117,7 +117,7 @@ def _digits(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
 
 
 _CHANGES: tuple[Callable[[bytes, random.Random, Sequence[bytes]], bytes], ...] = (
-    _flip, _flip, _byte, _byte, _number, _number, _number, _cut, _drop, _repeat, _swap, _splice, _insert, _blank, _digits
+    *(_flip, _byte, _number) * 2, _number, _cut, _drop, _repeat, _swap, _splice, _insert, _blank, _digits,
 )  # fmt: skip
 
 

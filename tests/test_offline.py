@@ -47,10 +47,7 @@ for command in (
     ["inspect", "model.pt"],
     [*job, "--report", "out.html", "--report", "out.json", "--report", "out.md"],
     ["diff", "model.pt", "model.bn.safetensors"],
-    ["evaluate", "model.bn.safetensors", "--before", "model.pt", "--data", "train", "--input-size", "3,16,16"]
-    + ["--arch", "timm:test_resnet"],
     ["convert", "model.pt"],
-    ["init-rewrite", "model.pt", "-o", "init.safetensors"],
 ):
     assert main.main(command, standalone_mode=False) in (None, 0), command
 assert not asked, asked

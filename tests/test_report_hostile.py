@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
@@ -24,9 +25,11 @@ FRAGMENTS = (
     *HOSTILE,
     *("<", ">", "&", '"', "'", "`", "|", "\\", "\n", "\r", "\t", "\0", "#", "- ", "1. ", "```", "~~~", "$$", "{{x}}"),
     *("</pre></code>", "<svg onload=alert(1)>", "--><script>", "{% raw %}", "&lt;b&gt;", "![x](http://x)", "<!--"),
-    *("javascript:alert(1)", '" onmouseover="alert(1)', "</title>", "</details>", "\u2028", "<img src=x>", "::error::x"),
+    *("javascript:alert(1)", '" onmouseover="alert(1)', "</title>", "</details>", "\u2028", "<img src=x>"),
+    "::error::x",
 )
-hostile = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), min_size=1, max_size=6).map("".join)
+hostile = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), min_size=1, max_size=4).map("".join)
+several = st.lists(hostile, min_size=7, max_size=7)
 Page = Callable[[Any], str]
 
 
@@ -65,15 +68,15 @@ class Skeleton(HTMLParser):
         self.tags.append(("comment",))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_a_page_has_no_element_of_somebody_elses(data: st.DataObject) -> None:
+@settings(max_examples=15, deadline=None)
+@given(several)
+def test_a_page_has_no_element_of_somebody_elses(texts: list[str]) -> None:
     pages: tuple[tuple[Page, Any], ...] = (
         (checkpoint_html, with_metrics(facts())),
         (folder_html, records()[:7:3]),
     )
     for page, given_facts in pages:
-        found = Skeleton(page(filled(given_facts, lambda: data.draw(hostile))))
+        found = Skeleton(page(filled(given_facts, itertools.cycle(texts).__next__)))
         usual = Skeleton(page(filled(given_facts, lambda: "b")))
         assert found.tags == usual.tags
         assert found.acting == usual.acting
@@ -97,20 +100,20 @@ def plain(markdown: str) -> str:
 
 
 def shape(markdown: str) -> list[int | str]:
-    """Of every line: the cells, if it is a row of a table; else how it begins."""
+    """Of every line: the cells, if it is a row of a table; else its mark, if it has one."""
     lines = plain(markdown).split("\n")
-    return [len(re.findall(r"(?<!\\)\|", x)) if x.startswith("|") else x.lstrip("✅❌ ")[:2] for x in lines]
+    return [len(re.findall(r"(?<!\\)\|", x)) if x.startswith("|") else re.match(r"[#<>*-]*", x)[0] for x in lines]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_markdown_has_no_markup_of_somebody_elses(data: st.DataObject) -> None:
+@settings(max_examples=15, deadline=None)
+@given(several)
+def test_markdown_has_no_markup_of_somebody_elses(texts: list[str]) -> None:
     pages: tuple[tuple[Page, Any], ...] = (
         (checkpoint_markdown, with_metrics(facts())),
         (folder_markdown, records()[:7:3]),
     )
     for page, given_facts in pages:
-        found = page(filled(given_facts, lambda: data.draw(hostile)))
+        found = page(filled(given_facts, itertools.cycle(texts).__next__))
         usual = page(filled(given_facts, lambda: "b"))
         assert shape(found) == shape(usual)
         assert Skeleton(plain(found)).tags == Skeleton(plain(usual)).tags
@@ -121,8 +124,8 @@ def test_a_failure_is_text(text: str) -> None:
     assert Skeleton(plain(failure_markdown(f"a{text}", 1))).tags == Skeleton(plain(failure_markdown("a", 1))).tags
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_terminals_are_shown_no_control_characters(data: st.DataObject) -> None:
-    text = folder_text(filled(records(), lambda: data.draw(hostile)), Path("x"))
+@settings(max_examples=15, deadline=None)
+@given(several)
+def test_terminals_are_shown_no_control_characters(texts: list[str]) -> None:
+    text = folder_text(filled(records(), itertools.cycle(texts).__next__), Path("x"))
     assert all(line.isprintable() for line in text.split("\n"))

@@ -20,7 +20,7 @@ from ckpt_tools.cli.progress import Bar, EvaluationBar
     required=True,
     metavar="SPEC",
     help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, cifar10:DIR, "
-    "cifar100:DIR, svhn:DIR, mnist:DIR, or package.module:callable (which imports and runs your code).",
+    "cifar100:DIR, svhn:DIR, mnist:DIR, or package.module:callable (your code is imported and run).",
 )
 @click.option("-o", "--output", type=options.path, help="Default: NAME.bn.safetensors beside the checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")

@@ -20,7 +20,7 @@ from ckpt_tools.cli.progress import EvaluationBar
     metavar="SPEC",
     help="Labelled data: a folder with a subfolder of images for every class, an .npz/.pt/.safetensors file with "
     "images and labels, cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR (their test split), or "
-    "package.module:callable that yields (inputs, labels).",
+    "package.module:callable that yields (inputs, labels) (your code is imported and run).",
 )
 @click.option("--before", type=options.path, metavar="OTHER", help="A second checkpoint, to compare with.")
 @options.evaluation
