@@ -278,6 +278,7 @@ class Reestimation:
     seconds: float
     device: str
     left_alone: tuple[LeftAlone, ...] = ()
+    processes: int = 1  # that shared the batches
     cut_to: int | None = None  # samples at a time, where memory was too short for whole batches
     precision: Precision = "fp32"
     deviation: Spread | None = None  # of the variances on the first images from those in fp32, for other precisions

@@ -8,6 +8,8 @@ CkptToolsError                  1   a failure the user can act on
 ├── ModelError                  1   a model that cannot be walked or run
 ├── DataError                   1   training data that cannot be used
 ├── OutputError                 1   an output that cannot be written
+├── RankError                   1   a process of a distributed job that is gone
+├── RemoteError                 1   a URL behind which nothing can be read
 ├── NothingToDo                 3   no running variance is wrong
 └── CheckFailed                 4   a check or gate said no
 
@@ -26,6 +28,8 @@ __all__ = [
     "ModelError",
     "NothingToDo",
     "OutputError",
+    "RankError",
+    "RemoteError",
     "UsageError",
 ]
 
@@ -68,6 +72,14 @@ class DataError(CkptToolsError):
 
 class OutputError(CkptToolsError):
     """An output that cannot be written."""
+
+
+class RankError(CkptToolsError):
+    """A process of a distributed job that is gone, failed or cannot be reached."""
+
+
+class RemoteError(CkptToolsError):
+    """A URL behind which nothing can be read: nothing there, no access, no network, a package that is missing."""
 
 
 class NothingToDo(CkptToolsError):

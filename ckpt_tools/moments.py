@@ -7,6 +7,8 @@ is 10 % off where a mean is 600 standard deviations away from zero.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +103,29 @@ class Clusters:
         weights = torch.stack([shift.square() - variance, -2 * shift, torch.ones_like(shift)])
         error = self._spread_of(weights) / moments.count
         return torch.where(variance > 0, error / variance, 0.0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a layer's input has shown: its moments, and how clusters of images and whole batches scatter."""
+
+    moments: Moments
+    clusters: Clusters
+    batches: Clusters
+
+    def merge(self, other: Evidence) -> Evidence:
+        """Of both samples together."""
+        return Evidence(
+            self.moments.merge(other.moments),
+            self.clusters.merge(other.clusters),
+            self.batches.merge(other.batches),
+        )
+
+
+def merged(parts: Iterable[Evidence | None]) -> Evidence | None:
+    """All parts together, merged in their order; None where no part has seen anything."""
+    found = [part for part in parts if part is not None]
+    return functools.reduce(Evidence.merge, found) if found else None
 
 
 def _cluster(images: int) -> int:

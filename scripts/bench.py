@@ -6,6 +6,7 @@ scripts/bench sizes              # cost against images and batch size
 scripts/bench stopping           # --tolerance: time saved, and whether the stated error bounds hold
 scripts/bench input              # decoding and resizing against timm's and torchvision's loaders
 scripts/bench files              # writing against cp, start-up, memory of the whole run
+scripts/bench folder             # many checkpoints in one run against as many single runs
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import click
 import torch
 from bench_files import peak_memory, start_up, writing
+from bench_folder import prepared
+from bench_folder import race as race_folder
 from bench_input import alikeness, photographs, speed
 from bench_models import NETWORKS, SMALL
 from bench_passes import BASE, CONTESTANTS, OURS, race, ratios, summary, table
@@ -143,6 +146,23 @@ def files(megabytes: tuple[int, ...], rounds: int, folder: Path) -> None:
     for name, peak in found["memory"].items():
         print(f"{name}: {peak / 1e6:,.0f} MB resident at most")
     keep("files", found)
+
+
+@main.command()
+@click.option("--images", default=2000, show_default=True, help="JPEG files.")
+@click.option("--each", default=4, show_default=True, help="Checkpoints of each of three architectures.")
+@click.option("--rounds", default=1, show_default=True)
+@click.option("--scratch", type=click.Path(path_type=Path), default=SCRATCH, show_default=True)
+def folder(images: int, each: int, rounds: int, scratch: Path) -> None:
+    """Many checkpoints in one run against as many single runs; their outputs must be equal."""
+    data, runs = prepared(scratch, images, each)
+    with tempfile.TemporaryDirectory(dir=scratch) as outputs:
+        seconds = race_folder(data, runs, rounds, Path(outputs))
+    alone, together = seconds.values()
+    ratio = statistics.median(b / a for a, b in zip(alone, together, strict=True))
+    print(f"{3 * each} single runs {statistics.median(alone):.1f} s, one of all {statistics.median(together):.1f} s")
+    print(f"{ratio:.2f} of the time; all tensors equal")
+    keep(f"folder, {3 * each} checkpoints, {images} images", seconds)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import github
+from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.redaction import presentable
+from ckpt_tools.remote.mirror import as_urls, mirroring
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
 
@@ -23,15 +26,18 @@ class Boundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command and answer for what it raises."""
+        """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
+        with mirroring(transfer_bar), terminable():
+            return self._answered(ctx)
+
+    def _answered(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except CkptToolsError as error:
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", 130)
         except click.ClickException as error:
-            github.fail(error.format_message(), error.exit_code)
+            message = as_urls(error.format_message())
+            github.fail(message, error.exit_code)
+            if message != error.format_message():  # an argument was a URL with a token
+                raise click.UsageError(message, getattr(error, "ctx", None)) from error
             raise
         except (click.exceptions.Exit, click.Abort):
             raise
@@ -39,10 +45,8 @@ class Boundary(click.Group):
             # The reader of our output went away; keep Python from complaining once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except OSError as error:
-            _fail(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and its permissions.", 1)
-        except Exception as error:  # noqa: BLE001 - the last resort of a boundary
-            _fail(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of a boundary
+            sys.exit(told(error))
 
 
 @contextlib.contextmanager
@@ -59,13 +63,31 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, code: int) -> None:
+def told(error: BaseException) -> int:
+    """Print what went wrong; the exit code for it. With CKPT_FIX_TRACEBACK set, raises it instead."""
     if os.environ.get(TRACEBACK):
-        raise
+        raise error
+    message, code = _answer(error)
     message = _harmless(message)
     click.echo(f"ckpt-fix: {message}", err=True)
     github.fail(message, code)
-    sys.exit(code)
+    return code
+
+
+def exit_code(error: BaseException) -> int:
+    """What the process says about it to whoever started it."""
+    return _answer(error)[1]
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, CkptToolsError):
+        return as_urls(str(error)), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written", 130
+    if isinstance(error, OSError):
+        name = error.filename or "a file"
+        return as_urls(f"{name}: {error.strerror or error}. Check the path and its permissions."), 1
+    return as_urls(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where."), 1
 
 
 def _harmless(message: str) -> str:
@@ -73,6 +95,4 @@ def _harmless(message: str) -> str:
 
     GitHub's looks for ``::`` at the start of a line, behind blanks too, and for ``##[`` anywhere (ActionCommand.cs).
     """
-    from ckpt_tools.report.redaction import presentable
-
     return re.sub(r"^(\s*)::", r"\1: :", presentable(message), flags=re.MULTILINE).replace("##[", "# #[")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +19,14 @@ from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
-from ckpt_tools.report.redaction import presentable
+from ckpt_tools.redaction import presentable
+from ckpt_tools.remote.delivery import writes_beside
+from ckpt_tools.remote.mirror import as_urls, located
 
 if TYPE_CHECKING:
+    from ckpt_tools.jobs.folder import Result
     from ckpt_tools.jobs.reestimation import Request
+    from ckpt_tools.report.manifest import Manifest
 
 _MANIFEST = "ckpt-fix.jsonl"
 
@@ -74,23 +80,36 @@ def reestimate(
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("torchrun shares one checkpoint among processes, not several. Run a folder in one process.")
     if request.output is not None:
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
     outside = [place.output_dir] if place.output_dir else []
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
     log = Manifest(place.manifest or _beside(paths, place.output_dir))
-    check_reports(reports, (log.path, Path(request.data), *(item.checkpoint for item in items)))
+    check_reports(reports, (log.path, located(request.data), *(item.checkpoint for item in items)))
     records: list[Any] = []
-    with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
-        run(items, request, lambda result: records.append(bars.finished(log.add(result))), bars.images)
-    order = {str(item.checkpoint): number for number, item in enumerate(items)}
+    with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable(), contextlib.ExitStack() as after:
+        after.callback(log.publish)
+        run(items, request, lambda result: records.append(bars.finished(_recorded(log, result))), bars.images)
+    order = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
     records.sort(key=lambda record: order[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
-    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else folder_text(records, log.path))
+    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else as_urls(folder_text(records, log.path)))
     github.summarise(folder_markdown(records))
     _answer([record["status"] for record in records], log.path)
+
+
+def _recorded(log: Manifest, result: Result) -> Any:
+    """The line of a result; copies of remote files are removed, so that a folder may be larger than the disk."""
+    from ckpt_tools.storage.fetching import release_checkpoint
+
+    record = log.add(result)
+    for file in (result.item.checkpoint, result.item.output):
+        release_checkpoint(file)
+    return record
 
 
 def _answer(statuses: Sequence[str], manifest: Path) -> None:
@@ -103,7 +122,7 @@ def _answer(statuses: Sequence[str], manifest: Path) -> None:
 
 def _beside(paths: Sequence[Path], output_dir: Path | None) -> Path:
     """In the folder of the outputs; without one in the folder that was given, else in the current one."""
-    folders = [path for path in paths if path.is_dir()]
+    folders = [path for path in paths if path.is_dir() and writes_beside(path)]
     return (output_dir or (folders[0] if len(folders) == len(paths) == 1 else Path())) / _MANIFEST
 
 

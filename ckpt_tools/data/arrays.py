@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.data.order import default_workers, random_order
+from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
 from ckpt_tools.data.stored import StoredArray
 from ckpt_tools.data.stream import Chunk, IndexedStream
 from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
@@ -63,6 +63,7 @@ class ArraySource:
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
+        share: Share = WHOLE,
     ) -> IndexedStream:
         """Float32 batches (n, …). Workers and a cache are used only where images are resampled.
 
@@ -89,6 +90,7 @@ class ArraySource:
             workers=workers,
             cache=PixelCache() if cached else None,
             device=device,
+            share=share,
         )
 
     def _rows(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.blame import blamed
-from ckpt_tools.data.order import balanced, default_workers, random_order
+from ckpt_tools.data.order import WHOLE, Share, balanced, default_workers, random_order
 from ckpt_tools.data.stream import Batch, Skipped, first_not_finite
 from ckpt_tools.data.user_code import Product, imported
 from ckpt_tools.errors import DataError
@@ -60,18 +61,20 @@ class CallableSource:
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
+        share: Share = WHOLE,
         labelled: bool = False,
     ) -> CallableStream:
         """The user's batches as they come, where they come, checked for NaN.
 
-        ``batch_size``, ``workers`` (processes) and ``labelled`` concern a Dataset only; the other arguments are not
-        used.
+        ``batch_size``, ``workers`` (processes) and ``labelled`` concern a Dataset only. Of an iterable every process
+        makes all batches and keeps its ``share``; the other arguments are not used.
         """
         data = self.product.latest
         if not _has_length(data):
-            return CallableStream(self.spec, self.product.fresh, limit=self.limit, seed=self.seed)
+            return CallableStream(self.spec, self.product.fresh, limit=self.limit, seed=self.seed, share=share)
         order = random_order(len(data), limit=self.limit, seed=self.seed)
-        plan = [part.tolist() for part in torch.split(order, balanced(len(order), batch_size))]
+        parts = torch.split(order, balanced(len(order), batch_size))
+        plan = [part.tolist() for part in share.of(parts)]
         workers = min(default_workers() if workers is None else workers, len(plan))
         with blamed(f"{self.spec}: batching the Dataset"):
             loader = DataLoader(
@@ -82,7 +85,8 @@ class CallableSource:
                 persistent_workers=workers > 0,
                 generator=torch.Generator(),  # leaves the user's random state alone
             )
-        return CallableStream(self.spec, lambda: loader, seed=self.seed, count=len(order), batch_count=len(plan))
+        numbers = share.of(range(len(parts)))
+        return CallableStream(self.spec, lambda: loader, seed=self.seed, count=len(order), numbers=numbers)
 
 
 class CallableStream:
@@ -99,23 +103,29 @@ class CallableStream:
         limit: int | None = None,
         seed: int = 0,
         count: int | None = None,
-        batch_count: int | None = None,
+        numbers: Sequence[int] | None = None,
+        share: Share = WHOLE,
     ) -> None:
-        self.count, self.batch_count = count, batch_count
+        """``numbers``: of the batches that ``product`` gives; None: of an unknown number it gives all."""
+        self.count, self.batch_count = count, None if numbers is None else len(numbers)
+        self._numbers, self._share = numbers, share
         self._spec, self._product, self._limit, self._seed = spec, product, limit, seed
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass. Raises DataError if the user's code raises, or for batches that no model can take."""
         left = self._limit
         number = -1
-        for number, batch in enumerate(self._items()):
+        for batch, number in zip(self._items(), self._numbers or itertools.count(), strict=False):
             size = self._check(batch, number)
+            mine = self._numbers is not None or number % self._share.world == self._share.rank
             if left is not None and size >= left:
-                yield _head(batch, size, left)
+                if mine:
+                    yield _head(batch, size, left)
                 return
             left = None if left is None else left - size
-            yield batch
-        if number < 0:
+            if mine:
+                yield batch
+        if number < 0 and self.batch_count is None:
             raise DataError(f"{self._spec}: expected batches, found none. An iterator may be used up.")
 
     def _items(self) -> Iterator[Any]:

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ckpt_tools.errors import UsageError
 
-__all__ = ["balanced", "default_workers", "random_order"]
+__all__ = ["WHOLE", "Share", "balanced", "default_workers", "random_order"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of the batches of a pass: those number ``rank``, ``rank + world``, …"""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, items: Sequence[T]) -> Sequence[T]:
+        """The part of this process."""
+        return items[self.rank :: self.world]
+
+
+WHOLE = Share()
 
 
 def random_order(count: int, *, limit: int | None, seed: int) -> Tensor:
@@ -29,6 +49,7 @@ def balanced(count: int, size: int) -> list[int]:
 
 
 def default_workers() -> int:
-    """Threads for decoding: one for each core this process may use, at most eight."""
+    """Threads for decoding: one for each core this process may use, at most eight; ranks of torchrun divide them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(8, cores // int(ranks) if ranks.isdigit() and int(ranks) else cores))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +14,22 @@ from torch import Tensor
 
 from ckpt_tools.data.blame import named
 from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.data.order import balanced
+from ckpt_tools.data.order import WHOLE, Share, balanced
 from ckpt_tools.data.quiet import quiet_decoders
 from ckpt_tools.data.readers import read_ahead
 from ckpt_tools.data.transfer import sent_ahead
-from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.errors import DataError, RemoteError, UsageError
 
-__all__ = ["Batch", "BatchStream", "Chunk", "IndexedStream", "Samples", "Skipped", "first_not_finite"]
+__all__ = [
+    "Batch",
+    "BatchStream",
+    "Chunk",
+    "IndexedStream",
+    "Samples",
+    "Skipped",
+    "first_not_finite",
+    "refuse_unreadable",
+]
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 """A tensor (N, …), a tuple or list whose first item is one, or the keyword arguments of the model."""
@@ -86,8 +96,9 @@ class IndexedStream:
     """Batches from samples that have a number: files in a folder, rows of an array.
 
     n samples at batch size b come as ⌈n/b⌉ batches whose sizes differ by at most one, less the samples that
-    were skipped. ``finish`` turns what was read into float32, on ``device``. What one pass has decoded, a
-    ``cache`` keeps for the next. Iterate one pass at a time.
+    were skipped. Of these, the ``share`` of this process is read; ``count`` is that of all. ``finish`` turns what was
+    read into float32, on ``device``. What one pass has decoded, a ``cache`` keeps for the next. Iterate one pass at
+    a time.
     """
 
     def __init__(
@@ -102,6 +113,7 @@ class IndexedStream:
         workers: int,
         cache: PixelCache | None = None,
         device: str | torch.device = "cpu",
+        share: Share = WHOLE,
     ) -> None:
         if workers < 0:
             raise UsageError(f"--workers is {workers}. Give 0 to read in this thread, or more.")
@@ -111,6 +123,7 @@ class IndexedStream:
         self._name = name
         self._finish = finish
         self._sizes = balanced(len(order), batch_size)
+        self._numbers = share.of(range(len(self._sizes)))
         self._workers = workers
         self._cache = cache
         self._device = torch.device(device)
@@ -119,8 +132,8 @@ class IndexedStream:
 
     @property
     def batch_count(self) -> int:
-        """Batches in one pass."""
-        return len(self._sizes)
+        """Batches in one pass of this process."""
+        return len(self._numbers)
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
@@ -145,7 +158,7 @@ class IndexedStream:
 
     def _batches(self) -> Iterator[Tensor]:
         """What ``finish`` takes: pixels, or floats that have been checked."""
-        for number, chunks in enumerate(self._chunks()):
+        for number, chunks in zip(self._numbers, self._chunks(), strict=True):
             for chunk in chunks:
                 self._note(chunk.skipped)
             read = [chunk.samples for chunk in chunks if chunk.samples is not None]
@@ -163,6 +176,8 @@ class IndexedStream:
         try:
             with quiet_decoders():
                 yield from read_ahead(self._jobs(), self._workers)
+        except RemoteError:
+            raise
         except Exception as error:  # whatever reading raised
             raise DataError(
                 f"{self._name}: reading failed with {named(error)}. If memory ran out, try fewer --workers, "
@@ -171,10 +186,10 @@ class IndexedStream:
 
     def _jobs(self) -> Iterator[list[Callable[[], Chunk]]]:
         """For every batch, how its parts are read; made one by one, as lists of millions would fill memory."""
-        start = 0
-        for number, size in enumerate(self._sizes):
-            indices = self._order[start : start + size]
-            start += size
+        ends = list(itertools.accumulate(self._sizes))
+        for number in self._numbers:
+            size = self._sizes[number]
+            indices = self._order[ends[number] - size : ends[number]]
             if self._cache is not None and number in self._cache:
                 yield [partial(_kept, self._cache, number)]
             else:
@@ -190,12 +205,7 @@ class IndexedStream:
                 f"must see the same samples: leave the data alone while it is read, and run again."
             )
         self._skipped.update(new)
-        if len(self._skipped) > TOLERATED * self.count:
-            first_few = "; ".join(f"{what.name} ({what.reason})" for what in self.skipped[:5])
-            raise DataError(
-                f"{self._name}: {len(self._skipped)} of {self.count} samples are unreadable so far, expected "
-                f"at most {TOLERATED:.0%}: {first_few}. Repair or remove them."
-            )
+        refuse_unreadable(self._name, self.skipped, self.count)
 
     def _check_finite(self, batch: Tensor, number: int) -> None:
         bad = first_not_finite(batch)
@@ -205,6 +215,16 @@ class IndexedStream:
                 f"{self._name}: batch {number} holds NaN or infinity (as float32), first in sample {row}. "
                 f"Expected finite numbers: remove or repair that sample."
             )
+
+
+def refuse_unreadable(name: str, skipped: Sequence[Skipped], count: int) -> None:
+    """Raise DataError if more than 1 % of ``count`` samples were skipped."""
+    if len(skipped) > TOLERATED * count:
+        first_few = "; ".join(f"{what.name} ({what.reason})" for what in skipped[:5])
+        raise DataError(
+            f"{name}: {len(skipped)} of {count} samples are unreadable so far, expected "
+            f"at most {TOLERATED:.0%}: {first_few}. Repair or remove them."
+        )
 
 
 def first_not_finite(batch: Tensor) -> int | None:

@@ -16,6 +16,7 @@ from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError
 from ckpt_tools.jobs.places import default_output
 from ckpt_tools.jobs.reestimation import Outcome, Plan, Request, execute, prepare
+from ckpt_tools.jobs.walks import Walks
 from ckpt_tools.reestimate.capacity import free_bytes
 from ckpt_tools.storage.atomic import sweep
 from ckpt_tools.storage.discovery import Found
@@ -76,12 +77,12 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
     ``request.overwrite`` is set. Raises what concerns all items: DataError, UsageError.
     """
     source = open_source(request.data, limit=request.limit, seed=request.seed)
-    waiting = _Waiting()
+    waiting, walks = _Waiting(), Walks()
     for item in items:
         started = time.perf_counter()
         own = replace(request, checkpoint=item.checkpoint, output=item.output)
         try:
-            plan = None if _is_done(item, own) else _prepared(item, own, source)
+            plan = None if _is_done(item, own) else _prepared(item, own, source, walks)
         except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
             record(_stopped(item, error, started))
             continue
@@ -103,7 +104,7 @@ def _is_done(item: Item, request: Request) -> bool:
     return made.get("source_sha256") == sha256(item.checkpoint)
 
 
-def _prepared(item: Item, request: Request, source: Source) -> Plan:
+def _prepared(item: Item, request: Request, source: Source, walks: Walks) -> Plan:
     try:
         item.output.parent.mkdir(parents=True, exist_ok=True)
         sweep(item.output.parent)
@@ -111,7 +112,7 @@ def _prepared(item: Item, request: Request, source: Source) -> Plan:
         raise OutputError(
             f"{item.output}: its folder cannot be made ({error.strerror}). Choose another --output-dir."
         ) from error
-    return prepare(request, source)
+    return prepare(request, source, walks=walks)
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ def _bytes(plan: Plan) -> int:
 
 
 def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: Watch | None) -> None:
-    """All of a group through one stream."""
-    stream = group[0].plan.stream
+    """All of a group through one stream, after one look at the same first images."""
+    stream, look = group[0].plan.stream, group[0].plan.look
     seen = 0
 
     def count(images: int) -> None:
@@ -164,12 +165,12 @@ def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: 
         if watch is not None:
             watch(len(group), seen, stream.count)
 
-    read_together(stream, [partial(_finish, one, record) for one in group], count)
+    read_together(stream, [partial(_finish, one, look, record) for one in group], count)
 
 
-def _finish(one: _Prepared, record: Callable[[Result], None], stream: BatchStream) -> None:
+def _finish(one: _Prepared, look: BatchStream, record: Callable[[Result], None], stream: BatchStream) -> None:
     try:
-        outcome = execute(replace(one.plan, stream=stream))
+        outcome = execute(replace(one.plan, stream=stream, look=look))
     except Exception as error:  # noqa: BLE001 - as above
         record(_stopped(one.item, error, one.started))
     else:

@@ -22,24 +22,28 @@ from ckpt_tools.contract import (
     Statistics,
     Walk,
 )
+from ckpt_tools.data.order import Share
 from ckpt_tools.data.source import Source, open_source
-from ckpt_tools.data.stream import BatchStream, Skipped
+from ckpt_tools.data.stream import BatchStream, Skipped, refuse_unreadable
+from ckpt_tools.distributed import ALONE, Ranks, Team
 from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
-from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
+from ckpt_tools.jobs.inputs import Preprocessing, input_spec_for
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.jobs.scores import Metrics, compared
 from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
+from ckpt_tools.jobs.walks import Walks
+from ckpt_tools.redaction import without_secrets
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
-from ckpt_tools.reestimate.run import check_method, reestimate_bn
+from ckpt_tools.reestimate.run import check_method, check_team, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
+from ckpt_tools.remote.mirror import as_urls
 from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import check_output, replace_tensors
-from ckpt_tools.walker.downstream import walk
+from ckpt_tools.storage.write import Digests, check_output, replace_tensors
 
 _LOOK = 64  # samples in a batch of the first look
 
@@ -79,8 +83,9 @@ class Request:
     def settings(self) -> str:
         """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
         said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
-        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else self.data
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else without_secrets(self.data)
+        text = as_urls(json.dumps(said, sort_keys=True, default=repr))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # What a result does not depend on; how a convolution is computed may change its last bits.
@@ -102,6 +107,8 @@ class Plan:
     batch_size: int
     device: str
     output: Path
+    look: BatchStream  # the first samples, to see whether this is the training data
+    team: Team = ALONE
     validation: Validation | None = None
 
     @property
@@ -128,19 +135,33 @@ class Outcome:
     metrics: Metrics | None = None
 
 
-def prepare(request: Request, source: Source | None = None) -> Plan:
-    """Load, walk and check everything that can be checked before data is read.
+def prepare(request: Request, source: Source | None = None, team: Team = ALONE, walks: Walks | None = None) -> Plan:
+    """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
 
-    ``source``: the data, if it is open already. Raises any CkptToolsError; nothing is written.
+    ``source``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. Raises any
+    CkptToolsError, on all ranks if on one; nothing is written.
     """
+    plan = team.each(lambda: _prepared(request, source, team, walks or Walks()))
+    size = team.first(lambda: plan.batch_size)
+    if size == plan.batch_size:
+        return plan
+    return replace(
+        plan, batch_size=size, stream=_stream(request, plan.source, plan.input_spec, size, plan.device, team)
+    )
+
+
+def _prepared(request: Request, source: Source | None, team: Team, walks: Walks) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
-    check_output(output, request.checkpoint, overwrite=request.overwrite)
+    if team.speaks:
+        check_output(output, request.checkpoint, overwrite=request.overwrite)
     refuse_data(output, request.data)
     refuse_data(output, request.eval_data or request.data, "labelled")
     check_method(
         request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
     )
-    device = usable_device(request.device)
+    check_team(request.estimator, team)
+    ranks = Ranks() if team.alone else Ranks.from_environment()
+    device = usable_device(request.device, ranks)
     check_precision(request.precision, torch.device(device))
     asked = optional_question(request.eval_data, request.class_map, request.calibrate, request.gate)
     source = source or open_source(request.data, limit=request.limit, seed=request.seed)
@@ -150,18 +171,29 @@ def prepare(request: Request, source: Source | None = None) -> Plan:
     loaded = recognised.loaded
     assert loaded.checkpoint is not None
     spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
-    found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
+    found = walks.of(loaded, spec, source)
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
-    batch_size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device)
-    stream = source.batches(
+    sharing = ranks.local_world if device == "cpu" else 1
+    size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device, sharing)
+    stream = _stream(request, source, spec, size, device, team)
+    look = source.batches(spec, batch_size=_LOOK, workers=0, cached=True)
+    plan = Plan(
+        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, look, team
+    )
+    return plan if asked is None else replace(plan, validation=_validation(plan, asked))
+
+
+def _stream(
+    request: Request, source: Source, spec: InputSpec | None, size: int, device: str, team: Team
+) -> BatchStream:
+    return source.batches(
         spec,
-        batch_size=batch_size,
+        batch_size=size,
         workers=request.workers,
         cached=request.estimator == "exact" or request.epochs > 1,
         device=device,
+        share=Share(team.rank, team.world),
     )
-    plan = Plan(request, recognised, loaded.checkpoint, found, choice, source, stream, spec, batch_size, device, output)
-    return plan if asked is None else replace(plan, validation=_validation(plan, asked))
 
 
 def _validation(plan: Plan, asked: Question) -> Validation:
@@ -184,17 +216,18 @@ def execute(
     progress: Callable[[Progress], None] | None = None,
     evaluated: Callable[[str, int], None] | None = None,
 ) -> Outcome:
-    """Run the pass and write the output. Raises any CkptToolsError; then no output is left behind.
+    """Run the pass and write the output; of a team, rank 0 looks at the data, judges and writes, and the others wait.
 
+    Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
     ``evaluated`` is called while the labelled data is read, with "before" or "after" and the number of images so far.
     """
-    request = plan.request
-    model = plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last)
-    verdict = _looked_at(plan)
+    request, team = plan.request, plan.team
+    model = team.each(lambda: plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last))
+    verdict = team.first(lambda: _looked_at(plan))
     if not request.force:
         refuse(verdict)
     validation = plan.validation
-    before = None if validation is None else validation.judge(model, "before", evaluated)
+    before = None if validation is None else team.first(lambda: validation.judge(model, "before", evaluated))
     result = reestimate_bn(
         model,
         plan.stream,
@@ -210,17 +243,32 @@ def execute(
         walk=plan.walk,
         force=request.force,
         progress=progress,
+        distributed=not team.alone,
     )
-    after = None if validation is None else validation.judge(model, "after", evaluated)
+    after = None if validation is None else team.first(lambda: validation.judge(model, "after", evaluated))
     metrics = compared(validation, before, after)
-    digests = replace_tensors(
+    skipped = _skipped(plan)
+    digests = team.first(lambda: _written(plan, result, metrics))
+    return Outcome(plan, verdict, result, skipped, digests.source, digests.output, metrics)
+
+
+def _skipped(plan: Plan) -> tuple[Skipped, ...]:
+    """What no rank could read. Raises DataError if it is too much of the data, which a share cannot tell."""
+    lists = plan.team.all(lambda: plan.stream.skipped)
+    skipped = tuple(item for one in lists for item in one)
+    if plan.stream.count is not None:
+        refuse_unreadable(plan.request.data, skipped, plan.stream.count)
+    return skipped
+
+
+def _written(plan: Plan, result: Reestimation, metrics: Metrics | None) -> Digests:
+    return replace_tensors(
         plan.output,
         plan.checkpoint,
         _replacements(plan, result),
         provenance=_provenance(plan, result) | (metrics.provenance if metrics else {}),
-        overwrite=request.overwrite,
+        overwrite=plan.request.overwrite,
     )
-    return Outcome(plan, verdict, result, plan.stream.skipped, digests.source, digests.output, metrics)
 
 
 def _looked_at(plan: Plan) -> DataVerdict:
@@ -228,7 +276,7 @@ def _looked_at(plan: Plan) -> DataVerdict:
     known = plan.loaded.input_spec
     return check_data(
         plan.loaded.model,
-        plan.source.batches(plan.input_spec, batch_size=_LOOK, workers=0),
+        plan.look,
         plan.walk,
         plan.input_spec,
         preprocessed=plan.source.preprocessed,

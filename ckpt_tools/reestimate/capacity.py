@@ -10,14 +10,16 @@ LARGEST = 512  # the bias of `pooled` falls like 1/batch; beyond this, sampling 
 _SHARE = 0.25  # of the free memory; convolution workspaces and allocator slack come on top of activations
 
 
-def fitting_batch_size(bytes_per_sample: int, device: str) -> int:
+def fitting_batch_size(bytes_per_sample: int, device: str, sharing: int = 1) -> int:
     """The largest power of two up to 512 as batch whose live activations take a quarter of the free memory.
 
     A power of two, so that a little more or less free memory on ``device`` does not change the result.
+    ``sharing``: processes with such a batch each on that device; together they take half of it at most.
     """
     if bytes_per_sample <= 0:
         return LARGEST
-    fitting = min(LARGEST, int(_SHARE * free_bytes(device)) // bytes_per_sample)
+    share = min(_SHARE, 0.5 / sharing)
+    fitting = min(LARGEST, int(share * free_bytes(device)) // bytes_per_sample)
     return 1 << max(2, fitting).bit_length() - 1
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.errors import DataError
-from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments
+from ckpt_tools.moments import BatchMoments, Clusters, Evidence, Moments, batch_moments
 from ckpt_tools.reestimate.operator import current, observed_batch_norm
 from ckpt_tools.walker.call import batch_norm_arguments
 from ckpt_tools.walker.sites import dropout_call, without_dropout
@@ -62,15 +62,13 @@ class Layer:
         self.stored = Scale(module.running_mean.detach().double(), module.running_var.detach().double())
         self.scale = self.stored
         self.rule: Rule = stored
-        self.moments: Moments | None = None
-        self.clusters: Clusters | None = None
-        self.batches: Clusters | None = None  # the same with whole batches as clusters
+        self.seen: Evidence | None = None  # in this pass; by other ranks, too, once it is exchanged
         self._calls: list[BatchMoments] = []
 
     def begin_pass(self, rule: Rule) -> None:
         """Forget what was measured; layers that are not rewritten always follow ``stored``."""
         self.rule = rule if self.rewritten else stored
-        self.moments = self.clusters = self.batches = None
+        self.seen = None
         self._calls = []
 
     def observe(self, x: Tensor, images: int) -> None:
@@ -95,6 +93,16 @@ class Layer:
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @property
+    def moments(self) -> Moments | None:
+        """Of all that this pass has shown; None before the first batch."""
+        return None if self.seen is None else self.seen.moments
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """How its images, or groups of them, scatter."""
+        return None if self.seen is None else self.seen.clusters
+
+    @property
     def calls(self) -> int:
         """How often the forward under way has run this layer."""
         return len(self._calls)
@@ -109,23 +117,19 @@ class Layer:
         if not calls:
             return None
         batch, sums = _together(calls)
-        clusters = Clusters.of(sums)
-        self.moments = batch if self.moments is None else self.moments.merge(batch)
-        self.clusters = clusters if self.clusters is None else self.clusters.merge(clusters)
-        whole = Clusters.of(sums.sum(1, keepdim=True))
-        self.batches = whole if self.batches is None else self.batches.merge(whole)
+        new = Evidence(batch, Clusters.of(sums), Clusters.of(sums.sum(1, keepdim=True)))
+        self.seen = new if self.seen is None else self.seen.merge(new)
         return batch
 
     def relative_error(self) -> Tensor:
         """Relative standard error (C,) of the pooled variance so far."""
-        assert self.moments is not None
-        assert self.clusters is not None
-        assert self.batches is not None
-        error = self.clusters.relative_error(self.moments, self.stored.mean)
-        if self.batches.count < _ENOUGH_BATCHES:
+        assert self.seen is not None
+        moments, batches = self.seen.moments, self.seen.batches
+        error = self.seen.clusters.relative_error(moments, self.stored.mean)
+        if batches.count < _ENOUGH_BATCHES:
             return error
-        between = self.batches.relative_error(self.moments, self.stored.mean)
-        return error * dependence(error, between, self.batches.count)
+        between = batches.relative_error(moments, self.stored.mean)
+        return error * dependence(error, between, batches.count)
 
 
 def dependence(error: Tensor, between: Tensor, batches: int) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ckpt_tools.contract import Estimator, Spread, Statistics
+from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.guards import check_activations, check_input
@@ -25,9 +26,10 @@ from ckpt_tools.reestimate.layer import (
 )
 from ckpt_tools.reestimate.precision import deviation
 from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.shares import combine
 from ckpt_tools.reestimate.source import Batches, checksum
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.walker.call import Batch, samples
+from ckpt_tools.walker.call import Batch, batch_size, samples
 
 SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
 DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
@@ -36,15 +38,32 @@ _COMPARED = 64  # images that run in two precisions
 CONTROL_IMAGES = 512  # what control layers look at: enough to tell a factor of two
 
 
+@dataclass(frozen=True)
+class Read:
+    """What has been read of the data, by one rank or by all; ``checksum`` of the input where passes repeat."""
+
+    images: int = 0
+    batches: int = 0
+    checksum: float = 0.0
+
+    def __add__(self, other: Read) -> Read:
+        return Read(self.images + other.images, self.batches + other.batches, self.checksum + other.checksum)
+
+
 @dataclass
 class Passes:
-    """The passes over the data, and what they leave in ``layers``."""
+    """The passes over the data, and what they leave in ``layers``.
+
+    A ``team`` of several ranks goes over its data together, each over its ``source``: after every round all hold the
+    moments of all. A round is a batch on every rank that has one left if there is a tolerance to meet, else the pass.
+    """
 
     model: nn.Module
     source: Batches
     runner: Runner
     layers: dict[str, Layer]
     progress: Callable[[Progress], None] | None
+    team: Team = ALONE
     images: int = 0
     batches: int = 0
     passes: int = 0
@@ -54,6 +73,8 @@ class Passes:
     checksum: float | None = None  # of the input of the first pass, if so
     error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
     deviation: Spread | None = None  # of the variances from those in fp32, if that is not the precision
+    _own: int | None = None  # batches of this rank in the first pass
+    _control_batches: int = 0  # the first ones, on which control layers are watched
     _once: bool | None = None  # whether a forward runs every layer exactly once: then it may end at the last
 
     def estimate(
@@ -80,6 +101,9 @@ class Passes:
 
     def compare_precision(self) -> None:
         """Run the first images in fp32 and in the precision of the pass, and keep how far the variances differ."""
+        self.deviation = self.team.first(self._deviation)
+
+    def _deviation(self) -> Spread:
         batch = samples(self.source.first(), 0, _COMPARED)
         check_input(batch, 0)
         precision = self.runner.precision
@@ -92,7 +116,7 @@ class Passes:
                 seen = {name: layer.end_batch() for name, layer in self.layers.items()}
                 check_activations(self.model, seen, 0)
             found.append({layer.name: layer.moments.variance() for layer in self._chosen() if layer.moments})
-        self.deviation = deviation(*found)
+        return deviation(*found)
 
     def _chosen(self) -> list[Layer]:
         """Rewritten layers that the data reached; the others keep what they have."""
@@ -108,9 +132,12 @@ class Passes:
                 )
             self._sweep(stored, None)
             targets = {layer.name: _measured(layer, statistics) for layer in self._chosen()}
-            self.residual = max(_change(layer, targets[layer.name]) for layer in self._chosen())
+            self.residual = self._largest_change(targets)
             for layer in self._chosen():
                 layer.scale = _step(layer.scale, targets[layer.name])
+
+    def _largest_change(self, targets: dict[str, Scale]) -> float:
+        return self.team.first(lambda: max(_change(layer, targets[layer.name]) for layer in self._chosen()))
 
     def _moving_average(self, statistics: Statistics, momentum: float, epochs: int) -> None:
         def update(layer: Layer, batch: Moments) -> None:
@@ -133,27 +160,71 @@ class Passes:
         self.passes += 1
         for layer in self.layers.values():
             layer.begin_pass(rule)
-        images = batches = 0
-        total = 0.0
-        for batch in itertools.islice(self.source, self.batches or None):
-            check_input(batch, batches)
-            for count in self._run(batch, batches, images):
-                images += count
-                self._end_batch(batches, update)
-            batches, total = batches + 1, total + (checksum(batch) if self.repeats else 0.0)
-            if tolerance is None and self.progress is None:
-                continue
-            bound = error_bound(self.layers.values())
-            if self.progress is not None:
-                self.progress(Progress(self.passes, images, bound, self.residual))
-            if enough(bound, images, tolerance):
-                self.stopped_early = True
-                break
-        self._after_sweep(images, batches, total, repeatable=rule is stored)
+        if not self._control_batches:
+            size = self.team.first(lambda: batch_size(self.source.first()))
+            self._control_batches = -(-CONTROL_IMAGES // size)
+        most = None if tolerance is None else 1
+        mine = enumerate(itertools.islice(self.source, self._own))
+        own, together = Read(), Read()
+        more = True
+        while more:
+            reads = self._round(lambda: self._read(itertools.islice(mine, most), update, told=most is None))
+            own, new = own + reads[self.team.rank], sum(reads, Read())
+            together += new
+            more = tolerance is not None and new.batches > 0 and not self._reached(tolerance, together.images)
+        self._after_sweep(own, together, repeatable=rule is stored)
 
-    def _run(self, batch: Batch, number: int, images: int) -> Iterator[int]:
+    def _round(self, read: Callable[[], Read]) -> list[Read]:
+        """What every rank has read; afterwards all know what all have seen."""
+        if self.team.alone:
+            return [read()]
+        layers = list(self.layers.values())
+        before = [layer.seen for layer in layers]
+        for layer in layers:
+            layer.seen = None
+        reads = self.team.all(read)
+        combine(layers, before, self.team)
+        return reads
+
+    def _read(
+        self, mine: Iterable[tuple[int, Batch]], update: Callable[[Layer, Moments], None] | None, *, told: bool
+    ) -> Read:
+        """Run batches of this rank until there are no more, or another rank has failed; ``told``: with progress."""
+        read = Read()
+        for own, batch in mine:
+            number = own * self.team.world + self.team.rank
+            check_input(batch, number)
+            images = 0
+            for count in self._run(batch, number):
+                images += count
+                self._end_batch(number, update)
+            read += Read(images, 1, checksum(batch) if self.repeats else 0.0)
+            if told:
+                self._tell_read(read.images, images)
+            if self.team.interrupted:
+                break
+        return read
+
+    def _tell_read(self, images: int, new: int) -> None:
+        """Progress within a round: of several ranks, how sure they are together is not known before its end."""
+        if not self.team.alone:
+            images = self.team.tally(f"images in pass {self.passes}", new)
+        if self.progress is not None:
+            bound = error_bound(self.layers.values()) if self.team.alone else math.inf
+            self.progress(Progress(self.passes, images, bound, self.residual))
+
+    def _reached(self, tolerance: float, images: int) -> bool:
+        """Whether what all have seen is enough, at the end of a round."""
+        bound = error_bound(self.layers.values())
+        if self.progress is not None:
+            self.progress(Progress(self.passes, images, bound, self.residual))
+        self.stopped_early = self.team.first(lambda: enough(bound, images, tolerance))
+        return self.stopped_early
+
+    def _run(self, batch: Batch, number: int) -> Iterator[int]:
         """Run a batch up to the last layer that is of interest, by what the first batch has shown."""
-        watched = [layer for layer in self.layers.values() if layer.rewritten or images < CONTROL_IMAGES]
+        controls = number < self._control_batches
+        watched = [layer for layer in self.layers.values() if layer.rewritten or controls]
         for count in self.runner.run(batch, number, watched, stop=self._once is True):
             if self._once is None:
                 self._once = all(layer.calls == 1 for layer in watched)
@@ -167,24 +238,26 @@ class Passes:
             if update is not None and moments is not None and self.layers[name].rewritten:
                 update(self.layers[name], moments)
 
-    def _after_sweep(self, images: int, batches: int, total: float, *, repeatable: bool) -> None:
-        if not batches:
+    def _after_sweep(self, own: Read, together: Read, *, repeatable: bool) -> None:
+        """Hold a pass against the first one, over all ranks: they may divide the same data anew."""
+        if not together.batches:
             raise DataError("no batch of training data; expected at least one.")
-        if self.batches and batches != self.batches:
+        if self.batches and together.batches != self.batches:
             raise DataError(
-                f"pass {self.passes} gave {batches} batches, the first one {self.batches}; `exact` and epochs > 1 "
-                "need an iterable that can be read again, such as a list or a DataLoader."
+                f"pass {self.passes} gave {together.batches} batches, the first one {self.batches}; `exact` and "
+                "epochs > 1 need an iterable that can be read again, such as a list or a DataLoader."
             )
         if (
             repeatable
             and self.checksum is not None
-            and not math.isclose(total, self.checksum, rel_tol=1e-6, abs_tol=1e-3)
+            and not math.isclose(together.checksum, self.checksum, rel_tol=1e-6, abs_tol=1e-3)
         ):
             raise DataError(
                 f"pass {self.passes} saw other samples than the first one (random augmentation, drop_last, or "
                 "shuffling with a tolerance?); `exact` needs the same ones in every pass. Use pooled, or fix the data."
             )
-        self.images, self.batches, self.checksum = images, batches, total
+        self._own = own.batches
+        self.images, self.batches, self.checksum = together.images, together.batches, together.checksum
 
 
 def _measured(layer: Layer, statistics: Statistics) -> Scale:

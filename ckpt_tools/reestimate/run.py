@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
+from ckpt_tools.distributed import ALONE, Team, joined
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.heap import kept_heap
@@ -20,6 +21,7 @@ from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.reestimate.training import evaluating, overwrite
@@ -44,6 +46,7 @@ def reestimate_bn(
     walk: Walk | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    distributed: bool = False,
 ) -> Reestimation:
     """Re-estimate the running variances of BN layers with dropout off (Hendrycks & Gimpel 2016, section 3).
 
@@ -74,12 +77,17 @@ def reestimate_bn(
         walk: the result of ``ckpt_tools.walk``, to save a second one.
         force: go on although control layers disagree with the data.
         progress: called after every batch.
+        distributed: every process of torch.distributed's group calls this at once, with its own copy of the model and
+            its own share of the batches; numbers of batches may differ, but rank 0 has one. What they see is
+            merged, once a pass, or with ``tolerance`` after every batch; all end with the same statistics, or raise
+            the same error. `exact` and `pooled` only.
 
     Raises:
         NothingToDo: no BN layer, or none behind dropout.
         CheckFailed: control layers show that these are not the training data (``force`` overrides).
         DataError: no batch, a batch of one value per channel, NaN in a batch.
         ModelError: NaN in the model, a model that cannot be run.
+        RankError: a process of the group is gone.
     """
     started = time.perf_counter()
     check_method(estimator, layers, statistics, tolerance, momentum, epochs)
@@ -90,18 +98,21 @@ def reestimate_bn(
             f"({type(batches).__name__}). Pass a list or a DataLoader."
         )
     model = unwrap(model)
-    if walk is None:
-        walk = walk_model(model, source.first(), forward=forward)
-    choice = choose(walk, layers, rates=rates, statistics=statistics)
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
-    run = Passes(model, source, runner, _observed(model, walk, choice), progress)
-    with kept_heap(), evaluating(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
-        if precision != "fp32":
-            run.compare_precision()
-        run.estimate(estimator, statistics, tolerance, momentum, epochs)
-    results = layer_results(walk, choice, run.layers, run.error_scale)
-    controls = judge_controls(choice, run.layers)
+    with joined() if distributed else contextlib.nullcontext(ALONE) as team:
+        check_team(estimator, team)
+        found = walk or team.first(lambda: walk_model(model, source.first(), forward=forward))
+        choice = choose(found, layers, rates=rates, statistics=statistics)
+        with kept_heap(), evaluating(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
+            share_buffers(model, team)
+            run = Passes(model, source, runner, _observed(model, found, choice), progress, team)
+            if precision != "fp32":
+                run.compare_precision()
+            run.estimate(estimator, statistics, tolerance, momentum, epochs)
+        controls = team.first(lambda: judge_controls(choice, run.layers))
+        cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
+    results = layer_results(found, choice, run.layers, run.error_scale)
     if not force:
         refuse_disagreement(controls)
     _write(run.layers, statistics)
@@ -118,11 +129,21 @@ def reestimate_bn(
         stopped_early=run.stopped_early,
         seconds=time.perf_counter() - started,
         device=str(device_of(model)),
-        cut_to=runner.largest,
+        processes=team.world,
+        cut_to=cut_to,
         precision=precision,
         deviation=run.deviation,
-        left_alone=walk.left_alone,
+        left_alone=found.left_alone,
     )
+
+
+def check_team(estimator: str, team: Team) -> None:
+    """Raise UsageError if several processes cannot share the work of this estimator."""
+    if estimator == "ema" and not team.alone:
+        raise UsageError(
+            f"estimator ema takes one batch after the other, which {team.world} processes cannot share. Run it in one "
+            "process (without torchrun, distributed=False), or use pooled or exact."
+        )
 
 
 def check_method(

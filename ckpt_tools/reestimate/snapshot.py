@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     walk: Walk | None
     force: bool
     progress: Callable[[Progress], None] | None
+    distributed: bool
 
 
 def corrected_state_dict(

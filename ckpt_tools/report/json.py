@@ -63,6 +63,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "command": repeating_command(plan),
         "containers_trained": plan.walk.containers_trained,
         "device": result.device,
+        "processes": result.processes,
         "seconds": round(result.seconds, 3),
     }
 

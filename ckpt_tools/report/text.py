@@ -23,6 +23,7 @@ def plan_text(plan: Plan) -> str:
     """What is in force, before the pass."""
     request = plan.request
     size = plan.batch_size
+    where = plan.device if plan.team.alone else f"{plan.device.split(':')[0]}, {plan.team.world} processes"
     active = [site for site in plan.walk.dropout_sites if site.active]
     rows = [
         ("checkpoint", checkpoint_line(plan.checkpoint)),
@@ -30,10 +31,10 @@ def plan_text(plan: Plan) -> str:
         *([("scores", _scores(plan.recognised.scores))] if plan.recognised.scores else []),
         ("drop rates", f"{RATES[plan.loaded.rates]}; {count(len(active), 'active dropout site')}"),
         ("layers", f"{plan.choice.why}; {count(len(plan.choice.controls), 'control layer')}"),
-        ("data", f"{request.data} ({plan.source.kind}), {_amount(plan.stream.count)}"),
+        ("data", f"{plan.source.spec} ({plan.source.kind}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
-        ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {plan.device}"),
+        ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {where}"),
         ("output", str(plan.output)),
         *([("runs code", ", ".join(own))] if (own := _own_code(plan)) else []),
     ]

@@ -1,0 +1,99 @@
+"""What test_distributed starts under torchrun: many jobs in one process group, and data that fails on one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import nets
+import torch
+from torch import Tensor
+
+from ckpt_tools import reestimate_bn
+from ckpt_tools.distributed import Ranks, Team, connected
+from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.jobs.reestimation import Request, execute, prepare
+
+JOBS: dict[str, dict[str, object]] = {
+    "pooled": {"batch_size": 16},
+    "exact": {"batch_size": 16, "estimator": "exact", "tolerance": 0.3},
+    "tolerance": {"batch_size": 8, "tolerance": 0.048, "data": "more.npy"},
+    "one batch": {"statistics": "mean+variance"},
+    "bf16": {"batch_size": 30, "precision": "bf16", "layers": "all"},
+    "controls": {"batch_size": 64, "data": "more.npy"},
+}
+BROKEN: dict[str, dict[str, object]] = {
+    "ema": {"estimator": "ema"},
+    "broken": {"data": "ranks:broken"},
+    "taken": {"output": Path("pooled.safetensors")},
+}
+
+
+def requested(name: str, options: dict[str, object]) -> Request:
+    request = {"data": "data.npy", "architecture": "nets:DenseNet", "output": Path(f"{name}.safetensors"), **options}
+    return Request(Path("model.pt"), device="cpu", **request)  # type: ignore[arg-type]
+
+
+def summary(name: str, team: Team) -> dict[str, object]:
+    """Everything in a result that several processes must share with one."""
+    plan = prepare(requested(name, JOBS[name]), team=team)
+    outcome = execute(plan)
+    result = outcome.result
+    return {
+        "read": [result.images, result.batches, result.passes, result.stopped_early, plan.batch_size],
+        "layers": [asdict(layer) for layer in result.layers],
+        "controls": asdict(result.controls),
+        "deviation": result.deviation and asdict(result.deviation),
+        "sha256": outcome.output_sha256,
+    }
+
+
+def model_and_batches() -> tuple[torch.nn.Module, list[Tensor]]:
+    data = nets.batches((3, 8, 8))
+    torch.manual_seed(0)
+    return nets.trained(nets.DenseNet(), data), data
+
+
+def broken() -> Iterator[Tensor]:
+    """Batches of which rank 1 cannot read the third."""
+    for number, batch in enumerate(nets.batches((3, 8, 8), 6, 16)):
+        if number == 2 and os.environ.get("RANK") == "1":
+            raise OSError("the disk of rank 1 is broken")
+        yield batch
+
+
+def deadly() -> Iterator[Tensor]:
+    """Batches of which the third kills rank 1."""
+    for number, batch in enumerate(nets.batches((3, 8, 8), 6, 16)):
+        if number == 2 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+
+def main(folder: str) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with connected(Ranks.from_environment(), cuda=False) as team:
+        told: dict[str, object] = {name: summary(name, team) for name in JOBS}
+        model, data = model_and_batches()
+        uneven = [data[:3], [], data[3:]] if team.world == 3 else [data[:3], data[3:]]
+        norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+        norm.running_var *= 1 + team.rank  # as DDP leaves them
+        result = reestimate_bn(model, uneven[team.rank], distributed=True)
+        told["uneven"] = [result.images, result.batches, result.processes]
+        told["variances"] = [b.tolist() for name, b in model.named_buffers() if name.endswith("running_var")][1:]
+        for name, options in BROKEN.items():
+            try:
+                execute(prepare(requested(name, options), team=team))
+            except CkptToolsError as error:
+                told[name] = [type(error).__name__, str(error)]
+        Path(f"rank{team.rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
