@@ -297,8 +297,10 @@ def test_a_manifest_of_somebody_elses(odd: object) -> None:
     keys = ("checkpoint", "status", "output", "error", "seconds", "report")
     layer = {"name": "a", "rewritten": True, "ratio": odd, "channels": odd, "relative_standard_error": odd}
     site = {"name": odd, "rate": odd, "depth": odd}
-    report = {"layers": [layer], "dropout_sites": [site], "data": {"images": odd, "skipped": [odd]}, "seconds": odd}
-    for records in ([dict.fromkeys(keys, odd)], [{"checkpoint": "a", "status": "done", "report": report}]):
+    report = {"layers": [layer], "dropout_sites": [site], "data": {"images": odd, "skipped": odd}, "seconds": odd}
+    report["controls"] = dict.fromkeys(("names", "deviation", "worst", "shift"), odd) | {"verdict": "agree"}
+    whole_record = {"checkpoint": "//a", "status": "done", "report": report}
+    for records in ([dict.fromkeys(keys, odd)], [whole_record], [whole_record, whole_record | {"checkpoint": "/b"}]):
         folder_html(records)
         folder_markdown(records)
         folder_text(records, Path("x"))

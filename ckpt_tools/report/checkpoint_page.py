@@ -102,7 +102,8 @@ def _chart(facts: Facts) -> Section | None:
 
 
 def _controls(controls: Facts) -> Section:
-    names = [str(name) for name in controls.get("names") or ()]
+    found = controls.get("names")
+    names = [str(name) for name in found] if isinstance(found, list | tuple) else []
     verdict = str(controls.get("verdict", "none"))
     deviation, worst, shift = (number(controls.get(key)) for key in ("deviation", "worst", "shift"))
     if verdict == "none" or deviation is None or worst is None:
