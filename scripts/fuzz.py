@@ -8,12 +8,14 @@ kept with their files and tracebacks; --only makes a case again. Equal seeds giv
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
 
 import click
+import fuzz_guided
 from fuzz_cases import Case, Result, made, run, written
 from fuzz_readers import READERS, SLOW
 from fuzz_workers import Tally, run_all
@@ -66,8 +68,14 @@ class Book:
 @click.option("--readers", default=",".join(READERS), show_default=True, metavar="NAME,…")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
 @click.option("--only", metavar="READER:NUMBER", help="Make this case again, in this process, and show what happens.")
+@click.option("--guided", metavar="READER", help="Fuzz this reader by coverage instead; needs: pip install atheris.")
+@click.option("--seconds", default=60, show_default=True, help="Of --guided.")
 @click.option("--crashes", type=click.Path(path_type=Path), default=Path("fuzz-crashes"), show_default=True)
-def main(cases: int, seed: int, readers: str, jobs: int, only: str | None, crashes: Path) -> None:
+def main(
+    cases: int, seed: int, readers: str, jobs: int, only: str | None, guided: str | None, seconds: int, crashes: Path
+) -> None:
+    if guided:
+        fuzz_guided.guide(guided, seconds, crashes)
     if only:
         reader, _, number = only.rpartition(":")
         sys.exit(_again(Case(reader, int(number), seed), crashes))
@@ -76,8 +84,9 @@ def main(cases: int, seed: int, readers: str, jobs: int, only: str | None, crash
     if unknown:
         raise click.BadParameter(f"--readers: {', '.join(unknown)}: expected some of {', '.join(READERS)}.")
     todo = planned(names, cases, seed)
-    for name in names:
-        run(Case(name, 0, seed), crashes.parent / ".fuzz-first")  # imports and seeds, before the workers fork
+    with tempfile.TemporaryDirectory(prefix="fuzz-first-") as folder:
+        for name in names:
+            run(Case(name, 0, seed), Path(folder) / "case")  # imports and seeds, before the workers fork
     started = time.perf_counter()
     with tqdm(total=cases, unit="case", file=sys.stderr, mininterval=5) as bar:
         book = Book(crashes, bar)
