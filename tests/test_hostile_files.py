@@ -189,6 +189,7 @@ ARRAYS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a billion samples in 24 bytes": ("a.npy", lambda: npy("(1000000000, 2)")),
     "a header of minus signs": ("a.npy", lambda: npy("-" * 8000 + "1")),
     "a header of brackets": ("a.npy", lambda: npy("(" * 5000)),
+    "a header of blanks": ("a.npy", lambda: npy("(3, 2)" + " " * 5000)),
     "text that is no Python": ("a.npy", lambda: npy("('")),
     "a type of two gigabytes": ("a.npy", lambda: npy("(3, 2)", kind="|V2147483647")),
     "an archive that claims gigabytes": ("a.npz", lambda: npz(npy("(1000000, 1000)", bytes(2000)))),

@@ -25,6 +25,7 @@ ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".safetensors")
 _USUAL_NAMES = ("images", "x", "data", "x_train", "train_images", "inputs", "arr_0")
 _LABELS_OF = {"x_train": "y_train", "train_images": "train_labels", "arr_0": "arr_1"}
 _LABEL_NAMES = ("labels", "y", "label", "targets", "target")
+_HEADER = 1024  # bytes in front of an array; numpy's second look at a longer one can take seconds
 _INFLATED, _SLACK = 100, 1 << 26  # a compressed file may hold so many times its size, and some bytes
 
 
@@ -172,7 +173,7 @@ def _header(stream: IO[bytes], most: int) -> tuple[tuple[int, ...], np.dtype[Any
     # from version 2 on, only the length field is wider; 3 differs in the names of record fields alone
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
-        shape, _, dtype = read(stream)
+        shape, _, dtype = read(stream, max_header_size=_HEADER)
     except (MemoryError, RecursionError):  # what Python's parser says of many brackets
         raise ValueError("a header that is nested without end") from None
     if min(shape, default=0) < 0:
