@@ -23,7 +23,8 @@ from ckpt_tools.remote.mirror import as_urls, located
     metavar="SPEC",
     help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, WebDataset "
     "shards (one .tar, a folder of them, 'train-{000..146}.tar', 'train-*.tar'), cifar10:DIR, cifar100:DIR, svhn:DIR, "
-    "mnist:DIR, package.module:callable, or the URL of a folder, array or shards: s3:// gs:// hf:// http://.",
+    "mnist:DIR, package.module:callable (your code is imported and run), or the URL of a folder, array or shards: "
+    "s3:// gs:// hf:// http://.",
 )
 @click.option(
     "-o",

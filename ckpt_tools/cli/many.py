@@ -19,6 +19,7 @@ from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import as_urls, located
 
@@ -146,8 +147,9 @@ class _Bars:
 
     def finished(self, record: Any) -> Any:
         """Count a checkpoint; what went wrong is said at once."""
-        if record["error"] and not self._shared["disable"]:
-            self._checkpoints.write(f"{record['checkpoint']}: {record['status']}", file=sys.stderr)
+        if record.get("error") and not self._shared["disable"]:
+            name = presentable(record["checkpoint"]).replace("\n", "\\n")
+            self._checkpoints.write(f"{name}: {record['status']}", file=sys.stderr)
         self._checkpoints.update()
         return record
 

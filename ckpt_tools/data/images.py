@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.jpeg import decoded
 from ckpt_tools.data.stream import Chunk, Skipped
-from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
+from ckpt_tools.data.transforms import LARGEST, ImageTransform, PixelScale, stacked
 from ckpt_tools.errors import DataError
 
 __all__ = ["EXTENSIONS", "image_transforms", "read_images"]
@@ -56,12 +59,26 @@ def read_images(
 def _read(file: Path | BytesIO | Exception, transform: ImageTransform) -> Tensor:
     if isinstance(file, Exception):
         raise file
-    with Image.open(file, formats=_FORMATS) as image:  # reads the header alone
+    if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+        raise OSError("no regular file")
+    with Image.open(file, formats=_FORMATS) as image, _one_at_a_time(image.size):  # opening reads the header alone
         if image.format == "JPEG" and image.mode == transform.mode == "RGB":
             pixels = decoded(file, image.size) if transform.takes_pixels(image.size) else None
             if pixels is not None:
                 return transform.of_pixels(pixels)
         return transform(image)
+
+
+def _one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
+    """Several threads with an image of 300 MB each are more than a small machine has."""
+    pixels = size[0] * size[1]
+    if pixels > LARGEST:
+        raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels, more than {LARGEST:,}")
+    return _LARGE if pixels > _ALONE else nullcontext()
+
+
+_ALONE = 1 << 24  # pixels from which on an image is decoded alone
+_LARGE = Lock()
 
 
 def _reason(error: Exception, file: Path | BytesIO | Exception) -> str:
