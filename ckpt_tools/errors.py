@@ -9,6 +9,7 @@ CkptToolsError                  1   a failure the user can act on
 ├── DataError                   1   training data that cannot be used
 ├── OutputError                 1   an output that cannot be written
 ├── RankError                   1   a process of a distributed job that is gone
+├── ClusterError                1   a cluster that cannot be reached or used, or has lost a worker
 ├── NothingToDo                 3   no running variance is wrong
 └── CheckFailed                 4   a check or gate said no
 
@@ -23,6 +24,7 @@ __all__ = [
     "CheckFailed",
     "CheckpointError",
     "CkptToolsError",
+    "ClusterError",
     "DataError",
     "ModelError",
     "NothingToDo",
@@ -74,6 +76,10 @@ class OutputError(CkptToolsError):
 
 class RankError(CkptToolsError):
     """A process of a distributed job that is gone, failed or cannot be reached."""
+
+
+class ClusterError(CkptToolsError):
+    """A cluster that cannot be reached or used, or has lost a worker too often."""
 
 
 class NothingToDo(CkptToolsError):

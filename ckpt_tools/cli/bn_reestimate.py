@@ -110,6 +110,12 @@ def bn_reestimate(
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
 
+    On a cluster, every checkpoint or group of them as a task: --engine ray (extra `ray`), on a file system that all
+    nodes share. A task whose worker is lost is started again.
+
+    \b
+        ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --engine ray --ray-address 10.0.0.1:6379
+
     On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
     batches and, of GPUs, its own; the result is that of one process.
     """

@@ -20,6 +20,7 @@ from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
 
 if TYPE_CHECKING:
+    from ckpt_tools.jobs.engine import Engine
     from ckpt_tools.jobs.reestimation import Request
 
 _MANIFEST = "ckpt-fix.jsonl"
@@ -38,22 +39,56 @@ options = stacked(
         help=f"For several checkpoints: one line of JSON for each. Default: {_MANIFEST} in --output-dir, else in the "
         "folder that was given.",
     ),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="What works on the checkpoints: this process, or the workers of a Ray cluster (extra `ray`), on which "
+        "ckpt-tools is installed and all paths mean the same.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Of the cluster's head; auto: one that runs on this machine. Default: RAY_ADDRESS, else Ray is started "
+        "on this machine for the run.",
+    ),
+    click.option(
+        "--ray-cpus",
+        type=click.IntRange(min=1),
+        help="CPUs, and threads, of a Ray task. Default: 8, or what the smallest node has for each of its GPUs.",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which of many checkpoints are meant, and where their outputs go."""
+    """Which of many checkpoints are meant, where their outputs go, and what works on them (None: this process)."""
 
     output_dir: Path | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     manifest: Path | None
+    engine: Engine | None
 
 
 def said_place(said: dict[str, Any]) -> Place:
     """Take the values of the options above out of a command's arguments."""
-    return Place(**{name: said.pop(name) for name in ("output_dir", "include", "exclude", "manifest")})
+    names = ("output_dir", "include", "exclude", "manifest")
+    return Place(**{name: said.pop(name) for name in names}, engine=_said_engine(said))
+
+
+def _said_engine(said: dict[str, Any]) -> Engine | None:
+    engine, address, cpus = (said.pop(name) for name in ("engine", "ray_address", "ray_cpus"))
+    if engine == "ray":
+        from ckpt_tools.jobs.cluster import require
+        from ckpt_tools.jobs.ray_engine import RayEngine
+
+        require(address)  # before anything is written
+        return RayEngine(address, cpus)
+    if address or cpus:
+        raise UsageError("--ray-address and --ray-cpus describe a Ray cluster. Give --engine ray, too.")
+    return None
 
 
 def is_many(paths: Sequence[Path], place: Place) -> bool:
@@ -67,9 +102,10 @@ def reestimate(
     paths: Sequence[Path], request: Request, place: Place, reports: Sequence[Path], *, as_json: bool, quiet: bool
 ) -> None:
     """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
-    from ckpt_tools.jobs.folder import items_for, run
+    from ckpt_tools.jobs.engine import LocalEngine
+    from ckpt_tools.jobs.folder import items_for
     from ckpt_tools.report.folder_text import folder_text
-    from ckpt_tools.report.manifest import Manifest
+    from ckpt_tools.report.manifest import Manifest, record_of
     from ckpt_tools.report.markdown import folder_markdown
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
@@ -85,7 +121,10 @@ def reestimate(
     check_reports(reports, (log.path, Path(request.data), *(item.checkpoint for item in items)))
     records: list[Any] = []
     with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
-        run(items, request, lambda result: records.append(bars.finished(log.add(result))), bars.images)
+        engine = place.engine or LocalEngine()
+        engine.run(
+            items, request, record_of, lambda record: records.append(bars.finished(log.add(record))), bars.images
+        )
     order = {str(item.checkpoint): number for number, item in enumerate(items)}
     records.sort(key=lambda record: order[record["checkpoint"]])
     for report in reports:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import OutputError
+from ckpt_tools.jobs.engine import Record
 from ckpt_tools.jobs.folder import Result
 from ckpt_tools.report.json import outcome_json
 
 __all__ = ["Manifest", "record_of"]
-
-Record = Mapping[str, Any]
 
 
 class Manifest:
@@ -36,13 +35,12 @@ class Manifest:
         for record in _parsed(content):
             self._records[record["checkpoint"]] = record
 
-    def add(self, result: Result) -> Record:
-        """Record a result and return what is known of the checkpoint: what was done before has its earlier line."""
-        name = str(result.item.checkpoint)
+    def add(self, record: Record) -> Record:
+        """Add a line and return what is known of its checkpoint: what was done before has its earlier line."""
+        name = record["checkpoint"]
         earlier = self._records.get(name)
-        if result.status == "done before" and earlier and earlier.get("output") == str(result.item.output):
-            return {**earlier, "status": result.status}
-        record = record_of(result)
+        if record["status"] == "done before" and earlier and earlier.get("output") == record["output"]:
+            return {**earlier, "status": record["status"]}
         self._records[name] = record
         try:
             with self.path.open("a", encoding="utf-8") as file:
