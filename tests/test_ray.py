@@ -18,7 +18,10 @@ from click.testing import CliRunner, Result
 from ckpt_tools.cli import main
 from ckpt_tools.errors import ClusterError, UsageError
 from ckpt_tools.jobs.cluster import Size, measured
-from ckpt_tools.jobs.ray_engine import _Cluster, _Part
+from ckpt_tools.jobs.folder import items_for
+from ckpt_tools.jobs.ray_engine import RayEngine, _Part
+from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.storage.discovery import find_checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +96,7 @@ def test_a_worker_killed_amid_its_task_is_replaced() -> None:
 
 @pytest.mark.usefixtures("ray")
 def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt_tools.jobs.ray_engine._ATTEMPTS", 3)
+    monkeypatch.setattr("ckpt_tools.jobs.ray_engine._ATTEMPTS", 2)
     state = torch.load(root / "runs" / "1.pt")
     state["head.bias"][0] = 666
     torch.save(state, root / "runs" / "1.pt")
@@ -106,12 +109,23 @@ def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatc
     assert len(list((root / "fixed").iterdir())) == 3  # with the manifest
 
 
-def test_what_a_lost_worker_handed_over_does_not_come_again(ray: Any, tmp_path: Path) -> None:
-    cluster = _Cluster(ray, Size(1, 0, 2, 2), [None] * 5, tmp_path, str)
-    found = list(cluster._supervised(lethal.counted, 0, [_Part((0, 1, 2, 3)), _Part((4,))]))
-    assert sorted((number, attempt) for attempt, number, _ in found) == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 1)]
-    worker = {number: process for _, number, process in found}
-    assert worker[0] == worker[1] != worker[2] == worker[3]
+@pytest.mark.usefixtures("ray")
+def test_what_a_lost_worker_could_not_say_is_done_and_not_done_again(root: Path) -> None:
+    items = items_for(find_checkpoints([root / "runs"]), root / "fixed")
+    request = Request(Path(), "data.npy", architecture="nets:DenseNet", batch_size=16)
+    records: list[Any] = []
+    RayEngine(cpus=2).run(items, request, lethal.described, records.append)
+    assert sorted(record["checkpoint"] for record in records) == [str(item.checkpoint) for item in items]
+    assert {record["status"] for record in records} == {"done"}
+    assert [record["report"] is None for record in records].count(True) == 1
+
+
+def test_after_a_second_loss_items_stand_alone() -> None:
+    whole = _Part((0, 1, 2)).without(1)
+    (again,) = whole.again()
+    assert again == _Part((0, 2), 2)
+    assert list(again.again()) == [_Part((0,), 3), _Part((2,), 3)]
+    assert not list(again.without(0).without(2).again())
 
 
 @pytest.mark.usefixtures("ray")
