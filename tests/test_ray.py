@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +150,7 @@ def test_what_concerns_all_ends_the_run() -> None:
 
 @pytest.mark.usefixtures("root")
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     result = on_ray()
     assert result.exit_code == 2
     assert "pip install 'ckpt-tools[ray]'" in result.stderr
@@ -164,6 +167,25 @@ def test_an_address_that_is_no_cluster(address: str, code: int) -> None:
     assert result.exit_code == code
     assert f"--ray-address {address}" in result.stderr
     assert not Path("fixed").exists()
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+@pytest.mark.usefixtures("root")
+def test_a_server_that_is_not_ray(greeting: bytes) -> None:
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        threading.Thread(target=_greeted, args=(server, greeting)).start()
+        result = on_ray("--ray-address", address)
+    assert result.exit_code == 1
+    assert f"--ray-address {address}: expected the head of a Ray cluster" in result.stderr
+
+
+def _greeted(server: socket.socket, greeting: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(64)
+        connection.sendall(greeting)
 
 
 @pytest.mark.usefixtures("root")

@@ -17,7 +17,9 @@ from ckpt_tools.errors import ClusterError, UsageError
 
 __all__ = ["Size", "connected", "measured", "require"]
 
-_ANSWER = 10.0  # seconds in which an address must accept a connection
+_ANSWER = 10.0  # seconds in which an address must accept a connection and greet
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # of HTTP/2, with settings (RFC 9113, 3.4)
+_SETTINGS = 4  # the type of the frame that answers
 _THREADS = 8  # CPUs of a task where the nodes have them: as many as decode images by default
 
 
@@ -85,7 +87,7 @@ def _reach(address: str) -> None:
     if not host or not port.isdigit():
         raise UsageError(f"--ray-address {address}: expected host:port, such as 10.0.0.1:6379, or auto.")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+        _greet(host.strip("[]"), int(port))
     except (OSError, OverflowError) as error:
         raise ClusterError(
             f"--ray-address {address}: expected the head of a Ray cluster to answer, found: {error}. "
@@ -93,12 +95,24 @@ def _reach(address: str) -> None:
         ) from error
 
 
+def _greet(host: str, port: int) -> None:
+    """Raise OSError unless a server of gRPC, which Ray's head is, answers. In TLS nothing is asked."""
+    with socket.create_connection((host, port), timeout=_ANSWER) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        connection.sendall(_PREFACE)
+        with connection.makefile("rb") as answer:
+            if answer.read(9)[3:4] != bytes([_SETTINGS]):
+                raise ConnectionError("a server that is not Ray's head")
+
+
 def _connect(ray: Any, address: str) -> None:
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = "to start on this machine" if address == "local" else f"to be running at {address}"
-        raise ClusterError(f"expected Ray {what}, found: {error}. ray status says what is running.") from error
+        found = str(error).rstrip(".")
+        raise ClusterError(f"expected Ray {what}, found: {found}. ray status says what is running.") from error
 
 
 @contextlib.contextmanager
