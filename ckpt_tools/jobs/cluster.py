@@ -112,7 +112,10 @@ def _connect(ray: Any, address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = "to start on this machine" if address == "local" else f"to be running at {address}"
         found = str(error).rstrip(".")
-        raise ClusterError(f"expected Ray {what}, found: {found}. ray status says what is running.") from error
+        raise ClusterError(
+            f"expected Ray {what}, found: {found}. "
+            "ray status says what is running; for one that asks for a token, set RAY_AUTH_MODE=token."
+        ) from error
 
 
 @contextlib.contextmanager

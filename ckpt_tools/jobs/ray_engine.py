@@ -181,7 +181,8 @@ def _reason(error: Any) -> CkptToolsError:
     cause = error.cause
     if isinstance(cause, CkptToolsError):
         return cause
+    said = str(cause).rstrip(" .\n").rpartition("\n")[2]  # Ray puts a traceback before it
     return ClusterError(
-        f"a task of the Ray cluster failed: {type(cause).__name__}: {cause}. Expected ckpt-tools, in this version and "
-        "with what the checkpoints need, on every node: install it there."
+        f"a task of the Ray cluster failed with {type(cause).__name__}: {said}. Expected ckpt-tools in this "
+        "version, and what the checkpoints need, on every node: install them there."
     )
