@@ -119,6 +119,12 @@ def bn_reestimate(
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
 
+    On a cluster, every checkpoint or group of them as a task: --engine ray (extra `ray`), on a file system that all
+    nodes share. A task whose worker is lost is started again.
+
+    \b
+        ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --engine ray --ray-address 10.0.0.1:6379
+
     Every path may be a URL of a store that fsspec knows, with credentials from the environment:
 
     \b
