@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -169,13 +171,24 @@ def test_other_types_are_refused(tmp_path, dtype, suffix):
         open_source(write(tmp_path / f"a{suffix}", np.ones((3, 4), dtype)))
 
 
-def test_object_arrays_and_pickles_are_not_loaded(tmp_path):
+class Attack:
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_objects_are_not_made(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[object(), 1]], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="found object"):
         open_source(str(tmp_path / "a.npy"))
-    torch.save({"images": torch.zeros(2, 2), "path": tmp_path}, tmp_path / "a.pt")
-    with pytest.raises(DataError, match="execute code"):
+    torch.save({"images": torch.ones(2, 2), "path": tmp_path, "x": Attack(tmp_path / "executed")}, tmp_path / "a.pt")
+    assert read(str(tmp_path / "a.pt"), None).sum() == 4
+    torch.save(Attack(tmp_path / "executed"), tmp_path / "a.pt")
+    with pytest.raises(DataError, match=r"found posix\.mkdir"):
         open_source(str(tmp_path / "a.pt"))
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])

@@ -19,7 +19,7 @@ from ckpt_tools.cli import main
 from ckpt_tools.data.shared import read_together
 from ckpt_tools.jobs.folder import items_for, run
 from ckpt_tools.jobs.reestimation import Request
-from ckpt_tools.report.manifest import Manifest
+from ckpt_tools.report.manifest import Manifest, record_of
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.walker.downstream import walk
 
@@ -143,7 +143,7 @@ def whole_run(root: Path) -> list[str]:
     log = Manifest(root / "fixed" / "ckpt-fix.jsonl")
     request = Request(Path(), str(root / "data.npy"), architecture="nets:DenseNet", batch_size=16)
     seen: list[str] = []
-    run(items, request, lambda result: seen.append(log.add(result)["status"]))
+    run(items, request, lambda result: seen.append(log.add(record_of(result))["status"]))
     return seen
 
 

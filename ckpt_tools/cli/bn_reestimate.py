@@ -21,9 +21,10 @@ from ckpt_tools.remote.mirror import as_urls, located
     "--data",
     required=True,
     metavar="SPEC",
-    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, cifar10:DIR, "
-    "cifar100:DIR, svhn:DIR, mnist:DIR, package.module:callable, or the URL of a folder or array: s3:// gs:// hf:// "
-    "http://.",
+    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, WebDataset "
+    "shards (one .tar, a folder of them, 'train-{000..146}.tar', 'train-*.tar'), cifar10:DIR, cifar100:DIR, svhn:DIR, "
+    "mnist:DIR, package.module:callable (your code is imported and run), or the URL of a folder, array or shards: "
+    "s3:// gs:// hf:// http://.",
 )
 @click.option(
     "-o",
@@ -124,6 +125,12 @@ def bn_reestimate(
 
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
+
+    On a cluster, every checkpoint or group of them as a task: --engine ray (extra `ray`), on a file system that all
+    nodes share. A task whose worker is lost is started again.
+
+    \b
+        ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --engine ray --ray-address 10.0.0.1:6379
 
     Every path may be a URL of a store that fsspec knows, with credentials from the environment:
 

@@ -19,13 +19,14 @@ from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.delivery import writes_beside
-from ckpt_tools.remote.mirror import as_urls, located
+from ckpt_tools.remote.mirror import as_urls, is_remote, located
 
 if TYPE_CHECKING:
-    from ckpt_tools.jobs.folder import Result
+    from ckpt_tools.jobs.engine import Engine, Record
+    from ckpt_tools.jobs.folder import Item
     from ckpt_tools.jobs.reestimation import Request
-    from ckpt_tools.report.manifest import Manifest
 
 _MANIFEST = "ckpt-fix.jsonl"
 
@@ -43,22 +44,56 @@ options = stacked(
         help=f"For several checkpoints: one line of JSON for each. Default: {_MANIFEST} in --output-dir, else in the "
         "folder that was given.",
     ),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="What works on the checkpoints: this process, or the workers of a Ray cluster (extra `ray`), on which "
+        "ckpt-tools is installed and all paths mean the same.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Of the cluster's head; auto: one that runs on this machine. Default: RAY_ADDRESS, else Ray is started "
+        "on this machine for the run.",
+    ),
+    click.option(
+        "--ray-cpus",
+        type=click.IntRange(min=1),
+        help="CPUs, and threads, of a Ray task. Default: 8, or what the smallest node has for each of its GPUs.",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which of many checkpoints are meant, and where their outputs go."""
+    """Which of many checkpoints are meant, where their outputs go, and what works on them (None: this process)."""
 
     output_dir: Path | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     manifest: Path | None
+    engine: Engine | None
 
 
 def said_place(said: dict[str, Any]) -> Place:
     """Take the values of the options above out of a command's arguments."""
-    return Place(**{name: said.pop(name) for name in ("output_dir", "include", "exclude", "manifest")})
+    names = ("output_dir", "include", "exclude", "manifest")
+    return Place(**{name: said.pop(name) for name in names}, engine=_said_engine(said))
+
+
+def _said_engine(said: dict[str, Any]) -> Engine | None:
+    engine, address, cpus = (said.pop(name) for name in ("engine", "ray_address", "ray_cpus"))
+    if engine == "ray":
+        from ckpt_tools.jobs.cluster import require
+        from ckpt_tools.jobs.ray_engine import RayEngine
+
+        require(address)  # before anything is written
+        return RayEngine(address, cpus)
+    if address or cpus:
+        raise UsageError("--ray-address and --ray-cpus describe a Ray cluster. Give --engine ray, too.")
+    return None
 
 
 def is_many(paths: Sequence[Path], place: Place) -> bool:
@@ -72,9 +107,10 @@ def reestimate(
     paths: Sequence[Path], request: Request, place: Place, reports: Sequence[Path], *, as_json: bool, quiet: bool
 ) -> None:
     """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
-    from ckpt_tools.jobs.folder import items_for, run
+    from ckpt_tools.jobs.engine import LocalEngine
+    from ckpt_tools.jobs.folder import items_for
     from ckpt_tools.report.folder_text import folder_text
-    from ckpt_tools.report.manifest import Manifest
+    from ckpt_tools.report.manifest import Manifest, record_of
     from ckpt_tools.report.markdown import folder_markdown
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
@@ -86,14 +122,22 @@ def reestimate(
     outside = [place.output_dir] if place.output_dir else []
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
+    if place.engine is not None:
+        _require_shared(items)
     log = Manifest(place.manifest or _beside(paths, place.output_dir))
     check_reports(reports, (log.path, located(request.data), *(item.checkpoint for item in items)))
     records: list[Any] = []
+    names = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
+
+    def record(made: Record) -> None:
+        records.append(bars.finished(log.add(made)))
+        _release(items[names[made["checkpoint"]]])
+
+    engine = place.engine or LocalEngine()
     with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable(), contextlib.ExitStack() as after:
         after.callback(log.publish)
-        run(items, request, lambda result: records.append(bars.finished(_recorded(log, result))), bars.images)
-    order = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
-    records.sort(key=lambda record: order[record["checkpoint"]])
+        engine.run(items, request, record_of, record, bars.images)
+    records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
     click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else as_urls(folder_text(records, log.path)))
@@ -101,14 +145,22 @@ def reestimate(
     _answer([record["status"] for record in records], log.path)
 
 
-def _recorded(log: Manifest, result: Result) -> Any:
-    """The line of a result; copies of remote files are removed, so that a folder may be larger than the disk."""
+def _require_shared(items: Sequence[Item]) -> None:
+    """Copies of remote files are on this machine alone."""
+    for item in items:
+        if is_remote(item.checkpoint) or is_remote(item.output):
+            raise UsageError(
+                f"--engine ray: expected checkpoints and outputs on a file system that all nodes share, found "
+                f"{as_urls(str(item.checkpoint))}. Copy the folder there, or run it without --engine."
+            )
+
+
+def _release(item: Item) -> None:
+    """Remove the copies of remote files, so that a folder may be larger than the disk."""
     from ckpt_tools.storage.fetching import release_checkpoint
 
-    record = log.add(result)
-    for file in (result.item.checkpoint, result.item.output):
+    for file in (item.checkpoint, item.output):
         release_checkpoint(file)
-    return record
 
 
 def _answer(statuses: Sequence[str], manifest: Path) -> None:
@@ -146,8 +198,9 @@ class _Bars:
 
     def finished(self, record: Any) -> Any:
         """Count a checkpoint; what went wrong is said at once."""
-        if record["error"] and not self._shared["disable"]:
-            self._checkpoints.write(f"{record['checkpoint']}: {record['status']}", file=sys.stderr)
+        if record.get("error") and not self._shared["disable"]:
+            name = presentable(record["checkpoint"]).replace("\n", "\\n")
+            self._checkpoints.write(f"{name}: {record['status']}", file=sys.stderr)
         self._checkpoints.update()
         return record
 

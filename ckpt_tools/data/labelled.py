@@ -14,6 +14,8 @@ from ckpt_tools.data.arrays import ArraySource
 from ckpt_tools.data.callables import CallableSource, CallableStream, tensors_of
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.labels import ClassMap, Labels, array_labels, folder_labels, whole_numbers
+from ckpt_tools.data.shard_stream import ShardStream, ShardStreamSource
+from ckpt_tools.data.shards import ShardSource, shard_labels
 from ckpt_tools.data.source import Source
 from ckpt_tools.data.stream import Batch, IndexedStream, Skipped, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
@@ -62,21 +64,23 @@ def labelled_batches(
 ) -> LabelledStream:
     """Like ``source.batches``, with labels.
 
-    Folders give the first subfolder's name, arrays what lies beside them in the file, data sets their own labels;
-    callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for folders. Raises DataError where
-    there are no labels.
+    Folders give the first subfolder's name, arrays what lies beside them in the file, data sets their own labels,
+    shards their ``.cls`` members; callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for
+    folders. Raises DataError where there are no labels.
     """
     if class_map is not None and not isinstance(source, FolderSource):
         raise UsageError(f"--class-map names folders, and the labels of {source.spec} are numbers already. Drop it.")
-    if isinstance(source, CallableSource):
-        user_stream = source.batches(
+    if isinstance(source, CallableSource | ShardStreamSource):
+        yielded = source.batches(
             input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device, labelled=True
         )
-        return _Yielded(source.spec, user_stream)
+        return _Yielded(source.spec, yielded)
     if isinstance(source, FolderSource):
         labels = folder_labels(source.root, source.names, class_map)
     elif isinstance(source, ArraySource):
         labels = array_labels(source.array)
+    elif isinstance(source, ShardSource):
+        labels = shard_labels(source)
     else:
         raise DataError(
             f"{source.spec}: labels of a {source.kind} are not known. Give a folder, an .npz or a callable."
@@ -121,11 +125,15 @@ class _Numbered:
 
 
 class _Yielded:
-    """Labels that a user's callable yields beside the inputs."""
+    """Labels that a user's callable, or a shard, yields beside the inputs."""
 
-    def __init__(self, spec: str, stream: CallableStream) -> None:
-        self.count, self.transform, self.skipped = stream.count, stream.transform, stream.skipped
+    def __init__(self, spec: str, stream: CallableStream | ShardStream) -> None:
+        self.count, self.transform = stream.count, stream.transform
         self._spec, self._stream = spec, stream
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        return self._stream.skipped
 
     def check(self, labels: Tensor, outputs: int) -> None:
         _check_range(self._spec, labels, outputs)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["available_bytes"]
+__all__ = ["available_bytes", "share_memory"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+_processes = 1  # that count on the same memory
+
+
+def share_memory(processes: int) -> None:
+    """From now on this process counts on its part only: so many like it run on this machine."""
+    global _processes
+    _processes = processes
+
+
 def available_bytes() -> int:
-    """Bytes of main memory that are free or can be freed, within the container's limit."""
-    return max(0, min(_of_the_machine(), _of_the_container()))
+    """Bytes of main memory that this process may take: free or can be freed, within the container's limit, shared."""
+    return max(0, min(_of_the_machine(), _of_the_container())) // _processes
 
 
 def _of_the_machine() -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "Samples",
     "Skipped",
     "first_not_finite",
+    "joined",
     "refuse_unreadable",
 ]
 
@@ -182,7 +183,7 @@ class IndexedStream:
                 self._note(chunk.skipped)
             read = [chunk.samples for chunk in chunks if chunk.samples is not None]
             if read:
-                batch = _joined(read)
+                batch = joined(read)
                 if batch.is_floating_point():
                     batch = batch.float()
                 elif self._cache is not None:
@@ -243,7 +244,8 @@ def first_not_finite(batch: Tensor) -> int | None:
     return int((~finite).reshape(len(batch), -1).any(1).nonzero()[0])
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts of a batch (n, …) as one, in the same memory format."""
     if len(parts) == 1 or parts[0].ndim != 4 or parts[0].dtype != torch.uint8:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     # numpy copies in this thread; torch.cat would compete with the readers for every core, at the price of decoding

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.memory import available_bytes
 from ckpt_tools.data.shared import read_together
 from ckpt_tools.data.source import Source, open_source
@@ -26,6 +27,9 @@ from ckpt_tools.storage.read import sha256
 Status = Literal["done", "done before", "nothing to do", "failed"]
 Watch = Callable[[int, int, int | None], None]
 """Told how many checkpoints share a round, the images it has read so far, and how many a pass has."""
+
+Reading = tuple[InputSpec | None, int, str]
+"""What a checkpoint reads: preprocessing, batch size, device. Those with the same share one stream."""
 
 _SHARE = 0.4  # of the free memory, for the models of a round; activations need the rest
 
@@ -80,7 +84,7 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
     waiting, walks = _Waiting(), Walks()
     for item in items:
         started = time.perf_counter()
-        own = replace(request, checkpoint=item.checkpoint, output=item.output)
+        own = _own(item, request)
         try:
             plan = None if _is_done(item, own) else _prepared(item, own, source, walks)
         except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
@@ -94,6 +98,29 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
             _round(waiting.largest(), record, watch)
     while waiting:
         _round(waiting.largest(), record, watch)
+
+
+def look(item: Item, request: Request, source: Source) -> Result | Reading:
+    """What came of an item before any pass (done before, nothing to do, failed), or what its pass will read.
+
+    Looked at on the CPU, so that it needs no GPU: where the pass runs, memory may allow another batch size.
+    """
+    started = time.perf_counter()
+    own = _own(item, request)
+    try:
+        if _is_done(item, own):
+            return Result(item, "done before", seconds=time.perf_counter() - started)
+        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), source, Walks()))
+    except Exception as error:  # noqa: BLE001 - as above
+        return _stopped(item, error, started)
+
+
+def _own(item: Item, request: Request) -> Request:
+    return replace(request, checkpoint=item.checkpoint, output=item.output)
+
+
+def _reading(plan: Plan) -> Reading:
+    return plan.input_spec, plan.batch_size, plan.device
 
 
 def _is_done(item: Item, request: Request) -> bool:
@@ -126,14 +153,13 @@ class _Waiting:
     """Prepared checkpoints by what they read; those of one group go through one stream."""
 
     def __init__(self) -> None:
-        self._groups: dict[object, list[_Prepared]] = {}
+        self._groups: dict[Reading, list[_Prepared]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
     def add(self, one: _Prepared) -> None:
-        key = (one.plan.input_spec, one.plan.batch_size, one.plan.device)
-        self._groups.setdefault(key, []).append(one)
+        self._groups.setdefault(_reading(one.plan), []).append(one)
 
     @property
     def full(self) -> bool:
@@ -156,7 +182,7 @@ def _bytes(plan: Plan) -> int:
 
 def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: Watch | None) -> None:
     """All of a group through one stream, after one look at the same first images."""
-    stream, look = group[0].plan.stream, group[0].plan.look
+    stream, first = group[0].plan.stream, group[0].plan.look
     seen = 0
 
     def count(images: int) -> None:
@@ -165,12 +191,12 @@ def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: 
         if watch is not None:
             watch(len(group), seen, stream.count)
 
-    read_together(stream, [partial(_finish, one, look, record) for one in group], count)
+    read_together(stream, [partial(_finish, one, first, record) for one in group], count)
 
 
-def _finish(one: _Prepared, look: BatchStream, record: Callable[[Result], None], stream: BatchStream) -> None:
+def _finish(one: _Prepared, first: BatchStream, record: Callable[[Result], None], stream: BatchStream) -> None:
     try:
-        outcome = execute(replace(one.plan, stream=stream, look=look))
+        outcome = execute(replace(one.plan, stream=stream, look=first))
     except Exception as error:  # noqa: BLE001 - as above
         record(_stopped(one.item, error, one.started))
     else:

@@ -63,7 +63,7 @@ def flagged_section(facts: Mapping[str, Any]) -> Section:
     """Samples that could not be read, and those that stand out, in one table."""
     data = facts.get("data")
     data = data if isinstance(data, Mapping) else {}
-    skipped = [("skipped", entry) for entry in data.get("skipped") or ()]
+    skipped = [("skipped", entry) for entry in _entries(data.get("skipped"))]
     flagged = [("flagged", entry) for place in (facts, data) for key in _FLAGGED for entry in _entries(place.get(key))]
     if not skipped and not flagged:
         looked = any(key in place for place in (facts, data) for key in _FLAGGED)

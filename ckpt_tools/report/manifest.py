@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import OutputError
+from ckpt_tools.jobs.engine import Record
 from ckpt_tools.jobs.folder import Result
 from ckpt_tools.remote.copies import fetch, peek
 from ckpt_tools.remote.delivery import deliver
@@ -17,8 +18,6 @@ from ckpt_tools.report.json import outcome_json
 from ckpt_tools.storage.atomic import check_target
 
 __all__ = ["Manifest", "record_of"]
-
-Record = Mapping[str, Any]
 
 
 class Manifest:
@@ -52,13 +51,12 @@ class Manifest:
         if is_remote(self.path):
             deliver(self.path, self.path, overwrite=True)
 
-    def add(self, result: Result) -> Record:
-        """Record a result and return what is known of the checkpoint: what was done before has its earlier line."""
-        name = as_urls(str(result.item.checkpoint))
+    def add(self, record: Record) -> Record:
+        """Add a line and return what is known of its checkpoint: what was done before has its earlier line."""
+        name = record["checkpoint"]
         earlier = self._records.get(name)
-        if result.status == "done before" and earlier and earlier.get("output") == as_urls(str(result.item.output)):
-            return {**earlier, "status": result.status}
-        record = record_of(result)
+        if record["status"] == "done before" and earlier and earlier.get("output") == record["output"]:
+            return {**earlier, "status": record["status"]}
         self._records[name] = record
         try:
             with self.path.open("a", encoding="utf-8") as file:

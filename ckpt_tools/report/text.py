@@ -36,8 +36,17 @@ def plan_text(plan: Plan) -> str:
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
         ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {where}"),
         ("output", str(plan.output)),
+        *([("runs code", ", ".join(own))] if (own := _own_code(plan)) else []),
     ]
     return columns(rows)
+
+
+def _own_code(plan: Plan) -> list[str]:
+    """What is imported and executed beside this tool and its libraries, as the user named it."""
+    sources = [plan.source, *([plan.validation.source] if plan.validation else [])]
+    own = [plan.loaded.recipe.name] if plan.loaded.recipe.adapter == "factory" else []
+    own += [source.spec for source in sources if source.kind == "callable"]
+    return [*own, *(["what the checkpoint names (--trust)"] if plan.request.trust else [])]
 
 
 RATES = {

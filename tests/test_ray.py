@@ -1,0 +1,219 @@
+"""Many checkpoints on a cluster of one machine: as in one process, whatever workers are lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lethal
+import nets
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from ckpt_tools.cli import main
+from ckpt_tools.errors import ClusterError, UsageError
+from ckpt_tools.jobs.cluster import Size, measured
+from ckpt_tools.jobs.folder import items_for
+from ckpt_tools.jobs.ray_engine import RayEngine, _Part
+from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.storage.discovery import find_checkpoints
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """Two CPUs. Workers find what these tests find."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests")))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    batches = nets.batches(lethal.SHAPE)
+    np.save(tmp_path / "data.npy", torch.cat(batches).numpy())
+    (tmp_path / "runs").mkdir()
+    for number in range(3):
+        torch.manual_seed(number)
+        torch.save(nets.trained(nets.DenseNet(), batches).state_dict(), tmp_path / "runs" / f"{number}.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cli(*more: str, data: str = "data.npy", arch: str = "nets:DenseNet") -> Result:
+    command = ["bn-reestimate", "runs", "--data", data, "--arch", arch, "--batch-size", "16", "--output-dir", "fixed"]
+    return CliRunner().invoke(main, [*command, "-q", "--json", *more])
+
+
+def on_ray(*more: str, **said: str) -> Result:
+    return cli("--engine", "ray", "--ray-cpus", "1", *more, **said)
+
+
+def without_seconds(facts: Any) -> Any:
+    if isinstance(facts, dict):
+        return {name: without_seconds(value) for name, value in facts.items() if name != "seconds"}
+    return [without_seconds(value) for value in facts] if isinstance(facts, list) else facts
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("fixed/ckpt-fix.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_folder_comes_out_as_from_one_process(root: Path) -> None:
+    (root / "runs" / "bad.pt").write_bytes(b"nonsense")
+    here = cli()
+    (root / "fixed").rename(root / "here")
+    there = on_ray()
+    assert here.exit_code == there.exit_code == 1
+    assert without_seconds(json.loads(there.stdout)) == without_seconds(json.loads(here.stdout))
+    outputs = sorted(path.name for path in (root / "here").glob("*.safetensors"))
+    assert len(outputs) == 3
+    assert all((root / "fixed" / name).read_bytes() == (root / "here" / name).read_bytes() for name in outputs)
+    again = json.loads(on_ray().stdout)["checkpoints"]
+    assert sorted(record["status"] for record in again) == [*["done before"] * 3, "failed"]
+
+
+@pytest.mark.usefixtures("ray", "root")
+def test_a_worker_killed_amid_its_task_is_replaced() -> None:
+    result = on_ray(data="lethal:once")
+    assert result.exit_code == 0, result.stderr
+    assert Path("killed").exists()
+    assert sorted((line["checkpoint"], line["status"]) for line in lines()) == [
+        (f"runs/{number}.pt", "done") for number in range(3)
+    ]
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt_tools.jobs.ray_engine._ATTEMPTS", 2)
+    state = torch.load(root / "runs" / "1.pt")
+    state["head.bias"][0] = 666
+    torch.save(state, root / "runs" / "1.pt")
+    result = on_ray(arch="lethal:Fragile")
+    assert result.exit_code == 1
+    assert "1 of 3 checkpoints failed" in result.stderr
+    records = {line["checkpoint"]: line for line in lines()}
+    assert [records[f"runs/{number}.pt"]["status"] for number in range(3)] == ["done", "failed", "done"]
+    assert "WorkerCrashedError" in records["runs/1.pt"]["error"]
+    assert len(list((root / "fixed").iterdir())) == 3  # with the manifest
+
+
+@pytest.mark.usefixtures("ray")
+def test_what_a_lost_worker_could_not_say_is_done_and_not_done_again(root: Path) -> None:
+    items = items_for(find_checkpoints([root / "runs"]), root / "fixed")
+    request = Request(Path(), "data.npy", architecture="nets:DenseNet", batch_size=16)
+    records: list[Any] = []
+    RayEngine(cpus=2).run(items, request, lethal.described, records.append)
+    assert sorted(record["checkpoint"] for record in records) == [str(item.checkpoint) for item in items]
+    assert {record["status"] for record in records} == {"done"}
+    assert [record["report"] is None for record in records].count(True) == 1
+
+
+def test_after_a_second_loss_items_stand_alone() -> None:
+    whole = _Part((0, 1, 2)).without(1)
+    (again,) = whole.again()
+    assert again == _Part((0, 2), 2)
+    assert list(again.again()) == [_Part((0,), 3), _Part((2,), 3)]
+    assert not list(again.without(0).without(2).again())
+
+
+@pytest.mark.usefixtures("ray")
+def test_an_interrupt_leaves_nothing_half_done(root: Path) -> None:
+    (root / "driver").write_text(str(os.getpid()))
+    result = on_ray(data="lethal:endless")
+    assert result.exit_code == 130
+    assert list(root.glob("ended-*"))  # the worker's code was left in order
+    assert [path.name for path in (root / "fixed").iterdir()] == ["ckpt-fix.jsonl"]
+
+
+@pytest.mark.usefixtures("ray", "root")
+def test_what_concerns_all_ends_the_run() -> None:
+    result = on_ray(data="nowhere/")
+    assert result.exit_code == 1
+    assert "nowhere/" in result.stderr
+    assert not result.stdout
+
+
+@pytest.mark.usefixtures("root")
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = on_ray()
+    assert result.exit_code == 2
+    assert "pip install 'ckpt-tools[ray]'" in result.stderr
+    assert not Path("fixed").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "code"), [("127.0.0.1:1", 1), ("127.0.0.1", 2), ("ray://127.0.0.1:10001", 2), ("127.0.0.1:x", 2)]
+)
+@pytest.mark.usefixtures("root")
+def test_an_address_that_is_no_cluster(address: str, code: int) -> None:
+    pytest.importorskip("ray")
+    result = on_ray("--ray-address", address)
+    assert result.exit_code == code
+    assert f"--ray-address {address}" in result.stderr
+    assert not Path("fixed").exists()
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+@pytest.mark.usefixtures("root")
+def test_a_server_that_is_not_ray(greeting: bytes) -> None:
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        threading.Thread(target=_greeted, args=(server, greeting)).start()
+        result = on_ray("--ray-address", address)
+    assert result.exit_code == 1
+    assert f"--ray-address {address}: expected the head of a Ray cluster" in result.stderr
+
+
+def _greeted(server: socket.socket, greeting: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(64)
+        connection.sendall(greeting)
+
+
+@pytest.mark.usefixtures("root")
+def test_an_address_is_for_ray() -> None:
+    assert cli("--ray-address", "auto").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "cpus", "expected"),
+    [
+        ([{"CPU": 2}], "auto", None, Size(2, 0, 1, 1)),
+        ([{"CPU": 2}], "auto", 1, Size(1, 0, 2, 2)),
+        ([{"CPU": 64}, {"CPU": 16}, {"CPU": 0}], "cpu", None, Size(8, 0, 10, 8)),
+        ([{"CPU": 4}, {"CPU": 32, "GPU": 8}], "auto", None, Size(4, 1, 8, 8)),
+        ([{"CPU": 4}, {"CPU": 32, "GPU": 8}], "cpu", None, Size(4, 0, 9, 8)),
+        ([{"CPU": 4, "GPU": 8}], "cuda", None, Size(1, 1, 4, 4)),
+    ],
+)
+def test_tasks_fill_the_cluster(nodes: list[dict[str, float]], device: str, cpus: int | None, expected: Size) -> None:
+    assert measured(nodes, device, cpus) == expected
+
+
+def test_tasks_that_no_node_could_run() -> None:
+    with pytest.raises(UsageError, match="at most 4"):
+        measured([{"CPU": 4}], "cpu", 5)
+    with pytest.raises(ClusterError, match="GPU"):
+        measured([{"CPU": 4}], "cuda")
+    with pytest.raises(ClusterError, match="CPU"):
+        measured([{"CPU": 0}], "auto")
+    with pytest.raises(UsageError, match="cuda:1"):
+        measured([{"CPU": 4, "GPU": 2}], "cuda:1")
