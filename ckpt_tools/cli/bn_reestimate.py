@@ -80,6 +80,13 @@ from ckpt_tools.remote.mirror import as_urls, located
     show_default=True,
     help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA only.",
 )
+@click.option(
+    "--keep-outliers",
+    is_flag=True,
+    help="Let samples count that stand out from all others (100 times too large, one colour all over). By default they "
+    "are left out and named with their leverage. NaN and infinity never count; in over 1 % of the samples they are an "
+    "error.",
+)
 @click.option("--compile", is_flag=True, help="Run what stands between BN layers through torch.compile.")
 @options.running
 @options.preprocessing

@@ -85,6 +85,10 @@ class FolderImages:
         """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
         return read_images(indices, self._files(indices), lambda index: _printable(self.names[index]), self.transform)
 
+    def name(self, index: int) -> str:
+        """The file below the folder."""
+        return _printable(self.names[index])
+
     def _files(self, indices: list[int]) -> Sequence[Path | BytesIO | Exception]:
         names = [self.names[index] for index in indices]
         if isinstance(self.root, RemoteFolder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from ckpt_tools.data.labels import ClassMap, Labels, array_labels, folder_labels
 from ckpt_tools.data.shard_stream import ShardStream, ShardStreamSource
 from ckpt_tools.data.shards import ShardSource, shard_labels
 from ckpt_tools.data.source import Source
-from ckpt_tools.data.stream import Batch, IndexedStream, Skipped
+from ckpt_tools.data.stream import Batch, IndexedStream, Skipped, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 
 __all__ = ["LabelledStream", "labelled_batches"]
@@ -115,6 +115,7 @@ class _Numbered:
             rows = list(islice(numbers, len(batch)))
             if len(rows) < len(batch):
                 raise self._moved()
+            _check_finite(batch, self._spec, rows)
             yield batch, self._labels.values[rows]
         if next(numbers, None) is not None:
             raise self._moved()
@@ -139,6 +140,8 @@ class _Yielded:
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         for number, batch in enumerate(self._stream):
+            for tensor in tensors_of(batch):
+                _check_finite(tensor, f"{self._spec}: batch {number}", range(len(tensor)))
             yield self._parted(batch, f"{self._spec}: batch {number}")
 
     def _parted(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
@@ -151,6 +154,13 @@ class _Yielded:
         elif isinstance(batch, tuple | list) and len(batch) > 1:
             return batch[0], whole_numbers(batch[1], count, name)
         raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict with 'labels' among the inputs.")
+
+
+def _check_finite(batch: Tensor, name: str, numbers: Sequence[int]) -> None:
+    """Raise DataError for NaN or infinity: metrics are of all samples or of none."""
+    bad = first_not_finite(batch)
+    if bad is not None:
+        raise DataError(f"{name} holds NaN or infinity, first in sample {numbers[bad]}. Remove or repair that sample.")
 
 
 def _check_range(spec: str, labels: Tensor, outputs: int) -> None:

@@ -33,6 +33,7 @@ from ckpt_tools.redaction import without_secrets
 __all__ = ["ShardStream", "ShardStreamSource"]
 
 _CHUNK = 16  # samples that one thread decodes at a time
+_NAMED = 4  # batches whose samples' names are remembered
 _ENOUGH = 1000  # samples after which the share of unreadable ones means something before all are read
 
 
@@ -89,6 +90,7 @@ class _Decoded:
     labels: Sequence[int]
     skipped: Mapping[tuple[str, str], Skipped]  # by URL and name
     count: int
+    names: Sequence[str]  # of what could be read
 
 
 class ShardStream:
@@ -120,12 +122,18 @@ class ShardStream:
         self._labelled, self._cache = labelled, cache
         self._skipped: dict[tuple[str, str], Skipped] = {}
         self._kept: list[list[int]] | None = None  # labels of the batches in the cache, if all are there
+        self._names: dict[int, list[str]] = {}  # of the samples in the batches that were read last
         self._passed = False
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """Samples that no pass so far could read, each once."""
         return tuple(self._skipped.values())
+
+    def sample_name(self, batch: int, row: int) -> str:
+        """The shard and the member that became this row of a batch that was just read; of cached ones, the place."""
+        names = self._names.get(batch)
+        return f"sample {row} of batch {batch}" if names is None else names[row]
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass. Raises DataError, RemoteError where the shards or more than 1 % of the samples cannot be read."""
@@ -139,6 +147,7 @@ class ShardStream:
 
     def _pixels(self, labels: deque[list[int]]) -> Iterator[Tensor]:
         """Uint8 batches; the labels of each are added before it comes."""
+        self._names = {}
         if self._kept is not None and self._cache is not None:
             for number, known in enumerate(self._kept):
                 labels.append(known)
@@ -151,6 +160,8 @@ class ShardStream:
                 batch = joined(read)
                 if self._cache is not None:
                     self._cache.keep(len(seen), batch)
+                self._names[len(seen)] = [name for part in parts for name in part.names]
+                self._names.pop(len(seen) - _NAMED, None)
                 seen.append([label for part in parts for label in part.labels])
                 labels.append(seen[-1])
                 yield batch
@@ -204,7 +215,8 @@ class ShardStream:
             if number not in chunk.skipped
         ]
         skipped = {(samples[number].url, what.name): what for number, what in chunk.skipped.items()}
-        return _Decoded(chunk.samples, labels, skipped, len(samples))
+        read = [name for number, name in enumerate(names) if number not in chunk.skipped]
+        return _Decoded(chunk.samples, labels, skipped, len(samples), read)
 
     def _note(self, skipped: Mapping[tuple[str, str], Skipped]) -> None:
         for place, what in skipped.items():

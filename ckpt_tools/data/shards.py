@@ -81,7 +81,7 @@ class ShardImages:
 
     def __getitem__(self, indices: list[int]) -> Chunk:
         """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
-        return read_images(indices, map(self._file, indices), self._name, self.transform)
+        return read_images(indices, map(self._file, indices), self.name, self.transform)
 
     def _file(self, number: int) -> BytesIO | Exception:
         shard, row = self.index.find(number)
@@ -90,7 +90,8 @@ class ShardImages:
         except (OSError, ValueError) as error:
             return error
 
-    def _name(self, number: int) -> str:
+    def name(self, number: int) -> str:
+        """The shard and the member in it."""
         shard, row = self.index.find(number)
         return shard.name(row)
 
