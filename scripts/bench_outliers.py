@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import fvcore.nn
 import torch
@@ -25,7 +26,7 @@ def cases() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     """Name, net, clean images (600, C, H, W), the same with three bad ones."""
     for training in TRAININGS:
         if training.name in CASES:
-            model, data = trained(training), image_set(training.data)
+            model, data = trained(replace(training, epochs=2)), image_set(training.data)
             mean, std = normalisation(training, data)
             images = (resized(data.source[data.train[:IMAGES]]).float() / 255 - mean) / std
             bad = images.clone()
