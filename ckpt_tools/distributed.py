@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ckpt_tools.errors import CkptToolsError, RankError, UsageError
+from ckpt_tools.remote.mirror import as_urls
 
 __all__ = ["ALONE", "Processes", "Ranks", "Team", "connected", "joined"]
 
@@ -189,6 +190,7 @@ class Processes(Team):
 
     def _told(self, error: Exception) -> CkptToolsError:
         if isinstance(error, CkptToolsError):
+            error.args = tuple(map(as_urls, error.args))  # the copies of this rank mean nothing to the others
             return error
         what = f"{type(error).__name__}: {error}"
         return RankError(

@@ -10,6 +10,7 @@ CkptToolsError                  1   a failure the user can act on
 ├── OutputError                 1   an output that cannot be written
 ├── RankError                   1   a process of a distributed job that is gone
 ├── ClusterError                1   a cluster that cannot be reached or used, or has lost a worker
+├── RemoteError                 1   a URL behind which nothing can be read
 ├── NothingToDo                 3   no running variance is wrong
 └── CheckFailed                 4   a check or gate said no
 
@@ -30,6 +31,7 @@ __all__ = [
     "NothingToDo",
     "OutputError",
     "RankError",
+    "RemoteError",
     "UsageError",
 ]
 
@@ -80,6 +82,10 @@ class RankError(CkptToolsError):
 
 class ClusterError(CkptToolsError):
     """A cluster that cannot be reached or used, or has lost a worker too often."""
+
+
+class RemoteError(CkptToolsError):
+    """A URL behind which nothing can be read: nothing there, no access, no network, a package that is missing."""
 
 
 class NothingToDo(CkptToolsError):

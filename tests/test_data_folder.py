@@ -169,7 +169,6 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path):
         ("{0}/dangling", "link to"),
         ("cifar1:{0}/x", r"Did you mean cifar10:\?"),
         ("CIFAR10:{0}/x", r"Did you mean cifar10:\?"),
-        ("s3://bucket/x", "package.module:callable"),
         ("cifar10:{0}/trian", r"Did you mean .*/train\?"),
         ("cifar10:", "cifar10:DIR"),
         ("cifr10:data", "Did you mean cifar10:data"),

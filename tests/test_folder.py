@@ -21,6 +21,7 @@ from ckpt_tools.jobs.folder import items_for, run
 from ckpt_tools.jobs.reestimation import Request
 from ckpt_tools.report.manifest import Manifest, record_of
 from ckpt_tools.storage.discovery import find_checkpoints
+from ckpt_tools.walker.downstream import walk
 
 SHAPE = (3, 8, 8)
 
@@ -194,3 +195,22 @@ def test_the_compiler_is_left_as_it_was(root: Path) -> None:
     assert whole_run(root) == ["done"] * 4
     torch.compile(lambda x: x + 2, backend=backend)(torch.ones(3))
     assert len(graphs) == 2
+
+
+def test_equal_architectures_are_walked_once_unless_their_rates_differ(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[float] = []
+
+    def counted(model: nets.DenseNet, *arguments: object, **more: object) -> object:
+        walked.append(model.drop_rate)
+        return walk(model, *arguments, **more)
+
+    monkeypatch.setattr("ckpt_tools.jobs.walks.walk", counted)
+    assert whole_run(root) == ["done"] * 4
+    assert len(walked) == 1
+    state = torch.load(root / "runs" / "0" / "0.pt")
+    for rate in (0.3, 0.4):
+        torch.save({"state_dict": state, "args": {"drop_rate": rate}}, root / "runs" / f"{rate}.pt")
+    assert sorted(whole_run(root)) == ["done"] * 2 + ["done before"] * 4
+    assert walked[1:] == [0.3, 0.4]

@@ -35,6 +35,8 @@ def main() -> None:
         ckpt-fix inspect model.pt
         ckpt-fix bn-reestimate model.pt --data train/
 
+    Checkpoints, data and outputs may be URLs of a store that fsspec knows: s3:// gs:// hf:// http:// and others.
+
     Exit codes: 0 done, 1 a failure you can act on, 2 usage, 3 nothing to do, 4 a check said no, 130 interrupted.
     In GitHub Actions errors and warnings are annotations, too, and the summary of the step tells what was done.
     """

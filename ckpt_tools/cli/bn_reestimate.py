@@ -12,6 +12,7 @@ from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar, EvaluationBar
 from ckpt_tools.cli.together import together
+from ckpt_tools.remote.mirror import as_urls, located
 
 
 @click.command(name="bn-reestimate")
@@ -21,9 +22,16 @@ from ckpt_tools.cli.together import together
     required=True,
     metavar="SPEC",
     help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, cifar10:DIR, "
-    "cifar100:DIR, svhn:DIR, mnist:DIR, or package.module:callable.",
+    "cifar100:DIR, svhn:DIR, mnist:DIR, package.module:callable, or the URL of a folder or array: s3:// gs:// hf:// "
+    "http://.",
 )
-@click.option("-o", "--output", type=options.path, help="Default: NAME.bn.safetensors beside the checkpoint.")
+@click.option(
+    "-o",
+    "--output",
+    type=options.path,
+    help="A file or a URL. Default: NAME.bn.safetensors beside the checkpoint, in the current folder for http:// and "
+    "hf://.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @many.options
 @options.architecture
@@ -116,6 +124,11 @@ def bn_reestimate(
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --engine ray --ray-address 10.0.0.1:6379
 
+    Every path may be a URL of a store that fsspec knows, with credentials from the environment:
+
+    \b
+        ckpt-fix bn-reestimate s3://bucket/model.pt --data s3://bucket/train/
+
     On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
     batches and, of GPUs, its own; the result is that of one process.
     """
@@ -132,22 +145,22 @@ def bn_reestimate(
     if many.is_many(checkpoints, place):
         many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
-    check_reports(reports, (first, request.output, Path(request.data), Path(request.eval_data or request.data)))
+    check_reports(reports, (first, request.output, *map(located, (request.data, request.eval_data or request.data))))
     with together(request.device) as team:
         with options.own_stdout():
             plan = prepare(request, team=team)
         if not as_json and team.speaks:
-            click.echo(plan_text(plan) + "\n")
+            options.show(plan_text(plan) + "\n")
         hidden = quiet or not team.speaks
         bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
         with bars[0], bars[1], options.own_stdout(), terminable():
             outcome = execute(plan, *bars)
         if not team.speaks:
             return
-        facts = outcome_json(outcome)
+        facts = as_urls(outcome_json(outcome))
         for report in reports:
             write_report(report, facts)
-        click.echo(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
+        options.show(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
         if not as_json:
-            click.echo("".join(f"report: {report}\n" for report in reports), nl=False)
+            click.echo(as_urls("".join(f"report: {report}\n" for report in reports)), nl=False)
         github.done(facts)

@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import github
+from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.remote.mirror import as_urls, mirroring
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
 
@@ -22,11 +24,18 @@ class Boundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command and answer for what it raises."""
+        """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
+        with mirroring(transfer_bar), terminable():
+            return self._answered(ctx)
+
+    def _answered(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            github.fail(error.format_message(), error.exit_code)
+            message = as_urls(error.format_message())
+            github.fail(message, error.exit_code)
+            if message != error.format_message():  # an argument was a URL with a token
+                raise click.UsageError(message, getattr(error, "ctx", None)) from error
             raise
         except (click.exceptions.Exit, click.Abort):
             raise
@@ -69,7 +78,7 @@ def exit_code(error: BaseException) -> int:
 
 def _answer(error: BaseException) -> tuple[str, int]:
     if isinstance(error, CkptToolsError):
-        return str(error), error.exit_code
+        return as_urls(str(error)), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was written", 130
-    return f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1
+    return as_urls(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where."), 1

@@ -10,11 +10,14 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
+from ckpt_tools.remote.mirror import as_urls
 
 
 @click.command()
 @click.argument("checkpoint", type=options.path)
-@click.option("-o", "--output", type=options.path, help="Default: NAME.safetensors beside the checkpoint.")
+@click.option(
+    "-o", "--output", type=options.path, help="A file or a URL. Default: NAME.safetensors beside the checkpoint."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @options.checkpoint
 @options.as_json
@@ -38,4 +41,5 @@ def convert(checkpoint: Path, as_json: bool, **said: Any) -> None:
 
     with options.own_stdout(), terminable():
         conversion = execute(ConvertRequest(checkpoint, **said))
-    click.echo(json.dumps(conversion_json(conversion), indent=2) if as_json else conversion_text(conversion))
+    facts = as_urls(conversion_json(conversion))
+    options.show(json.dumps(facts, indent=2) if as_json else conversion_text(conversion))

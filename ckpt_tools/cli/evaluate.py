@@ -10,6 +10,7 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.progress import EvaluationBar
+from ckpt_tools.remote.mirror import as_urls
 
 
 @click.command()
@@ -19,8 +20,8 @@ from ckpt_tools.cli.progress import EvaluationBar
     required=True,
     metavar="SPEC",
     help="Labelled data: a folder with a subfolder of images for every class, an .npz/.pt/.safetensors file with "
-    "images and labels, cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR (their test split), or "
-    "package.module:callable that yields (inputs, labels).",
+    "images and labels, the URL of such a folder or file (s3:// gs:// hf:// http://), cifar10:DIR, cifar100:DIR, "
+    "svhn:DIR, mnist:DIR (their test split), or package.module:callable that yields (inputs, labels).",
 )
 @click.option("--before", type=options.path, metavar="OTHER", help="A second checkpoint, to compare with.")
 @options.evaluation
@@ -61,8 +62,9 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
     with options.own_stdout():
         plan = prepare(request)
     if not as_json:
-        click.echo(evaluation_plan_text(plan) + "\n")
+        options.show(evaluation_plan_text(plan) + "\n")
     with EvaluationBar(plan.images, hidden=quiet) as bar, options.own_stdout():
         outcome = execute(plan, bar)
-    click.echo(json.dumps(evaluation_json(outcome), indent=2) if as_json else evaluation_text(outcome))
+    facts = as_urls(evaluation_json(outcome))
+    options.show(json.dumps(facts, indent=2) if as_json else evaluation_text(outcome))
     refuse_failed(outcome.metrics)

@@ -10,6 +10,7 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
+from ckpt_tools.remote.mirror import as_urls
 
 
 @click.command(name="init-rewrite")
@@ -103,7 +104,7 @@ def init_rewrite(
     )
     with options.own_stdout(), terminable():
         outcome = initialize(request, _drawing(report))
-    click.echo(json.dumps(init_json(outcome), indent=2) if as_json else init_text(outcome))
+    options.show(json.dumps(as_urls(init_json(outcome)), indent=2) if as_json else init_text(outcome))
 
 
 def _drawing(report: Path | None) -> Any:

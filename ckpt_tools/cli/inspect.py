@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import options
+from ckpt_tools.remote.mirror import as_urls
 
 
 @click.command()
@@ -43,6 +44,6 @@ def inspect(model_kwargs: tuple[str, ...], everything: bool, as_json: bool, **sa
     with options.own_stdout():
         found = look(request)
     as_text = inspection_text(found, everything=everything)
-    click.echo(json.dumps(inspection_json(found), indent=2) if as_json else as_text)
+    options.show(json.dumps(as_urls(inspection_json(found)), indent=2) if as_json else as_text)
     if found.error is not None:
         raise found.error

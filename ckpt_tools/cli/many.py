@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.remote.delivery import writes_beside
+from ckpt_tools.remote.mirror import as_urls, located
 
 if TYPE_CHECKING:
     from ckpt_tools.jobs.engine import Engine
@@ -118,18 +121,19 @@ def reestimate(
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
     log = Manifest(place.manifest or _beside(paths, place.output_dir))
-    check_reports(reports, (log.path, Path(request.data), *(item.checkpoint for item in items)))
+    check_reports(reports, (log.path, located(request.data), *(item.checkpoint for item in items)))
     records: list[Any] = []
-    with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
+    with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable(), contextlib.ExitStack() as after:
+        after.callback(log.publish)
         engine = place.engine or LocalEngine()
         engine.run(
             items, request, record_of, lambda record: records.append(bars.finished(log.add(record))), bars.images
         )
-    order = {str(item.checkpoint): number for number, item in enumerate(items)}
+    order = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
     records.sort(key=lambda record: order[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
-    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else folder_text(records, log.path))
+    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else as_urls(folder_text(records, log.path)))
     github.summarise(folder_markdown(records))
     _answer([record["status"] for record in records], log.path)
 
@@ -144,7 +148,7 @@ def _answer(statuses: Sequence[str], manifest: Path) -> None:
 
 def _beside(paths: Sequence[Path], output_dir: Path | None) -> Path:
     """In the folder of the outputs; without one in the folder that was given, else in the current one."""
-    folders = [path for path in paths if path.is_dir()]
+    folders = [path for path in paths if path.is_dir() and writes_beside(path)]
     return (output_dir or (folders[0] if len(folders) == len(paths) == 1 else Path())) / _MANIFEST
 
 

@@ -11,10 +11,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckpt_tools.remote.address import is_url
+from ckpt_tools.remote.mirror import as_urls, located
+
 if TYPE_CHECKING:
     from ckpt_tools.jobs.inputs import Preprocessing
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Location(click.Path):
+    """A path, or a URL, whose place on this machine is taken instead."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and is_url(value):
+            return located(value)
+        return super().convert(value, param, ctx)
+
+
+path = _Location(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else
+
+
+def show(text: str) -> None:
+    """Print a result, with the URLs of remote files and without their secrets."""
+    click.echo(as_urls(text))
 
 
 def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
@@ -86,7 +106,7 @@ checkpoint = stacked(
 evaluation = stacked(
     click.option(
         "--class-map",
-        type=click.Path(path_type=Path, readable=False),
+        type=path,
         metavar="FILE",
         help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name a line in the head\'s '
         "order. Default: the folders in alphabetical order.",
@@ -147,11 +167,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="The result as JS
 reports = click.option(
     "--report",
     "reports",
-    type=click.Path(path_type=Path, readable=False),
+    type=path,
     multiple=True,
     metavar="FILE",
     help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI summary (.md) or the facts "
     "(.json). Repeatable. An earlier report is replaced, no other file is.",
 )
-
-path = click.Path(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Never
 
@@ -70,6 +72,24 @@ class EvaluationBar:
                 self._bar.close()
             self._name, self._bar = name, _bar(name, self._total, self._hidden)
         self._bar.update(images - self._bar.n)
+
+
+@contextlib.contextmanager
+def transfer_bar(url: str, size: int | None) -> Iterator[Callable[[int], object]]:
+    """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a second."""
+    bar: tqdm[Never] = tqdm(
+        total=size,
+        desc=url,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )
+    with bar:
+        yield lambda seen: bar.update(seen - bar.n)
 
 
 def _bar(name: str, total: int | None, hidden: bool) -> tqdm[Never]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import IO
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.data.memory import available_bytes
+from ckpt_tools.remote.scratch import roomy_folder
 
 __all__ = ["PixelCache"]
 
@@ -83,7 +82,7 @@ class PixelCache:
 
     def _append(self, number: int, batch: Tensor) -> None:
         if self._disk_left is None:
-            self._disk_left = shutil.disk_usage(_folder()).free // _SHARE
+            self._disk_left = shutil.disk_usage(roomy_folder()).free // _SHARE
         if batch.nbytes > self._disk_left:
             return
         file = self._opened()
@@ -96,13 +95,6 @@ class PixelCache:
 
     def _opened(self) -> IO[bytes]:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115  # it lives as long as this object
+            self._file = tempfile.TemporaryFile(dir=roomy_folder())  # noqa: SIM115  # it lives as long as this object
             weakref.finalize(self, self._file.close)
         return self._file
-
-
-def _folder() -> Path:
-    """Where large temporary files go: /tmp often is memory, of which there is none left by then."""
-    large = Path("/var/tmp")
-    usable = "TMPDIR" not in os.environ and os.access(large, os.W_OK)
-    return large if usable else Path(tempfile.gettempdir())

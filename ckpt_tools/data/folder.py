@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePath
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.jpeg import decoded
 from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
+from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
 from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
 from ckpt_tools.errors import DataError
@@ -36,7 +38,7 @@ class FolderSource:
     """All images below a folder, whatever its structure; folder names are no labels here."""
 
     spec: str
-    root: Path
+    root: Path | RemoteFolder
     names: tuple[str, ...]  # relative to root, sorted
     limit: int | None = None
     seed: int = 0
@@ -45,7 +47,7 @@ class FolderSource:
     sample_shape: None = None
 
     @classmethod
-    def open(cls, spec: str, root: Path, *, limit: int | None, seed: int) -> FolderSource:
+    def open(cls, spec: str, root: Path | RemoteFolder, *, limit: int | None, seed: int) -> FolderSource:
         """Lists the images without reading one. Raises DataError if there is none."""
         return cls(spec, root, find_images(root), limit, seed)
 
@@ -89,34 +91,42 @@ class FolderSource:
 class FolderImages:
     """Reads images by number."""
 
-    root: Path
+    root: Path | RemoteFolder
     names: tuple[str, ...]
     transform: ImageTransform
 
     def __getitem__(self, indices: list[int]) -> Chunk:
         """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
         images, skipped = [], {}
-        for index in indices:
-            path = self.root / self.names[index]
+        for index, file in zip(indices, self._files(indices), strict=True):
             try:
-                images.append(self._read(path))
+                images.append(self._read(file))
             # PIL's plugins raise whatever a broken header leads them to
             except Exception as error:  # noqa: BLE001
-                skipped[index] = Skipped(_printable(self.names[index]), _reason(error, path))
+                skipped[index] = Skipped(_printable(self.names[index]), _reason(error, file))
         return Chunk(stacked(images) if images else None, skipped)
 
-    def _read(self, path: Path) -> Tensor:
-        with Image.open(path, formats=_FORMATS) as image:  # reads the header alone
+    def _files(self, indices: list[int]) -> Sequence[Path | BytesIO | Exception]:
+        names = [self.names[index] for index in indices]
+        if isinstance(self.root, RemoteFolder):
+            return self.root.read(names)
+        return [self.root / name for name in names]
+
+    def _read(self, file: Path | BytesIO | Exception) -> Tensor:
+        if isinstance(file, Exception):
+            raise file
+        with Image.open(file, formats=_FORMATS) as image:  # reads the header alone
             if image.format == "JPEG" and image.mode == self.transform.mode == "RGB":
-                pixels = decoded(path, image.size) if self.transform.takes_pixels(image.size) else None
+                pixels = decoded(file, image.size) if self.transform.takes_pixels(image.size) else None
                 if pixels is not None:
                     return self.transform.of_pixels(pixels)
             return self.transform(image)
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, file: Path | BytesIO | Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no image" if path.stat().st_size else "empty file"
+        size = file.stat().st_size if isinstance(file, Path) else isinstance(file, BytesIO) and len(file.getbuffer())
+        return "no image" if size else "empty file"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return str(error) or type(error).__name__
@@ -127,25 +137,29 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def find_images(root: Path) -> tuple[str, ...]:
+def find_images(root: Path | RemoteFolder) -> tuple[str, ...]:
     """Paths of all images below ``root``, relative to it and sorted; hidden files and folders are left out.
 
     Links are followed, and every folder is read once, however many links lead to it. Raises DataError if
-    there is no image, or a folder cannot be listed.
+    there is no image, or a folder cannot be listed, RemoteError for a store that does not answer.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
-    for folder, names in _walk(root):
-        prefix = os.path.relpath(folder, root)
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if suffix in EXTENSIONS:
-                images.append(name if prefix == "." else f"{prefix}/{name}")
-            else:
-                others[suffix or "no extension"] += 1
+    for name in root.names() if isinstance(root, RemoteFolder) else _names(root):
+        suffix = PurePath(name).suffix.lower()
+        if suffix in EXTENSIONS:
+            images.append(name)
+        else:
+            others[suffix or "no extension"] += 1
     if not images:
         raise DataError(_no_images(root, others))
     return tuple(sorted(images))
+
+
+def _names(root: Path) -> Iterator[str]:
+    for folder, names in _walk(root):
+        prefix = os.path.relpath(folder, root)
+        yield from names if prefix == "." else (f"{prefix}/{name}" for name in names)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -165,7 +179,7 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from error
 
 
-def _no_images(root: Path, others: Counter[str]) -> str:
+def _no_images(root: Path | RemoteFolder, others: Counter[str]) -> str:
     if others:
         listed = ", ".join(f"{number} × {suffix}" for suffix, number in others.most_common(5))
         found = f"{others.total()} other files ({listed})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 __all__ = ["decoded"]
 
 
-def decoded(path: Path, size: tuple[int, int]) -> Tensor | None:
+def decoded(file: Path | BytesIO, size: tuple[int, int]) -> Tensor | None:
     """Uint8 (3, H, W) of a colour JPEG of this width and height, unrotated; None where PIL has to read it.
 
     Torchvision is used only if something else, say the model, has imported it: that takes as long as decoding
@@ -23,7 +24,8 @@ def decoded(path: Path, size: tuple[int, int]) -> Tensor | None:
     if decode is None:
         return None
     try:
-        pixels: Tensor = decode(torch.from_numpy(np.fromfile(path, np.uint8)), mode="RGB")
+        content = np.fromfile(file, np.uint8) if isinstance(file, Path) else np.frombuffer(file.getbuffer(), np.uint8)
+        pixels: Tensor = decode(torch.from_numpy(content), mode="RGB")
     except (RuntimeError, ValueError, OSError, Warning):
         return None
     return pixels if pixels.shape == (3, size[1], size[0]) else None

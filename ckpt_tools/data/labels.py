@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.stored import StoredArray
 from ckpt_tools.errors import DataError
+from ckpt_tools.remote.copies import fetch
 
 __all__ = ["ClassMap", "Labels", "array_labels", "folder_labels", "read_class_map", "whole_numbers"]
 
@@ -53,7 +55,7 @@ def read_class_map(path: Path) -> ClassMap:
     Names without numbers stand in the order of the head. Raises DataError.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        text = fetch(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"--class-map {path}: expected a text or JSON file: {error}.") from error
     if path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
@@ -87,7 +89,7 @@ def _numbered(path: Path, found: object) -> ClassMap:
     return ClassMap(path, found, None)
 
 
-def folder_labels(root: Path, names: Sequence[str], class_map: ClassMap | None) -> Labels:
+def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: ClassMap | None) -> Labels:
     """Labels of images by the first folder on their way from ``root``.
 
     Without a map, folders in alphabetical order are the outputs, empty ones too, as with torchvision's ImageFolder.
@@ -108,8 +110,11 @@ def folder_labels(root: Path, names: Sequence[str], class_map: ClassMap | None) 
     return Labels(values, class_map.outputs, f"the names in {class_map.path}", hint)
 
 
-def _alphabetical(root: Path, owners: Sequence[str]) -> Labels:
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _alphabetical(root: Path | RemoteFolder, owners: Sequence[str]) -> Labels:
+    if isinstance(root, RemoteFolder):
+        folders = root.folders()
+    else:
+        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     numbers = {name: number for number, name in enumerate(folders)}
     values = torch.tensor([numbers[owner] for owner in owners])
     return Labels(values, len(folders), f"one for each class folder in {root}", _HINT)

@@ -16,9 +16,15 @@ from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.datasets import DATASETS, Split, find_dataset, recognise
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.order import WHOLE, Share
+from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import is_url, local_path
+from ckpt_tools.remote.copies import fetch
+from ckpt_tools.remote.mirror import located
+from ckpt_tools.remote.store import open_remote
 
 __all__ = ["Source", "open_source"]
 
@@ -74,18 +80,23 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
     """Finds and counts the data that ``spec`` names, without reading a sample.
 
     ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; ``cifar10:DIR``,
-    ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; or ``package.module:callable``. ``limit`` samples are
+    ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; a URL (``s3://…``) of such a folder or file; or
+    ``package.module:callable``. ``limit`` samples are
     drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, which come with two. Raises
     DataError, naming what is wrong with it.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
+    if is_url(spec) and local_path(spec) is None:
+        return _behind_url(spec, limit, seed)
     path = _path(spec)
     if spec and os.path.lexists(path):
         return _on_disk(spec, path, limit, seed)
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in DATASETS:
         root = _path(rest)
+        if is_url(rest):
+            raise DataError(f"{spec}: expected {prefix}:DIR with a folder of this machine. Fetch it first.")
         if not rest or not root.is_dir():
             raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
         return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
@@ -103,6 +114,16 @@ def _on_disk(spec: str, path: Path, limit: int | None, seed: int) -> Source:
     if not path.exists():
         raise DataError(f"{spec}: a link to {path.readlink()}, which is not there. Mount or repair it.")
     return _file(spec, path, limit, seed)
+
+
+def _behind_url(spec: str, limit: int | None, seed: int) -> Source:
+    shown = without_secrets(spec)
+    if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
+        return ArraySource(shown, find_array(fetch(located(spec))), limit, seed)
+    remote = open_remote(spec)
+    if remote.is_folder() or remote.scheme in ("http", "https"):  # where a folder is a page that lists it
+        return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
+    return _file(shown, Path(shown), limit, seed)
 
 
 def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
@@ -150,7 +171,7 @@ def _unknown(spec: str, prefix: str | None) -> str:
 
 def _path(text: str) -> Path:
     try:
-        return Path(text).expanduser()
+        return (is_url(text) and local_path(text)) or Path(text).expanduser()
     except RuntimeError:  # ~somebody, of whom there is no home
         return Path(text)
 

@@ -18,7 +18,7 @@ from ckpt_tools.data.order import WHOLE, Share, balanced
 from ckpt_tools.data.quiet import quiet_decoders
 from ckpt_tools.data.readers import read_ahead
 from ckpt_tools.data.transfer import sent_ahead
-from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.errors import DataError, RemoteError, UsageError
 
 __all__ = [
     "Batch",
@@ -176,6 +176,8 @@ class IndexedStream:
         try:
             with quiet_decoders():
                 yield from read_ahead(self._jobs(), self._workers)
+        except RemoteError:
+            raise
         except Exception as error:  # whatever reading raised
             raise DataError(
                 f"{self._name}: reading failed with {named(error)}. If memory ran out, try fewer --workers, "

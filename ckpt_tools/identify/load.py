@@ -27,7 +27,7 @@ def load(
     raw and averaged weights. Raises CheckpointError for a file that cannot be read, ArchitectureError for one that
     does not fit, AmbiguousArchitecture for one that fits several.
     """
-    return identify(read_checkpoint(Path(path), weights=weights, trust=trust), architecture, model_kwargs)
+    return identify(read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs)
 
 
 def identify(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,18 +28,11 @@ def one_of_each(checkpoint: Checkpoint, candidates: Iterable[Candidate]) -> tupl
     ordered = sorted(candidates, key=lambda one: preference(checkpoint.path, one.architecture))
     if len(ordered) < 2:
         return tuple(ordered)
-    groups: list[_Group] = []
+    groups: list[list[Candidate]] = []
     small = sum(tensor.numel() for tensor in checkpoint.tensors.values()) <= _LARGEST
     for spec, members in _by_input(ordered).items():
         groups += _by_response(members, spec if small else None)
-    return tuple(replace(group.first, twins=tuple(one.architecture for one in group.others)) for group in groups)
-
-
-@dataclass(frozen=True)
-class _Group:
-    first: Candidate
-    others: list[Candidate]
-    response: Tensor | None
+    return tuple(replace(first, twins=tuple(one.architecture for one in others)) for first, *others in groups)
 
 
 def _by_input(candidates: Sequence[Candidate]) -> dict[InputSpec | None, list[Candidate]]:
@@ -51,17 +44,34 @@ def _by_input(candidates: Sequence[Candidate]) -> dict[InputSpec | None, list[Ca
     return found
 
 
-def _by_response(candidates: Sequence[Candidate], spec: InputSpec | None) -> list[_Group]:
-    groups: list[_Group] = []
+def _by_response(candidates: Sequence[Candidate], spec: InputSpec | None) -> list[list[Candidate]]:
+    """Candidates of one input by function; a process that meets the same ones again remembers."""
+    if spec is None or len(candidates) == 1:
+        return [[one] for one in candidates]
+    key = (spec, *((one.architecture, repr(sorted(one.recipe.kwargs.items()))) for one in candidates))
+    if key not in _known:
+        _known[key] = _functions(candidates, spec.shape)
+    groups: dict[int, list[Candidate]] = {}
+    for number, candidate in zip(_known[key], candidates, strict=True):
+        groups.setdefault(number, []).append(candidate)
+    return list(groups.values())
+
+
+_known: dict[object, list[int]] = {}
+
+
+def _functions(candidates: Sequence[Candidate], shape: Sequence[int]) -> list[int]:
+    """A number for each candidate, equal for equal functions."""
     weights: dict[str, Tensor] = {}
+    distinct: list[Tensor | None] = []
+    numbers = []
     for candidate in candidates:
-        answer = response(candidate, spec.shape, weights) if spec and len(candidates) > 1 else None
-        same = next((group for group in groups if _same(group.response, answer)), None)
-        if same:
-            same.others.append(candidate)
-        else:
-            groups.append(_Group(candidate, [], answer))
-    return groups
+        answer = response(candidate, shape, weights)
+        number = next((number for number, known in enumerate(distinct) if _same(known, answer)), len(distinct))
+        if number == len(distinct):
+            distinct.append(answer)
+        numbers.append(number)
+    return numbers
 
 
 def response(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]) -> Tensor | None:

@@ -17,6 +17,7 @@ from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError
 from ckpt_tools.jobs.places import default_output
 from ckpt_tools.jobs.reestimation import Outcome, Plan, Request, execute, prepare
+from ckpt_tools.jobs.walks import Walks
 from ckpt_tools.reestimate.capacity import free_bytes
 from ckpt_tools.storage.atomic import sweep
 from ckpt_tools.storage.discovery import Found
@@ -80,12 +81,12 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
     ``request.overwrite`` is set. Raises what concerns all items: DataError, UsageError.
     """
     source = open_source(request.data, limit=request.limit, seed=request.seed)
-    waiting = _Waiting()
+    waiting, walks = _Waiting(), Walks()
     for item in items:
         started = time.perf_counter()
         own = _own(item, request)
         try:
-            plan = None if _is_done(item, own) else _prepared(item, own, source)
+            plan = None if _is_done(item, own) else _prepared(item, own, source, walks)
         except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
             record(_stopped(item, error, started))
             continue
@@ -99,7 +100,7 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
         _round(waiting.largest(), record, watch)
 
 
-def look(item: Item, request: Request, source: Source) -> Result | Reading:
+def look(item: Item, request: Request, source: Source, walks: Walks) -> Result | Reading:
     """What came of an item before any pass (done before, nothing to do, failed), or what its pass will read.
 
     Looked at on the CPU, so that it needs no GPU: where the pass runs, memory may allow another batch size.
@@ -109,7 +110,7 @@ def look(item: Item, request: Request, source: Source) -> Result | Reading:
     try:
         if _is_done(item, own):
             return Result(item, "done before", seconds=time.perf_counter() - started)
-        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), source))
+        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), source, walks))
     except Exception as error:  # noqa: BLE001 - as above
         return _stopped(item, error, started)
 
@@ -130,7 +131,7 @@ def _is_done(item: Item, request: Request) -> bool:
     return made.get("source_sha256") == sha256(item.checkpoint)
 
 
-def _prepared(item: Item, request: Request, source: Source) -> Plan:
+def _prepared(item: Item, request: Request, source: Source, walks: Walks) -> Plan:
     try:
         item.output.parent.mkdir(parents=True, exist_ok=True)
         sweep(item.output.parent)
@@ -138,7 +139,7 @@ def _prepared(item: Item, request: Request, source: Source) -> Plan:
         raise OutputError(
             f"{item.output}: its folder cannot be made ({error.strerror}). Choose another --output-dir."
         ) from error
-    return prepare(request, source)
+    return prepare(request, source, walks=walks)
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def _bytes(plan: Plan) -> int:
 
 
 def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: Watch | None) -> None:
-    """All of a group through one stream."""
-    stream = group[0].plan.stream
+    """All of a group through one stream, after one look at the same first images."""
+    stream, look = group[0].plan.stream, group[0].plan.look
     seen = 0
 
     def count(images: int) -> None:
@@ -190,12 +191,12 @@ def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: 
         if watch is not None:
             watch(len(group), seen, stream.count)
 
-    read_together(stream, [partial(_finish, one, record) for one in group], count)
+    read_together(stream, [partial(_finish, one, look, record) for one in group], count)
 
 
-def _finish(one: _Prepared, record: Callable[[Result], None], stream: BatchStream) -> None:
+def _finish(one: _Prepared, look: BatchStream, record: Callable[[Result], None], stream: BatchStream) -> None:
     try:
-        outcome = execute(replace(one.plan, stream=stream))
+        outcome = execute(replace(one.plan, stream=stream, look=look))
     except Exception as error:  # noqa: BLE001 - as above
         record(_stopped(one.item, error, one.started))
     else:

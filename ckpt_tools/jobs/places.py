@@ -8,13 +8,20 @@ import torch
 
 from ckpt_tools.distributed import Ranks
 from ckpt_tools.errors import ModelError, OutputError, UsageError
+from ckpt_tools.remote.delivery import writes_beside
+from ckpt_tools.remote.mirror import located
 
 _SUFFIXES = (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".pt2", ".bin", ".ckpt", ".pkl")
 
 
 def default_output(checkpoint: Path, kind: str = "") -> Path:
-    """``model.pt`` → ``model.KIND.safetensors``, or ``model.safetensors`` without a kind, beside the file or folder."""
+    """``model.pt`` → ``model.KIND.safetensors``, or ``model.safetensors`` without a kind, beside the file or folder.
+
+    In the current folder for what was read over http or from a repository, where nobody expects to write.
+    """
     whole = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint.absolute()
+    if not writes_beside(whole):
+        whole = Path.cwd() / whole.name
     name = whole.name
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
@@ -23,7 +30,8 @@ def default_output(checkpoint: Path, kind: str = "") -> Path:
 
 def refuse_data(output: Path, data: str, kind: str = "training") -> None:
     """Raise OutputError if the output would take the place of the data."""
-    if output.exists() and Path(data).exists() and output.samefile(data):
+    place = located(data)
+    if output == place or (output.exists() and place.exists() and output.samefile(place)):
         raise OutputError(f"{output}: expected a file of its own, found the {kind} data. Choose another name.")
 
 

@@ -29,19 +29,21 @@ from ckpt_tools.distributed import ALONE, Ranks, Team
 from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
-from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
+from ckpt_tools.jobs.inputs import Preprocessing, input_spec_for
 from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
 from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.jobs.scores import Metrics, compared
 from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
+from ckpt_tools.jobs.walks import Walks
+from ckpt_tools.redaction import without_secrets
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.run import check_method, check_team, reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
+from ckpt_tools.remote.mirror import as_urls
 from ckpt_tools.storage.read import read_checkpoint
 from ckpt_tools.storage.write import Digests, check_output, replace_tensors
-from ckpt_tools.walker.downstream import walk
 
 _LOOK = 64  # samples in a batch of the first look
 
@@ -81,8 +83,9 @@ class Request:
     def settings(self) -> str:
         """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
         said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
-        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else self.data
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else without_secrets(self.data)
+        text = as_urls(json.dumps(said, sort_keys=True, default=repr))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # What a result does not depend on; how a convolution is computed may change its last bits.
@@ -104,6 +107,7 @@ class Plan:
     batch_size: int
     device: str
     output: Path
+    look: BatchStream  # the first samples, to see whether this is the training data
     team: Team = ALONE
     validation: Validation | None = None
 
@@ -131,12 +135,13 @@ class Outcome:
     metrics: Metrics | None = None
 
 
-def prepare(request: Request, source: Source | None = None, team: Team = ALONE) -> Plan:
+def prepare(request: Request, source: Source | None = None, team: Team = ALONE, walks: Walks | None = None) -> Plan:
     """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
 
-    ``source``: the data, if it is open already. Raises any CkptToolsError, on all ranks if on one; nothing is written.
+    ``source``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. Raises any
+    CkptToolsError, on all ranks if on one; nothing is written.
     """
-    plan = team.each(lambda: _prepared(request, source, team))
+    plan = team.each(lambda: _prepared(request, source, team, walks or Walks()))
     size = team.first(lambda: plan.batch_size)
     if size == plan.batch_size:
         return plan
@@ -145,7 +150,7 @@ def prepare(request: Request, source: Source | None = None, team: Team = ALONE) 
     )
 
 
-def _prepared(request: Request, source: Source | None, team: Team) -> Plan:
+def _prepared(request: Request, source: Source | None, team: Team, walks: Walks) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
     if team.speaks:
         check_output(output, request.checkpoint, overwrite=request.overwrite)
@@ -166,13 +171,14 @@ def _prepared(request: Request, source: Source | None, team: Team) -> Plan:
     loaded = recognised.loaded
     assert loaded.checkpoint is not None
     spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
-    found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
+    found = walks.of(loaded, spec, source)
     choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
     sharing = ranks.local_world if device == "cpu" else 1
     size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device, sharing)
     stream = _stream(request, source, spec, size, device, team)
+    look = source.batches(spec, batch_size=_LOOK, workers=0, cached=True)
     plan = Plan(
-        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, team=team
+        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, look, team
     )
     return plan if asked is None else replace(plan, validation=_validation(plan, asked))
 
@@ -270,7 +276,7 @@ def _looked_at(plan: Plan) -> DataVerdict:
     known = plan.loaded.input_spec
     return check_data(
         plan.loaded.model,
-        plan.source.batches(plan.input_spec, batch_size=_LOOK, workers=0),
+        plan.look,
         plan.walk,
         plan.input_spec,
         preprocessed=plan.source.preprocessed,

@@ -172,6 +172,8 @@ class Passes:
             own, new = own + reads[self.team.rank], sum(reads, Read())
             together += new
             more = tolerance is not None and new.batches > 0 and not self._reached(tolerance, together.images)
+        if together.batches and not self.team.alone and self.progress is not None:  # the others may have ended later
+            self.progress(Progress(self.passes, together.images, error_bound(self.layers.values()), self.residual))
         self._after_sweep(own, together, repeatable=rule is stored)
 
     def _round(self, read: Callable[[], Read]) -> list[Read]:

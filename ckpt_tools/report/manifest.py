@@ -11,18 +11,29 @@ from typing import Any
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.engine import Record
 from ckpt_tools.jobs.folder import Result
+from ckpt_tools.remote.copies import fetch, peek
+from ckpt_tools.remote.delivery import deliver
+from ckpt_tools.remote.mirror import as_urls, is_remote
 from ckpt_tools.report.json import outcome_json
+from ckpt_tools.storage.atomic import check_target
 
 __all__ = ["Manifest", "record_of"]
 
 
 class Manifest:
-    """A JSONL file that is only ever appended to. What a killed run left unfinished in it is passed over."""
+    """A JSONL file that is only ever appended to. What a killed run left unfinished in it is passed over.
+
+    A remote one is fetched first and written anew by ``publish``: stores append nothing.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written."""
+        """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written, RemoteError."""
         self.path = path
         self._records: dict[str, Record] = {}
+        if is_remote(path):
+            check_target(path, overwrite=True)
+            if peek(path) is not None:
+                fetch(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
@@ -34,6 +45,11 @@ class Manifest:
             raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
         for record in _parsed(content):
             self._records[record["checkpoint"]] = record
+
+    def publish(self) -> None:
+        """Put a remote manifest where it belongs. Raises OutputError."""
+        if is_remote(self.path):
+            deliver(self.path, self.path, overwrite=True)
 
     def add(self, record: Record) -> Record:
         """Add a line and return what is known of its checkpoint: what was done before has its earlier line."""
@@ -55,15 +71,18 @@ class Manifest:
 def record_of(result: Result) -> Record:
     """A result as a line of the manifest; ``report`` is what ``--json`` says of a single checkpoint."""
     error = result.error
-    return {
-        "checkpoint": str(result.item.checkpoint),
-        "status": result.status,
-        "output": str(result.item.output) if result.status in ("done", "done before") else None,
-        "error": None if error is None else str(error) if result.known else f"{type(error).__name__}: {error}",
-        "exit_code": getattr(error, "exit_code", 1) if error else 0,
-        "seconds": round(result.seconds, 3),
-        "report": None if result.outcome is None else outcome_json(result.outcome),
-    }
+    record: Record = as_urls(
+        {
+            "checkpoint": str(result.item.checkpoint),
+            "status": result.status,
+            "output": str(result.item.output) if result.status in ("done", "done before") else None,
+            "error": None if error is None else str(error) if result.known else f"{type(error).__name__}: {error}",
+            "exit_code": getattr(error, "exit_code", 1) if error else 0,
+            "seconds": round(result.seconds, 3),
+            "report": None if result.outcome is None else outcome_json(result.outcome),
+        }
+    )
+    return record
 
 
 def _parsed(content: bytes) -> Iterable[dict[str, Any]]:

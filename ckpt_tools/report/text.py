@@ -31,7 +31,7 @@ def plan_text(plan: Plan) -> str:
         *([("scores", _scores(plan.recognised.scores))] if plan.recognised.scores else []),
         ("drop rates", f"{RATES[plan.loaded.rates]}; {count(len(active), 'active dropout site')}"),
         ("layers", f"{plan.choice.why}; {count(len(plan.choice.controls), 'control layer')}"),
-        ("data", f"{request.data} ({plan.source.kind}), {_amount(plan.stream.count)}"),
+        ("data", f"{plan.source.spec} ({plan.source.kind}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
         ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {where}"),

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
-import secrets
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError
+from ckpt_tools.remote.delivery import check_remote, deliver
+from ckpt_tools.remote.mirror import is_remote
+from ckpt_tools.remote.scratch import abandoned, new_name
 
 __all__ = ["check_target", "new_file", "sweep", "sync"]
-
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_TEMPORARY = re.compile(rf"\.ckpt-tools-{_HOST}-(\d+)-[0-9a-f]+\.tmp")
 
 
 @contextlib.contextmanager
@@ -28,12 +24,12 @@ def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises OutputError for a target that is taken, OSError if the file system refuses.
     """
     check_target(target, overwrite=overwrite)
-    temporary = target.with_name(f".ckpt-tools-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{new_name()}.tmp")
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # whoever may read files made here may read this one
         sync(temporary)
-        _move(temporary, target, overwrite)
+        (deliver if is_remote(target) else _move)(temporary, target, overwrite=overwrite)
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
@@ -43,23 +39,15 @@ def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
 def sweep(folder: Path) -> None:
     """Remove what processes of this machine that were killed while writing have left in a folder."""
     for path in folder.iterdir():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if path.suffix == ".tmp" and abandoned(path.name):
             path.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it is somebody else's
-    return True
-
-
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse at once what cannot be written at the end. Raises OutputError."""
+    """Refuse at once what cannot be written at the end. Raises OutputError, and RemoteError for a remote target."""
+    if is_remote(target):
+        check_remote(target, overwrite=overwrite)
+        return
     try:
         if target.is_dir():
             raise OutputError(f"{target}: expected the name of a file to write, found a folder. Add a file name.")
@@ -96,7 +84,7 @@ def _taken(target: Path) -> OutputError:
     return OutputError(f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another name.")
 
 
-def _move(temporary: Path, target: Path, overwrite: bool) -> None:
+def _move(temporary: Path, target: Path, *, overwrite: bool) -> None:
     if overwrite:
         os.replace(temporary, target)
         return

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from ckpt_tools.errors import CheckpointError
+from ckpt_tools.errors import CheckpointError, UsageError
+from ckpt_tools.remote.mirror import store_of
 from ckpt_tools.storage.assembly import is_rank_file
 from ckpt_tools.storage.distributed import METADATA
+from ckpt_tools.storage.fetching import survey
+from ckpt_tools.storage.members import INDEX, SUFFIXES
 from ckpt_tools.storage.provenance import recorded
 from ckpt_tools.storage.sidecar import hub_weights, is_trainer_file
-from ckpt_tools.storage.source import SUFFIXES, find_source
+from ckpt_tools.storage.source import find_source
 
 __all__ = ["Found", "find_checkpoints", "is_one_checkpoint"]
-
-_INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Found:
 
 def is_one_checkpoint(path: Path) -> bool:
     """Whether a path that the user gave stands for one checkpoint and not for a folder of them."""
+    survey(path)
     if not path.is_dir():
         return path.exists() or not _is_pattern(path)
     try:
@@ -47,8 +49,13 @@ def find_checkpoints(
     """Checkpoints named by files, glob patterns and folders, these searched to the bottom; each once, in order.
 
     ``include`` and ``exclude`` are patterns for file names or for paths below the searched folder. What this tool
-    wrote itself, and what lies in ``outside``, does not count. Raises CheckpointError where a path yields none.
+    wrote itself, and what lies in ``outside``, does not count. Of those behind URLs only names and
+    headers are read. Raises CheckpointError where a path yields none, UsageError for paths in several stores,
+    RemoteError.
     """
+    _require_one_store(paths)
+    for path in paths:
+        survey(path)
     root = Path(os.path.commonpath([_base(path) for path in paths]))
     found: dict[Path, Found] = {}
     for path in paths:
@@ -59,6 +66,15 @@ def find_checkpoints(
         for one in below:
             found.setdefault(_absolute(one.path), one)
     return tuple(found.values())
+
+
+def _require_one_store(paths: Sequence[Path]) -> None:
+    stores = sorted({str(store_of(path) or "this machine") for path in paths})
+    if len(stores) > 1:
+        raise UsageError(
+            f"{paths[-1]}: expected checkpoints of one store in a run, found those of {' and '.join(stores)}. "
+            "Run them one after the other, with the same --manifest if one shall list them."
+        )
 
 
 def _base(path: Path) -> Path:
@@ -105,7 +121,7 @@ def _is_whole(folder: Path) -> bool:
         names = [path.name for path in folder.iterdir() if path.is_file()]
     except OSError:
         return False
-    indexed = any(name.endswith(_INDEX) for name in names)
+    indexed = any(name.endswith(INDEX) for name in names)
     return indexed or METADATA in names or any(map(is_rank_file, names)) or _is_hub_folder(names)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.storage.content import safetensors_header
+from ckpt_tools.storage.fetching import peek_header
 from ckpt_tools.version import VERSION
 
 __all__ = ["output_metadata", "provenance", "recorded"]
@@ -25,7 +26,12 @@ def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
 
 
 def recorded(path: Path) -> dict[str, object] | None:
-    """The same of a safetensors file, from its header alone; None where there is no such file or header."""
+    """The same of a safetensors file, from its header alone; None where there is no such file or header.
+
+    Of a remote file nothing but the header is read. Raises RemoteError.
+    """
+    if not path.exists():
+        peek_header(path)
     try:
         metadata = safetensors_header(path).get("__metadata__")
     except (OSError, ValueError, RecursionError, MemoryError):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.remote.mirror import located
 from ckpt_tools.storage.content import Content
 from ckpt_tools.storage.entries import Entry, as_mapping, choose_entry, sort_remainder
 from ckpt_tools.storage.keys import plain_tensors, strip_wrappers
@@ -31,11 +32,12 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
     The state dict may stand at the top level or under the names that common training scripts use. ``weights``
     is "auto" (averaged weights where there are any, as timm's own loader does), "model", "ema", or the name of
     an entry. Tensors are on the CPU and memory-mapped where the format permits: read them before the file
-    changes. Nothing in the file is executed unless ``trust`` is set.
+    changes. Nothing in the file is executed unless ``trust`` is set. Of a URL (``s3://…``) a temporary copy is
+    read, which stays until the process ends.
 
-    Raises CheckpointError.
+    Raises CheckpointError, RemoteError.
     """
-    source = find_source(Path(path))
+    source = find_source(located(path))
     stamps = take_stamps(source)
     content = load_source(source, trust=trust)
     try:

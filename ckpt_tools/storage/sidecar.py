@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ckpt_tools.errors import CheckpointError
 
-__all__ = ["hub_weights", "is_trainer_file", "sidecar_words"]
+__all__ = ["SIDECARS", "has_sidecars", "hub_weights", "is_trainer_file", "sidecar_words"]
 
 _SIDECARS = {"config": "config.json", "preprocessor": "preprocessor_config.json"}
+SIDECARS = tuple(_SIDECARS.values())
 _LIMIT = 32 * 2**20  # bytes; label names of 20,000 classes take one
 # In the order in which transformers looks for them.
 _HUB_WEIGHTS = (
@@ -39,6 +40,11 @@ def is_trainer_file(name: str) -> bool:
     return _TRAINER.fullmatch(name) is not None
 
 
+def has_sidecars(name: str) -> bool:
+    """Whether a file is named as weights of the Hugging Face hub are, so that what stands beside it may describe it."""
+    return name in _HUB_WEIGHTS or _SHARD.fullmatch(name) is not None
+
+
 def sidecar_words(path: Path) -> dict[str, object]:
     """What the JSON files beside a checkpoint say, under "config" and "preprocessor"; empty if there are none.
 
@@ -47,7 +53,7 @@ def sidecar_words(path: Path) -> dict[str, object]:
     """
     if path.is_dir():
         return _said(path)
-    if path.name not in _HUB_WEIGHTS and not _SHARD.fullmatch(path.name):
+    if not has_sidecars(path.name):
         return {}
     words = _said(path.absolute().parent)
     config = words.get("config")

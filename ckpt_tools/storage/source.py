@@ -11,16 +11,16 @@ from pathlib import Path
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.remote.mirror import located
 from ckpt_tools.storage.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.content import Content, load_content
 from ckpt_tools.storage.distributed import METADATA, SHARD, load_distributed
+from ckpt_tools.storage.fetching import fetch_checkpoint
 from ckpt_tools.storage.foreign import foreign_folder
-from ckpt_tools.storage.sidecar import hub_weights, is_trainer_file, sidecar_words
+from ckpt_tools.storage.members import INDEX, SUFFIXES, candidates, is_plain_name
+from ckpt_tools.storage.sidecar import is_trainer_file, sidecar_words
 
 __all__ = ["SUFFIXES", "Source", "find_source", "load_source", "sha256"]
-
-_INDEX = ".index.json"
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,18 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """The files behind a path that the user gave: a file, an index, or a folder. Raises CheckpointError."""
+    """The files behind a path that the user gave: a file, an index, or a folder; those behind a URL are fetched.
+
+    Raises CheckpointError, RemoteError.
+    """
+    fetch_checkpoint(path)
     try:
         if path.is_dir():
             return _in_folder(path)
         if path.name == METADATA or path.suffix == SHARD:
             return _by_part(path)
         if path.is_file():
-            return _indexed(path, path) if path.name.endswith(_INDEX) else Source(path, (path,))
+            return _indexed(path, path) if path.name.endswith(INDEX) else Source(path, (path,))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}). Check its permissions.") from error
     found = "something that is neither a file nor a folder" if path.exists() else "nothing there"
@@ -78,7 +82,7 @@ def sha256(path: Path | str) -> str:
 
     Of shards: what ``sha256sum`` prints for them in the order of their names, hashed once more.
     """
-    source = find_source(Path(path))
+    source = find_source(located(path))
     try:
         digests = [(_file_digest(file), file.name) for file in source.files]
     except OSError as error:
@@ -99,21 +103,15 @@ def _in_folder(folder: Path) -> Source:
         return _distributed(folder, names)
     if ranks := [folder / name for name in names if is_rank_file(name)]:
         return Source(folder, tuple(ranks))
-    if hub := hub_weights(names):
-        return _indexed(folder, folder / hub) if hub.endswith(_INDEX) else Source(folder, (folder / hub,))
-    indices = [name for name in names if name.endswith(_INDEX)]
-    if len(indices) > 1:  # Hugging Face repositories often hold the same weights in both formats
-        indices = [name for name in indices if "safetensors" in name] or indices
-    if len(indices) == 1:
-        return _indexed(folder, folder / indices[0])
-    single = indices or [name for name in names if name.endswith(SUFFIXES)]
+    single = candidates(names)
     if len(single) == 1:
-        return Source(folder, (folder / single[0],))
+        file = folder / single[0]
+        return _indexed(folder, file) if file.name.endswith(INDEX) else Source(folder, (file,))
     if not single and (foreign := foreign_folder(folder, names)):
         raise foreign
     found = f"{len(single)} candidates ({', '.join(single[:5])})" if single else "no checkpoint in it"
     raise CheckpointError(
-        f"{folder}: expected a folder with one *{_INDEX} or one checkpoint file, found {found}. Give the file itself."
+        f"{folder}: expected a folder with one *{INDEX} or one checkpoint file, found {found}. Give the file itself."
     )
 
 
@@ -151,7 +149,7 @@ def _indexed(path: Path, index: Path) -> Source:
 
 def _check_shard(index: Path, key: str, name: object) -> None:
     # An index is foreign input: a name like ../../etc/passwd or an absolute path must not lead anywhere.
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+    if not is_plain_name(name):
         raise CheckpointError(
             f"{index}: expected the name of a file beside the index for {key}, found {name!r}. Do not use this index."
         )

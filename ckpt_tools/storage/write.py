@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
+from ckpt_tools.remote.mirror import located
 from ckpt_tools.storage.atomic import check_target, new_file, sync
 from ckpt_tools.storage.content import data_start, load_safetensors, safetensors_header
 from ckpt_tools.storage.layout import Layout, Part, header_text, verified
@@ -66,7 +67,7 @@ def replace_tensors(
 
     Raises OutputError.
     """
-    target = Path(path)
+    target = located(path)
     check_output(target, checkpoint.path, overwrite=overwrite)
     tensors = _replaced(checkpoint.tensors, replacements)
     stamps = require_unchanged(checkpoint)
@@ -91,7 +92,7 @@ def write_safetensors(
 
     Tensors may share memory and need not be contiguous. Raises OutputError.
     """
-    with _output(Path(target), tensors, overwrite) as temporary:
+    with _output(located(target), tensors, overwrite) as temporary:
         return _write_new(temporary, tensors, metadata)
 
 

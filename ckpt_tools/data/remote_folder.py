@@ -1,0 +1,67 @@
+"""A folder of images behind a URL: listed once, read file by file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+from ckpt_tools.remote.store import Remote, is_missing, reaching
+
+__all__ = ["RemoteFolder"]
+
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before a read is tried again
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """What takes the place of a path where the folder is remote."""
+
+    remote: Remote
+
+    def __str__(self) -> str:
+        return str(self.remote)
+
+    def names(self) -> list[str]:
+        """All files below it, by their paths from here; hidden files and folders are left out. Raises RemoteError."""
+        return [name for name in self.remote.sizes() if not any(part.startswith(".") for part in name.split("/"))]
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in it, sorted. Raises RemoteError."""
+        with reaching(self.remote.url):
+            entries = self.remote.fs.ls(self.remote.path, detail=True)
+        names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+        return sorted(name for name in names if not name.startswith("."))
+
+    def read(self, names: Sequence[str]) -> list[BytesIO | Exception]:
+        """The content of files, all at once where the store can do that, or the error of one that is not there.
+
+        What fails otherwise is tried again a few times: a network that drops out is no damaged image.
+
+        Raises RemoteError.
+        """
+        found: dict[str, BytesIO | Exception] = {}
+        for pause in (*_PAUSES, None):
+            missing = [name for name in names if name not in found]
+            failure = self._read_into(found, missing)
+            if failure is None:
+                break
+            if pause is None:
+                with reaching(self.remote.url):
+                    raise failure
+            time.sleep(pause)
+        return [found[name] for name in names]
+
+    def _read_into(self, found: dict[str, BytesIO | Exception], names: Sequence[str]) -> Exception | None:
+        """One try for files; an error that another try may mend."""
+        paths = [self.remote.child(name) for name in names]
+        failure = None
+        for name, content in zip(names, self.remote.fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
+            if not isinstance(content, Exception):
+                found[name] = BytesIO(content)
+            elif is_missing(content):
+                found[name] = content
+            else:
+                failure = content
+        return failure

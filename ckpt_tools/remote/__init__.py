@@ -1,0 +1,1 @@
+"""Files behind URLs, through fsspec: addresses, stores, local copies, delivery."""

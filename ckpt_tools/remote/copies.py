@@ -1,0 +1,117 @@
+"""Local copies of remote files: whole, or only their beginning."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import RemoteError
+from ckpt_tools.remote.mirror import mirror_of
+from ckpt_tools.remote.scratch import new_name
+from ckpt_tools.remote.store import Remote, counting, is_missing, is_refusal, reaching
+
+__all__ = ["fetch", "peek", "release"]
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def fetch(path: Path, *, optional: bool = False) -> Path:
+    """Copy a remote file to its place, if it is not there yet, and return the path; a local one is left alone.
+
+    ``optional``: a file that is not there, or that one may not see, is no error. Raises RemoteError; then nothing new
+    is at the place.
+    """
+    mirror = mirror_of(path)
+    if mirror is None or path in mirror.present:
+        return path
+    remote = mirror.remote(path)
+    try:
+        size = remote.size()
+        with mirror.watch(str(remote), size) as seen:
+            mirror.make(path.parent)
+            _copy(remote, path, size, counting(seen))
+    except RemoteError as error:
+        known = error.__cause__ or error
+        if not (optional and (is_missing(known) or is_refusal(known))):
+            raise
+        path.unlink(missing_ok=True)  # it may have been outlined
+    else:
+        mirror.present.add(path)
+    return path
+
+
+def peek(path: Path, count: int = 0, size: int | None = None) -> bytes | None:
+    """The first ``count`` bytes of a file; a remote one then has its size and this beginning at its place.
+
+    None if there is no such file. ``size``, if it is known, spares asking for it. What is at the place as a whole
+    stays. Raises RemoteError, OSError for local files.
+    """
+    mirror = mirror_of(path)
+    if mirror is None or path in mirror.present:
+        return _beginning(path, count)
+    remote = mirror.remote(path)
+    try:
+        size = remote.size() if size is None else size
+        with reaching(remote.url):
+            head: bytes = remote.fs.cat_file(remote.path, 0, count) if count and size != 0 else b""
+    except RemoteError as error:
+        if is_missing(error.__cause__ or error):
+            return None
+        raise
+    mirror.make(path.parent)
+    with path.open("wb") as file:
+        file.write(head[:count])
+        file.truncate(max(size or 0, len(head[:count])))  # a hole, which takes no room
+    return head[:count]
+
+
+def release(path: Path) -> None:
+    """Remove the copy of a remote file; a local file is left alone."""
+    mirror = mirror_of(path)
+    if mirror is not None:
+        mirror.present.discard(path)
+        path.unlink(missing_ok=True)
+
+
+def _beginning(path: Path, count: int) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        return None
+
+
+def _copy(remote: Remote, path: Path, size: int | None, callback: Any) -> None:
+    if size is not None and size > shutil.disk_usage(path.parent).free:
+        raise _no_room(remote, path.parent, size)
+    part = path.with_name(new_name())
+    try:
+        with reaching(remote.url):
+            _download(remote, part, size, callback)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _download(remote: Remote, part: Path, size: int | None, callback: Any) -> None:
+    """Raises RemoteError if the disk is full, OSError for a file that ends early, and whatever the store raises."""
+    try:
+        remote.fs.get_file(remote.path, str(part), callback=callback)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _no_room(remote, part.parent, size) from error
+        raise
+    found = part.stat().st_size
+    if size is not None and found != size:
+        raise OSError(errno.EIO, f"{found:,} bytes came, of {size:,}")
+
+
+def _no_room(remote: Remote, folder: Path, size: int | None) -> RemoteError:
+    needed = "more room" if size is None else f"{size:,} bytes"
+    return RemoteError(
+        f"{remote}: its copy on this machine needs {needed}, {shutil.disk_usage(folder).free:,} bytes are free in the "
+        "folder of temporary files. Set TMPDIR to a folder with more room."
+    )

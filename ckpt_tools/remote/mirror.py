@@ -1,0 +1,168 @@
+"""Where remote files have their places on this machine while a run lasts.
+
+A mirror is a temporary folder: ``s3://bucket/runs/model.pt`` has its place at ``MIRROR/0/bucket/runs/model.pt``.
+Whoever reads calls ``fetch`` on a path first, whoever writes delivers what stands at a place, and all others work with
+paths as ever. ``as_urls`` turns places in a text back into URLs, without their secrets.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import RemoteError
+from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import Origin, is_url, local_path, parted, scheme_of
+from ckpt_tools.remote.scratch import new_name, roomy_folder, sweep
+from ckpt_tools.remote.store import Remote, open_remote
+
+__all__ = ["Mirror", "as_urls", "is_remote", "located", "mirror_of", "mirroring", "store_of"]
+
+Watch = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], object]]]
+"""Told the URL and the bytes of a transfer, if they are known; what comes out of it is told the bytes so far."""
+
+_LIVING: list[Mirror] = []
+
+
+def _unseen(name: str, size: int | None) -> contextlib.AbstractContextManager[Callable[[int], object]]:
+    return contextlib.nullcontext(lambda seen: None)
+
+
+class Mirror:
+    """Places for remote files. Its folder is made for the first copy and removed by ``close``.
+
+    ``present``: places at which the file stands as it is behind its URL; ``surveyed``: those of folders whose files all
+    have places; ``writable``: those of folders that have proved to be.
+    """
+
+    def __init__(self, watch: Watch = _unseen) -> None:
+        self.watch = watch
+        self.present: set[Path] = set()
+        self.surveyed: set[Path] = set()
+        self.writable: set[Path] = set()
+        self._folder: Path | None = None
+        self._origins: list[Origin] = []  # a subfolder for each
+        self._queries: dict[Path, str] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder, which need not be there yet."""
+        if self._folder is None:
+            self._folder = roomy_folder().resolve() / new_name()
+        return self._folder
+
+    def make(self, folder: Path) -> None:
+        """Make a folder among the places, and all above it. Raises RemoteError."""
+        try:
+            if not self.folder.exists():
+                sweep(self.folder.parent)
+                self.folder.mkdir(mode=0o700)  # copies are nobody else's business
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RemoteError(
+                f"{folder}: no copy of it can be put into {self.folder.parent} ({error.strerror}). Set TMPDIR to a "
+                "folder that can be written."
+            ) from error
+
+    def place(self, url: str) -> Path:
+        """Where a remote file stands once it is fetched. Raises UsageError for a URL that means no place."""
+        address = parted(url)
+        for number, origin in enumerate(self._origins):
+            place = self.folder / str(number) / address.path
+            if origin == address.origin and self._queries.setdefault(place, address.query) == address.query:
+                return place
+        self._origins.append(address.origin)
+        return self.place(url)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path is a place in this mirror."""
+        return self._folder is not None and path.is_relative_to(self._folder)
+
+    def remote(self, path: Path) -> Remote:
+        """What a place stands for. Raises UsageError, RemoteError where its store cannot be opened."""
+        number, _, rest = path.relative_to(self.folder).as_posix().partition("/")
+        return open_remote(f"{self._origins[int(number)].said}{rest}{self.query(path)}")
+
+    def scheme(self, path: Path) -> str:
+        """``s3`` and the like, of the URL of a place."""
+        return scheme_of(self._origins[int(path.relative_to(self.folder).parts[0])].said)
+
+    def query(self, path: Path) -> str:
+        """What follows the path in the URL of a place; below a folder, what follows the folder's."""
+        return next((self._queries[place] for place in (path, *path.parents) if self._queries.get(place)), "")
+
+    def told(self, text: str) -> str:
+        """A text with URLs in the stead of places."""
+        if self._folder is None or str(self._folder) not in text:
+            return text
+        pattern = re.escape(str(self._folder)) + r"/(\d+)(?:/|(?!\w))"
+        return re.sub(pattern, lambda match: self._origins[int(match[1])].shown, text)
+
+    def close(self) -> None:
+        """Remove everything."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        self.present.clear()
+
+
+@contextlib.contextmanager
+def mirroring(watch: Watch = _unseen) -> Iterator[Mirror]:
+    """A mirror for the URLs that are met within; ``watch`` is told of every transfer, the URL and its bytes."""
+    mirror = Mirror(watch)
+    _LIVING.append(mirror)
+    try:
+        yield mirror
+    finally:
+        _LIVING.remove(mirror)
+        mirror.close()
+
+
+def located(path: Path | str) -> Path:
+    """The path that a user means: the place of a URL, and any other as it is. Asks no network. Raises UsageError."""
+    if not isinstance(path, str) or not is_url(path):
+        return Path(path)
+    return local_path(path) or _current().place(path)
+
+
+def mirror_of(path: Path) -> Mirror | None:
+    """The mirror in which a path is a place; None for a path that only stands for itself."""
+    return next((mirror for mirror in _LIVING if mirror.holds(path)), None)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is the place of a remote file."""
+    return mirror_of(path) is not None
+
+
+def store_of(path: Path) -> Path | None:
+    """The folder in which all places of a path's store are; None for a path that only stands for itself."""
+    mirror = mirror_of(path)
+    return None if mirror is None else mirror.folder / path.relative_to(mirror.folder).parts[0]
+
+
+def as_urls(value: Any) -> Any:
+    """The same plain value (text, mapping, list, …) with URLs instead of places, and without secrets in any URL."""
+    if isinstance(value, str):
+        for mirror in _LIVING:
+            value = mirror.told(value)
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {as_urls(key): as_urls(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_urls(item) for item in value]
+    return value
+
+
+def _current() -> Mirror:
+    """The innermost mirror; outside of all one that lasts as long as the process."""
+    if not _LIVING:
+        mirror = Mirror()
+        atexit.register(mirror.close)
+        _LIVING.append(mirror)
+    return _LIVING[-1]

@@ -1,0 +1,177 @@
+"""Stores as fsspec knows them: ``s3:// gs:// hf:// http://`` and all others that are installed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
+from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import scheme_of
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+__all__ = ["Remote", "counting", "is_missing", "is_refusal", "open_remote", "open_url", "reaching", "reason"]
+
+_PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp",
+    "https": "aiohttp", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
+    "oss": "ossfs", "oci": "ocifs", "smb": "smbprotocol", "webdav": "webdav4", "hdfs": "pyarrow",
+}  # fmt: skip
+_REFUSED = ("credential", "accessdenied", "forbidden", "unauthorized", "authentication", "permission")
+_LONGEST = 300  # characters of what a store's client says
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or a folder behind a URL: the file system of its store, and the name it has there."""
+
+    url: str
+    fs: AbstractFileSystem
+    path: str
+
+    def __str__(self) -> str:
+        return str(without_secrets(self.url))
+
+    @property
+    def scheme(self) -> str:
+        """``s3`` and the like."""
+        return scheme_of(self.url)
+
+    def child(self, name: str) -> str:
+        """What the store calls the file ``name``, a path with slashes, below this folder."""
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def is_folder(self) -> bool:
+        """Raises RemoteError if there is nothing, or nobody can tell."""
+        with reaching(self.url):
+            return bool(self.fs.info(self.path)["type"] == "directory")
+
+    def size(self) -> int | None:
+        """Bytes of a file, None where the store does not tell before. Raises RemoteError."""
+        with reaching(self.url):
+            size = self.fs.info(self.path).get("size")
+            return None if size is None else int(size)
+
+    def names(self) -> list[str]:
+        """Names of the files directly in this folder, sorted. Raises RemoteError."""
+        return sorted(name for name in self.sizes(depth=1) if "/" not in name)
+
+    def sizes(self, depth: int | None = None) -> dict[str, int | None]:
+        """Bytes of every file below this folder, by its path from here, sorted. Raises RemoteError."""
+        start = self.child("")
+        with reaching(self.url):
+            found = self.fs.find(self.path, maxdepth=depth, detail=True)
+        return {
+            name.removeprefix(start): entry.get("size")
+            for name, entry in sorted(found.items())
+            if name.startswith(start) and entry.get("type") == "file" and name != start
+        }
+
+
+def open_remote(url: str) -> Remote:
+    """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without a package."""
+    from fsspec.core import url_to_fs
+
+    _require_known(url)
+    with reaching(url):
+        fs, path = url_to_fs(url)
+    return Remote(url, fs, path)
+
+
+def open_url(url: str) -> IO[bytes]:
+    """A file behind a URL, to be read from beginning to end. Raises RemoteError; reading raises what the store does."""
+    remote = open_remote(url)
+    with reaching(url):
+        return cast("IO[bytes]", remote.fs.open(remote.path, "rb"))
+
+
+@contextlib.contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Whatever a store's client raises within becomes a RemoteError that says what to do."""
+    try:
+        yield
+    except CkptToolsError:
+        raise
+    except Exception as error:
+        raise RemoteError(_sentence(url, error)) from error
+
+
+def _require_known(url: str) -> None:
+    from fsspec.registry import available_protocols, registry
+
+    known = {*available_protocols(), *registry}
+    scheme = scheme_of(url)
+    if scheme not in known:
+        near = get_close_matches(scheme, sorted(known), 1, 0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"{without_secrets(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found "
+            f"{scheme}.{hint}"
+        )
+
+
+def _sentence(url: str, error: Exception) -> str:
+    shown, scheme = without_secrets(url), scheme_of(url)
+    package = _PACKAGES.get(scheme)
+    if isinstance(error, ImportError):
+        install = f"Run: pip install {package}" if package else str(error)
+        return f"{shown}: reading {scheme}:// needs {package or 'a package'}, which is not installed. {install}"
+    if is_missing(error):
+        return f"{shown}: expected a file or folder there, found nothing. Check the URL."
+    said = reason(error)
+    if is_refusal(error):
+        taken = f"that {package} takes " if package and package != "aiohttp" else ""
+        return f"{shown}: access is refused ({said}). Check the name, and the credentials {taken}from the environment."
+    return f"{shown}: cannot be reached ({said}). Check the network and the URL, and run again."
+
+
+def reason(error: BaseException) -> str:
+    """What a store's client says, on one line and without secrets."""
+    told = _causes(error)[-1] if isinstance(error, FileNotFoundError) else error
+    text = without_secrets(" ".join(str(told).split()))[:_LONGEST]
+    return f"{type(told).__name__}: {text}" if text else type(told).__name__
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether an error means that there is no such file: some clients say so of every failure, but name its cause."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status == 404
+    return all(isinstance(cause, (FileNotFoundError, KeyError)) for cause in _causes(error))
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error means that the credentials do not suffice, or that there are none."""
+    names = [type(cause).__name__.lower() for cause in _causes(error)]
+    return _status(error) in (401, 403) or any(word in name for name in names for word in _REFUSED)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error tells of, itself or through its cause."""
+    for cause in _causes(error):
+        response: Any = getattr(cause, "response", None)
+        for status in (getattr(cause, "status", None), getattr(response, "status_code", None)):
+            if isinstance(status, int):
+                return status
+    return None
+
+
+def counting(seen: Callable[[int], object]) -> Any:
+    """What a transfer takes as ``callback``, to tell how many bytes have passed so far."""
+    from fsspec.callbacks import Callback
+
+    return Callback(hooks={"seen": lambda size, value, **_: seen(value)})
