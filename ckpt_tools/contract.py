@@ -24,6 +24,7 @@ Scheme = Literal["hypersphere", "orthonormal", "uniform", "normal"]
 InitRule = Literal["paper", "propagated"]
 BackwardTerm = Literal["auto", "on", "off"]
 BackwardFactor = Literal["paper", "inverted"]
+OutlierReason = Literal["extreme", "blank", "not finite"]
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,21 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Outlier:
+    """A sample that was left out.
+
+    ``leverage``: its mean square in units of the median sample's, of the input or of the distance from a BN layer's
+    running mean (geometric mean over channels), whichever is largest; ``where`` is "input" or that layer. None where
+    nothing could be measured. ``reason``: "extreme"; "blank", one colour all over; "not finite", NaN or infinity.
+    """
+
+    name: str
+    reason: OutlierReason
+    leverage: float | None
+    where: str
+
+
+@dataclass(frozen=True)
 class Reestimation:
     """The outcome of a re-estimation: what was rewritten, why, and how sure the numbers are."""
 
@@ -282,6 +298,8 @@ class Reestimation:
     cut_to: int | None = None  # samples at a time, where memory was too short for whole batches
     precision: Precision = "fp32"
     deviation: Spread | None = None  # of the variances on the first images from those in fp32, for other precisions
+    outliers: tuple[Outlier, ...] = ()  # samples that were left out, in the order in which they were met
+    common: tuple[OutlierReason, ...] = ()  # what over 1 % of the samples look like: no outliers, they counted
 
     @property
     def rewritten(self) -> tuple[LayerResult, ...]:

@@ -9,8 +9,8 @@ CkptToolsError                  1   a failure the user can act on
 ├── DataError                   1   training data that cannot be used
 ├── OutputError                 1   an output that cannot be written
 ├── RankError                   1   a process of a distributed job that is gone
-├── ClusterError                1   a cluster that cannot be reached or used, or has lost a worker
 ├── RemoteError                 1   a URL behind which nothing can be read
+├── ClusterError                1   a cluster that cannot be reached or used, or has lost a worker
 ├── NothingToDo                 3   no running variance is wrong
 └── CheckFailed                 4   a check or gate said no
 
@@ -80,12 +80,12 @@ class RankError(CkptToolsError):
     """A process of a distributed job that is gone, failed or cannot be reached."""
 
 
-class ClusterError(CkptToolsError):
-    """A cluster that cannot be reached or used, or has lost a worker too often."""
-
-
 class RemoteError(CkptToolsError):
     """A URL behind which nothing can be read: nothing there, no access, no network, a package that is missing."""
+
+
+class ClusterError(CkptToolsError):
+    """A cluster that cannot be reached or used, or has lost a worker too often."""
 
 
 class NothingToDo(CkptToolsError):

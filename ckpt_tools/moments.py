@@ -144,6 +144,11 @@ class BatchMoments:
     sums: Tensor  # (3, clusters, C): n, Σ(x−c), Σ(x−c)² of every cluster: an image, or a few of a large batch
 
 
+def image_sums(x: Tensor, centre: Tensor, images: int) -> Tensor:
+    """The sums (3, images, C) of every single image, arguments as of ``batch_moments``."""
+    return _sums(_widened(x), centre, x.shape[0] // images if x.shape[0] % images == 0 else x.shape[0])[2]
+
+
 def batch_moments(x: Tensor, centre: Tensor, images: int) -> BatchMoments:
     """Moments of a BN layer's input, and the sums of every image or group of images.
 
@@ -153,17 +158,26 @@ def batch_moments(x: Tensor, centre: Tensor, images: int) -> BatchMoments:
         centre: (C,) float64.
         images: samples in the batch.
     """
-    x = x.detach()
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = _widened(x)
     images = images if x.shape[0] % images == 0 else 1
     rows = x.shape[0] // images * _cluster(images)  # of x in a cluster; the last one may have fewer
-    count, mean, m2 = _part_moments(x, rows)
-    counts, values = count[:, None], x.shape[0] * x[0, 0].numel()
+    mean, m2, sums = _sums(x, centre, rows)
+    counts, values = sums[0, :, :1], x.shape[0] * x[0, 0].numel()
     total = (counts * mean).sum(0) / values
     moments = Moments(values, total, m2.sum(0) + (counts * (mean - total).square()).sum(0))
-    offset = mean - centre
-    sums = torch.stack([counts.expand_as(mean), counts * offset, m2 + counts * offset.square()])
     return BatchMoments(moments, sums)
+
+
+def _widened(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _sums(x: Tensor, centre: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and sum of squared deviations (P, C) of every ``rows`` rows, and their sums (3, P, C) around a centre."""
+    count, mean, m2 = _part_moments(x, rows)
+    counts, offset = count[:, None], mean - centre
+    return mean, m2, torch.stack([counts.expand_as(mean), counts * offset, m2 + counts * offset.square()])
 
 
 def _part_moments(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:

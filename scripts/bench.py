@@ -6,6 +6,7 @@ scripts/bench sizes              # cost against images and batch size
 scripts/bench stopping           # --tolerance: time saved, and whether the stated error bounds hold
 scripts/bench input              # decoding and resizing against timm's and torchvision's loaders
 scripts/bench files              # writing against cp, start-up, memory of the whole run
+scripts/bench outliers           # three bad images among 600: ours, update_bn, fvcore; how far clean data stays away
 scripts/bench folder             # many checkpoints in one run against as many single runs
 """
 
@@ -25,6 +26,7 @@ from bench_folder import prepared
 from bench_folder import race as race_folder
 from bench_input import alikeness, photographs, speed
 from bench_models import NETWORKS, SMALL
+from bench_outliers import cases, clean_margins, ruin
 from bench_passes import BASE, CONTESTANTS, OURS, race, ratios, summary, table
 from bench_photos import photos
 from bench_stopping import NETS, SIDE, coverage, wall_times
@@ -146,6 +148,19 @@ def files(megabytes: tuple[int, ...], rounds: int, folder: Path) -> None:
     for name, peak in found["memory"].items():
         print(f"{name}: {peak / 1e6:,.0f} MB resident at most")
     keep("files", found)
+
+
+@main.command()
+def outliers() -> None:
+    """Three bad images among 600, and the margins of clean ones."""
+    found: dict[str, Any] = {}
+    for name, model, images, bad in cases():
+        found[name] = {
+            "error (median, worst)": ruin(model, images, bad),
+            "largest margin": clean_margins(model, images),
+        }
+        print(f"{name}: {found[name]}", flush=True)
+    keep("outliers", found)
 
 
 @main.command()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import pickle
+import struct
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -178,6 +181,33 @@ def exported_2_8(model: nn.Module, folder: Path) -> Path:
             archive.write_bytes("data/constants/model.pt", artifact.constants)
             archive.write_bytes("models/model.json", artifact.exported_program)
     return folder / "exported_2_8.pt2"
+
+
+def old_tar(path: Path, tensors: dict[str, Tensor]) -> None:
+    """What torch.save wrote in 2016, from the reader that torch.load still has."""
+    storages = pickle.dumps(len(tensors), 2)
+    described = pickle.dumps(len(tensors), 2)
+    for at, tensor in enumerate(tensors.values()):
+        storages += pickle.dumps((at, "cpu", torch.FloatStorage), 2) + struct.pack("<q", tensor.numel())
+        storages += tensor.numpy().tobytes()
+        described += pickle.dumps((100 + at, at, torch.FloatTensor), 2) + struct.pack("<ii", tensor.dim(), 0)
+        described += struct.pack(f"<{2 * tensor.dim() + 1}q", *tensor.shape, *tensor.stride(), 0)
+    storages += pickle.dumps([], 2)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: object) -> object:
+            found = [str(100 + at) for at, tensor in enumerate(tensors.values()) if obj is tensor]
+            return found[0] if found else None
+
+    target = io.BytesIO()
+    Pickler(target, 2).dump(tensors)
+    with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
+        system = pickle.dumps({"protocol_version": 1000, "little_endian": True}, 2)
+        members = {"sys_info": system, "pickle": target.getvalue(), "tensors": described, "storages": storages}
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
 
 
 def distributed(model: nn.Module, folder: Path) -> Path:

@@ -26,6 +26,7 @@ JOBS: dict[str, dict[str, object]] = {
     "one batch": {"statistics": "mean+variance"},
     "bf16": {"batch_size": 30, "precision": "bf16", "layers": "all"},
     "controls": {"batch_size": 64, "data": "more.npy"},
+    "outliers": {"batch_size": 32, "data": "bad.npy", "estimator": "exact"},
 }
 BROKEN: dict[str, dict[str, object]] = {
     "ema": {"estimator": "ema"},
@@ -49,6 +50,7 @@ def summary(name: str, team: Team) -> dict[str, object]:
         "layers": [asdict(layer) for layer in result.layers],
         "controls": asdict(result.controls),
         "deviation": result.deviation and asdict(result.deviation),
+        "outliers": sorted([one.name, one.reason] for one in result.outliers),
         "sha256": outcome.output_sha256,
     }
 

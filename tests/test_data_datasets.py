@@ -2,7 +2,6 @@ import gzip
 import io
 import os
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
+from ckpt_tools.data.matlab import matlab_arrays
 from ckpt_tools.data.order import random_order
 from ckpt_tools.errors import DataError
 
@@ -120,11 +120,19 @@ def test_svhn(tmp_path):
     assert torch.equal(read(source, 3, 32), torch.from_numpy(images))
 
 
-def test_svhn_without_scipy_names_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "train_32x32.mat").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(DataError, match=r"pip install 'ckpt-tools\[svhn\]'"):
-        open_source(f"svhn:{tmp_path}")
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float64", "int16", "int64"])
+def test_matlab_arrays_are_scipys(tmp_path, compressed, kind):
+    from scipy import io as matlab
+
+    arrays = {"X": RNG.integers(0, 256, (3, 4, 2, 5)).astype(kind), "long_name": np.arange(6).astype(kind)}
+    matlab.savemat(tmp_path / "x.mat", {**arrays, "text": "abc", "cell": {"a": 1}}, do_compression=compressed)
+    found = matlab_arrays(tmp_path / "x.mat")
+    assert set(found) == set(arrays)
+    for name, array in found.items():
+        expected = matlab.loadmat(tmp_path / "x.mat")[name]
+        assert (array.shape, array.kind) == (expected.shape, kind)
+        assert np.array_equal(array.read(), expected)
 
 
 def test_damaged_svhn_is_refused(tmp_path):

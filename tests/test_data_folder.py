@@ -141,6 +141,7 @@ def test_a_folder_without_images_says_what_is_there(tmp_path):
 def test_a_data_sets_folder_gets_a_hint(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match=f"give cifar10:{tmp_path}"):
         open_source(str(tmp_path))
 

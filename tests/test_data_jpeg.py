@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data import folder, jpeg
+from ckpt_tools.data import folder, images, jpeg
 from ckpt_tools.data.quiet import quiet_decoders
 from ckpt_tools.data.transforms import ImageTransform
 
@@ -34,7 +34,7 @@ def read(root, monkeypatch, content, *, pil=False):
     (root / "a.jpg").write_bytes(content)
     with monkeypatch.context() as patch, quiet_decoders():
         if pil:
-            patch.setattr(folder, "decoded", lambda *_: None)
+            patch.setattr(images, "decoded", lambda *_: None)
         return folder.FolderImages(root, ("a.jpg",), TRANSFORM)[[0]]
 
 

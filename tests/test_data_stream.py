@@ -115,13 +115,16 @@ def test_a_pass_can_be_left_and_started_again():
     assert sum(map(len, batches)) == 100
 
 
-def test_floats_that_are_not_finite_are_refused_with_batch_and_sample():
-    class Infinite(Numbers):
-        def __getitem__(self, indices):
-            return Chunk(torch.tensor([[1.0, float("inf")] if i == 42 else [0.0, 0.0] for i in indices]), {})
+def test_every_sample_of_a_pass_has_a_name():
+    class Named(Numbers):
+        def name(self, index):
+            return f"number {index}"
 
-    with pytest.raises(DataError, match="sample 42"):
-        list(stream(Infinite(), batch_size=10))
+    batches = stream(Named(frozenset({7})), batch_size=10)
+    for _ in range(2):
+        for number, batch in enumerate(batches):
+            for row, value in enumerate(batch.flatten().tolist()):
+                assert batches.sample_name(number, row) == f"number {value:.0f}"
 
 
 def test_first_not_finite():

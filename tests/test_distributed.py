@@ -162,6 +162,10 @@ def prepared(folder: Path) -> None:
     many = torch.cat(nets.batches((3, 8, 8), 30)).numpy()
     np.save(folder / "data.npy", many[:101])
     np.save(folder / "more.npy", many)
+    bad = many[:300].copy()
+    bad[7] *= 100
+    bad[120], bad[250] = 3, np.nan
+    np.save(folder / "bad.npy", bad)
 
 
 def torchrun(world: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -208,6 +212,7 @@ def test_many_equal_one(world: int, alone: tuple[Path, dict[str, Any]], tmp_path
     for name in ranks.JOBS:
         if name != "tolerance":
             compared(load_file(tmp_path / f"{name}.safetensors"), load_file(folder / f"{name}.safetensors"))
+    assert told[0]["outliers"]["outliers"] == [["row 120", "blank"], ["row 250", "not finite"], ["row 7", "extreme"]]
     library_and_errors(told[0], world)
     assert {path.name for path in tmp_path.iterdir()} == expected_files(world)
 
@@ -233,7 +238,7 @@ def library_and_errors(told: dict[str, Any], world: int) -> None:
 
 def expected_files(world: int) -> set[str]:
     outputs = {f"{name}.safetensors" for name in ranks.JOBS}
-    return {"model.pt", "data.npy", "more.npy", *outputs, *(f"rank{rank}.json" for rank in range(world))}
+    return {"model.pt", "data.npy", "more.npy", "bad.npy", *outputs, *(f"rank{rank}.json" for rank in range(world))}
 
 
 def job(folder: Path, data: object, *more: object) -> list[object]:
@@ -259,7 +264,7 @@ def test_an_error_on_one_rank_is_told_once(tmp_path: Path) -> None:
     run = torchrun(3, *job(tmp_path, "ranks:broken"))
     assert run.returncode == 1
     assert run.stderr.count("ckpt-fix: ") == run.stderr.count("the disk of rank 1 is broken") == 1, run.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "data.npy", "more.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "data.npy", "more.npy", "bad.npy"}
 
 
 def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
@@ -270,4 +275,4 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert time.monotonic() - started < 60
     assert "SIGKILL" in run.stderr
     assert "written:" not in run.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "data.npy", "more.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "data.npy", "more.npy", "bad.npy"}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from malicious import CANARY, CODE_PICKLES, FILES, PICKLES, TENSORS, as_archive, as_legacy
+from malicious import CANARY, CODE_PICKLES, FILES, PICKLES, TENSORS, Net, as_archive, as_legacy
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError
@@ -34,6 +34,12 @@ COMMANDS = [
     ["init-rewrite", "state.pt", "--arch", "malicious:Net"],
     ["convert", "state.pt"],
     ["inspect", "state.pt", "--arch", "malicious:Net"],
+    ["evaluate", "state.pt", "--data", "labelled.npz", "--arch", "malicious:Net"],
+    ["evaluate", "other.pt", "--before", "state.pt", "--data", "labelled.npz", "--arch", "malicious:Net"],
+    ["bn-reestimate", "runs", "--data", "images.npy", "--arch", "malicious:Net", "-q"],
+    ["bn-reestimate", "other.pt", "--data", "state.pt", "--arch", "malicious:Net"],
+    ["bn-reestimate", "other.pt", "--data", "cifar100:sets", "--arch", "malicious:Net"],
+    ["convert", "distributed"],
 ]
 FORBIDDEN = frozenset({"import", "exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.putenv"})
 FORBIDDEN |= {"subprocess.Popen", "pickle.find_class", "socket.connect", "os.remove", "shutil.rmtree", "marshal.loads"}
@@ -93,6 +99,7 @@ def _canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_corpus_is_large() -> None:
     assert len(PICKLES) + len(FILES) >= 250
     assert len({make() for make in PICKLES.values()}) == len(PICKLES)
+    assert len(CODE_PICKLES) >= 60
 
 
 @pytest.mark.parametrize("label", ["builtins.eval", "functools.partial", "INST", "OBJ", "protocol 4 of pickle itself"])
@@ -118,9 +125,15 @@ def test_reading_does_nothing(tmp_path: Path, label: str) -> None:
 
 
 def run(folder: Path, label: str, commands: list[list[str]]) -> None:
-    (folder / "state.pt").write_bytes(ALL[label]())
-    torch.save({"good": torch.arange(1.0, 5)}, folder / "other.pt")
+    content = ALL[label]()
+    places = ("state.pt", "runs/a/state.pt", "sets/cifar-100-python/train", "distributed/.metadata")
+    for place in places:
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(content)
+    torch.save(Net().state_dict(), folder / "other.pt")
+    torch.save(Net().state_dict(), folder / "runs" / "b.pt")
     np.save(folder / "images.npy", np.zeros((4, 4), "f4"))
+    np.savez(folder / "labelled.npz", images=np.zeros((4, 4), "f4"), labels=np.arange(4))
     for command in commands:
         result = CliRunner().invoke(main, command)
         assert result.exit_code in (0, 1, 3, 4), (command, result.output)

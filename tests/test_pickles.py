@@ -9,8 +9,6 @@ import enum
 import io
 import pathlib
 import pickle
-import struct
-import tarfile
 import types
 import uuid
 import zipfile
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from format_files import old_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -203,31 +202,6 @@ def test_large_storages_are_mapped(tmp_path: Path, legacy: bool) -> None:
     assert torch.equal(torch.load(tmp_path / "x.pt")["w"], torch.ones(1 << 20))
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("x.pt")]
     assert mapped or legacy
-
-
-def old_tar(path: Path, tensors: dict[str, Tensor]) -> None:
-    """What torch.save wrote in 2016, from the reader that torch.load still has."""
-    storages = pickle.dumps(len(tensors), 2)
-    described = pickle.dumps(len(tensors), 2)
-    for at, tensor in enumerate(tensors.values()):
-        storages += pickle.dumps((at, "cpu", torch.FloatStorage), 2) + struct.pack("<q", tensor.numel())
-        storages += tensor.numpy().tobytes()
-        described += pickle.dumps((100 + at, at, torch.FloatTensor), 2) + struct.pack("<ii", tensor.dim(), 0)
-        described += struct.pack(f"<{2 * tensor.dim() + 1}q", *tensor.shape, *tensor.stride(), 0)
-    storages += pickle.dumps([], 2)
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: object) -> object:
-            found = [str(100 + at) for at, tensor in enumerate(tensors.values()) if obj is tensor]
-            return found[0] if found else None
-
-    target = io.BytesIO()
-    Pickler(target, 2).dump(tensors)
-    with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
-        for name, content in (("storages", storages), ("tensors", described), ("pickle", target.getvalue())):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own reader of this format uses what newer Pythons deprecate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -73,21 +74,11 @@ class TimmAdapter:
         del name
         stored = said.hub_config(words).get("pretrained_cfg")
         args = _data_args(stored if isinstance(stored, Mapping) else said.arguments(words))
-        try:
-            config = _timm.data.resolve_data_config(args, model=model)
-        except (AssertionError, TypeError):  # another script's arguments, of the same names
-            args, config = {}, _timm.data.resolve_data_config(model=model)
         teller = "the checkpoint's args" if stored is None else "config.json"
-        channels = int(config["input_size"][0])
-        return InputSpec(
-            shape=tuple(config["input_size"]),
-            mean=_per_channel(config["mean"], channels),
-            std=_per_channel(config["std"], channels),
-            interpolation=str(config["interpolation"]),
-            crop_pct=float(config["crop_pct"]),
-            crop_mode=str(config["crop_mode"]),
-            origin="timm default_cfg" + (f", {', '.join(args)} from {teller}" if args else ""),
-        )
+        with contextlib.suppress(*said.MISREAD):  # another script's arguments, of the same names
+            origin = "timm default_cfg" + (f", {', '.join(args)} from {teller}" if args else "")
+            return said.sound(_spec(_timm.data.resolve_data_config(args, model=model), origin))
+        return _spec(_timm.data.resolve_data_config(model=model), "timm default_cfg")
 
 
 @functools.cache
@@ -155,6 +146,19 @@ def _data_args(args: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(found.get("img_size", 0), int):
         found.pop("img_size")
     return found
+
+
+def _spec(config: Mapping[str, Any], origin: str) -> InputSpec:
+    channels = int(config["input_size"][0])
+    return InputSpec(
+        shape=tuple(config["input_size"]),
+        mean=_per_channel(config["mean"], channels),
+        std=_per_channel(config["std"], channels),
+        interpolation=str(config["interpolation"]),
+        crop_pct=float(config["crop_pct"]),
+        crop_mode=str(config["crop_mode"]),
+        origin=origin,
+    )
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,9 @@ class TorchvisionAdapter:
             return None
         args = _EXAMPLES if "best_acc1" in words else said.arguments(words)
         origin = f"torchvision {type(weights).__name__}.{weights.name}"
-        return _spec(preset, {key: value for key, value in args.items() if value}, origin)
+        with contextlib.suppress(*said.MISREAD):
+            return said.sound(_spec(preset, {key: value for key, value in args.items() if value}, origin))
+        return _spec(preset, {}, origin)
 
 
 @functools.cache

@@ -25,7 +25,6 @@ _ASIDE = {
 }
 _WRAPPERS = {"timm_wrapper", "timm_backbone"}  # models of timm in a cover of transformers
 _PROBED_RATE = 0.2
-_MISREAD = (ValueError, TypeError, LookupError, ZeroDivisionError)  # settings of another meaning
 
 
 class TransformersAdapter:
@@ -98,9 +97,9 @@ class TransformersAdapter:
         channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
         size, origin = (int(channels), side), f"transformers {kind or 'config'}"
         if settings:
-            with contextlib.suppress(*_MISREAD):
+            with contextlib.suppress(*said.MISREAD):
                 return image_processor.input_spec(settings, defaults, *size, "preprocessor_config.json")
-        with contextlib.suppress(*_MISREAD):
+        with contextlib.suppress(*said.MISREAD):
             return image_processor.input_spec({}, defaults, *size, origin)
         return None
 

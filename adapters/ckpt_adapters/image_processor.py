@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt_adapters import said as said_words
 from ckpt_tools.contract import InputSpec
 
 Settings = Mapping[str, Any]
@@ -33,7 +34,7 @@ def input_spec(settings: Settings, defaults: Settings, channels: int, side: obje
     flipped = (
         ", which expects BGR: the order of the channels is not changed" if _on(said, "do_flip_channel_order") else ""
     )
-    return InputSpec(
+    spec = InputSpec(
         shape=(channels, height, width),
         mean=mean,
         std=std,
@@ -42,6 +43,7 @@ def input_spec(settings: Settings, defaults: Settings, channels: int, side: obje
         crop_mode=mode,
         origin=origin + flipped,
     )
+    return said_words.sound(spec)
 
 
 def _scaling(said: Settings, channels: int, *, normalised: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -7,7 +7,10 @@ names).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+
+from ckpt_tools.contract import InputSpec
 
 Words = Mapping[str, object]
 
@@ -15,6 +18,9 @@ _ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 _NAMES = ("arch", "architecture", "model", "model_name")
 _KWARGS = ("model_kwargs", "model_args")  # of timm's train.py, of its config.json
 # The weights come from the checkpoint; a recorded wish to start from published ones is no longer of use.
+_LARGEST = 8192  # pixels, of a side of an input
+# Settings of another meaning, or nonsense, raise whatever the arithmetic with them does.
+MISREAD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
 _WEIGHTS = {"pretrained", "pretrained_backbone", "weights", "weights_backbone", "checkpoint_path"}
 
 
@@ -65,6 +71,15 @@ def rates(words: Words, keywords: Iterable[str]) -> dict[str, float]:
     """Drop rates that the script's arguments hold under the constructor's own names."""
     said = arguments(words) | model_kwargs(words)
     return {name: rate for name in keywords if (rate := number(said.get(name))) is not None}
+
+
+def sound(spec: InputSpec) -> InputSpec:
+    """The spec, if numbers from a file make it one that a model can be given. Raises ValueError."""
+    sides = all(type(side) is int and 0 < side <= _LARGEST for side in spec.shape)
+    numbers = (*spec.mean, *spec.std, spec.crop_pct)
+    if not sides or math.prod(spec.shape) > _LARGEST**2 or not all(map(math.isfinite, numbers)) or spec.crop_pct <= 0:
+        raise ValueError(f"an input of shape {spec.shape}, mean {spec.mean}, std {spec.std}, crop {spec.crop_pct}")
+    return spec
 
 
 def number(value: object) -> float | None:

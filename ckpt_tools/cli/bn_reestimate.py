@@ -21,9 +21,10 @@ from ckpt_tools.remote.mirror import as_urls, located
     "--data",
     required=True,
     metavar="SPEC",
-    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, cifar10:DIR, "
-    "cifar100:DIR, svhn:DIR, mnist:DIR, package.module:callable, or the URL of a folder or array: s3:// gs:// hf:// "
-    "http://.",
+    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, WebDataset "
+    "shards (one .tar, a folder of them, 'train-{000..146}.tar', 'train-*.tar'), cifar10:DIR, cifar100:DIR, svhn:DIR, "
+    "mnist:DIR, package.module:callable (your code is imported and run), or the URL of a folder, array or shards: "
+    "s3:// gs:// hf:// http://.",
 )
 @click.option(
     "-o",
@@ -78,6 +79,13 @@ from ckpt_tools.remote.mirror import as_urls, located
     default="fp32",
     show_default=True,
     help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA only.",
+)
+@click.option(
+    "--keep-outliers",
+    is_flag=True,
+    help="Let samples count that stand out from all others (100 times too large, one colour all over). By default they "
+    "are left out and named with their leverage. NaN and infinity never count; in over 1 % of the samples they are an "
+    "error.",
 )
 @click.option("--compile", is_flag=True, help="Run what stands between BN layers through torch.compile.")
 @options.running

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import click
 from ckpt_tools.cli import github
 from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.mirror import as_urls, mirroring
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
@@ -66,6 +68,7 @@ def told(error: BaseException) -> int:
     if os.environ.get(TRACEBACK):
         raise error
     message, code = _answer(error)
+    message = _harmless(message)
     click.echo(f"ckpt-fix: {message}", err=True)
     github.fail(message, code)
     return code
@@ -81,4 +84,15 @@ def _answer(error: BaseException) -> tuple[str, int]:
         return as_urls(str(error)), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was written", 130
+    if isinstance(error, OSError):
+        name = error.filename or "a file"
+        return as_urls(f"{name}: {error.strerror or error}. Check the path and its permissions."), 1
     return as_urls(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where."), 1
+
+
+def _harmless(message: str) -> str:
+    """Names in files come from others: no control characters, and nothing that a CI runner takes for a command.
+
+    GitHub's looks for ``::`` at the start of a line, behind blanks too, and for ``##[`` anywhere (ActionCommand.cs).
+    """
+    return re.sub(r"^(\s*)::", r"\1: :", presentable(message), flags=re.MULTILINE).replace("##[", "# #[")

@@ -20,8 +20,9 @@ from ckpt_tools.remote.mirror import as_urls
     required=True,
     metavar="SPEC",
     help="Labelled data: a folder with a subfolder of images for every class, an .npz/.pt/.safetensors file with "
-    "images and labels, the URL of such a folder or file (s3:// gs:// hf:// http://), cifar10:DIR, cifar100:DIR, "
-    "svhn:DIR, mnist:DIR (their test split), or package.module:callable that yields (inputs, labels).",
+    "images and labels, WebDataset shards with .cls members, the URL of one of these (s3:// gs:// hf:// http://), "
+    "cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR (their test split), or package.module:callable that yields "
+    "(inputs, labels) (your code is imported and run).",
 )
 @click.option("--before", type=options.path, metavar="OTHER", help="A second checkpoint, to compare with.")
 @options.evaluation

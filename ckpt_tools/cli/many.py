@@ -19,11 +19,13 @@ from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.delivery import writes_beside
-from ckpt_tools.remote.mirror import as_urls, located
+from ckpt_tools.remote.mirror import as_urls, is_remote, located
 
 if TYPE_CHECKING:
-    from ckpt_tools.jobs.engine import Engine
+    from ckpt_tools.jobs.engine import Engine, Record
+    from ckpt_tools.jobs.folder import Item
     from ckpt_tools.jobs.reestimation import Request
 
 _MANIFEST = "ckpt-fix.jsonl"
@@ -120,22 +122,45 @@ def reestimate(
     outside = [place.output_dir] if place.output_dir else []
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
+    if place.engine is not None:
+        _require_shared(items)
     log = Manifest(place.manifest or _beside(paths, place.output_dir))
     check_reports(reports, (log.path, located(request.data), *(item.checkpoint for item in items)))
     records: list[Any] = []
+    names = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
+
+    def record(made: Record) -> None:
+        records.append(bars.finished(log.add(made)))
+        _release(items[names[made["checkpoint"]]])
+
+    engine = place.engine or LocalEngine()
     with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable(), contextlib.ExitStack() as after:
         after.callback(log.publish)
-        engine = place.engine or LocalEngine()
-        engine.run(
-            items, request, record_of, lambda record: records.append(bars.finished(log.add(record))), bars.images
-        )
-    order = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
-    records.sort(key=lambda record: order[record["checkpoint"]])
+        engine.run(items, request, record_of, record, bars.images)
+    records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
     click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else as_urls(folder_text(records, log.path)))
     github.summarise(folder_markdown(records))
     _answer([record["status"] for record in records], log.path)
+
+
+def _require_shared(items: Sequence[Item]) -> None:
+    """Copies of remote files are on this machine alone."""
+    for item in items:
+        if is_remote(item.checkpoint) or is_remote(item.output):
+            raise UsageError(
+                f"--engine ray: expected checkpoints and outputs on a file system that all nodes share, found "
+                f"{as_urls(str(item.checkpoint))}. Copy the folder there, or run it without --engine."
+            )
+
+
+def _release(item: Item) -> None:
+    """Remove the copies of remote files, so that a folder may be larger than the disk."""
+    from ckpt_tools.storage.fetching import release_checkpoint
+
+    for file in (item.checkpoint, item.output):
+        release_checkpoint(file)
 
 
 def _answer(statuses: Sequence[str], manifest: Path) -> None:
@@ -173,8 +198,9 @@ class _Bars:
 
     def finished(self, record: Any) -> Any:
         """Count a checkpoint; what went wrong is said at once."""
-        if record["error"] and not self._shared["disable"]:
-            self._checkpoints.write(f"{record['checkpoint']}: {record['status']}", file=sys.stderr)
+        if record.get("error") and not self._shared["disable"]:
+            name = presentable(record["checkpoint"]).replace("\n", "\\n")
+            self._checkpoints.write(f"{name}: {record['status']}", file=sys.stderr)
         self._checkpoints.update()
         return record
 

@@ -77,8 +77,8 @@ architecture = stacked(
         "--arch",
         "architecture",
         metavar="NAME",
-        help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory. "
-        "Not needed where the checkpoint names it.",
+        help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory (your code is imported and "
+        "run). Not needed where the checkpoint names it.",
     ),
     click.option(
         "--model-kwargs",

@@ -141,6 +141,10 @@ class ArrayRows:
             rows = stacked([_fitted(_to_image(row), self.transform) for row in rows])
         return Chunk(rows, {})
 
+    def name(self, index: int) -> str:
+        """The row."""
+        return f"row {index}"
+
 
 def _fitted(image: Image.Image, transform: ImageTransform) -> Tensor:
     # at the model's size only the channels differ: blurring the pixels would change the data

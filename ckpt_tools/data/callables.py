@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.blame import blamed
 from ckpt_tools.data.order import WHOLE, Share, balanced, default_workers, random_order
-from ckpt_tools.data.stream import Batch, Skipped, first_not_finite
+from ckpt_tools.data.stream import Batch, Skipped
 from ckpt_tools.data.user_code import Product, imported
 from ckpt_tools.errors import DataError
 
@@ -64,7 +64,7 @@ class CallableSource:
         share: Share = WHOLE,
         labelled: bool = False,
     ) -> CallableStream:
-        """The user's batches as they come, where they come, checked for NaN.
+        """The user's batches as they come, where they come.
 
         ``batch_size``, ``workers`` (processes) and ``labelled`` concern a Dataset only. Of an iterable every process
         makes all batches and keeps its ``share``; the other arguments are not used.
@@ -86,7 +86,9 @@ class CallableSource:
                 generator=torch.Generator(),  # leaves the user's random state alone
             )
         numbers = share.of(range(len(parts)))
-        return CallableStream(self.spec, lambda: loader, seed=self.seed, count=len(order), numbers=numbers)
+        return CallableStream(
+            self.spec, lambda: loader, seed=self.seed, count=len(order), numbers=numbers, indices=plan
+        )
 
 
 class CallableStream:
@@ -104,11 +106,15 @@ class CallableStream:
         seed: int = 0,
         count: int | None = None,
         numbers: Sequence[int] | None = None,
+        indices: Sequence[Sequence[int]] | None = None,
         share: Share = WHOLE,
     ) -> None:
-        """``numbers``: of the batches that ``product`` gives; None: of an unknown number it gives all."""
+        """``numbers``: of the batches that ``product`` gives; None: of an unknown number it gives all.
+
+        ``indices``: of the samples in each of those batches, where they have some.
+        """
         self.count, self.batch_count = count, None if numbers is None else len(numbers)
-        self._numbers, self._share = numbers, share
+        self._numbers, self._indices, self._share = numbers, indices, share
         self._spec, self._product, self._limit, self._seed = spec, product, limit, seed
 
     def __iter__(self) -> Iterator[Batch]:
@@ -127,6 +133,12 @@ class CallableStream:
                 yield batch
         if number < 0 and self.batch_count is None:
             raise DataError(f"{self._spec}: expected batches, found none. An iterator may be used up.")
+
+    def sample_name(self, batch: int, row: int) -> str:
+        """The number of a Dataset's sample, or its place among the batches that the callable yields."""
+        if self._indices is not None:
+            return f"sample {self._indices[batch][row]}"
+        return f"sample {row} of batch {self._share.rank + batch * self._share.world}"
 
     def _items(self) -> Iterator[Any]:
         # a shuffling DataLoader draws its order from torch's global state, on the first step
@@ -147,13 +159,6 @@ class CallableStream:
                 f"{self._spec}: batch {number} is {_described(batch)}. Expected a tensor (N, …), a tuple or "
                 f"list whose first item is one, or a dict of tensors for model(**batch)."
             )
-        for tensor in inputs:
-            bad = first_not_finite(tensor)
-            if bad is not None:
-                raise DataError(
-                    f"{self._spec}: batch {number} holds NaN or infinity, first in its sample {bad}. "
-                    f"Expected finite numbers: remove or repair that sample."
-                )
         return len(inputs[0])
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import pickle
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.stored import BROKEN, StoredArray
-from ckpt_tools.errors import DataError
+from ckpt_tools.data.matlab import matlab_arrays
+from ckpt_tools.data.stored import StoredArray, most_inflated
+from ckpt_tools.errors import CheckpointError, DataError
+from ckpt_tools.storage.pickles import Opaque, load_pickle
 
 __all__ = ["DATASETS", "Split", "find_dataset", "recognise"]
 
@@ -29,7 +30,9 @@ def find_dataset(name: str, root: Path, split: Split = "train") -> StoredArray:
     """
     try:
         return DATASETS[name](root, split)
-    except (*BROKEN, AttributeError, ImportError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever the damage leads them to
         raise DataError(
             f"{name}:{root}: the files cannot be read: {type(error).__name__}: {error}. "
             f"They may be truncated; unpack or fetch them again."
@@ -66,80 +69,55 @@ def _cifar(root: Path, files: list[Path], key: str, classes: int) -> StoredArray
     # a pickle tells its size only when it is read; 150 MB once
     entries = [_cifar_entry(file) for file in files]
     images = torch.cat([_cifar_images(file, entry) for file, entry in zip(files, entries, strict=True)])
-    told = [label for entry in entries for label in entry.get(key, entry.get(key.encode())) or ()]
+    told = [label for entry in entries for label in _told(entry, key)]
     labels = StoredArray(f"{root}[{key}]", (len(told),), "int64", lambda: torch.tensor(told))
     return _pixels(str(root), tuple(images.shape), lambda: images, labels, classes)
 
 
 def _cifar_entry(file: Path) -> dict[Any, Any]:
-    with file.open("rb") as stream:
-        entry = _ArrayUnpickler(stream, encoding="latin1").load()
+    try:
+        entry = load_pickle(file)
+    except CheckpointError as error:
+        raise DataError(f"{file}: it cannot be read as a batch of CIFAR: {error}") from error
     return entry if isinstance(entry, dict) else {}
 
 
 def _cifar_images(file: Path, entry: dict[Any, Any]) -> Tensor:
     data = entry.get("data", entry.get(b"data"))
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        raise DataError(f"{file}: expected CIFAR's 'data' of shape (N, 3072) uint8; found another pickle.")
-    return torch.from_numpy(data.reshape(-1, 3, 32, 32))
+    if not isinstance(data, Tensor) or data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        found = f"; it holds {data!r:.200}" if isinstance(data, Opaque) else ""
+        raise DataError(f"{file}: expected CIFAR's 'data' of shape (N, 3072) uint8; found another pickle{found}.")
+    return data.reshape(-1, 3, 32, 32)
 
 
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds numpy arrays and plain containers; refuses everything else, so nothing is executed."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1  # how Python 3 writes bytes into an old pickle
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
-
-
-def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")
+def _told(entry: dict[Any, Any], key: str) -> list[int]:
+    told = entry.get(key, entry.get(key.encode())) or []
+    if not isinstance(told, list) or not all(type(label) is int and abs(label) < 1 << 31 for label in told):
+        raise ValueError(f"{key} that are no numbers of classes")
+    return told
 
 
 def _svhn(root: Path, split: Split) -> StoredArray:
     file = _locate("svhn", root, ("", "svhn/", "SVHN/"), (f"{split}_32x32.mat",))
-    found = {name: shape for name, shape, _ in _matlab("whosmat", file)}
-    if len(found.get("X", ())) != 4:
-        raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N), found {found}.")
+    found = matlab_arrays(file)
+    pixels, digits = found.get("X"), found.get("y")
+    if pixels is None or len(pixels.shape) != 4 or pixels.kind != "uint8":
+        held = {name: (array.shape, array.kind) for name, array in found.items()}
+        raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N) uint8, found {held!r:.300}.")
+    if pixels.nbytes + (digits.nbytes if digits else 0) > most_inflated(file):
+        raise ValueError(f"it claims to hold an array of shape {pixels.shape}, which is out of all proportion")
 
     def read() -> Tensor:
-        images: npt.NDArray[np.uint8] = _matlab("loadmat", file, variable_names=["X"])["X"]
-        return torch.from_numpy(images).permute(3, 2, 0, 1)
+        return torch.from_numpy(pixels.read()).permute(3, 2, 0, 1)
 
     def read_labels() -> Tensor:
-        digits: npt.NDArray[Any] = _matlab("loadmat", file, variable_names=["y"])["y"]
-        return torch.from_numpy(digits.astype(np.int64)).flatten() % 10  # the file writes 10 for zero
+        if digits is None:
+            raise ValueError("there is no array y")
+        return torch.from_numpy(digits.read().astype(np.int64)).flatten() % 10  # the file writes 10 for zero
 
-    height, width, channels, count = found["X"]
+    height, width, channels, count = pixels.shape
     labels = StoredArray(f"{file}[y]", (count,), "int64", read_labels)
     return _pixels(str(file), (count, channels, height, width), read, labels, 10)
-
-
-def _matlab(function: str, file: Path, **options: Any) -> Any:
-    try:
-        from scipy import io
-    except ImportError as error:
-        raise DataError(
-            f"{file}: SVHN's MATLAB files are read by scipy, which is not installed. "
-            f"Run: pip install 'ckpt-tools[svhn]'"
-        ) from error
-    try:
-        return getattr(io, function)(file, **options)
-    except io.matlab.MatReadError as error:
-        raise ValueError(str(error)) from error
 
 
 def _mnist(root: Path, split: Split) -> StoredArray:
@@ -147,10 +125,10 @@ def _mnist(root: Path, split: Split) -> StoredArray:
     file, shape = _idx(root, f"{name}-images-idx3-ubyte", 3)
 
     def read() -> Tensor:
-        return _idx_values(file, 3).reshape(shape)
+        return _idx_values(file, shape)
 
     def read_labels() -> Tensor:
-        return _idx_values(_idx(root, f"{name}-labels-idx1-ubyte", 1)[0], 1)
+        return _idx_values(*_idx(root, f"{name}-labels-idx1-ubyte", 1))
 
     return _pixels(str(file), shape, read, StoredArray(f"{root}[{name}-labels]", shape[:1], "uint8", read_labels), 10)
 
@@ -162,12 +140,16 @@ def _idx(root: Path, name: str, dimensions: int) -> tuple[Path, tuple[int, ...]]
         magic, *shape = np.frombuffer(stream.read(4 + 4 * dimensions), dtype=">u4").tolist()
     if magic != 0x0800 + dimensions or len(shape) != dimensions:
         raise DataError(f"{file}: expected an idx file (magic number {0x0800 + dimensions}), found {magic}.")
+    held = most_inflated(file) if file.suffix == ".gz" else file.stat().st_size - 4 - 4 * dimensions
+    if math.prod(shape) > held:
+        raise ValueError(f"{file.name} announces {tuple(shape)}, which is more than it holds")
     return file, tuple(shape)
 
 
-def _idx_values(file: Path, dimensions: int) -> Tensor:
+def _idx_values(file: Path, shape: tuple[int, ...]) -> Tensor:
     with _opened(file) as stream:
-        return torch.frombuffer(bytearray(stream.read()[4 + 4 * dimensions :]), dtype=torch.uint8)
+        stream.read(4 + 4 * len(shape))
+        return torch.frombuffer(bytearray(stream.read(math.prod(shape))), dtype=torch.uint8).reshape(shape)
 
 
 def _opened(file: Path) -> IO[bytes]:

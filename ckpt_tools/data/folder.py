@@ -1,4 +1,4 @@
-"""A folder of images: what is in it, and how one file becomes pixels."""
+"""A folder of images: what is in it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,17 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.data.jpeg import decoded
+from ckpt_tools.data.images import EXTENSIONS, image_transforms, read_images
 from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
 from ckpt_tools.data.remote_folder import RemoteFolder
-from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
-from ckpt_tools.data.transforms import ImageTransform, PixelScale, stacked
+from ckpt_tools.data.stream import Chunk, IndexedStream
+from ckpt_tools.data.transforms import ImageTransform
 from ckpt_tools.errors import DataError
 
-__all__ = ["EXTENSIONS", "FolderSource", "find_images"]
-
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"},
-)
-
-# By content, not by name. PIL knows more formats, and hands some of them (EPS) to other programs.
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+__all__ = ["FolderSource", "find_images"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +58,7 @@ class FolderSource:
         share: Share = WHOLE,
     ) -> IndexedStream:
         """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
-        if input_spec is None:
-            raise DataError(
-                f"{self.spec}: how an image becomes an input of this model is unknown. "
-                f"Give --input-size 3,224,224 with --mean and --std as in training."
-            )
-        image, scale = ImageTransform(input_spec), PixelScale(input_spec)
+        image, scale = image_transforms(self.spec, input_spec)
         return IndexedStream(
             FolderImages(self.root, self.names, image),
             random_order(len(self.names), limit=self.limit, seed=self.seed),
@@ -97,39 +83,17 @@ class FolderImages:
 
     def __getitem__(self, indices: list[int]) -> Chunk:
         """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
-        images, skipped = [], {}
-        for index, file in zip(indices, self._files(indices), strict=True):
-            try:
-                images.append(self._read(file))
-            # PIL's plugins raise whatever a broken header leads them to
-            except Exception as error:  # noqa: BLE001
-                skipped[index] = Skipped(_printable(self.names[index]), _reason(error, file))
-        return Chunk(stacked(images) if images else None, skipped)
+        return read_images(indices, self._files(indices), lambda index: _printable(self.names[index]), self.transform)
+
+    def name(self, index: int) -> str:
+        """The file below the folder."""
+        return _printable(self.names[index])
 
     def _files(self, indices: list[int]) -> Sequence[Path | BytesIO | Exception]:
         names = [self.names[index] for index in indices]
         if isinstance(self.root, RemoteFolder):
             return self.root.read(names)
         return [self.root / name for name in names]
-
-    def _read(self, file: Path | BytesIO | Exception) -> Tensor:
-        if isinstance(file, Exception):
-            raise file
-        with Image.open(file, formats=_FORMATS) as image:  # reads the header alone
-            if image.format == "JPEG" and image.mode == self.transform.mode == "RGB":
-                pixels = decoded(file, image.size) if self.transform.takes_pixels(image.size) else None
-                if pixels is not None:
-                    return self.transform.of_pixels(pixels)
-            return self.transform(image)
-
-
-def _reason(error: Exception, file: Path | BytesIO | Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        size = file.stat().st_size if isinstance(file, Path) else isinstance(file, BytesIO) and len(file.getbuffer())
-        return "no image" if size else "empty file"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return str(error) or type(error).__name__
 
 
 def _printable(name: str) -> str:

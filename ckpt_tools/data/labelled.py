@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -14,8 +14,10 @@ from ckpt_tools.data.arrays import ArraySource
 from ckpt_tools.data.callables import CallableSource, CallableStream, tensors_of
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.labels import ClassMap, Labels, array_labels, folder_labels, whole_numbers
+from ckpt_tools.data.shard_stream import ShardStream, ShardStreamSource
+from ckpt_tools.data.shards import ShardSource, shard_labels
 from ckpt_tools.data.source import Source
-from ckpt_tools.data.stream import Batch, IndexedStream, Skipped
+from ckpt_tools.data.stream import Batch, IndexedStream, Skipped, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 
 __all__ = ["LabelledStream", "labelled_batches"]
@@ -62,21 +64,23 @@ def labelled_batches(
 ) -> LabelledStream:
     """Like ``source.batches``, with labels.
 
-    Folders give the first subfolder's name, arrays what lies beside them in the file, data sets their own labels;
-    callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for folders. Raises DataError where
-    there are no labels.
+    Folders give the first subfolder's name, arrays what lies beside them in the file, data sets their own labels,
+    shards their ``.cls`` members; callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for
+    folders. Raises DataError where there are no labels.
     """
     if class_map is not None and not isinstance(source, FolderSource):
         raise UsageError(f"--class-map names folders, and the labels of {source.spec} are numbers already. Drop it.")
-    if isinstance(source, CallableSource):
-        user_stream = source.batches(
+    if isinstance(source, CallableSource | ShardStreamSource):
+        yielded = source.batches(
             input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device, labelled=True
         )
-        return _Yielded(source.spec, user_stream)
+        return _Yielded(source.spec, yielded)
     if isinstance(source, FolderSource):
         labels = folder_labels(source.root, source.names, class_map)
     elif isinstance(source, ArraySource):
         labels = array_labels(source.array)
+    elif isinstance(source, ShardSource):
+        labels = shard_labels(source)
     else:
         raise DataError(
             f"{source.spec}: labels of a {source.kind} are not known. Give a folder, an .npz or a callable."
@@ -111,6 +115,7 @@ class _Numbered:
             rows = list(islice(numbers, len(batch)))
             if len(rows) < len(batch):
                 raise self._moved()
+            _check_finite(batch, self._spec, rows)
             yield batch, self._labels.values[rows]
         if next(numbers, None) is not None:
             raise self._moved()
@@ -120,17 +125,23 @@ class _Numbered:
 
 
 class _Yielded:
-    """Labels that a user's callable yields beside the inputs."""
+    """Labels that a user's callable, or a shard, yields beside the inputs."""
 
-    def __init__(self, spec: str, stream: CallableStream) -> None:
-        self.count, self.transform, self.skipped = stream.count, stream.transform, stream.skipped
+    def __init__(self, spec: str, stream: CallableStream | ShardStream) -> None:
+        self.count, self.transform = stream.count, stream.transform
         self._spec, self._stream = spec, stream
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        return self._stream.skipped
 
     def check(self, labels: Tensor, outputs: int) -> None:
         _check_range(self._spec, labels, outputs)
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         for number, batch in enumerate(self._stream):
+            for tensor in tensors_of(batch):
+                _check_finite(tensor, f"{self._spec}: batch {number}", range(len(tensor)))
             yield self._parted(batch, f"{self._spec}: batch {number}")
 
     def _parted(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
@@ -143,6 +154,13 @@ class _Yielded:
         elif isinstance(batch, tuple | list) and len(batch) > 1:
             return batch[0], whole_numbers(batch[1], count, name)
         raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict with 'labels' among the inputs.")
+
+
+def _check_finite(batch: Tensor, name: str, numbers: Sequence[int]) -> None:
+    """Raise DataError for NaN or infinity: metrics are of all samples or of none."""
+    bad = first_not_finite(batch)
+    if bad is not None:
+        raise DataError(f"{name} holds NaN or infinity, first in sample {numbers[bad]}. Remove or repair that sample.")
 
 
 def _check_range(spec: str, labels: Tensor, outputs: int) -> None:

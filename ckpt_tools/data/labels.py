@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ckpt_tools.data.stored import StoredArray
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote.copies import fetch
 
-__all__ = ["ClassMap", "Labels", "array_labels", "folder_labels", "read_class_map", "whole_numbers"]
+__all__ = ["ClassMap", "Labels", "array_labels", "class_number", "folder_labels", "read_class_map", "whole_numbers"]
 
 _WHOLE = re.compile(r"u?int\d+|[IU]\d+")  # as numpy and torch, or as safetensors name them
 _HINT = (
@@ -132,6 +132,18 @@ def array_labels(array: StoredArray) -> Labels:
         raise DataError(f"{found.label}: expected whole numbers, found {found.dtype}. Save class numbers from 0.")
     values = whole_numbers(found.load(), array.shape[0], found.label)
     return Labels(values, array.classes, f"the classes of {array.label}", "Is this the data that the head is for?")
+
+
+def class_number(text: bytes | None, image: Callable[[], str]) -> int:
+    """The number in the ``.cls`` member beside an ``image`` of a shard. Raises DataError if it is none or missing."""
+    if text is None:
+        raise DataError(
+            f"{image()}: it has no label, which an evaluation needs: expected a member KEY.cls, the class number as "
+            f"text, right before or behind the image."
+        )
+    if not re.fullmatch(rb"\s*-?[0-9]{1,18}\s*", text):
+        raise DataError(f"{image()}: expected a class number from 0 in its .cls member, found {text[:20]!r}.")
+    return int(text)
 
 
 def whole_numbers(labels: object, count: int, name: str) -> Tensor:

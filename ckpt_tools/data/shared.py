@@ -123,6 +123,10 @@ class _Reader:
         """Samples that no pass so far could read."""
         return self._stream.skipped
 
+    def sample_name(self, batch: int, row: int) -> str:
+        """What people call a sample of the pass under way."""
+        return self._stream.sample_name(batch, row)
+
     def __iter__(self) -> Iterator[Batch]:
         """Takes part in the next pass."""
         handed = self._wait("pass")

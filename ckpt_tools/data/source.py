@@ -17,6 +17,9 @@ from ckpt_tools.data.datasets import DATASETS, Split, find_dataset, recognise
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.order import WHOLE, Share
 from ckpt_tools.data.remote_folder import RemoteFolder
+from ckpt_tools.data.shard_names import is_pattern, is_shard, local_shards, names_shards, shards_in
+from ckpt_tools.data.shard_stream import ShardStreamSource
+from ckpt_tools.data.shards import ShardSource
 from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
@@ -38,7 +41,7 @@ class Source(Protocol):
         ...
 
     @property
-    def kind(self) -> Literal["folder", "array", "dataset", "callable"]:
+    def kind(self) -> Literal["folder", "shards", "array", "dataset", "callable"]:
         """What the spec turned out to be."""
         ...
 
@@ -79,14 +82,18 @@ class Source(Protocol):
 def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Split = "train") -> Source:
     """Finds and counts the data that ``spec`` names, without reading a sample.
 
-    ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; ``cifar10:DIR``,
-    ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; a URL (``s3://…``) of such a folder or file; or
-    ``package.module:callable``. ``limit`` samples are
+    ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; WebDataset shards, as a
+    ``.tar``, a folder or a pattern of them; ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; a URL
+    (``s3://…``) of such a folder, file or pattern; or ``package.module:callable``. ``limit`` samples are
     drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, which come with two. Raises
     DataError, naming what is wrong with it.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
+    if spec.startswith("pipe:"):
+        raise DataError(
+            f"{spec}: commands are not run. Give the shards as paths or URLs, s3://bucket/{{000..146}}.tar."
+        )
     if is_url(spec) and local_path(spec) is None:
         return _behind_url(spec, limit, seed)
     path = _path(spec)
@@ -102,6 +109,8 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
         return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
     if _IMPORT_PATH.fullmatch(spec):
         return _callable(spec, limit, seed)
+    if is_pattern(spec):
+        return ShardSource.open(spec, local_shards(spec, str(path)), limit=limit, seed=seed)
     raise DataError(_unknown(spec, prefix if colon else None))
 
 
@@ -118,12 +127,19 @@ def _on_disk(spec: str, path: Path, limit: int | None, seed: int) -> Source:
 
 def _behind_url(spec: str, limit: int | None, seed: int) -> Source:
     shown = without_secrets(spec)
+    if names_shards(spec):
+        return ShardStreamSource.open(spec, limit=limit, seed=seed)
     if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
         return ArraySource(shown, find_array(fetch(located(spec))), limit, seed)
     remote = open_remote(spec)
-    if remote.is_folder() or remote.scheme in ("http", "https"):  # where a folder is a page that lists it
+    if not remote.is_folder() and remote.scheme not in ("http", "https"):  # where a folder is a page that lists it
+        return _file(shown, Path(shown), limit, seed)
+    try:
         return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
-    return _file(shown, Path(shown), limit, seed)
+    except DataError:
+        if not any(map(is_shard, remote.names())):
+            raise
+        return ShardStreamSource.open(spec, limit=limit, seed=seed)
 
 
 def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
@@ -131,16 +147,21 @@ def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
         return FolderSource.open(spec, path, limit=limit, seed=seed)
     except DataError as error:
         known = recognise(path)
-        if known is None:
+        if known is not None:
+            raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
+        shards = shards_in(path)
+        if not shards:
             raise
-        raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
+        return ShardSource.open(spec, shards, limit=limit, seed=seed)
 
 
 def _file(spec: str, path: Path, limit: int | None, seed: int) -> Source:
+    if is_shard(path.name):
+        return ShardSource.open(spec, [path], limit=limit, seed=seed)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise DataError(
-            f"{spec}: expected a folder of images or an array file ({' '.join(ARRAY_SUFFIXES)}), found a "
-            f"file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
+            f"{spec}: expected a folder of images or an array file ({' '.join(ARRAY_SUFFIXES)}), or .tar shards, found "
+            f"a file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
         )
     return ArraySource(spec, find_array(path), limit, seed)
 

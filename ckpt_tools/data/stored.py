@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import math
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,31 +12,26 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ckpt_tools.errors import DataError
+from ckpt_tools.errors import CheckpointError, DataError
+from ckpt_tools.storage.pickles import Opaque, load_pickle
 
-__all__ = ["ARRAY_SUFFIXES", "StoredArray", "find_array"]
+__all__ = ["ARRAY_SUFFIXES", "StoredArray", "find_array", "most_inflated"]
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".safetensors")
 
 _USUAL_NAMES = ("images", "x", "data", "x_train", "train_images", "inputs", "arr_0")
 _LABELS_OF = {"x_train": "y_train", "train_images": "train_labels", "arr_0": "arr_1"}
 _LABEL_NAMES = ("labels", "y", "label", "targets", "target")
-BROKEN = (
-    OSError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-"""What the readers of damaged files raise."""
+_HEADER = 1024  # bytes in front of an array; numpy's second look at a longer one can take seconds
+_INFLATED, _SLACK = 100, 1 << 26  # a compressed file may hold so many times its size, and some bytes
+
+
+def most_inflated(path: Path) -> int:
+    """Bytes that a compressed file may unfold to before it counts as an attack on the memory."""
+    return _INFLATED * path.stat().st_size + _SLACK
 
 
 @dataclass(frozen=True)
@@ -62,9 +56,15 @@ class StoredArray:
     def load(self) -> Tensor:
         """The values. Raises DataError if the file is damaged."""
         try:
-            return self.read()
-        except BROKEN as error:
+            found = self.read()
+        except Exception as error:  # readers of damaged files raise whatever the damage leads them to
             raise DataError(f"{self.label}: the values cannot be read: {error}. The file is damaged.") from error
+        if tuple(found.shape) != self.shape or (found.dtype == torch.uint8) != self.pixels:
+            raise DataError(
+                f"{self.label}: expected {self.dtype} {self.shape}, found {found.dtype} {tuple(found.shape)}. "
+                "The file is damaged, or has changed meanwhile."
+            )
+        return found
 
 
 def find_array(path: Path) -> StoredArray:
@@ -78,7 +78,9 @@ def find_array(path: Path) -> StoredArray:
     try:
         arrays = openers[path.suffix.lower()](path)
         name = _choose(path, arrays)
-    except BROKEN as error:
+    except DataError:
+        raise
+    except Exception as error:  # as above
         raise DataError(
             f"{path}: expected an array file ({path.suffix}), cannot be read: {error}. "
             f"It may be truncated, or of another format than its name says."
@@ -122,9 +124,11 @@ def _check(array: StoredArray) -> None:
 
 def _in_npy(path: Path) -> dict[str, StoredArray]:
     with path.open("rb") as stream:
-        shape, dtype = _header(stream)
+        shape, dtype = _header(stream, most_inflated(path))
+        start = stream.tell()
 
     def read() -> Tensor:
+        _require_held(shape, dtype, path.stat().st_size - start)
         # copy-on-write: torch warns about arrays that cannot be written to
         return _tensor(np.load(path, mmap_mode="c", allow_pickle=False))
 
@@ -134,28 +138,54 @@ def _in_npy(path: Path) -> dict[str, StoredArray]:
 def _in_npz(path: Path) -> dict[str, StoredArray]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
-            name = entry.removesuffix(".npy")
-            with archive.open(entry) as stream:
-                shape, dtype = _header(stream)
-            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, _npz_reader(path, name))
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            with _entry(archive, entry) as stream:
+                shape, dtype = _header(stream, most_inflated(path))
+            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, _npz_reader(path, entry))
     return arrays
 
 
-def _npz_reader(path: Path, name: str) -> Callable[[], Tensor]:
+def _npz_reader(path: Path, entry: zipfile.ZipInfo) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with np.load(path, allow_pickle=False) as archive:
-            return _tensor(archive[name])
+        if entry.file_size > most_inflated(path):
+            raise ValueError(f"it claims to hold {entry.file_size:,} bytes, which is out of all proportion")
+        with zipfile.ZipFile(path) as archive:
+            with _entry(archive, entry) as stream:
+                shape, dtype = _header(stream, entry.file_size)
+                _require_held(shape, dtype, entry.file_size - stream.tell())
+            with _entry(archive, entry) as stream:
+                array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return _tensor(array)
 
     return read
 
 
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # numpy writes no other
+        raise ValueError(f"{entry.filename} is compressed by method {entry.compress_type}")
+    return archive.open(entry)
+
+
+def _header(stream: IO[bytes], most: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type as they stand in front of an array. Raises ValueError if it takes more than ``most`` bytes."""
     version = np.lib.format.read_magic(stream)
     # from version 2 on, only the length field is wider; 3 differs in the names of record fields alone
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
+    try:
+        shape, _, dtype = read(stream, max_header_size=_HEADER)
+    except (MemoryError, RecursionError):  # what Python's parser says of many brackets
+        raise ValueError("a header that is nested without end") from None
+    if min(shape, default=0) < 0:
+        raise ValueError(f"the shape {shape}")
+    _require_held(shape, dtype, most)
     return shape, dtype
+
+
+def _require_held(shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -> None:
+    """Raise ValueError where fewer bytes follow than an array needs, before anything is allocated for it."""
+    if math.prod(shape) * dtype.itemsize > held:
+        raise ValueError(f"{dtype.name} {shape} takes {math.prod(shape) * dtype.itemsize:,} bytes, {held:,} are there")
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -166,21 +196,21 @@ def _tensor(array: npt.NDArray[Any]) -> Tensor:
 
 def _in_pt(path: Path) -> dict[str, StoredArray]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+        content = load_pickle(path)
+    except CheckpointError as error:
+        found = str(error).removeprefix(f"{path}: ")
         raise DataError(
-            f"{path}: expected tensors only; reading it would execute code, or it is damaged. "
-            f"Save a plain tensor with torch.save(images, path)."
+            f"{path}: it cannot be read: {found} Save a plain tensor with torch.save(images, path)."
         ) from error
     if isinstance(content, tuple | list) and len(content) == 2 and _is_labels(content[1], content[0]):
         images, labels = content
         return {"": _of_tensor(str(path), images), "labels": _of_tensor(f"{path}[1]", labels)}
     if isinstance(content, tuple | list):
-        content = _joined(content)
+        content = _joined(path, content)
     if isinstance(content, Tensor):
         return {"": _of_tensor(str(path), content)}
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a tensor or a dict of tensors, found {type(content).__name__}.")
+        raise DataError(f"{path}: expected a tensor or a dict of tensors, found {_kind(content)}.")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return {name: _of_tensor(f"{path}[{name}]", value) for name, value in tensors.items()}
 
@@ -191,12 +221,19 @@ def _is_labels(labels: object, images: object) -> bool:
     return labels.ndim == 1 and labels.shape == images.shape[:1]
 
 
-def _joined(content: Sequence[object]) -> object:
+def _joined(path: Path, content: Sequence[object]) -> object:
     """(images, labels) is its first part; a list of batches, which all look alike, is all of them."""
     shapes = {part.shape[1:] if isinstance(part, Tensor) and part.ndim > 1 else None for part in content}
     if len(content) > 1 and len(shapes) == 1 and None not in shapes:
-        return torch.cat([part for part in content if isinstance(part, Tensor)])
+        batches = [part for part in content if isinstance(part, Tensor)]
+        if sum(batch.nbytes for batch in batches) > most_inflated(path):
+            raise DataError(f"{path}: expected batches, found the same few over and over again. Do not use this file.")
+        return torch.cat(batches)
     return content[0] if content else None
+
+
+def _kind(value: object) -> str:
+    return value.name if type(value) is Opaque else type(value).__name__
 
 
 def _of_tensor(label: str, tensor: Tensor) -> StoredArray:

@@ -28,6 +28,7 @@ __all__ = [
     "Samples",
     "Skipped",
     "first_not_finite",
+    "joined",
     "refuse_unreadable",
 ]
 
@@ -63,6 +64,10 @@ class Samples(Protocol):
         """The samples with these indices, in this order."""
         ...
 
+    def name(self, index: int, /) -> str:
+        """What people call the sample with this index."""
+        ...
+
 
 class BatchStream(Protocol):
     """Batches of training data. Every iteration is a new pass over the same samples in the same order."""
@@ -85,6 +90,10 @@ class BatchStream(Protocol):
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """Samples that no pass so far could read, each once, in the order in which they were met."""
+        ...
+
+    def sample_name(self, batch: int, row: int, /) -> str:
+        """What people call a sample of the pass under way, by the number of its batch in it, and its row there."""
         ...
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,11 +132,13 @@ class IndexedStream:
         self._name = name
         self._finish = finish
         self._sizes = balanced(len(order), batch_size)
+        self._ends = list(itertools.accumulate(self._sizes))
         self._numbers = share.of(range(len(self._sizes)))
         self._workers = workers
         self._cache = cache
         self._device = torch.device(device)
         self._skipped: dict[int, Skipped] = {}
+        self._given: list[int] = []  # numbers of the batches of this pass that were not skipped as a whole
         self._passed = False
 
     @property
@@ -144,11 +155,19 @@ class IndexedStream:
         """Numbers of the samples of a pass, in its order; whoever is known to be unreadable by then is left out."""
         return (index for index in self._order.tolist() if index not in self._skipped)
 
+    def sample_name(self, batch: int, row: int) -> str:
+        """The file, or the row of the array, that became this row of this batch of the pass under way."""
+        rows = [index for index in self._indices_of(self._given[batch]).tolist() if index not in self._skipped]
+        return self._samples.name(rows[row])
+
+    def _indices_of(self, number: int) -> Tensor:
+        end = self._ends[number]
+        return self._order[end - self._sizes[number] : end]
+
     def __iter__(self) -> Iterator[Tensor]:
         """One pass of float32 tensors (n, …).
 
-        Raises DataError when more than 1 % of all samples are unreadable, when a value is not finite, or when
-        reading fails otherwise.
+        Raises DataError when more than 1 % of all samples are unreadable, or when reading fails otherwise.
         """
         batches = self._batches()
         if self._device.type == "cuda":
@@ -157,18 +176,19 @@ class IndexedStream:
             yield self._finish(batch)
 
     def _batches(self) -> Iterator[Tensor]:
-        """What ``finish`` takes: pixels, or floats that have been checked."""
+        """What ``finish`` takes: pixels, or floats."""
+        self._given = []
         for number, chunks in zip(self._numbers, self._chunks(), strict=True):
             for chunk in chunks:
                 self._note(chunk.skipped)
             read = [chunk.samples for chunk in chunks if chunk.samples is not None]
             if read:
-                batch = _joined(read)
+                batch = joined(read)
                 if batch.is_floating_point():
                     batch = batch.float()
-                    self._check_finite(batch, number)
                 elif self._cache is not None:
                     self._cache.keep(number, batch)
+                self._given.append(number)
                 yield batch
         self._passed = True
 
@@ -186,10 +206,8 @@ class IndexedStream:
 
     def _jobs(self) -> Iterator[list[Callable[[], Chunk]]]:
         """For every batch, how its parts are read; made one by one, as lists of millions would fill memory."""
-        ends = list(itertools.accumulate(self._sizes))
         for number in self._numbers:
-            size = self._sizes[number]
-            indices = self._order[ends[number] - size : ends[number]]
+            size, indices = self._sizes[number], self._indices_of(number)
             if self._cache is not None and number in self._cache:
                 yield [partial(_kept, self._cache, number)]
             else:
@@ -206,15 +224,6 @@ class IndexedStream:
             )
         self._skipped.update(new)
         refuse_unreadable(self._name, self.skipped, self.count)
-
-    def _check_finite(self, batch: Tensor, number: int) -> None:
-        bad = first_not_finite(batch)
-        if bad is not None:
-            row = int(self._order[sum(self._sizes[:number]) + bad])
-            raise DataError(
-                f"{self._name}: batch {number} holds NaN or infinity (as float32), first in sample {row}. "
-                f"Expected finite numbers: remove or repair that sample."
-            )
 
 
 def refuse_unreadable(name: str, skipped: Sequence[Skipped], count: int) -> None:
@@ -235,7 +244,8 @@ def first_not_finite(batch: Tensor) -> int | None:
     return int((~finite).reshape(len(batch), -1).any(1).nonzero()[0])
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts of a batch (n, …) as one, in the same memory format."""
     if len(parts) == 1 or parts[0].ndim != 4 or parts[0].dtype != torch.uint8:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     # numpy copies in this thread; torch.cat would compete with the readers for every core, at the price of decoding

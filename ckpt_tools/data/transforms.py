@@ -21,7 +21,10 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.resample import INTERPOLATIONS, agrees, resampled
 from ckpt_tools.errors import DataError, UsageError
 
-__all__ = ["ImageTransform", "PixelScale", "stacked"]
+__all__ = ["LARGEST", "ImageTransform", "PixelScale", "stacked"]
+
+LARGEST = 1 << 26
+"""Pixels of an image, before and after resizing: PIL and torch hold it two or three times, with 3 or 4 bytes each."""
 
 _CROP_MODES = ("center", "squash", "border")
 _MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
@@ -79,8 +82,8 @@ class ImageTransform:
 
     def _goal(self, size: tuple[int, int]) -> tuple[int, int]:
         goal = self.resized(size)
-        # A strip of 1×60000 pixels passes PIL's own limit and would grow to gigabytes here.
-        if Image.MAX_IMAGE_PIXELS and goal[0] * goal[1] > 2 * Image.MAX_IMAGE_PIXELS:
+        # A strip of 1×60000 pixels is no large image, and would grow to gigabytes here.
+        if goal[0] * goal[1] > LARGEST:
             raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels would be resized to {goal[0]}×{goal[1]}")
         return goal
 

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from ckpt_tools.jobs.folder import Item, Result, Watch, run
 from ckpt_tools.jobs.reestimation import Request
-from ckpt_tools.storage.fetching import release_checkpoint
 
 __all__ = ["Describe", "Engine", "LocalEngine", "Record"]
 
@@ -48,11 +47,5 @@ class LocalEngine:
         record: Callable[[Record], None],
         watch: Watch | None = None,
     ) -> None:
-        """One group after the other. Copies of remote files are removed early: a folder may be larger than the disk."""
-
-        def finish(result: Result) -> None:
-            record(describe(result))
-            for file in (result.item.checkpoint, result.item.output):
-                release_checkpoint(file)
-
-        run(items, request, finish, watch)
+        """One group after the other."""
+        run(items, request, lambda result: record(describe(result)), watch)

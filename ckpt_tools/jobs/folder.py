@@ -100,7 +100,7 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
         _round(waiting.largest(), record, watch)
 
 
-def look(item: Item, request: Request, source: Source, walks: Walks) -> Result | Reading:
+def look(item: Item, request: Request, source: Source) -> Result | Reading:
     """What came of an item before any pass (done before, nothing to do, failed), or what its pass will read.
 
     Looked at on the CPU, so that it needs no GPU: where the pass runs, memory may allow another batch size.
@@ -110,7 +110,7 @@ def look(item: Item, request: Request, source: Source, walks: Walks) -> Result |
     try:
         if _is_done(item, own):
             return Result(item, "done before", seconds=time.perf_counter() - started)
-        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), source, walks))
+        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), source, Walks()))
     except Exception as error:  # noqa: BLE001 - as above
         return _stopped(item, error, started)
 
@@ -182,7 +182,7 @@ def _bytes(plan: Plan) -> int:
 
 def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: Watch | None) -> None:
     """All of a group through one stream, after one look at the same first images."""
-    stream, look = group[0].plan.stream, group[0].plan.look
+    stream, first = group[0].plan.stream, group[0].plan.look
     seen = 0
 
     def count(images: int) -> None:
@@ -191,12 +191,12 @@ def _round(group: Sequence[_Prepared], record: Callable[[Result], None], watch: 
         if watch is not None:
             watch(len(group), seen, stream.count)
 
-    read_together(stream, [partial(_finish, one, look, record) for one in group], count)
+    read_together(stream, [partial(_finish, one, first, record) for one in group], count)
 
 
-def _finish(one: _Prepared, look: BatchStream, record: Callable[[Result], None], stream: BatchStream) -> None:
+def _finish(one: _Prepared, first: BatchStream, record: Callable[[Result], None], stream: BatchStream) -> None:
     try:
-        outcome = execute(replace(one.plan, stream=stream, look=look))
+        outcome = execute(replace(one.plan, stream=stream, look=first))
     except Exception as error:  # noqa: BLE001 - as above
         record(_stopped(one.item, error, one.started))
     else:

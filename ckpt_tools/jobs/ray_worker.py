@@ -19,7 +19,6 @@ from ckpt_tools.errors import ClusterError, DataError
 from ckpt_tools.jobs.engine import Describe, Record
 from ckpt_tools.jobs.folder import Item, Reading, Result, Watch, look, run
 from ckpt_tools.jobs.reestimation import Request
-from ckpt_tools.jobs.walks import Walks
 
 __all__ = ["Site", "looked_at", "worked_on"]
 
@@ -49,9 +48,8 @@ def looked_at(
         source = open_source(request.data, limit=request.limit, seed=request.seed)
     except DataError as error:
         raise _seen_here(error, site) from error
-    walks = Walks()
     for number, item in items.items():
-        found = look(item, request, source, walks)
+        found = look(item, request, source)
         yield number, describe(found) if isinstance(found, Result) else found
 
 

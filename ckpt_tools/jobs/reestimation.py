@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -70,6 +71,7 @@ class Request:
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False
+    keep_outliers: bool = False
     device: str = "auto"  # CUDA if there is one, else the CPU
     batch_size: int | None = None
     workers: int | None = None
@@ -244,6 +246,7 @@ def execute(
         force=request.force,
         progress=progress,
         distributed=not team.alone,
+        keep_outliers=request.keep_outliers,
     )
     after = None if validation is None else team.first(lambda: validation.judge(model, "after", evaluated))
     metrics = compared(validation, before, after)
@@ -318,4 +321,5 @@ def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
         "torch": torch.__version__,
         "settings": request.settings(),
         "rewritten": [layer.name for layer in result.rewritten],
+        **({"outliers": [dataclasses.asdict(one) for one in result.outliers]} if result.outliers else {}),
     }

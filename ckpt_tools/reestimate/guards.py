@@ -29,7 +29,7 @@ def check_input(batch: Batch, number: int) -> None:
             )
 
 
-def check_activations(model: nn.Module, seen: dict[str, Moments | None], number: int) -> None:
+def check_activations(model: nn.Module, seen: Mapping[str, Moments | None], number: int) -> None:
     """Raise ModelError if a BN layer's input was not finite: bad weights, or an overflow."""
     sums = {name: moments.m2.sum() for name, moments in seen.items() if moments is not None}
     if not sums or bool(torch.isfinite(torch.stack(list(sums.values()))).all()):

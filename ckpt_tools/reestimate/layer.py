@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.errors import DataError
-from ckpt_tools.moments import BatchMoments, Clusters, Evidence, Moments, batch_moments
+from ckpt_tools.moments import BatchMoments, Clusters, Evidence, Moments, batch_moments, image_sums
 from ckpt_tools.reestimate.operator import current, observed_batch_norm
 from ckpt_tools.walker.call import batch_norm_arguments
 from ckpt_tools.walker.sites import dropout_call, without_dropout
@@ -28,7 +28,21 @@ class Scale:
     variance: Tensor
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What one forward has shown of a layer, before it counts.
+
+    ``energy`` (clusters,), and ``images`` (images,) where it was asked for: the logarithm of the squared distance from
+    the stored mean in units of the stored variance, averaged over values, its mean over channels.
+    """
+
+    evidence: Evidence
+    energy: Tensor
+    images: Tensor | None = None
+
+
 _ENOUGH_BATCHES = 4
+_LEAST = 1e-6  # of the stored variance: less is as good as nothing
 
 Rule = Callable[["Layer", Moments], Scale]
 """Which statistics a rewritten layer uses on a batch with these moments."""
@@ -64,12 +78,17 @@ class Layer:
         self.rule: Rule = stored
         self.seen: Evidence | None = None  # in this pass; by other ranks, too, once it is exchanged
         self._calls: list[BatchMoments] = []
+        self._images: list[Tensor] | None = None  # the sums of every image, while somebody asks for them
 
     def begin_pass(self, rule: Rule) -> None:
         """Forget what was measured; layers that are not rewritten always follow ``stored``."""
         self.rule = rule if self.rewritten else stored
         self.seen = None
-        self._calls = []
+        self.begin_batch(closely=False)
+
+    def begin_batch(self, *, closely: bool) -> None:
+        """Forget what no ``take`` has asked for; ``closely``: measure every image by itself, too."""
+        self._calls, self._images = [], [] if closely else None
 
     def observe(self, x: Tensor, images: int) -> None:
         """Measure an input (N, C, …) of this many images."""
@@ -81,6 +100,8 @@ class Layer:
                 "two. Use larger batches (--batch-size) or larger inputs (--input-size)."
             )
         self._calls.append(batch_moments(x, self.stored.mean, images))
+        if self._images is not None:
+            self._images.append(image_sums(x, self.stored.mean, images))
 
     def normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         """The output for the input that was observed last, by the rule of this pass."""
@@ -109,17 +130,33 @@ class Layer:
 
     def forget_batch(self) -> None:
         """Drop what the forward under way has shown: it did not come to an end."""
-        self._calls = []
+        self.begin_batch(closely=self._images is not None)
 
-    def end_batch(self) -> Moments | None:
-        """Merge what the calls of one forward saw; their moments together, None if there was no call."""
-        calls, self._calls = self._calls, []
+    def take(self) -> Seen | None:
+        """What the calls of one forward saw, which counts once it is added; None if there was no call."""
+        calls, images = self._calls, self._images
+        self.forget_batch()
         if not calls:
             return None
         batch, sums = _together(calls)
         new = Evidence(batch, Clusters.of(sums), Clusters.of(sums.sum(1, keepdim=True)))
+        return Seen(new, self._energy(sums), self._energy(_added(images)) if images else None)
+
+    def _energy(self, sums: Tensor) -> Tensor:
+        scale = self.stored.variance + self.module.eps
+        return (sums[2] / sums[0] / scale).clamp_min(_LEAST).log().mean(1)
+
+    def add(self, new: Evidence) -> None:
+        """Count what a forward saw."""
         self.seen = new if self.seen is None else self.seen.merge(new)
-        return batch
+
+    def end_batch(self) -> Moments | None:
+        """Count what the calls of one forward saw; their moments together, None if there was no call."""
+        new = self.take()
+        if new is None:
+            return None
+        self.add(new.evidence)
+        return new.evidence.moments
 
     def relative_error(self) -> Tensor:
         """Relative standard error (C,) of the pooled variance so far."""
@@ -149,13 +186,19 @@ def dependence(error: Tensor, between: Tensor, batches: int) -> float:
 
 def _together(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
     """Moments and the clusters' sums of several calls in one forward, as with a reused layer."""
-    groups = min(seen.sums.shape[1] for seen in calls)
-    batch, sums = calls[0].moments, torch.zeros_like(calls[0].sums[:, :groups])
+    batch = calls[0].moments
     for seen in calls[1:]:
         batch = batch.merge(seen.moments)
-    for seen in calls:
-        sums = sums + (seen.sums if seen.sums.shape[1] == groups else seen.sums.sum(1, keepdim=True))
-    return batch, sums
+    return batch, _added([seen.sums for seen in calls])
+
+
+def _added(calls: list[Tensor]) -> Tensor:
+    """The sums (3, clusters, C) of several calls; where one has fewer clusters, all count as one."""
+    groups = min(sums.shape[1] for sums in calls)
+    added = torch.zeros_like(calls[0][:, :groups])
+    for sums in calls:
+        added = added + (sums if sums.shape[1] == groups else sums.sum(1, keepdim=True))
+    return added
 
 
 class SeenEnough(BaseException):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ckpt_tools.contract import Estimator, Spread, Statistics
+from ckpt_tools.contract import Estimator, OutlierReason, Spread, Statistics
 from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.moments import Moments
@@ -19,17 +20,20 @@ from ckpt_tools.reestimate.layer import (
     Layer,
     Rule,
     Scale,
+    Seen,
     batch_only,
     kept_mean,
     log_step,
     stored,
 )
+from ckpt_tools.reestimate.outliers import Look
 from ckpt_tools.reestimate.precision import deviation
 from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.screening import Found, Screening, Shown, plenty, refuse_not_finite
 from ckpt_tools.reestimate.shares import combine
 from ckpt_tools.reestimate.source import Batches, checksum
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.walker.call import Batch, batch_size, samples
+from ckpt_tools.walker.call import Batch, batch_size, chosen, samples
 
 SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
 DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
@@ -40,14 +44,26 @@ CONTROL_IMAGES = 512  # what control layers look at: enough to tell a factor of 
 
 @dataclass(frozen=True)
 class Read:
-    """What has been read of the data, by one rank or by all; ``checksum`` of the input where passes repeat."""
+    """What has been read of the data, by one rank or by all; ``checksum`` of the input where passes repeat.
+
+    ``images`` and ``checksum`` are of what counted, ``found`` is what did not, ``common`` the kinds of which a rank
+    has found too many.
+    """
 
     images: int = 0
     batches: int = 0
     checksum: float = 0.0
+    found: tuple[Found, ...] = ()
+    common: frozenset[OutlierReason] = frozenset()
 
     def __add__(self, other: Read) -> Read:
-        return Read(self.images + other.images, self.batches + other.batches, self.checksum + other.checksum)
+        return Read(
+            self.images + other.images,
+            self.batches + other.batches,
+            self.checksum + other.checksum,
+            self.found + other.found,
+            self.common | other.common,
+        )
 
 
 @dataclass
@@ -63,6 +79,7 @@ class Passes:
     runner: Runner
     layers: dict[str, Layer]
     progress: Callable[[Progress], None] | None
+    screening: Screening
     team: Team = ALONE
     images: int = 0
     batches: int = 0
@@ -71,6 +88,7 @@ class Passes:
     stopped_early: bool = False
     repeats: bool = False  # whether later passes must see the same samples
     checksum: float | None = None  # of the input of the first pass, if so
+    found: tuple[Found, ...] = ()  # outliers, in the order in which they were met
     error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
     deviation: Spread | None = None  # of the variances from those in fp32, if that is not the precision
     _own: int | None = None  # batches of this rank in the first pass
@@ -104,7 +122,7 @@ class Passes:
         self.deviation = self.team.first(self._deviation)
 
     def _deviation(self) -> Spread:
-        batch = samples(self.source.first(), 0, _COMPARED)
+        batch = Look().usual(samples(self.source.first(), 0, _COMPARED), 0)
         check_input(batch, 0)
         precision = self.runner.precision
         found = []
@@ -158,8 +176,10 @@ class Passes:
     ) -> None:
         """One pass over the data. Later passes take as many batches as the first one did."""
         self.passes += 1
+        scales = {layer: layer.scale for layer in self.layers.values()}
         for layer in self.layers.values():
             layer.begin_pass(rule)
+        self.screening.begin_pass({one.mark for one in self.found} if rule is stored else None)
         if not self._control_batches:
             size = self.team.first(lambda: batch_size(self.source.first()))
             self._control_batches = -(-CONTROL_IMAGES // size)
@@ -171,10 +191,25 @@ class Passes:
             reads = self._round(lambda: self._read(itertools.islice(mine, most), update, told=most is None))
             own, new = own + reads[self.team.rank], sum(reads, Read())
             together += new
-            more = tolerance is not None and new.batches > 0 and not self._reached(tolerance, together.images)
+            over = not new.batches or bool(together.common)
+            more = tolerance is not None and not over and not self._reached(tolerance, together.images)
         if together.batches and not self.team.alone and self.progress is not None:  # the others may have ended later
             self.progress(Progress(self.passes, together.images, error_bound(self.layers.values()), self.residual))
+        if common := self._common(together):
+            self.passes -= 1
+            self.screening.common |= common
+            for layer, scale in scales.items():
+                layer.scale = scale
+            self._sweep(rule, tolerance, update)
+            return
         self._after_sweep(own, together, repeatable=rule is stored)
+
+    def _common(self, together: Read) -> frozenset[OutlierReason]:
+        """Kinds of outliers that are what the data look like, so that the pass must be repeated with them."""
+        most = plenty(together.images + len(together.found))
+        kinds = Counter(one.outlier.reason for one in together.found if one.outlier.reason != "not finite")
+        common = together.common | {kind for kind, number in kinds.items() if number > most}
+        return frozenset() if common and any(self.team.all(lambda: self.source.one_shot)) else common
 
     def _round(self, read: Callable[[], Read]) -> list[Read]:
         """What every rank has read; afterwards all know what all have seen."""
@@ -195,17 +230,28 @@ class Passes:
         read = Read()
         for own, batch in mine:
             number = own * self.team.world + self.team.rank
-            check_input(batch, number)
-            images = 0
-            for count in self._run(batch, number):
-                images += count
-                self._end_batch(number, update)
-            read += Read(images, 1, checksum(batch) if self.repeats else 0.0)
+            new = self._screened(batch, own, number, update)
+            read += new
             if told:
-                self._tell_read(read.images, images)
-            if self.team.interrupted:
+                self._tell_read(read.images, new.images)
+            if new.common or self.team.interrupted:
                 break
         return read
+
+    def _screened(self, batch: Batch, own: int, number: int, update: Callable[[Layer, Moments], None] | None) -> Read:
+        """Run a batch but for its outliers, and merge what its layers saw."""
+        rows, found = self.screening.screened(
+            batch,
+            own,
+            number,
+            lambda part, closely: self._run(part, number, closely=closely),
+            lambda shown: self._merge(shown, update),
+        )
+        common = frozenset() if self.source.one_shot else self.screening.too_common
+        total = 0.0
+        if self.repeats and rows:
+            total = checksum(batch if len(rows) == batch_size(batch) else chosen(batch, rows))
+        return Read(len(rows), 1, total, found, common)
 
     def _tell_read(self, images: int, new: int) -> None:
         """Progress within a round: of several ranks, how sure they are together is not known before its end."""
@@ -223,27 +269,31 @@ class Passes:
         self.stopped_early = self.team.first(lambda: enough(bound, images, tolerance))
         return self.stopped_early
 
-    def _run(self, batch: Batch, number: int) -> Iterator[int]:
+    def _run(self, batch: Batch, number: int, *, closely: bool) -> Iterator[tuple[int, dict[str, Seen]]]:
         """Run a batch up to the last layer that is of interest, by what the first batch has shown."""
         controls = number < self._control_batches
-        watched = [layer for layer in self.layers.values() if layer.rewritten or controls]
-        for count in self.runner.run(batch, number, watched, stop=self._once is True):
+        watched = {name: layer for name, layer in self.layers.items() if layer.rewritten or controls}
+        for layer in watched.values():
+            layer.begin_batch(closely=closely)
+        for count in self.runner.run(batch, number, list(watched.values()), stop=self._once is True):
             if self._once is None:
-                self._once = all(layer.calls == 1 for layer in watched)
-            yield count
+                self._once = all(layer.calls == 1 for layer in watched.values())
+            shown = {name: layer.take() for name, layer in watched.items()}
+            yield count, {name: seen for name, seen in shown.items() if seen is not None}
 
-    def _end_batch(self, number: int, update: Callable[[Layer, Moments], None] | None) -> None:
-        """Merge what the layers saw."""
-        seen = {name: layer.end_batch() for name, layer in self.layers.items()}
-        check_activations(self.model, seen, number)
-        for name, moments in seen.items():
-            if update is not None and moments is not None and self.layers[name].rewritten:
-                update(self.layers[name], moments)
+    def _merge(self, shown: Shown, update: Callable[[Layer, Moments], None] | None) -> None:
+        """Count what the layers saw."""
+        for name, seen in shown.items():
+            self.layers[name].add(seen.evidence)
+        for name, seen in shown.items():
+            if update is not None and self.layers[name].rewritten:
+                update(self.layers[name], seen.evidence.moments)
 
     def _after_sweep(self, own: Read, together: Read, *, repeatable: bool) -> None:
         """Hold a pass against the first one, over all ranks: they may divide the same data anew."""
         if not together.batches:
             raise DataError("no batch of training data; expected at least one.")
+        refuse_not_finite(together.found, together.images + len(together.found))
         if self.batches and together.batches != self.batches:
             raise DataError(
                 f"pass {self.passes} gave {together.batches} batches, the first one {self.batches}; `exact` and "
@@ -259,6 +309,9 @@ class Passes:
                 "shuffling with a tolerance?); `exact` needs the same ones in every pass. Use pooled, or fix the data."
             )
         self._own = own.batches
+        if not repeatable:  # those that come later know these already
+            names = {old.outlier.name for old in self.found}
+            self.found += tuple(one for one in together.found if one.outlier.name not in names)
         self.images, self.batches, self.checksum = together.images, together.batches, together.checksum
 
 

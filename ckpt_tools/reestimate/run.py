@@ -21,6 +21,7 @@ from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
@@ -47,6 +48,7 @@ def reestimate_bn(
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
     distributed: bool = False,
+    keep_outliers: bool = False,
 ) -> Reestimation:
     """Re-estimate the running variances of BN layers with dropout off (Hendrycks & Gimpel 2016, section 3).
 
@@ -81,11 +83,14 @@ def reestimate_bn(
             its own share of the batches; numbers of batches may differ, but rank 0 has one. What they see is
             merged, once a pass, or with ``tolerance`` after every batch; all end with the same statistics, or raise
             the same error. `exact` and `pooled` only.
+        keep_outliers: let samples count that no clean sample of this data could show (one 100 times too large, one
+            of a single colour). Without it they are left out and named in ``outliers``, unless over 1 % are of
+            their kind. A sample with NaN or infinity never counts.
 
     Raises:
         NothingToDo: no BN layer, or none behind dropout.
         CheckFailed: control layers show that these are not the training data (``force`` overrides).
-        DataError: no batch, a batch of one value per channel, NaN in a batch.
+        DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
         ModelError: NaN in the model, a model that cannot be run.
         RankError: a process of the group is gone.
     """
@@ -106,7 +111,8 @@ def reestimate_bn(
         choice = choose(found, layers, rates=rates, statistics=statistics)
         with kept_heap(), evaluating(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
             share_buffers(model, team)
-            run = Passes(model, source, runner, _observed(model, found, choice), progress, team)
+            screening = Screening(model, _names(batches, team), keep=keep_outliers)
+            run = Passes(model, source, runner, _observed(model, found, choice), progress, screening, team)
             if precision != "fp32":
                 run.compare_precision()
             run.estimate(estimator, statistics, tolerance, momentum, epochs)
@@ -134,7 +140,16 @@ def reestimate_bn(
         precision=precision,
         deviation=run.deviation,
         left_alone=found.left_alone,
+        outliers=tuple(one.outlier for one in run.found),
+        common=() if keep_outliers else tuple(sorted(screening.common)),
     )
+
+
+def _names(batches: object, team: Team) -> Callable[[int, int], str]:
+    """What the data itself calls a sample, given its batch of this rank and its row, or its place."""
+    named = getattr(batches, "sample_name", None)
+    whose = "" if team.alone else f" of rank {team.rank}"
+    return named if callable(named) else lambda batch, row: f"sample {row} of batch {batch}{whose}"
 
 
 def check_team(estimator: str, team: Team) -> None:

@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     force: bool
     progress: Callable[[Progress], None] | None
     distributed: bool
+    keep_outliers: bool
 
 
 def corrected_state_dict(

@@ -99,12 +99,19 @@ def measured_points(facts: Mapping[str, Any]) -> list[Point]:
     found = []
     for depth, row in enumerate(parts(facts, "layers"), 1):
         ratio = part(row, "ratio")
-        median, low, high = (number(ratio.get(key)) for key in ("median", "min", "max"))
-        if median is not None and median > 0:
-            low, high = low if low and low > 0 else median, high if high and high > 0 else median
+        median, low, high = (_drawable(ratio.get(key)) for key in ("median", "min", "max"))
+        if median is not None:
             error = number(part(row, "relative_standard_error").get("median"))
-            found.append(Point(str(row.get("name") or "(root)"), role_of(row), depth, median, low, high, error))
+            known = error if error is not None and error >= 0 else None
+            name = str(row.get("name") or "(root)")
+            found.append(Point(name, role_of(row), depth, median, low or median, high or median, known))
     return found
+
+
+def _drawable(value: object) -> float | None:
+    """A ratio above zero, kept away from the ends of what a float holds: axes divide and multiply them."""
+    found = number(value)
+    return min(max(found, 1e-100), 1e100) if found is not None and found > 0 else None
 
 
 def described(facts: Mapping[str, Any], points: Sequence[Point], low: float = 0, high: float = math.inf) -> str:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
+from ckpt_tools.report.chart import measured_points
 from ckpt_tools.report.columns import count, listed
 from ckpt_tools.report.content import Figure, Page, Section, Tone
 from ckpt_tools.report.extras import flagged_section, metrics_section
@@ -97,12 +98,12 @@ _READING = (
 
 
 def _chart(facts: Facts) -> Section | None:
-    measured = any(part(row, "ratio") for row in parts(facts, "layers"))
-    return Section("Change by depth", (_READING,), chart=facts) if measured else None
+    return Section("Change by depth", (_READING,), chart=facts) if measured_points(facts) else None
 
 
 def _controls(controls: Facts) -> Section:
-    names = [str(name) for name in controls.get("names") or ()]
+    found = controls.get("names")
+    names = [str(name) for name in found] if isinstance(found, list | tuple) else []
     verdict = str(controls.get("verdict", "none"))
     deviation, worst, shift = (number(controls.get(key)) for key in ("deviation", "worst", "shift"))
     if verdict == "none" or deviation is None or worst is None:

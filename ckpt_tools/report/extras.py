@@ -63,17 +63,20 @@ def flagged_section(facts: Mapping[str, Any]) -> Section:
     """Samples that could not be read, and those that stand out, in one table."""
     data = facts.get("data")
     data = data if isinstance(data, Mapping) else {}
-    skipped = [("skipped", entry) for entry in data.get("skipped") or ()]
+    skipped = [("skipped", entry) for entry in _entries(data.get("skipped"))]
     flagged = [("flagged", entry) for place in (facts, data) for key in _FLAGGED for entry in _entries(place.get(key))]
     if not skipped and not flagged:
         looked = any(key in place for place in (facts, data) for key in _FLAGGED)
         return Section("Flagged images", (_ALL_READ + (", and none stood out." if looked else "."),), "quiet")
-    rows = tuple(_flag(what, entry) for what, entry in [*skipped, *flagged])
-    said = f"{count(len(skipped), 'sample')} skipped as unreadable, {len(flagged):,} flagged."
+    rows = tuple(_flag(what, entry) for what, entry in [*skipped, *flagged[:_LISTED]])
+    said = f"{count(len(skipped), 'sample')} skipped as unreadable, {len(flagged):,} flagged and not counted."
+    if len(flagged) > _LISTED:
+        said += f" The first {_LISTED} are listed; --json names all."
     columns = (Column("Image", "code"), Column("What"), Column("Why"))
     return Section("Flagged images", (said,), table=Table("Flagged images", columns, rows))
 
 
+_LISTED = 10  # of those that stand out
 _ALL_READ = "None: every image could be read"
 
 

@@ -58,7 +58,7 @@ def _names(records: Sequence[Record]) -> list[str]:
     """Paths without the folder that all have in common."""
     common = _common(records)
     paths = [PurePath(str(record.get("checkpoint", ""))) for record in records]
-    return [str(path.relative_to(common) if common else path) for path in paths]
+    return [str(path.relative_to(common) if common and path.is_relative_to(common) else path) for path in paths]
 
 
 def _figures(records: Sequence[Record]) -> list[Figure]:

@@ -8,40 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.report.columns import columns, count
+from ckpt_tools.report.facts import medians, part, parts, rewritten_layers
+from ckpt_tools.report.numbers import whole_text
 
 
 def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
     """A row for every checkpoint, then why some failed; ``records`` as the manifest has them."""
     rows = [("checkpoint", "", "architecture", "layers", "ratio", "images"), *map(_row, records)]
-    parts = [columns(rows)]
-    failed = [record for record in records if record["status"] == "failed"]
+    lines = [columns(rows)]
+    failed = [record for record in records if record.get("status") == "failed"]
     if failed:
-        parts += ["", f"{count(len(failed), 'failure')}:"]
-        parts += [f"  {_clean(record['checkpoint'])}: {_clean(_without_name(record))}" for record in failed]
-    parts += ["", f"manifest: {manifest}"]
-    return "\n".join(parts)
+        lines += ["", f"{count(len(failed), 'failure')}:"]
+        lines += [f"  {_clean(str(record.get('checkpoint')))}: {_clean(_without_name(record))}" for record in failed]
+    lines += ["", f"manifest: {manifest}"]
+    return "\n".join(lines)
 
 
 def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
-    report = record.get("report")
-    name, status = record["checkpoint"], record["status"]
+    report = part(record, "report")
+    name, status = str(record.get("checkpoint")), str(record.get("status"))
     if not report:
         return (name, status, "", "", "", "")
-    rewritten = [layer for layer in report["layers"] if layer["rewritten"]]
-    ratios = [layer["ratio"]["median"] for layer in rewritten if layer["ratio"]]
+    ratios = medians(report).values()
     return (
         name,
         status,
-        report["architecture"],
-        f"{len(rewritten)} of {len(report['layers'])}",
+        str(report.get("architecture")),
+        f"{len(rewritten_layers(report))} of {len(parts(report, 'layers'))}",
         f"{statistics.median(ratios):.3f}" if ratios else "",
-        f"{report['data']['images']:,}",
+        whole_text(part(report, "data").get("images")),
     )
 
 
 def _without_name(record: Mapping[str, Any]) -> str:
     """Most messages begin with the path, which stands before them here."""
-    return str(record["error"]).removeprefix(f"{record['checkpoint']}: ")
+    return str(record.get("error")).removeprefix(f"{record.get('checkpoint')}: ")
 
 
 def _clean(text: str) -> str:

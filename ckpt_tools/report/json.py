@@ -56,6 +56,8 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "why": result.why,
         "layers": [_layer(layer) for layer in result.layers],
         "controls": plain_dict(result.controls),
+        "outliers": [plain_dict(one) for one in result.outliers],
+        "common_outliers": list(result.common),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
         "dropout_sites": [_site(site, plan.walk) for site in plan.walk.dropout_sites],
         "metrics": outcome.metrics and metrics_json(outcome.metrics),

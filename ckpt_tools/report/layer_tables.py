@@ -18,13 +18,18 @@ def sites_section(facts: Facts) -> Section:
         (
             Cell(str(site.get("name") or "(root)"), str(site.get("name"))),
             Cell(str(site.get("op", "")), str(site.get("op", ""))),
-            number_cell(site.get("rate"), "not known" if site.get("rate") is None else f"{site['rate']:g}"),
+            number_cell(site.get("rate"), _rate(site)),
             _behind(site, len(layers)),
         )
         for site in sites
     ]
     said = f"{count(len(sites), 'site')}, {active:,} of them active."
     return Section("Dropout sites", (said,), table=Table("Dropout sites", _SITE_COLUMNS, tuple(rows)))
+
+
+def _rate(site: Facts) -> str:
+    rate = number(site.get("rate"))
+    return "not known" if rate is None else f"{rate:g}"
 
 
 _SITE_COLUMNS = (

@@ -13,7 +13,11 @@ def number(value: object) -> float | None:
     """A finite number, or None for whatever else stands in the facts."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        found = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
 
 
 def ratio_text(value: object) -> str:

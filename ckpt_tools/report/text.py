@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, RecognisedBy, Reestimation
+from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Outlier, RecognisedBy, Reestimation
 from ckpt_tools.demo.train import Score
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.data_check import DataVerdict
@@ -36,8 +36,17 @@ def plan_text(plan: Plan) -> str:
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
         ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {where}"),
         ("output", str(plan.output)),
+        *([("runs code", ", ".join(own))] if (own := _own_code(plan)) else []),
     ]
     return columns(rows)
+
+
+def _own_code(plan: Plan) -> list[str]:
+    """What is imported and executed beside this tool and its libraries, as the user named it."""
+    sources = [plan.source, *([plan.validation.source] if plan.validation else [])]
+    own = [plan.loaded.recipe.name] if plan.loaded.recipe.adapter == "factory" else []
+    own += [source.spec for source in sources if source.kind == "callable"]
+    return [*own, *(["what the checkpoint names (--trust)"] if plan.request.trust else [])]
 
 
 RATES = {
@@ -110,9 +119,33 @@ def outcome_text(outcome: Outcome) -> str:
     if outcome.skipped:
         names = listed(f"{item.name} ({item.reason})" for item in outcome.skipped)
         parts.append(f"skipped: {count(len(outcome.skipped), 'unreadable sample')}: {names}")
+    parts += outliers_text(result)
     parts.append(f"written: {outcome.plan.output}")
     parts.append(f"         sha256 {outcome.output_sha256}; only {_buffers(result)} differ from the source")
     return "\n".join(parts)
+
+
+def outliers_text(result: Reestimation) -> list[str]:
+    """Which samples were left out, ten at most, and which kinds were not because they are common."""
+    parts = []
+    if result.outliers:
+        parts.append(f"outliers: {count(len(result.outliers), 'sample')} left out (--keep-outliers includes them)")
+        rows = [(f"  {one.name}", one.reason, leverage_text(one)) for one in result.outliers[:_NAMED]]
+        parts.append(columns(rows))
+    if len(result.outliers) > _NAMED:
+        parts.append(f"  … and {len(result.outliers) - _NAMED} more (--json lists all)")
+    if result.common:
+        parts.append(f"outliers: over 1 % of the samples are {' or '.join(result.common)}, so these were not left out")
+    return parts
+
+
+_NAMED = 10  # outliers
+
+
+def leverage_text(one: Outlier) -> str:
+    """How large a sample is against the others, and where that shows most."""
+    where = "the input" if one.where == "input" else one.where
+    return f"in {where}" if one.leverage is None else f"{one.leverage:,.3g} × the median sample's energy in {where}"
 
 
 def _headline(result: Reestimation) -> str:

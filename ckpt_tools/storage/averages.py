@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ __all__ = ["Copy", "averaged_copies"]
 _AVERAGED = frozenset({"ema", "swa", "averaged", "polyak"})
 _MODELS = frozenset({"model", "module", "net", "network", "weights"})
 _STATISTIC = "running_var"
+_MOST = 64  # attributes that sound like averages, and places of a copy; a hostile file can have one in every key
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ def averaged_copies(state: Mapping[str, object]) -> list[Copy]:
     """The parts of a state dict whose name speaks of averages and whose keys and shapes occur once more elsewhere."""
     attributes = {tuple(key.split(".")[:-1][:2]) for key in state}
     roots = sorted({root for parts in attributes for root in _roots(parts)})
-    if not roots:
+    if not roots or len(roots) > _MOST:
         return []
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
     found = [Copy(root, prefix) for root in roots if (prefix := _copy_in(root, shapes)) is not None]
@@ -48,10 +50,10 @@ def _sounds_averaged(name: str) -> bool:
 def _copy_in(root: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     inside = [key for key in shapes if key.startswith(root)]
     outside = {key: shape for key, shape in shapes.items() if not key.startswith(root)}
-    inner = dict.fromkeys(root + key.removeprefix(root).partition(".")[0] + "." for key in inside)
-    for prefix in (root, *inner):
+    inner = Counter(root + key.removeprefix(root).partition(".")[0] + "." for key in inside)
+    for prefix in (root, *(one for one, count in inner.items() if count * 2 >= len(inside))):
         part = {key.removeprefix(prefix): shapes[key] for key in inside if key.startswith(prefix)}
-        if len(part) * 2 >= len(inside) and _occurs(part, outside):
+        if part and len(part) * 2 >= len(inside) and _occurs(part, outside):
             return prefix
     return None
 
@@ -59,7 +61,7 @@ def _copy_in(root: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def _occurs(part: Mapping[str, tuple[int, ...]], outside: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether all of ``part`` stands elsewhere under one prefix, and all running variances there in it."""
     first = next(iter(part))
-    places = [key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)]
+    places = [key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)][:_MOST]
     if bool(_statistics(part)) != bool(_statistics(outside)):
         return False
     return any(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from reprlib import repr as shown  # of foreign values: short, and shallow
 
 import torch
 
@@ -66,7 +67,7 @@ def read_metadata(content: object) -> Metadata:
         elif kind == "BytesStorageMetadata":
             words[name] = _piece_of(pieces, name, None)
         else:
-            raise ValueError(f"{name} described by {entries[name]!r}")
+            raise ValueError(f"{name} described by {shown(entries[name])}")
     return Metadata(tuple(tensors), words, paths)
 
 
@@ -100,7 +101,7 @@ def _pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | None], P
         start = None if index.get("offset") is None else _ints(index["offset"], name)
         offset, length = _ints((info.get("offset"), info.get("length")), name)
         extensions = info.get("transform_descriptors") or ()
-        transformed = ", ".join(str(x) for x in _sequence(extensions, "transform_descriptors"))
+        transformed = ", ".join(shown(x) for x in _sequence(extensions, "transform_descriptors")[:8])
         found[name, start] = Piece(_file(info.get("relative_path")), offset, length, transformed)
     return found
 
@@ -125,7 +126,7 @@ def _path(said: object, name: str) -> tuple[str | int, ...]:
     if not isinstance(said, tuple | list) or not 0 < len(said) <= _DEEPEST:
         return (name,)
     if not all(type(part) in (str, int) for part in said):
-        raise ValueError(f"the path {said!r} of {name}")
+        raise ValueError(f"the path {shown(said)} of {name}")
     return tuple(said)
 
 
@@ -141,7 +142,7 @@ def _dtype(properties: object) -> torch.dtype:
     state = properties.state if isinstance(properties, Opaque) else None
     said = state[0] if isinstance(state, tuple | list) and state else None
     if not isinstance(said, torch.dtype):
-        raise ValueError(f"the type {said!r} of a tensor")
+        raise ValueError(f"the type {shown(said)} of a tensor")
     return said
 
 
@@ -152,30 +153,30 @@ def _class(value: object) -> str:
 def _state(value: object, kind: str) -> Mapping[str, object]:
     state = value.state if isinstance(value, Opaque) and _class(value) == kind else None
     if not isinstance(state, Mapping):
-        raise ValueError(f"{value!r:.80} in place of {kind}")
+        raise ValueError(f"{shown(value)} in place of {kind}")
     return state
 
 
 def _mapping(value: object, what: str) -> Mapping[object, object]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{value!r:.80} in place of {what}")
+        raise ValueError(f"{shown(value)} in place of {what}")
     return value
 
 
 def _sequence(value: object, what: str) -> tuple[object, ...]:
     if not isinstance(value, tuple | list):
-        raise ValueError(f"{value!r:.80} in place of {what}")
+        raise ValueError(f"{shown(value)} in place of {what}")
     return tuple(value)
 
 
 def _text(value: object, what: str) -> str:
     if type(value) is not str:
-        raise ValueError(f"{value!r:.80} in place of {what}")
+        raise ValueError(f"{shown(value)} in place of {what}")
     return value
 
 
 def _ints(value: object, name: str) -> Ints:
     numbers = _sequence(value, f"numbers of {name}")
     if len(numbers) > _DEEPEST or not all(type(x) is int and 0 <= x < _LARGEST for x in numbers):
-        raise ValueError(f"{name}: {value!r:.80} in place of sizes")
+        raise ValueError(f"{name}: {shown(value)} in place of sizes")
     return tuple(int(x) for x in numbers)  # type: ignore[call-overload]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.averages import averaged_copies
-from ckpt_tools.storage.modules import module_state
+from ckpt_tools.storage.modules import Allowance, module_state
 from ckpt_tools.storage.pickles import Opaque
 
 __all__ = ["Entry", "as_mapping", "choose_entry", "is_trainer_state", "list_entries", "sort_remainder"]
@@ -29,6 +29,28 @@ _SETTINGS = frozenset({"args", "config", "cfg", "hyper", "hparams", "callbacks",
 
 _FEW = 16
 _MOST = 200  # state dicts in one file; a pickle can name one of them any number of times
+_UNFOLDED = 300_000  # modules and tensors in all of them
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a search has met, by identity: a pickle can hold one value in many places, and each is searched once.
+
+    ``barren`` has the mappings without any state dict, and how many levels of them were searched; ``states`` the state
+    dicts of modules.
+    """
+
+    barren: dict[int, int] = field(default_factory=dict)
+    states: dict[int, Mapping[str, object] | None] = field(default_factory=dict)
+    allowance: Allowance = field(default_factory=lambda: Allowance(_UNFOLDED))
+
+    def state_of(self, value: object) -> Mapping[str, object] | None:
+        """The state dict of a whole module, trusted and alive or read as a tree of placeholders."""
+        if id(value) not in self.states:
+            self.states[id(value)] = (
+                value.state_dict() if isinstance(value, nn.Module) else module_state(value, self.allowance)
+            )
+        return self.states[id(value)]
 
 
 @dataclass(frozen=True)
@@ -58,13 +80,12 @@ class Entry:
         return (not known, max(1, len(self.path)))
 
 
-def list_entries(root: object, barren: dict[int, int] | None = None) -> list[Entry]:
+def list_entries(root: object, seen: Seen | None = None) -> list[Entry]:
     """Every state dict at the top level and up to two levels down; optimizer states are none.
 
-    ``barren`` has the mappings without any, by identity, and how many levels of them were searched: a pickle can hold
-    one mapping in many places, and each is searched once.
+    ``seen``: what earlier searches of the same file have met.
     """
-    searched = _search(root, (), False, {} if barren is None else barren)
+    searched = _search(root, (), False, seen or Seen())
     return [entry for found in islice(searched, _MOST) for entry in _split(found)]
 
 
@@ -112,7 +133,7 @@ def sort_remainder(root: object, chosen: Entry) -> tuple[dict[str, object], list
     """
     words: dict[str, object] = {}
     left_out: list[str] = []
-    barren: dict[int, int] = {}
+    seen = Seen()
     holder = root
     for depth, step in enumerate(chosen.path):
         if not isinstance(holder, Mapping):
@@ -120,7 +141,7 @@ def sort_remainder(root: object, chosen: Entry) -> tuple[dict[str, object], list
         for key, value in holder.items():
             if key == step:
                 continue
-            if _is_word(str(key), value, barren):
+            if _is_word(str(key), value, seen):
                 words[str(key)] = value  # the nearer to the state dict, the more it says about it
             else:
                 left_out.append(".".join((*chosen.path[:depth], str(key))))
@@ -147,10 +168,10 @@ def _pool(entries: list[Entry], weights: str) -> list[Entry]:
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(value: object, path: tuple[str, ...], averaged: bool, barren: dict[int, int]) -> Iterator[Entry]:
-    state = value if isinstance(value, Mapping) else _state_of(value)
+def _search(value: object, path: tuple[str, ...], averaged: bool, seen: Seen) -> Iterator[Entry]:
+    state = value if isinstance(value, Mapping) else seen.state_of(value)
     levels = 2 - len(path)
-    if state is None or barren.get(id(value), -1) >= levels:
+    if state is None or seen.barren.get(id(value), -1) >= levels:
         return
     found = any_inside = _holds_weights(state)
     if found:
@@ -161,16 +182,11 @@ def _search(value: object, path: tuple[str, ...], averaged: bool, barren: dict[i
         for key, inner in state.items():
             if isinstance(key, str) and not _is_aside(key):
                 means = not _AVERAGED.isdisjoint(_tokens(key)) or (swapped and key == "state_dict")
-                for entry in _search(inner, (*path, key), averaged or means, barren):
+                for entry in _search(inner, (*path, key), averaged or means, seen):
                     any_inside = True
                     yield entry
     if not any_inside:
-        barren[id(value)] = levels
-
-
-def _state_of(value: object) -> Mapping[str, object] | None:
-    """The state dict of a whole module, trusted and alive or read as a tree of placeholders."""
-    return value.state_dict() if isinstance(value, nn.Module) else module_state(value)
+        seen.barren[id(value)] = levels
 
 
 def _split(entry: Entry) -> list[Entry]:
@@ -197,12 +213,12 @@ def _holds_weights(value: Mapping[Any, object]) -> bool:
     return any(isinstance(x, Tensor) and x.dim() > 0 and not _is_aside(str(key)) for key, x in value.items())
 
 
-def _is_word(key: str, value: object, barren: dict[int, int]) -> bool:
+def _is_word(key: str, value: object, seen: Seen) -> bool:
     if is_trainer_state(key) or (isinstance(value, Mapping) and "param_groups" in value):
         return False
     if any(isinstance(x, Tensor) and x.dim() > 0 for x in (value if isinstance(value, list) else [value])):
         return False
-    return _is_settings(key) or not list_entries(value, barren)
+    return _is_settings(key) or not list_entries(value, seen)
 
 
 def _is_aside(key: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.pickles import NOT_DENSE, Opaque
 
-__all__ = ["module_class", "module_rates", "module_state"]
+__all__ = ["Allowance", "module_class", "module_rates", "module_state"]
 
 _PARTS = ("_parameters", "_buffers", "_modules")
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"  # pickled as the call (module, settings)
@@ -21,7 +21,14 @@ _WRAPPED = ("module", "_orig_mod")  # DataParallel, AveragedModel; torch.compile
 _WRAPPERS = 8
 # Layers that hold packed weights, not the stubs of a model that could be quantised.
 _QUANTISED = re.compile(r"^torch\.(ao\.)?nn\.(intrinsic\.)?quantized\.(?!modules\.functional)")
-_MOST = 100_000  # modules and tensors; a tree that shares its branches can unfold to any number
+_MOST = 100_000  # modules and tensors
+
+
+@dataclass
+class Allowance:
+    """How many modules and tensors may still be met: trees that share their branches can unfold to any number."""
+
+    left: int = _MOST
 
 
 @dataclass(frozen=True)
@@ -34,15 +41,16 @@ class _Module:
     tensors: Mapping[str, object]
 
 
-def module_state(value: object) -> dict[str, object] | None:
+def module_state(value: object, allowance: Allowance | None = None) -> dict[str, object] | None:
     """What ``state_dict()`` of a pickled ``nn.Module`` or TorchScript module gives, in its order; None for others.
 
     Values are tensors, the same one for tied parameters, or an Opaque for a tensor that is not dense. Raises
-    CheckpointError for a tree that contains itself, and for quantised layers, which hide their weights.
+    CheckpointError for a tree that contains itself, and for quantised layers, which hide their weights. Several calls
+    may share an ``allowance``.
     """
     if _children(value) is None:
         return None
-    modules = list(_walk(value))
+    modules = list(_walk(value, allowance or Allowance()))
     packed = next((module for module in modules if _QUANTISED.search(module.name)), None)
     if packed is not None:
         raise CheckpointError(
@@ -59,7 +67,7 @@ def module_rates(value: object) -> dict[str, dict[str, float]]:
     A rate is a number in [0, 1] whose name contains "drop", or ``p`` of a class that does or is a StochasticDepth.
     """
     found = {}
-    for module in _walk(value):
+    for module in _walk(value, Allowance()):
         kind = module.name.rpartition(".")[2].lower()
         dropping = "drop" in kind or "stochasticdepth" in kind
         rates = {key: rate for key, rate in module.attributes.items() if _is_rate(key, rate, dropping)}
@@ -86,18 +94,17 @@ def _is_rate(key: object, rate: object, dropping: bool) -> bool:
     return "drop" in key.lower() or (key == "p" and dropping)
 
 
-def _walk(root: object) -> Iterator[_Module]:
+def _walk(root: object, allowance: Allowance) -> Iterator[_Module]:
     """The modules of a tree, each before its children and as often as it is reached."""
     todo: list[tuple[str, object, int]] = [("", root, 0)]
-    left = _MOST
     while todo:
         path, value, depth = todo.pop()
         children = _children(value)
         if children is None or type(value) is not Opaque:
             continue
         tensors = _tensors(value)
-        left -= 1 + len(tensors) + len(children)
-        if left < 0 or depth > 200:
+        allowance.left -= 1 + len(tensors) + len(children)
+        if allowance.left < 0 or depth > 200:
             raise CheckpointError(
                 f"{module_class(root)}: expected a tree of modules, found one that contains itself or unfolds without "
                 "end. Save model.state_dict() where the model was trained."

@@ -33,6 +33,8 @@ def recorded(path: Path) -> dict[str, object] | None:
     if not path.exists():
         peek_header(path)
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         metadata = safetensors_header(path).get("__metadata__")
     except (OSError, ValueError, RecursionError, MemoryError):
         return None

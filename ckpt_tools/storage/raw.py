@@ -17,7 +17,8 @@ Bytes = npt.NDArray[np.uint8]
 def raw_bytes(tensor: Tensor) -> Bytes:
     """A tensor's bytes in row-major order, shape (nbytes,): a view where it lies in memory like that, else a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    found: Bytes = plain.view(-1).view(torch.uint8).numpy()
+    # A tensor of one number counts as contiguous with any stride, but is no row of bytes then.
+    found: Bytes = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
     return found
 
 

@@ -21,7 +21,7 @@ from ckpt_tools.storage.records import open_archive
 __all__ = ["is_scripted", "load_torchscript"]
 
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n(.*?)(?=^class |^def |\Z)", re.MULTILINE | re.DOTALL)
-_NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[(.*?)\]", re.MULTILINE | re.DOTALL)
+_NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[([^\]\n]*)\]", re.MULTILINE)
 _DROPPING = re.compile("drop|StochasticDepth", re.IGNORECASE)
 _CONSTANT = re.compile(r"^  (\w+) : Final\[float\] = ([-+.\deE]+)$", re.MULTILINE)
 _DEEPEST = 100

@@ -85,6 +85,27 @@ def samples(batch: Batch, start: int, stop: int) -> Batch:
     return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
 
 
+def chosen(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Some samples of a batch, given by their numbers, as a batch of copies."""
+    given, size = _input(batch), batch_size(batch)
+    if isinstance(given, (tuple, list)):
+        return [[given[row] for row in rows]]
+
+    def cut(leaf: Tensor) -> Tensor:
+        return leaf[torch.tensor(rows, device=leaf.device)] if leaf.ndim and leaf.shape[0] == size else leaf
+
+    return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
+
+
+def each_input(batch: Batch) -> Iterator[tuple[int | None, Tensor]]:
+    """The floating-point tensors that go into the model, each with its sample if it is one of a list of images."""
+    given = _input(batch)
+    listed = isinstance(given, (tuple, list)) and all(isinstance(item, Tensor) for item in given)
+    tensors = input_tensors(batch)
+    rows = range(len(tensors)) if listed and len(tensors) == batch_size(batch) else itertools.repeat(None)
+    yield from zip(rows, tensors, strict=False)
+
+
 def to_device(batch: Batch, device: torch.device | str, memory_format: torch.memory_format | None = None) -> Batch:
     """Every tensor of a batch on ``device``; those with four dimensions in ``memory_format``, if there is one."""
     overlap = torch.device(device).type == "cuda"  # towards the CPU, a copy under way could be read too early

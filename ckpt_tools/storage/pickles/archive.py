@@ -21,6 +21,7 @@ __all__ = ["MAGIC", "Archive", "Window", "read_archive"]
 
 MAGIC = b"PK\x03\x04"
 _INFLATED = 100  # times the size of the whole archive; weights shrink to half at best
+_COPIED = 4  # times, of records that are stored as they are; nobody reads one more often
 _SLACK = 1 << 26
 
 
@@ -44,31 +45,42 @@ class Archive:
         self._blob = blob
         self._zip = zipfile.ZipFile(cast("IO[bytes]", Window(blob)))
         self._inflated = _INFLATED * len(blob.data) + _SLACK
+        self._copied = _COPIED * len(blob.data) + _SLACK
+        self._storages: dict[str, torch.UntypedStorage] = {}
         records = self._zip.infolist()
         folder = records[0].filename.partition("/")[0] + "/" if records else ""
         self.records = {record.filename.removeprefix(folder): record for record in records}
         if len(self.records) != len(records):
             raise Fault("an archive in which two records have one name")
+        # Thousands of records over the same bytes would be copied as often.
+        if sum(_held(record) for record in records) > len(blob.data):
+            raise Fault("an archive whose records claim more bytes than it has")
 
     def read(self, name: str) -> bytes:
         """The bytes of a record. Raises Fault if there is none, or if it inflates without measure."""
         record = self.records.get(name)
         if record is None:
-            raise Fault(f"an archive without {name}")
+            raise Fault(f"an archive without {name[:100]}")
         if record.compress_type == zipfile.ZIP_STORED:
             start = self._start(record)
+            self._copied -= record.file_size
+            if self._copied < 0:
+                raise Fault(f"an archive that wants its record {name[:100]} over and over again")
             return cast(bytes, self._blob.data[start : start + record.file_size])
         self._inflated -= record.file_size
         if record.compress_type != zipfile.ZIP_DEFLATED or self._inflated < 0:
-            raise Fault(f"an archive whose record {name} claims to hold {record.file_size:,} bytes")
+            raise Fault(f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes")
         return self._zip.read(record)
 
     def storage(self, name: str) -> torch.UntypedStorage:
-        """The same as a storage, mapped where the record lies in the file as it is."""
-        record = self.records.get(name)
-        if record is None or record.compress_type != zipfile.ZIP_STORED:
-            return copied(self.read(name))
-        return self._blob.storage(self._start(record), record.file_size)
+        """The same as a storage, mapped where the record lies in the file as it is; one for each record."""
+        if name not in self._storages:
+            record = self.records.get(name)
+            if record is None or record.compress_type != zipfile.ZIP_STORED:
+                self._storages[name] = copied(self.read(name))
+            else:
+                self._storages[name] = self._blob.storage(self._start(record), record.file_size)
+        return self._storages[name]
 
     def _start(self, record: zipfile.ZipInfo) -> int:
         """Where a stored record's bytes begin: behind its local header, whose length varies."""
@@ -78,6 +90,11 @@ class Archive:
         if header[:4] != MAGIC or record.flag_bits & 1 or start + record.file_size > len(self._blob.data):
             raise Fault(f"an archive whose record {record.filename[:100]} is not where its table of contents says")
         return start
+
+
+def _held(record: zipfile.ZipInfo) -> int:
+    """Bytes of the archive that a record takes."""
+    return record.file_size if record.compress_type == zipfile.ZIP_STORED else record.compress_size
 
 
 class _Storages:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["Fault", "Limits", "endless"]
+__all__ = ["KEY_LIMIT", "Fault", "Limits", "endless"]
 
 _KEY_ITEMS = 64  # a tuple is a fine key; a tree of them takes forever to hash
-_KEY_LIMIT = 1 << 60  # larger integers can be chosen to share one hash
+KEY_LIMIT = 1 << 60  # larger integers can be chosen to share one hash
+_SAME_HASH = 100  # keys of one container; hashes of tuples and complex numbers can be chosen, too
 
 
 class Fault(Exception):
@@ -26,6 +28,7 @@ class Limits:
     instructions: int = 50_000_000
     copies: int = 20_000_000
     nesting: int = 8  # pickles inside pickles
+    _hashes: dict[int, Counter[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, nbytes: int) -> Limits:
@@ -38,11 +41,22 @@ class Limits:
         if self.copies < 0:
             raise endless()
 
-    def check_keys(self, keys: Iterable[object]) -> None:
-        """Refuse keys of a dict or a set that cannot be hashed, or not in a bounded time. Raises Fault."""
+    def check_keys(self, keys: Iterable[object], holder: object = None) -> None:
+        """Refuse keys of a dict or a set that cannot be hashed, or not in a bounded time. Raises Fault.
+
+        ``holder`` is the container, if it has keys already.
+        """
+        hashes = None
         for key in keys:
-            if type(key) is not str:
-                self.charge(_check_key(key))
+            if type(key) is str:
+                continue
+            self.charge(_check_key(key))
+            if not isinstance(key, int):
+                if hashes is None:
+                    hashes = Counter() if holder is None else self._hashes.setdefault(id(holder), Counter())
+                hashes[hash(key)] += 1
+                if hashes[hash(key)] > _SAME_HASH:
+                    raise Fault("a pickle with keys of a dict that were chosen to share one hash")
 
 
 def endless() -> Fault:
@@ -66,4 +80,4 @@ def _check_key(key: object) -> int:
 
 
 def _is_long(item: object) -> bool:
-    return isinstance(item, int) and abs(item) > _KEY_LIMIT
+    return isinstance(item, int) and abs(item) > KEY_LIMIT

@@ -103,7 +103,7 @@ def _additems(m: Machine) -> None:
     if type(target) is list:
         target.extend(items)
     elif type(target) is set:
-        m.limits.check_keys(items)
+        m.limits.check_keys(items, target)
         target.update(items)
     else:
         raise Fault(f"a pickle that adds to a {type(target).__name__}")
@@ -126,7 +126,7 @@ def _set(m: Machine, items: list[object]) -> None:
     if type(target) is not dict or len(items) % 2:
         raise Fault(f"a pickle that sets items of a {type(target).__name__}")
     keys = items[::2]
-    m.limits.check_keys(keys)
+    m.limits.check_keys(keys, target)
     target.update(zip(keys, items[1::2], strict=True))
 
 

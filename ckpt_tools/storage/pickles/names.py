@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ckpt_tools.storage.pickles.arrays import ARRAY, scalar
+from ckpt_tools.storage.pickles.faults import KEY_LIMIT
 from ckpt_tools.storage.pickles.opaque import Opaque
 from ckpt_tools.storage.pickles.tensors import DTYPES, TENSORS
 
@@ -33,7 +34,11 @@ def _dict(items: object = None, *_: object) -> dict[object, object]:
     if isinstance(items, dict):
         return dict(items)
     pairs = [pair for pair in _list(items) if isinstance(pair, tuple | list) and len(pair) == 2]
-    return {key: value for key, value in pairs if isinstance(key, str | int | None)}
+    return {key: value for key, value in pairs if isinstance(key, str | None) or _is_small(key)}
+
+
+def _is_small(key: object) -> bool:
+    return isinstance(key, int) and abs(key) <= KEY_LIMIT
 
 
 def _factory_dict(_factory: object = None, items: object = None) -> dict[object, object]:

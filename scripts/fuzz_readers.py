@@ -1,0 +1,163 @@
+"""What is fuzzed: every function that reads a file of somebody else's, as one call on a path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+
+import torchvision.io  # noqa: F401  its JPEG decoder is taken where it is there
+from torch import Tensor
+
+from ckpt_tools import plugins
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
+from ckpt_tools.data.source import Source, open_source
+from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.identify.recipe import named
+from ckpt_tools.jobs.conversion import shared_memory
+from ckpt_tools.report.folder_text import folder_text
+from ckpt_tools.report.html import folder_html
+from ckpt_tools.report.manifest import Manifest
+from ckpt_tools.report.markdown import folder_markdown
+from ckpt_tools.storage.discovery import find_checkpoints
+from ckpt_tools.storage.provenance import provenance, recorded
+from ckpt_tools.storage.raw import raw_bytes
+from ckpt_tools.storage.read import read_checkpoint
+
+__all__ = ["READERS", "SLOW", "Reader"]
+
+Reader = Callable[[Path], None]
+_TOUCHED = 1 << 16  # bytes of a tensor up to which all of it is looked at
+
+
+def _checkpoint(path: Path) -> None:
+    found = read_checkpoint(path)
+    for tensor in found.tensors.values():
+        _touch(tensor)
+    shared_memory(found.tensors)
+    provenance(found)
+    if path.is_file():
+        recorded(path)
+
+
+def _touch(tensor: Tensor) -> None:
+    """A view that leaves its storage would be read beyond its end here."""
+    if not tensor.numel():
+        return
+    if tensor.nbytes <= _TOUCHED:
+        raw_bytes(tensor)
+    else:
+        raw_bytes(tensor[tuple(slice(0, 1) for _ in tensor.shape)])
+        raw_bytes(tensor[tuple(slice(-1, None) for _ in tensor.shape)])
+
+
+def _folder(path: Path) -> None:
+    """As a folder run searches it."""
+    for one in find_checkpoints([path]):
+        try:
+            _checkpoint(one.path)
+        except CkptToolsError:
+            continue
+
+
+def _array(path: Path) -> None:
+    source = open_source(str(path), limit=64)
+    _read(source, None if source.preprocessed else InputSpec((3, 8, 8)))
+    if source.array.labels is not None:  # type: ignore[attr-defined]
+        array_labels(source.array)  # type: ignore[attr-defined]
+
+
+def _read(source: Source, spec: InputSpec | None) -> None:
+    for _ in islice(source.batches(spec, batch_size=16, workers=0), 4):
+        pass
+
+
+def _dataset(name: str) -> Reader:
+    def read(path: Path) -> None:
+        source = open_source(f"{name}:{path}", limit=64)
+        _read(source, InputSpec((3, 32, 32)))
+        array_labels(source.array)  # type: ignore[attr-defined]
+
+    return read
+
+
+def _images(path: Path) -> None:
+    source = open_source(str(path))
+    _read(source, InputSpec((3, 16, 16)))
+    folder_labels(path, source.names, None)  # type: ignore[attr-defined]
+
+
+def _class_map(path: Path) -> None:
+    read_class_map(path)
+
+
+def _manifest(path: Path) -> None:
+    """A later run takes over what an earlier one recorded, and its report with it."""
+    log = Manifest(path)
+    records = list(log._records.values())
+    folder_markdown(records)
+    folder_html(records)
+    folder_text(records, path)
+
+
+def _words(path: Path) -> None:
+    """What checkpoints say of themselves goes to every adapter."""
+    try:
+        words = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(words, dict):
+        return
+    for adapter in plugins.adapters().values():
+        recipe = adapter.recognise(words)
+        if recipe is not None:
+            adapter.rate_kwargs(recipe.name)
+    named(words, "timm:resnet18")
+    plugins.adapter("timm").input_spec(_model(), "resnet18", words)
+    plugins.adapter("torchvision").input_spec(_model(), "resnet18", words)
+
+
+_MODELS: list[object] = []
+
+
+def _model() -> object:
+    if not _MODELS:
+        _MODELS.append(plugins.adapter("timm").build("test_resnet", {}))
+    return _MODELS[0]
+
+
+READERS: Mapping[str, Reader] = {
+    **dict.fromkeys(
+        (
+            "torch.save",
+            "legacy",
+            "tar",
+            "pickle",
+            "TorchScript",
+            "export",
+            "distributed",
+            "safetensors",
+            "ranks",
+            "shards",
+            "hub",
+        ),
+        _checkpoint,
+    ),
+    "malicious": _checkpoint,
+    "folder": _folder,
+    **dict.fromkeys(("npy", "npz", "array .pt", "array .safetensors"), _array),
+    **{name: _dataset(name) for name in ("cifar10", "cifar100", "mnist", "svhn")},
+    "images": _images,
+    "class map": _class_map,
+    "manifest": _manifest,
+    "words": _words,
+}
+
+SLOW: Mapping[str, float] = {
+    "words": 0.05,
+    "manifest": 0.25,
+    **dict.fromkeys(("folder", "distributed", "shards", "malicious"), 0.5),
+}
+"""Readers that get a smaller share of the cases: they work in a larger one."""

@@ -1,0 +1,74 @@
+"""A seeded thousand of scripts/fuzz: damaged files of every kind are read or refused, and nothing else happens."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+
+import fuzz
+import fuzz_cases
+from fuzz_cases import Case, Hang, limited, made, run, written
+from fuzz_readers import READERS
+from fuzz_seeds import seeds
+
+REFUSED = {("TorchScript", 2), ("npy", 5)}  # seeds without tensors, and of objects
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if name != "malicious"])
+def test_seeds_are_read(tmp_path: Path, reader: str) -> None:
+    found = seeds(reader)
+    assert found
+    for number, seed in enumerate(found):
+        if (reader, number) not in REFUSED:
+            with warnings.catch_warnings(action="ignore"):
+                READERS[reader](written(seed, tmp_path / "case"))
+
+
+def test_a_thousand_cases(tmp_path: Path) -> None:
+    cases = fuzz.planned(list(READERS), 1000, seed=20)
+    assert {case.reader for case in cases} == set(READERS)
+    failures = {str(case): result.failure for case in cases if (result := run(case, tmp_path / "case")).failure}
+    assert not failures
+
+
+def test_a_case_is_the_same_again() -> None:
+    for reader in ("torch.save", "safetensors", "images", "hub"):
+        assert made(Case(reader, 3)) == made(Case(reader, 3))
+        assert len({str(made(Case(reader, number)).files) for number in range(20)}) > 10
+
+
+def test_what_goes_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise KeyError("median")
+
+    def greedy(path: Path) -> None:
+        try:
+            bytearray(1 << 60)
+        except MemoryError as error:
+            raise fuzz_cases.CkptToolsError("no memory") from error
+
+    def slow(path: Path) -> None:
+        while True:
+            time.thread_time()
+
+    monkeypatch.setattr(fuzz_cases, "LIMIT", 0.1)
+    readers = {"class map": broken, "npy": greedy, "npz": slow, "words": lambda path: None}
+    monkeypatch.setattr(fuzz_cases, "READERS", readers)
+    said = {reader: run(Case(reader, 0), tmp_path / "case").failure for reader in readers}
+    assert "KeyError: 'median'" in said["class map"]
+    assert "no memory" in said["npy"]
+    assert "Hang" in said["npz"]
+    assert not said["words"]
+
+
+def test_the_limit_is_lifted_afterwards() -> None:
+    with limited():
+        pass
+    with pytest.raises(Hang), limited():
+        raise Hang

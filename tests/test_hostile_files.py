@@ -1,0 +1,332 @@
+"""Files that once crashed a reader, kept it busy for ever or made it ask for all memory, as small as they get."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from malicious import as_archive, call, name, tensor, value, whole
+from safetensors.torch import save_file
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+
+from fuzz_cases import limited
+
+from ckpt_tools.cli import main
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.labels import array_labels
+from ckpt_tools.data.source import open_source
+from ckpt_tools.errors import CheckpointError, CkptToolsError, DataError
+from ckpt_tools.report.folder_text import folder_text
+from ckpt_tools.report.html import folder_html
+from ckpt_tools.report.markdown import folder_markdown
+from ckpt_tools.storage.averages import averaged_copies
+from ckpt_tools.storage.discovery import find_checkpoints
+from ckpt_tools.storage.raw import raw_bytes
+from ckpt_tools.storage.read import read_checkpoint
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def safetensors(entry: str) -> bytes:
+    header = f'{{"w":{{"dtype":"F32","shape":[2],"data_offsets":[0,{entry}]}}}}'.encode()
+    return struct.pack("<Q", len(header)) + header + bytes(8)
+
+
+def complex_keys() -> bytes:
+    """c(a, b) hashes to a + 1000003 b: thousands of keys with one hash."""
+    pairs = b"".join(call("builtins.complex", 1_000_003 * i, -i) + b"N" for i in range(20_000))
+    return whole(b"}(" + pairs + b"u")
+
+
+def ordered_keys() -> bytes:
+    """Integers that hash to zero, in the list that OrderedDict is made of."""
+    items = [[i * ((1 << 61) - 1), None] for i in range(1, 20_000)]
+    return whole(call("collections.OrderedDict", items))
+
+
+def overlapping(copies: int) -> bytes:
+    """A table of contents with many records over the same megabyte."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("archive/data.pkl", whole(value({"w": tensor()})))
+        archive.writestr("archive/data/0", bytes(1 << 20))
+    raw = target.getvalue()
+    start = raw.rfind(b"PK\x01\x02")
+    end = raw.rfind(b"PK\x05\x06")
+    entry = bytearray(raw[start:end])
+    table = raw[raw.find(b"PK\x01\x02") : start]
+    for copy in range(copies):
+        entry[-1:] = b"0"
+        table += bytes(entry[:-1]).replace(b"archive/data/", f"archive/dat{copy:02}".encode()) + b"0"
+    count = copies + 1
+    at = raw.find(b"PK\x01\x02")
+    return raw[:at] + table + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, len(table), at, 0)
+
+
+def script(text: str) -> bytes:
+    pickled = whole(call("__torch__.Net") + value({"w": tensor()}) + b"b")
+    return as_archive(
+        pickled, zipfile.ZIP_DEFLATED, **{"constants.pkl": whole(b")"), "code/__torch__.py": text.encode()}
+    )
+
+
+def one_module_many_times() -> bytes:
+    parameters = {f"p{i}": b"h\x01" for i in range(3000)}
+    module = call("torch.nn.Module") + value({"_parameters": parameters, "_buffers": {}, "_modules": {}}) + b"b"
+    wrapped = [
+        call("torch.nn.Module") + value({"_parameters": {}, "_buffers": {}, "_modules": {"m": b"h\x02"}}) + b"b"
+        for _ in range(3000)
+    ]
+    return as_archive(
+        whole(tensor() + b"q\x010" + module + b"q\x020" + value({f"model{i}": x for i, x in enumerate(wrapped)}))
+    )
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "an offset that is infinite": lambda: safetensors("Infinity"),
+    "an offset of 4,300 digits": lambda: safetensors("9" * 4300),
+    "an entry that is a number": lambda: struct.pack("<Q", 7) + b'{"w":3}',
+    "complex keys with one hash": complex_keys,
+    "keys of an OrderedDict with one hash": ordered_keys,
+    "records over the same bytes": lambda: overlapping(60),
+    "a list of parameters without an end": lambda: script(
+        "class Net(Module):\n" + "  __parameters__ = [\n" * 60_000 + "  w : Tensor\n"
+    ),
+    "a module in thousands of places": one_module_many_times,
+}
+
+
+@pytest.mark.parametrize("label", FILES)
+def test_checkpoints(tmp_path: Path, label: str) -> None:
+    (tmp_path / "x.pt").write_bytes(FILES[label]())
+    with limited(), contextlib.suppress(CheckpointError):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+def test_keys_that_all_sound_like_averages() -> None:
+    one = torch.ones(1)
+    flat = {f"ema{i}.w": one for i in range(20_000)} | {f"a.{i}.running_var": one for i in range(10)}
+    nested = {f"ema.{i}.w": one for i in range(20_000)} | {f"a{i}.w": one for i in range(20_000)}
+    for state in (flat, nested):
+        with limited():
+            assert averaged_copies(state) == []
+
+
+def test_a_setting_that_sounds_like_an_average(tmp_path: Path) -> None:
+    torch.save({"ema.decay": 0.99, "w": torch.ones(2)}, tmp_path / "x.pt")
+    assert list(read_checkpoint(tmp_path / "x.pt").tensors) == ["w"]
+
+
+def test_metadata_that_unfolds_without_end(tmp_path: Path) -> None:
+    lists: object = 1
+    body = b"](" + b"K\x01" * 16 + b"e"
+    for at in range(30):
+        body += b"q" + bytes([at]) + b"0](" + (b"h" + bytes([at])) * 16 + b"e"
+    kind = "torch.distributed.checkpoint.metadata."
+    state = {"state_dict_metadata": {"w": body}, "storage_data": {}, "planner_data": None}
+    (tmp_path / ".metadata").write_bytes(whole(call(f"{kind}Metadata") + value(state) + b"b"))
+    with limited(), pytest.raises(CheckpointError, match="metadata"):
+        read_checkpoint(tmp_path)
+    assert lists
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    os.mkfifo(tmp_path / "x.jpg")
+    for found in find_checkpoints([tmp_path]):
+        with pytest.raises(CheckpointError, match="neither a file"):
+            read_checkpoint(found.path)
+    with pytest.raises(DataError, match="no regular file"):
+        list(open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), batch_size=2, workers=0))
+
+
+def test_one_number_with_a_stride_is_bytes() -> None:
+    number = torch.arange(30.0)[3:4].as_strided((1, 1), (27, 5))
+    assert raw_bytes(number).tobytes() == struct.pack("<f", 3.0)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def npy(shape: str, body: bytes = bytes(24), kind: str = "<f4") -> bytes:
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
+
+
+def npz(content: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("images.npy", content, method)
+    return target.getvalue()
+
+
+def batches(copies: int) -> bytes:
+    """A list that holds one tensor of a megabyte again and again."""
+    pid = value(("storage", name("torch.FloatStorage"), "0", "cpu", 1 << 18)) + b"Q"
+    body = tensor((1 << 9, 1 << 9), (1 << 9, 1), where=pid) + b"q\x010" + b"](" + b"h\x01" * copies + b"e"
+    return as_archive(whole(body), **{"data/0": bytes(1 << 20)})
+
+
+ARRAYS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "a shape beyond 64 bits": ("a.npy", lambda: npy("(9223372036854775808, 2)")),
+    "a shape whose product overflows": ("a.npy", lambda: npy("(4, 65535, 2147483648, 4611686018427387903)")),
+    "a negative shape": ("a.npy", lambda: npy("(-3, -2)")),
+    "a billion samples in 24 bytes": ("a.npy", lambda: npy("(1000000000, 2)")),
+    "a header of minus signs": ("a.npy", lambda: npy("-" * 8000 + "1")),
+    "a header of brackets": ("a.npy", lambda: npy("(" * 5000)),
+    "a header of blanks": ("a.npy", lambda: npy("(3, 2)" + " " * 5000)),
+    "text that is no Python": ("a.npy", lambda: npy("('")),
+    "a type of two gigabytes": ("a.npy", lambda: npy("(3, 2)", kind="|V2147483647")),
+    "an archive that claims gigabytes": ("a.npz", lambda: npz(npy("(1000000, 1000)", bytes(2000)))),
+    "an archive that inflates to much": ("a.npz", lambda: npz(npy("(5000, 5000)", bytes(100_000_000)))),
+    "an archive of another method": ("a.npz", lambda: npz(npy("(3, 2)"), zipfile.ZIP_LZMA)),
+    "one batch again and again": ("a.pt", lambda: batches(10_000)),
+    "a bytearray of gigabytes": ("a.pt", lambda: as_archive(whole(call("builtins.bytearray", 1 << 33)))),
+}
+
+
+@pytest.mark.parametrize("label", ARRAYS)
+def test_arrays(tmp_path: Path, label: str) -> None:
+    file, make = ARRAYS[label]
+    (tmp_path / file).write_bytes(make())
+    with limited(), pytest.raises(DataError, match=file.replace(".", r"\.")):
+        list(open_source(str(tmp_path / file)).batches(None, batch_size=2))
+
+
+def test_cifar_is_read_without_numpys_pickles(tmp_path: Path) -> None:
+    lists = b"](" + b"K\x01" * 16 + b"e"
+    for at in range(3, 30):
+        lists += b"q" + bytes([at]) + b"0](" + (b"h" + bytes([at])) * 16 + b"e"
+    pixels = np.zeros((1, 3072), np.uint8)
+    good = pickle.dumps({"data": pixels, "fine_labels": [1]}, 2)
+    for content in (
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # Python's own machine makes room for two billion values
+        good.replace(b"K\x01as", lists + b"s") if b"K\x01as" in good else whole(value({"data": b"N"})),
+        pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "fine_labels": [1 << 70]}, 2),
+    ):
+        (tmp_path / "cifar-100-python").mkdir(exist_ok=True)
+        (tmp_path / "cifar-100-python" / "train").write_bytes(content)
+        with limited(), pytest.raises(DataError):
+            array_labels(open_source(f"cifar100:{tmp_path}").array)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_mnist_that_announces_billions(tmp_path: Path, suffix: str) -> None:
+    raw = struct.pack(">4I", 0x803, 0xFFFFFFFF, 1, 1) + bytes(784)
+    (tmp_path / f"train-images-idx3-ubyte{suffix}").write_bytes(gzip.compress(raw) if suffix else raw)
+    with pytest.raises(DataError, match="more than it holds"):
+        open_source(f"mnist:{tmp_path}")
+
+
+def test_svhn_of_any_damage(tmp_path: Path) -> None:
+    from scipy import io as matlab
+
+    path = tmp_path / "train_32x32.mat"
+    matlab.savemat(path, {"X": np.zeros((2, 2, 3, 4), np.uint8), "y": np.ones((4, 1))})
+    whole_file = path.read_bytes()
+    for at in range(124, len(whole_file), 3):
+        for field in (b"\xff\xff\xff\x7f", bytes(4), b"\x0e\0\0\0"):
+            path.write_bytes(whole_file[:at] + field + whole_file[at + 4 :])
+            try:
+                source = open_source(f"svhn:{tmp_path}")
+                list(source.batches(InputSpec((3, 2, 2)), batch_size=4, workers=0))
+                array_labels(source.array)
+            except CkptToolsError:
+                continue
+
+
+def png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compress(bytes(min(height * (width // 8 + 1), 10_000_000)))
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (1, 2000), (2000, 1), (1 << 31, 1 << 31), (0, 5)])
+def test_images_that_would_grow(tmp_path: Path, size: tuple[int, int]) -> None:
+    (tmp_path / "a.png").write_bytes(png(*size))
+    with limited(), pytest.raises(DataError, match=r"a\.png"):
+        list(open_source(str(tmp_path)).batches(InputSpec((3, 224, 224)), batch_size=2, workers=0))
+
+
+# --- words and names ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"crop_pct": {"a": 1}}, {"mean": ["x"]}, {"std": []}, {"input_size": [3, 10**6, 10**6]}, {"input_size": [[]]}],
+)
+def test_settings_that_mean_nothing_are_passed_over(odd: dict[str, object]) -> None:
+    from ckpt_adapters.from_timm import TimmAdapter
+
+    adapter = TimmAdapter()
+    model = adapter.build("test_resnet", {})
+    usual = adapter.input_spec(model, "test_resnet", {})
+    words: list[dict[str, object]] = [{"args": odd}, {"config": {"architecture": "test_resnet", "pretrained_cfg": odd}}]
+    for said in words:
+        found = adapter.input_spec(model, "test_resnet", said)
+        assert (found.shape, found.crop_pct, found.mean, found.std) == (
+            usual.shape,
+            usual.crop_pct,
+            usual.mean,
+            usual.std,
+        )
+
+
+@pytest.mark.parametrize(
+    "odd", [10**400, "x", [], {"median": 10**400}, {"median": 1e-320}, {"median": 1e308}, None, True]
+)
+def test_a_manifest_of_somebody_elses(odd: object) -> None:
+    """A later run takes the records of finished checkpoints over into its report."""
+    keys = ("checkpoint", "status", "output", "error", "seconds", "report")
+    layer = {"name": "a", "rewritten": True, "ratio": odd, "channels": odd, "relative_standard_error": odd}
+    site = {"name": odd, "rate": odd, "depth": odd}
+    report = {"layers": [layer], "dropout_sites": [site], "data": {"images": odd, "skipped": odd}, "seconds": odd}
+    report["controls"] = dict.fromkeys(("names", "deviation", "worst", "shift"), odd) | {"verdict": "agree"}
+    whole_record = {"checkpoint": "//a", "status": "done", "report": report}
+    for records in ([dict.fromkeys(keys, odd)], [whole_record], [whole_record, whole_record | {"checkpoint": "/b"}]):
+        folder_html(records)
+        folder_markdown(records)
+        folder_text(records, Path("x"))
+
+
+def test_a_name_gives_no_orders_to_the_runner(tmp_path: Path) -> None:
+    evil = tmp_path / "x\n ::stop-commands::y ##[add-mask]z\x1b[2J.pt"
+    evil.write_bytes(b"no checkpoint")
+    said = CliRunner().invoke(main, ["inspect", str(evil)]).stderr
+    assert "stop-commands" in said
+    assert not any(line.strip().startswith("::") for line in said.splitlines())
+    assert "##[" not in said
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["convert"], ["bn-reestimate", "--data", "y"], ["diff", "z"]])
+def test_a_path_that_no_system_takes(tmp_path: Path, arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, [arguments[0], "a" * 5000, *arguments[1:]])
+    assert result.exit_code == 1
+    assert "bug" not in result.output
+
+
+def test_shards_of_a_thousand_characters(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    index = {"weight_map": {"w": "n" * 1000 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path)
