@@ -17,7 +17,9 @@ from torch import Tensor
 from ckpt_tools import reestimate_bn
 from ckpt_tools.distributed import Ranks, Team, connected
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.jobs.reestimation import Request, execute, prepare
+from ckpt_tools.jobs.plan import prepare
+from ckpt_tools.jobs.reestimation import execute
+from ckpt_tools.jobs.request import Request
 
 JOBS: dict[str, dict[str, object]] = {
     "pooled": {"batch_size": 16},

@@ -307,9 +307,7 @@ def test_a_read_only_folder_is_refused_before_the_pass(files: Path, monkeypatch:
     monkeypatch.setattr(
         "os.access", lambda path, mode, **_: mode != os.W_OK
     )  # root, who runs many a CI, may write anywhere
-    monkeypatch.setattr(
-        "ckpt_tools.jobs.reestimation.read_checkpoint", lambda *_, **__: pytest.fail("nothing may be loaded")
-    )
+    monkeypatch.setattr("ckpt_tools.jobs.plan.read_checkpoint", lambda *_, **__: pytest.fail("nothing may be loaded"))
     result = run(*job(files))
     assert result.exit_code == 1
     assert "read-only" in result.stderr

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ckpt_tools.cli import main
 from ckpt_tools.data.shared import read_together
 from ckpt_tools.jobs.folder import items_for, run
-from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.jobs.request import Request
 from ckpt_tools.report.manifest import Manifest, record_of
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.walker.downstream import walk

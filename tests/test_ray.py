@@ -23,7 +23,7 @@ from ckpt_tools.errors import ClusterError, UsageError
 from ckpt_tools.jobs.cluster import Size, measured
 from ckpt_tools.jobs.folder import items_for
 from ckpt_tools.jobs.ray_engine import RayEngine, _Part
-from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.jobs.request import Request
 from ckpt_tools.storage.discovery import find_checkpoints
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from ckpt_tools.cli import main
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.identify.kwargs import parse_model_kwargs
 from ckpt_tools.jobs.inputs import Preprocessing
-from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.jobs.request import Request
 from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.html import checkpoint_html
 from ckpt_tools.report.redaction import without_secrets
@@ -91,7 +91,7 @@ def test_the_command_repeats_the_run() -> None:
 
 @pytest.mark.parametrize("name", ["out.txt", "out", "out.html.gz"])
 def test_other_suffixes_are_refused_before_any_work(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt_tools.jobs.reestimation.prepare", lambda _: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr("ckpt_tools.jobs.plan.prepare", lambda _: pytest.fail("nothing may be loaded"))
     result = run(*job(files, "--report", files / name))
     assert result.exit_code == 2
     assert ".html, .md or .json" in result.stderr

@@ -141,7 +141,9 @@ def bn_reestimate(
     batches and, of GPUs, its own; the result is that of one process.
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
-    from ckpt_tools.jobs.reestimation import Request, execute, prepare
+    from ckpt_tools.jobs.plan import prepare
+    from ckpt_tools.jobs.reestimation import execute
+    from ckpt_tools.jobs.request import Request
     from ckpt_tools.report.json import outcome_json
     from ckpt_tools.report.text import outcome_text, plan_text
     from ckpt_tools.report.write import check_reports, write_report

@@ -26,7 +26,7 @@ from ckpt_tools.remote.mirror import as_urls, is_remote, located
 if TYPE_CHECKING:
     from ckpt_tools.jobs.engine import Engine, Record
     from ckpt_tools.jobs.folder import Item
-    from ckpt_tools.jobs.reestimation import Request
+    from ckpt_tools.jobs.request import Request
 
 _MANIFEST = "ckpt-fix.jsonl"
 

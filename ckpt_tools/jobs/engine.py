@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ckpt_tools.jobs.folder import Item, Result, Watch, run
-from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.jobs.request import Request
 
 __all__ = ["Describe", "Engine", "LocalEngine", "Record"]
 

@@ -16,7 +16,9 @@ from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError
 from ckpt_tools.jobs.places import default_output
-from ckpt_tools.jobs.reestimation import Outcome, Plan, Request, execute, prepare
+from ckpt_tools.jobs.plan import Plan, prepare
+from ckpt_tools.jobs.reestimation import Outcome, execute
+from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walks import Walks
 from ckpt_tools.reestimate.capacity import free_bytes
 from ckpt_tools.storage.atomic import sweep

@@ -14,7 +14,7 @@ from ckpt_tools.jobs.cluster import Size, connected, measured
 from ckpt_tools.jobs.engine import Describe, Record
 from ckpt_tools.jobs.folder import Item, Reading, Result, Watch
 from ckpt_tools.jobs.ray_worker import Site, looked_at, worked_on
-from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.jobs.request import Request
 
 __all__ = ["RayEngine"]
 

@@ -18,7 +18,7 @@ from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import ClusterError, DataError
 from ckpt_tools.jobs.engine import Describe, Record
 from ckpt_tools.jobs.folder import Item, Reading, Result, Watch, look, run
-from ckpt_tools.jobs.reestimation import Request
+from ckpt_tools.jobs.request import Request
 
 __all__ = ["Site", "looked_at", "worked_on"]
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from ckpt_tools.identify.kwargs import parse_model_kwargs
-from ckpt_tools.jobs.reestimation import Plan
+from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.report.redaction import without_secrets
 
 _NAMES = {"architecture": "arch"}  # fields whose option has another name

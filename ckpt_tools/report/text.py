@@ -10,7 +10,8 @@ from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, 
 from ckpt_tools.demo.train import Score
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.data_check import DataVerdict
-from ckpt_tools.jobs.reestimation import Outcome, Plan
+from ckpt_tools.jobs.plan import Plan
+from ckpt_tools.jobs.reestimation import Outcome
 from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.report.metrics_text import metrics_text
 from ckpt_tools.storage.compare import Change, Comparison

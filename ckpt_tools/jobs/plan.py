@@ -1,0 +1,140 @@
+"""What is about to happen: a checkpoint loaded and walked, its data found, everything checked that can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ckpt_tools.contract import (
+    Checkpoint,
+    InputSpec,
+    LoadedModel,
+    Walk,
+)
+from ckpt_tools.data.order import Share
+from ckpt_tools.data.source import Source, open_source
+from ckpt_tools.data.stream import BatchStream
+from ckpt_tools.distributed import ALONE, Ranks, Team
+from ckpt_tools.identify.normless import require_batch_norm
+from ckpt_tools.jobs.inputs import input_spec_for
+from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
+from ckpt_tools.jobs.recognition import Recognised, recognise
+from ckpt_tools.jobs.request import Request
+from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
+from ckpt_tools.jobs.walks import Walks
+from ckpt_tools.reestimate.capacity import fitting_batch_size
+from ckpt_tools.reestimate.choice import Choice, choose
+from ckpt_tools.reestimate.precision import check_precision
+from ckpt_tools.reestimate.run import check_method, check_team
+from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.write import check_output
+
+_LOOK = 64  # samples in a batch of the first look
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to happen: shown before the first image is read."""
+
+    request: Request
+    recognised: Recognised
+    checkpoint: Checkpoint
+    walk: Walk
+    choice: Choice
+    source: Source
+    stream: BatchStream
+    input_spec: InputSpec | None
+    batch_size: int
+    device: str
+    output: Path
+    look: BatchStream  # the first samples, to see whether this is the training data
+    team: Team = ALONE
+    validation: Validation | None = None
+
+    @property
+    def labelled_images(self) -> int | None:
+        """Images to judge the model on; None if there are none, or only a pass can tell."""
+        return None if self.validation is None else self.validation.stream.count
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The checkpoint in the model it belongs to."""
+        return self.recognised.loaded
+
+
+def prepare(request: Request, source: Source | None = None, team: Team = ALONE, walks: Walks | None = None) -> Plan:
+    """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
+
+    ``source``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. Raises any
+    CkptToolsError, on all ranks if on one; nothing is written.
+    """
+    plan = team.each(lambda: _prepared(request, source, team, walks or Walks()))
+    size = team.first(lambda: plan.batch_size)
+    if size == plan.batch_size:
+        return plan
+    return replace(
+        plan, batch_size=size, stream=_stream(request, plan.source, plan.input_spec, size, plan.device, team)
+    )
+
+
+def _prepared(request: Request, source: Source | None, team: Team, walks: Walks) -> Plan:
+    output = request.output or default_output(request.checkpoint, "bn")
+    if team.speaks:
+        check_output(output, request.checkpoint, overwrite=request.overwrite)
+    refuse_data(output, request.data)
+    refuse_data(output, request.eval_data or request.data, "labelled")
+    check_method(
+        request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
+    )
+    check_team(request.estimator, team)
+    ranks = Ranks() if team.alone else Ranks.from_environment()
+    device = usable_device(request.device, ranks)
+    check_precision(request.precision, torch.device(device))
+    asked = optional_question(request.eval_data, request.class_map, request.calibrate, request.gate)
+    source = source or open_source(request.data, limit=request.limit, seed=request.seed)
+    checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
+    require_batch_norm(checkpoint)
+    recognised = recognise(checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing)
+    loaded = recognised.loaded
+    assert loaded.checkpoint is not None
+    spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
+    found = walks.of(loaded, spec, source)
+    choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
+    sharing = ranks.local_world if device == "cpu" else 1
+    size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device, sharing)
+    stream = _stream(request, source, spec, size, device, team)
+    look = source.batches(spec, batch_size=_LOOK, workers=0, cached=True)
+    plan = Plan(
+        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, look, team
+    )
+    return plan if asked is None else replace(plan, validation=_validation(plan, asked))
+
+
+def _stream(
+    request: Request, source: Source, spec: InputSpec | None, size: int, device: str, team: Team
+) -> BatchStream:
+    return source.batches(
+        spec,
+        batch_size=size,
+        workers=request.workers,
+        cached=request.estimator == "exact" or request.epochs > 1,
+        device=device,
+        share=Share(team.rank, team.world),
+    )
+
+
+def _validation(plan: Plan, asked: Question) -> Validation:
+    request = plan.request
+    return open_validation(
+        asked,
+        open_source(asked.data, seed=request.seed, split="test"),
+        plan.loaded,
+        request.preprocessing,
+        batch_size=plan.batch_size,
+        workers=request.workers,
+        device=plan.device,
+        seed=request.seed,
+        cached=True,
+    )

@@ -1,0 +1,64 @@
+"""What the user asks of a re-estimation, and the digest that tells equal wishes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckpt_tools.contract import (
+    Estimator,
+    LayerChoice,
+    Precision,
+    Statistics,
+)
+from ckpt_tools.jobs.inputs import Preprocessing
+from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.mirror import as_urls
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything the user asks for. ``batch_size`` None: as large as memory allows, up to 512."""
+
+    checkpoint: Path
+    data: str
+    output: Path | None = None
+    architecture: str | None = None
+    model_kwargs: Mapping[str, object] = field(default_factory=dict)
+    weights: str = "auto"
+    trust: bool = False
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    estimator: Estimator = "pooled"
+    layers: LayerChoice = "auto"
+    statistics: Statistics = "variance"
+    tolerance: float | None = None
+    momentum: float = 0.1
+    epochs: int = 1
+    limit: int | None = None
+    seed: int = 0
+    precision: Precision = "fp32"
+    compile: bool = False
+    keep_outliers: bool = False
+    device: str = "auto"  # CUDA if there is one, else the CPU
+    batch_size: int | None = None
+    workers: int | None = None
+    overwrite: bool = False
+    force: bool = False
+    eval_data: str | None = None  # labelled, to judge the model on before and after
+    class_map: Path | None = None
+    calibrate: bool = False
+    gate: str | None = None
+
+    def settings(self) -> str:
+        """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
+        said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
+        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else without_secrets(self.data)
+        text = as_urls(json.dumps(said, sort_keys=True, default=repr))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# What a result does not depend on; how a convolution is computed may change its last bits.
+_BESIDE = frozenset({"checkpoint", "output", "trust", "device", "compile", "workers", "overwrite", "force"})
