@@ -19,7 +19,8 @@ from tqdm import trange
 
 from ckpt_tools.data.order import random_order
 from ckpt_tools.demo.densenet import digits_densenet
-from ckpt_tools.reestimate.layer import Interception, Layer
+from ckpt_tools.reestimate.interception import Interception
+from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.source import Batches

@@ -17,7 +17,8 @@ from ckpt_tools import reestimate_bn
 from ckpt_tools.demo.digits import load_digits
 from ckpt_tools.demo.train import train
 from ckpt_tools.moments import Moments
-from ckpt_tools.reestimate.layer import Interception, Layer
+from ckpt_tools.reestimate.interception import Interception
+from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.source import Batches

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.evaluate.outcomes import Outcomes
 from ckpt_tools.reestimate.heap import kept_heap
-from ckpt_tools.reestimate.layer import Interception
+from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import evaluating, seeded
 from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.contract import BatchNormLayer, Walk
 from ckpt_tools.reestimate.guards import check_input
 from ckpt_tools.reestimate.heap import kept_heap
-from ckpt_tools.reestimate.layer import Interception, Layer, batch_only, stored
+from ckpt_tools.reestimate.interception import Interception
+from ckpt_tools.reestimate.layer import Layer, batch_only, stored
 from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import evaluating, seeded, switch_dropout_on

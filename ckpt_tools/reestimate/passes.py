@@ -23,7 +23,6 @@ from ckpt_tools.reestimate.layer import (
     Seen,
     batch_only,
     kept_mean,
-    log_step,
     stored,
 )
 from ckpt_tools.reestimate.outliers import Look
@@ -32,11 +31,11 @@ from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Found, Screening, Shown, plenty, refuse_not_finite
 from ckpt_tools.reestimate.shares import combine
 from ckpt_tools.reestimate.source import Batches, checksum
+from ckpt_tools.reestimate.steps import change, measured, step
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
 from ckpt_tools.walker.call import Batch, batch_size, chosen, samples
 
 SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
-DAMPING = 0.7  # weight of the new value in a log-space step; undamped passes diverge
 MOST_PASSES = 100
 _COMPARED = 64  # images that run in two precisions
 CONTROL_IMAGES = 512  # what control layers look at: enough to tell a factor of two
@@ -111,7 +110,7 @@ class Passes:
         rule = kept_mean if statistics == "variance" else batch_only
         self._sweep(rule, tolerance)
         for layer in self._chosen():
-            layer.scale = _measured(layer, statistics)
+            layer.scale = measured(layer, statistics)
         if not self._chosen():
             raise ModelError("the data reached none of the layers to rewrite, although the example input did.")
         if estimator == "exact":
@@ -149,13 +148,13 @@ class Passes:
                     "pass. Use --estimator pooled, or a larger --batch-size for a better start."
                 )
             self._sweep(stored, None)
-            targets = {layer.name: _measured(layer, statistics) for layer in self._chosen()}
+            targets = {layer.name: measured(layer, statistics) for layer in self._chosen()}
             self.residual = self._largest_change(targets)
             for layer in self._chosen():
-                layer.scale = _step(layer.scale, targets[layer.name])
+                layer.scale = step(layer.scale, targets[layer.name])
 
     def _largest_change(self, targets: dict[str, Scale]) -> float:
-        return self.team.first(lambda: max(_change(layer, targets[layer.name]) for layer in self._chosen()))
+        return self.team.first(lambda: max(change(layer, targets[layer.name]) for layer in self._chosen()))
 
     def _moving_average(self, statistics: Statistics, momentum: float, epochs: int) -> None:
         def update(layer: Layer, batch: Moments) -> None:
@@ -313,28 +312,3 @@ class Passes:
             names = {old.outlier.name for old in self.found}
             self.found += tuple(one for one in together.found if one.outlier.name not in names)
         self.images, self.batches, self.checksum = together.images, together.batches, together.checksum
-
-
-def _measured(layer: Layer, statistics: Statistics) -> Scale:
-    """What the last pass says should be stored: unbiased variance, or precise BN's population statistics."""
-    moments = layer.moments
-    assert moments is not None
-    if statistics == "variance":
-        return Scale(layer.stored.mean, moments.variance())
-    return Scale(moments.mean, moments.variance(unbiased=False))
-
-
-def _step(current: Scale, target: Scale) -> Scale:
-    return Scale(
-        torch.lerp(current.mean, target.mean, DAMPING),
-        log_step(current.variance, target.variance, DAMPING),
-    )
-
-
-def _change(layer: Layer, target: Scale) -> float:
-    """Largest relative change of a variance, and of a mean in standard deviations."""
-    current, floor = layer.scale, 1e-6 * layer.module.eps
-    larger = torch.maximum(current.variance, target.variance).clamp_min(floor)
-    variance = (current.variance - target.variance).abs() / larger
-    mean = (current.mean - target.mean).abs() / larger.sqrt()
-    return float(torch.maximum(variance, mean).max())

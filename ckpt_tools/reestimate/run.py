@@ -16,7 +16,8 @@ from ckpt_tools.distributed import ALONE, Team, joined
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.heap import kept_heap
-from ckpt_tools.reestimate.layer import CompiledInterception, Interception, Layer
+from ckpt_tools.reestimate.interception import CompiledInterception, Interception
+from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.precision import check_precision

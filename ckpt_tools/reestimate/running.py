@@ -11,7 +11,8 @@ from torch import nn
 
 from ckpt_tools.contract import Precision
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
-from ckpt_tools.reestimate.layer import Interception, Layer, SeenEnough
+from ckpt_tools.reestimate.interception import Interception, SeenEnough
+from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.precision import arithmetic
 from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, samples, to_device
 
