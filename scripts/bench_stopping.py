@@ -23,6 +23,7 @@ from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.training import evaluating
 from ckpt_tools.walker.call import call
@@ -60,7 +61,8 @@ def shuffled(images: Tensor, seed: int) -> Iterator[Tensor]:
 def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> tuple[Passes, list[Layer]]:
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms}
-    passes = Passes(model, Batches(batches), Runner(model, call, Interception()), layers, None)
+    runner, screening = Runner(model, call, Interception()), Screening(model, lambda batch, row: "", keep=False)
+    passes = Passes(model, Batches(batches), runner, layers, None, screening)
     with evaluating(model), torch.no_grad():
         passes.estimate("pooled", "variance", tolerance, 0.1, 1)
     return passes, list(layers.values())

@@ -21,6 +21,7 @@ from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.walker.call import call
 
@@ -84,7 +85,8 @@ def run_pass(model: nn.Module, batches: list[Tensor]) -> dict[str, Moments]:
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms.items()}
     with torch.no_grad():
-        Passes(model, Batches(batches), Runner(model, call, Interception()), layers, None).estimate(
+        screening = Screening(model, lambda batch, row: "", keep=False)
+        Passes(model, Batches(batches), Runner(model, call, Interception()), layers, None, screening).estimate(
             "pooled", "variance", None, 0.1, 1
         )
     return {name: layer.moments for name, layer in layers.items() if layer.moments is not None}
