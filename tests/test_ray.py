@@ -21,9 +21,10 @@ from click.testing import CliRunner, Result
 from ckpt_tools.cli import main
 from ckpt_tools.errors import ClusterError, UsageError
 from ckpt_tools.jobs.cluster import Size, measured
-from ckpt_tools.jobs.folder import items_for
+from ckpt_tools.jobs.folder import Item, items_for
 from ckpt_tools.jobs.ray_engine import RayEngine, _Part
 from ckpt_tools.jobs.request import Request
+from ckpt_tools.remote.mirror import located, mirroring
 from ckpt_tools.storage.discovery import find_checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +187,13 @@ def _greeted(server: socket.socket, greeting: bytes) -> None:
     with connection:
         connection.recv(64)
         connection.sendall(greeting)
+
+
+def test_a_checkpoint_behind_a_url_is_refused(tmp_path: Path) -> None:
+    with mirroring():
+        item = Item(located("memory://bucket/a.pt"), tmp_path / "a.safetensors")
+        with pytest.raises(UsageError, match="memory://bucket/a.pt: expected a path"):
+            RayEngine().run([item], Request(Path(), "data.npy"), lethal.described, print)
 
 
 @pytest.mark.usefixtures("root")

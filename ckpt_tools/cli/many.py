@@ -21,7 +21,7 @@ from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.delivery import writes_beside
-from ckpt_tools.remote.mirror import as_urls, is_remote, located
+from ckpt_tools.remote.mirror import as_urls, located
 
 if TYPE_CHECKING:
     from ckpt_tools.jobs.engine import Engine, Record
@@ -122,8 +122,6 @@ def reestimate(
     outside = [place.output_dir] if place.output_dir else []
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
-    if place.engine is not None:
-        _require_shared(items)
     log = Manifest(place.manifest or _beside(paths, place.output_dir))
     check_reports(reports, (log.path, located(request.data), *(item.checkpoint for item in items)))
     records: list[Any] = []
@@ -143,16 +141,6 @@ def reestimate(
     click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else as_urls(folder_text(records, log.path)))
     github.summarise(folder_markdown(records))
     _answer([record["status"] for record in records], log.path)
-
-
-def _require_shared(items: Sequence[Item]) -> None:
-    """Copies of remote files are on this machine alone."""
-    for item in items:
-        if is_remote(item.checkpoint) or is_remote(item.output):
-            raise UsageError(
-                f"--engine ray: expected checkpoints and outputs on a file system that all nodes share, found "
-                f"{as_urls(str(item.checkpoint))}. Copy the folder there, or run it without --engine."
-            )
 
 
 def _release(item: Item) -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import CkptToolsError, ClusterError
+from ckpt_tools.errors import CkptToolsError, ClusterError, UsageError
 from ckpt_tools.jobs.cluster import Size, connected, measured
 from ckpt_tools.jobs.engine import Describe, Record
 from ckpt_tools.jobs.folder import Item, Reading, Result, Watch
 from ckpt_tools.jobs.ray_worker import Site, looked_at, worked_on
 from ckpt_tools.jobs.request import Request
+from ckpt_tools.remote.mirror import as_urls, is_remote
 
 __all__ = ["RayEngine"]
 
@@ -45,6 +46,7 @@ class RayEngine:
 
         A checkpoint whose workers were lost four times has failed, and the others go on.
         """
+        _refuse_remote(items, request)
         with connected(self.address) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             cluster = _Cluster(ray, measured(nodes, request.device, self.cpus), items, request, describe)
@@ -169,6 +171,17 @@ class _Cluster:
             ends = [task.completed() for task in running]
             if ends:
                 self.ray.wait(ends, num_returns=len(ends), timeout=_GRACE)
+
+
+def _refuse_remote(items: Sequence[Item], request: Request) -> None:
+    """A remote file has its place on this machine only; data is opened by each worker itself."""
+    paths = [path for item in items for path in (item.checkpoint, item.output)]
+    for path in (*paths, *([request.class_map] if request.class_map else [])):
+        if is_remote(path):
+            raise UsageError(
+                f"{as_urls(str(path))}: expected a path on a file system that all nodes share, found a URL. With "
+                "--engine ray, only --data and --eval-data may be one."
+            )
 
 
 def _divided(group: Sequence[int], largest: int) -> Iterator[tuple[int, ...]]:
