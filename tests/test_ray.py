@@ -84,8 +84,6 @@ def test_a_folder_comes_out_as_from_one_process(root: Path) -> None:
     outputs = sorted(path.name for path in (root / "here").glob("*.safetensors"))
     assert len(outputs) == 3
     assert all((root / "fixed" / name).read_bytes() == (root / "here" / name).read_bytes() for name in outputs)
-    again = json.loads(on_ray().stdout)["checkpoints"]
-    assert sorted(record["status"] for record in again) == [*["done before"] * 3, "failed"]
 
 
 @pytest.mark.usefixtures("ray", "root")
@@ -100,7 +98,7 @@ def test_a_worker_killed_amid_its_task_is_replaced() -> None:
 
 @pytest.mark.usefixtures("ray")
 def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt_tools.jobs.ray_engine._ATTEMPTS", 2)
+    monkeypatch.setattr("ckpt_tools.jobs.ray_engine._ATTEMPTS", 3)  # the last one alone
     state = torch.load(root / "runs" / "1.pt")
     state["head.bias"][0] = 666
     torch.save(state, root / "runs" / "1.pt")

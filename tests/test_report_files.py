@@ -63,6 +63,7 @@ def parsed(arguments: list[str]) -> Request:
     """What the command line makes of its arguments."""
     said = main.commands["bn-reestimate"].make_context("bn-reestimate", list(arguments)).params
     of_many = ("as_json", "quiet", "reports", "output_dir", "include", "exclude", "manifest")
+    of_many += ("engine", "ray_address", "ray_cpus")
     said = {name: value for name, value in said.items() if name not in of_many}
     (said["checkpoint"],) = said.pop("checkpoints")
     preprocessing = Preprocessing(**{name: said.pop(name) for name in Preprocessing.__dataclass_fields__})
@@ -80,8 +81,21 @@ class Planned:
 
 def test_the_command_repeats_the_run() -> None:
     pairs = ("drop_rate=0.2", "name=a b", "quoted='0.2'", "shape=(1, 2)")
-    words = ["./-x.pt", "--data", "d d", "--limit", "100", "--seed", "3", "--mean", "-0.5,0.5,1", "--compile"]
+    words = [
+        "./-x.pt",
+        "--data",
+        "d d",
+        "--limit",
+        "100",
+        "--seed",
+        "3",
+        "--mean",
+        "-0.5,0.5,1",
+        "--compile",
+        "--keep-outliers",
+    ]
     words += ["--statistics", "mean+variance", "--layers", "all", "--arch", "nets:DenseNet", "--tolerance", "0.05"]
+    words += ["--keep-outliers"]
     words += [word for pair in pairs for word in ("--model-kwargs", pair)]
     request = parsed(words)
     line = shlex.split(repeating_command(Planned(request, 17)))

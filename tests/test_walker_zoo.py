@@ -29,7 +29,7 @@ torchvision:resnet18 torchvision:resnet50 torchvision:shufflenet_v2_x0_5 torchvi
 """
 ATTENTION = """\
 timm:levit_128s timm:mobilevitv2_050 timm:visformer_tiny timm:botnet26t_256 timm:halonet26t timm:tiny_vit_5m_224
-timm:efficientformerv2_s0 timm:edgenext_xx_small torchvision:maxvit_t
+timm:efficientformerv2_s0 timm:edgenext_xx_small
 """
 
 

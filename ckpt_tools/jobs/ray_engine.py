@@ -57,7 +57,7 @@ class RayEngine:
                         record(found)
                     else:
                         groups.setdefault(found, []).append(number)
-            with contextlib.closing(cluster.work(groups.values())) as records:
+            with contextlib.closing(cluster.work(map(sorted, groups.values()))) as records:
                 for _, found in records:
                     record(found)
 
