@@ -146,7 +146,11 @@ def test_commands_answer_with_an_error(tmp_path: Path, at: int, label: str) -> N
     run(tmp_path, label, [COMMANDS[at % len(COMMANDS)]])
 
 
+# A second or more each time; what is deep for one reader is as deep for the next.
+SLOW = frozenset(label for label in PICKLES if "000 deep" in label)
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize("label", [*PICKLES, *FILES])
 def test_every_command_answers_with_an_error(tmp_path: Path, label: str) -> None:
-    run(tmp_path, label, COMMANDS)
+    run(tmp_path, label, COMMANDS[:: 1 if label not in SLOW else 3])
