@@ -620,9 +620,9 @@ def test_http_is_read_and_the_output_goes_to_the_current_folder(
     (files / "served" / "secret.pt").write_bytes((files / "model.pt").read_bytes())
     (files / "here").mkdir()
     monkeypatch.chdir(files / "here")
-    result = ok(*job(files, f"{server}/secret.pt?token=abc"))
+    result = ok(*job(files, f"{server}/secret.pt?token=xyzzy"))
     assert f"output         {files}/here/secret.bn.safetensors" in result.stdout
-    assert "abc" not in result.output
+    assert "xyzzy" not in result.output
     ok(*job(files, files / "model.pt"))
     assert (files / "here" / "secret.bn.safetensors").exists()
     assert "0 different" in ok("diff", files / "model.bn.safetensors", "secret.bn.safetensors").stdout
@@ -634,12 +634,12 @@ def test_http_that_fails(files: Path, server: str) -> None:
         f"{server}/secret.pt": "access is refused (ClientResponseError: 403",
         f"{server}/lost.pt": "cannot be reached",
         "http://127.0.0.1:9/model.pt": "cannot be reached (",
-        f"{server}/served.pt?token=abc": "found nothing",
+        f"{server}/served.pt?token=xyzzy": "found nothing",
     }
     for url, message in said.items():
         found = failed("inspect", url)
         assert message in found
-        assert "abc" not in found
+        assert "xyzzy" not in found
 
 
 def test_nothing_is_written_over_http(files: Path, server: str) -> None:
