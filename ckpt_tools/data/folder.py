@@ -5,19 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Literal
 
-import torch
-
-from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.data.images import EXTENSIONS, image_transforms, read_images
-from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
+from ckpt_tools.data.images import EXTENSIONS, ImageSource, read_images
 from ckpt_tools.data.remote_folder import RemoteFolder
-from ckpt_tools.data.stream import Chunk, IndexedStream
+from ckpt_tools.data.stream import Chunk
 from ckpt_tools.data.transforms import ImageTransform
 from ckpt_tools.errors import DataError
 
@@ -25,52 +20,26 @@ __all__ = ["FolderSource", "find_images"]
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(ImageSource):
     """All images below a folder, whatever its structure; folder names are no labels here."""
 
-    spec: str
     root: Path | RemoteFolder
     names: tuple[str, ...]  # relative to root, sorted
-    limit: int | None = None
-    seed: int = 0
-    kind: Literal["folder"] = "folder"
-    preprocessed: bool = False
-    sample_shape: None = None
+    kind: Literal["folder"] = field(default="folder", init=False)
 
     @classmethod
     def open(cls, spec: str, root: Path | RemoteFolder, *, limit: int | None, seed: int) -> FolderSource:
         """Lists the images without reading one. Raises DataError if there is none."""
-        return cls(spec, root, find_images(root), limit, seed)
+        return cls(spec, root, find_images(root), limit=limit, seed=seed)
 
     @property
-    def count(self) -> int:
-        """Images in one pass."""
-        return len(self.names) if self.limit is None else min(self.limit, len(self.names))
+    def total(self) -> int:
+        """Images below the folder."""
+        return len(self.names)
 
-    def batches(
-        self,
-        input_spec: InputSpec | None,
-        *,
-        batch_size: int,
-        workers: int | None = None,
-        cached: bool = False,
-        device: str | torch.device = "cpu",
-        share: Share = WHOLE,
-    ) -> IndexedStream:
-        """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
-        image, scale = image_transforms(self.spec, input_spec)
-        return IndexedStream(
-            FolderImages(self.root, self.names, image),
-            random_order(len(self.names), limit=self.limit, seed=self.seed),
-            name=self.spec,
-            transform=f"{image}, {scale}",
-            finish=scale,
-            batch_size=batch_size,
-            workers=default_workers() if workers is None else workers,
-            cache=PixelCache() if cached else None,
-            device=device,
-            share=share,
-        )
+    def samples(self, transform: ImageTransform) -> FolderImages:
+        """What reads images by number."""
+        return FolderImages(self.root, self.names, transform)
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,84 @@
-"""One image file, on disk or in memory, as pixels."""
+"""Image files, on disk or in memory, as pixels and as batches."""
 
 from __future__ import annotations
 
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
 
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.jpeg import decoded
-from ckpt_tools.data.stream import Chunk, Skipped
+from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
+from ckpt_tools.data.stream import Chunk, IndexedStream, Samples, Skipped
 from ckpt_tools.data.transforms import LARGEST, ImageTransform, PixelScale, stacked
 from ckpt_tools.errors import DataError
 
-__all__ = ["EXTENSIONS", "image_transforms", "read_images"]
+__all__ = ["EXTENSIONS", "ImageSource", "image_transforms", "read_images"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 # By content, not by name. PIL knows more formats, and hands some of them (EPS) to other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+
+
+@dataclass(frozen=True)
+class ImageSource(ABC):
+    """Images that have a number, drawn from all of them at random."""
+
+    spec: str
+    limit: int | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    preprocessed: bool = field(default=False, init=False)
+    sample_shape: None = field(default=None, init=False)
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """Images there are."""
+
+    @abstractmethod
+    def samples(self, transform: ImageTransform) -> Samples:
+        """What reads images by number."""
+
+    @property
+    def count(self) -> int:
+        """Images in one pass."""
+        return self.total if self.limit is None else min(self.limit, self.total)
+
+    def batches(
+        self,
+        input_spec: InputSpec | None,
+        *,
+        batch_size: int,
+        workers: int | None = None,
+        cached: bool = False,
+        device: str | torch.device = "cpu",
+        share: Share = WHOLE,
+    ) -> IndexedStream:
+        """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
+        image, scale = image_transforms(self.spec, input_spec)
+        return IndexedStream(
+            self.samples(image),
+            random_order(self.total, limit=self.limit, seed=self.seed),
+            name=self.spec,
+            transform=f"{image}, {scale}",
+            finish=scale,
+            batch_size=batch_size,
+            workers=default_workers() if workers is None else workers,
+            cache=PixelCache() if cached else None,
+            device=device,
+            share=share,
+        )
 
 
 def image_transforms(spec: str, input_spec: InputSpec | None) -> tuple[ImageTransform, PixelScale]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -11,13 +11,10 @@ from typing import Literal
 
 import torch
 
-from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.data.images import image_transforms, read_images
+from ckpt_tools.data.images import ImageSource, read_images
 from ckpt_tools.data.labels import Labels, class_number
-from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
 from ckpt_tools.data.shard_index import ShardIndex, index_shards
-from ckpt_tools.data.stream import Chunk, IndexedStream
+from ckpt_tools.data.stream import Chunk
 from ckpt_tools.data.transforms import ImageTransform
 from ckpt_tools.errors import DataError
 
@@ -25,51 +22,25 @@ __all__ = ["ShardSource", "shard_labels"]
 
 
 @dataclass(frozen=True)
-class ShardSource:
+class ShardSource(ImageSource):
     """The images in shards on disk, drawn from all of them at random. Nothing is unpacked; names are only labels."""
 
-    spec: str
     index: ShardIndex
-    limit: int | None = None
-    seed: int = 0
-    kind: Literal["shards"] = "shards"
-    preprocessed: bool = False
-    sample_shape: None = None
+    kind: Literal["shards"] = field(default="shards", init=False)
 
     @classmethod
     def open(cls, spec: str, shards: Sequence[Path], *, limit: int | None, seed: int) -> ShardSource:
         """Reads the headers of the shards. Raises DataError if one is no tar or cut off, or no sample is an image."""
-        return cls(spec, index_shards(spec, shards), limit, seed)
+        return cls(spec, index_shards(spec, shards), limit=limit, seed=seed)
 
     @property
-    def count(self) -> int:
-        """Images in one pass."""
-        return len(self.index) if self.limit is None else min(self.limit, len(self.index))
+    def total(self) -> int:
+        """Images in all shards."""
+        return len(self.index)
 
-    def batches(
-        self,
-        input_spec: InputSpec | None,
-        *,
-        batch_size: int,
-        workers: int | None = None,
-        cached: bool = False,
-        device: str | torch.device = "cpu",
-        share: Share = WHOLE,
-    ) -> IndexedStream:
-        """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
-        image, scale = image_transforms(self.spec, input_spec)
-        return IndexedStream(
-            ShardImages(self.index, image),
-            random_order(len(self.index), limit=self.limit, seed=self.seed),
-            name=self.spec,
-            transform=f"{image}, {scale}",
-            finish=scale,
-            batch_size=batch_size,
-            workers=default_workers() if workers is None else workers,
-            cache=PixelCache() if cached else None,
-            device=device,
-            share=share,
-        )
+    def samples(self, transform: ImageTransform) -> ShardImages:
+        """What reads images by number."""
+        return ShardImages(self.index, transform)
 
 
 @dataclass(frozen=True)
