@@ -149,10 +149,27 @@ def _zipped(members: Sequence[tuple[str, bytes]], draw: random.Random) -> bytes:
     return target.getvalue()
 
 
+_RECORDS = (
+    *(b"16 size=1000000\n", b"11 size=-1\n", b"9 size=0\n", b"0 path=x\n", b"-5 path=x\n", b"999999999 path=x\n"),
+    *(
+        b"10 path=\0\n",
+        b"20 path=../../../x\n",
+        b"25 GNU.sparse.size=10000\n",
+        b"7 path\n",
+        b"path=x\n",
+        b"12 path=\xff\n",
+    ),
+)
+
+
 def _tar(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     blocks = [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
     at = draw.choice(blocks)
     header = bytearray(data[at : at + 512])
+    if header[156:157] in (b"x", b"g", b"L") and draw.random() < 0.7:  # what is said of the next member
+        size = min(int(header[124:135], 8), len(data) - at - 512)
+        said = draw.choice((mutated_bytes(data[at + 512 : at + 512 + size], draw), *_RECORDS))[:size]
+        return data[: at + 512] + said.ljust(size, b"\0") + data[at + 512 + size :]
     offset, width = draw.choice(((0, 100), (124, 12), (124, 12), (124, 12), (156, 1), (156, 1), (157, 100), (345, 155)))
     if width == 1:
         header[offset] = draw.choice(b"0123456789gxLKSDV\0\xff")

@@ -8,10 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 import torchvision.io  # noqa: F401  its JPEG decoder is taken where it is there
+from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
 from ckpt_tools import plugins
 from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.labelled import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.errors import CkptToolsError
@@ -89,6 +91,30 @@ def _images(path: Path) -> None:
     folder_labels(path, source.names, None)  # type: ignore[attr-defined]
 
 
+def _labelled(spec: str) -> None:
+    source = open_source(spec)
+    for _ in islice(labelled_batches(source, InputSpec((3, 16, 16)), batch_size=16, workers=0), 4):
+        pass
+
+
+def _tars(path: Path) -> None:
+    """WebDataset shards on disk."""
+    _labelled(str(path))
+
+
+def _behind_url(path: Path) -> None:
+    """The same files in a store, which can only be read forward or one by one."""
+    store = MemoryFileSystem()
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            store.pipe_file(
+                f"/{path.name}/{file.relative_to(path)}" if path.is_dir() else f"/{path.name}", file.read_bytes()
+            )
+    _labelled(f"memory://{path.name}")
+
+
 def _class_map(path: Path) -> None:
     read_class_map(path)
 
@@ -150,6 +176,9 @@ READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("npy", "npz", "array .pt", "array .safetensors"), _array),
     **{name: _dataset(name) for name in ("cifar10", "cifar100", "mnist", "svhn")},
     "images": _images,
+    "tars": _tars,
+    "streamed tars": _behind_url,
+    "streamed images": _behind_url,
     "class map": _class_map,
     "manifest": _manifest,
     "words": _words,
@@ -158,6 +187,6 @@ READERS: Mapping[str, Reader] = {
 SLOW: Mapping[str, float] = {
     "words": 0.05,
     "manifest": 0.25,
-    **dict.fromkeys(("folder", "distributed", "shards", "malicious"), 0.5),
+    **dict.fromkeys(("folder", "distributed", "shards", "malicious", "streamed tars", "streamed images"), 0.5),
 }
 """Readers that get a smaller share of the cases: they work in a larger one."""

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -292,6 +293,23 @@ def _images(folder: Path) -> Iterator[Seed]:
     yield Seed({"class/a.jpg": target.getvalue()})
 
 
+def _tars(folder: Path) -> Iterator[Seed]:
+    """Ten samples each, as every way of writing a tar has them; some names are too long for a header."""
+    images = [
+        content for seed in _images(folder) for name, content in seed.files.items() if name.endswith((".jpg", ".png"))
+    ]
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        target = io.BytesIO()
+        with tarfile.open(fileobj=target, mode="w", format=kind) as archive:
+            for number, image in enumerate(images):
+                key = f"{'deep/' * (30 * (kind != tarfile.USTAR_FORMAT and number % 3 == 0))}{number:04}"
+                for name, content in ((f"{key}.jpg", image), (f"{key}.cls", b"%d" % number), (f"{key}.json", b"{}")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        yield Seed({"a.tar": target.getvalue()}, "a.tar")
+
+
 def _class_map(folder: Path) -> Iterator[Seed]:
     yield Seed({"map.json": json.dumps({"cat": 0, "dog": 1}).encode()}, "map.json")
     yield Seed({"map.json": json.dumps(["cat", "dog"]).encode()}, "map.json")
@@ -327,6 +345,9 @@ _SEEDS: Mapping[str, Callable[[Path], Iterator[Seed]]] = {
     "mnist": _mnist,
     "svhn": _svhn,
     "images": _images,
+    "tars": _tars,
+    "streamed tars": _tars,
+    "streamed images": _images,
     "class map": _class_map,
     "manifest": _manifest,
     "words": _words,

@@ -407,6 +407,14 @@ def test_ranks_read_everything_once(tmp_path: Path, remote: str, shards: int, wo
         assert len({level for part in limited for level in part}) == sum(map(len, limited)) == 20
 
 
+def test_one_shard_of_a_store_without_buckets() -> None:
+    MEMORY.pipe("/alone.tar", levels([list(range(20))])[0])
+    try:
+        assert sorted(seen("memory://alone.tar")) == list(range(20))
+    finally:
+        MEMORY.rm("/alone.tar")
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_stream_repeats_whoever_reads(remote: str, cached: bool) -> None:
     url = put(remote, levels([list(range(shard, 60, 3)) for shard in range(3)]))

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.redaction import without_secrets
@@ -35,7 +34,7 @@ def is_pattern(text: str) -> bool:
 
 def names_shards(url: str) -> bool:
     """Whether a URL names shards by itself, as a pattern or by its extension: a folder does not."""
-    return "{" in url or "*" in url or is_shard(urlsplit(url).path)
+    return "{" in url or "*" in url or is_shard(without_secrets(url))
 
 
 def shards_in(folder: Path) -> tuple[Path, ...]:
@@ -99,7 +98,7 @@ def _remote(url: str) -> Sequence[str]:
         with reaching(url):
             matches = sorted(map(str, remote.fs.glob(remote.path)))
         return [remote.fs.unstrip_protocol(match) for match in matches if is_shard(match)]
-    if is_shard(urlsplit(url).path):
+    if is_shard(without_secrets(url)):
         return [url]
     return [f"{url.rstrip('/')}/{name}" for name in open_remote(url).names() if is_shard(name)]
 
