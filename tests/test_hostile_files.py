@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gzip
 import io
 import json
@@ -12,11 +13,13 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import report_facts
 import torch
 from click.testing import CliRunner
 from malicious import as_archive, call, name, tensor, value, whole
@@ -70,9 +73,9 @@ def overlapping(copies: int) -> bytes:
     end = raw.rfind(b"PK\x05\x06")
     entry = bytearray(raw[start:end])
     table = raw[raw.find(b"PK\x01\x02") : start]
-    for copy in range(copies):
+    for number in range(copies):
         entry[-1:] = b"0"
-        table += bytes(entry[:-1]).replace(b"archive/data/", f"archive/dat{copy:02}".encode()) + b"0"
+        table += bytes(entry[:-1]).replace(b"archive/data/", f"archive/dat{number:02}".encode()) + b"0"
     count = copies + 1
     at = raw.find(b"PK\x01\x02")
     return raw[:at] + table + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, len(table), at, 0)
@@ -305,6 +308,31 @@ def test_a_manifest_of_somebody_elses(odd: object) -> None:
         folder_html(records)
         folder_markdown(records)
         folder_text(records, Path("x"))
+
+
+def places(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where values stand in what JSON holds; of a list, in its first item."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from places(inner, (*path, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*path, 0))
+
+
+@pytest.mark.parametrize("odd", [{"a": 1}, [[]], -1, "x", None])
+def test_any_value_of_a_record_may_be_another(odd: object) -> None:
+    record = report_facts.records()[0]
+    for path in places(record):
+        changed: Any = copy.deepcopy(record)
+        holder = changed
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = odd
+        folder_html([changed])
+        folder_markdown([changed])
+        folder_text([changed], Path("x"))
 
 
 def test_a_name_gives_no_orders_to_the_runner(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def _data(data: Facts) -> Section:
 def _provenance(facts: Facts) -> Section:
     source, output, tool = part(facts, "checkpoint"), part(facts, "output"), part(facts, "tool")
     libraries = part(facts, "libraries")
-    told = TOLD_BY.get(facts.get("recognised_by"), "")  # type: ignore[arg-type]
+    told = TOLD_BY.get(str(facts.get("recognised_by")), "")  # type: ignore[call-overload]
     passes = number(facts.get("passes")) or 1
     method = [facts.get("estimator"), facts.get("statistics"), facts.get("precision")]
     rows = [
