@@ -160,3 +160,9 @@ def test_deterministic_kernels_are_asked_for_and_settings_come_back() -> None:
     assert settings() == before
     with deterministic(torch.device("cpu")):
         assert settings() == before
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:  # models that take turns
+        first.enter_context(deterministic(torch.device("cuda")))
+        second.enter_context(deterministic(torch.device("cuda")))
+        first.close()
+        assert settings() == within
+    assert settings() == before

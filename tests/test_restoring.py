@@ -25,7 +25,7 @@ from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.initialize.verify import measure_signals
 from ckpt_tools.reestimate.agreement import measure
 
-TRIED = 4  # operations of each call, beside the first and the last
+TRIED = 2  # operations of each call, beside the first and the last
 SIZE = 8
 
 
@@ -222,16 +222,17 @@ def test_while_results_are_written(name: str) -> None:
     walk = ckpt_tools.walk(model, data[0])
     mode = Faulty()
     attempt(CALLS[name], model, data, walk, mode)
-    for at in range(mode.seen - 12, mode.seen + 1):
+    for at in range(mode.seen - 5, mode.seen + 1):
         with unchanged(model):
             attempt(CALLS[name], model, data, walk, Faulty(at, KeyboardInterrupt))
 
 
-@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("estimator", ["pooled", "exact", "ema"])
+@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
+@pytest.mark.parametrize("estimator", ["pooled", "exact"])
 @pytest.mark.parametrize("place", ["loader", "end of the loader", "progress", "forward"])
 def test_in_what_the_caller_supplies(place: str, estimator: str, error: type[BaseException]) -> None:
     model, data = train_mode(), images()
+    walk = ckpt_tools.walk(model, data[0])
 
     def fail(*_: object) -> None:
         raise error
@@ -247,14 +248,14 @@ def test_in_what_the_caller_supplies(place: str, estimator: str, error: type[Bas
 
     def forward(network: nn.Module, batch: Any) -> None:
         network(batch)
-        if place == "forward" and not batch.is_meta and not network.norms[1].training and network is model:
+        if place == "forward":
             fail()
 
     expected = ckpt_tools.CkptToolsError if place == "forward" and error is Injected else error
     for call in (ckpt_tools.reestimate_bn, ckpt_tools.corrected_state_dict):
         options: dict[str, Any] = {"progress": fail} if place == "progress" else {}
         with unchanged(model), pytest.raises(expected):
-            call(model, Loader(), estimator=estimator, forward=forward, force=True, **options)
+            call(model, Loader(), estimator=estimator, forward=forward, walk=walk, force=True, **options)
 
 
 def test_random_numbers_of_a_loader_are_drawn_beside_the_callers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -41,21 +42,39 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
 def deterministic(device: torch.device) -> Iterator[None]:
     """Kernels of CUDA that add in one order alone; afterwards the process chooses as it did before. CPUs need nothing.
 
-    torch raises RuntimeError where an operation has no such kernel. cuBLAS reads the size of its workspace, for which
-    torch asks, from the environment.
+    torch raises RuntimeError where an operation has no such kernel. The setting belongs to the process: where models
+    take turns in several threads, the last to leave restores it.
     """
+    global _users
     if device.type != "cuda":
         yield
         return
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _before.enter_context(_one_order())
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _before.close()
+
+
+_lock, _before = threading.Lock(), contextlib.ExitStack()
+_users = 0
+
+
+@contextlib.contextmanager
+def _one_order() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
-    enabled, warning = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warning = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get(_WORKSPACE)
     try:
-        os.environ.setdefault(_WORKSPACE, ":4096:8")
+        os.environ.setdefault(_WORKSPACE, ":4096:8")  # torch asks for it, cuBLAS reads it
         torch.use_deterministic_algorithms(True)
         cudnn.benchmark, cudnn.deterministic = False, True
         yield
