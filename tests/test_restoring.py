@@ -48,22 +48,20 @@ class Faulty(TorchDispatchMode):
 
 
 class Busy(nn.Module):
-    """A forward that leaves traces: a counter, a cache, features, a new buffer, a hook, numbers drawn at random."""
+    """A forward that leaves traces: a new buffer, a hook, numbers drawn at random; attributes are its own affair."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.calls, self.cache = nets.DenseNet(layers=1), 0, {"first": torch.ones(2)}
+        self.net = nets.DenseNet(layers=1)
         self.register_buffer("table", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.cache[self.calls] = x
-        self.features = x + 1e-3 * torch.rand_like(x) + random.random()
+        x = x + 1e-3 * torch.rand_like(x) + random.random()
         if self.table is None:
             self.table = torch.ones(3)
             self.register_buffer("late", torch.zeros(1))
             self.net.register_forward_hook(lambda *_: None)
-        return self.net(self.features)
+        return self.net(x)
 
 
 def train_mode() -> nn.Module:

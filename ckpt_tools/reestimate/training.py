@@ -35,14 +35,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module; afterwards flags, attributes and buffers are as they were.
+    """Evaluation mode for every module; afterwards flags, buffers, hooks and children are as they were.
 
-    Flags are set one by one: a module's own ``eval()`` may do more than that (merge weights, say). What a forward
-    leaves on its modules (counters, caches, features) goes again, so that no half of it outlives the other.
+    Flags are set one by one: a module's own ``eval()`` may do more than that (merge weights, say).
     """
     modules = list(model.modules())
     flags = [module.training for module in modules]
-    attributes = [(vars(module), _held(vars(module))) for module in modules]
+    attributes = [_held(vars(module)) for module in modules]
     buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
     contents = {id(buffer): (buffer, buffer.detach().clone()) for buffer in buffers}
     try:
@@ -52,29 +51,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
-        for live, held in attributes:
-            _put_back(live, held)
+        for held in attributes:
+            _put_back(held)
         put_back(list(contents.values()))
 
 
-_Held = tuple[dict[str, Any], list[tuple[Any, Any]]]
+_Held = list[tuple[Any, Any]]
+_OWN = frozenset(vars(nn.Module()))  # what torch keeps of every module: buffers, hooks, children
 
 
 def _held(attributes: dict[str, Any]) -> _Held:
-    """Attributes, and what those of them hold that are plain containers: buffers, hooks, caches."""
-    containers = [value for value in attributes.values() if type(value) in (dict, OrderedDict, set, list)]
-    return dict(attributes), [(container, container.copy()) for container in containers]
+    """Torch's own containers of a module, each with what it holds. Attributes that a forward sets are its own affair."""
+    containers = [value for name, value in attributes.items() if name in _OWN and type(value) in _CONTAINERS]
+    return [(container, container.copy()) for container in containers]
 
 
-def _put_back(live: dict[str, Any], held: _Held) -> None:
-    before, containers = held
-    for name in live.keys() - before.keys():
-        del live[name]
-    live.update(before)
-    for container, content in containers:
+_CONTAINERS = (dict, OrderedDict, set)
+
+
+def _put_back(held: _Held) -> None:
+    for container, content in held:
         if not _same(container, content):
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            container.update(content)
 
 
 def _same(container: Any, content: Any) -> bool:
