@@ -61,7 +61,7 @@ _OWN = frozenset(vars(nn.Module()))  # what torch keeps of every module: buffers
 
 
 def _held(attributes: dict[str, Any]) -> _Held:
-    """Torch's own containers of a module, each with what it holds. Attributes that a forward sets are its own affair."""
+    """A module's containers of torch, each with what it holds. Attributes that a forward sets are its own affair."""
     containers = [value for name, value in attributes.items() if name in _OWN and type(value) in _CONTAINERS]
     return [(container, container.copy()) for container in containers]
 
