@@ -26,7 +26,7 @@ from bench_folder import prepared
 from bench_folder import race as race_folder
 from bench_input import alikeness, photographs, speed
 from bench_models import NETWORKS, SMALL
-from bench_outliers import cases, clean_margins, ruin
+from bench_outliers import BAD, cases, clean_margins, named, ruin
 from bench_passes import BASE, CONTESTANTS, OURS, race, ratios, summary, table
 from bench_photos import photos
 from bench_stopping import NETS, SIDE, coverage, wall_times
@@ -156,7 +156,9 @@ def outliers() -> None:
     found: dict[str, Any] = {}
     for name, model, images, bad in cases():
         found[name] = {
-            "error (median, worst)": ruin(model, images, bad),
+            "named": named(model, bad),
+            "error (median, worst), null is NaN": ruin(model, images, bad, BAD),
+            "the same without the NaN image": ruin(model, images, bad, BAD[:2]),
             "largest margin": clean_margins(model, images),
         }
         print(f"{name}: {found[name]}", flush=True)

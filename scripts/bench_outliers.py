@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import fvcore.nn
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ckpt_tools import Reestimation, reestimate_bn
-from ckpt_tools.reestimate.outliers import energies, margins
+from ckpt_tools.reestimate.interception import Interception
+from ckpt_tools.reestimate.layer import Layer, kept_mean
+from ckpt_tools.reestimate.outliers import DEEP_FLOOR, energies, margins
+from ckpt_tools.reestimate.training import evaluating
 
 CASES = ("densenet, dropout", "wrn, dropout, crops")
 IMAGES, BATCH = 600, 300
@@ -36,15 +39,25 @@ def cases() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
             yield training.name, model, images, bad
 
 
-def ruin(model: nn.Module, images: Tensor, bad: Tensor) -> dict[str, tuple[float, float]]:
-    """Relative error of running variances, median and worst channel, against the same tool on the other 597 images."""
-    others = images[[row for row in range(len(images)) if row not in BAD]]
-    found = {}
+def ruin(model: nn.Module, images: Tensor, bad: Tensor, rows: Sequence[int]) -> dict[str, tuple[float, float] | None]:
+    """Relative error of running variances, median and worst channel, against the same tool without those images.
+
+    ``rows``: of the bad images, which are put among the clean ones. None: NaN.
+    """
+    mixed = images.clone()
+    mixed[list(rows)] = bad[list(rows)]
+    others = images[[row for row in range(len(images)) if row not in rows]]
+    found: dict[str, tuple[float, float] | None] = {}
     for name, run in TOOLS.items():
-        spoilt, clean = (_variances(model, run, part) for part in (bad, others))
-        error = ((spoilt - clean).abs() / clean.clamp_min(1e-12)).nan_to_num(math.inf)
-        found[name] = float(error.median()), float(error.max())
+        spoilt, clean = (_variances(model, run, part) for part in (mixed, others))
+        error = (spoilt - clean).abs() / clean.clamp_min(1e-12)
+        found[name] = (float(error.median()), float(error.max())) if bool(error.isfinite().all()) else None
     return found
+
+
+def named(model: nn.Module, bad: Tensor) -> list[str]:
+    """The outliers that are named, each with its reason."""
+    return [f"{one.name}: {one.reason}" for one in _ours(copy.deepcopy(model), bad).outliers]
 
 
 def clean_margins(model: nn.Module, images: Tensor) -> dict[str, float]:
@@ -53,9 +66,24 @@ def clean_margins(model: nn.Module, images: Tensor) -> dict[str, float]:
     for size in (8, 32, 128, len(images)):
         values = [energies(part) for part in images.split(size)]
         found[f"batch {size}"] = max(float(margins(one, one).max()) for one in values if one is not None)
-        named = _ours(copy.deepcopy(model), images, size).outliers
-        found[f"false alarms at batch {size}"] = len(named)
+        alarms = _ours(copy.deepcopy(model), images, size).outliers
+        found[f"false alarms at batch {size}"] = len(alarms)
+        found[f"batch {size}, in a layer"] = max(_deep_margins(model, part) for part in images.split(size))
     return found
+
+
+def _deep_margins(model: nn.Module, images: Tensor) -> float:
+    """The largest margin of a batch's images in any BN layer, measured image by image."""
+    interception, modules = Interception(), dict(model.named_modules())
+    layers = [Layer(name, one, rewritten=True) for name, one in modules.items() if isinstance(one, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.begin_pass(kept_mean)
+        layer.begin_batch(closely=True)
+    interception.begin(len(images), layers, stop=False)
+    with evaluating(model), torch.no_grad(), interception:
+        model(images)
+    shown = [seen.images for layer in layers if (seen := layer.take()) is not None]
+    return max(float(margins(one, one, DEEP_FLOOR).max()) for one in shown if one is not None)
 
 
 def _variances(model: nn.Module, run: Callable[[nn.Module, Tensor], object], images: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ from ckpt_tools.remote.mirror import as_urls, located
     "error.",
 )
 @click.option("--compile", is_flag=True, help="Run what stands between BN layers through torch.compile.")
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="On CUDA, take only kernels that give the same bits every time (slower). On CPUs that is so by itself.",
+)
 @options.running
 @options.preprocessing
 @click.option(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ckpt_tools.demo.densenet import DenseNet, digits_densenet
 from ckpt_tools.demo.digits import Digits
 from ckpt_tools.errors import UsageError
+from ckpt_tools.reestimate.training import evaluating
 
 DROP_RATE = 0.3  # of the rates that Hendrycks & Gimpel tried (0.2 and 0.3), the one that shows more
 EPOCHS = 15
@@ -62,13 +63,8 @@ def train(
 
 def score(model: nn.Module, images: Tensor, labels: Tensor) -> Score:
     """Score in evaluation mode. Images (N, 1, 8, 8) as in `Digits`, labels (N,)."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(images)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        logits = model(images)
     wrong = (logits.argmax(dim=1) != labels).double().mean().item()
     return Score(error=100 * wrong, nll=F.cross_entropy(logits.double(), labels).item())
 

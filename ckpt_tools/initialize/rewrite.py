@@ -26,6 +26,7 @@ from ckpt_tools.initialize.state import State
 from ckpt_tools.walker.call import Batch, Forward, call, unwrap
 from ckpt_tools.walker.downstream import trained_record
 from ckpt_tools.walker.graph import Graph
+from ckpt_tools.walker.overwrite import overwrite_all
 from ckpt_tools.walker.weights import WeightUse, layer_name, reason_left, weight_uses
 
 _MOST_USES = 2
@@ -221,12 +222,10 @@ def _write(
         assert factors is not None
         part = new[use.parameter].as_strided(view.shape, view.stride, view.offset)
         fill(part, use.geometry, method.scheme, generators[use.parameter], divisor=factors.divisor)
-    with torch.no_grad():
-        for name, value in new.items():
-            parameters[name].copy_(value)
-        for layer in layers.values():
-            if layer.bias:
-                parameters[layer.bias].zero_()
+    biases = [parameters[layer.bias] for layer in layers.values() if layer.bias]
+    overwrite_all(
+        [(parameters[name], value) for name, value in new.items()] + [(bias, torch.zeros_like(bias)) for bias in biases]
+    )
 
 
 def _generator(seed: int, parameter: str) -> torch.Generator:

@@ -7,13 +7,11 @@ multiplies with a parameter, δ = ∂L/∂z what the backward multiplies with th
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -27,7 +25,7 @@ from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.moments import Moments
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, to_device, unwrap
 from ckpt_tools.walker.contractions import contraction
-from ckpt_tools.walker.sites import saved_host_randomness
+from ckpt_tools.walker.sites import saved_randomness, seed_all
 from ckpt_tools.walker.twin import Mode, copy_of, set_mode
 from ckpt_tools.walker.weights import layer_name
 
@@ -100,17 +98,10 @@ def _measured(
 @contextmanager
 def _isolated(seed: int) -> Iterator[None]:
     """All global generators start at ``seed`` and come back as they were, as do the warning filters."""
-    # torch.manual_seed would also seed the devices that are not in use yet, for good.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with warnings.catch_warnings(), saved_host_randomness():
+    with warnings.catch_warnings(), saved_randomness():
         warnings.simplefilter("ignore")
-        with torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
+        seed_all(seed)
+        yield
 
 
 def _trainable(model: nn.Module, mode: Mode) -> nn.Module:

@@ -82,7 +82,7 @@ class Sample:
     def _measured(self, change: Change | None, run: Callable[[Iterable[Batch]], Agreement]) -> Agreement:
         if change is None:
             return run(self.batches)
-        with seeded(self.model, self.seed):
+        with seeded(self.seed):
             changed = [change(tensor) for tensor in self.tensors]
         return run(changed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.scores import Metrics, compared
+from ckpt_tools.reestimate.precision import deterministic
 from ckpt_tools.reestimate.run import reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.storage.write import Digests, replace_tensors
@@ -45,6 +47,16 @@ def execute(
     Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
     ``evaluated`` is called while the labelled data is read, with "before" or "after" and the number of images so far.
     """
+    exact = deterministic(torch.device(plan.device)) if plan.request.deterministic else contextlib.nullcontext()
+    with exact:
+        return _executed(plan, progress, evaluated)
+
+
+def _executed(
+    plan: Plan,
+    progress: Callable[[Progress], None] | None,
+    evaluated: Callable[[str, int], None] | None,
+) -> Outcome:
     request, team = plan.request, plan.team
     model = team.each(lambda: plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last))
     verdict = team.first(lambda: _looked_at(plan))

@@ -41,6 +41,7 @@ class Request:
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False
+    deterministic: bool = False  # on CUDA
     keep_outliers: bool = False
     device: str = "auto"  # CUDA if there is one, else the CPU
     batch_size: int | None = None
@@ -61,4 +62,6 @@ class Request:
 
 
 # What a result does not depend on; how a convolution is computed may change its last bits.
-_BESIDE = frozenset({"checkpoint", "output", "trust", "device", "compile", "workers", "overwrite", "force"})
+_BESIDE = frozenset(
+    {"checkpoint", "output", "trust", "device", "compile", "deterministic", "workers", "overwrite", "force"}
+)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from ckpt_tools.contract import Precision, Spread
 from ckpt_tools.errors import UsageError
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,6 +36,53 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Kernels of CUDA that add in one order alone; afterwards the process chooses as it did before. CPUs need nothing.
+
+    torch raises RuntimeError where an operation has no such kernel. The setting belongs to the process: where models
+    take turns in several threads, the last to leave restores it.
+    """
+    global _users
+    if device.type != "cuda":
+        yield
+        return
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _before.enter_context(_one_order())
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _before.close()
+
+
+_lock, _before = threading.Lock(), contextlib.ExitStack()
+_users = 0
+
+
+@contextlib.contextmanager
+def _one_order() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warning = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(_WORKSPACE)
+    try:
+        os.environ.setdefault(_WORKSPACE, ":4096:8")  # torch asks for it, cuBLAS reads it
+        torch.use_deterministic_algorithms(True)
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warning)
+        cudnn.benchmark, cudnn.deterministic = before
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:

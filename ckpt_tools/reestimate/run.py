@@ -26,9 +26,11 @@ from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.reestimate.training import evaluating, overwrite
+from ckpt_tools.reestimate.training import evaluating
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, unwrap
 from ckpt_tools.walker.downstream import walk as walk_model
+from ckpt_tools.walker.overwrite import overwrite_all
+from ckpt_tools.walker.sites import saved_randomness
 
 
 def reestimate_bn(
@@ -55,7 +57,7 @@ def reestimate_bn(
 
     The model is run in evaluation mode without gradients on the device it is on. When it returns, only the
     chosen ``running_var`` buffers (with ``statistics="mean+variance"`` also ``running_mean``) have changed; when
-    it raises, nothing has.
+    it raises, nothing has. Global random generators come back as they were.
 
     Args:
         model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
@@ -106,7 +108,7 @@ def reestimate_bn(
     model = unwrap(model)
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
-    with joined() if distributed else contextlib.nullcontext(ALONE) as team:
+    with saved_randomness(), joined() if distributed else contextlib.nullcontext(ALONE) as team:
         check_team(estimator, team)
         found = walk or team.first(lambda: walk_model(model, source.first(), forward=forward))
         choice = choose(found, layers, rates=rates, statistics=statistics)
@@ -212,5 +214,4 @@ def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
                     f"{buffer.dtype}. Convert the model to float32 first."
                 )
             writes.append((buffer, cast))
-    for buffer, cast in writes:
-        overwrite(buffer, cast)
+    overwrite_all(writes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ckpt_tools.distributed import Team
 from ckpt_tools.moments import Clusters, Evidence, Moments, merged
 from ckpt_tools.reestimate.layer import Layer
-from ckpt_tools.reestimate.training import overwrite
+from ckpt_tools.walker.overwrite import overwrite
 
 
 def combine(layers: Sequence[Layer], before: Sequence[Evidence | None], team: Team) -> None:

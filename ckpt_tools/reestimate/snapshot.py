@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,8 +17,10 @@ from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reesti
 from ckpt_tools.reestimate.run import reestimate_bn
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.reestimate.training import overwrite, seeded
+from ckpt_tools.reestimate.training import seeded
 from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, to_device, unwrap
+from ckpt_tools.walker.overwrite import put_back
+from ckpt_tools.walker.sites import seed_all
 
 
 class Options(TypedDict, total=False):
@@ -76,7 +76,7 @@ def corrected_state_dict(
     """
     inside = unwrap(model)
     reading = _Reading(batches, prepare or _mover(inside), limit_batches, max_images, seed)
-    with seeded(inside, seed), reading.beside(), _kept(inside) as kept:
+    with seeded(seed), reading.beside(), _kept(inside) as kept:
         again = iter(reading) if isinstance(batches, Iterator) else reading
         options.setdefault("force", True)
         result = reestimate_bn(model, again, **options)
@@ -107,9 +107,7 @@ class _Reading:
         self._limit_batches, self._max_images = limit_batches, max_images
 
     def __iter__(self) -> Iterator[Batch]:
-        random.seed(self._seed)
-        np.random.seed(self._seed % 2**32)
-        torch.manual_seed(self._seed)
+        seed_all(self._seed)
         for generator in self._generators:
             generator.manual_seed(self._seed)
         images = 0
@@ -162,5 +160,4 @@ def _kept(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     try:
         yield kept
     finally:
-        for buffer, content in kept:
-            overwrite(buffer, content)
+        put_back(kept)

@@ -48,7 +48,7 @@ from ckpt_tools.walker.sites import (
     enliven,
     keep_rate,
     module_rate,
-    saved_host_randomness,
+    saved_randomness,
     value_free,
 )
 from ckpt_tools.walker.twin import Mode, copy_of, set_mode
@@ -261,7 +261,7 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
     result = Record("meta" if meta else "cpu", recorder.graph)
     tape = _Tape(twin, result, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
-        stack.enter_context(_quiet(device_of(model)))
+        stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager())
         stack.callback(register_module_forward_pre_hook(tape.enter).remove)
@@ -273,13 +273,11 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
 
 
 @contextmanager
-def _quiet(device: torch.device) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Random generators and warning filters come back as they were."""
-    devices = [device] if device.type == "cuda" else []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), saved_randomness():
         warnings.simplefilter("ignore")
-        with torch.random.fork_rng(devices), saved_host_randomness():
-            yield
+        yield
 
 
 def _tensors(tree: object) -> list[Tensor]:
