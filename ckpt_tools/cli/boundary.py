@@ -83,7 +83,7 @@ def _answer(error: BaseException) -> tuple[str, int]:
     if isinstance(error, CkptToolsError):
         return as_urls(str(error)), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written", 130
+        return "interrupted; no unfinished output is left", 130
     if isinstance(error, OSError):
         name = error.filename or "a file"
         return as_urls(f"{name}: {error.strerror or error}. Check the path and its permissions."), 1
