@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.jpeg import decoded
+from ckpt_tools.data.readers import reading
 from ckpt_tools.data.stream import Chunk, Skipped
 from ckpt_tools.data.transforms import LARGEST, ImageTransform, PixelScale, stacked
 from ckpt_tools.errors import DataError
@@ -49,7 +50,8 @@ def read_images(
     images, skipped = [], {}
     for number, file in zip(numbers, files, strict=True):
         try:
-            images.append(_read(file, transform))
+            with reading(name(number)):
+                images.append(_read(file, transform))
         # PIL's plugins raise whatever a broken header leads them to
         except Exception as error:  # noqa: BLE001
             skipped[number] = Skipped(name(number), _reason(error, file))
