@@ -194,8 +194,8 @@ class ShardStream:
             raise
         except Stuck as error:
             raise DataError(
-                f"{source.spec}: {error}. Look at that file, and at the disk or network it comes from; leave it out, or "
-                "run again."
+                f"{source.spec}: {error}. Look at that file, and at the disk or network it comes from; leave it "
+                "out, or run again."
             ) from error
         except Exception as error:  # whatever reading raised
             raise DataError(
