@@ -264,7 +264,8 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_names(root: Path, name: str) -> None:
-    (root / "m.safetensors").rename(root / name)
+    torch.save(load_file(root / "m.safetensors"), root / name)
+    (root / "m.safetensors").unlink()
     result = cli(name)
     assert result.exit_code == 0, result.stderr
     output = f"{name.removesuffix('.pt')}.bn.safetensors".removeprefix(".")
@@ -286,6 +287,19 @@ def test_clocks(root: Path, monkeypatch: pytest.MonkeyPatch, seconds: int) -> No
     for name in ("m.safetensors", "data.npy"):
         os.utime(root / name, (seconds, seconds))
     assert cli("m.safetensors", "--report", "r.json").exit_code == 0
+
+
+def test_an_interrupt_that_a_library_makes_an_error_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 0)
+        except KeyboardInterrupt as error:
+            raise ValueError("an error of a library") from error
+
+    meanwhile(monkeypatch, interrupted)
+    assert cli().exit_code == 130
+    assert files(root) == {"data.npy", "m.safetensors"}
 
 
 def test_interrupt_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
