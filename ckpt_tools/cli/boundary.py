@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -27,6 +28,7 @@ class Boundary(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
+        _interrupted.clear()
         with mirroring(transfer_bar), terminable():
             return self._answered(ctx)
 
@@ -52,14 +54,21 @@ class Boundary(click.Group):
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM ends the block like an interrupt, so that temporary files are removed."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is to be ignored
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_interrupted = threading.Event()  # libraries that call back into Python make errors of their own of an interrupt
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
     raise KeyboardInterrupt
 
 
@@ -80,10 +89,10 @@ def exit_code(error: BaseException) -> int:
 
 
 def _answer(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, KeyboardInterrupt) or _interrupted.is_set():
+        return "interrupted; no unfinished output is left", 130
     if isinstance(error, CkptToolsError):
         return as_urls(str(error)), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written", 130
     if isinstance(error, OSError):
         name = error.filename or "a file"
         return as_urls(f"{name}: {error.strerror or error}. Check the path and its permissions."), 1

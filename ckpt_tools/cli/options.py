@@ -33,8 +33,9 @@ path = _Location(path_type=Path, readable=False)  # who cannot be read is told b
 
 
 def show(text: str) -> None:
-    """Print a result, with the URLs of remote files and without their secrets."""
-    click.echo(as_urls(text))
+    """Print a result, with the URLs of remote files and without their secrets; what stdout cannot show, as escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    click.echo(as_urls(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:

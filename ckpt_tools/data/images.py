@@ -19,6 +19,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.jpeg import decoded
 from ckpt_tools.data.order import WHOLE, Share, default_workers, random_order
+from ckpt_tools.data.readers import reading
 from ckpt_tools.data.stream import Chunk, IndexedStream, Samples, Skipped
 from ckpt_tools.data.transforms import LARGEST, ImageTransform, PixelScale, stacked
 from ckpt_tools.errors import DataError
@@ -104,7 +105,8 @@ def read_images(
     images, skipped = [], {}
     for number, file in zip(numbers, files, strict=True):
         try:
-            images.append(_read(file, transform))
+            with reading(name(number)):
+                images.append(_read(file, transform))
         # PIL's plugins raise whatever a broken header leads them to
         except Exception as error:  # noqa: BLE001
             skipped[number] = Skipped(name(number), _reason(error, file))

@@ -21,7 +21,7 @@ from ckpt_tools.data.mixing import evenly
 from ckpt_tools.data.order import WHOLE, Share, balanced, default_workers
 from ckpt_tools.data.quiet import quiet_decoders
 from ckpt_tools.data.raw_shards import Raw, mixed_samples
-from ckpt_tools.data.readers import read_ahead
+from ckpt_tools.data.readers import Stuck, read_ahead
 from ckpt_tools.data.shard_index import no_images
 from ckpt_tools.data.shard_names import remote_shards
 from ckpt_tools.data.stream import Batch, Skipped, joined, refuse_unreadable
@@ -192,6 +192,11 @@ class ShardStream:
                 yield from read_ahead(groups, self._workers)
         except CkptToolsError:
             raise
+        except Stuck as error:
+            raise DataError(
+                f"{source.spec}: {error}. Look at that file, and at the disk or network it comes from; leave it "
+                "out, or run again."
+            ) from error
         except Exception as error:  # whatever reading raised
             raise DataError(
                 f"{source.spec}: reading failed with {named(error)}. If memory ran out, try fewer --workers, "

@@ -16,7 +16,7 @@ from ckpt_tools.data.blame import named
 from ckpt_tools.data.cache import PixelCache
 from ckpt_tools.data.order import WHOLE, Share, balanced
 from ckpt_tools.data.quiet import quiet_decoders
-from ckpt_tools.data.readers import read_ahead
+from ckpt_tools.data.readers import Stuck, read_ahead
 from ckpt_tools.data.transfer import sent_ahead
 from ckpt_tools.errors import DataError, RemoteError, UsageError
 
@@ -198,6 +198,11 @@ class IndexedStream:
                 yield from read_ahead(self._jobs(), self._workers)
         except RemoteError:
             raise
+        except Stuck as error:
+            raise DataError(
+                f"{self._name}: {error}. Look at that file, and at the disk or network it comes from; leave it out, or "
+                "run again."
+            ) from error
         except Exception as error:  # whatever reading raised
             raise DataError(
                 f"{self._name}: reading failed with {named(error)}. If memory ran out, try fewer --workers, "

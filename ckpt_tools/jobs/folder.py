@@ -84,6 +84,8 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
     """
     source = open_source(request.data, limit=request.limit, seed=request.seed)
     waiting, walks = _Waiting(), Walks()
+    for folder in {item.output.parent for item in items}:
+        sweep(folder)  # also of what is done: a process may be killed between its output and its last step
     for item in items:
         started = time.perf_counter()
         own = _own(item, request)
@@ -109,6 +111,7 @@ def look(item: Item, request: Request, source: Source) -> Result | Reading:
     """
     started = time.perf_counter()
     own = _own(item, request)
+    sweep(item.output.parent)
     try:
         if _is_done(item, own):
             return Result(item, "done before", seconds=time.perf_counter() - started)
@@ -136,7 +139,6 @@ def _is_done(item: Item, request: Request) -> bool:
 def _prepared(item: Item, request: Request, source: Source, walks: Walks) -> Plan:
     try:
         item.output.parent.mkdir(parents=True, exist_ok=True)
-        sweep(item.output.parent)
     except OSError as error:
         raise OutputError(
             f"{item.output}: its folder cannot be made ({error.strerror}). Choose another --output-dir."

@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["abandoned", "new_name", "roomy_folder", "sweep"]
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_NAME = re.compile(rf"\.?ckpt-tools-{_HOST}-(\d+)-[0-9a-f]+(\.tmp)?")
+_NAME = re.compile(rf"\.?ckpt-tools-{_HOST}-(\d+)-(\d+)-[0-9a-f]+(\.tmp)?")
 
 
 def roomy_folder() -> Path:
@@ -33,20 +33,31 @@ def sweep(root: Path) -> None:
 
 def new_name() -> str:
     """A name that tells the process that made it."""
-    return f"ckpt-tools-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
+    process = os.getpid()
+    return f"ckpt-tools-{_HOST}-{process}-{_started(process) or 0}-{secrets.token_hex(4)}"
 
 
 def abandoned(name: str) -> bool:
     """Whether a file or folder was made by a process of this machine that is no more."""
     match = _NAME.fullmatch(name)
-    return match is not None and not _alive(int(match[1]))
+    return match is not None and not _alive(int(match[1]), int(match[2]))
 
 
-def _alive(process: int) -> bool:
+def _alive(process: int, started: int) -> bool:
+    """Whether the process that started then is there; numbers are given again, soonest in containers."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass  # it is somebody else's
-    return True
+    return _started(process) in (started, None)
+
+
+def _started(process: int) -> int | None:
+    """When a process started, in ticks since the machine did; None where the system does not say."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+        return int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None

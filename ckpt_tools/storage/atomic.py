@@ -37,14 +37,18 @@ def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this machine that were killed while writing have left in a folder."""
-    for path in folder.iterdir():
-        if path.suffix == ".tmp" and abandoned(path.name):
-            path.unlink(missing_ok=True)
+    """Remove what processes of this machine that were killed while writing have left in a folder, as far as we may."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.suffix == ".tmp" and abandoned(path.name):
+                path.unlink(missing_ok=True)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse at once what cannot be written at the end. Raises OutputError, and RemoteError for a remote target."""
+    """Refuse at once what cannot be written at the end; what killed processes left in the folder is removed.
+
+    Raises OutputError, and RemoteError for a remote target.
+    """
     if is_remote(target):
         check_remote(target, overwrite=overwrite)
         return
@@ -59,6 +63,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
         if not os.access(target.parent, os.W_OK):
             raise OutputError(f"{target}: the folder {target.parent} is read-only. Choose another with --output.")
+        sweep(target.parent)
         if not overwrite and os.path.lexists(target):
             raise _taken(target)
     except OSError as error:
@@ -92,18 +97,8 @@ def _move(temporary: Path, target: Path, *, overwrite: bool) -> None:
         os.link(temporary, target)  # unlike a rename, fails if the name was taken meanwhile
     except FileExistsError:
         raise _taken(target) from None
-    except OSError:
-        _move_without_links(temporary, target)
-
-
-def _move_without_links(temporary: Path, target: Path) -> None:
-    """For file systems without hard links: reserve the name, then rename over the reservation."""
-    try:
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        raise _taken(target) from None
-    try:
+    except OSError:  # a file system without hard links
+        # A look, then a rename: to reserve the name would leave an empty output if we are killed in between.
+        if os.path.lexists(target):
+            raise _taken(target) from None
         os.replace(temporary, target)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def output_metadata(
     entry = {**said, "version": VERSION}
     if checkpoint is not None:
         entry |= {
-            "source": checkpoint.path.name,  # the folder is nobody's business
+            # the folder is nobody's business; a name is bytes, a header UTF-8
+            "source": os.fsencode(checkpoint.path.name).decode(errors="replace"),
             "source_sha256": source_sha256,
             "weights": checkpoint.weights,
             "prefix": checkpoint.prefix,
