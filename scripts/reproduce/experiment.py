@@ -44,7 +44,8 @@ class Experiment:
     done, so that a learning rate can be chosen first. ``run`` measures one, as a dict of JSON values. ``section``
     renders records of one data set as Markdown without a heading, ``pictures`` draw them, by the stem of their files.
     ``paper`` says what the paper shows. ``data`` names the data sets of the full protocol; the command then takes
-    them, and the digits, with --data. Quick records never come together with others.
+    them, and the digits, with --data. ``records`` names another experiment whose cells these are. Quick records never
+    come together with others.
     """
 
     name: str
@@ -57,10 +58,11 @@ class Experiment:
     pictures: Mapping[str, Callable[[Sequence[Record]], Figure]] = field(default_factory=dict)
     seeds: int = 5
     data: tuple[str, ...] = ()
+    records: str = ""
 
     def file(self, out: Path) -> Path:
         """Where the records are."""
-        return out / "results" / f"{self.name}.jsonl"
+        return out / "results" / f"{self.records or self.name}.jsonl"
 
     def read(self, out: Path) -> list[Record]:
         """All records in a folder."""
@@ -127,7 +129,7 @@ def command(experiment: Experiment) -> click.Command:
         try:
             spec = Spec.parse(data) if data else None
             with tempfile.TemporaryDirectory() as temporary:
-                scratch = Path(temporary) if quick else out / "results" / f".{experiment.name}"
+                scratch = Path(temporary) if quick else out / "results" / f".{experiment.file(out).stem}"
                 run(experiment, Setup(spec, seeds or (2 if quick else experiment.seeds), device, quick, scratch), out)
             show(experiment, out)
         except CkptToolsError as error:

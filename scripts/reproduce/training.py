@@ -50,17 +50,6 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, Recipe], torch.optim.Optimizer]] =
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """Means over the batches of an epoch: ``loss`` in nats, with dropout; ``gradient``, norm of the watched weight's.
-
-    Both are infinite once the loss is not finite.
-    """
-
-    loss: float
-    gradient: float
-
-
-@dataclass(frozen=True)
 class Score:
     """``error`` in percent of the images, ``nll`` in nats an image (infinite if not finite)."""
 
@@ -68,7 +57,11 @@ class Score:
     nll: float
 
 
-def trained(
+Measured = dict[str, float]
+DIVERGED: Measured = {"loss": math.inf, "gradient": math.inf}
+
+
+def train(
     model: nn.Module,
     data: Part,
     recipe: Recipe,
@@ -77,22 +70,25 @@ def trained(
     seed: int,
     scratch: Path,
     watched: nn.Parameter,
-) -> Iterator[tuple[int, Epoch]]:
-    """Train ``model`` where its parameters are; after every epoch (number of epochs done, what it was like).
+    each: Callable[[int], Measured],
+) -> list[Measured]:
+    """Train ``model`` where its parameters are, and tell what every epoch was like.
+
+    ``loss`` is the mean over an epoch in nats, with dropout, ``gradient`` the mean norm of the watched weight's
+    gradient over its batches, both infinite once the loss is not finite; a net that has diverged is trained no further.
+    What ``each`` says of the model after an epoch (number of epochs done) goes along.
 
     The batches' order and the dropout of an epoch depend on ``seed`` and the epoch's number alone. A training that was
-    interrupted goes on from its state in ``scratch``, and tells first what it told before. A net that has diverged is
-    trained no further.
+    interrupted goes on from its state in ``scratch``, where ``cell`` tells it from others.
     """
     optimizer = OPTIMIZERS[recipe.optimizer](model, recipe)
     training = Training(scratch, cell, model=model, optimizer=optimizer)
-    history = training.notes.setdefault("history", [])
-    yield from ((number + 1, Epoch(*told)) for number, told in enumerate(history))
+    history: list[Measured] = training.notes.setdefault("history", [])
     for number in training.epochs(recipe.epochs):
-        diverged = bool(history) and not math.isfinite(history[-1][0])
-        epoch = Epoch(*history[-1]) if diverged else _epoch(model, data, recipe, optimizer, watched, seed, number)
-        history.append([epoch.loss, epoch.gradient])
-        yield number + 1, epoch
+        diverged = bool(history) and not math.isfinite(history[-1]["loss"])
+        found = DIVERGED if diverged else _epoch(model, data, recipe, optimizer, watched, seed, number)
+        history.append({**found, **each(number + 1)})
+    return history
 
 
 def score(model: nn.Module, data: Part) -> Score:
@@ -127,7 +123,7 @@ def _epoch(
     watched: nn.Parameter,
     seed: int,
     number: int,
-) -> Epoch:
+) -> Measured:
     torch.manual_seed(1_000_000 * seed + number)
     for group in optimizer.param_groups:
         group["lr"] = recipe.rate_in(number)
@@ -146,7 +142,7 @@ def _epoch(
         optimizer.step()
         steps += 1
     mean = float(total) / len(data)
-    return Epoch(mean, float(gradient) / steps) if math.isfinite(mean) else Epoch(math.inf, math.inf)
+    return {"loss": mean, "gradient": float(gradient) / steps} if math.isfinite(mean) else DIVERGED
 
 
 def _batches(data: Part, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,9 +1,9 @@
 """The VGG variant of section 2.3.2, and the initialisations it is trained from.
 
-Stacks of 3×3 convolutions (2 × 64, 2 × 128, 3 × 256, 3 × 512, 3 × 512), a max pooling behind each, two linear layers of
-512, ReLU everywhere, no BatchNorm. Kept are 70 % of the neurons of the first layer, 60 % of those of layer 3 and of
-the first two layers of the last three stacks, 50 % of those of the linear layers. (The authors' published script has one
-linear layer of 512, and dropout before it; the text is followed here.)
+Stacks of 3×3 convolutions (2 × 64, 2 × 128, 3 × 256, 3 × 512, 3 × 512), a max pooling behind each, two linear layers
+of 512, ReLU everywhere, no BatchNorm. Kept are 70 % of the neurons of the first layer, 60 % of those of layer 3 and of
+the first two layers of the last three stacks, 50 % of those of the linear layers. (The authors' published script has
+one linear layer of 512, and dropout before it; the text is followed here.)
 """
 
 from __future__ import annotations
