@@ -25,8 +25,8 @@ from reproduce.experiment import Experiment, Setup
 from reproduce.pictures import COLOURS, grid, legend
 from reproduce.records import Record, matched, select
 from reproduce.sets import DIGITS, load_sets
-from reproduce.statistics import mean, paired
-from reproduce.tables import of_differences, table
+from reproduce.statistics import Difference, mean, paired
+from reproduce.tables import Verdict, of_differences, table
 from reproduce.training import Recipe, score, train
 from reproduce.vgg import INITIALISATIONS, SIZE, vgg
 
@@ -165,16 +165,17 @@ def _row(records: Sequence[Record], optimizer: str, name: str, ours: Sequence[Re
         mean([one.found["test"]["error"] for one in found]).text(),
         "–" if name == "ours" else gain.text(),
         "not tested" if paper is None else f"{paper}",
-        "–" if name == "ours" else of_differences([gain]) if paper else _unclaimed(gain.value, gain.p),
+        "–" if name == "ours" else _verdict(ours, gain) if paper else "no claim",
     ]
 
 
-def _unclaimed(value: float, p: float) -> str:
-    return f"no claim; {'better' if value < 0 else 'not better'}{'' if p < 0.05 else ', not significant'}"
+def _verdict(ours: Sequence[Record], gain: Difference) -> Verdict:
+    """Where ours learns nothing, a difference of the errors is chance."""
+    return of_differences([gain]) if all(map(_learnt, ours)) else Verdict.NOT
 
 
 def _learnt(record: Record) -> bool:
-    """Whether the loss fell below that of guessing among equal classes by a tenth."""
+    """Whether the training loss fell a tenth below that of guessing among ten equal classes."""
     return bool(record.found["loss"][-1] < 0.9 * CHANCE)
 
 

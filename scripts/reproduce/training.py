@@ -69,7 +69,7 @@ def train(
     cell: object,
     seed: int,
     scratch: Path,
-    watched: nn.Parameter,
+    watched: Tensor,
     each: Callable[[int], Measured],
 ) -> list[Measured]:
     """Train ``model`` where its parameters are, and tell what every epoch was like.
@@ -120,7 +120,7 @@ def _epoch(
     data: Part,
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
-    watched: nn.Parameter,
+    watched: Tensor,
     seed: int,
     number: int,
 ) -> Measured:
