@@ -217,6 +217,11 @@ def test_quick_figure4_and_figure3_share_their_trainings(tmp_path):
     assert "| Adam | Xavier |" in invoke(figure3.EXPERIMENT, *out)
     assert figure3.EXPERIMENT.read(tmp_path) == done
     assert (tmp_path / "results/figure3-digits.png").exists()
+    for count in range(len(done)):  # wherever it is interrupted, the page can be written
+        for experiment in (figure3.EXPERIMENT, figure4.EXPERIMENT):
+            experiment.section(done[:count])
+            for picture in experiment.pictures.values():
+                picture(done[:count])
 
 
 def test_figure4_by_its_full_protocol(tmp_path, monkeypatch):

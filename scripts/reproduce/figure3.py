@@ -9,12 +9,11 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from reproduce import figure4
-from reproduce.figure4 import RATES, chosen
+from reproduce.figure4 import RATES, chosen, contestants
 from reproduce.pictures import COLOURS, grid, legend
 from reproduce.records import Record, matched
 from reproduce.statistics import mean, paired
 from reproduce.tables import of_differences, table
-from reproduce.vgg import INITIALISATIONS
 
 LEAST = 1e-12  # of a norm, for its logarithm; a diverged net's is as good as none
 
@@ -32,8 +31,8 @@ def level(record: Record) -> float:
 def section(records: Sequence[Record]) -> str:
     rows = []
     for optimizer in RATES:
-        ours = chosen(records, optimizer, "ours")
-        for name in INITIALISATIONS:
+        for name in contestants(records, optimizer):
+            ours = chosen(records, optimizer, "ours")
             found = chosen(records, optimizer, name)
             levels = [[level(one) for one in side] for side in zip(*matched(ours, found), strict=True)]
             gain = paired(*levels)
@@ -49,7 +48,7 @@ def picture(records: Sequence[Record]) -> Figure:
     """The norm against the epoch, one line a seed."""
     figure, panels = grid(1, len(RATES), width=4.0, height=3.0)
     for panel, optimizer in zip(panels[0], RATES, strict=True):
-        for name in INITIALISATIONS:
+        for name in contestants(records, optimizer):
             for number, record in enumerate(chosen(records, optimizer, name)):
                 norms = [10**value for value in logarithms(record)]
                 label = name if not number else None
