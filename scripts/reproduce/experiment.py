@@ -1,0 +1,167 @@
+"""An experiment: cells to run, how to run one, and what their records show; and the command made of it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from ckpt_tools.errors import CkptToolsError
+from reproduce import records
+from reproduce.pictures import write
+from reproduce.records import Record
+from reproduce.sets import Spec
+
+HOME = Path(__file__).parent  # of RESULTS.md and results/
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the command line says. ``scratch`` is a folder for whatever a cell wants to keep while it runs."""
+
+    data: Spec | None
+    seeds: int
+    device: str
+    quick: bool
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure.
+
+    ``cell`` is a frozen dataclass of JSON values with a field ``seed``: all that tells one run from another, the data
+    set's name aside. ``plan`` names the cells that are wanted, given what is known; it is asked again when they are
+    done, so that a learning rate can be chosen first. ``run`` measures one, as a dict of JSON values. ``section``
+    renders records of one data set as Markdown without a heading, ``pictures`` draw them, by the stem of their files.
+    ``paper`` says what the paper shows. ``data`` names the data sets of the full protocol; the command then takes
+    them, and the digits, with --data. ``records`` names another experiment whose cells these are. Quick records never
+    come together with others.
+    """
+
+    name: str
+    title: str
+    paper: str
+    cell: type
+    plan: Callable[[Setup, Sequence[Record]], Sequence[Any]]
+    run: Callable[[Any, Setup], dict[str, Any]]
+    section: Callable[[Sequence[Record]], str]
+    pictures: Mapping[str, Callable[[Sequence[Record]], Figure]] = field(default_factory=dict)
+    seeds: int = 5
+    data: tuple[str, ...] = ()
+    records: str = ""
+
+    def file(self, out: Path) -> Path:
+        """Where the records are."""
+        return out / "results" / f"{self.records or self.name}.jsonl"
+
+    def read(self, out: Path) -> list[Record]:
+        """All records in a folder."""
+        return records.read(self.file(out), self.cell)
+
+
+def run(experiment: Experiment, setup: Setup, out: Path) -> int:
+    """Run the cells that are not done; how many those were."""
+    file = experiment.file(out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = setup.data.name if setup.data else ""
+    count = 0
+    with tqdm(desc=experiment.name, unit="cell") as bar:
+        while True:
+            known = [one for one in experiment.read(out) if (one.data, one.quick) == (data, setup.quick)]
+            done = {one.cell for one in known}
+            wanted = list(experiment.plan(setup, known))
+            missing = [cell for cell in dict.fromkeys(wanted) if cell not in done]
+            bar.total, bar.n = len(wanted), len(wanted) - len(missing)
+            bar.refresh()
+            if not missing:
+                return count
+            for cell in missing:
+                bar.set_postfix_str(" ".join(map(str, asdict(cell).values())))
+                started = time.perf_counter()
+                found = experiment.run(cell, setup)
+                seconds = round(time.perf_counter() - started, 2)
+                device = records.device_name(setup.device)
+                records.append(file, Record(cell, data, setup.quick, found, seconds, device, records.versions()))
+                bar.update()
+                count += 1
+
+
+def draw(experiment: Experiment, out: Path) -> list[Path]:
+    """Make the pictures of what is known: NAME.svg and NAME.png for each data set."""
+    known = experiment.read(out)
+    made = []
+    for data, quick in records.distinct(known, lambda record: (record.data, record.quick)):
+        of_one = [record for record in known if (record.data, record.quick) == (data, quick)]
+        for stem, picture in experiment.pictures.items():
+            made += write(partial(picture, of_one), out / "results" / picture_name(stem, data))
+    return made
+
+
+def picture_name(stem: str, data: str) -> str:
+    """The name of a picture without its suffix."""
+    return f"{stem}-{data}" if data else stem
+
+
+def command(experiment: Experiment) -> click.Command:
+    """The command line of an experiment."""
+
+    @click.option("--seeds", type=click.IntRange(1), help=f"Repetitions; {experiment.seeds} by default.")
+    @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+    @click.option("--quick", is_flag=True, help="The whole way in less than a minute, on very little; proves nothing.")
+    @click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for RESULTS.md and results/; beside the scripts by default, with --quick a temporary one.",
+    )
+    def invoke(seeds: int | None, device: str, quick: bool, out: Path | None, data: str | None = None) -> None:
+        _check_device(device)
+        out = _folder(out, quick)
+        try:
+            spec = Spec.parse(data) if data else None
+            with tempfile.TemporaryDirectory() as temporary:
+                scratch = Path(temporary) if quick else out / "results" / f".{experiment.file(out).stem}"
+                run(experiment, Setup(spec, seeds or (2 if quick else experiment.seeds), device, quick, scratch), out)
+            show(experiment, out)
+        except CkptToolsError as error:
+            raise click.ClickException(str(error)) from error
+
+    if experiment.data:
+        kinds = ", ".join(f"{name}:DIR" for name in experiment.data)
+        help_ = f"digits (bundled), or in torchvision's layout, without a download: {kinds}."
+        invoke = click.option("--data", "--root", "data", default="digits", show_default=True, help=help_)(invoke)
+    return click.command(experiment.name, help=f"{experiment.title}.\n\n{experiment.paper}")(invoke)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch says both of a CUDA that is not there
+        raise click.BadParameter(f"{device}: expected a device of this machine. {error}") from error
+
+
+def _folder(out: Path | None, quick: bool) -> Path:
+    if not quick:
+        return out or HOME
+    if out is not None and out.resolve() == HOME.resolve():
+        raise click.UsageError(f"--quick --out {out}: the real results are there. Choose another folder.")
+    return out or Path(tempfile.mkdtemp(prefix="reproduce-"))
+
+
+def show(experiment: Experiment, out: Path) -> None:
+    """Draw, render, and print this experiment's section and where everything is."""
+    from reproduce import tables  # it renders every experiment, and so imports them
+
+    made = draw(experiment, out)
+    page = tables.write_page(out)
+    click.echo(tables.section(experiment, out))
+    click.echo("\n".join(str(path) for path in (experiment.file(out), *made, page)), err=True)

@@ -1,0 +1,112 @@
+"""RESULTS.md: a section an experiment, with verdicts by rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+from reproduce import EXPERIMENTS, find
+from reproduce.experiment import Experiment, picture_name
+from reproduce.records import Record, distinct
+from reproduce.statistics import Difference
+
+SIGNIFICANT = 0.05
+
+
+class Verdict(StrEnum):
+    """What became of a claim of the paper."""
+
+    REPRODUCED = "reproduced"
+    DIRECTION = "same direction"
+    NOT = "**not reproduced**"
+
+    @classmethod
+    def not_run(cls, why: str) -> str:
+        """For a row that waits for data or a device."""
+        return f"not run here: {why}"
+
+
+def of_number(found: float, printed: str, *, near: float = 0.05) -> Verdict:
+    """Reproduced: it rounds to what is printed. Same direction: off by no more than ``near`` of it."""
+    digits = len(printed.partition(".")[2])
+    if f"{found:.{digits}f}" == f"{float(printed):.{digits}f}":
+        return Verdict.REPRODUCED
+    return Verdict.DIRECTION if abs(found - float(printed)) <= near * abs(float(printed)) else Verdict.NOT
+
+
+def of_differences(differences: Iterable[Difference], *, falls: bool = True) -> Verdict:
+    """Reproduced: all have the paper's sign with p < 0.05. Same direction: all have the sign."""
+    found = list(differences)
+    if not all(math.isfinite(one.value) and (one.value < 0) == falls and one.value for one in found):
+        return Verdict.NOT
+    return Verdict.REPRODUCED if all(one.p < SIGNIFICANT for one in found) else Verdict.DIRECTION
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def provenance(records: Sequence[Record]) -> str:
+    """On what, with what, how often and how long, in a sentence."""
+    data = " and ".join(distinct(records, lambda record: record.data))
+    seeds = len({record.cell.seed for record in records})
+    devices = ", ".join(distinct(records, lambda record: record.device))
+    versions = "; ".join(distinct(records, lambda one: ", ".join(f"{k} {v}" for k, v in one.versions.items())))
+    seconds = sum(record.seconds for record in records)
+    quick = "A quick run, which proves nothing: " if any(record.quick for record in records) else ""
+    on = f"on {data}, " if data else ""
+    return (
+        f"{quick}{len(records):,} cells {on}{seeds} seed{'s' if seeds > 1 else ''}, {_time(seconds)} on {devices}; "
+        f"{versions}."
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def section(experiment: Experiment, out: Path) -> str:
+    """An experiment's part of the page: a heading, and for every data set what was run, pictures and tables."""
+    known = experiment.read(out)
+    parts = [f"## {experiment.title}", experiment.paper]
+    for data, quick in distinct(known, lambda record: (record.data, record.quick)):
+        of_one = [record for record in known if (record.data, record.quick) == (data, quick)]
+        parts += [f"### On {data}"] if data else []
+        parts += [provenance(of_one)]
+        parts += [f"![{stem}](results/{picture_name(stem, data)}.png)" for stem in experiment.pictures]
+        parts += [experiment.section(of_one)]
+    return "\n\n".join([*parts, *_missing(experiment, {record.data for record in known})])
+
+
+def _missing(experiment: Experiment, known: set[str]) -> list[str]:
+    """What was not run, and how to."""
+    command = f"scripts/reproduce/run {experiment.name}"
+    missing = [f"{command} --data {name}:DIR" for name in experiment.data if name not in known]
+    if missing:
+        commands = ", ".join(f"`{one}`" for one in missing)
+        return [f"Full protocol, {Verdict.not_run('the data set is not on this machine')}. {commands}."]
+    return [] if known else [f"Not run yet: `{command}`."]
+
+
+_HEAD = """# The paper's tables and figures, run again
+
+Hendrycks & Gimpel 2016. `scripts/reproduce/run NAME` runs an experiment, draws its pictures and writes this page;
+`scripts/reproduce/run results` only writes it. Nothing here is typed by hand: numbers are mean ± standard error over
+seeds, verdicts follow from them by these rules.
+
+- **reproduced**: a number rounds to the printed one; a difference has the paper's sign with p < 0.05 (paired t test
+  over seeds), against every contestant.
+- **same direction**: a number within 5 % of the printed one; a difference of the paper's sign that is not significant.
+- **not reproduced**: anything else.
+- **not run here**: with the reason, and the command that would run it."""
+
+
+def write_page(out: Path) -> Path:
+    """Write RESULTS.md from all records in a folder."""
+    page = out / "RESULTS.md"
+    page.write_text("\n\n".join([_HEAD, *(section(find(name), out) for name in EXPERIMENTS)]) + "\n", encoding="utf-8")
+    return page
