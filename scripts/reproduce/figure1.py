@@ -43,9 +43,13 @@ def section(records: Sequence[Record]) -> str:
             ends = [line[-1] for line in values(select(records, keep=keep, initialisation=name), "forward")]
             if ends:
                 said = claim(keep, name)
-                rows.append([f"{keep:g}", name, signals.spread(ends), said, signals.verdict(said, signals.geometric(ends))])
+                rows.append(
+                    [f"{keep:g}", name, signals.spread(ends), said, signals.verdict(said, signals.geometric(ends))]
+                )
     note = "Xavier's factor a layer is 0.5/p for a ReLU: at keep 0.5 it happens to be right."
-    return "\n\n".join([signals.rule(), table(["keep", "initialisation", "Var(z) of layer 20", "paper", "verdict"], rows), note])
+    return "\n\n".join(
+        [signals.rule(), table(["keep", "initialisation", "Var(z) of layer 20", "paper", "verdict"], rows), note]
+    )
 
 
 def picture(records: Sequence[Record]) -> Figure:

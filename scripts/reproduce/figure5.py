@@ -29,7 +29,9 @@ BACKWARD_COLOURS = {**COLOURS, INVERTED: "#8c6bb1", PAPERS: "#e08a2e"}
 
 def backward_alone(keep: float, factor: BackwardFactor) -> Initialise:
     """The unit hypersphere divided by the backward term of a ReLU alone."""
-    scale = divisor(0.0, 1.0, next_slope=activation_moments(torch.relu).backward, next_keep=keep, backward_factor=factor)
+    scale = divisor(
+        0.0, 1.0, next_slope=activation_moments(torch.relu).backward, next_keep=keep, backward_factor=factor
+    )
 
     def initialise(model: nn.Module, batch: Tensor, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

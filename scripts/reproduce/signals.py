@@ -87,7 +87,8 @@ def verdict(claim: str, end: float) -> Verdict:
     grows = claim == "explodes"
     if (end > EXPLODES) if grows else (end < VANISHES):
         return Verdict.REPRODUCED
-    return Verdict.DIRECTION if (end > STABLE[1]) if grows else (end < STABLE[0]) else Verdict.NOT
+    moved = end > STABLE[1] if grows else end < STABLE[0]
+    return Verdict.DIRECTION if moved else Verdict.NOT
 
 
 def geometric(ends: Sequence[float]) -> float:
