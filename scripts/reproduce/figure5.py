@@ -76,7 +76,8 @@ def section(records: Sequence[Record]) -> str:
     head = ["keep", "initialisation", "backward of dropout", "Var(δ) of layer 1 / fed in", "paper", "verdict"]
     note = (
         "Layers 15 to 16 go from 500 to 250 neurons: on the hypersphere errors lose a factor of 2 there, as fan-out "
-        "/ fan-in is not part of the formula. The paper's p·E[f′²] belongs to a backward pass that masks without dividing by p."
+        "/ fan-in is not part of the formula. The paper's p·E[f′²] belongs to a backward pass "
+        "that masks without dividing by p."
     )
     return "\n\n".join([signals.rule(), table(head, rows), note])
 
@@ -88,7 +89,10 @@ def picture(records: Sequence[Record]) -> Figure:
 EXPERIMENT = Experiment(
     name="figure5",
     title="Figure 5: the error signal back through 20 ReLU layers",
-    paper="N(0, 0.01²) fed in at the end, zeros included. Ours is the unit hypersphere with the backward correction alone.",
+    paper=(
+        "N(0, 0.01²) fed in at the end, zeros included. Ours is the unit hypersphere with the "
+        "backward correction alone."
+    ),
     cell=Cell,
     plan=plan,
     run=run,

@@ -100,7 +100,8 @@ def rule() -> str:
     """The verdicts' legend."""
     return (
         f"Geometric means over the seeds, × or ÷ e^(standard error of the logarithm). Stable: between {STABLE[0]:g} "
-        f"and {STABLE[1]:g}; explodes: above {EXPLODES:g}; vanishes: below {VANISHES:g}; same direction: less than that."
+        f"and {STABLE[1]:g}; explodes: above {EXPLODES:g}; vanishes: below {VANISHES:g}; same "
+        f"direction: less than that."
     )
 
 
