@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from reproduce.experiment import Experiment
 
-EXPERIMENTS = ("table1", "figure3", "figure4", "table2")  # in the order of RESULTS.md, a module each
+EXPERIMENTS = (
+    "table1",
+    "figure1",
+    "figure5",
+    "figure2",
+    "figure3",
+    "figure4",
+    "table2",
+)  # in the order of RESULTS.md, a module each
 
 
 def find(name: str) -> Experiment:
