@@ -115,6 +115,7 @@ class _Child:
 @contextlib.contextmanager
 def _child(job: Job, given: Path, folder: Path) -> Iterator[_Child]:
     said = folder.with_suffix(".txt")
+    said.touch()  # the child may not live long enough
     process = os.fork()
     if process == 0:
         _be(job, given, folder, said)
