@@ -98,3 +98,13 @@ class CheckFailed(CkptToolsError):
     """A check or gate said no; nothing was changed."""
 
     exit_code = 4
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, or torch's, on a CPU or by CUDA and its libraries."""
+    if {"MemoryError", "OutOfMemoryError"} & {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

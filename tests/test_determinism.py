@@ -99,8 +99,8 @@ def test_wherever_decoded_pixels_are_kept(root: Path, monkeypatch: pytest.Monkey
         assert run(root, "--estimator", "exact") == expected
 
 
-def test_whatever_the_process_and_its_hash_seed(root: Path) -> None:
-    """This process has another seed, has drawn random numbers, and has other defaults."""
+def test_whatever_the_process_its_hash_seed_and_its_language(root: Path) -> None:
+    """This process has another seed, has drawn random numbers, and can print more than ASCII."""
     torch.rand(7)
     expected, _ = run(root, "--limit", 60)
     output = root / "other.safetensors"
@@ -108,6 +108,7 @@ def test_whatever_the_process_and_its_hash_seed(root: Path) -> None:
     path = os.pathsep.join(map(str, [Path(__file__).parent, *filter(None, sys.path)]))
     command = [sys.executable, "-m", "ckpt_tools", *arguments(root, output, "--limit", 60, "--workers", 2)]
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TZ": "Asia/Tokyo", "HOME": str(root)}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "SOURCE_DATE_EPOCH": "-1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=root)
     assert output.read_bytes() == expected
 

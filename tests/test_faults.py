@@ -240,6 +240,9 @@ class Greedy(nets.DenseNet):
         return super().forward(x)
 
 
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
 def test_memory_that_runs_out(root: Path) -> None:
     result = cli(arch="test_faults:Greedy")
     assert result.exit_code == 0, result.stderr
@@ -247,6 +250,22 @@ def test_memory_that_runs_out(root: Path) -> None:
     result = cli("m.safetensors", "--overwrite", "--model-kwargs", "most=0", arch="test_faults:Greedy")
     assert result.exit_code == 1
     assert "not even one sample fits into memory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(NO_MEMORY)],
+)
+def test_memory_that_runs_out_elsewhere(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    result = cli()
+    assert result.exit_code == 1
+    assert "memory ran out" in result.stderr
+    assert "--batch-size" in result.stderr
+    assert files(root) == {"data.npy", "m.safetensors"}
 
 
 # --- names and clocks -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import click
 
 from ckpt_tools.cli import github
 from ckpt_tools.cli.progress import transfer_bar
-from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.errors import CkptToolsError, is_short_of_memory
 from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.mirror import as_urls, mirroring
 
@@ -93,6 +93,9 @@ def _answer(error: BaseException) -> tuple[str, int]:
         return "interrupted; no unfinished output is left", 130
     if isinstance(error, CkptToolsError):
         return as_urls(str(error)), error.exit_code
+    if is_short_of_memory(error):
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"memory ran out: {said}. Try a smaller --batch-size, fewer --workers, or another --device.", 1
     if isinstance(error, OSError):
         name = error.filename or "a file"
         return as_urls(f"{name}: {error.strerror or error}. Check the path and its permissions."), 1

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from ckpt_tools.contract import Precision
-from ckpt_tools.errors import CkptToolsError, DataError, ModelError
+from ckpt_tools.errors import CkptToolsError, DataError, ModelError, is_short_of_memory
 from ckpt_tools.reestimate.interception import Interception, SeenEnough
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.precision import arithmetic
 from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, samples, to_device
-
-_NO_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 
 class Runner:
@@ -72,12 +70,12 @@ class Runner:
     def _fits(self, batch: Batch, number: int, watched: Sequence[Layer], *, stop: bool) -> bool:
         """Run a batch. False if memory ran short; then it has left nothing behind."""
         error = self._attempt(batch, watched, stop=stop)
-        if error is not None and self._layout is not None and not _short_of_memory(error):
+        if error is not None and self._layout is not None and not is_short_of_memory(error):
             self._layout = None
             error = self._attempt(batch, watched, stop=stop)
         if error is None:
             return True
-        if not _short_of_memory(error):
+        if not is_short_of_memory(error):
             raise _failure(error, number) from error
         del error  # its traceback holds the tensors of the forward
         if self._device.type == "cuda":
@@ -103,12 +101,6 @@ class Runner:
                 self._forward(self._model, to_device(batch, self._device, self._layout))
         except SeenEnough:
             pass
-
-
-def _short_of_memory(error: Exception) -> bool:
-    text = str(error)
-    known = isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
-    return known or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _failure(error: Exception, number: int) -> CkptToolsError:
