@@ -22,6 +22,7 @@ from reproduce.signals import Cell, MaskingDropout
 from reproduce.tables import table
 
 KEEPS = (1.0, 0.6)  # the figure's rows
+WIDTHS = (500,) * 20  # appendix A gives none
 INVERTED, PAPERS = "ours, E[f′²]/p", "ours, p·E[f′²], PyTorch's dropout"
 MASKING, SCALING = (OURS, XAVIER, HE), (PAPERS, INVERTED)
 BACKWARD_COLOURS = {**COLOURS, INVERTED: "#8c6bb1", PAPERS: "#e08a2e"}
@@ -49,7 +50,7 @@ def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
 
 def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     name = cell.initialisation
-    model = signals.net(cell.keep, MaskingDropout if name in MASKING else nn.Dropout)
+    model = signals.net(cell.keep, MaskingDropout if name in MASKING else nn.Dropout, WIDTHS)
     if name in (XAVIER, HE):
         initialise = initialisations()[name]
     else:
@@ -75,9 +76,9 @@ def section(records: Sequence[Record]) -> str:
             rows.append([f"{keep:g}", name, backward, signals.spread(ends), said, verdict])
     head = ["keep", "initialisation", "backward of dropout", "Var(δ) of layer 1 / fed in", "paper", "verdict"]
     note = (
-        "Layers 15 to 16 go from 500 to 250 neurons: on the hypersphere errors lose a factor of 2 there, as fan-out "
-        "/ fan-in is not part of the formula. The paper's p·E[f′²] belongs to a backward pass "
-        "that masks without dividing by p."
+        "Appendix A gives no widths; all layers have 500 neurons here, for the correction says nothing of fan-out / "
+        "fan-in: where a layer narrows to half, errors lose a factor of 2 on the hypersphere. The paper's p·E[f′²] "
+        "belongs to a backward pass that masks without dividing by p; with PyTorch's dropout the factor is E[f′²]/p."
     )
     return "\n\n".join([signals.rule(), table(head, rows), note])
 

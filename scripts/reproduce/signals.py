@@ -1,4 +1,4 @@
-"""The net of Figures 1 and 5, and how its signals spread: 20 ReLU layers, 15 of 500 neurons and 5 of 250."""
+"""The nets of Figures 1 and 5, and how their signals spread: 20 ReLU layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reproduce.records import Record, select, values
 from reproduce.statistics import mean
 from reproduce.tables import Verdict
 
-WIDTHS = (500,) * 15 + (250,) * 5
+WIDTHS = (500,) * 15 + (250,) * 5  # of Figure 1
 SAMPLES = 200
 STABLE = (0.5, 2.0)  # of what it was; beyond 10 or below 0.1 of it is a blow-up or a decay
 EXPLODES, VANISHES = 10.0, 0.1
@@ -54,11 +54,11 @@ class MaskingDropout(nn.Dropout):
         return masked
 
 
-def net(keep: float, dropout: type[nn.Dropout] = nn.Dropout) -> nn.Sequential:
+def net(keep: float, dropout: type[nn.Dropout] = nn.Dropout, widths: Sequence[int] = WIDTHS) -> nn.Sequential:
     """Dropout behind every ReLU; the last layer's z is the output."""
     layers: list[nn.Module] = []
-    inputs = WIDTHS[0]
-    for width in WIDTHS:
+    inputs = widths[0]
+    for width in widths:
         layers += [nn.Linear(inputs, width), nn.ReLU(), dropout(1 - keep)]
         inputs = width
     return nn.Sequential(*layers[:-2])
