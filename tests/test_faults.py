@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nets
@@ -23,7 +24,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import stress
 
-from ckpt_tools.cli import main
+from ckpt_tools.cli import boundary, main
 from ckpt_tools.data import images, readers
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.readers import read_ahead, reading
@@ -328,3 +329,14 @@ def test_interrupt_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 130
     assert "no unfinished output is left" in result.stderr
     assert files(root) == {"data.npy", "m.safetensors"}
+
+
+def test_an_interrupt_as_the_command_ends(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def late(*_: object) -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(boundary, "mirroring", late)
+    assert cli().exit_code == 130
+    assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors"}

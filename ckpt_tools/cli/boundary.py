@@ -29,8 +29,11 @@ class Boundary(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
         _interrupted.clear()
-        with mirroring(transfer_bar), terminable():
-            return self._answered(ctx)
+        try:
+            with mirroring(transfer_bar), terminable():
+                return self._answered(ctx)
+        except KeyboardInterrupt as error:  # as the command ended
+            sys.exit(told(error))
 
     def _answered(self, ctx: click.Context) -> Any:
         try:
