@@ -17,8 +17,9 @@ from torch import nn
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 from reproduce import figure3, figure4, resuming, table2
+from reproduce.command import command
 from reproduce.densenet import densenet
-from reproduce.experiment import Setup, command
+from reproduce.experiment import Setup
 from reproduce.sets import Part, Spec
 from reproduce.training import Recipe, augmented, train
 from reproduce.vgg import INITIALISATIONS, vgg

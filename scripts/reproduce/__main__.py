@@ -18,7 +18,7 @@ class _Experiments(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in EXPERIMENTS:
             return super().get_command(ctx, name)
-        from reproduce.experiment import command
+        from reproduce.command import command
 
         return command(find(name))
 

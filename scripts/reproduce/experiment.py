@@ -1,8 +1,7 @@
-"""An experiment: cells to run, how to run one, and what their records show; and the command made of it."""
+"""An experiment: cells to run, how to run one, and what their records show."""
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,12 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from ckpt_tools.errors import CkptToolsError
 from reproduce import records
 from reproduce.pictures import write
 from reproduce.records import Record
@@ -110,58 +106,3 @@ def draw(experiment: Experiment, out: Path) -> list[Path]:
 def picture_name(stem: str, data: str) -> str:
     """The name of a picture without its suffix."""
     return f"{stem}-{data}" if data else stem
-
-
-def command(experiment: Experiment) -> click.Command:
-    """The command line of an experiment."""
-
-    @click.option("--seeds", type=click.IntRange(1), help=f"Repetitions; {experiment.seeds} by default.")
-    @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
-    @click.option("--quick", is_flag=True, help="The whole way in less than a minute, on very little; proves nothing.")
-    @click.option(
-        "--out",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for RESULTS.md and results/; beside the scripts by default, with --quick a temporary one.",
-    )
-    def invoke(seeds: int | None, device: str, quick: bool, out: Path | None, data: str | None = None) -> None:
-        _check_device(device)
-        out = _folder(out, quick)
-        try:
-            spec = Spec.parse(data) if data else None
-            with tempfile.TemporaryDirectory() as temporary:
-                scratch = Path(temporary) if quick else out / "results" / f".{experiment.file(out).stem}"
-                run(experiment, Setup(spec, seeds or (2 if quick else experiment.seeds), device, quick, scratch), out)
-            show(experiment, out)
-        except CkptToolsError as error:
-            raise click.ClickException(str(error)) from error
-
-    if experiment.data:
-        kinds = ", ".join(f"{name}:DIR" for name in experiment.data)
-        help_ = f"digits (bundled), or in torchvision's layout, without a download: {kinds}."
-        invoke = click.option("--data", "--root", "data", default="digits", show_default=True, help=help_)(invoke)
-    return click.command(experiment.name, help=f"{experiment.title}.\n\n{experiment.paper}")(invoke)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch says both of a CUDA that is not there
-        raise click.BadParameter(f"{device}: expected a device of this machine. {error}") from error
-
-
-def _folder(out: Path | None, quick: bool) -> Path:
-    if not quick:
-        return out or HOME
-    if out is not None and out.resolve() == HOME.resolve():
-        raise click.UsageError(f"--quick --out {out}: the real results are there. Choose another folder.")
-    return out or Path(tempfile.mkdtemp(prefix="reproduce-"))
-
-
-def show(experiment: Experiment, out: Path) -> None:
-    """Draw, render, and print this experiment's section and where everything is."""
-    from reproduce import tables  # it renders every experiment, and so imports them
-
-    made = draw(experiment, out)
-    page = tables.write_page(out)
-    click.echo(tables.section(experiment, out))
-    click.echo("\n".join(str(path) for path in (experiment.file(out), *made, page)), err=True)

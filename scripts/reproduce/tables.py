@@ -39,7 +39,7 @@ def of_number(found: float, printed: str, *, near: float = 0.05) -> Verdict:
 def of_differences(differences: Iterable[Difference], *, falls: bool = True) -> Verdict:
     """Reproduced: all have the paper's sign with p < 0.05. Same direction: all have the sign."""
     found = list(differences)
-    if not all(math.isfinite(one.value) and (one.value < 0) == falls and one.value for one in found):
+    if not found or not all(math.isfinite(one.value) and (one.value < 0) == falls and one.value for one in found):
         return Verdict.NOT
     return Verdict.REPRODUCED if all(one.p < SIGNIFICANT for one in found) else Verdict.DIRECTION
 
