@@ -162,7 +162,11 @@ def _files(folder: Path) -> set[str]:
 
 
 def _leftovers(folder: Path) -> set[str]:
-    return {name for name in _files(folder) if Path(name).name.startswith(".ckpt-tools-") and name.endswith(".tmp")}
+    return {name for name in _files(folder) if any(map(_is_temporary, Path(name).parts))}
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".ckpt-tools-") and name.endswith(".tmp")
 
 
 def stressed(stress: Stress, kills: int, seed: int, tick: Callable[[int], object] = lambda done: None) -> Book:

@@ -30,7 +30,7 @@ from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.readers import read_ahead, reading
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote import scratch
-from ckpt_tools.storage import atomic, patch
+from ckpt_tools.storage import atomic, patch, write
 
 SHAPE = (3, 8, 8)
 
@@ -83,6 +83,24 @@ def test_a_number_that_was_given_to_another_process_keeps_nothing(root: Path) ->
         (root / f".{name}.tmp").touch()
     assert cli().exit_code == 0
     assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors", f".{mine}.tmp"}
+
+
+def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors has a temporary file of its own, under a name that says nothing of whose it is."""
+    monkeypatch.setattr(atomic, "abandoned", lambda name: name.startswith(".ckpt-tools-"))
+    (root / ".ckpt-tools-x.tmp").mkdir()
+    (root / ".ckpt-tools-x.tmp" / ".tmpAbCdEf").touch()
+    torch.save(load_file(root / "m.safetensors"), root / "m.pt")
+    beside: set[str] = set()
+
+    def watched(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        beside.update(one.name for one in path.parent.parent.iterdir() if one.is_file())
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(write, "save_file", watched)
+    assert cli("m.pt").exit_code == 0
+    assert beside == {"data.npy", "m.safetensors", "m.pt"}
+    assert files(root) == {"data.npy", "m.safetensors", "m.pt", "m.bn.safetensors"}
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
@@ -188,21 +206,23 @@ def test_two_runs_race_for_one_output(root: Path, overwrite: bool) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr(readers, "PATIENCE", 0.05)
-    monkeypatch.setattr(readers, "_GLANCE", 0.01)
+    monkeypatch.setattr(readers, "PATIENCE", 2.0)
+    monkeypatch.setattr(readers, "_GLANCE", 0.1)
     monkeypatch.setattr(readers, "_GRACE", 0.01)
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    forever, read = threading.Event(), images._read
+    forever, read, warm = threading.Event(), images._read, False
 
     def hang(file: Path, transform: object) -> Tensor:
-        if file.name == "7.png":
+        if file.name == "7.png" and warm:
             forever.wait()
         return read(file, transform)  # type: ignore[arg-type]
 
     monkeypatch.setattr(images, "_read", hang)
     spec = images.InputSpec(SHAPE, mean=(0.5,) * 3, std=(0.5,) * 3)
     stream = FolderSource.open("train", tmp_path, limit=None, seed=0).batches(spec, batch_size=8, workers=workers)
+    list(stream)  # the first image imports what decodes it
+    warm = True
     try:
         with pytest.raises(DataError, match=r"^train: 7\.png: not read after .* leave it out"):
             list(stream)

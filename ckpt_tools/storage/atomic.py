@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ckpt_tools.remote.delivery import check_remote, deliver
 from ckpt_tools.remote.mirror import is_remote
 from ckpt_tools.remote.scratch import abandoned, new_name
 
-__all__ = ["check_target", "new_file", "sweep", "sync"]
+__all__ = ["check_target", "new_file", "new_folder", "sweep", "sync"]
 
 
 @contextlib.contextmanager
@@ -36,12 +37,23 @@ def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
         sync(target.parent)
 
 
+@contextlib.contextmanager
+def new_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder, removed at the end. Raises OSError."""
+    folder = parent / f".{new_name()}.tmp"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def sweep(folder: Path) -> None:
     """Remove what processes of this machine that were killed while writing have left in a folder, as far as we may."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.suffix == ".tmp" and abandoned(path.name):
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.remote.mirror import located
-from ckpt_tools.storage.atomic import check_target, new_file, sync
+from ckpt_tools.storage.atomic import check_target, new_file, new_folder, sync
 from ckpt_tools.storage.content import data_start, load_safetensors, safetensors_header
 from ckpt_tools.storage.layout import Layout, Part, header_text, verified
 from ckpt_tools.storage.patch import Digests, find_original, write_patched
@@ -187,10 +187,13 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         else tensor.detach()
         for key, tensor in tensors.items()
     }
-    try:
-        save_file(dense, path, metadata=dict(metadata))
-    except KeyError as error:
-        raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
+    # The library writes under a name of its own beside the one that it is given: a folder of ours is swept with it.
+    with new_folder(path.parent) as folder:
+        try:
+            save_file(dense, folder / path.name, metadata=dict(metadata))
+        except KeyError as error:
+            raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
+        (folder / path.name).rename(path)
     _restore_order(path, list(tensors), metadata)
     sync(path)
 
