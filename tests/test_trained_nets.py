@@ -68,14 +68,11 @@ def errors(name: str, **arguments: object) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pooled(name: str) -> None:
+def test_pooled_and_exact(name: str) -> None:
+    """Together, for each process would train the net anew."""
     error = errors(name)
     assert error.median() < 0.01
     assert error.max() < 0.06
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_exact(name: str) -> None:
     assert errors(name, estimator="exact").max() < 1e-3
 
 
