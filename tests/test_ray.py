@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -32,12 +33,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """Two CPUs. Workers find what these tests find."""
+    """Two CPUs. Workers find what these tests find, and as in the background of a shell, interrupts are ignored."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGINT, before)
         yield ray
         ray.shutdown()
 
@@ -130,12 +133,12 @@ def test_after_a_second_loss_items_stand_alone() -> None:
     assert not list(again.without(0).without(2).again())
 
 
-@pytest.mark.usefixtures("ray")
-def test_an_interrupt_leaves_nothing_half_done(root: Path) -> None:
+def test_an_interrupt_leaves_nothing_half_done(ray: Any, root: Path) -> None:
     (root / "driver").write_text(str(os.getpid()))
     result = on_ray(data="lethal:endless")
     assert result.exit_code == 130
     assert list(root.glob("ended-*"))  # the worker's code was left in order
+    assert ray.get(ray.remote(num_cpus=2)(lambda: True).remote(), timeout=30)  # both workers were
     assert [path.name for path in (root / "fixed").iterdir()] == ["ckpt-fix.jsonl"]
 
 

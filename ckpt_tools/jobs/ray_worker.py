@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -111,6 +112,8 @@ def _settle(site: Site) -> None:
             f"{site.folder}: expected the folder that ckpt-fix was started in on every node, found none on "
             f"{socket.gethostname()} ({error.strerror}). Start it in a folder of a file system that all nodes share."
         ) from error
+    # Ray cancels by an interrupt; where a shell started it in the background, that is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not site.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs that a task did not ask for in some versions only
     torch.set_num_threads(site.cpus)
