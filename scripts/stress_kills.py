@@ -116,9 +116,12 @@ class _Child:
 def _child(job: Job, given: Path, folder: Path) -> Iterator[_Child]:
     said = folder.with_suffix(".txt")
     said.touch()  # the child may not live long enough
+    # an interrupt before the child has its own handlers would take it through what its parent cleans up
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     process = os.fork()
     if process == 0:
         _be(job, given, folder, said)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     child = _Child(process, said)
     try:
         yield child
@@ -133,6 +136,7 @@ def _be(job: Job, given: Path, folder: Path, said: Path) -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.chdir(folder)
         for number in (1, 2):
             os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), number)

@@ -86,6 +86,26 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     assert "Move the file away" in cli("table1", "--quick", "--out", broken).output
 
 
+def test_processes_share_an_experiment(tmp_path: Path) -> None:
+    for seed in (1, 0):
+        ok("table1", "--quick", "--only", f"seed={seed}", "--only", "activation=tanh", "--out", tmp_path)
+    assert [(one.cell.activation, one.cell.seed) for one in table1.EXPERIMENT.read(tmp_path)] == [
+        ("tanh", 1),
+        ("tanh", 0),
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_whatever_is_known_is_shown(name: str) -> None:
+    """Cells may come in any order, from several processes."""
+    one = find(name)
+    records = one.read(HOME)
+    for known in (records[:1], records[-1:], records[::7]):
+        one.section(known)
+        for picture in one.pictures.values():
+            picture(known)
+
+
 def test_figure2_by_its_full_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure2, "EPOCHS", 2)
     monkeypatch.setattr(figure2, "ACTIVATIONS", {"ELU": figure2.ACTIVATIONS["ELU"]})
@@ -102,7 +122,15 @@ def test_figure2_by_its_full_protocol(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "words", [["--data", "mnist"], ["--data", "mnist:nowhere"], ["--device", "cuda:99"], ["--out", HOME]]
+    "words",
+    [
+        ["--data", "mnist"],
+        ["--data", "mnist:nowhere"],
+        ["--device", "cuda:99"],
+        ["--out", HOME],
+        ["--only", "x=1"],
+        ["--only", "keep=7"],
+    ],
 )
 def test_bad_input(words: list[object]) -> None:
     result = cli("figure2", "--quick", *words)

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from ckpt_tools.errors import UsageError
 from reproduce import records
 from reproduce.pictures import write
 from reproduce.records import Record
@@ -22,13 +23,22 @@ HOME = Path(__file__).parent  # of RESULTS.md and results/
 
 @dataclass(frozen=True)
 class Setup:
-    """What the command line says. ``scratch`` is a folder for whatever a cell wants to keep while it runs."""
+    """What the command line says.
+
+    ``scratch`` is a folder for whatever a cell wants to keep while it runs. ``only``: by names of fields, what the
+    cells to run are told from the others by, so that several machines or processes can share an experiment.
+    """
 
     data: Spec | None
     seeds: int
     device: str
     quick: bool
     scratch: Path
+    only: Mapping[str, str] = field(default_factory=dict)
+
+    def wants(self, cell: object) -> bool:
+        """Whether a cell is among those to run."""
+        return all(str(getattr(cell, name)) == value for name, value in self.only.items())
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,12 @@ def run(experiment: Experiment, setup: Setup, out: Path) -> int:
         while True:
             known = [one for one in experiment.read(out) if (one.data, one.quick) == (data, setup.quick)]
             done = {one.cell for one in known}
-            wanted = list(experiment.plan(setup, known))
+            wanted = [cell for cell in experiment.plan(setup, known) if setup.wants(cell)]
             missing = [cell for cell in dict.fromkeys(wanted) if cell not in done]
             bar.total, bar.n = len(wanted), len(wanted) - len(missing)
             bar.refresh()
+            if not wanted and setup.only:
+                raise UsageError(f"--only {setup.only}: expected what some cell of {experiment.name} has, found none.")
             if not missing:
                 return count
             for cell in missing:

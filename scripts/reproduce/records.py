@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,9 +51,10 @@ def _record(line: dict[str, Any], cell: type) -> Record:
 
 
 def append(file: Path, record: Record) -> None:
-    """Add a line, in place of what a cut-off last one left. It is on the disk when this returns."""
+    """Add a line, in place of what a cut-off last one left; other processes may add lines meanwhile."""
     line = json.dumps(asdict(record), ensure_ascii=False)
     with file.open("a+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
         stream.truncate(_whole(file))
         stream.write(line.encode() + b"\n")
 

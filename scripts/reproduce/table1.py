@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckpt_tools import activation_moments
 from reproduce.experiment import Experiment, Setup
-from reproduce.records import Record, select, values
+from reproduce.records import Record, distinct, select, values
 from reproduce.statistics import mean
 from reproduce.tables import of_number, table
 
@@ -60,7 +60,7 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
 
 def section(records: Sequence[Record]) -> str:
     rows = []
-    for activation in ACTIVATIONS:
+    for activation in distinct(records, lambda record: record.cell.activation):
         of_one = select(records, activation=activation)
         for side, symbol, printed in zip(SIDES, ("E[f²]", "E[f′²]"), PRINTED[activation], strict=True):
             exact = values(of_one, "quadrature")[0][side]
