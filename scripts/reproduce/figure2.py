@@ -186,8 +186,8 @@ def _protocol(records: Sequence[Record]) -> str:
     return (
         f"{LAYERS} layers, {WIDTH} wide, Adam, batch {BATCH}, {records[0].cell.epochs} epochs. The learning rate of "
         f"every curve is that of {', '.join(f'{rate:g}' for rate in rates)} with the least held-out log loss at the "
-        "end, searched on the first seed. The paper prints no numbers with this figure; its claim is that ours converges "
-        "faster at keep 0.5, and by more at 0.3. Reproduced needs both differences."
+        "end, searched on the first seed. The paper prints no numbers with this figure; its claim is that ours "
+        "converges faster at keep 0.5, and by more at 0.3. Reproduced needs both differences."
     )
 
 
