@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
@@ -13,7 +12,7 @@ from ckpt_tools.report.content import Figure, Page, Section, Tone
 from ckpt_tools.report.extras import flagged_section, metrics_section
 from ckpt_tools.report.facts import Facts, furthest, medians, part, parts, rewritten_layers
 from ckpt_tools.report.layer_tables import layers_section, sites_section
-from ckpt_tools.report.numbers import number, percent_text, ratio_text, seconds_text, whole_text
+from ckpt_tools.report.numbers import deviation_text, number, percent_text, ratio_text, seconds_text, whole_text
 from ckpt_tools.report.redaction import presentable
 from ckpt_tools.report.text import RATES, TOLD_BY
 
@@ -112,8 +111,8 @@ def _controls(controls: Facts) -> Section:
     forced = "" if verdict == "agree" else "; it was used all the same (--force)"
     rows = [
         ("Layers", listed(names, 12)),
-        ("Stored and measured variance differ by", f"{percent_text(math.expm1(deviation))} in the median channel"),
-        ("In the worst layer", percent_text(math.expm1(worst))),
+        ("Stored and measured variance differ by", f"{deviation_text(deviation)} in the median channel"),
+        ("In the worst layer", deviation_text(worst)),
     ]
     if shift is not None:
         rows.append(("Means differ by", f"{shift:.2g} standard deviations"))

@@ -33,7 +33,15 @@ def ratio_text(value: object) -> str:
 def percent_text(value: object) -> str:
     """``4.4 %`` of 0.044."""
     found = number(value)
-    return UNKNOWN if found is None else f"{100 * found:.2g} %" if abs(found) < 0.01 else f"{100 * found:,.1f} %"
+    if found is None:
+        return UNKNOWN
+    return f"{100 * found:,.1f} %" if 0.01 <= abs(found) < 1e6 else f"{100 * found:.2g} %"
+
+
+def deviation_text(logarithm: object) -> str:
+    """``4.4 %`` of the logarithm of 1.044."""
+    found = number(logarithm)
+    return UNKNOWN if found is None else percent_text(math.expm1(min(found, 700)))  # e^710 is no float
 
 
 def seconds_text(value: object) -> str:

@@ -14,6 +14,7 @@ from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import Outcome
 from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.report.metrics_text import metrics_text
+from ckpt_tools.report.numbers import deviation_text
 from ckpt_tools.storage.compare import Change, Comparison
 
 _SHOWN = 8  # rows of a table before it is cut
@@ -189,8 +190,8 @@ def controls_text(controls: Controls) -> str:
         return f"controls: none ({controls.reason})"
     return (
         f"controls: {count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
-        f"data; stored and measured variance differ by {math.expm1(controls.deviation):.1%} in the median channel "
-        f"({math.expm1(controls.worst):.1%} in the worst layer), means by {controls.shift:.2f} standard deviations"
+        f"data; stored and measured variance differ by {deviation_text(controls.deviation)} in the median channel "
+        f"({deviation_text(controls.worst)} in the worst layer), means by {controls.shift:.2f} standard deviations"
     )
 
 
