@@ -6,8 +6,10 @@ mirroring and shifts by up to 4 points, as in the authors' published script. A t
 out; seed 0 chooses the rate by the error on it, the other seeds train at that rate alone. The paper leaves Xavier's
 out.
 
-On the digits, enlarged to 32 × 32: an eighth of the width, batches of 16, 60 epochs and so 3,660 steps in place of
-53,000, at the largest of the paper's rates without a search, no augmentation. 40 % of the images are for testing.
+On the digits, enlarged to 32 × 32: an eighth of the width, batches of 16, no augmentation, 40 % of the images for
+testing, and one rate an optimizer for all initialisations, at which ours learns (tried with other seeds). With Adam it
+is the largest of the paper's, for 60 epochs (3,660 steps in place of 53,000). With Nesterov momentum ours stays at
+chance at the largest, 1e-2, and learns at 3e-3, but takes longer: 120 epochs.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Size:
     batch: int
 
 
-FULL, SMALL, QUICK = Size(1.0, 150, 128), Size(0.125, 60, 16), Size(0.0625, 2, 32)
+FULL, QUICK = Size(1.0, 150, 128), Size(0.0625, 2, 32)
+SMALL = {"Nesterov": Size(0.125, 120, 16), "Adam": Size(0.125, 60, 16)}
+SMALL_RATES = {"Nesterov": 3e-3, "Adam": 1e-3}
 QUICK_IMAGES = 64
 
 
@@ -70,9 +74,9 @@ class Cell:
 def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
     """Every rate with seed 0; when they are done, the best one with the other seeds."""
     assert setup.data is not None
-    size = QUICK if setup.quick else SMALL if setup.data.bundled else FULL
     cells = []
     for optimizer in RATES:
+        size = QUICK if setup.quick else SMALL[optimizer] if setup.data.bundled else FULL
         rates = _rates(optimizer, setup)
         for name in INITIALISATIONS:
             cells += [Cell(name, optimizer, rate, size.width, size.epochs, size.batch, 0) for rate in rates]
@@ -87,7 +91,7 @@ def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
 def _rates(optimizer: str, setup: Setup) -> tuple[float, ...]:
     assert setup.data is not None
     small = setup.quick or setup.data.bundled
-    return RATES[optimizer][:1] if small else RATES[optimizer] + drawn_rates()
+    return (SMALL_RATES[optimizer],) if small else RATES[optimizer] + drawn_rates()
 
 
 def drawn_rates() -> tuple[float, ...]:
