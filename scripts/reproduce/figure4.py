@@ -7,9 +7,9 @@ out; seed 0 chooses the rate by the error on it, the other seeds train at that r
 out.
 
 On the digits, enlarged to 32 × 32: an eighth of the width, batches of 16, no augmentation, 40 % of the images for
-testing, and one rate an optimizer for all initialisations, at which ours learns (tried with other seeds). With Adam it
-is the largest of the paper's, for 60 epochs (3,660 steps in place of 53,000). With Nesterov momentum ours stays at
-chance at the largest, 1e-2, and learns at 3e-3, but takes longer: 120 epochs.
+testing, and one rate an optimizer for all initialisations, at which ours learnt with another seed. With Adam it is the
+largest of the paper's, for 60 epochs (3,660 steps in place of 53,000). With Nesterov momentum ours stayed at chance at
+the largest, 1e-2, and learnt at 3e-3, but took longer: 120 epochs.
 """
 
 from __future__ import annotations
