@@ -7,7 +7,6 @@ import copy
 import gzip
 import io
 import json
-import math
 import os
 import pickle
 import struct
@@ -322,7 +321,7 @@ def places(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[st
         yield from places(value[0], (*path, 0))
 
 
-@pytest.mark.parametrize("odd", [{"a": 1}, [[]], -1, 1e308, -1e308, 1e-320, 10**400, math.nan, "x", None])
+@pytest.mark.parametrize("odd", [{"a": 1}, [[]], -1, 1e308, 10**400, None])
 def test_any_value_of_a_record_may_be_another(odd: object) -> None:
     record = report_facts.records()[0]
     for path in places(record):
