@@ -90,7 +90,8 @@ def run(experiment: Experiment, setup: Setup, out: Path) -> int:
             bar.total, bar.n = len(wanted), len(wanted) - len(missing)
             bar.refresh()
             if not wanted and setup.only:
-                raise UsageError(f"--only {setup.only}: expected what some cell of {experiment.name} has, found none.")
+                said = " ".join(f"--only {name}={value}" for name, value in setup.only.items())
+                raise UsageError(f"{said}: expected what some cell of {experiment.name} has, found none.")
             if not missing:
                 return count
             for cell in missing:

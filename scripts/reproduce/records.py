@@ -18,7 +18,10 @@ from ckpt_tools.errors import DataError
 
 @dataclass(frozen=True)
 class Record:
-    """A finished cell. ``cell`` is the experiment's own dataclass, ``found`` what it measured, JSON values only."""
+    """A finished cell. ``cell`` is the experiment's own dataclass, ``found`` what it measured, JSON values only.
+
+    ``seconds`` and ``device`` are those of the run that finished it; what an interrupted one took before is not in.
+    """
 
     cell: Any
     data: str  # the data set's name: "digits", "mnist", …; "" where there is none
