@@ -58,8 +58,10 @@ def case(name: str) -> tuple[nn.Module, Tensor]:
 NAMES = ["densenet", "mlp", "wide", "droppath"]
 
 
-def errors(name: str, **arguments: object) -> Tensor:
-    model, images = case(name)
+def errors(name: str, images: Tensor | None = None, **arguments: object) -> Tensor:
+    """On some images of the case, or all."""
+    model, every = case(name)
+    images = every if images is None else images
     changed = copy.deepcopy(model)
     result = reestimate_bn(changed, images.split(64), **arguments)
     names = {layer.name for layer in result.rewritten}
@@ -73,7 +75,8 @@ def test_pooled_and_exact(name: str) -> None:
     error = errors(name)
     assert error.median() < 0.01
     assert error.max() < 0.06
-    assert errors(name, estimator="exact").max() < 1e-3
+    few = case(name)[1][:200]  # a pass for each depth
+    assert errors(name, few, estimator="exact").max() < 1e-3
 
 
 def run_pass(model: nn.Module, batches: list[Tensor]) -> dict[str, Moments]:

@@ -34,7 +34,7 @@ timm:efficientformerv2_s0 timm:edgenext_xx_small
 
 
 def lively(architecture: str) -> nn.Module:
-    """The architecture with every drop rate at one half, and no parameter that hides a branch by being zero."""
+    """The architecture with every drop rate at one half, and no parameter that hides a branch by being constant."""
     adapter, name = plugins.resolve(architecture)
     try:
         model = adapter.build(name, dict.fromkeys(adapter.rate_kwargs(name), 0.5))
@@ -42,8 +42,8 @@ def lively(architecture: str) -> nn.Module:
         model = adapter.build(name, {})
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = parameter.std() if parameter.numel() > 1 and parameter.std() > 0 else 1
-            parameter.add_(0.05 * scale * torch.randn(parameter.shape))
+            if parameter.min() == parameter.max():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
     return model
 
 
