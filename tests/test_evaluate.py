@@ -312,7 +312,20 @@ def test_a_failed_gate_leaves_no_output(files: Path) -> None:
     assert result.exit_code == 4
     assert "error <= before - 80: error is" in result.stderr
     assert "Nothing was written" in result.stderr
+    assert "top-1 error" in result.stdout
+    assert "gate: ece <= 50 and error <= before - 80: NOT passed" in result.stdout
+    assert "written:" not in result.stdout
     assert sorted(path.name for path in files.iterdir()) == ["data.npy", "model.pt", "val.npz"]
+
+
+def test_programs_are_told_what_a_failed_gate_saw(files: Path) -> None:
+    result = run(*job(files, "--eval-data", files / "val.npz", "--gate", "error <= before - 80", "--json"))
+    assert result.exit_code == 4
+    facts = json.loads(result.stdout)
+    assert facts["output"] is None
+    assert facts["metrics"]["gate"]["passed"] is False
+    for side in ("before", "after", "change"):
+        assert facts["metrics"][side]["error"]["standard_error"] >= 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,10 @@ from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar, EvaluationBar
 from ckpt_tools.cli.together import together
 from ckpt_tools.remote.mirror import as_urls, located
+
+if TYPE_CHECKING:  # these import torch
+    from ckpt_tools.jobs.plan import Plan
+    from ckpt_tools.jobs.scores import Metrics
 
 
 @click.command(name="bn-reestimate")
@@ -149,6 +153,7 @@ def bn_reestimate(
     from ckpt_tools.jobs.plan import prepare
     from ckpt_tools.jobs.reestimation import execute
     from ckpt_tools.jobs.request import Request
+    from ckpt_tools.jobs.scores import GateFailed
     from ckpt_tools.report.json import outcome_json
     from ckpt_tools.report.text import outcome_text, plan_text
     from ckpt_tools.report.write import check_reports, write_report
@@ -168,8 +173,13 @@ def bn_reestimate(
             options.show(plan_text(plan) + "\n")
         hidden = quiet or not team.speaks
         bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
-        with bars[0], bars[1], options.own_stdout(), terminable():
-            outcome = execute(plan, *bars)
+        try:
+            with bars[0], bars[1], options.own_stdout(), terminable():
+                outcome = execute(plan, *bars)
+        except GateFailed as failed:
+            if team.speaks:
+                _show_refusal(plan, failed.metrics, as_json)
+            raise
         if not team.speaks:
             return
         facts = as_urls(outcome_json(outcome))
@@ -179,3 +189,11 @@ def bn_reestimate(
         if not as_json:
             click.echo(as_urls("".join(f"report: {report}\n" for report in reports)), nl=False)
         github.done(facts)
+
+
+def _show_refusal(plan: Plan, metrics: Metrics, as_json: bool) -> None:
+    """What the gate saw."""
+    from ckpt_tools.report.json import refusal_json
+    from ckpt_tools.report.metrics_text import metrics_text
+
+    options.show(json.dumps(as_urls(refusal_json(plan, metrics)), indent=2) if as_json else metrics_text(metrics))

@@ -49,6 +49,14 @@ class Metrics:
         return {"temperature": self.after.temperature, "temperature_images": self.images}
 
 
+class GateFailed(CheckFailed):
+    """A gate said no, to these metrics."""
+
+    def __init__(self, message: str, metrics: Metrics) -> None:
+        super().__init__(message)
+        self.metrics = metrics
+
+
 def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> Metrics:
     """Metrics of one or two models on the same images. Raises DataError if the images were not the same."""
     asked = validation.question
@@ -75,7 +83,7 @@ def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> 
 
 
 def compared(validation: Validation | None, before: Judged | None, after: Judged | None) -> Metrics | None:
-    """The metrics, if there is labelled data. Raises CheckFailed, before anything is written, if the gate says no."""
+    """The metrics, if there is labelled data. Raises GateFailed, before anything is written, if the gate says no."""
     if validation is None or after is None:
         return None
     metrics = metrics_of(validation, before, after)
@@ -84,9 +92,9 @@ def compared(validation: Validation | None, before: Judged | None, after: Judged
 
 
 def refuse_failed(metrics: Metrics, consequence: str = "") -> None:
-    """Raise CheckFailed if the gate did not hold."""
+    """Raise GateFailed if the gate did not hold."""
     if metrics.failures:
-        raise CheckFailed(f"the gate is not passed: {'; '.join(metrics.failures)}.{consequence}")
+        raise GateFailed(f"the gate is not passed: {'; '.join(metrics.failures)}.{consequence}", metrics)
 
 
 def _scores(judged: Judged) -> Scores:

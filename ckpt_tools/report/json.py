@@ -12,7 +12,9 @@ from ckpt_tools.contract import BatchNormLayer, Checkpoint, DropoutSite, InputSp
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome
 from ckpt_tools.jobs.inspection import Inspection
+from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import Outcome
+from ckpt_tools.jobs.scores import Metrics
 from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.inspect_text import command
 from ckpt_tools.report.metrics_json import metrics_json
@@ -67,6 +69,20 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "device": result.device,
         "processes": result.processes,
         "seconds": round(result.seconds, 3),
+    }
+
+
+def refusal_json(plan: Plan, metrics: Metrics) -> dict[str, object]:
+    """What is left of a ``bn-reestimate`` whose gate said no: the metrics, and no output."""
+    return {
+        "tool": {"name": "ckpt-tools", "version": VERSION},
+        "libraries": libraries(),
+        "checkpoint": checkpoint_json(plan.checkpoint),
+        "architecture": plan.loaded.recipe.architecture,
+        "model_kwargs": plain(plan.loaded.recipe.kwargs),
+        "metrics": metrics_json(metrics),
+        "output": None,
+        "device": plan.device,
     }
 
 

@@ -6,10 +6,9 @@ mirroring and shifts by up to 4 points, as in the authors' published script. A t
 out; seed 0 chooses the rate by the error on it, the other seeds train at that rate alone. The paper leaves Xavier's
 out.
 
-On the digits, enlarged to 32 × 32: an eighth of the width, batches of 16, no augmentation, 40 % of the images for
-testing, and one rate an optimizer for all initialisations, at which ours learnt with another seed. With Adam it is the
-largest of the paper's, for 60 epochs (3,660 steps in place of 53,000). With Nesterov momentum ours stayed at chance at
-the largest, 1e-2, and learnt at 3e-3, but took longer: 120 epochs.
+On the digits, enlarged to 32 × 32: a quarter of the width, batches of 16, no augmentation, 40 % of the images for
+testing, 120 epochs (7,320 steps in place of 53,000), and two learning rates, the largest of the paper's and 0.3 times
+it. An eighth of the width learnt unevenly, and no better from one initialisation than from another.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class Size:
 
 
 FULL, QUICK = Size(1.0, 150, 128), Size(0.0625, 2, 32)
-SMALL = {"Nesterov": Size(0.125, 120, 16), "Adam": Size(0.125, 60, 16)}
-SMALL_RATES = {"Nesterov": 3e-3, "Adam": 1e-3}
+SMALL = Size(0.25, 120, 16)
+SMALL_RATES = {"Nesterov": (1e-2, 3e-3), "Adam": (1e-3, 3e-4)}
 QUICK_IMAGES = 64
 
 
@@ -76,7 +75,7 @@ def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
     assert setup.data is not None
     cells = []
     for optimizer in RATES:
-        size = QUICK if setup.quick else SMALL[optimizer] if setup.data.bundled else FULL
+        size = QUICK if setup.quick else SMALL if setup.data.bundled else FULL
         rates = _rates(optimizer, setup)
         for name in INITIALISATIONS:
             cells += [Cell(name, optimizer, rate, size.width, size.epochs, size.batch, 0) for rate in rates]
@@ -90,8 +89,9 @@ def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
 
 def _rates(optimizer: str, setup: Setup) -> tuple[float, ...]:
     assert setup.data is not None
-    small = setup.quick or setup.data.bundled
-    return (SMALL_RATES[optimizer],) if small else RATES[optimizer] + drawn_rates()
+    if setup.quick:
+        return SMALL_RATES[optimizer][:1]
+    return SMALL_RATES[optimizer] if setup.data.bundled else RATES[optimizer] + drawn_rates()
 
 
 def drawn_rates() -> tuple[float, ...]:
