@@ -16,7 +16,7 @@ from ckpt_tools.errors import ModelError
 SHAPES = {"image": (3, 8, 8), "vector": (7,)}
 
 
-def changed_by_dropout(model: nn.Module, x: torch.Tensor) -> set[str]:
+def changed_by_dropout(model: nn.Module, x: torch.Tensor, draws: int = 6) -> set[str]:
     """The oracle: BN layers whose input differs between training and evaluation mode, BN itself in evaluation."""
 
     def inputs() -> dict[str, list[torch.Tensor]]:
@@ -40,7 +40,7 @@ def changed_by_dropout(model: nn.Module, x: torch.Tensor) -> set[str]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     changed = set()
-    for seed in range(6):
+    for seed in range(draws):
         torch.manual_seed(seed)
         random.seed(seed)
         for name, tensors in inputs().items():
