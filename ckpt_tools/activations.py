@@ -32,6 +32,7 @@ class ActivationMoments:
     mean: float
 
 
+@torch.inference_mode(False)  # in that mode nothing has a slope
 def activation_moments(f: Callable[[Tensor], Tensor]) -> ActivationMoments:
     """Moments of a pointwise nonlinearity under a standard normal input.
 

@@ -18,7 +18,7 @@ from ckpt_tools import Reestimation, reestimate_bn
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer, kept_mean
 from ckpt_tools.reestimate.outliers import DEEP_FLOOR, energies, margins
-from ckpt_tools.reestimate.training import evaluating
+from ckpt_tools.walker.evaluating import evaluating
 
 CASES = ("densenet, dropout", "wrn, dropout, crops")
 IMAGES, BATCH = 600, 300

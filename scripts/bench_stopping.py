@@ -25,8 +25,8 @@ from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.source import Batches
-from ckpt_tools.reestimate.training import evaluating
 from ckpt_tools.walker.call import call
+from ckpt_tools.walker.evaluating import evaluating
 
 BATCH, SIDE = 128, 32
 NETS = {

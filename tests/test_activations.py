@@ -116,3 +116,12 @@ def test_under_no_grad_and_without_touching_parameters() -> None:
 def test_what_is_no_nonlinearity(f: object, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         activation_moments(f)
+
+
+def test_inference_mode_changes_nothing() -> None:
+    expected = activation_moments(torch.tanh)
+    with torch.inference_mode():
+        assert activation_moments(torch.tanh) == expected
+    with torch.no_grad():
+        assert activation_moments(torch.tanh) == expected
+        assert not torch.is_grad_enabled()

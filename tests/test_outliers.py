@@ -338,6 +338,73 @@ def test_files_are_named_by_their_path(tmp_path: Path) -> None:
     assert _names([], ALONE)(3, 2) == "sample 2 of batch 3"
 
 
+@pytest.mark.parametrize(("count", "size"), [(2, 8), (3, 8), (4, 16), (6, 24)])
+def test_many_in_a_small_batch_of_named_arguments(count: int, size: int) -> None:
+    """They are compared with those before them, not with one another."""
+    model, x = net()
+    bad = x.clone()
+    rows = slice(3 * size, 3 * size + count)
+    bad[rows] *= 100
+    good = torch.cat([x[: rows.start], x[rows.stop :]])
+    changed, named = copy.deepcopy(model), [{"x": part} for part in bad.split(size)]
+    result = reestimate_bn(changed, named, force=True)
+    assert len(result.outliers) == count
+    expected = copy.deepcopy(model)
+    reestimate_bn(expected, [{"x": part} for part in good.split(size)], force=True)
+    assert farthest(variances(changed), variances(expected)) < 0.02
+
+
+def variances(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("running_var")}
+
+
+def test_a_sample_that_begins_like_an_outlier_is_none() -> None:
+    """Pages of a book, one of them blank: at most places all are white."""
+    model, _ = net("resnet")
+    pages = torch.full((96, 3, 32, 32), 2.0)
+    for number, page in enumerate(pages):
+        page[:, 3 + number % 7 : 30 : 8, 5:28:3] = -1.0 + number / 100
+    pages[40] = 2.0
+    result = reestimate_bn(model, pages.split(16), estimator="exact", force=True)
+    assert [(one.name, one.reason) for one in result.outliers] == [("sample 8 of batch 2", "blank")]
+    assert result.images == 95
+
+
+class Sum(nn.Module):
+    """Two inputs as one argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.mlp()
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return self.net(pair[0] + pair[1])
+
+
+def test_several_inputs_are_cut_together() -> None:
+    _, x = net("mlp")
+    other = torch.randn_like(x)
+    torch.manual_seed(0)
+    model = Sum().train()
+    for _ in range(10):
+        model((x, other))
+    model.eval()
+    bad, worse = x.clone(), other.clone()
+    bad[100] *= 100
+    worse[200, 3] = math.nan
+
+    def pairs(a: Tensor, b: Tensor) -> list[Any]:
+        return [((one, two), torch.zeros(len(one))) for one, two in zip(a.split(64), b.split(64), strict=True)]
+
+    changed, expected = copy.deepcopy(model), copy.deepcopy(model)
+    result = reestimate_bn(changed, pairs(bad, worse), force=True)
+    assert result.images == 598
+    assert {one.name for one in result.outliers} == {"sample 36 of batch 1", "sample 8 of batch 3"}
+    kept = [row for row in range(600) if row not in (100, 200)]
+    reestimate_bn(expected, pairs(x[kept], other[kept]), force=True)
+    assert farthest(variances(changed), variances(expected)) < 0.02
+
+
 def test_the_command_names_rows_and_reports_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model, x = net()

@@ -6,6 +6,8 @@ of them as an error and half as an interrupt. ``photograph`` compares.
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -48,12 +50,15 @@ class Faulty(TorchDispatchMode):
 
 
 class Busy(nn.Module):
-    """A forward that leaves traces: a new buffer, a hook, numbers drawn at random; attributes are its own affair."""
+    """A forward that leaves traces: a new buffer and module, a counter, a hook, numbers drawn at random."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nets.DenseNet(layers=1)
         self.register_buffer("table", None, persistent=False)
+        self.register_buffer("mask", torch.ones(1, 3).expand(2, 3))  # two rows in one place: not to be written
+        self.register_buffer("forwards", torch.zeros(1))
+        self.built = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + 1e-3 * torch.rand_like(x) + random.random()
@@ -61,7 +66,10 @@ class Busy(nn.Module):
             self.table = torch.ones(3)
             self.register_buffer("late", torch.zeros(1))
             self.net.register_forward_hook(lambda *_: None)
-        return self.net(x)
+        if not self.built:
+            self.built, self.extra = True, nn.Identity()
+        self.forwards += 1
+        return self.extra(self.net(x))
 
 
 def train_mode() -> nn.Module:
@@ -274,3 +282,51 @@ def test_within_modes_of_the_caller(ambient: Callable[[], Any]) -> None:
 
 def test_seeds_beyond_those_of_numpy() -> None:
     evaluate(nets.DenseNet(layers=1), labelled(images()), seed=2**62)
+
+
+def wrapped(model: nn.Module) -> None:
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+
+
+def in_a_lambda(model: nn.Module) -> None:
+    model.forward = lambda x, old=model.forward: old(x)
+
+
+def in_a_partial(model: nn.Module) -> None:
+    model.forward = functools.partial(type(model).forward, model)
+
+
+def in_a_part(model: nn.Module) -> None:
+    old = model[3].forward
+    model[3].forward = lambda x: old(x)
+
+
+def in_a_hook(model: nn.Module) -> None:
+    norm = model[1]
+    model[0].register_forward_hook(lambda module, args, output: norm(output))
+
+
+@pytest.mark.parametrize("bind", [wrapped, in_a_lambda, in_a_partial, in_a_part, in_a_hook])
+def test_functions_that_are_bound_to_the_model(bind: Callable[[nn.Module], None]) -> None:
+    """A copy of the model still holds them, and they hold the model."""
+    vectors = [torch.randn(16, 6) for _ in range(4)]
+    layers = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 6), nn.BatchNorm1d(6)]
+    plain = nn.Sequential(*layers)
+    model = copy.deepcopy(plain)
+    bind(model)
+    expected = ckpt_tools.walk(plain, vectors[0])
+    before = photograph.of_model(model)
+    found = ckpt_tools.walk(model, vectors[0])
+    assert photograph.differences(before, photograph.of_model(model)) == []
+    assert [(one.name, one.reached, one.downstream_of) for one in found.batch_norms] == [
+        (one.name, one.reached, one.downstream_of) for one in expected.batch_norms
+    ]
+    with unchanged(model, ("running_var",)):
+        result = ckpt_tools.reestimate_bn(model, vectors)
+    assert [layer.name for layer in result.rewritten] == ["4"]
+
+
+def test_a_forward_that_runs_another_model_than_it_is_given() -> None:
+    model = train_mode()
+    with unchanged(model):
+        ckpt_tools.walk(model, images()[0], forward=lambda _, batch: model(batch))

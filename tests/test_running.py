@@ -129,12 +129,14 @@ def test_inputs_of_convolutions_have_their_channels_last_and_weights_keep_their_
 
 
 class Counting(nn.Linear):
-    """Counts its forwards."""
+    """Notes its forwards."""
 
-    count = 0
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
+        self.forwards: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
+        self.forwards.append(len(x))
         return super().forward(x)
 
 
@@ -143,8 +145,20 @@ def test_nothing_runs_behind_the_last_layer_of_interest() -> None:
     model.head = Counting(24, 5)
     reestimate_bn(model, DATA, walk=ckpt_tools.walk(plain, DATA[0]))
     reestimate_bn(plain, DATA)
-    assert model.head.count == 1  # the first batch, which shows the order of the layers
+    assert len(model.head.forwards) == 1  # the first batch, which shows the order of the layers
     same(model, plain, rtol=0)
+
+
+def test_forwards_that_hooks_watch_are_run_to_the_end() -> None:
+    model, balance = densenet(), [0]
+
+    def count(by: int) -> None:
+        balance[0] += by
+
+    model.register_forward_pre_hook(lambda *_: count(1))
+    model.register_forward_hook(lambda *_: count(-1))
+    reestimate_bn(model, DATA)
+    assert balance == [0]
 
 
 class Twice(nn.Module):

@@ -280,3 +280,13 @@ def test_attributes_that_cannot_be_copied_are_shared() -> None:
     found = ckpt_tools.walk(model, torch.randn(2, 10))
     assert (found.batch_norms, found.dropout_sites) == (expected.batch_norms, expected.dropout_sites)
     assert [layer.inputs for layer in found.weights][:2] == [(), ("0.weight",)]
+
+
+@pytest.mark.parametrize("make", [nets.DenseNet, nets.ResNet])
+def test_inference_mode_hides_nothing(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    expected = ckpt_tools.walk(make(), torch.randn(2, 3, 8, 8))
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        found = ckpt_tools.walk(make(), torch.randn(2, 3, 8, 8))
+    assert found == expected

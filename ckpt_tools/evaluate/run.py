@@ -13,8 +13,9 @@ from ckpt_tools.evaluate.outcomes import Outcomes
 from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.running import Runner
-from ckpt_tools.reestimate.training import evaluating, seeded
+from ckpt_tools.reestimate.training import seeded
 from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
+from ckpt_tools.walker.evaluating import evaluating
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,9 @@ from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer, batch_only, stored
 from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
 from ckpt_tools.reestimate.running import Runner
-from ckpt_tools.reestimate.training import evaluating, seeded, switch_dropout_on
+from ckpt_tools.reestimate.training import seeded, switch_dropout_on
 from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
+from ckpt_tools.walker.evaluating import evaluating
 
 Normalise = Literal["stored", "batch"]
 

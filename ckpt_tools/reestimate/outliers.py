@@ -8,6 +8,7 @@ thousand moves little. ``scripts/bench outliers`` measures how far clean data st
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +28,8 @@ SPREADS = 8  # of the way from the median to the upper quartile, which is 0.67 s
 GAP = 0.5  # of a sample's way from the median that must be empty: tails that thin out show a few samples on it
 _DOUBT = 4  # divided by how many are compared: limits are that much farther out
 _REMEMBERED = 256  # values that small batches are compared with
-_PRINT = 32  # values of a sample that tell it from others
+_PRINT = 32  # values of a sample that tell it from most others
+_DIGEST = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ def extremes(energy: Mapping[str, Tensor], gauges: Mapping[str, Gauge]) -> dict[
     """Samples that are extreme in some layer, by the energies (n,) that every layer has seen of them."""
     found: dict[int, Suspect] = {}
     for name, values in energy.items():
-        among = values if len(values) >= FEWEST else gauges[name].among(values)
-        for place in apart(values, among, DEEP_FLOOR).nonzero().flatten().tolist():
+        for place in apart(values, gauges[name].among(values), DEEP_FLOOR).nonzero().flatten().tolist():
             found.setdefault(place, Suspect("extreme", None, name))
     return {place: weighed(place, one, energy) for place, one in found.items()}
 
@@ -175,14 +176,30 @@ def one_colour(batch: Batch) -> list[int]:
     return found
 
 
-def fingerprints(batch: Batch) -> list[bytes] | None:
-    """Some values of every sample, by which a later pass knows it; None for what is no tensor of samples."""
+def fingerprints(batch: Batch, heads: Collection[bytes] | None = None) -> list[bytes] | None:
+    """What a later pass knows every sample by; None for what is no tensor of samples.
+
+    Some values, its ``head``, and a digest of all: of each sample, or only of those whose head is among ``heads``.
+    """
     x = _one_tensor(batch)
     if x is None:
         return None
-    length = x[0].numel()
-    places = torch.linspace(0, length - 1, min(_PRINT, length)).long().tolist()
-    return [row.numpy().tobytes() for row in x.reshape(len(x), -1)[:, places].float().cpu()]
+    rows = x.reshape(len(x), -1)
+    places = torch.linspace(0, rows.shape[1] - 1, min(_PRINT, rows.shape[1])).long().tolist()
+    some = [row.numpy().tobytes() for row in rows[:, places].float().cpu()]
+    return [
+        values + (_digest(row) if heads is None or values in heads else b"")
+        for values, row in zip(some, rows, strict=True)
+    ]
+
+
+def head(fingerprint: bytes) -> bytes:
+    """Of a sample's fingerprint what is quickly made."""
+    return fingerprint[:-_DIGEST]
+
+
+def _digest(row: Tensor) -> bytes:
+    return hashlib.blake2b(row.double().cpu().numpy().tobytes(), digest_size=_DIGEST).digest()
 
 
 class Look:

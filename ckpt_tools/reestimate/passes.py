@@ -27,7 +27,7 @@ from ckpt_tools.reestimate.layer import (
 )
 from ckpt_tools.reestimate.outliers import Look
 from ckpt_tools.reestimate.precision import deviation
-from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.running import Runner, has_hooks
 from ckpt_tools.reestimate.screening import Found, Screening, Shown, plenty, refuse_not_finite
 from ckpt_tools.reestimate.shares import combine
 from ckpt_tools.reestimate.source import Batches, checksum
@@ -276,7 +276,7 @@ class Passes:
             layer.begin_batch(closely=closely)
         for count in self.runner.run(batch, number, list(watched.values()), stop=self._once is True):
             if self._once is None:
-                self._once = all(layer.calls == 1 for layer in watched.values())
+                self._once = not has_hooks(self.model) and all(layer.calls == 1 for layer in watched.values())
             shown = {name: layer.take() for name, layer in watched.items()}
             yield count, {name: seen for name, seen in shown.items() if seen is not None}
 

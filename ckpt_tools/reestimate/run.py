@@ -26,9 +26,9 @@ from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.reestimate.training import evaluating
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, unwrap
 from ckpt_tools.walker.downstream import walk as walk_model
+from ckpt_tools.walker.evaluating import evaluating
 from ckpt_tools.walker.overwrite import overwrite_all
 from ckpt_tools.walker.sites import saved_randomness
 

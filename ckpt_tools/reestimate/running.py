@@ -103,6 +103,11 @@ class Runner:
             pass
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Whether forwards are watched by someone, who may count on their being run to the end."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def _failure(error: Exception, number: int) -> CkptToolsError:
     if str(error).startswith("DataLoader worker"):  # torch raises it wherever the signal finds us
         return DataError(f"batch {number}: {error}. Memory ran out? Try fewer --workers.")

@@ -25,6 +25,7 @@ from ckpt_tools.reestimate.outliers import (
     clusters_odd,
     extremes,
     fingerprints,
+    head,
     not_finite,
     overflowing,
     unusual,
@@ -39,7 +40,7 @@ Run = Callable[[Batch, bool], Iterator[tuple[int, Shown]]]
 """Runs a batch, whole or in parts, and with True measures every sample: how many samples, and what they showed."""
 
 Mark = bytes | tuple[int, int]
-"""What a later pass knows a sample by: some of its values, else its place."""
+"""What a later pass knows a sample by: its fingerprint, else its place."""
 
 _MOST = 6  # times that a batch is run without what stood out before
 _PLENTY, _SHARE = 8, 0.02  # of a kind: so many, and this share of what was seen, are no outliers
@@ -142,7 +143,8 @@ class Screening:
         """What to run of a batch at first."""
         rows = [row for row in range(batch_size(batch)) if row not in found]
         if self._known is not None:
-            marks = _marks(batch, number)
+            heads = {head(mark) for mark in self._known if isinstance(mark, bytes)}
+            marks = _marks(batch, number, heads=heads)
             return _Task([row for row in rows if marks[row] not in self._known])
         if not rows:
             return _Task(rows)
@@ -210,9 +212,9 @@ def refuse_not_finite(found: Sequence[Found], images: int) -> None:
     )
 
 
-def _marks(batch: Batch, number: int, first: int = 0) -> Sequence[Mark]:
-    """What tells every sample of a batch from others."""
-    return fingerprints(batch) or [(number, first + row) for row in range(batch_size(batch))]
+def _marks(batch: Batch, number: int, first: int = 0, heads: Collection[bytes] | None = None) -> Sequence[Mark]:
+    """What tells every sample of a batch from others, or from those with fingerprints of these ``heads``."""
+    return fingerprints(batch, heads) or [(number, first + row) for row in range(batch_size(batch))]
 
 
 def _on_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -60,23 +60,34 @@ def input_tensors(batch: Batch) -> list[Tensor]:
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of samples: the length of a list of images, else the first dimension of the first tensor.
+    """Number of samples: the length of a list of images, else the first dimension that most tensors share.
 
-    A batch that only the caller's ``forward`` understands counts as one.
+    Of equally frequent ones that of the largest tensor counts. A batch that only the caller's ``forward`` understands
+    counts as one.
     """
     given = _input(batch)
-    if isinstance(given, (tuple, list)) and all(isinstance(item, Tensor) for item in given):
+    if _are_images(given):
         return len(given)
-    for leaf in pytree.tree_leaves(given):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
-    return 1
+    leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim]
+    firsts = [leaf.shape[0] for leaf in leaves]
+    best = max(leaves, key=lambda leaf: (firsts.count(leaf.shape[0]), leaf.numel()), default=None)
+    return 1 if best is None else best.shape[0]
+
+
+def _are_images(given: object) -> TypeGuard[Sequence[Tensor]]:
+    """Whether this is a list of images (C, H, W), as detection models take it, and not of several batched inputs."""
+    if not isinstance(given, (tuple, list)) or not given:
+        return False
+    return all(isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] <= _CHANNELS for item in given)
+
+
+_CHANNELS = 4  # of an image, at most
 
 
 def samples(batch: Batch, start: int, stop: int) -> Batch:
     """The input of a batch cut to some of its samples, as a batch."""
     given, size = _input(batch), batch_size(batch)
-    if isinstance(given, (tuple, list)):
+    if _are_images(given):
         return [given[start:stop]]
 
     def cut(leaf: Tensor) -> Tensor:
@@ -88,7 +99,7 @@ def samples(batch: Batch, start: int, stop: int) -> Batch:
 def chosen(batch: Batch, rows: Sequence[int]) -> Batch:
     """Some samples of a batch, given by their numbers, as a batch of copies."""
     given, size = _input(batch), batch_size(batch)
-    if isinstance(given, (tuple, list)):
+    if _are_images(given):
         return [[given[row] for row in rows]]
 
     def cut(leaf: Tensor) -> Tensor:
@@ -99,10 +110,9 @@ def chosen(batch: Batch, rows: Sequence[int]) -> Batch:
 
 def each_input(batch: Batch) -> Iterator[tuple[int | None, Tensor]]:
     """The floating-point tensors that go into the model, each with its sample if it is one of a list of images."""
-    given = _input(batch)
-    listed = isinstance(given, (tuple, list)) and all(isinstance(item, Tensor) for item in given)
     tensors = input_tensors(batch)
-    rows = range(len(tensors)) if listed and len(tensors) == batch_size(batch) else itertools.repeat(None)
+    listed = _are_images(_input(batch)) and len(tensors) == batch_size(batch)
+    rows = range(len(tensors)) if listed else itertools.repeat(None)
     yield from zip(rows, tensors, strict=False)
 
 

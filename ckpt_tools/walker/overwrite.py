@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,16 @@ def overwrite(buffer: Tensor, value: Tensor) -> None:
     """Copy ``value`` into ``buffer``, wherever the buffer was made."""
     # What was made in inference mode can only be written there; leaving that mode switches gradients on.
     with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+        for dim in _expanded(buffer):
+            buffer, value = buffer.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
         buffer.copy_(value)
+
+
+def _expanded(tensor: Tensor) -> list[int]:
+    """Dimensions along which all elements are one place in memory, which cannot be written as many."""
+    if tensor.layout is not torch.strided:
+        return []
+    return [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
 
 
 def overwrite_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -27,11 +37,24 @@ def overwrite_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def put_back(contents: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second of each pair into the first; an interrupt in the midst of it is raised when all are done."""
+    """Copy the second of each pair into the first; an interrupt in the midst of it is raised when all are done.
+
+    One that cannot be written keeps no other from it.
+    """
     try:
-        for target, content in contents:
-            overwrite(target, content)
+        _overwrite_each(contents)
     except BaseException:
-        for target, content in contents:
-            overwrite(target, content)
+        with contextlib.suppress(Exception):
+            _overwrite_each(contents)
         raise
+
+
+def _overwrite_each(contents: Sequence[tuple[Tensor, Tensor]]) -> None:
+    failures = []
+    for target, content in contents:
+        try:
+            overwrite(target, content)
+        except Exception as error:  # noqa: BLE001 - raised below
+            failures.append(error)
+    if failures:
+        raise failures[0]

@@ -39,6 +39,7 @@ from ckpt_tools.walker.call import (
     samples,
     to_device,
 )
+from ckpt_tools.walker.evaluating import evaluating
 from ckpt_tools.walker.graph import Graph, Recorder
 from ckpt_tools.walker.sites import (
     ALIVE,
@@ -243,13 +244,14 @@ def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: 
         children only: detection models want targets when the outer module is training), or "evaluation".
     Raises whatever the model raises when neither a meta nor a real forward gets through.
     """
-    try:
-        return _run(model, to_device(batch, "meta"), forward, mode, rates, meta=True)
-    except CkptToolsError:
-        raise
-    except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
-        few = to_device(samples(batch, 0, 2), device_of(model))
-        return _run(model, few, forward, mode, rates, meta=False)
+    with torch.inference_mode(False):  # in that mode torch takes operations less far apart
+        try:
+            return _run(model, to_device(batch, "meta"), forward, mode, rates, meta=True)
+        except CkptToolsError:
+            raise
+        except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
+            few = to_device(samples(batch, 0, 2), device_of(model))
+            return _run(model, few, forward, mode, rates, meta=False)
 
 
 def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Rates, *, meta: bool) -> Record:
@@ -261,6 +263,7 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
     result = Record("meta" if meta else "cpu", recorder.graph)
     tape = _Tape(twin, result, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
+        stack.enter_context(evaluating(model))  # code that is bound to it may run it in place of its copy
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager())

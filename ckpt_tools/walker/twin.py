@@ -8,6 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ckpt_tools.walker.rebinding import rebind
+
 Mode = Literal["training", "leaves", "evaluation"]
 
 
@@ -25,10 +27,14 @@ def copy_of(model: nn.Module, *, meta: bool) -> nn.Module:
         for tensor in [*module._buffers.values(), *loose]:
             if tensor is not None and id(tensor) not in memo:
                 memo[id(tensor)] = copied(tensor)
+    known = dict(memo)
     try:
-        return copy.deepcopy(model, dict(memo))
+        twin = copy.deepcopy(model, known)
     except Exception:  # noqa: BLE001 - a lock or an open file among the attributes; they can be shared
-        return _copied_by_attribute(model, memo)
+        known = memo
+        twin = _copied_by_attribute(model, known)
+    rebind(twin, known)
+    return twin
 
 
 def _copied_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
