@@ -85,7 +85,7 @@ def with_metrics(found: dict[str, Any]) -> dict[str, Any]:
     found["metrics"] = {
         "before": {"error": {"value": 8.97, "standard_error": 0.31}, "nll": 0.5},
         "after": {"error": {"value": 3.15, "standard_error": 0.22}, "nll": 0.25},
-        "difference": {"error": {"value": -5.82, "standard_error": 0.31}, "nll": -0.25},
+        "change": {"error": {"value": -5.82, "standard_error": 0.31}, "nll": -0.25},
     }
     return found
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools.cli import main
 from ckpt_tools.data.shared import read_together
+from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.folder import items_for, run
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.report.manifest import Manifest, record_of
@@ -214,3 +215,14 @@ def test_equal_architectures_are_walked_once_unless_their_rates_differ(
         torch.save({"state_dict": state, "args": {"drop_rate": rate}}, root / "runs" / f"{rate}.pt")
     assert sorted(whole_run(root)) == ["done"] * 2 + ["done before"] * 4
     assert walked[1:] == [0.3, 0.4]
+
+
+def test_a_manifest_is_not_appended_to_other_files(tmp_path: Path) -> None:
+    for name, content in {"model.pt": b"PK\x03\x04 1\n2", "short": b"PK", "config.json": b'{"a":\n1}\n'}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OutputError, match="another file"):
+            Manifest(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "killed.jsonl").write_bytes(b'{"checkpoint": "a.p')
+    Manifest(tmp_path / "killed.jsonl").add({"checkpoint": "b\udcff.pt", "status": "failed"})
+    assert Manifest(tmp_path / "killed.jsonl")._records.keys() == {"b\udcff.pt"}

@@ -9,7 +9,7 @@ from ckpt_tools.report.columns import count
 from ckpt_tools.report.content import Cell, Column, Section, Table
 from ckpt_tools.report.numbers import measured, measured_text, number, number_cell
 
-_STAGES = ("before", "after", "difference")
+_STAGES = ("before", "after", "change")
 _FLAGGED = ("outliers", "flagged", "flagged_images")
 
 

@@ -39,6 +39,8 @@ class Manifest:
             with path.open("a+b") as file:
                 file.seek(0)
                 content = file.read()
+                if content and not any(_parsed(content)) and not _begun(content):
+                    raise OutputError(f"{path}: expected a manifest to append to, found another file. Give --manifest.")
                 if content and not content.endswith(b"\n"):  # killed while writing
                     file.write(b"\n")
         except OSError as error:
@@ -60,7 +62,7 @@ class Manifest:
         self._records[name] = record
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -83,6 +85,11 @@ def record_of(result: Result) -> Record:
         }
     )
     return record
+
+
+def _begun(content: bytes) -> bool:
+    """Whether this can be the first line of a manifest, whose run was killed while writing it."""
+    return content.startswith(b"{") and b"\n" not in content
 
 
 def _parsed(content: bytes) -> Iterable[dict[str, Any]]:
