@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -330,3 +331,10 @@ def test_a_forward_that_runs_another_model_than_it_is_given() -> None:
     model = train_mode()
     with unchanged(model):
         ckpt_tools.walk(model, images()[0], forward=lambda _, batch: model(batch))
+
+
+def test_functions_in_what_cannot_be_copied_stay() -> None:
+    model = train_mode()
+    model.held = {"lock": threading.Lock(), "forward": lambda x: model(x)}
+    with unchanged(model):
+        ckpt_tools.walk(model, images()[0])

@@ -15,10 +15,13 @@ _CALLABLES = (FunctionType, MethodType, partial)
 
 def rebind(twin: nn.Module, copies: dict[int, Any]) -> None:
     """Let functions in a copy's attributes and hooks close over ``copies``, which are by the original's identity."""
-    bound = _Bound(copies)
+    bound, own = _Bound(copies), {id(copied) for copied in copies.values()}  # what cannot be copied is shared
     for module in twin.modules():
         attributes = vars(module)
-        for held in [attributes, *(value for value in attributes.values() if isinstance(value, dict))]:
+        for held in [
+            attributes,
+            *(value for value in attributes.values() if isinstance(value, dict) and id(value) in own),
+        ]:
             for name, value in list(held.items()):
                 if isinstance(value, _CALLABLES) and (new := bound(value)) is not value:
                     held[name] = new
