@@ -104,7 +104,7 @@ def test_a_class_map(
     "content",
     [
         *("", "a\n\nc", "a\nc\na", "a\nc", "{", "{}", "[1, 2]", "[]"),
-        *('{"a": "0"}', '{"a": -1}', '{"a": true}', '{"a": 0, "c": 1}'),
+        *('{"a": "0"}', '{"a": 100000000000000000000, "c": 1, "d": 2}', '{"a": -1}', '{"a": true}', '{"a": 0, "c": 1}'),
     ],
 )
 def test_a_bad_class_map(folder: Path, tmp_path: Path, content: str) -> None:

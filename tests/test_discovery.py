@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckpt_tools.errors import CheckpointError
+from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.storage.discovery import find_checkpoints, is_one_checkpoint
 from ckpt_tools.storage.read import read_checkpoint
 from ckpt_tools.storage.write import save
@@ -75,6 +77,54 @@ def test_a_folder_of_outputs_inside_is_left_out(runs: Path) -> None:
 def test_a_file_that_is_named_counts_whatever_it_is(runs: Path) -> None:
     assert places(runs / "done.bn.safetensors") == ["done.bn.safetensors"]
     assert places(runs / "not-there.pt") == ["not-there.pt"]  # the reader says what is wrong with it
+
+
+def test_what_the_shell_made_of_a_pattern_is_filtered(runs: Path) -> None:
+    torch.save(STATE, runs / "best.pt")
+    torch.save(STATE, runs / "last.pt")
+    assert places(runs / "best.pt", runs / "last.pt", exclude=["last*"]) == ["best.pt"]
+    with pytest.raises(CheckpointError, match="that --include and --exclude leave"):
+        places(runs / "last.pt", exclude=["last*"])
+
+
+def test_patterns_are_for_paths_below_each_searched_folder(runs: Path, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder / "old").mkdir(parents=True)
+        torch.save(STATE, tmp_path / folder / "old" / "x.pt")
+        torch.save(STATE, tmp_path / folder / "x.pt")
+    assert places(tmp_path / "one", tmp_path / "two", exclude=["old/*"]) == ["one/x.pt", "two/x.pt"]
+    assert places(tmp_path / "one", tmp_path / "two", include=["old/*"]) == ["one/old/x.pt", "two/old/x.pt"]
+
+
+@pytest.mark.parametrize("path", [".", "", "../hub"])
+def test_a_folder_that_is_one_checkpoint_has_its_name_for_a_place(
+    runs: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs / "hub")
+    assert places(Path(path)) == ["hub"]
+    (runs / "hub" / "below").mkdir()
+    monkeypatch.chdir(runs / "hub" / "below")
+    assert places(Path("..")) == ["hub"]
+
+
+def test_patterns_do_not_leave_their_folder(runs: Path) -> None:
+    with pytest.raises(UsageError, match=r"no \.\. behind the first wildcard"):
+        find_checkpoints([runs / "*" / ".." / "model.safetensors"])
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_unless_excluded(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def guarded(path: str | os.PathLike[str] = ".") -> object:
+        if Path(path).name == "a b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)  # who runs the tests may be root
+    assert not is_one_checkpoint(runs)
+    with pytest.raises(CheckpointError, match="a b: expected a folder to search.*Permission denied"):
+        find_checkpoints([runs])
+    assert places(runs, exclude=["a b"]) == ["model.safetensors", "hub"]
 
 
 @pytest.mark.parametrize("path", ["empty", "*.nothing"])

@@ -379,6 +379,25 @@ def test_one_file(files: Path) -> None:
     assert run(*arguments, "--before", files / "none.pt").exit_code == 1
 
 
+def test_heads_of_different_sizes_are_not_compared(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "my_heads.py").write_text(
+        "import nets\nfrom torch import nn\n"
+        "def build(num_classes=5):\n"
+        "    return nn.Sequential(nets.DenseNet(), nn.Linear(5, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(files)
+    import my_heads
+
+    for classes in (5, 9):
+        torch.save({"state_dict": my_heads.build(classes).state_dict()}, files / f"{classes}.pt")
+    more = ("--data", files / "val.npz", "--arch", "my_heads:build", "-q")
+    for before, after in ((5, 9), (9, 5)):
+        result = run("evaluate", files / f"{after}.pt", "--before", files / f"{before}.pt", *more)
+        assert result.exit_code in (1, 2), result.output
+        assert "Traceback" not in result.output
+        assert "bug" not in result.stderr
+
+
 def test_a_checkpoint_without_its_head_is_not_judged(files: Path) -> None:
     import timm
 

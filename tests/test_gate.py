@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,6 +101,7 @@ def test_python_reads_it_alike(metric: str, comparison: str, bound: str) -> None
         ("__import__('os')", "'__import__'"),
         ("error <= " + "(" * 100 + "1", "inside each other"),
         ("error <= " + "+".join(["1"] * 5000), "at most 500"),
+        ("error <= 1e400", "'1e400'"),
     ],
 )
 def test_what_does_not_parse(text: str, named: str) -> None:
@@ -107,6 +109,23 @@ def test_what_does_not_parse(text: str, named: str) -> None:
         parse_gate(text)
     assert named in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "holds"),
+    [
+        ("error >= 1e200 * 1e200", 5.0, False),
+        ("error <= 1e200 * 1e200", 5.0, True),
+        ("error <= 0 - 1e200 * 1e200", 5.0, False),
+        ("error <= 1e200 * 1e200 - 1e200 * 1e200", 5.0, False),
+        ("error <= 100", math.nan, False),
+        ("error >= 0", math.nan, False),
+        ("error <= 1000", math.inf, False),
+        ("error < 1e200 * 1e200", math.inf, False),
+    ],
+)
+def test_what_is_not_finite_is_compared_all_the_same(text: str, error: float, holds: bool) -> None:
+    assert passes(text, after={**AFTER, "error": error}) is holds
 
 
 def test_failures_tell_the_numbers() -> None:

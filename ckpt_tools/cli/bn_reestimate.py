@@ -192,8 +192,10 @@ def bn_reestimate(
 
 
 def _show_refusal(plan: Plan, metrics: Metrics, as_json: bool) -> None:
-    """What the gate saw."""
+    """What the gate saw, here and in the summary of a CI job."""
     from ckpt_tools.report.json import refusal_json
     from ckpt_tools.report.metrics_text import metrics_text
 
-    options.show(json.dumps(as_urls(refusal_json(plan, metrics)), indent=2) if as_json else metrics_text(metrics))
+    facts = as_urls(refusal_json(plan, metrics))
+    options.show(json.dumps(facts, indent=2) if as_json else metrics_text(metrics))
+    github.evaluated(facts)

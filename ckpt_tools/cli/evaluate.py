@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.cli import options
+from ckpt_tools.cli import github, options
 from ckpt_tools.cli.progress import EvaluationBar
 from ckpt_tools.remote.mirror import as_urls
 
@@ -68,4 +68,5 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
         outcome = execute(plan, bar)
     facts = as_urls(evaluation_json(outcome))
     options.show(json.dumps(facts, indent=2) if as_json else evaluation_text(outcome))
+    github.evaluated(facts)
     refuse_failed(outcome.metrics)

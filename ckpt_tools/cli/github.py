@@ -7,19 +7,23 @@ Annotations are workflow commands (``::error title=…::message``). The runner l
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from ckpt_tools.redaction import presentable
+
 _TITLE = "ckpt-fix"
+_SHOWN = 9  # of each kind: GitHub shows ten of a step, and the last says how the step ended
+Kind = Literal["error", "warning"]
 
 
-def annotate(kind: Literal["error", "warning"], message: str) -> None:
+def annotate(kind: Kind, message: str) -> None:
     """Show ``message`` on the page of the run; elsewhere do nothing."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        click.echo(f"::{kind} title={_property(_TITLE)}::{_data(message)}", err=True)
+        click.echo(f"::{kind} title={_property(_TITLE)}::{_data(presentable(message))}", err=True)
 
 
 def summarise(markdown: str) -> None:
@@ -28,7 +32,7 @@ def summarise(markdown: str) -> None:
     if not path:
         return
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
+        with Path(path).open("a", encoding="utf-8", errors="replace") as file:  # names may hold lone surrogates
             file.write(markdown + "\n")
     except OSError as error:
         message = f"GITHUB_STEP_SUMMARY={path}: the summary cannot be written ({error.strerror}); the run goes on."
@@ -52,6 +56,30 @@ def done(facts: Mapping[str, Any]) -> None:
     for worry in worries(facts):
         annotate("warning", worry)
     summarise(checkpoint_markdown(facts))
+
+
+def folder_done(records: Sequence[Mapping[str, Any]]) -> None:
+    """A finished folder, from its records: which checkpoints failed, what to look at in the others, its report."""
+    from ckpt_tools.report.markdown import folder_markdown
+    from ckpt_tools.report.summary import folder_worries, without_name
+
+    failed = [record for record in records if record["status"] == "failed"]
+    errors = [f"{one['checkpoint']}: {without_name(one)}" for one in failed]
+    said: dict[Kind, Sequence[str]] = {"error": errors, "warning": folder_worries(records)}
+    for kind, messages in said.items():
+        for message in messages[:_SHOWN]:
+            annotate(kind, message)
+    summarise(folder_markdown(records))
+
+
+def evaluated(facts: Mapping[str, Any]) -> None:
+    """A finished evaluation, or one whose gate said no, from its JSON: images that were skipped, and the metrics."""
+    from ckpt_tools.report.markdown import evaluation_markdown
+    from ckpt_tools.report.summary import skipped_worries
+
+    for worry in skipped_worries(facts):
+        annotate("warning", worry)
+    summarise(evaluation_markdown(facts))
 
 
 def _data(text: str) -> str:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.cli.options import own_stdout, path, stacked
-from ckpt_tools.errors import CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.cli.options import own_stdout, path, show, stacked
+from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import as_urls, located
@@ -111,7 +111,6 @@ def reestimate(
     from ckpt_tools.jobs.folder import items_for
     from ckpt_tools.report.folder_text import folder_text
     from ckpt_tools.report.manifest import Manifest, record_of
-    from ckpt_tools.report.markdown import folder_markdown
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
 
@@ -122,8 +121,9 @@ def reestimate(
     outside = [place.output_dir] if place.output_dir else []
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
-    log = Manifest(place.manifest or _beside(paths, place.output_dir))
-    check_reports(reports, (log.path, located(request.data), *(item.checkpoint for item in items)))
+    manifest = place.manifest or _beside(paths, place.output_dir)
+    check_reports(reports, _files(manifest, request, items))
+    log = Manifest(manifest)
     records: list[Any] = []
     names = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
 
@@ -138,9 +138,18 @@ def reestimate(
     records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
-    click.echo(json.dumps({"checkpoints": records}, indent=2) if as_json else as_urls(folder_text(records, log.path)))
-    github.summarise(folder_markdown(records))
-    _answer([record["status"] for record in records], log.path)
+    show(json.dumps({"checkpoints": records}, indent=2) if as_json else folder_text(records, log.path))
+    github.folder_done(records)
+    _answer(records, log.path)
+
+
+def _files(manifest: Path, request: Request, items: Sequence[Item]) -> tuple[Path, ...]:
+    """All files of the job. Raises UsageError if the manifest would be one of the others."""
+    said = [Path(located(data)) for data in (request.data, request.eval_data) if data is not None]
+    others = [*said, *filter(None, [request.class_map]), *(item.checkpoint for item in items)]
+    if os.path.realpath(manifest) in set(map(os.path.realpath, others)):
+        raise UsageError(f"--manifest {manifest}: expected a file of its own, found another file of this job.")
+    return manifest, *others
 
 
 def _release(item: Item) -> None:
@@ -151,12 +160,14 @@ def _release(item: Item) -> None:
         release_checkpoint(file)
 
 
-def _answer(statuses: Sequence[str], manifest: Path) -> None:
-    failed = statuses.count("failed")
+def _answer(records: Sequence[Record], manifest: Path) -> None:
+    failed = [record for record in records if record["status"] == "failed"]
     if failed:
-        raise CkptToolsError(f"{failed} of {len(statuses)} checkpoints failed; {manifest} says why.")
-    if set(statuses) == {"nothing to do"}:
-        raise NothingToDo(f"nothing to do in any of {len(statuses)} checkpoints; {manifest} says why.")
+        refused = {record["exit_code"] for record in failed} == {CheckFailed.exit_code}
+        kind = CheckFailed if refused else CkptToolsError
+        raise kind(f"{len(failed)} of {len(records)} checkpoints failed; {manifest} says why.")
+    if {record["status"] for record in records} == {"nothing to do"}:
+        raise NothingToDo(f"nothing to do in any of {len(records)} checkpoints; {manifest} says why.")
 
 
 def _beside(paths: Sequence[Path], output_dir: Path | None) -> Path:

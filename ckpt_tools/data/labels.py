@@ -18,6 +18,7 @@ from ckpt_tools.remote.copies import fetch
 
 __all__ = ["ClassMap", "Labels", "array_labels", "class_number", "folder_labels", "read_class_map", "whole_numbers"]
 
+_MOST = 2**31  # outputs of a head
 _WHOLE = re.compile(r"u?int\d+|[IU]\d+")  # as numpy and torch, or as safetensors name them
 _HINT = (
     'Say which output each folder is: --class-map FILE, JSON {"folder": 0, …} or one name a line in the head\'s order.'
@@ -84,7 +85,7 @@ def _numbered(path: Path, found: object) -> ClassMap:
     if not isinstance(found, dict) or not found:
         raise DataError(f'--class-map {path}: expected {{"folder name": index, …}} or a list of names.')
     for name, number in found.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MOST:
             raise DataError(f"--class-map {path}: {name!r} is {number!r}; expected the number of an output, from 0.")
     return ClassMap(path, found, None)
 

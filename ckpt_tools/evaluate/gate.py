@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -24,7 +25,13 @@ Values = Mapping[str, float]
 Term = Callable[[Values], float]
 
 _TOKEN = re.compile(r"\s*(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|[A-Za-z_][\w.]*|<=|>=|[<>+\-*()]|\S)")
-_COMPARISONS = ("<=", "<", ">=", ">")
+_HOLDS: Mapping[str, Callable[[float, float, float], bool]] = {  # NaN holds nowhere
+    "<=": lambda value, bound, slack: value <= bound + slack,
+    "<": lambda value, bound, slack: value < bound - slack,
+    ">=": lambda value, bound, slack: value >= bound - slack,
+    ">": lambda value, bound, slack: value > bound + slack,
+}
+_COMPARISONS = tuple(_HOLDS)
 _ROUNDING = 1e-9  # so that 5.1 <= 5.0 + 0.1 whatever floats say
 _DEEPEST, _LONGEST = 50, 500  # brackets inside each other, words
 
@@ -43,8 +50,7 @@ class Condition:
         """What is wrong, in numbers; None if it holds."""
         value, bound = after[self.metric], self.bound(before)
         slack = _ROUNDING * max(abs(value), abs(bound), 1.0)
-        room = bound - value if self.comparison.startswith("<") else value - bound
-        if (room >= -slack) if self.comparison.endswith("=") else (room > slack):
+        if _HOLDS[self.comparison](value, bound, slack if math.isfinite(slack) else 0.0):
             return None
         old = "".join(f", {name} before {before[name]:.6g}" for name in sorted(self.metrics))
         return f"{self.text}: {self.metric} is {value:.6g}, the bound {bound:.6g}{old}"
@@ -129,6 +135,8 @@ class _Parser:
             self._one_of((")",), "a closing bracket")
             return inner
         if re.match(r"\.?\d", token):
+            if not math.isfinite(float(token)):
+                raise self._expected("a number that a float can hold")
             self._position += 1
             return _number(float(token))
         word, dot, metric = token.partition(".")

@@ -16,7 +16,7 @@ from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError
 from ckpt_tools.jobs.places import default_output
-from ckpt_tools.jobs.plan import Plan, prepare
+from ckpt_tools.jobs.plan import Plan, checked, chosen_device, prepare
 from ckpt_tools.jobs.reestimation import Outcome, execute
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walks import Walks
@@ -45,8 +45,16 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Made:
+    """What an output was made of, and how: it stands in its metadata."""
+
+    source_sha256: str
+    settings: str
+
+
+@dataclass(frozen=True)
 class Result:
-    """What became of an item. ``outcome`` is there if it was done, ``error`` if it was not.
+    """What became of an item. ``outcome`` is there if it was done, ``error`` if it was not, ``made`` with an output.
 
     ``seconds`` from its reading to its end, with the others of its round in between.
     """
@@ -54,6 +62,7 @@ class Result:
     item: Item
     status: Status
     outcome: Outcome | None = None
+    made: Made | None = None
     error: Exception | None = None
     seconds: float = 0.0
 
@@ -80,9 +89,10 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
     """Re-estimate every item; ``record`` gets each result as soon as its output stands. One failure stops no other.
 
     What an earlier run finished with the same settings from the same bytes is not done again, unless
-    ``request.overwrite`` is set. Raises what concerns all items: DataError, UsageError.
+    ``request.overwrite`` is set. Raises what concerns all items: DataError, UsageError, ModelError for a device.
     """
-    source = open_source(request.data, limit=request.limit, seed=request.seed)
+    source = opened(request)
+    chosen_device(request)
     waiting, walks = _Waiting(), Walks()
     for folder in {item.output.parent for item in items}:
         sweep(folder)  # also of what is done: a process may be killed between its output and its last step
@@ -90,18 +100,31 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
         started = time.perf_counter()
         own = _own(item, request)
         try:
-            plan = None if _is_done(item, own) else _prepared(item, own, source, walks)
+            made = _made(item, own)
+            plan = None if made else _prepared(item, own, source, walks)
         except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
             record(_stopped(item, error, started))
             continue
         if plan is None:
-            record(Result(item, "done before", seconds=time.perf_counter() - started))
+            record(Result(item, "done before", made=made, seconds=time.perf_counter() - started))
             continue
         waiting.add(_Prepared(item, plan, started))
         if waiting.full:
             _round(waiting.largest(), record, watch)
     while waiting:
         _round(waiting.largest(), record, watch)
+
+
+def opened(request: Request) -> Source:
+    """The data, found but not read, after all that can be said of a request without a checkpoint.
+
+    Raises UsageError, DataError; the labelled data is looked for as well.
+    """
+    asked = checked(request)
+    source = open_source(request.data, limit=request.limit, seed=request.seed)
+    if asked is not None:
+        open_source(asked.data, seed=request.seed, split="test")
+    return source
 
 
 def look(item: Item, request: Request, source: Source) -> Result | Reading:
@@ -113,8 +136,8 @@ def look(item: Item, request: Request, source: Source) -> Result | Reading:
     own = _own(item, request)
     sweep(item.output.parent)
     try:
-        if _is_done(item, own):
-            return Result(item, "done before", seconds=time.perf_counter() - started)
+        if made := _made(item, own):
+            return Result(item, "done before", made=made, seconds=time.perf_counter() - started)
         return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), source, Walks()))
     except Exception as error:  # noqa: BLE001 - as above
         return _stopped(item, error, started)
@@ -128,12 +151,13 @@ def _reading(plan: Plan) -> Reading:
     return plan.input_spec, plan.batch_size, plan.device
 
 
-def _is_done(item: Item, request: Request) -> bool:
-    """Whether the output is there, made with these settings from this checkpoint."""
-    made = None if request.overwrite else recorded(item.output)
-    if made is None or made.get("settings") != request.settings():
-        return False
-    return made.get("source_sha256") == sha256(item.checkpoint)
+def _made(item: Item, request: Request) -> Made | None:
+    """How the output was made, if it is there, with these settings and from this checkpoint."""
+    said = None if request.overwrite else recorded(item.output)
+    if said is None or said.get("settings") != request.settings():
+        return None
+    made = Made(sha256(item.checkpoint), request.settings())
+    return made if said.get("source_sha256") == made.source_sha256 else None
 
 
 def _prepared(item: Item, request: Request, source: Source, walks: Walks) -> Plan:
@@ -204,7 +228,8 @@ def _finish(one: _Prepared, first: BatchStream, record: Callable[[Result], None]
     except Exception as error:  # noqa: BLE001 - as above
         record(_stopped(one.item, error, one.started))
     else:
-        record(Result(one.item, "done", outcome, seconds=time.perf_counter() - one.started))
+        made = Made(outcome.source_sha256, one.plan.request.settings())
+        record(Result(one.item, "done", outcome, made, seconds=time.perf_counter() - one.started))
 
 
 def _stopped(item: Item, error: Exception, started: float) -> Result:

@@ -79,20 +79,34 @@ def prepare(request: Request, source: Source | None = None, team: Team = ALONE, 
     )
 
 
+def checked(request: Request) -> Question | None:
+    """What is asked of the labelled data, after all that can be said of a request without its files.
+
+    Raises UsageError, DataError for a class map that cannot be read, CkptToolsError if torchmetrics is missing.
+    """
+    check_method(
+        request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
+    )
+    return optional_question(request.eval_data, request.class_map, request.calibrate, request.gate)
+
+
+def chosen_device(request: Request, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
+    """The device of a rank. Raises UsageError, ModelError if it is not there or cannot compute as was asked."""
+    device = usable_device(request.device, ranks)
+    check_precision(request.precision, torch.device(device))
+    return device
+
+
 def _prepared(request: Request, source: Source | None, team: Team, walks: Walks) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
     if team.speaks:
         check_output(output, request.checkpoint, overwrite=request.overwrite)
     refuse_data(output, request.data)
     refuse_data(output, request.eval_data or request.data, "labelled")
-    check_method(
-        request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
-    )
+    asked = checked(request)
     check_team(request.estimator, team)
     ranks = Ranks() if team.alone else Ranks.from_environment()
-    device = usable_device(request.device, ranks)
-    check_precision(request.precision, torch.device(device))
-    asked = optional_question(request.eval_data, request.class_map, request.calibrate, request.gate)
+    device = chosen_device(request, ranks)
     source = source or open_source(request.data, limit=request.limit, seed=request.seed)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)

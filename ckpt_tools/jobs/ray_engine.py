@@ -13,6 +13,7 @@ from ckpt_tools.errors import CkptToolsError, ClusterError, UsageError
 from ckpt_tools.jobs.cluster import Size, connected, measured
 from ckpt_tools.jobs.engine import Describe, Record
 from ckpt_tools.jobs.folder import Item, Reading, Result, Watch
+from ckpt_tools.jobs.plan import checked
 from ckpt_tools.jobs.ray_worker import Site, looked_at, worked_on
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.remote.mirror import as_urls, is_remote
@@ -47,6 +48,7 @@ class RayEngine:
         A checkpoint whose workers were lost four times has failed, and the others go on.
         """
         _refuse_remote(items, request)
+        checked(request)
         with connected(self.address) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             cluster = _Cluster(ray, measured(nodes, request.device, self.cpus), items, request, describe)

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 
 from ckpt_tools.data.memory import share_memory
-from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import ClusterError, DataError
 from ckpt_tools.jobs.engine import Describe, Record
-from ckpt_tools.jobs.folder import Item, Reading, Result, Watch, look, run
+from ckpt_tools.jobs.folder import Item, Reading, Result, Watch, look, opened, run
 from ckpt_tools.jobs.request import Request
 
 __all__ = ["Site", "looked_at", "worked_on"]
@@ -46,7 +45,7 @@ def looked_at(
     """By number, what each item reads in its pass, or its record if it needs none."""
     _settle(site)
     try:
-        source = open_source(request.data, limit=request.limit, seed=request.seed)
+        source = opened(request)
     except DataError as error:
         raise _seen_here(error, site) from error
     for number, item in items.items():

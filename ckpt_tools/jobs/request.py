@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from ckpt_tools.contract import (
     Precision,
     Statistics,
 )
+from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.jobs.inputs import Preprocessing
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.mirror import as_urls
@@ -54,11 +56,26 @@ class Request:
     gate: str | None = None
 
     def settings(self) -> str:
-        """A digest of all that decides what comes out, but for the checkpoint: equal for equal results."""
+        """A digest of all that decides what comes out, but for the checkpoint: equal for equal results.
+
+        Of the data it tells the place, of a class map the content. Raises DataError if that cannot be read.
+        """
         said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
-        said["data"] = str(Path(self.data).absolute()) if Path(self.data).exists() else without_secrets(self.data)
+        said["data"] = _place(self.data)
+        said["eval_data"] = self.eval_data and _place(self.eval_data)
+        said["class_map"] = self.class_map and _outputs(self.class_map)
         text = as_urls(json.dumps(said, sort_keys=True, default=repr))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _place(data: str) -> str:
+    """The same for every way to name it."""
+    return os.path.abspath(data) if Path(data).exists() else without_secrets(data)  # noqa: PTH100 - without ..
+
+
+def _outputs(class_map: Path) -> object:
+    found = read_class_map(class_map)
+    return sorted(found.numbers.items()), found.outputs
 
 
 # What a result does not depend on; how a convolution is computed may change its last bits.

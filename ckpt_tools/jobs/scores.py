@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ckpt_tools.data.stream import Skipped
-from ckpt_tools.errors import CheckFailed, DataError
+from ckpt_tools.errors import CheckFailed, DataError, ModelError
 from ckpt_tools.evaluate.metrics import Estimate, Metric, changes, measure
 from ckpt_tools.jobs.validation import Judged, Validation
 
@@ -58,8 +58,16 @@ class GateFailed(CheckFailed):
 
 
 def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> Metrics:
-    """Metrics of one or two models on the same images. Raises DataError if the images were not the same."""
+    """Metrics of one or two models on the same images.
+
+    Raises DataError if the images were not the same, ModelError if the heads do not have the same size.
+    """
     asked = validation.question
+    if before is not None and before.classes != after.classes:
+        raise ModelError(
+            f"expected two checkpoints with the same classes, found a head of {before.classes:,} outputs before and of "
+            f"{after.classes:,} after. Evaluate each alone, without --before."
+        )
     if before is not None and not torch.equal(before.labels, after.labels):
         raise DataError(
             f"{asked.data}: the labels before ({len(before.labels)}) are not those after ({len(after.labels)}). "

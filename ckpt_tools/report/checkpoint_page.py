@@ -9,9 +9,10 @@ from pathlib import PurePath
 from ckpt_tools.report.chart import measured_points
 from ckpt_tools.report.columns import count, listed
 from ckpt_tools.report.content import Figure, Page, Section, Tone
-from ckpt_tools.report.extras import flagged_section, metrics_section
 from ckpt_tools.report.facts import Facts, furthest, medians, part, parts, rewritten_layers
+from ckpt_tools.report.flagged import flagged_section
 from ckpt_tools.report.layer_tables import layers_section, sites_section
+from ckpt_tools.report.metric_tables import metrics_section
 from ckpt_tools.report.numbers import deviation_text, number, percent_text, ratio_text, seconds_text, whole_text
 from ckpt_tools.report.redaction import presentable
 from ckpt_tools.report.text import RATES, TOLD_BY

@@ -12,8 +12,8 @@ from typing import Any
 from ckpt_tools.report.checkpoint_page import VERDICTS, checkpoint_page, control_verdict
 from ckpt_tools.report.columns import count
 from ckpt_tools.report.content import Cell, Column, Figure, FolderPage, Page, Section, Table, Tone
-from ckpt_tools.report.extras import metrics
 from ckpt_tools.report.facts import furthest, medians, part, parts
+from ckpt_tools.report.metric_tables import metrics, metrics_section, unit_of
 from ckpt_tools.report.numbers import UNKNOWN, measured, measured_text, number_cell, ratio_text, seconds_text
 from ckpt_tools.report.redaction import presentable
 
@@ -76,16 +76,31 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
 
 
 def _table(records: Sequence[Record], names: Sequence[str], anchors: Sequence[str]) -> Table:
-    measures = list(dict.fromkeys(name for record in records for name in metrics(part(record, "report"))))
+    measures = _measures(records)
     columns = (
         Column("Checkpoint", "code"), Column("Outcome"), Column("Rewritten", "number"),
         Column("Median ratio", "number"),
         Column("Largest change", "number"), Column("Images", "number"), Column("Controls"),
-        *(Column(f"{name} {when}", "number") for name in measures for when in ("before", "after")),
+        *(Column(f"{name} {when}{unit}", "number") for name, unit in measures.items() for when in ("before", "after")),
         Column("Time", "number"), Column("Message", "prose"),
     )  # fmt: skip
-    rows = tuple(_row(*said, measures) for said in zip(records, names, anchors, strict=True))
+    rows = tuple(_row(*said, tuple(measures)) for said in zip(records, names, anchors, strict=True))
     return Table("Checkpoints", columns, rows)
+
+
+def _measures(records: Sequence[Record]) -> dict[str, str]:
+    """The metrics that any checkpoint has, with their units: `` (percent)``."""
+    found: dict[str, str] = {}
+    for facts in map(_judged, records):
+        for name in metrics(facts):
+            unit = unit_of(facts, name).partition(",")[0]
+            found[name] = found.get(name) or (f" ({unit})" if unit else "")
+    return found
+
+
+def _judged(record: Record) -> Record:
+    """Where the metrics of a checkpoint stand: in its report, or if its gate said no, beside the message."""
+    return part(record, "report") or record
 
 
 def _row(record: Record, name: str, anchor: str, measures: Sequence[str]) -> tuple[Cell, ...]:
@@ -94,7 +109,7 @@ def _row(record: Record, name: str, anchor: str, measures: Sequence[str]) -> tup
     median, most = (statistics.median(ratios.values()), ratios[furthest(ratios) or ""]) if ratios else (None, None)
     rewritten = sum(bool(layer.get("rewritten")) for layer in layers) if layers else None
     verdict = control_verdict(report) if report else UNKNOWN
-    scores = metrics(report)
+    scores = metrics(_judged(record))
     message = _line(record)
     return (
         Cell(name, name, link=anchor),
@@ -132,5 +147,9 @@ def _page(record: Record, name: str) -> Page:
         title=name,
         subtitle=status,
         headline=headline,
-        sections=(Section("What was said", code=said),) if said else (),
+        sections=tuple(section for section in (_said(said), metrics_section(record)) if section is not None),
     )
+
+
+def _said(error: str) -> Section | None:
+    return Section("What was said", code=error) if error else None

@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_tools.report.columns import columns, count
 from ckpt_tools.report.facts import medians, part, parts, rewritten_layers
 from ckpt_tools.report.numbers import whole_text
+from ckpt_tools.report.summary import without_name
 
 
 def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
@@ -19,7 +20,7 @@ def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
     failed = [record for record in records if record.get("status") == "failed"]
     if failed:
         lines += ["", f"{count(len(failed), 'failure')}:"]
-        lines += [f"  {_clean(str(record.get('checkpoint')))}: {_clean(_without_name(record))}" for record in failed]
+        lines += [f"  {_clean(str(record.get('checkpoint')))}: {_clean(without_name(record))}" for record in failed]
     lines += ["", f"manifest: {manifest}"]
     return "\n".join(lines)
 
@@ -38,11 +39,6 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{statistics.median(ratios):.3f}" if ratios else "",
         whole_text(part(report, "data").get("images")),
     )
-
-
-def _without_name(record: Mapping[str, Any]) -> str:
-    """Most messages begin with the path, which stands before them here."""
-    return str(record.get("error")).removeprefix(f"{record.get('checkpoint')}: ")
 
 
 def _clean(text: str) -> str:

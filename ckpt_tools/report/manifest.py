@@ -11,10 +11,12 @@ from typing import Any
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.engine import Record
 from ckpt_tools.jobs.folder import Result
+from ckpt_tools.jobs.scores import GateFailed
 from ckpt_tools.remote.copies import fetch, peek
 from ckpt_tools.remote.delivery import deliver
 from ckpt_tools.remote.mirror import as_urls, is_remote
 from ckpt_tools.report.json import outcome_json
+from ckpt_tools.report.metrics_json import metrics_json
 from ckpt_tools.storage.atomic import check_target
 
 __all__ = ["Manifest", "record_of"]
@@ -30,12 +32,14 @@ class Manifest:
         """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written, RemoteError."""
         self.path = path
         self._records: dict[str, Record] = {}
+        self._fresh = False
         if is_remote(path):
             check_target(path, overwrite=True)
             if peek(path) is not None:
                 fetch(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._fresh = not path.exists()
             with path.open("a+b") as file:
                 file.seek(0)
                 content = file.read()
@@ -49,15 +53,21 @@ class Manifest:
             self._records[record["checkpoint"]] = record
 
     def publish(self) -> None:
-        """Put a remote manifest where it belongs. Raises OutputError."""
-        if is_remote(self.path):
+        """Put a remote manifest where it belongs; remove one that this run began for nothing. Raises OutputError."""
+        if self._fresh and self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink(missing_ok=True)
+        elif is_remote(self.path):
             deliver(self.path, self.path, overwrite=True)
 
     def add(self, record: Record) -> Record:
-        """Add a line and return what is known of its checkpoint: what was done before has its earlier line."""
+        """Add a line and return what is known of its checkpoint.
+
+        What was done before has its earlier line, if that tells of the same output: made of the same bytes with the
+        same settings.
+        """
         name = record["checkpoint"]
         earlier = self._records.get(name)
-        if record["status"] == "done before" and earlier and earlier.get("output") == record["output"]:
+        if record["status"] == "done before" and earlier and _maker(earlier) == _maker(record):
             return {**earlier, "status": record["status"]}
         self._records[name] = record
         try:
@@ -71,7 +81,11 @@ class Manifest:
 
 
 def record_of(result: Result) -> Record:
-    """A result as a line of the manifest; ``report`` is what ``--json`` says of a single checkpoint."""
+    """A result as a line of the manifest.
+
+    ``report`` is what ``--json`` says of a single checkpoint; ``metrics``, what a gate said no to. ``source_sha256``
+    and ``settings`` are those that stand in the output.
+    """
     error = result.error
     record: Record = as_urls(
         {
@@ -81,10 +95,17 @@ def record_of(result: Result) -> Record:
             "error": None if error is None else str(error) if result.known else f"{type(error).__name__}: {error}",
             "exit_code": getattr(error, "exit_code", 1) if error else 0,
             "seconds": round(result.seconds, 3),
+            "source_sha256": result.made.source_sha256 if result.made else None,
+            "settings": result.made.settings if result.made else None,
+            "metrics": metrics_json(error.metrics) if isinstance(error, GateFailed) else None,
             "report": None if result.outcome is None else outcome_json(result.outcome),
         }
     )
     return record
+
+
+def _maker(record: Record) -> tuple[object, ...]:
+    return tuple(record.get(name) for name in ("output", "source_sha256", "settings"))
 
 
 def _begun(content: bytes) -> bool:

@@ -11,10 +11,11 @@ from typing import Any
 from ckpt_tools.report.chart import described, measured_points
 from ckpt_tools.report.checkpoint_page import checkpoint_page
 from ckpt_tools.report.content import Column, Figure, FolderPage, Page, Section, Table, Tone
+from ckpt_tools.report.evaluation_page import evaluation_page
 from ckpt_tools.report.folder_page import folder_page
 from ckpt_tools.version import VERSION
 
-__all__ = ["checkpoint_markdown", "folder_markdown"]
+__all__ = ["checkpoint_markdown", "evaluation_markdown", "folder_markdown"]
 
 _SIGNS: Mapping[Tone, str] = {"good": "✅ ", "bad": "❌ ", "quiet": "", "": ""}
 _SPECIAL = re.compile(r"([\\`*{}\[\]~|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#>+=-]|(?<=^\d)[.)](?=\s|$))")
@@ -23,7 +24,15 @@ _MARK = f"<!-- ckpt-tools {VERSION} report -->"
 
 def checkpoint_markdown(facts: Mapping[str, Any]) -> str:
     """The report of one checkpoint, from the facts of ``outcome_json``."""
-    page = checkpoint_page(facts)
+    return _whole(checkpoint_page(facts))
+
+
+def evaluation_markdown(facts: Mapping[str, Any]) -> str:
+    """The metrics of one checkpoint, from the facts of ``evaluation_json`` or ``refusal_json``."""
+    return _whole(evaluation_page(facts))
+
+
+def _whole(page: Page) -> str:
     head = [_MARK, "", f"# {escaped(page.title)}", "", escaped(page.subtitle), ""]
     return "\n".join([*head, *_body(page, 2), _FOOT, ""])
 

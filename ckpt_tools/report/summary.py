@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _NAMED = 5  # of many things, before "…"
@@ -17,10 +17,7 @@ def failure_markdown(message: str, code: int) -> str:
 
 def worries(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """What went well enough to be written, and should be looked at all the same."""
-    found = []
-    if skipped := facts["data"]["skipped"]:
-        names = _listed(f"{item['name']} ({item['reason']})" for item in skipped)
-        found.append(f"{len(skipped)} unreadable sample(s) skipped: {names}")
+    found = [*_skipped(facts["data"]["skipped"], "sample"), *skipped_worries(facts)]
     data, controls = facts["data"]["agreement"], facts["controls"]
     if data["verdict"] == "disagree":
         found.append(f"the data does not look like the training data and was used all the same: {data['cause']}")
@@ -29,6 +26,29 @@ def worries(facts: Mapping[str, Any]) -> tuple[str, ...]:
     if (data["verdict"], controls["verdict"]) == ("none", "none"):
         found.append(f"nothing vouches for the data: {data['cause']}; no control layer ({controls['reason']})")
     return tuple(found)
+
+
+def folder_worries(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The same of all checkpoints of a run that were done in it, each with its name."""
+    done = [record for record in records if record["status"] == "done"]
+    return tuple(f"{record['checkpoint']}: {worry}" for record in done for worry in worries(record["report"]))
+
+
+def without_name(record: Mapping[str, Any]) -> str:
+    """What went wrong with a checkpoint of many, without its path, with which most messages begin."""
+    return str(record.get("error")).removeprefix(f"{record.get('checkpoint')}: ")
+
+
+def skipped_worries(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Labelled images that no metric has seen."""
+    return _skipped((facts.get("metrics") or {}).get("skipped") or (), "labelled image")
+
+
+def _skipped(skipped: Sequence[Mapping[str, Any]], noun: str) -> tuple[str, ...]:
+    if not skipped:
+        return ()
+    names = _listed(f"{item['name']} ({item['reason']})" for item in skipped)
+    return (f"{len(skipped)} unreadable {noun}(s) skipped: {names}",)
 
 
 def _listed(items: Iterable[str]) -> str:

@@ -37,10 +37,14 @@ def is_one_checkpoint(path: Path) -> bool:
     if not path.is_dir():
         return path.exists() or not _is_pattern(path)
     try:
+        below = len(list(_below(path, _Search(_absolute(path)))))
+    except CheckpointError:  # of the folder's search, which may have been told to leave something out
+        return False
+    try:
         find_source(path)
     except CheckpointError:
-        return not any(_below(path, ()))  # the reader says best what is wrong with it
-    return _is_whole(path) or len(list(_below(path, ()))) < 2
+        return not below  # the reader says best what is wrong with it
+    return _is_whole(path) or below < 2
 
 
 def find_checkpoints(
@@ -50,22 +54,44 @@ def find_checkpoints(
 
     ``include`` and ``exclude`` are patterns for file names or for paths below the searched folder. What this tool
     wrote itself, and what lies in ``outside``, does not count. Of those behind URLs only names and
-    headers are read. Raises CheckpointError where a path yields none, UsageError for paths in several stores,
-    RemoteError.
+    headers are read. Raises CheckpointError where a path yields none, where the patterns leave none, and for a folder
+    that cannot be read and is not excluded; UsageError for paths in several stores, RemoteError.
     """
     _require_one_store(paths)
     for path in paths:
         survey(path)
-    root = Path(os.path.commonpath([_base(path) for path in paths]))
+    bases = [_base(path) for path in paths]
+    root = Path(os.path.commonpath(bases))
     found: dict[Path, Found] = {}
-    for path in paths:
-        places = [(one, _absolute(one).relative_to(root)) for one in _named(path, outside)]
-        below = [Found(one, place) for one, place in places if _wanted(place, include, exclude)]
-        if not below:
-            raise CheckpointError(_nothing(path, include, exclude))
-        for one in below:
-            found.setdefault(_absolute(one.path), one)
+    for path, base in zip(paths, bases, strict=True):
+        named = list(_named(path, _Search(base, tuple(exclude), frozenset(map(Path.resolve, outside)))))
+        if not named:
+            raise CheckpointError(_nothing(path))
+        for one in named:
+            place = _absolute(one)
+            if _wanted(place.relative_to(base), include, exclude):
+                found.setdefault(place, Found(one, place.relative_to(root)))
+    if not found:
+        raise CheckpointError(_nothing(paths[0], " that --include and --exclude leave"))
     return tuple(found.values())
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Below ``base``, without the folders ``outside``. An unreadable folder is an error unless it is excluded."""
+
+    base: Path
+    exclude: tuple[str, ...] = ()
+    outside: frozenset[Path] = frozenset()
+
+    def missed(self, error: OSError) -> None:
+        """Raise CheckpointError for a folder that cannot be read."""
+        folder = _absolute(Path(str(error.filename)))
+        if _wanted(folder.relative_to(self.base), (), self.exclude):
+            raise CheckpointError(
+                f"{folder}: expected a folder to search, but it cannot be read ({error.strerror}). Check its "
+                f"permissions, or leave it out: --exclude '{glob.escape(folder.name)}'."
+            ) from error
 
 
 def _require_one_store(paths: Sequence[Path]) -> None:
@@ -81,31 +107,34 @@ def _base(path: Path) -> Path:
     """The folder that a path searches: itself, what stands before the first wildcard, or where a file lies."""
     if path.is_dir() and not _is_whole(path):
         return _absolute(path)
-    parts = (
-        path.parts if path.exists() else tuple(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    )
-    return _absolute(Path(*parts) if len(parts) < len(path.parts) else path.parent)
+    parts = tuple(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    if path.exists() or len(parts) == len(path.parts):
+        return _absolute(path).parent
+    if ".." in path.parts[len(parts) :]:
+        raise UsageError(f"{path}: expected no .. behind the first wildcard. Write the pattern without it.")
+    return _absolute(Path(*parts))
 
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - without .., and without following links
 
 
-def _named(path: Path, outside: Sequence[Path]) -> Iterator[Path]:
+def _named(path: Path, search: _Search) -> Iterator[Path]:
     if path.is_dir() and not _is_whole(path):
-        yield from _below(path, outside)
+        yield from _below(path, search)
     elif path.exists() or not _is_pattern(path):
         yield path
     else:
         for match in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 - of absolute patterns, too
-            yield from _named(Path(match), outside)
+            yield from _named(Path(match), search)
 
 
-def _below(root: Path, outside: Sequence[Path]) -> Iterator[Path]:
-    skipped = {folder.resolve() for folder in outside}
-    for folder, inner, names in os.walk(root):
+def _below(root: Path, search: _Search) -> Iterator[Path]:
+    for folder, inner, names in os.walk(root, onerror=search.missed):
         here = Path(folder)
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and (here / name).resolve() not in skipped)
+        inner[:] = sorted(
+            name for name in inner if not name.startswith(".") and (here / name).resolve() not in search.outside
+        )
         if here != root and _is_whole(here):
             inner.clear()
             yield here
@@ -147,9 +176,8 @@ def _is_pattern(path: Path) -> bool:
     return glob.has_magic(str(path))
 
 
-def _nothing(path: Path, include: Sequence[str], exclude: Sequence[str]) -> str:
+def _nothing(path: Path, filtered: str = "") -> str:
     kinds = " ".join(SUFFIXES)
-    filtered = " that --include and --exclude leave" if include or exclude else ""
     if path.is_dir():
         return (
             f"{path}: expected checkpoints ({kinds}){filtered} in it or below, found none. What ckpt-fix wrote itself "
