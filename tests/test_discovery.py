@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_unless_excluded(runs: Path, mo
 
     monkeypatch.setattr(os, "scandir", guarded)  # who runs the tests may be root
     assert not is_one_checkpoint(runs)
-    with pytest.raises(CheckpointError, match="a b: expected a folder to search.*Permission denied"):
+    with pytest.raises(CheckpointError, match=r"a b: expected a folder to search.*Permission denied"):
         find_checkpoints([runs])
     assert places(runs, exclude=["a b"]) == ["model.safetensors", "hub"]
 

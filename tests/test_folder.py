@@ -217,6 +217,92 @@ def test_equal_architectures_are_walked_once_unless_their_rates_differ(
     assert walked[1:] == [0.3, 0.4]
 
 
+def labelled(root: Path) -> Path:
+    """Labelled data of the kind that the checkpoints of ``root`` take."""
+    images = np.load(root / "data.npy")
+    np.savez(root / "val.npz", images=images, labels=np.arange(len(images)) % 5)
+    return root / "val.npz"
+
+
+SAID_BEFORE_ANY_DATA = [
+    (["--eval-data", "val.npz", "--gate", "error >"], 2, "--gate 'error >'"),
+    (["--gate", "error < 5"], 2, "Give --eval-data"),
+    (["--eval-data", "val.npz", "--class-map", "none.json"], 1, "none.json"),
+    (["--tolerance", "0.1", "--estimator", "ema"], 2, "not the ema estimator"),
+]
+SAID_WHERE_IT_RUNS = [
+    (["--eval-data", "none.npz"], 1, "none.npz"),
+    (["--device", "cuda:99"], 1, "no such CUDA device"),
+    (["--data", "none"], 1, "none"),
+]
+
+
+@pytest.mark.parametrize(
+    ("engine", "more", "code", "said"),
+    [
+        *(("local", *case) for case in SAID_BEFORE_ANY_DATA + SAID_WHERE_IT_RUNS),
+        *(("ray", *case) for case in SAID_BEFORE_ANY_DATA),
+    ],
+)
+def test_what_concerns_all_is_said_once(
+    root: Path, engine: str, more: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    labelled(root)
+    before = sorted(root.rglob("*"))
+    result = cli(*job(root, root / "runs", "--engine", engine), *more)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert said in result.stderr
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_gate_that_says_no_to_all(root: Path) -> None:
+    gate = ("--eval-data", labelled(root), "--gate", "error < before - 50")
+    result = cli(*job(root, root / "runs"), "--output-dir", root / "fixed", *gate, "--report", root / "r.md", "--json")
+    assert result.exit_code == 4
+    assert "4 of 4 checkpoints failed" in result.stderr
+    assert not list((root / "fixed").rglob("*.safetensors"))
+    for record in json.loads(result.stdout)["checkpoints"]:
+        assert record["metrics"]["gate"]["passed"] is False
+        assert record["exit_code"] == 4
+    assert (root / "r.md").read_text().count("The gate is not passed") == 4
+    (root / "runs" / "bad.pt").write_bytes(b"nonsense")
+    assert cli(*job(root, root / "runs"), "--output-dir", root / "fixed", *gate).exit_code == 1
+
+
+def test_done_before_has_the_report_of_the_output_that_is_there(root: Path) -> None:
+    first = (*job(root, root / "runs"), "--output-dir", root / "fixed", "--json")
+    cli(*first)
+    cli(*first, "--seed", 1, "--overwrite", "--manifest", root / "other.jsonl")  # the outputs are other ones now
+    records = json.loads(cli(*first, "--seed", 1).stdout)["checkpoints"]
+    assert [(record["status"], record["report"]) for record in records] == [("done before", None)] * 4
+    assert all(Path(record["output"]).is_file() for record in records)
+
+
+def test_settings_are_equal_however_data_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    labelled(root)
+    (root / "sub").mkdir()
+    (root / "map.json").write_text('["a", "b"]')
+    (root / "copy.txt").write_text("a\nb\n")
+    said = {"checkpoint": Path("x.pt"), "data": "data.npy", "eval_data": "val.npz", "class_map": Path("map.json")}
+    asked = Request(**said).settings()
+    for more in ({"data": "./data.npy"}, {"eval_data": f"{root}/sub/../val.npz"}, {"class_map": Path("copy.txt")}):
+        assert Request(**{**said, **more}).settings() == asked
+    (root / "map.json").write_text('["b", "a"]')
+    assert Request(**said).settings() != asked
+
+
+def test_a_manifest_has_a_file_of_its_own(root: Path) -> None:
+    (root / "empty.txt").touch()
+    for taken in (root / "data.npy", root / "runs" / "0" / "0.pt", root / "runs" / ".." / "data.npy"):
+        content = taken.read_bytes()
+        result = cli(*job(root, root / "runs"), "--manifest", taken)
+        assert result.exit_code == 2
+        assert "a file of its own" in result.stderr
+        assert taken.read_bytes() == content
+
+
 def test_a_manifest_is_not_appended_to_other_files(tmp_path: Path) -> None:
     for name, content in {"model.pt": b"PK\x03\x04 1\n2", "short": b"PK", "config.json": b'{"a":\n1}\n'}.items():
         (tmp_path / name).write_bytes(content)

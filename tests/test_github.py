@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 
 from ckpt_tools.cli import main
-from ckpt_tools.cli.github import annotate
-from ckpt_tools.report.markdown import checkpoint_markdown
+from ckpt_tools.cli.github import annotate, summarise
+from ckpt_tools.report.markdown import checkpoint_markdown, evaluation_markdown
 from ckpt_tools.report.summary import failure_markdown, worries
 
 ARCH = ["--arch", "nets:DenseNet"]
@@ -134,6 +134,62 @@ def test_skipped_images_are_a_warning(tmp_path: Path, summary: Path) -> None:
     assert result.exit_code == 0, result.stderr
     messages = [message for _, _, message in annotations(result.stderr)]
     assert any("1 unreadable sample" in message and "broken,50%.png" in message for message in messages)
+
+
+def test_a_folder_names_what_failed_and_what_to_look_at(files: Path, summary: Path) -> None:
+    runs = files / "runs"
+    runs.mkdir()
+    (files / "model.pt").rename(runs / "good.pt")
+    (runs / "bad,\u202e.pt").write_bytes(b"nonsense")
+    result = run("bn-reestimate", runs, "--data", files / "data.npy", *ARCH, "-q", "--json", "--force")
+    assert result.exit_code == 1
+    found = annotations(result.stderr)
+    errors = [message for kind, _, message in found if kind == "error"]
+    assert len(errors) == 2
+    assert "bad,\\u202e.pt: expected a checkpoint" in errors[0]
+    assert "1 of 2 checkpoints failed" in errors[1]
+    (done,) = [record for record in json.loads(result.stdout)["checkpoints"] if record["status"] == "done"]
+    warnings = [message for kind, _, message in found if kind == "warning"]
+    assert warnings == [f"{runs / 'good.pt'}: {worry}" for worry in worries(done["report"])]
+    for number in range(30):
+        (runs / f"bad{number}.pt").write_bytes(b"nonsense")
+    many = run("bn-reestimate", runs, "--data", files / "data.npy", *ARCH, "-q", "--json", "--force")
+    assert len([kind for kind, _, _ in annotations(many.stderr) if kind == "error"]) == 10
+
+
+def test_an_evaluation(files: Path, summary: Path) -> None:
+    arguments = ("evaluate", files / "model.pt", "--data", files / "labelled.npz", *ARCH, "-q", "--json")
+    result = run(*arguments, "--gate", "error <= 100")
+    assert result.exit_code == 0, result.stderr
+    assert annotations(result.stderr) == []
+    assert summary.read_text() == f"before\n{evaluation_markdown(json.loads(result.stdout))}\n"
+    assert "✅ The gate is passed: error &lt;= 100" in summary.read_text()
+    assert run(*arguments, "--gate", "error > 100").exit_code == 4
+    assert "❌ The gate is not passed: error &gt; 100 (error" in summary.read_text()
+    summary.write_text("")
+    refused = job(files, "--eval-data", files / "labelled.npz", "--gate", "error < 0")
+    assert refused.exit_code == 4
+    assert "| error | " in summary.read_text()
+
+
+def test_skipped_labelled_images_are_a_warning(files: Path, summary: Path) -> None:
+    for number in range(120):
+        folder = files / "val" / str(number % 5)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (2 * number, number, 255 - number)).save(folder / f"{number}.png")
+    (files / "val" / "0" / "torn.png").write_bytes(b"\x89PNG")
+    result = run("evaluate", files / "model.pt", "--data", files / "val", *ARCH, "--input-size", "3,8,8", "-q")
+    assert result.exit_code == 0, result.stderr
+    ((kind, _, message),) = annotations(result.stderr)
+    assert kind == "warning"
+    assert "1 unreadable labelled image(s) skipped" in message
+    assert "torn.png" in message
+    assert "torn.png" in summary.read_text()
+
+
+def test_a_name_that_is_no_text_is_summarised(summary: Path) -> None:
+    summarise("a\udcff.pt")
+    assert summary.read_text() == "before\na?.pt\n"
 
 
 def test_nothing_is_written_elsewhere(files: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import shlex
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from report_facts import facts, records
 
 from ckpt_tools.cli import main
@@ -101,6 +103,29 @@ def test_the_command_repeats_the_run() -> None:
     line = shlex.split(repeating_command(Planned(request, 17)))
     assert line[:2] == ["ckpt-fix", "bn-reestimate"]
     assert parsed(line[2:]) == dataclasses.replace(request, batch_size=17)
+
+
+def test_labelled_data_is_reported(files: Path) -> None:
+    """From a real run: units, the gate and its verdict, and what could not be read."""
+    folder = files / "val"
+    for label in range(5):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(30):
+            image = np.random.default_rng(30 * label + number).integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(image).save(folder / str(label) / f"{number}.png")
+    (folder / "0" / "torn.png").write_bytes(b"\x89PNG")
+    names = [files / f"out.{suffix}" for suffix in ("html", "md")]
+    more = [word for name in names for word in ("--report", name)]
+    gate = ("--eval-data", folder, "--gate", "error <= before + 100", "--calibrate", "--input-size", "3,8,8")
+    np.save(files / "data.npy", np.random.default_rng(0).integers(0, 255, (200, 3, 8, 8), np.uint8))
+    result = run(*job(files, "--force", *gate, *more))
+    assert result.exit_code == 0, result.output
+    for name in names:
+        text = html.unescape(name.read_text().replace("\\", "").replace("<wbr>", ""))
+        for said in ("The gate is passed: error <= before + 100", "percent, 15 bins", "nats", "torn.png",
+                     "skipped (labelled data)", "calibration temperature"):  # fmt: skip
+            assert said in text, (name, said)
+        assert "every image could be read" not in text
 
 
 @pytest.mark.parametrize("name", ["out.txt", "out", "out.html.gz"])

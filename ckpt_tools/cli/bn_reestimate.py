@@ -129,8 +129,8 @@ def bn_reestimate(
         ckpt-fix bn-reestimate model.pt --data train/ --eval-data val/ --gate 'error <= before + 0.1'
 
     Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the same preprocessing
-    share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end),
-    and a second run skips what is done.
+    share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end,
+    4 if only checks and gates said no), and a second run skips what is done.
 
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'

@@ -23,7 +23,7 @@ Kind = Literal["error", "warning"]
 def annotate(kind: Kind, message: str) -> None:
     """Show ``message`` on the page of the run; elsewhere do nothing."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        click.echo(f"::{kind} title={_property(_TITLE)}::{_data(presentable(message))}", err=True)
+        click.echo(f"::{kind} title={_property(_TITLE)}::{_data(message)}", err=True)
 
 
 def summarise(markdown: str) -> None:
@@ -54,7 +54,7 @@ def done(facts: Mapping[str, Any]) -> None:
     from ckpt_tools.report.summary import worries
 
     for worry in worries(facts):
-        annotate("warning", worry)
+        annotate("warning", presentable(worry))
     summarise(checkpoint_markdown(facts))
 
 
@@ -68,7 +68,7 @@ def folder_done(records: Sequence[Mapping[str, Any]]) -> None:
     said: dict[Kind, Sequence[str]] = {"error": errors, "warning": folder_worries(records)}
     for kind, messages in said.items():
         for message in messages[:_SHOWN]:
-            annotate(kind, message)
+            annotate(kind, presentable(message))
     summarise(folder_markdown(records))
 
 
@@ -78,7 +78,7 @@ def evaluated(facts: Mapping[str, Any]) -> None:
     from ckpt_tools.report.summary import skipped_worries
 
     for worry in skipped_worries(facts):
-        annotate("warning", worry)
+        annotate("warning", presentable(worry))
     summarise(evaluation_markdown(facts))
 
 
