@@ -22,6 +22,7 @@ sys.path += [str(Path(__file__).parent.parent / "tests")]
 
 import format_files as formats
 import malicious
+import malicious_files
 import report_facts
 
 __all__ = ["Seed", "seeds"]
@@ -95,12 +96,12 @@ def _pickles(folder: Path) -> Iterator[Seed]:
 
 
 def _malicious(folder: Path) -> Iterator[Seed]:
-    for make in (*malicious.PICKLES.values(), *malicious.FILES.values()):
+    for make in (*malicious.PICKLES.values(), *malicious_files.FILES.values()):
         content = make()
         if len(content) < 50_000:
             yield Seed({"x.pt": content}, "x.pt")
     for make in malicious.TENSORS.values():
-        yield Seed({"x.pt": malicious.as_archive(make())}, "x.pt")
+        yield Seed({"x.pt": malicious_files.as_archive(make())}, "x.pt")
 
 
 def _safetensors(folder: Path) -> Iterator[Seed]:

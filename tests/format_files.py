@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from ckpt_tools.contract import Checkpoint
+
 Maker = Callable[[nn.Module, Path], Path]
+
+
+def maker_id(maker: Maker) -> str:
+    return maker.__name__
 
 
 class Net(nn.Module):
@@ -36,6 +42,25 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).mean((2, 3))) * self.scale
+
+
+def trained() -> nn.Module:
+    """A net whose BN layers have seen three batches."""
+    model = Net().train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 8, 8) + 1)
+    return model.eval()
+
+
+def assert_holds(checkpoint: Checkpoint, state: dict[str, Tensor], prefix: str = "") -> None:
+    assert set(checkpoint.tensors) == {prefix + key for key in state}
+    for key, tensor in state.items():
+        found = checkpoint.tensors[prefix + key]
+        assert type(found) is Tensor
+        assert not found.requires_grad
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found, tensor)
 
 
 def example() -> Tensor:

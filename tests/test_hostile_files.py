@@ -22,7 +22,8 @@ import pytest
 import report_facts
 import torch
 from click.testing import CliRunner
-from malicious import as_archive, call, name, tensor, value, whole
+from malicious_files import as_archive
+from pickle_assembler import call, name, tensor, value, whole
 from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))

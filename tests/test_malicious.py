@@ -1,4 +1,4 @@
-"""Every trick in malicious.py, in every kind of file and through every command: no canary, no crash, no traceback."""
+"""Every trick of malicious.py and malicious_files.py, through every command: no canary, no crash, no traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from malicious import CANARY, CODE_PICKLES, FILES, PICKLES, TENSORS, Net, as_archive, as_legacy
+from malicious import CANARY, CODE_PICKLES, PICKLES, TENSORS, Net
+from malicious_files import FILES, as_archive, as_legacy
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError

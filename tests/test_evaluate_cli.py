@@ -1,0 +1,218 @@
+"""Evaluation from file to file: the table, the gate, two checkpoints, what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ckpt_tools.cli import main
+
+ARCH = ("--arch", "nets:DenseNet")
+RATE = ("--model-kwargs", "drop_rate=0.2")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with model.pt, its training data, and labelled data that it is better than chance on."""
+    inputs = nets.batches((3, 8, 8))
+    model = nets.trained(nets.DenseNet(), inputs)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    np.save(tmp_path / "data.npy", torch.cat(inputs).numpy())
+    unseen = torch.cat(nets.batches((3, 8, 8), seed=1))
+    with torch.no_grad():
+        labels = model(unseen).argmax(1)
+    labels[::3] = torch.arange(128)[::3] % 5
+    np.savez(tmp_path / "val.npz", images=unseen.numpy(), labels=labels.numpy())
+    return tmp_path
+
+
+def job(files: Path, *more: object) -> list[object]:
+    return ["bn-reestimate", files / "model.pt", "--data", files / "data.npy", *ARCH, *RATE, "-q", *more]
+
+
+def truth(path: Path, files: Path) -> dict[str, float]:
+    """Error in percent and NLL of a file, from the file alone."""
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    model = nets.DenseNet()
+    model.load_state_dict(state)
+    with np.load(files / "val.npz") as stored, torch.no_grad():
+        images, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+        logits = model.eval()(images)
+    wrong = float((logits.argmax(1) != labels).float().mean())
+    return {"error": 100 * wrong, "nll": float(nn.functional.cross_entropy(logits, labels))}
+
+
+def test_before_and_after_in_one_run(files: Path) -> None:
+    plain = run(*job(files, "-o", files / "plain.safetensors"))
+    assert plain.exit_code == 0, plain.output
+    gate = "error <= before + 60 and nll <= before.nll + 1"
+    result = run(*job(files, "--eval-data", files / "val.npz", "--calibrate", "--gate", gate, "--json"))
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)["metrics"]
+    output = files / "model.bn.safetensors"
+    for name, path in (("before", files / "model.pt"), ("after", output)):
+        for metric, value in truth(path, files).items():
+            assert metrics[name][metric]["value"] == pytest.approx(value, rel=1e-4), (name, metric)
+    change = metrics["after"]["nll"]["value"] - metrics["before"]["nll"]["value"]
+    assert metrics["change"]["nll"]["value"] == pytest.approx(change)
+    assert metrics["change"]["nll"]["standard_error"] < metrics["after"]["nll"]["standard_error"]
+    assert (metrics["images"], metrics["classes"], metrics["gate"]["passed"]) == (128, 5, True)
+    # the temperature is in the metadata, and nothing but the metadata knows of it
+    assert all(torch.equal(a, b) for a, b in zip(*map(dict.values, _states(output, files)), strict=True))
+    with safe_open(output, "pt") as file:
+        said = json.loads(file.metadata()["ckpt_tools"])
+    assert said["temperature"] == metrics["after"]["calibration"]["temperature"] > 0
+
+
+def _states(output: Path, files: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return load_file(output), load_file(files / "plain.safetensors")
+
+
+def test_the_table(files: Path) -> None:
+    result = run(*job(files, "--eval-data", files / "val.npz", "--calibrate"))
+    assert result.exit_code == 0, result.output
+    for words in ("top-1 error, %", "NLL at T, nats", "ECE, %", "before", "change", "128 images, 5 classes", "±"):
+        assert words in result.stdout
+    assert "top-5" not in result.stdout
+    assert (
+        result.stdout.index("largest changes") < result.stdout.index("top-1 error") < result.stdout.index("written: ")
+    )
+
+
+def test_a_failed_gate_leaves_no_output(files: Path) -> None:
+    result = run(*job(files, "--eval-data", files / "val.npz", "--gate", "ece <= 50 and error <= before - 80"))
+    assert result.exit_code == 4
+    assert "error <= before - 80: error is" in result.stderr
+    assert "Nothing was written" in result.stderr
+    assert "top-1 error" in result.stdout
+    assert "gate: ece <= 50 and error <= before - 80: NOT passed" in result.stdout
+    assert "written:" not in result.stdout
+    assert sorted(path.name for path in files.iterdir()) == ["data.npy", "model.pt", "val.npz"]
+
+
+def test_programs_are_told_what_a_failed_gate_saw(files: Path) -> None:
+    result = run(*job(files, "--eval-data", files / "val.npz", "--gate", "error <= before - 80", "--json"))
+    assert result.exit_code == 4
+    facts = json.loads(result.stdout)
+    assert facts["output"] is None
+    assert facts["metrics"]["gate"]["passed"] is False
+    for side in ("before", "after", "change"):
+        assert facts["metrics"][side]["error"]["standard_error"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--gate", "error <= 5"], 2, "--eval-data"),
+        (["--calibrate"], 2, "--eval-data"),
+        (["--class-map", "map.json"], 2, "--eval-data"),
+        (["--eval-data", "val.npz", "--gate", "accuracy > 5"], 2, "'accuracy'"),
+        (["--eval-data", "nowhere", "--gate", "error >"], 2, "the end"),
+        (["--eval-data", "nowhere"], 1, "no such file"),
+        (["--eval-data", "data.npy"], 1, "no labels"),
+        (["--eval-data", "val.npz", "--class-map", "map.json"], 2, "numbers already"),
+        (["--eval-data", "val.npz", "--class-map", "none.json"], 1, "none.json"),
+        (["--eval-data", "val.npz", "--gate", "error5 <= before"], 2, "six classes or more"),
+        (["--eval-data", "seven.npz"], 1, "label 6 is no class of a head with 5 outputs"),
+    ],
+)
+def test_bad_input(files: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], code: int, said: str) -> None:
+    monkeypatch.chdir(files)
+    (files / "map.json").write_text('{"a": 0}')
+    np.savez("seven.npz", images=np.zeros((14, 3, 8, 8), np.float32), labels=np.arange(14) % 7)
+    before = sorted(files.iterdir())
+    result = run(*job(files, *more))
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(files.iterdir()) == before
+
+
+def test_two_files(files: Path) -> None:
+    assert run(*job(files)).exit_code == 0
+    after = files / "model.bn.safetensors"
+    arguments = ("evaluate", after, "--data", files / "val.npz", "--before", files / "model.pt", *ARCH, "-q", "--json")
+    found = json.loads(run(*arguments).stdout)["metrics"]
+    assert found["before"]["error"]["value"] == pytest.approx(truth(files / "model.pt", files)["error"])
+    assert found["after"]["nll"]["value"] == pytest.approx(truth(after, files)["nll"], rel=1e-4)
+    refused = run(*arguments, "--gate", "error < before - 99")
+    assert refused.exit_code == 4
+    assert json.loads(refused.stdout)["metrics"]["gate"]["passed"] is False
+
+
+def test_one_file(files: Path) -> None:
+    arguments = ("evaluate", files / "model.pt", "--data", files / "val.npz", *ARCH, "-q")
+    result = run(*arguments, "--calibrate", "--gate", "error < 100", "--limit", "50")
+    assert result.exit_code == 0, result.output
+    assert "50 images, 5 classes" in result.stdout
+    assert "gate: error < 100: passed" in result.stdout
+    refused = run(*arguments, "--gate", "error <= before")
+    assert (refused.exit_code, "--before" in refused.stderr) == (2, True)
+    assert run(*arguments, "--before", files / "none.pt").exit_code == 1
+
+
+def test_heads_of_different_sizes_are_not_compared(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "my_heads.py").write_text(
+        "import nets\nfrom torch import nn\n"
+        "def build(num_classes=5):\n"
+        "    return nn.Sequential(nets.DenseNet(), nn.Linear(5, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(files)
+    import my_heads
+
+    for classes in (5, 9):
+        torch.save({"state_dict": my_heads.build(classes).state_dict()}, files / f"{classes}.pt")
+    more = ("--data", files / "val.npz", "--arch", "my_heads:build", "-q")
+    for before, after in ((5, 9), (9, 5)):
+        result = run("evaluate", files / f"{after}.pt", "--before", files / f"{before}.pt", *more)
+        assert result.exit_code == 1, result.output
+        assert f"a head of {before} outputs before and of {after} after" in result.stderr
+
+
+def test_a_checkpoint_without_its_head_is_not_judged(files: Path) -> None:
+    import timm
+
+    state = timm.create_model("resnet18").state_dict()
+    torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, files / "headless.pt")
+    np.savez(files / "big.npz", images=np.zeros((4, 3, 64, 64), np.float32), labels=np.arange(4))
+    arguments = ("--data", files / "big.npz", "--arch", "timm:resnet18", "-q")
+    own = {key.replace("fc.", "fc.0."): value for key, value in state.items()}
+    torch.save(own, files / "own.pt")
+    torch.save(state, files / "whole.pt")
+    for name, said in (("headless.pt", "found none"), ("own.pt", "none under fc.")):
+        result = run("evaluate", files / name, *arguments)
+        assert (result.exit_code, said in result.stderr) == (1, True), result.output
+    assert "4 images, 1,000 classes" in run("evaluate", files / "whole.pt", *arguments).stdout
+
+
+def test_a_callable_that_shuffles_anew_is_noticed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "my_restless.py").write_text(
+        "import random, nets, torch\n"
+        "class Batches:\n"
+        "    def __iter__(self):\n"
+        "        batches = nets.batches((3, 8, 8))\n"
+        "        shift = next(shifts)\n"
+        "        return iter([(x, torch.arange(32).add(shift) % 5) for x in batches])\n"
+        "shifts = iter(range(9))\n"
+        "def made(): return Batches()\n"
+    )
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    result = run(*job(files, "--eval-data", "my_restless:made"))
+    sys.modules.pop("my_restless", None)
+    assert result.exit_code == 1
+    assert "same images in the same order" in result.stderr
