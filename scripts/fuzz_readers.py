@@ -21,7 +21,7 @@ from ckpt_tools.identify.recipe import named
 from ckpt_tools.jobs.conversion import shared_memory
 from ckpt_tools.report.folder_text import folder_text
 from ckpt_tools.report.html import folder_html
-from ckpt_tools.report.manifest import Manifest
+from ckpt_tools.report.manifest import Manifest, records_in
 from ckpt_tools.report.markdown import folder_markdown
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import provenance, recorded
@@ -121,8 +121,8 @@ def _class_map(path: Path) -> None:
 
 def _manifest(path: Path) -> None:
     """A later run takes over what an earlier one recorded, and its report with it."""
-    log = Manifest(path)
-    records = list(log._records.values())
+    Manifest(path)
+    records = list(records_in(path.read_bytes()))
     folder_markdown(records)
     folder_html(records)
     folder_text(records, path)

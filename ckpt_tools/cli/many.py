@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import sys
@@ -108,22 +109,23 @@ def reestimate(
 ) -> None:
     """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
     from ckpt_tools.jobs.engine import LocalEngine
-    from ckpt_tools.jobs.folder import items_for
+    from ckpt_tools.jobs.folder import items_for, make_folder
     from ckpt_tools.report.folder_text import folder_text
     from ckpt_tools.report.manifest import Manifest, record_of
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         raise UsageError("torchrun shares one checkpoint among processes, not several. Run a folder in one process.")
     if request.output is not None:
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
-    outside = [place.output_dir] if place.output_dir else []
+    outside = [*([place.output_dir] if place.output_dir else []), *_data_files(request)]
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
     manifest = place.manifest or _beside(paths, place.output_dir)
-    check_reports(reports, _files(manifest, request, items))
-    log = Manifest(manifest)
+    files = _files(manifest, request, items)
+    if place.output_dir is not None:
+        make_folder(place.output_dir)  # reports may go into it
     records: list[Any] = []
     names = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
 
@@ -132,15 +134,24 @@ def reestimate(
         _release(items[names[made["checkpoint"]]])
 
     engine = place.engine or LocalEngine()
-    with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable(), contextlib.ExitStack() as after:
+    with contextlib.ExitStack() as after:
+        log = Manifest(manifest)
         after.callback(log.publish)
-        engine.run(items, request, record_of, record, bars.images)
+        check_reports(reports, files)
+        with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
+            engine.run(items, request, record_of, record, bars.images)
     records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
     show(json.dumps({"checkpoints": records}, indent=2) if as_json else folder_text(records, log.path))
     github.folder_done(records)
     _answer(records, log.path)
+
+
+def _data_files(request: Request) -> list[Path]:
+    """The files and folders that hold the data, which lie beside the checkpoints now and then."""
+    said = [data for data in (request.data, request.eval_data) if data is not None]
+    return [path for data in said for path in [Path(located(data)), *map(Path, glob.glob(data, recursive=True))]]  # noqa: PTH207 - of absolute patterns, too
 
 
 def _files(manifest: Path, request: Request, items: Sequence[Item]) -> tuple[Path, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,9 +58,24 @@ def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
     return {"metavar": "N,N,…" if kind is int else "X,X,…", "callback": parse}
 
 
-def own_stdout() -> contextlib.AbstractContextManager[object]:
-    """What a user's factory or data code prints goes to stderr: stdout is for our results."""
-    return contextlib.redirect_stdout(sys.stderr)
+@contextlib.contextmanager
+def own_stdout() -> Iterator[None]:
+    """What a user's factory or data code prints, or a program that it starts, goes to stderr: stdout is for results."""
+    try:
+        ours, theirs = sys.stdout.fileno(), sys.stderr.fileno()
+        sys.stdout.flush()
+        kept = os.dup(ours)
+    except (AttributeError, OSError, ValueError):  # closed, or no files
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        os.dup2(theirs, ours)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, ours)
+        os.close(kept)
 
 
 def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -81,7 +82,7 @@ class ArraySource:
         elif workers is None:
             workers = 0 if image.spec.shape[1:] == self.sample_shape[1:] else default_workers()
         return IndexedStream(
-            ArrayRows(self._rows(), image),
+            ArrayRows(self._rows, image),
             random_order(self.array.shape[0], limit=self.limit, seed=self.seed),
             name=self.array.label,
             transform=words,
@@ -93,7 +94,9 @@ class ArraySource:
             share=share,
         )
 
+    @functools.cached_property
     def _rows(self) -> Tensor:
+        """Read once, however many models they are for."""
         rows = self.array.load()
         return rows if self.preprocessed else _channels_first(rows)
 

@@ -6,20 +6,18 @@ import gzip
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ckpt_tools.data.matlab import matlab_arrays
-from ckpt_tools.data.stored import StoredArray, most_inflated
+from ckpt_tools.data.stored import Split, StoredArray, most_inflated
 from ckpt_tools.errors import CheckpointError, DataError
 from ckpt_tools.storage.pickles import Opaque, load_pickle
 
-__all__ = ["DATASETS", "Split", "find_dataset", "recognise"]
-
-Split = Literal["train", "test"]
+__all__ = ["DATASETS", "find_dataset", "recognise"]
 
 
 def find_dataset(name: str, root: Path, split: Split = "train") -> StoredArray:

@@ -13,14 +13,14 @@ import torch
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays import ArraySource
 from ckpt_tools.data.callables import CallableSource
-from ckpt_tools.data.datasets import DATASETS, Split, find_dataset, recognise
+from ckpt_tools.data.datasets import DATASETS, find_dataset, recognise
 from ckpt_tools.data.folder import FolderSource
 from ckpt_tools.data.order import WHOLE, Share
 from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.shard_names import is_pattern, is_shard, local_shards, names_shards, shards_in
 from ckpt_tools.data.shard_stream import ShardStreamSource
 from ckpt_tools.data.shards import ShardSource
-from ckpt_tools.data.stored import ARRAY_SUFFIXES, find_array
+from ckpt_tools.data.stored import ARRAY_SUFFIXES, Split, find_array
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.redaction import without_secrets
@@ -29,7 +29,7 @@ from ckpt_tools.remote.copies import fetch
 from ckpt_tools.remote.mirror import located
 from ckpt_tools.remote.store import open_remote
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "words_for"]
 
 
 class Source(Protocol):
@@ -85,8 +85,8 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
     ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; WebDataset shards, as a
     ``.tar``, a folder or a pattern of them; ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; a URL
     (``s3://…``) of such a folder, file or pattern; or ``package.module:callable``. ``limit`` samples are
-    drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, which come with two. Raises
-    DataError, naming what is wrong with it.
+    drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, and files of arrays, that have
+    two. Raises DataError, naming what is wrong with it.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
@@ -95,10 +95,10 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
             f"{spec}: commands are not run. Give the shards as paths or URLs, s3://bucket/{{000..146}}.tar."
         )
     if is_url(spec) and local_path(spec) is None:
-        return _behind_url(spec, limit, seed)
+        return _behind_url(spec, limit, seed, split)
     path = _path(spec)
     if spec and os.path.lexists(path):
-        return _on_disk(spec, path, limit, seed)
+        return _on_disk(spec, path, limit, seed, split)
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in DATASETS:
         root = _path(rest)
@@ -117,23 +117,29 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def _on_disk(spec: str, path: Path, limit: int | None, seed: int) -> Source:
+def words_for(source: Source) -> str:
+    """The kind of a source, and which array of a file is read."""
+    name = source.array.name if isinstance(source, ArraySource) else ""
+    return f"{source.kind} {name}" if name else source.kind
+
+
+def _on_disk(spec: str, path: Path, limit: int | None, seed: int, split: Split) -> Source:
     if path.is_dir():
         return _folder(spec, path, limit, seed)
     if not path.exists():
         raise DataError(f"{spec}: a link to {path.readlink()}, which is not there. Mount or repair it.")
-    return _file(spec, path, limit, seed)
+    return _file(spec, path, limit, seed, split)
 
 
-def _behind_url(spec: str, limit: int | None, seed: int) -> Source:
+def _behind_url(spec: str, limit: int | None, seed: int, split: Split) -> Source:
     shown = without_secrets(spec)
     if names_shards(spec):
         return ShardStreamSource.open(spec, limit=limit, seed=seed)
     if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
-        return ArraySource(shown, find_array(fetch(located(spec))), limit, seed)
+        return ArraySource(shown, find_array(fetch(located(spec)), split), limit, seed)
     remote = open_remote(spec)
     if not remote.is_folder() and remote.scheme not in ("http", "https"):  # where a folder is a page that lists it
-        return _file(shown, Path(shown), limit, seed)
+        return _file(shown, Path(shown), limit, seed, split)
     try:
         return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
     except DataError:
@@ -155,7 +161,7 @@ def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
         return ShardSource.open(spec, shards, limit=limit, seed=seed)
 
 
-def _file(spec: str, path: Path, limit: int | None, seed: int) -> Source:
+def _file(spec: str, path: Path, limit: int | None, seed: int, split: Split) -> Source:
     if is_shard(path.name):
         return ShardSource.open(spec, [path], limit=limit, seed=seed)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
@@ -163,7 +169,7 @@ def _file(spec: str, path: Path, limit: int | None, seed: int) -> Source:
             f"{spec}: expected a folder of images or an array file ({' '.join(ARRAY_SUFFIXES)}), or .tar shards, found "
             f"a file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
         )
-    return ArraySource(spec, find_array(path), limit, seed)
+    return ArraySource(spec, find_array(path, split), limit, seed)
 
 
 def _callable(spec: str, limit: int | None, seed: int) -> Source:

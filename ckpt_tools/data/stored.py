@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,16 @@ from torch import Tensor
 from ckpt_tools.errors import CheckpointError, DataError
 from ckpt_tools.storage.pickles import Opaque, load_pickle
 
-__all__ = ["ARRAY_SUFFIXES", "StoredArray", "find_array", "most_inflated"]
+__all__ = ["ARRAY_SUFFIXES", "Split", "StoredArray", "find_array", "most_inflated"]
+
+Split = Literal["train", "test"]
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".safetensors")
 
 _USUAL_NAMES = ("images", "x", "data", "x_train", "train_images", "inputs", "arr_0")
+_TEST_NAMES = ("x_test", "test_images", "x_val", "val_images")  # as Keras and MedMNIST call them
 _LABELS_OF = {"x_train": "y_train", "train_images": "train_labels", "arr_0": "arr_1"}
+_LABELS_OF |= {"x_test": "y_test", "test_images": "test_labels", "x_val": "y_val", "val_images": "val_labels"}
 _LABEL_NAMES = ("labels", "y", "label", "targets", "target")
 _HEADER = 1024  # bytes in front of an array; numpy's second look at a longer one can take seconds
 _INFLATED, _SLACK = 100, 1 << 26  # a compressed file may hold so many times its size, and some bytes
@@ -47,6 +51,7 @@ class StoredArray:
     read: Callable[[], Tensor]
     labels: StoredArray | None = None
     classes: int | None = None
+    name: str = ""  # in a file of several
 
     @property
     def pixels(self) -> bool:
@@ -57,6 +62,8 @@ class StoredArray:
         """The values. Raises DataError if the file is damaged."""
         try:
             found = self.read()
+        except OSError as error:
+            raise DataError(f"{self.label}: the values cannot be read: {error}. Check file and disk.") from error
         except Exception as error:  # readers of damaged files raise whatever the damage leads them to
             raise DataError(f"{self.label}: the values cannot be read: {error}. The file is damaged.") from error
         if tuple(found.shape) != self.shape or (found.dtype == torch.uint8) != self.pixels:
@@ -67,17 +74,17 @@ class StoredArray:
         return found
 
 
-def find_array(path: Path) -> StoredArray:
+def find_array(path: Path, split: Split = "train") -> StoredArray:
     """The array of images in an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file.
 
     With several arrays in the file, one under a usual name (images, x, data, …) is taken, else the only one
-    with two dimensions or more. Nothing in the file is executed. Raises DataError, also for empty arrays and
-    types other than float and uint8.
+    with two dimensions or more; of a file with both splits (x_train, x_test, …) that of ``split``. Nothing in the
+    file is executed. Raises DataError, also for empty arrays and types other than float and uint8.
     """
     openers = {".npz": _in_npz, ".npy": _in_npy, ".pt": _in_pt, ".safetensors": _in_safetensors}
     try:
         arrays = openers[path.suffix.lower()](path)
-        name = _choose(path, arrays)
+        name = _choose(path, arrays, split)
     except DataError:
         raise
     except Exception as error:  # as above
@@ -86,7 +93,7 @@ def find_array(path: Path) -> StoredArray:
             f"It may be truncated, or of another format than its name says."
         ) from error
     _check(arrays[name])
-    return replace(arrays[name], labels=_labels(name, arrays))
+    return replace(arrays[name], labels=_labels(name, arrays), name=name)
 
 
 def _labels(name: str, arrays: Mapping[str, StoredArray]) -> StoredArray | None:
@@ -96,9 +103,9 @@ def _labels(name: str, arrays: Mapping[str, StoredArray]) -> StoredArray | None:
     return next((by_name[one] for one in wanted if one in by_name), None)
 
 
-def _choose(path: Path, arrays: Mapping[str, StoredArray]) -> str:
+def _choose(path: Path, arrays: Mapping[str, StoredArray], split: Split) -> str:
     usable = {name: array for name, array in arrays.items() if len(array.shape) >= 2}
-    for wanted in _USUAL_NAMES:
+    for wanted in _USUAL_NAMES if split == "train" else (*_TEST_NAMES, *_USUAL_NAMES):
         for name in usable:
             if name.lower() == wanted:
                 return name
@@ -202,6 +209,8 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
         raise DataError(
             f"{path}: it cannot be read: {found} Save a plain tensor with torch.save(images, path)."
         ) from error
+    if isinstance(content, tuple | list) and len(content) == 2:
+        content = [content[0], _listed(content[1])]
     if isinstance(content, tuple | list) and len(content) == 2 and _is_labels(content[1], content[0]):
         images, labels = content
         return {"": _of_tensor(str(path), images), "labels": _of_tensor(f"{path}[1]", labels)}
@@ -211,8 +220,16 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
         return {"": _of_tensor(str(path), content)}
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a tensor or a dict of tensors, found {_kind(content)}.")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    values = {str(name): _listed(value) for name, value in content.items()}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     return {name: _of_tensor(f"{path}[{name}]", value) for name, value in tensors.items()}
+
+
+def _listed(value: object) -> object:
+    """A list of whole numbers as a tensor, for labels may be one."""
+    if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
+        return torch.tensor(value)
+    return value
 
 
 def _is_labels(labels: object, images: object) -> bool:

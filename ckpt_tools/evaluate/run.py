@@ -118,7 +118,8 @@ def _logits(output: object) -> Tensor:
 
 
 def _is_softmax(found: Tensor) -> bool:
-    return bool((found >= 0).all()) and bool(((found.double().sum(1) - 1).abs() < 1e-3).all())
+    slack = max(1e-3, torch.finfo(found.dtype).eps)  # probabilities in bfloat16 add up to 1 so far only
+    return bool((found >= 0).all()) and bool(((found.double().sum(1) - 1).abs() < slack).all())
 
 
 def _log(probabilities: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from ckpt_tools.contract import Checkpoint, LoadedModel
-from ckpt_tools.data.source import open_source
+from ckpt_tools.data.labelled import labelled_batches
+from ckpt_tools.data.source import Source, open_source
+from ckpt_tools.data.stream import Batch
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
-from ckpt_tools.jobs.places import usable_device
+from ckpt_tools.jobs.places import placed, usable_device
 from ckpt_tools.jobs.recognition import recognise
 from ckpt_tools.jobs.scores import Metrics, metrics_of
 from ckpt_tools.jobs.validation import Judged, Question, Validation, open_validation, question
@@ -109,7 +109,8 @@ def _contestant(path: Path, asked: Question, request: EvaluationRequest, device:
     batch_size = request.batch_size
     if batch_size is None:
         spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
-        batch_size = fitting_batch_size(walk(loaded.model, example_input(spec, source)).bytes_per_sample, device)
+        example = example_input(spec, source) if spec is not None else _unlabelled(source, asked)
+        batch_size = fitting_batch_size(walk(loaded.model, example).bytes_per_sample, device)
     validation = open_validation(
         asked,
         source,
@@ -123,6 +124,10 @@ def _contestant(path: Path, asked: Question, request: EvaluationRequest, device:
     return Contestant(loaded.checkpoint, loaded, validation)
 
 
+def _unlabelled(source: Source, asked: Question) -> Batch:
+    """The first input of the data, for a model that takes it as it is."""
+    return next(iter(labelled_batches(source, None, class_map=asked.class_map, batch_size=2, workers=0)))[0]
+
+
 def _judged(contestant: Contestant, name: str, device: str, progress: Callable[[str, int], None] | None) -> Judged:
-    model = contestant.loaded.model.to(device).to(memory_format=torch.channels_last)
-    return contestant.validation.judge(model, name, progress)
+    return contestant.validation.judge(placed(contestant.loaded.model, device), name, progress)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,10 @@ from typing import Literal
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.memory import available_bytes
 from ckpt_tools.data.shared import read_together
-from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream
-from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError
+from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError, UsageError
 from ckpt_tools.jobs.places import default_output
-from ckpt_tools.jobs.plan import Plan, checked, chosen_device, prepare
+from ckpt_tools.jobs.plan import Plan, Sources, checked, chosen_device, prepare
 from ckpt_tools.jobs.reestimation import Outcome, execute
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walks import Walks
@@ -75,14 +76,34 @@ class Result:
 def items_for(found: Sequence[Found], output_dir: Path | None) -> tuple[Item, ...]:
     """Outputs below ``output_dir`` as the checkpoints lie below what was searched, or beside each checkpoint.
 
-    Two checkpoints that would share an output (``a.pt`` and ``a.pth``) keep their suffix in its name.
+    Where two would share an output (``a.pt`` and ``a.pth``), or one take the place of a checkpoint, the suffix is kept
+    in its name. An earlier output beside its checkpoint is no checkpoint of its own, though a pattern names it.
+
+    Raises UsageError if a checkpoint would be replaced all the same.
     """
-    named = [(one, default_output(_place(one, output_dir), "bn")) for one in found]
-    outputs = [output for _, output in named]
-    return tuple(
-        Item(one.path, output if outputs.count(output) == 1 else _full_name(_place(one, output_dir)))
-        for one, output in named
-    )
+    beside = {_spot(default_output(one.path, "bn")) for one in found}
+    found = [one for one in found if _spot(one.path) not in beside or recorded(one.path) is None]
+    names = {one: default_output(_place(one, output_dir), "bn") for one in found}
+    while clashing := [one for one in _clashing(names) if names[one] != _full_name(names[one], one)]:
+        names |= {one: _full_name(names[one], one) for one in clashing}
+    for one in _clashing(names):
+        raise UsageError(f"{names[one]}: expected a name for one file alone. Rename {one.path}, or give --output-dir.")
+    return tuple(Item(one.path, name) for one, name in names.items())
+
+
+def _clashing(names: Mapping[Found, Path]) -> list[Found]:
+    """Those whose output another output has as well, or a checkpoint."""
+    taken = Counter(map(_spot, [*names.values(), *(one.path for one in names)]))
+    return [one for one, name in names.items() if taken[_spot(name)] > 1]
+
+
+def _spot(path: Path) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 - without .., and without following links
+
+
+def _full_name(output: Path, found: Found) -> Path:
+    """``a.pt.bn.safetensors`` for ``a.bn.safetensors``."""
+    return output.with_name(f"{Path(_spot(found.path)).name}.bn.safetensors")
 
 
 def run(items: Sequence[Item], request: Request, record: Callable[[Result], None], watch: Watch | None = None) -> None:
@@ -91,7 +112,7 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
     What an earlier run finished with the same settings from the same bytes is not done again, unless
     ``request.overwrite`` is set. Raises what concerns all items: DataError, UsageError, ModelError for a device.
     """
-    source = opened(request)
+    sources = opened(request)
     chosen_device(request)
     waiting, walks = _Waiting(), Walks()
     for folder in {item.output.parent for item in items}:
@@ -101,7 +122,7 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
         own = _own(item, request)
         try:
             made = _made(item, own)
-            plan = None if made else _prepared(item, own, source, walks)
+            plan = None if made else _prepared(item, own, sources, walks)
         except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
             record(_stopped(item, error, started))
             continue
@@ -115,19 +136,24 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
         _round(waiting.largest(), record, watch)
 
 
-def opened(request: Request) -> Source:
+def opened(request: Request) -> Sources:
     """The data, found but not read, after all that can be said of a request without a checkpoint.
 
     Raises UsageError, DataError; the labelled data is looked for as well.
     """
-    asked = checked(request)
-    source = open_source(request.data, limit=request.limit, seed=request.seed)
-    if asked is not None:
-        open_source(asked.data, seed=request.seed, split="test")
-    return source
+    checked(request)
+    return Sources.of(request)
 
 
-def look(item: Item, request: Request, source: Source) -> Result | Reading:
+def make_folder(folder: Path) -> None:
+    """Make a folder for outputs, and those that it lies in. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another --output-dir.") from error
+
+
+def look(item: Item, request: Request, sources: Sources) -> Result | Reading:
     """What came of an item before any pass (done before, nothing to do, failed), or what its pass will read.
 
     Looked at on the CPU, so that it needs no GPU: where the pass runs, memory may allow another batch size.
@@ -138,7 +164,7 @@ def look(item: Item, request: Request, source: Source) -> Result | Reading:
     try:
         if made := _made(item, own):
             return Result(item, "done before", made=made, seconds=time.perf_counter() - started)
-        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), source, Walks()))
+        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), sources, Walks()))
     except Exception as error:  # noqa: BLE001 - as above
         return _stopped(item, error, started)
 
@@ -160,14 +186,9 @@ def _made(item: Item, request: Request) -> Made | None:
     return made if said.get("source_sha256") == made.source_sha256 else None
 
 
-def _prepared(item: Item, request: Request, source: Source, walks: Walks) -> Plan:
-    try:
-        item.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{item.output}: its folder cannot be made ({error.strerror}). Choose another --output-dir."
-        ) from error
-    return prepare(request, source, walks=walks)
+def _prepared(item: Item, request: Request, sources: Sources, walks: Walks) -> Plan:
+    make_folder(item.output.parent)
+    return prepare(request, sources, walks=walks)
 
 
 @dataclass(frozen=True)
@@ -182,25 +203,27 @@ class _Waiting:
 
     def __init__(self) -> None:
         self._groups: dict[Reading, list[_Prepared]] = {}
+        self._held, self._device = 0, "cpu"  # bytes of all models, and where they run
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
     def add(self, one: _Prepared) -> None:
         self._groups.setdefault(_reading(one.plan), []).append(one)
+        self._held, self._device = self._held + _bytes(one.plan), one.plan.device
 
     @property
     def full(self) -> bool:
         """Whether the models take as much memory as leaves enough for running them."""
-        plans = [one.plan for group in self._groups.values() for one in group]
-        held = sum(map(_bytes, plans))
-        device = plans[0].device
+        held, device = self._held, self._device
         return held > _SHARE * (available_bytes() + held) or (device != "cpu" and held > _SHARE * free_bytes(device))
 
     def largest(self) -> list[_Prepared]:
         """The group with the most checkpoints, which then waits no more."""
         key = max(self._groups, key=lambda key: len(self._groups[key]))
-        return self._groups.pop(key)
+        group = self._groups.pop(key)
+        self._held -= sum(_bytes(one.plan) for one in group)
+        return group
 
 
 def _bytes(plan: Plan) -> int:
@@ -239,7 +262,3 @@ def _stopped(item: Item, error: Exception, started: float) -> Result:
 
 def _place(found: Found, output_dir: Path | None) -> Path:
     return found.path if output_dir is None else output_dir / found.place
-
-
-def _full_name(place: Path) -> Path:
-    return place.with_name(f"{place.name}.bn.safetensors")

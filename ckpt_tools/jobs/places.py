@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ckpt_tools.distributed import Ranks
 from ckpt_tools.errors import ModelError, OutputError, UsageError
@@ -33,6 +34,14 @@ def refuse_data(output: Path, data: str, kind: str = "training") -> None:
     place = located(data)
     if output == place or (output.exists() and place.exists() and output.samefile(place)):
         raise OutputError(f"{output}: expected a file of its own, found the {kind} data. Choose another name.")
+
+
+def placed(model: nn.Module, device: str) -> nn.Module:
+    """The model on its device, channels last where its weights have no more than two spatial dimensions."""
+    model = model.to(device)
+    if any(tensor.ndim > 4 for tensor in (*model.parameters(), *model.buffers())):  # torch refuses those
+        return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def usable_device(said: str, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen

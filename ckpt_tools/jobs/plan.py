@@ -64,13 +64,29 @@ class Plan:
         return self.recognised.loaded
 
 
-def prepare(request: Request, source: Source | None = None, team: Team = ALONE, walks: Walks | None = None) -> Plan:
+@dataclass(frozen=True)
+class Sources:
+    """The data, and the labelled data if there is any, found but not read."""
+
+    data: Source
+    labelled: Source | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Sources:
+        """Raises UsageError, DataError, RemoteError."""
+        data = open_source(request.data, limit=request.limit, seed=request.seed)
+        if request.eval_data is None:
+            return cls(data)
+        return cls(data, open_source(request.eval_data, seed=request.seed, split="test"))
+
+
+def prepare(request: Request, sources: Sources | None = None, team: Team = ALONE, walks: Walks | None = None) -> Plan:
     """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
 
-    ``source``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. Raises any
+    ``sources``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. Raises any
     CkptToolsError, on all ranks if on one; nothing is written.
     """
-    plan = team.each(lambda: _prepared(request, source, team, walks or Walks()))
+    plan = team.each(lambda: _prepared(request, sources, team, walks or Walks()))
     size = team.first(lambda: plan.batch_size)
     if size == plan.batch_size:
         return plan
@@ -97,7 +113,7 @@ def chosen_device(request: Request, ranks: Ranks = Ranks()) -> str:  # noqa: B00
     return device
 
 
-def _prepared(request: Request, source: Source | None, team: Team, walks: Walks) -> Plan:
+def _prepared(request: Request, sources: Sources | None, team: Team, walks: Walks) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
     if team.speaks:
         check_output(output, request.checkpoint, overwrite=request.overwrite)
@@ -107,7 +123,8 @@ def _prepared(request: Request, source: Source | None, team: Team, walks: Walks)
     check_team(request.estimator, team)
     ranks = Ranks() if team.alone else Ranks.from_environment()
     device = chosen_device(request, ranks)
-    source = source or open_source(request.data, limit=request.limit, seed=request.seed)
+    sources = sources or Sources.of(request)
+    source = sources.data
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     require_batch_norm(checkpoint)
     recognised = recognise(checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing)
@@ -123,7 +140,9 @@ def _prepared(request: Request, source: Source | None, team: Team, walks: Walks)
     plan = Plan(
         request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, look, team
     )
-    return plan if asked is None else replace(plan, validation=_validation(plan, asked))
+    if asked is None or sources.labelled is None:
+        return plan
+    return replace(plan, validation=_validation(plan, asked, sources.labelled))
 
 
 def _stream(
@@ -139,11 +158,11 @@ def _stream(
     )
 
 
-def _validation(plan: Plan, asked: Question) -> Validation:
+def _validation(plan: Plan, asked: Question, labelled: Source) -> Validation:
     request = plan.request
     return open_validation(
         asked,
-        open_source(asked.data, seed=request.seed, split="test"),
+        labelled,
         plan.loaded,
         request.preprocessing,
         batch_size=plan.batch_size,

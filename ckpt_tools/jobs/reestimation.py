@@ -16,6 +16,7 @@ from ckpt_tools.contract import (
 from ckpt_tools.data.stream import Skipped, refuse_unreadable
 from ckpt_tools.identify.keys import has_counters
 from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
+from ckpt_tools.jobs.places import placed
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.scores import Metrics, compared
 from ckpt_tools.reestimate.precision import deterministic
@@ -58,7 +59,7 @@ def _executed(
     evaluated: Callable[[str, int], None] | None,
 ) -> Outcome:
     request, team = plan.request, plan.team
-    model = team.each(lambda: plan.loaded.model.to(plan.device).to(memory_format=torch.channels_last))
+    model = team.each(lambda: placed(plan.loaded.model, plan.device))
     verdict = team.first(lambda: _looked_at(plan))
     if not request.force:
         refuse(verdict)

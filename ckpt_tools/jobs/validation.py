@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ckpt_tools.contract import LoadedModel
 from ckpt_tools.data.labelled import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import ClassMap, read_class_map
-from ckpt_tools.data.source import Source
+from ckpt_tools.data.source import Source, words_for
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.evaluate.gate import Gate, parse_gate
 from ckpt_tools.evaluate.metrics import require_torchmetrics
@@ -94,7 +94,7 @@ class Validation:
     @property
     def kind(self) -> str:
         """What the data is, in words."""
-        return "dataset, test split" if self.source.kind == "dataset" else self.source.kind
+        return "dataset, test split" if self.source.kind == "dataset" else words_for(self.source)
 
     def _check(self, labels: Tensor, outputs: int) -> None:
         self.stream.check(labels, outputs)

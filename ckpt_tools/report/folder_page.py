@@ -65,9 +65,10 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     reports = [part(record, "report") for record in records]
     ratios = [statistics.median(found.values()) for found in map(medians, reports) if found]
     seconds = [cell.order for cell in (number_cell(record.get("seconds")) for record in records) if cell.order]
-    found = [Figure("Done", f"{sum(record.get('status') == 'done' for record in records):,}", f"of {len(records):,}")]
-    failed = sum(record.get("status") == "failed" for record in records)
-    found.append(Figure("Failed", f"{failed:,}", tone="bad" if failed else ""))
+    tally = Counter(str(record.get("status")) for record in records)
+    before = f", {tally['done before']:,} of them before" if tally["done before"] else ""
+    found = [Figure("Done", f"{tally['done'] + tally['done before']:,}", f"of {len(records):,}{before}")]
+    found.append(Figure("Failed", f"{tally['failed']:,}", tone="bad" if tally["failed"] else ""))
     if ratios:
         span = f"median checkpoint; {ratio_text(min(ratios))} to {ratio_text(max(ratios))} over all"
         found.append(Figure("Stored ÷ new variance", ratio_text(statistics.median(ratios)), span))

@@ -9,13 +9,17 @@ from typing import Any
 
 from ckpt_tools.report.columns import columns, count
 from ckpt_tools.report.facts import medians, part, parts, rewritten_layers
-from ckpt_tools.report.numbers import whole_text
+from ckpt_tools.report.metric_tables import metrics
+from ckpt_tools.report.numbers import measured, whole_text
 from ckpt_tools.report.summary import without_name
 
 
 def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
     """A row for every checkpoint, then why some failed; ``records`` as the manifest has them."""
     rows = [("checkpoint", "", "architecture", "layers", "ratio", "images"), *map(_row, records)]
+    scores = [_scores(record) for record in records]
+    if any(map(any, scores)):
+        rows = [(*row, *more) for row, more in zip(rows, [("error, %", "NLL"), *scores], strict=True)]
     lines = [columns(rows)]
     failed = [record for record in records if record.get("status") == "failed"]
     if failed:
@@ -39,6 +43,17 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{statistics.median(ratios):.3f}" if ratios else "",
         whole_text(part(report, "data").get("images")),
     )
+
+
+def _scores(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Error and NLL before and after, of one that a gate refused as well."""
+    found = metrics(part(record, "report") or record)
+    return _change(found.get("error"), 2), _change(found.get("nll"), 4)
+
+
+def _change(entries: tuple[object, object, object] | None, digits: int) -> str:
+    before, after = (measured(entry)[0] for entry in (entries or (None, None))[:2])
+    return "" if before is None or after is None else f"{before:.{digits}f} → {after:.{digits}f}"
 
 
 def _clean(text: str) -> str:

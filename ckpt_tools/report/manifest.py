@@ -12,6 +12,7 @@ from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.engine import Record
 from ckpt_tools.jobs.folder import Result
 from ckpt_tools.jobs.scores import GateFailed
+from ckpt_tools.remote.address import is_url
 from ckpt_tools.remote.copies import fetch, peek
 from ckpt_tools.remote.delivery import deliver
 from ckpt_tools.remote.mirror import as_urls, is_remote
@@ -19,7 +20,7 @@ from ckpt_tools.report.json import outcome_json
 from ckpt_tools.report.metrics_json import metrics_json
 from ckpt_tools.storage.atomic import check_target
 
-__all__ = ["Manifest", "record_of"]
+__all__ = ["Manifest", "record_of", "records_in"]
 
 
 class Manifest:
@@ -31,7 +32,7 @@ class Manifest:
     def __init__(self, path: Path) -> None:
         """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written, RemoteError."""
         self.path = path
-        self._records: dict[str, Record] = {}
+        self._made: dict[tuple[str, str, str], Record] = {}  # what is known of outputs, by what made them
         self._fresh = False
         if is_remote(path):
             check_target(path, overwrite=True)
@@ -43,14 +44,14 @@ class Manifest:
             with path.open("a+b") as file:
                 file.seek(0)
                 content = file.read()
-                if content and not any(_parsed(content)) and not _begun(content):
+                if content and not any(records_in(content)) and not _begun(content):
                     raise OutputError(f"{path}: expected a manifest to append to, found another file. Give --manifest.")
                 if content and not content.endswith(b"\n"):  # killed while writing
                     file.write(b"\n")
         except OSError as error:
             raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
-        for record in _parsed(content):
-            self._records[record["checkpoint"]] = record
+        for record in records_in(content):
+            self._keep(record)
 
     def publish(self) -> None:
         """Put a remote manifest where it belongs; remove one that this run began for nothing. Raises OutputError."""
@@ -65,11 +66,10 @@ class Manifest:
         What was done before has its earlier line, if that tells of the same output: made of the same bytes with the
         same settings.
         """
-        name = record["checkpoint"]
-        earlier = self._records.get(name)
-        if record["status"] == "done before" and earlier and _maker(earlier) == _maker(record):
-            return {**earlier, "status": record["status"]}
-        self._records[name] = record
+        earlier = self._made.get(_maker(record))
+        if record["status"] == "done before" and earlier is not None:
+            return {**earlier, **{name: record[name] for name in ("checkpoint", "output", "status")}}
+        self._keep(record)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -78,6 +78,11 @@ class Manifest:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Give another --manifest.") from error
         return record
+
+    def _keep(self, record: Record) -> None:
+        """The latest record of an output; one without a report takes the place of none with one."""
+        if record.get("output") and (record.get("report") or _maker(record) not in self._made):
+            self._made[_maker(record)] = record
 
 
 def record_of(result: Result) -> Record:
@@ -104,8 +109,11 @@ def record_of(result: Result) -> Record:
     return record
 
 
-def _maker(record: Record) -> tuple[object, ...]:
-    return tuple(record.get(name) for name in ("output", "source_sha256", "settings"))
+def _maker(record: Record) -> tuple[str, str, str]:
+    """What an output was made of, and where it lies, however that was written."""
+    output = str(record.get("output"))
+    place = output if is_url(output) else os.path.abspath(output)  # noqa: PTH100 - without ..
+    return place, str(record.get("source_sha256")), str(record.get("settings"))
 
 
 def _begun(content: bytes) -> bool:
@@ -113,7 +121,8 @@ def _begun(content: bytes) -> bool:
     return content.startswith(b"{") and b"\n" not in content
 
 
-def _parsed(content: bytes) -> Iterable[dict[str, Any]]:
+def records_in(content: bytes) -> Iterable[dict[str, Any]]:
+    """The records in a manifest, in order; lines that are none are passed over."""
     for line in content.splitlines():
         try:
             record = json.loads(line)

@@ -48,9 +48,24 @@ def metrics_section(facts: Facts) -> Section | None:
     )
     verdict, tone = _gate(facts)
     errors = any(measured(entry)[1] is not None for row in found.values() for entry in row)
-    said = (*verdict, *(("After ± stands the standard error.",) if errors else ()))
+    said = (*verdict, *(_errors(compared=compared) if errors else ()), *_halves(facts))
     title = "Before and after" if compared else "Metrics"
     return Section(title, said, tone, pairs=tuple(_pairs(facts)), table=Table(title, columns, rows))
+
+
+def _errors(*, compared: bool) -> tuple[str]:
+    return (
+        "After ± stands the standard error" + ("; that of the change is paired, image by image." if compared else "."),
+    )
+
+
+def _halves(facts: Facts) -> tuple[str, ...]:
+    """Which temperature stands behind the calibrated metrics."""
+    halves = part(part(part(facts, "metrics"), "after"), "calibration").get("temperatures_of_halves")
+    if not isinstance(halves, (list, tuple)) or len(halves) != 2:
+        return ()
+    first, second = map(measured_text, halves)
+    return (f"The temperature is that of all images; below it either half has the other's ({first}, {second}).",)
 
 
 def _values(entries: tuple[object, object, object], *, compared: bool) -> tuple[Cell, ...]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ckpt_tools.evaluate.metrics import Estimate, Metric
+from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST
 from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome, EvaluationPlan
 from ckpt_tools.jobs.scores import Metrics
 from ckpt_tools.report.columns import columns, count, listed
@@ -67,6 +68,8 @@ def _temperatures(metrics: Metrics) -> str:
     before = metrics.before and metrics.before.temperature
     first, second = metrics.after.halves
     after = f"{metrics.after.temperature:.3f}"
+    if metrics.after.temperature in (LOWEST, HIGHEST):
+        after += " (where the search ends)"
     return (
         f"temperature to divide logits by: {f'{before:.3f} before, {after} after' if before else after}, fitted on all "
         f"images; in the rows at T, either half of the images has the other's ({first:.3f}, {second:.3f})"

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, Controls, LayerResult, LoadedModel, Outlier, RecognisedBy, Reestimation
+from ckpt_tools.data.source import words_for
 from ckpt_tools.demo.train import Score
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.data_check import DataVerdict
@@ -33,7 +34,7 @@ def plan_text(plan: Plan) -> str:
         *([("scores", _scores(plan.recognised.scores))] if plan.recognised.scores else []),
         ("drop rates", f"{RATES[plan.loaded.rates]}; {count(len(active), 'active dropout site')}"),
         ("layers", f"{plan.choice.why}; {count(len(plan.choice.controls), 'control layer')}"),
-        ("data", f"{plan.source.spec} ({plan.source.kind}), {_amount(plan.stream.count)}"),
+        ("data", f"{plan.source.spec} ({words_for(plan.source)}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
         ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {where}"),

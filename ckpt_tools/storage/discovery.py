@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from ckpt_tools.errors import CheckpointError, UsageError
-from ckpt_tools.remote.mirror import store_of
+from ckpt_tools.remote.mirror import is_remote, store_of
 from ckpt_tools.storage.assembly import is_rank_file
 from ckpt_tools.storage.distributed import METADATA
 from ckpt_tools.storage.fetching import survey
-from ckpt_tools.storage.members import INDEX, SUFFIXES
+from ckpt_tools.storage.members import INDEX, SUFFIXES, shard_names
 from ckpt_tools.storage.provenance import recorded
 from ckpt_tools.storage.sidecar import hub_weights, is_trainer_file
 from ckpt_tools.storage.source import find_source
@@ -52,10 +52,13 @@ def find_checkpoints(
 ) -> tuple[Found, ...]:
     """Checkpoints named by files, glob patterns and folders, these searched to the bottom; each once, in order.
 
-    ``include`` and ``exclude`` are patterns for file names or for paths below the searched folder. What this tool
-    wrote itself, and what lies in ``outside``, does not count. Of those behind URLs only names and
-    headers are read. Raises CheckpointError where a path yields none, where the patterns leave none, and for a folder
-    that cannot be read and is not excluded; UsageError for paths in several stores, RemoteError.
+    ``include`` and ``exclude`` are patterns for names, of files or of folders that they lie in, or for paths below the
+    searched folder; ``**/`` may stand for nothing. Of what is searched or matched, files that are not named as
+    checkpoints are, files that this tool wrote itself, and ``outside`` do not count. Links to folders are not followed.
+    Of those behind URLs only names and headers are read.
+
+    Raises CheckpointError where a path yields none, where the patterns leave none, and for a folder that cannot be read
+    and is not excluded; UsageError for paths in several stores, RemoteError.
     """
     _require_one_store(paths)
     for path in paths:
@@ -69,7 +72,7 @@ def find_checkpoints(
             raise CheckpointError(_nothing(path))
         for one in named:
             place = _absolute(one)
-            if _wanted(place.relative_to(base), include, exclude):
+            if _wanted(place.relative_to(base), include, exclude, _weights_in(one) if _is_folder(one) else ()):
                 found.setdefault(place, Found(one, place.relative_to(root)))
     if not found:
         raise CheckpointError(_nothing(paths[0], " that --include and --exclude leave"))
@@ -83,6 +86,10 @@ class _Search:
     base: Path
     exclude: tuple[str, ...] = ()
     outside: frozenset[Path] = frozenset()
+
+    def covers(self, path: Path) -> bool:
+        """Whether a path may count, and does not lie outside."""
+        return path.resolve() not in self.outside
 
     def missed(self, error: OSError) -> None:
         """Raise CheckpointError for a folder that cannot be read."""
@@ -105,10 +112,10 @@ def _require_one_store(paths: Sequence[Path]) -> None:
 
 def _base(path: Path) -> Path:
     """The folder that a path searches: itself, what stands before the first wildcard, or where a file lies."""
-    if path.is_dir() and not _is_whole(path):
+    if _is_folder(path) and not _is_whole(path):
         return _absolute(path)
     parts = tuple(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    if path.exists() or len(parts) == len(path.parts):
+    if _exists(path) or len(parts) == len(path.parts):
         return _absolute(path).parent
     if ".." in path.parts[len(parts) :]:
         raise UsageError(f"{path}: expected no .. behind the first wildcard. Write the pattern without it.")
@@ -120,28 +127,35 @@ def _absolute(path: Path) -> Path:
 
 
 def _named(path: Path, search: _Search) -> Iterator[Path]:
-    if path.is_dir() and not _is_whole(path):
+    if _is_folder(path) and not _is_whole(path):
         yield from _below(path, search)
-    elif path.exists() or not _is_pattern(path):
+    elif _exists(path) or not _is_pattern(path):
         yield path
     else:
-        for match in sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207 - of absolute patterns, too
-            yield from _named(Path(match), search)
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - absolute, too
+        files = [match for match in matches if not match.is_dir() and search.covers(match)]
+        usual = {match for match in files if _is_weights(match.name, match.parent)}
+        for match in matches:
+            if match.is_dir():
+                yield from _named(match, search)
+            elif match in usual or (not usual and match in files):  # *.weights names whatever ends so
+                yield match
 
 
 def _below(root: Path, search: _Search) -> Iterator[Path]:
     for folder, inner, names in os.walk(root, onerror=search.missed):
         here = Path(folder)
-        inner[:] = sorted(
-            name for name in inner if not name.startswith(".") and (here / name).resolve() not in search.outside
-        )
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and search.covers(here / name))
         if here != root and _is_whole(here):
-            inner.clear()
+            inner[:] = [name for name in inner if name.startswith(_EARLIER)]
             yield here
             continue
         for name in sorted(names):
-            if _is_weights(name, here):
+            if _is_weights(name, here) and search.covers(here / name):
                 yield here / name
+
+
+_EARLIER = "checkpoint-"  # checkpoints that transformers' Trainer keeps below the model
 
 
 def _is_whole(folder: Path) -> bool:
@@ -150,12 +164,32 @@ def _is_whole(folder: Path) -> bool:
         names = [path.name for path in folder.iterdir() if path.is_file()]
     except OSError:
         return False
-    indexed = any(name.endswith(INDEX) for name in names)
+    indexed = any(name.endswith(INDEX) and (is_remote(folder) or shard_names(folder / name)) for name in names)
     return indexed or METADATA in names or any(map(is_rank_file, names)) or _is_hub_folder(names)
 
 
 def _is_hub_folder(names: list[str]) -> bool:
     return "config.json" in names and hub_weights(names) is not None
+
+
+def _weights_in(folder: Path) -> list[str]:
+    """The files of a whole folder that may be meant by their names."""
+    return [path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)]
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something; what cannot be reached may be there, and the reader says why it cannot be read."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _is_weights(name: str, folder: Path) -> bool:
@@ -164,12 +198,17 @@ def _is_weights(name: str, folder: Path) -> bool:
     return not (name.endswith(".safetensors") and recorded(folder / name) is not None)
 
 
-def _wanted(place: PurePath, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    def matches(patterns: Sequence[str]) -> bool:
-        names = (place.name, place.as_posix())
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+def _wanted(place: PurePath, include: Sequence[str], exclude: Sequence[str], within: Sequence[str] = ()) -> bool:
+    """Whether the patterns leave a place below the searched folder; ``within``: the files that it stands for."""
+    places = [place, *(parent for parent in place.parents if parent.name)]
+    names = [name for one in places for name in (one.name, one.as_posix())]
 
-    return (not include or matches(include)) and not matches(exclude)
+    def matches(patterns: Sequence[str], names: Sequence[str]) -> bool:
+        plain = [pattern.rstrip("/") for pattern in patterns]
+        plain += [pattern.removeprefix("**/") for pattern in plain]
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in plain for name in names)
+
+    return (not include or matches(include, [*names, *within])) and not matches(exclude, names)
 
 
 def _is_pattern(path: Path) -> bool:

@@ -31,9 +31,9 @@ def recorded(path: Path) -> dict[str, object] | None:
 
     Of a remote file nothing but the header is read. Raises RemoteError.
     """
-    if not path.exists():
-        peek_header(path)
     try:
+        if not path.exists():
+            peek_header(path)
         if not path.is_file():  # a pipe would be waited for
             return None
         metadata = safetensors_header(path).get("__metadata__")
