@@ -19,6 +19,8 @@ Every message names the thing, what was expected, what was found, and the next s
 
 from __future__ import annotations
 
+import errno
+
 __all__ = [
     "AmbiguousArchitecture",
     "ArchitectureError",
@@ -100,11 +102,13 @@ class CheckFailed(CkptToolsError):
     exit_code = 4
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED", "failed to map segment")
 
 
 def is_short_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: Python's, or torch's, on a CPU or by CUDA and its libraries."""
     if {"MemoryError", "OutOfMemoryError"} & {kind.__name__ for kind in type(error).__mro__}:
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _NO_MEMORY)

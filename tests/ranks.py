@@ -14,7 +14,7 @@ import nets
 import torch
 from torch import Tensor
 
-from ckpt_tools import reestimate_bn
+from ckpt_tools import reestimate_bn, walk
 from ckpt_tools.distributed import Ranks, Team, connected
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.jobs.plan import prepare
@@ -99,6 +99,9 @@ def main(folder: str) -> None:
         result = reestimate_bn(model, uneven[team.rank], distributed=True)
         told["uneven"] = [result.images, result.batches, result.processes]
         told["variances"] = [b.tolist() for name, b in model.named_buffers() if name.endswith("running_var")][1:]
+        model, data = model_and_batches()
+        late = reestimate_bn(model, data if team.rank == 1 else [], walk=walk(model, data[0]), distributed=True)
+        told["late"] = [late.images, late.batches]
         for name, options in BROKEN.items():
             try:
                 execute(prepare(requested(name, options), team=team))

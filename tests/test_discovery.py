@@ -127,6 +127,41 @@ def test_a_folder_that_cannot_be_read_is_an_error_unless_excluded(runs: Path, mo
     assert places(runs, exclude=["a b"]) == ["model.safetensors", "hub"]
 
 
+def test_patterns_name_no_outputs_and_nothing_else(runs: Path) -> None:
+    (runs / "one.weights").write_bytes(b"x")
+    assert places(runs / "*.safetensors") == ["model.safetensors"]
+    assert places(runs / "*.weights") == ["one.weights"]
+    assert "log.txt" not in places(runs / "*")
+    assert places(runs / "a b" / "*") == ["best.PTH", "last.pt"]
+
+
+def test_patterns_for_folders_and_any_depth(runs: Path) -> None:
+    torch.save(STATE, runs / "top.pt")
+    for exclude in ("a b", "a b/", "a b/*"):
+        assert places(runs, exclude=[exclude]) == ["model.safetensors", "top.pt", "hub"]
+    assert places(runs, include=["**/*.pt"]) == ["top.pt", "a b/last.pt"]
+    assert places(runs, include=["*.safetensors"]) == ["model.safetensors", "hub"]
+
+
+def test_data_beside_the_checkpoints_is_none(runs: Path) -> None:
+    assert places(runs, outside=[runs / "a b" / "last.pt", runs / "hub"]) == ["model.safetensors", "a b/best.PTH"]
+
+
+def test_checkpoints_of_a_trainer_lie_below_its_model(runs: Path) -> None:
+    for step in ("checkpoint-100", "checkpoint-200"):
+        (runs / "hub" / step).mkdir()
+        save_file(STATE, runs / "hub" / step / "model.safetensors")
+        (runs / "hub" / step / "config.json").write_text("{}")
+    (runs / "hub" / "global_step1").mkdir()
+    torch.save(STATE, runs / "hub" / "global_step1" / "x.pt")
+    assert places(runs)[-3:] == ["hub", "hub/checkpoint-100", "hub/checkpoint-200"]
+
+
+def test_an_index_of_nothing_makes_no_checkpoint_of_a_folder(runs: Path) -> None:
+    (runs / "a b" / "data.index.json").write_text("{}")
+    assert places(runs / "a b") == ["best.PTH", "last.pt"]
+
+
 @pytest.mark.parametrize("path", ["empty", "*.nothing"])
 def test_nothing_found_is_an_error(runs: Path, path: str) -> None:
     (runs / "empty").mkdir()

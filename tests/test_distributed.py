@@ -228,6 +228,7 @@ def library_and_errors(told: dict[str, Any], world: int) -> None:
     reestimate_bn(model, data)
     after = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")][1:]
     assert told["uneven"] == [128, 4, world]
+    assert told["late"] == [128, 4]
     assert same(told["variances"], [buffer.double().tolist() for buffer in after])
     assert told["broken"][0] == "DataError"
     assert "the disk of rank 1 is broken" in told["broken"][1]

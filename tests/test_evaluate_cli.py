@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nets
@@ -181,6 +182,71 @@ def test_heads_of_different_sizes_are_not_compared(files: Path, monkeypatch: pyt
         result = run("evaluate", files / f"{after}.pt", "--before", files / f"{before}.pt", *more)
         assert result.exit_code == 1, result.output
         assert f"a head of {before} outputs before and of {after} after" in result.stderr
+
+
+def test_three_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_video.py").write_text(
+        "import nets\nfrom torch import nn\n"
+        "def build(): return nn.Sequential(nets.video(), nn.AdaptiveAvgPool3d(1), nn.Flatten())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_video
+
+    inputs = nets.batches((2, 6, 6, 6))
+    torch.save(nets.trained(my_video.build(), inputs).state_dict(), tmp_path / "model.pt")
+    images = torch.cat(inputs).numpy()
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(len(images)) % 3)
+    more = ("--data", tmp_path / "data.npz", "--arch", "my_video:build", "-q")
+    assert run("evaluate", tmp_path / "model.pt", *more).exit_code == 0
+    result = run("bn-reestimate", tmp_path / "model.pt", *more, "--layers", "all")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("names", [("x_{}", "y_{}"), ("{}_images", "{}_labels")])
+def test_files_of_both_splits(files: Path, names: tuple[str, str]) -> None:
+    """As Keras and MedMNIST have them: judged on the test split, re-estimated on the training split."""
+    with np.load(files / "val.npz") as stored:
+        images, labels = stored["images"], stored["labels"]
+    arrays = {name.format("test"): value for name, value in zip(names, (images, labels), strict=True)}
+    train = {names[0].format("train"): np.load(files / "data.npy"), names[1].format("train"): labels}
+    np.savez(files / "both.npz", **train, **arrays)
+    np.savez(files / "test.npz", **arrays)
+    expected = truth(files / "model.pt", files)["error"]
+    for name in ("both.npz", "test.npz"):
+        result = run("evaluate", files / "model.pt", "--data", files / name, *ARCH, "-q", "--json")
+        metrics = json.loads(result.stdout)["metrics"]
+        assert metrics["after"]["error"]["value"] == pytest.approx(expected)
+        assert metrics["kind"] == f"array {names[0].format('test')}"
+    plain = run(*job(files, "--json"))
+    both = run(*job(files, "--json", "--data", files / "both.npz", "--overwrite"))
+    assert json.loads(both.stdout)["layers"] == json.loads(plain.stdout)["layers"]
+
+
+@pytest.mark.parametrize("labels", [list, tuple, torch.as_tensor])
+def test_labels_in_a_pt_file(files: Path, labels: Callable[[object], object]) -> None:
+    with np.load(files / "val.npz") as stored:
+        images, numbers = torch.from_numpy(stored["images"]), stored["labels"].tolist()
+    torch.save({"images": images, "labels": labels(numbers)}, files / "dict.pt")
+    torch.save((images, labels(numbers)), files / "pair.pt")
+    for name in ("dict.pt", "pair.pt"):
+        result = run("evaluate", files / "model.pt", "--data", files / name, *ARCH, "-q", "--json")
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)["metrics"]["after"]["error"]["value"]
+        assert found == pytest.approx(truth(files / "model.pt", files)["error"])
+
+
+def test_a_dict_with_labels_for_a_model_that_takes_none(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "my_dicts.py").write_text(
+        "import numpy as np, torch\n"
+        "def batches():\n"
+        "    stored = np.load('val.npz')\n"
+        "    return [{'x': torch.from_numpy(stored['images']), 'label': torch.from_numpy(stored['labels'])}]\n"
+    )
+    monkeypatch.chdir(files)
+    monkeypatch.syspath_prepend(files)
+    result = run("evaluate", "model.pt", "--data", "my_dicts:batches", *ARCH, "-q")
+    assert result.exit_code == 0, result.output
+    assert "128 images, 5 classes" in result.stdout
 
 
 def test_a_checkpoint_without_its_head_is_not_judged(files: Path) -> None:

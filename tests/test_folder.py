@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_tools.cli import main
 from ckpt_tools.data.shared import read_together
+from ckpt_tools.data.stored import StoredArray
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.folder import items_for, run
 from ckpt_tools.jobs.request import Request
@@ -106,6 +107,78 @@ def test_two_that_would_share_an_output_keep_their_suffix(root: Path) -> None:
     first.with_suffix(".pth").write_bytes(first.read_bytes())
     items = items_for(find_checkpoints([root / "runs" / "0"]), root / "fixed")
     assert [item.output.name for item in items] == ["0.pt.bn.safetensors", "0.pth.bn.safetensors", "2.bn.safetensors"]
+
+
+def test_no_output_takes_the_place_of_a_checkpoint(root: Path) -> None:
+    first = root / "runs" / "0" / "0.pt"
+    names = ("0.pth", "0.pt.pt", "2.bn.safetensors")
+    for name in names[:2]:
+        (first.parent / name).write_bytes(first.read_bytes())
+    save_file(torch.load(first), first.parent / names[2])  # somebody's own
+    before = {path: path.read_bytes() for path in first.parent.iterdir()}
+    assert cli(*job(root, first.parent), "--overwrite").exit_code == 0
+    assert {path: path.read_bytes() for path in before} == before
+    outputs = {path.name for path in first.parent.glob("*.bn.safetensors")} - set(names)
+    assert outputs == {
+        *("0.pt.bn.safetensors", "0.pth.bn.safetensors", "0.pt.pt.bn.safetensors"),
+        *("2.pt.bn.safetensors", "2.bn.bn.safetensors"),
+    }
+
+
+def test_earlier_outputs_are_no_checkpoints_though_a_pattern_names_them(root: Path) -> None:
+    folder = root / "runs" / "0"
+    for name in ("0", "2"):
+        save_file(torch.load(folder / f"{name}.pt"), folder / f"{name}.safetensors")
+        (folder / f"{name}.pt").unlink()
+    assert cli(*job(root, folder / "*.safetensors")).exit_code == 0
+    written = sorted(folder.glob("*.safetensors"))
+    for paths in ([folder / "*.safetensors"], written):
+        result = cli(*job(root, *paths, "--json", "--manifest", folder / "m.jsonl"))
+        assert [record["status"] for record in json.loads(result.stdout)["checkpoints"]] == ["done before"] * 2
+    assert sorted(folder.glob("*.safetensors")) == written
+
+
+def test_reports_of_earlier_runs_are_kept_however_the_folder_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    cli(*job(root, "runs"), "--output-dir", "fixed")
+    size = len(lines(root / "fixed" / "ckpt-fix.jsonl"))
+    for runs, fixed in (("runs", "../" + root.name + "/fixed"), (root / "runs", "fixed"), ("runs", root / "fixed")):
+        result = cli(*job(root, runs), "--output-dir", fixed, "--json")
+        records = json.loads(result.stdout)["checkpoints"]
+        assert all(record["report"] and record["status"] == "done before" for record in records)
+        assert all(record["checkpoint"].startswith(str(runs)) for record in records)
+    assert len(lines(root / "fixed" / "ckpt-fix.jsonl")) == size
+    (root / "fixed" / "ckpt-fix.jsonl").unlink()
+    for _ in range(2):
+        cli(*job(root, "runs"), "--output-dir", "fixed")
+    assert len(lines(root / "fixed" / "ckpt-fix.jsonl")) == size
+
+
+def test_reports_go_into_a_new_folder_of_outputs(root: Path) -> None:
+    result = cli(*job(root, root / "runs", "--output-dir", root / "new", "--report", root / "new" / "report.html"))
+    assert result.exit_code == 0, result.output
+    assert (root / "new" / "report.html").is_file()
+    again = cli(*job(root, root / "runs", "--output-dir", root / "new", "--report", root / "new" / "report.md"))
+    assert "4 of 4, 4 of them before" in (root / "new" / "report.md").read_text()
+    assert again.exit_code == 0
+
+
+def test_data_is_read_once_and_is_no_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.from_numpy(np.load(root / "data.npy"))
+    torch.save(images, root / "runs" / "data.pt")
+    reads = []
+    load = StoredArray.load
+    monkeypatch.setattr(StoredArray, "load", lambda self: reads.append(self.label) or load(self))
+    more = ["--data", root / "runs" / "data.pt", "--eval-data", labelled(root)]
+    result = cli(*job(root, root / "runs", "--output-dir", root / "fixed"), *more)
+    assert result.exit_code == 0, result.output
+    assert sorted(label for label in reads if "labels" not in label) == [
+        str(root / "runs" / "data.pt"),
+        f"{root / 'val.npz'}[images]",
+    ]
+    assert "error, %" in result.stdout
 
 
 def test_nothing_to_do_anywhere(root: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nets
@@ -243,6 +246,22 @@ def test_json_is_alone_on_stdout(name: str, files: Path, monkeypatch: pytest.Mon
     assert bad.exit_code == 1
     assert bad.stdout == ""
     assert bad.stderr
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", "2>&-", "<&- >&- 2>&-"])
+def test_json_is_alone_on_a_real_stdout(closed: str, files: Path) -> None:
+    """Whatever writes to the descriptor, and whichever streams a daemon has closed."""
+    (files / "loud.py").write_text(
+        "import os, nets\n"
+        "def build():\n    os.write(1, b'raw')\n    os.system('echo shell')\n    return nets.DenseNet()\n"
+    )
+    command = f"{sys.executable} -m ckpt_tools evaluate model.pt --data labelled.npz --arch loud:build --json {closed}"
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (files, *sys.path)))}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=files, env={**os.environ, **paths}, stdout=subprocess.PIPE, check=False
+    )
+    assert result.returncode == 0
+    assert ">&- " in closed or json.loads(result.stdout)["metrics"]
 
 
 def test_data_that_nothing_vouches_for() -> None:

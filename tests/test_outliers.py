@@ -117,6 +117,31 @@ def test_batches_of_any_size(size: int) -> None:
     assert farthest(found, {n: b for n, b in twin.named_buffers() if n.endswith("running_var")}) < 1e-6
 
 
+@pytest.mark.parametrize("size", [2, 4, 7, 31])
+@pytest.mark.parametrize("places", [(0,), (1,), (2, 5, 9)])
+def test_the_first_of_small_batches(size: int, places: tuple[int, ...]) -> None:
+    model, x = net()
+    bad = x.clone()
+    bad[list(places)] *= 100
+    result, found = run(model, bad, size)
+    assert {one.name for one in result.outliers} == {f"sample {at % size} of batch {at // size}" for at in places}
+    rest = [row for row in range(len(x)) if row not in places]
+    assert farthest(found, run(model, x[rest], size)[1]) < 0.02
+
+
+@pytest.mark.parametrize("value", [1e20, 1e38])
+def test_values_whose_squares_are_not_finite(value: float) -> None:
+    model, x = net()
+    for place in (3, 300):
+        bad = x.clone()
+        bad[place].view(-1)[7] = value
+        result, found = run(model, bad)
+        assert [one.name for one in result.outliers] == [f"sample {place % 128} of batch {place // 128}"]
+        assert farthest(found, run(model, x)[1]) < 0.02
+        (first, *_) = drawn(list(bad.split(128)), 256)
+        assert len(first) == 128 - (place < 128)
+
+
 def _without(x: Tensor, start: int, size: int) -> Tensor:
     return x[[row for row in range(start, min(600, start + size)) if row not in BAD]]
 

@@ -405,6 +405,14 @@ def test_ranks_read_everything_once(tmp_path: Path, remote: str, shards: int, wo
         assert min(map(len, parts)) >= 60 // world - 60 // shards
         limited = [seen(spec, Share(rank, world), limit=20) for rank in range(world)]
         assert len({level for part in limited for level in part}) == sum(map(len, limited)) == 20
+        assert sorted(level for part in limited for level in part) == sorted(seen(spec, limit=20))
+
+
+def test_ranks_read_the_limit_though_shards_differ(remote: str) -> None:
+    url = put(remote, levels([list(range(4)), list(range(4, 90))]))
+    parts = [seen(url, Share(rank, 2), limit=50) for rank in range(2)]
+    assert [len(part) for part in parts] == [25, 25]
+    assert sorted(parts[0] + parts[1]) == sorted(seen(url, limit=50))
 
 
 def test_one_shard_of_a_store_without_buckets() -> None:
@@ -542,5 +550,5 @@ def test_a_network_scores_on_shards_as_on_an_array(tmp_path: Path) -> None:
         arguments = ["evaluate", str(tmp_path / "model.pt"), "--data", str(tmp_path / name), *options]
         told.append(json.loads(CliRunner().invoke(main, arguments, catch_exceptions=False).stdout))
     assert told[0]["metrics"].pop("kind") == "shards"
-    assert told[1]["metrics"].pop("kind") == "array"
+    assert told[1]["metrics"].pop("kind") == "array images"
     assert {**told[0]["metrics"], "data": ""} == {**told[1]["metrics"], "data": ""}

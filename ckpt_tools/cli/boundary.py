@@ -26,6 +26,11 @@ TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error cam
 class Boundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
+    def main(self, *arguments: Any, **said: Any) -> Any:
+        """As of any command, with the standard streams that a daemon may have closed."""
+        _open_streams()
+        return super().main(*arguments, **said)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
         _interrupted.clear()
@@ -52,6 +57,17 @@ class Boundary(click.Group):
             sys.exit(1)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of a boundary
             sys.exit(told(error))
+
+
+def _open_streams() -> None:
+    """Let closed standard streams lead nowhere, lest a file that is opened later takes the number of one."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -100,7 +116,7 @@ def _answer(error: BaseException) -> tuple[str, int]:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return f"memory ran out: {said}. Try a smaller --batch-size, fewer --workers, or another --device.", 1
     if isinstance(error, OSError):
-        name = error.filename or "a file"
+        name = error.filename or "standard output, or a file"
         return as_urls(f"{name}: {error.strerror or error}. Check the path and its permissions."), 1
     return as_urls(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where."), 1
 

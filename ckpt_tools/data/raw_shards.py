@@ -51,12 +51,12 @@ def mixed_samples(
 ) -> Generator[Raw]:
     """One pass over the samples of a rank, in the order that ``seed`` says, with or without threads.
 
-    Ranks divide the shards or, if there are fewer shards than ranks, the samples, and the ``limit``. What samples
-    without image consist of is counted in ``others``. Raises DataError for a shard that is no complete tar, and
-    RemoteError.
+    Ranks divide the shards or, if there is a ``limit`` or fewer shards than ranks, the samples: then together they take
+    what one alone would. What samples without image consist of is counted in ``others``. Raises DataError for a shard
+    that is no complete tar, and RemoteError.
     """
     order = [urls[number] for number in random_order(len(urls), limit=None, seed=seed).tolist()]
-    by_shard = len(order) >= share.world
+    by_shard = limit is None and len(order) >= share.world
     with ExitStack() as stack:
         sources = [_samples(url, others) for url in (share.of(order) if by_shard else order)]
         for source in sources:
@@ -65,10 +65,8 @@ def mixed_samples(
         if pool is not None:
             stack.callback(pool.shutdown, cancel_futures=True)
         samples: Iterator[Raw] = taken_in_turn(sources, _TOGETHER, pool, _weight)
-        if not by_shard:
-            samples = islice(samples, share.rank, None, share.world)
         samples = shuffled(samples, seed, most=_HELD_BACK, weight=_weight, heaviest=_HELD_BYTES)
-        yield from samples if limit is None else islice(samples, len(share.of(range(limit))))
+        yield from samples if by_shard else islice(samples, share.rank, limit, share.world)
 
 
 def _weight(sample: Raw) -> int:

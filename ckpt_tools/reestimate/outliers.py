@@ -22,6 +22,7 @@ from ckpt_tools.errors import DataError
 from ckpt_tools.walker.call import Batch, batch_size, chosen, each_input, input_tensors
 
 FEWEST = 8  # samples that can tell what is usual
+ENOUGH = 4 * FEWEST  # that need no others to tell it
 FLOOR = math.log(25)  # of how far from the median an input must lie: five times too large
 DEEP_FLOOR = math.log(100)  # in a layer, where clean samples differ more
 SPREADS = 8  # of the way from the median to the upper quartile, which is 0.67 standard deviations of a normal law
@@ -76,12 +77,12 @@ class Gauge:
 
     def among(self, values: Tensor) -> Tensor:
         """What to compare these with: themselves, and while they are few, those before."""
-        if len(values) >= 4 * FEWEST:
+        if len(values) >= ENOUGH:
             return values
         return torch.cat([torch.tensor(list(self._known), dtype=values.dtype), values])
 
     def remember(self, values: Tensor) -> None:
-        """These were usual."""
+        """These were usual, or are so few among others that they do not matter."""
         self._known.extend(values[-_REMEMBERED:].tolist())
 
 
@@ -155,8 +156,10 @@ def energies(batch: Batch) -> Tensor | None:
     if x is None:
         return None
     wide = torch.promote_types(x.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=list(range(1, x.ndim)), dtype=wide)
-    return (2 * norm.double().cpu().log() - math.log(x[0].numel())).clamp_min(-60)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=list(range(1, x.ndim)), dtype=wide).double().cpu()
+    for row in norm.isinf().nonzero().flatten().tolist():  # the squares of finite values may not be
+        norm[row] = torch.linalg.vector_norm(x[row].double().cpu())
+    return (2 * norm.log() - math.log(x[0].numel())).clamp_min(-60)
 
 
 def one_colour(batch: Batch) -> list[int]:

@@ -25,7 +25,7 @@ from ckpt_tools.reestimate.layer import (
     kept_mean,
     stored,
 )
-from ckpt_tools.reestimate.outliers import Look
+from ckpt_tools.reestimate.outliers import ENOUGH, Look
 from ckpt_tools.reestimate.precision import deviation
 from ckpt_tools.reestimate.running import Runner, has_hooks
 from ckpt_tools.reestimate.screening import Found, Screening, Shown, plenty, refuse_not_finite
@@ -39,6 +39,10 @@ SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is 
 MOST_PASSES = 100
 _COMPARED = 64  # images that run in two precisions
 CONTROL_IMAGES = 512  # what control layers look at: enough to tell a factor of two
+
+
+def _no_batch() -> DataError:
+    return DataError("no batch of training data; expected at least one.")
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,17 @@ class Passes:
 
     def compare_precision(self) -> None:
         """Run the first images in fp32 and in the precision of the pass, and keep how far the variances differ."""
-        self.deviation = self.team.first(self._deviation)
+        known = [one for one in self.team.all(self._deviation) if one is not None]
+        if not known:
+            raise _no_batch()
+        self.deviation = known[0]
 
-    def _deviation(self) -> Spread:
-        batch = Look().usual(samples(self.source.first(), 0, _COMPARED), 0)
+    def _deviation(self) -> Spread | None:
+        """Of the first images of this rank, if there are any."""
+        ahead = self.source.ahead(1)
+        if not ahead:
+            return None
+        batch = Look().usual(samples(ahead[0], 0, _COMPARED), 0)
         check_input(batch, 0)
         precision = self.runner.precision
         found = []
@@ -179,8 +190,12 @@ class Passes:
         for layer in self.layers.values():
             layer.begin_pass(rule)
         self.screening.begin_pass({one.mark for one in self.found} if rule is stored else None)
+        if rule is not stored:
+            self.team.all(lambda: self.screening.look_ahead(self.source.ahead(ENOUGH)))
         if not self._control_batches:
-            size = self.team.first(lambda: batch_size(self.source.first()))
+            size = max(self.team.all(lambda: max(map(batch_size, self.source.ahead(1)[:1]), default=0)))
+            if not size:
+                raise _no_batch()
             self._control_batches = -(-CONTROL_IMAGES // size)
         most = None if tolerance is None else 1
         mine = enumerate(itertools.islice(self.source, self._own))
@@ -291,7 +306,7 @@ class Passes:
     def _after_sweep(self, own: Read, together: Read, *, repeatable: bool) -> None:
         """Hold a pass against the first one, over all ranks: they may divide the same data anew."""
         if not together.batches:
-            raise DataError("no batch of training data; expected at least one.")
+            raise _no_batch()
         refuse_not_finite(together.found, together.images + len(together.found))
         if self.batches and together.batches != self.batches:
             raise DataError(

@@ -19,10 +19,12 @@ from ckpt_tools.errors import DataError
 from ckpt_tools.reestimate.guards import check_activations
 from ckpt_tools.reestimate.layer import Seen
 from ckpt_tools.reestimate.outliers import (
+    ENOUGH,
     FEWEST,
     Gauge,
     Suspect,
     clusters_odd,
+    energies,
     extremes,
     fingerprints,
     head,
@@ -93,6 +95,16 @@ class Screening:
         self._counts: Counter[OutlierReason] = Counter()
         self._not_finite: list[Found] = []
         self._images = 0
+
+    def look_ahead(self, batches: Sequence[Batch]) -> None:
+        """See in the first batches what inputs are like, before any of them is judged: small ones cannot tell alone."""
+        if self._known is not None or "extreme" in self.common or any(batch_size(one) >= ENOUGH for one in batches[:1]):
+            return
+        for number, batch in enumerate(batches):
+            finite = sorted(set(range(batch_size(batch))) - set(not_finite(batch, number)))
+            values = energies(chosen(batch, finite)) if finite else None
+            if values is not None:
+                self._gauges["input"].remember(values)
 
     @property
     def too_common(self) -> frozenset[OutlierReason]:

@@ -1,4 +1,4 @@
-"""The batches of a pass: readable once or again and again, and noticed if they change."""
+"""The batches of a pass: readable once or again and again, looked at ahead, and noticed if they change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckpt_tools.walker.call import Batch, batch_size, input_tensors
 
 
 class Batches:
-    """An iterable of batches whose first one can be looked at without being lost or read twice."""
+    """An iterable of batches whose first ones can be looked at without being lost or read twice."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         if isinstance(batches, (Tensor, Mapping)):
@@ -23,7 +23,8 @@ class Batches:
         if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
             raise UsageError("batches is a Dataset of samples; expected batches. Wrap it in a DataLoader.")
         self._batches = batches
-        self._begun: tuple[Batch, Iterator[Batch]] | None = None
+        self._ahead: list[Batch] = []
+        self._rest: Iterator[Batch] | None = None  # of the pass that begins with those
 
     @property
     def one_shot(self) -> bool:
@@ -32,23 +33,29 @@ class Batches:
 
     def first(self) -> Batch:
         """The first batch; the next iteration begins with it. Raises DataError if there is none."""
-        if self._begun is None:
-            iterator = self._filled()
-            for batch in iterator:
-                self._begun = batch, iterator
+        ahead = self.ahead(1)
+        if not ahead:
+            raise DataError("no batch of training data; expected at least one.")
+        return ahead[0]
+
+    def ahead(self, images: int) -> list[Batch]:
+        """The first batches, with so many samples if there are as many; the next iteration begins with them."""
+        if self._rest is None:
+            self._rest = self._filled()
+        while sum(map(batch_size, self._ahead)) < images:
+            batch = next(self._rest, None)
+            if batch is None:
                 break
-            else:
-                raise DataError("no batch of training data; expected at least one.")
-        return self._begun[0]
+            self._ahead.append(batch)
+        return self._ahead
 
     def __iter__(self) -> Iterator[Batch]:
         """A pass over all batches."""
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            yield begun[0]
-            yield from begun[1]
-        else:
-            yield from self._filled()
+        ahead, rest = self._ahead, self._rest
+        self._ahead, self._rest = [], None
+        while ahead:
+            yield ahead.pop(0)
+        yield from rest if rest is not None else self._filled()
 
     def _filled(self) -> Iterator[Batch]:
         return (batch for batch in self._batches if batch_size(batch))
