@@ -125,9 +125,9 @@ def array_labels(array: StoredArray) -> Labels:
     """The labels that came with an array. Raises DataError if there are none, or no whole numbers (N,)."""
     if array.labels is None:
         raise DataError(
-            f"{array.label}: it has no labels that can be read, which an evaluation needs. Save them beside the images: "
-            "numpy.savez(FILE, images=…, labels=…), in a .pt as a tensor or list; or give a folder with a subfolder for "
-            "every class."
+            f"{array.label}: no labels that can be read, which an evaluation needs. Save them beside the images: "
+            "numpy.savez(FILE, images=…, labels=…), in a .pt file as a tensor or a list; or give a folder with a "
+            "subfolder for every class."
         )
     found = array.labels
     if not _WHOLE.fullmatch(found.dtype):
