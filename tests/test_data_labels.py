@@ -19,6 +19,7 @@ from ckpt_tools.data import open_source
 from ckpt_tools.data.folder import find_images
 from ckpt_tools.data.labelled import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import folder_labels, read_class_map
+from ckpt_tools.data.stored import find_array
 from ckpt_tools.errors import DataError, UsageError
 
 GREY = InputSpec((1, 4, 4))
@@ -271,3 +272,15 @@ def test_a_class_map_is_for_folders(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(json.dumps({"a": 0}))
     with pytest.raises(UsageError, match="names folders"):
         stream("my_labelled:pairs", tmp_path / "map.json")
+
+
+def test_labels_are_those_of_their_split(tmp_path: Path) -> None:
+    x = torch.zeros(4, 3, 8, 8)
+    torch.save({"x_train": x, "labels": [0, 1, 2, 3], "x_test": x, "seed": [2**70, 1]}, tmp_path / "train.pt")
+    assert find_array(tmp_path / "train.pt", "test").name == "x_train"
+    torch.save({"x_test": x, "labels": [0, 1, 2, 3]}, tmp_path / "test.pt")
+    found = find_array(tmp_path / "test.pt", "test")
+    assert (found.name, found.labels is not None) == ("x_test", True)
+    torch.save({"x_train": x, "y_train": [0, 1, 2, 3], "x_test": x, "y_test": [3, 2, 1, 0]}, tmp_path / "both.pt")
+    for split, name in (("train", "x_train"), ("test", "x_test")):
+        assert find_array(tmp_path / "both.pt", split).name == name  # type: ignore[arg-type]

@@ -146,6 +146,11 @@ def test_patterns_for_folders_and_any_depth(runs: Path) -> None:
 def test_data_beside_the_checkpoints_is_none(runs: Path) -> None:
     assert places(runs, outside=[runs / "a b" / "last.pt", runs / "hub"]) == ["model.safetensors", "a b/best.PTH"]
 
+    assert places(runs / "*", outside=[runs / "a b", runs]) == ["hub", "model.safetensors"]
+    assert places(runs / "**" / "*.pt", include=["last*"], outside=[runs.parent]) == ["a b/last.pt"]
+    assert places(runs / "**")[:1] == ["model.safetensors"]
+    assert "hub/model.safetensors" not in places(runs / "**")
+
 
 def test_checkpoints_of_a_trainer_lie_below_its_model(runs: Path) -> None:
     for step in ("checkpoint-100", "checkpoint-200"):

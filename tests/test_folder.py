@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.cli import main
+from ckpt_tools.cli.many import _data_files
 from ckpt_tools.data.shared import read_together
 from ckpt_tools.data.stored import StoredArray
 from ckpt_tools.errors import OutputError
@@ -136,6 +137,23 @@ def test_earlier_outputs_are_no_checkpoints_though_a_pattern_names_them(root: Pa
         result = cli(*job(root, *paths, "--json", "--manifest", folder / "m.jsonl"))
         assert [record["status"] for record in json.loads(result.stdout)["checkpoints"]] == ["done before"] * 2
     assert sorted(folder.glob("*.safetensors")) == written
+
+
+def test_earlier_outputs_with_their_suffixes_are_none_either(root: Path) -> None:
+    folder = root / "runs" / "0"
+    (folder / "0.pth").write_bytes((folder / "0.pt").read_bytes())
+    assert cli(*job(root, folder / "0.pt", folder / "0.pth")).exit_code == 0
+    written = sorted(folder.glob("*.safetensors"))
+    result = cli(*job(root, folder / "0.pt", folder / "0.pth", *written, "--json"))
+    assert [record["status"] for record in json.loads(result.stdout)["checkpoints"]] == ["done before"] * 2
+
+
+def test_shards_beside_the_checkpoints_are_none(root: Path) -> None:
+    names = [root / "runs" / f"train-{number:03}.tar" for number in range(2)]
+    for name in names:
+        name.write_bytes(b"a shard")
+    request = Request(Path(), str(root / "runs" / "train-{000..001}.tar"))
+    assert set(names) <= set(_data_files(request))
 
 
 def test_reports_of_earlier_runs_are_kept_however_the_folder_is_named(

@@ -129,6 +129,20 @@ def test_the_first_of_small_batches(size: int, places: tuple[int, ...]) -> None:
     assert farthest(found, run(model, x[rest], size)[1]) < 0.02
 
 
+def test_a_loader_may_fill_the_same_memory_again() -> None:
+    model, x = net()
+
+    class Refilled:
+        def __iter__(self) -> Iterator[Tensor]:
+            buffer = torch.empty_like(x[:4])
+            for batch in x.split(4):
+                yield buffer.copy_(batch)
+
+    twin = copy.deepcopy(model)
+    reestimate_bn(twin, Refilled(), layers="all", force=True)
+    assert identical({n: b for n, b in twin.named_buffers() if n.endswith("running_var")}, run(model, x, 4)[1])
+
+
 @pytest.mark.parametrize("value", [1e20, 1e38])
 def test_values_whose_squares_are_not_finite(value: float) -> None:
     model, x = net()

@@ -150,8 +150,14 @@ def reestimate(
 
 def _data_files(request: Request) -> list[Path]:
     """The files and folders that hold the data, which lie beside the checkpoints now and then."""
-    said = [data for data in (request.data, request.eval_data) if data is not None]
-    return [path for data in said for path in [Path(located(data)), *map(Path, glob.glob(data, recursive=True))]]  # noqa: PTH207 - of absolute patterns, too
+    from ckpt_tools.data.shard_names import expanded
+
+    found = [Path(located(data)) for data in (request.data, request.eval_data) if data is not None]
+    for pattern in map(str, tuple(found)):
+        with contextlib.suppress(OverflowError):  # too many to be files here
+            for name in expanded(pattern):
+                found += map(Path, glob.glob(name, recursive=True))  # noqa: PTH207 - of absolute patterns, too
+    return found
 
 
 def _files(manifest: Path, request: Request, items: Sequence[Item]) -> tuple[Path, ...]:

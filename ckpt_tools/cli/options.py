@@ -61,9 +61,10 @@ def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def own_stdout() -> Iterator[None]:
     """What a user's factory or data code prints, or a program that it starts, goes to stderr: stdout is for results."""
+    stdout = sys.stdout
     try:
-        ours, theirs = sys.stdout.fileno(), sys.stderr.fileno()
-        sys.stdout.flush()
+        ours, theirs = stdout.fileno(), sys.stderr.fileno()
+        stdout.flush()
         kept = os.dup(ours)
     except (AttributeError, OSError, ValueError):  # closed, or no files
         with contextlib.redirect_stdout(sys.stderr):
@@ -74,6 +75,8 @@ def own_stdout() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        with contextlib.suppress(OSError, ValueError):
+            stdout.flush()  # what went around the redirection
         os.dup2(kept, ours)
         os.close(kept)
 

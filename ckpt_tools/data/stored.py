@@ -99,13 +99,15 @@ def find_array(path: Path, split: Split = "train") -> StoredArray:
 def _labels(name: str, arrays: Mapping[str, StoredArray]) -> StoredArray | None:
     """The array that by its name holds the labels of the one called ``name``."""
     by_name = {key.lower(): array for key, array in arrays.items() if key != name}
-    wanted = (_LABELS_OF.get(name.lower(), ""), *_LABEL_NAMES)
+    others = name.lower() in _TEST_NAMES and any(key in _USUAL_NAMES for key in by_name)  # whose the labels may be
+    wanted = (_LABELS_OF.get(name.lower(), ""), *(() if others else _LABEL_NAMES))
     return next((by_name[one] for one in wanted if one in by_name), None)
 
 
 def _choose(path: Path, arrays: Mapping[str, StoredArray], split: Split) -> str:
     usable = {name: array for name, array in arrays.items() if len(array.shape) >= 2}
-    for wanted in _USUAL_NAMES if split == "train" else (*_TEST_NAMES, *_USUAL_NAMES):
+    labelled = [name for name in _TEST_NAMES if _LABELS_OF[name] in map(str.lower, arrays)]
+    for wanted in _USUAL_NAMES if split == "train" else (*labelled, *_USUAL_NAMES, *_TEST_NAMES):
         for name in usable:
             if name.lower() == wanted:
                 return name
@@ -227,7 +229,7 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
 
 def _listed(value: object) -> object:
     """A list of whole numbers as a tensor, for labels may be one."""
-    if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
+    if isinstance(value, (list, tuple)) and value and all(type(one) is int and abs(one) < 2**31 for one in value):
         return torch.tensor(value)
     return value
 

@@ -81,7 +81,8 @@ def items_for(found: Sequence[Found], output_dir: Path | None) -> tuple[Item, ..
 
     Raises UsageError if a checkpoint would be replaced all the same.
     """
-    beside = {_spot(default_output(one.path, "bn")) for one in found}
+    short = {one: default_output(one.path, "bn") for one in found}
+    beside = {_spot(name) for one in found for name in (short[one], _full_name(short[one], one))}
     found = [one for one in found if _spot(one.path) not in beside or recorded(one.path) is None]
     names = {one: default_output(_place(one, output_dir), "bn") for one in found}
     while clashing := [one for one in _clashing(names) if names[one] != _full_name(names[one], one)]:

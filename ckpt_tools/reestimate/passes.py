@@ -190,7 +190,7 @@ class Passes:
         for layer in self.layers.values():
             layer.begin_pass(rule)
         self.screening.begin_pass({one.mark for one in self.found} if rule is stored else None)
-        if rule is not stored:
+        if self.screening.judges:
             self.team.all(lambda: self.screening.look_ahead(self.source.ahead(ENOUGH)))
         if not self._control_batches:
             size = max(self.team.all(lambda: max(map(batch_size, self.source.ahead(1)[:1]), default=0)))

@@ -96,9 +96,14 @@ class Screening:
         self._not_finite: list[Found] = []
         self._images = 0
 
+    @property
+    def judges(self) -> bool:
+        """Whether samples are compared with others in this pass."""
+        return self._known is None and "extreme" not in self.common
+
     def look_ahead(self, batches: Sequence[Batch]) -> None:
         """See in the first batches what inputs are like, before any of them is judged: small ones cannot tell alone."""
-        if self._known is not None or "extreme" in self.common or any(batch_size(one) >= ENOUGH for one in batches[:1]):
+        if any(batch_size(one) >= ENOUGH for one in batches[:1]):
             return
         for number, batch in enumerate(batches):
             finite = sorted(set(range(batch_size(batch))) - set(not_finite(batch, number)))
@@ -183,7 +188,7 @@ class Screening:
 
     def _worth_a_look(self, task: _Task, energy: Mapping[str, Tensor]) -> bool:
         """Whether a layer may have been shown something extreme."""
-        if self._known is not None or "extreme" in self.common or task.turn >= _MOST:
+        if not self.judges or task.turn >= _MOST:
             return False
         return task.closely or any(
             clusters_odd(one, len(task.rows), self._gauges[name]) for name, one in energy.items()

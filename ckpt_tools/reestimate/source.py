@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from ckpt_tools.errors import DataError, UsageError
@@ -39,10 +40,15 @@ class Batches:
         return ahead[0]
 
     def ahead(self, images: int) -> list[Batch]:
-        """The first batches, with so many samples if there are as many; the next iteration begins with them."""
+        """The first batches, with so many samples if there are as many; the next iteration begins with them.
+
+        All but the last are copies: a loader may fill the same memory again.
+        """
         if self._rest is None:
             self._rest = self._filled()
         while sum(map(batch_size, self._ahead)) < images:
+            if self._ahead:
+                self._ahead[-1] = pytree.tree_map_only(Tensor, Tensor.clone, self._ahead[-1])
             batch = next(self._rest, None)
             if batch is None:
                 break

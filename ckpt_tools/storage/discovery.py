@@ -88,8 +88,9 @@ class _Search:
     outside: frozenset[Path] = frozenset()
 
     def covers(self, path: Path) -> bool:
-        """Whether a path may count, and does not lie outside."""
-        return path.resolve() not in self.outside
+        """Whether a path does not lie outside. What holds the searched folder itself is not meant."""
+        base, path = self.base.resolve(), path.resolve()
+        return self.outside.isdisjoint({path, *path.parents} - {base, *base.parents})
 
     def missed(self, error: OSError) -> None:
         """Raise CheckpointError for a folder that cannot be read."""
@@ -133,10 +134,12 @@ def _named(path: Path, search: _Search) -> Iterator[Path]:
         yield path
     else:
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - absolute, too
-        files = [match for match in matches if not match.is_dir() and search.covers(match)]
+        folders = [match for match in matches if match.is_dir() and search.covers(match)]
+        whole = set(filter(_is_whole, folders))
+        files = [one for one in matches if not one.is_dir() and one.parent not in whole and search.covers(one)]
         usual = {match for match in files if _is_weights(match.name, match.parent)}
         for match in matches:
-            if match.is_dir():
+            if match in folders:
                 yield from _named(match, search)
             elif match in usual or (not usual and match in files):  # *.weights names whatever ends so
                 yield match
