@@ -39,7 +39,8 @@ def job(root: Path, *more: object) -> list[object]:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # where manifests go that are given no place
     batches = nets.batches(SHAPE)
     np.save(tmp_path / "data.npy", torch.cat(batches).numpy())
     for number in range(4):
