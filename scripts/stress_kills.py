@@ -134,20 +134,22 @@ def _be(job: Job, given: Path, folder: Path, said: Path) -> None:
     """Run the command line in this process, which ends with it."""
     code = 70  # what the tool never says
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.chdir(folder)
-        for number in (1, 2):
-            os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        torch.set_num_threads(1)
-        main(command(job, given))
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            os.chdir(folder)
+            for number in (1, 2):
+                os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            torch.set_num_threads(1)
+            main(command(job, given))
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else 1
     except KeyboardInterrupt:
-        code = 130  # before the tool has taken over
+        code = 130  # before the tool has taken over, or as it has ended
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
