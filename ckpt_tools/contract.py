@@ -83,6 +83,10 @@ class Adapter(Protocol):
     """Builds the models of one library. Registered as an entry point of group ``ckpt_tools.adapters``.
 
     An adapter is made without arguments and holds no state. Every method may import its library.
+
+    An adapter may also have ``file_arguments(name) -> Mapping[str, ArgumentKind]``: the constructor arguments that a
+    checkpoint file may set, each with a kind of ``ckpt_tools.file_arguments`` that bounds its values. Without it a
+    file may set drop rates alone; class counts and input channels follow from the shapes.
     """
 
     prefix: str

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ckpt_tools.construction import count_construction
 from ckpt_tools.errors import ArchitectureError
 
 Make = Callable[..., object]
@@ -27,7 +28,7 @@ def construct(architecture: str, make: Make, kwargs: Mapping[str, object]) -> nn
     """Call ``make(**kwargs)``. Raises ArchitectureError naming what the constructor did not like."""
     shapes_only = torch.get_default_device().type == "meta"
     try:
-        with _Unfilled() if shapes_only else contextlib.nullcontext():
+        with count_construction(), _Unfilled() if shapes_only else contextlib.nullcontext():
             model = make(**kwargs)
     except (Exception, SystemExit) as error:  # a module that ends the process when imported is no reason to end
         raise ArchitectureError(_complaint(architecture, make, kwargs, error)) from error

@@ -14,11 +14,13 @@ import timm.layers
 import timm.models
 from torch import nn
 
-from ckpt_adapters import said
+from ckpt_adapters import recorded_arguments
 from ckpt_adapters.construct import construct, rate_keywords, suggestion
 from ckpt_adapters.sizes import size_of
+from ckpt_adapters.timm_arguments import ARGUMENTS
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.file_arguments import ArgumentKind
 
 _timm: Any = library  # typed in part only
 
@@ -42,13 +44,15 @@ class TimmAdapter:
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
         """A checkpoint of timm's train.py, a folder of its ``save_for_hf``, or a script's that names a timm model."""
-        args = said.arguments(words)
-        spoken = (name.removeprefix("timm/") for name in said.names(words, self.prefix, "hf-hub", "hf_hub"))
-        name = next((name for name in spoken if _timm.is_model(name)), None)
+        args = recorded_arguments.training_arguments(words)
+        # A name of the Hub stands for the model of that name in the library; nothing is looked up there.
+        recorded = recorded_arguments.model_names(words, self.prefix, "hf-hub", "hf_hub")
+        names = (name.removeprefix("timm/") for name in recorded)
+        name = next((name for name in names if is_library_model(name)), None)
         if name is None or (_FOREIGN & {*words, *args} and not _SCRIPT & args.keys()):
             return None
-        plain = said.rates(words, self.rate_kwargs(name))
-        kwargs = {**_script_kwargs(name, args), **plain, **said.model_kwargs(words)}
+        plain = recorded_arguments.drop_rates(words, self.rate_kwargs(name))
+        kwargs = {**_script_kwargs(name, args), **plain, **recorded_arguments.model_arguments(words)}
         return Recipe(self.prefix, name, kwargs, "recorded" if plain or _SCRIPT & args.keys() else "unknown")
 
     def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
@@ -69,15 +73,20 @@ class TimmAdapter:
         """``drop_rate``, ``drop_path_rate``, … as far as this model's class takes them."""
         return _rate_kwargs(name)
 
+    def file_arguments(self, name: str) -> Mapping[str, ArgumentKind]:
+        """Return the table of `timm_arguments`, whatever the model: a class refuses what it does not take."""
+        del name
+        return ARGUMENTS
+
     def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """``timm.data.resolve_data_config`` of the checkpoint's arguments or its config.json over the model's own."""
         del name
-        stored = said.hub_config(words).get("pretrained_cfg")
-        args = _data_args(stored if isinstance(stored, Mapping) else said.arguments(words))
+        stored = recorded_arguments.hub_config(words).get("pretrained_cfg")
+        args = _data_args(stored if isinstance(stored, Mapping) else recorded_arguments.training_arguments(words))
         teller = "the checkpoint's args" if stored is None else "config.json"
-        with contextlib.suppress(*said.MISREAD):  # another script's arguments, of the same names
+        with contextlib.suppress(*recorded_arguments.MISREAD):  # another script's arguments, of the same names
             origin = "timm default_cfg" + (f", {', '.join(args)} from {teller}" if args else "")
-            return said.sound(_spec(_timm.data.resolve_data_config(args, model=model), origin))
+            return recorded_arguments.require_sound(_spec(_timm.data.resolve_data_config(args, model=model), origin))
         return _spec(_timm.data.resolve_data_config(model=model), "timm default_cfg")
 
 
@@ -87,11 +96,16 @@ def _rate_kwargs(name: str) -> tuple[str, ...]:
 
 
 def _maker(name: str) -> functools.partial[nn.Module]:
-    if ":" in name or "/" in name or not _timm.is_model(name):  # no look-up on the Hub, no local folder
+    if not is_library_model(name):
         raise ArchitectureError(
             f"timm:{name}: expected one of timm's model names, found {name!r}.{suggestion(name, _timm.list_models())}"
         )
     return functools.partial(_create, name)
+
+
+def is_library_model(name: str) -> bool:
+    """Return whether timm knows the name without a look-up on the Hub (`hf-hub:`) or in a folder (`local-dir:`)."""
+    return ":" not in name and "/" not in name and bool(_timm.is_model(name))
 
 
 def _create(name: str, *, split_bn: int = 0, **kwargs: object) -> nn.Module:

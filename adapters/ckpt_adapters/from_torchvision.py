@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 from torchvision import models
 
-from ckpt_adapters import said
+from ckpt_adapters import recorded_arguments
 from ckpt_adapters.construct import construct, keywords, rate_keywords, skeleton, suggestion, unknown_keyword
 from ckpt_adapters.sizes import size_of
+from ckpt_adapters.torchvision_arguments import ARGUMENTS
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.file_arguments import ArgumentKind
 
 _AUXILIARY = {"aux_logits": ("AuxLogits.", "aux1."), "aux_loss": ("aux_classifier.",)}
 _DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
@@ -36,14 +38,14 @@ class TorchvisionAdapter:
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
         """A checkpoint of the reference scripts, of pytorch/examples, or of a script that names a model."""
-        if said.hub_config(words):  # of timm, which shares many names
+        if recorded_arguments.hub_config(words):  # of timm, which shares many names
             return None
         known = set(models.list_models())
-        name = next((name for name in said.names(words, self.prefix) if name in known), None)
+        name = next((name for name in recorded_arguments.model_names(words, self.prefix) if name in known), None)
         if name is None:
             return None
-        rates = said.rates(words, self.rate_kwargs(name))
-        kwargs = {**rates, **said.model_kwargs(words)}
+        rates = recorded_arguments.drop_rates(words, self.rate_kwargs(name))
+        kwargs = {**rates, **recorded_arguments.model_arguments(words)}
         return Recipe(self.prefix, name, kwargs, "recorded" if rates else "unknown")
 
     def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
@@ -68,6 +70,11 @@ class TorchvisionAdapter:
         """``drop_rate``, ``dropout``, ``stochastic_depth_prob``, … as far as this model takes them."""
         return _rate_kwargs(name)
 
+    def file_arguments(self, name: str) -> Mapping[str, ArgumentKind]:
+        """Return the table of `torchvision_arguments`, whatever the model: a class refuses what it does not take."""
+        del name
+        return ARGUMENTS
+
     def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """The transform of the default weights, overridden by the reference scripts' arguments."""
         del model
@@ -75,10 +82,12 @@ class TorchvisionAdapter:
         preset: Any = weights.transforms()
         if type(preset).__name__ == "OpticalFlow":  # two images a sample
             return None
-        args = _EXAMPLES if "best_acc1" in words else said.arguments(words)
+        args = _EXAMPLES if "best_acc1" in words else recorded_arguments.training_arguments(words)
         origin = f"torchvision {type(weights).__name__}.{weights.name}"
-        with contextlib.suppress(*said.MISREAD):
-            return said.sound(_spec(preset, {key: value for key, value in args.items() if value}, origin))
+        with contextlib.suppress(*recorded_arguments.MISREAD):
+            return recorded_arguments.require_sound(
+                _spec(preset, {key: value for key, value in args.items() if value}, origin)
+            )
         return _spec(preset, {}, origin)
 
 

@@ -6,24 +6,26 @@ import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from ckpt_adapters import image_processor, said
+from ckpt_adapters import image_processor, recorded_arguments
 from ckpt_adapters.construct import construct, suggestion, unknown_keyword
 from ckpt_adapters.sizes import size_of
+from ckpt_adapters.transformers_arguments import (
+    NOT_SETTINGS,
+    config_arguments,
+    config_fields,
+    import_library,
+    offline,
+)
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.file_arguments import ArgumentKind
 
-# What a config.json holds besides the arguments of its class; labels count, their names do not.
-_ASIDE = {
-    *("architectures", "model_type", "transformers_version", "_name_or_path", "_commit_hash", "auto_map", "dtype"),
-    *("torch_dtype", "id2label", "label2id", "problem_type", "quantization_config", "torchscript", "return_dict"),
-    *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "use_cache"),
-}
-_WRAPPERS = {"timm_wrapper", "timm_backbone"}  # models of timm in a cover of transformers
+_WRAPPERS = {"timm_wrapper", "timm_backbone"}  # models of timm in a cover of transformers: the adapter of timm has them
 _PROBED_RATE = 0.2
 
 
@@ -41,20 +43,20 @@ class TransformersAdapter:
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
         """A folder of ``save_pretrained``: ``words["config"]`` is its config.json."""
-        config = said.hub_config(words)
+        config = recorded_arguments.hub_config(words)
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind in _WRAPPERS:
             return None
         name = _class_name(config, kind)
-        if name is None:
+        if name is None or name.startswith("Timm"):
             return None
-        kwargs = {key: value for key, value in config.items() if key not in _ASIDE}
+        kwargs = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
         labels = config.get("id2label")
         if isinstance(labels, Mapping):
             kwargs["num_labels"] = len(labels)
         with contextlib.suppress(ArchitectureError):  # ``build`` will say it
-            known = _known(_model_class(name))
-            kwargs = {key: value for key, value in kwargs.items() if key in known}
+            settings = self.file_arguments(name)
+            kwargs = {key: value for key, value in kwargs.items() if key in settings}
         rates = {key: value for key, value in kwargs.items() if "drop" in key and _is_rate(value)}
         return Recipe(self.prefix, name, rates | kwargs, "recorded" if rates else "unknown")
 
@@ -82,6 +84,10 @@ class TransformersAdapter:
         """Fields of the config that are drop rates, also those that hold one a stage."""
         return _rate_kwargs(name)
 
+    def file_arguments(self, name: str) -> Mapping[str, ArgumentKind]:
+        """Return the kinds of all settings that the class's configuration has (`transformers_arguments`)."""
+        return config_arguments(_model_class(name).config_class)
+
     def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """By ``words["preprocessor"]`` (preprocessor_config.json), else by the image processor of the model's type.
 
@@ -97,32 +103,27 @@ class TransformersAdapter:
         channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
         size, origin = (int(channels), side), f"transformers {kind or 'config'}"
         if settings:
-            with contextlib.suppress(*said.MISREAD):
+            with contextlib.suppress(*recorded_arguments.MISREAD):
                 return image_processor.input_spec(settings, defaults, *size, "preprocessor_config.json")
-        with contextlib.suppress(*said.MISREAD):
+        with contextlib.suppress(*recorded_arguments.MISREAD):
             return image_processor.input_spec({}, defaults, *size, origin)
         return None
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except Exception as error:
-        raise ArchitectureError(
-            f"this architecture is one of transformers, which cannot be imported ({type(error).__name__}: {error}). "
-            "Install it: pip install 'ckpt-tools[transformers]'."
-        ) from error
 
 
 @functools.cache
 def _model_class(name: str) -> Any:
     """A model class of the installed library by its name. Raises ArchitectureError."""
-    library = _library()
+    library = import_library()
     cls = None
     if name in dir(library):  # nothing else leads anywhere, whatever a config.json says
         with contextlib.suppress(Exception):  # it needs a package that is not installed
             cls = getattr(library, name)
     if isinstance(cls, type) and issubclass(cls, library.PreTrainedModel) and getattr(cls, "config_class", None):
+        if cls.__module__.startswith("transformers.models.timm_"):
+            raise ArchitectureError(
+                f"transformers:{name}: expected a model of transformers, found its cover of a model of timm. Name the "
+                "model itself: --arch timm:NAME."
+            )
         return cls
     alike = [one for one in dir(library) if one[:2].lower() == name[:2].lower()]  # of several thousands
     known = [one for one in alike if one.endswith(("Model", "Backbone")) or "For" in one]
@@ -149,16 +150,11 @@ def _class_name(config: Mapping[str, object], kind: str) -> str | None:
 @functools.cache
 def _fields(cls: Any) -> dict[str, Any]:
     """The config's arguments with their defaults."""
-    config = cls.config_class
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception), _offline():
-        told = dict(config().to_dict())
-        aliases = getattr(config, "attribute_map", {})
-        return told | {alias: told.get(field) for alias, field in aliases.items()} | {"num_labels": 2}
-    return {"num_labels": 2}  # a config that cannot be made without arguments
+    return config_fields(cls.config_class)
 
 
 def _known(cls: Any) -> list[str]:
-    return [field for field in _fields(cls) if field not in _ASIDE]
+    return [field for field in _fields(cls) if field not in NOT_SETTINGS]
 
 
 @functools.cache
@@ -187,7 +183,7 @@ def _maker(name: str) -> Callable[..., object]:
     cls = _model_class(name)
 
     def make(**kwargs: object) -> object:
-        with warnings.catch_warnings(), _offline():
+        with warnings.catch_warnings(), offline():
             warnings.simplefilter("ignore")  # about fields that are older or newer than the library
             return cls(_configured(cls, kwargs))
 
@@ -213,18 +209,6 @@ def _without_downloads(value: Any) -> Any:
     return [_without_downloads(item) for item in value] if isinstance(value, list) else value
 
 
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """The Hub's client refuses every request, also where a config asks for another model's."""
-    constants: Any = importlib.import_module("huggingface_hub.constants")
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def _processor(settings: Mapping[str, object], kind: str) -> tuple[str, dict[str, Any]]:
     """Name and defaults of the image processor that the settings name, or that goes with a model type."""
     wanted = settings.get("image_processor_type") or settings.get("feature_extractor_type")
@@ -232,7 +216,7 @@ def _processor(settings: Mapping[str, object], kind: str) -> tuple[str, dict[str
         name = wanted.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
     else:
         name = _paired(kind)
-    library = _library()
+    library = import_library()
     if name in dir(library) and name.endswith("ImageProcessor"):
         with contextlib.suppress(Exception):  # it needs a package that is not installed
             return name, dict(getattr(library, name)().to_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_adapters import said as said_words
+from ckpt_adapters import recorded_arguments
 from ckpt_tools.contract import InputSpec
 
 Settings = Mapping[str, Any]
@@ -43,7 +43,7 @@ def input_spec(settings: Settings, defaults: Settings, channels: int, side: obje
         crop_mode=mode,
         origin=origin + flipped,
     )
-    return said_words.sound(spec)
+    return recorded_arguments.require_sound(spec)
 
 
 def _scaling(said: Settings, channels: int, *, normalised: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ from torch import nn
 from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify.admission import admit_recipe, bound_construction
 from ckpt_tools.identify.digest import LOSSES, tops
 from ckpt_tools.identify.keys import common_prefix, compare, computed, fill, misfit
 from ckpt_tools.identify.recorded import recorded_rates, set_rates
-from ckpt_tools.identify.skeleton import CLASSES, following, shapes_of, skeleton
+from ckpt_tools.identify.skeleton import CLASSES, UndrawnParameters, following, shapes_of, skeleton
 from ckpt_tools.storage.read import under
 
 _PROBE_RATE = 0.2  # any rate strictly between 0 and 1 brings a hidden dropout site to life
@@ -51,8 +53,15 @@ class Candidate:
 def settle(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, object]) -> Candidate:
     """The candidate with prefix and arguments as the checkpoint's shapes and the user have them.
 
-    Its keys and shapes are compared on a model without weights. Raises ArchitectureError if they do not fit.
+    Its keys and shapes are compared on a model without weights. Raises ArchitectureError if they do not fit, and
+    ArgumentRefused for arguments that no file may set.
     """
+    recipe = admit_recipe(checkpoint, candidate.adapter, candidate.recipe, given)
+    with bound_construction(checkpoint, recipe, candidate.recognised_by):
+        return _fit_to_shapes(checkpoint, replace(candidate, recipe=recipe), given)
+
+
+def _fit_to_shapes(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, object]) -> Candidate:
     adapter, name, prefix = candidate.adapter, candidate.recipe.name, candidate.prefix
     part = under(checkpoint, prefix) if prefix else checkpoint
     recipe = _sized(part, adapter, candidate.recipe, given)
@@ -85,16 +94,22 @@ def load_candidate(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel:
     """Build a settled candidate on the CPU and load the checkpoint into it. Raises CkptToolsError."""
     if candidate.recognised_by == "module":
         return _whole_module(checkpoint, candidate.recipe)
+    with bound_construction(checkpoint, candidate.recipe, candidate.recognised_by):
+        return _build_and_fill(checkpoint, candidate)
+
+
+def _build_and_fill(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel:
     adapter, recipe = candidate.adapter, candidate.recipe
     part = under(checkpoint, candidate.prefix) if candidate.prefix else checkpoint
     rates = recorded_rates(part) if recipe.rates == "unknown" else {}
-    model = _built(adapter, recipe)
+    filled_by_file = not candidate.as_built  # then no initial value survives
+    model = _built(adapter, recipe, initialise=not filled_by_file)
     if rates:
         recipe = replace(recipe, rates="recorded")
         if hidden := set_rates(model, rates):
             taken = {name: rate for name, rate in hidden.items() if name in adapter.rate_kwargs(recipe.name)}
             recipe = replace(recipe, kwargs={**recipe.kwargs, **taken})
-            model = _built(adapter, recipe)
+            model = _built(adapter, recipe, initialise=not filled_by_file)
             if set_rates(model, rates):  # of layers that this architecture has not, whatever its arguments
                 recipe = replace(recipe, rates="unknown")
     fill(model, part, recipe.architecture, candidate.as_built)
@@ -140,8 +155,8 @@ def _sized(checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, given: Mapp
     return replace(recipe, kwargs={**recipe.kwargs, **sizes, **given}, rates="given" if told else recipe.rates)
 
 
-def _built(adapter: Adapter, recipe: Recipe) -> nn.Module:
-    with torch.device("cpu"):
+def _built(adapter: Adapter, recipe: Recipe, *, initialise: bool = True) -> nn.Module:
+    with torch.device("cpu"), contextlib.nullcontext() if initialise else UndrawnParameters():
         return adapter.build(recipe.name, recipe.kwargs).float().eval()
 
 

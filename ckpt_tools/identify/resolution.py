@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ckpt_tools.contract import Checkpoint, RecognisedBy
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
+from ckpt_tools.identify.admission import ArgumentRefused
 from ckpt_tools.identify.candidate import Candidate, module_candidate, settle
 from ckpt_tools.identify.closest import closest_lines
 from ckpt_tools.identify.index import Match, shipped
@@ -106,6 +107,9 @@ def _fitting(
             continue
         try:
             yield settle(checkpoint, candidate, given)
+        except ArgumentRefused:
+            # The same architecture without the argument may fit the tensors and compute something else.
+            raise
         except ArchitectureError as error:
             refusals.append(error)
         else:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.identify.candidate import Candidate
 from ckpt_tools.identify.naming import preference
+from ckpt_tools.identify.skeleton import UndrawnParameters
 
 _SIDE = 96  # pixels; models of a fixed size are run at theirs
 _LARGEST = 250_000_000  # values; a larger model is not run to be told from its like: that takes a minute
@@ -80,7 +79,7 @@ def response(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tens
     ``weights`` by key are what earlier candidates were given; what is missing there is drawn and added.
     """
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        with _Undrawn():
+        with UndrawnParameters():
             model = candidate.adapter.build(candidate.recipe.name, candidate.recipe.kwargs).float().eval()
         _randomise(model, weights)
         small = (*shape[:-2], *(min(side, _SIDE) for side in shape[-2:]))
@@ -91,17 +90,6 @@ def response(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tens
             except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
                 continue  # of a fixed size, or it wants something else than an image
     return None
-
-
-class _Undrawn(TorchFunctionMode):
-    """Random initial values of parameters, half the time of building a model, are not drawn: others follow."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> object:
-        if func in (Tensor.normal_, Tensor.uniform_) and isinstance(args[0], nn.Parameter):
-            return args[0].zero_()
-        return func(*args, **(kwargs or {}))
 
 
 def _randomise(model: nn.Module, known: dict[str, Tensor]) -> None:

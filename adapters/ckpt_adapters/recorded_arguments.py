@@ -1,0 +1,105 @@
+"""What a checkpoint records of its training: the name of the model and the arguments of its constructor.
+
+The habits covered: timm's train.py and the torchvision references (`args`), pytorch/examples (`arch`), Lightning
+(`hyper_parameters`), the config.json of Hugging Face folders (`config`), plain scripts (any of these names).
+
+A file may record anything. What is read here is passed to a constructor only where the adapter's `file_arguments`
+admits it (see `ckpt_tools.file_arguments`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from ckpt_tools.contract import InputSpec
+
+Words = Mapping[str, object]
+
+_TRAINING_ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
+_NAMES = ("arch", "architecture", "model", "model_name")
+_MODEL_ARGUMENTS = ("model_kwargs", "model_args")  # of timm's train.py, of its config.json
+_LARGEST_SIDE = 8192  # pixels, of a side of an input
+# Settings of another meaning, or nonsense, raise whatever the arithmetic with them does.
+MISREAD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+# Where published weights come from, and how a program should run. The weights come from the checkpoint, and what
+# else these arguments would do is none of a file's business. They do not change the model.
+_NOT_ABOUT_THE_MODEL = re.compile(
+    r"_?(pretrained|weights|checkpoint|hub|hf)(_.*)?|cache_dir|revision|token|use_auth_token|local_(dir|files_only)"
+    r"|.*_(pretrained|weights|checkpoint|dir|url|file)|.*(?<!drop)_path|.*_pretrained_backbone"
+    r"|device|dtype|progress|scriptable|exportable|no_jit|trust_remote_code"
+)
+_NAMES_A_SIZE = frozenset({"pretrained_window_sizes"})  # of Swin V2, in spite of its name
+
+
+def training_arguments(words: Words) -> dict[str, object]:
+    """Return the arguments of the training script, or {} if none were saved."""
+    for key in _TRAINING_ARGUMENTS:
+        value = words.get(key)
+        if isinstance(value, Mapping):
+            return {str(name): item for name, item in value.items()}
+    return {}
+
+
+def hub_config(words: Words) -> dict[str, object]:
+    """Return the config.json of a Hugging Face folder, transformers' or timm's, or {} if there is none."""
+    value = words.get("config")
+    if not isinstance(value, Mapping):
+        return {}
+    of_transformers = "model_type" in value and not value.keys().isdisjoint({"architectures", "transformers_version"})
+    of_timm = isinstance(value.get("pretrained_cfg"), Mapping)
+    return {str(name): item for name, item in value.items()} if of_transformers or of_timm else {}
+
+
+def model_arguments(words: Words) -> dict[str, object]:
+    """Return the constructor arguments that the file, or the training script's arguments, name as such.
+
+    Arguments that would fetch published weights are left out.
+    """
+    for source in (words, training_arguments(words)):
+        for key in _MODEL_ARGUMENTS:
+            value = source.get(key)
+            if isinstance(value, Mapping):
+                return {str(name): item for name, item in value.items() if is_about_the_model(str(name))}
+    return {}
+
+
+def is_about_the_model(argument: str) -> bool:
+    """Return whether an argument may describe the model, and not where to find weights or how to run."""
+    return argument in _NAMES_A_SIZE or _NOT_ABOUT_THE_MODEL.fullmatch(argument) is None
+
+
+def model_names(words: Words, *owners: str) -> list[str]:
+    """Return the model names that one of the `owners` may answer for: plain ones, and `owner:name`."""
+    names: list[str] = []
+    for source in (words, training_arguments(words)):
+        for key in _NAMES:
+            value = source.get(key)
+            if not isinstance(value, str):
+                continue
+            owner, _, name = value.rpartition(":")
+            if owner in ("", *owners) and name not in names:
+                names.append(name)
+    return names
+
+
+def drop_rates(words: Words, keywords: Iterable[str]) -> dict[str, float]:
+    """Return the drop rates that the script's arguments hold under the constructor's own names."""
+    recorded = training_arguments(words) | model_arguments(words)
+    return {name: rate for name in keywords if (rate := as_number(recorded.get(name))) is not None}
+
+
+def require_sound(spec: InputSpec) -> InputSpec:
+    """Return the spec if numbers from a file make it one that a model can be given. Raises ValueError."""
+    sides = all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in spec.shape)
+    numbers = (*spec.mean, *spec.std, spec.crop_pct)
+    too_large = math.prod(spec.shape) > _LARGEST_SIDE**2
+    if not sides or too_large or not all(map(math.isfinite, numbers)) or spec.crop_pct <= 0:
+        raise ValueError(f"an input of shape {spec.shape}, mean {spec.mean}, std {spec.std}, crop {spec.crop_pct}")
+    return spec
+
+
+def as_number(value: object) -> float | None:
+    """Return the value if it is a number, else None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,79 @@
+"""The one gate between what a checkpoint file says about its model and the constructor that builds it."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from ckpt_tools.construction import ConstructionBudget, limited_construction
+from ckpt_tools.contract import Adapter, Checkpoint, Recipe, RecognisedBy
+from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.file_arguments import ArgumentKind, Evidence, NotAdmitted, Rate, admit_argument
+
+__all__ = ["ArgumentRefused", "admit_recipe", "bound_construction"]
+
+
+class ArgumentRefused(ArchitectureError):
+    """A file sets an argument that it may not set, or to a value that it may not have."""
+
+
+def admit_recipe(checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+    """Return the recipe with the arguments that the file may set, as its adapter lists them.
+
+    An argument in `given` is the user's, whatever the file says of it. Class counts and input channels that the
+    tensors do not justify are left out, since the shapes tell them anyway.
+
+    Raises ArgumentRefused for another value that the adapter does not admit: without it the same tensors would be
+    built into another function. Raises ArchitectureError for an argument that the adapter does not list, most often
+    one of another library with models of the same name.
+    """
+    kinds = _list_argument_kinds(adapter, recipe.name) if recipe.kwargs else {}
+    evidence = Evidence.from_shapes(checkpoint.shapes)
+    admitted: dict[str, object] = {}
+    for name, value in recipe.kwargs.items():
+        if name in given:
+            continue
+        try:
+            admitted[name] = admit_argument(kinds, name, value, evidence)
+        except NotAdmitted as reason:
+            if name not in _TOLD_BY_SHAPES:
+                kind_of_error = ArgumentRefused if name in kinds else ArchitectureError
+                raise kind_of_error(_describe_refusal(checkpoint, recipe, name, value, reason)) from reason
+    return replace(recipe, kwargs=admitted)
+
+
+# Widths that `Adapter.class_kwargs` reads off the shapes; a file without its head may still record its classes.
+_TOLD_BY_SHAPES = frozenset({"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"})
+
+
+def bound_construction(
+    checkpoint: Checkpoint, recipe: Recipe, recognised_by: RecognisedBy
+) -> AbstractContextManager[None]:
+    """Return a context in which building the model costs no more than the file justifies.
+
+    There is no limit for an architecture that the user named and for which the file sets nothing but drop rates, and
+    none for the user's own code: those are the user's choice.
+    """
+    chosen_by_user = recognised_by == "user" and all(map(_is_rate, recipe.kwargs.values()))
+    free = recipe.adapter == "factory" or chosen_by_user
+    budget = None if free else ConstructionBudget.from_shapes(checkpoint.shapes)
+    return limited_construction(budget, f"{checkpoint.path}: {recipe.architecture}")
+
+
+def _list_argument_kinds(adapter: Adapter, name: str) -> Mapping[str, ArgumentKind]:
+    rates = dict.fromkeys(adapter.rate_kwargs(name), Rate())
+    list_kinds = getattr(adapter, "file_arguments", None)  # adapters of others may have been written without it
+    return rates if list_kinds is None else {**rates, **list_kinds(name)}
+
+
+def _is_rate(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
+
+
+def _describe_refusal(checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted) -> str:
+    return (
+        f"{checkpoint.path}: expected arguments of {recipe.architecture} that a checkpoint may set, found "
+        f"{name}={reprlib.repr(value)} ({reason}). If the file is right, give it yourself: --model-kwargs {name}=…"
+    )
