@@ -158,18 +158,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Word:
-    """One of the words of a closed list, or a sequence of them.
+    """One of the words of a closed list, or a sequence of them; with `numbers`, numbers may stand among them.
 
     The list is ours or the library's, so that a word cannot name a file, a class or a place on a network.
     """
 
     words: frozenset[str]
+    numbers: bool = False
 
     def admit(self, value: object, evidence: Evidence) -> object:
-        """Admit strings that stand in the list. False and 0 are admitted, too: timm takes them for "none"."""
+        """Admit strings that stand in the list. False is admitted, too: timm takes it for "none"."""
         for leaf in _leaves(value, evidence):
-            if not (leaf is None or leaf is False or (isinstance(leaf, str) and leaf in self.words)):
+            if leaf is None or leaf is False or (isinstance(leaf, str) and leaf in self.words):
+                continue
+            if isinstance(leaf, str) or not self.numbers:
                 raise NotAdmitted(f"expected one of {_shorten(sorted(self.words))}")
+            Sizes().admit(leaf, evidence)
         return value
 
 

@@ -87,37 +87,39 @@ def config_arguments(config_class: Any) -> Mapping[str, ArgumentKind]:
     fields = config_fields(config_class)
     parts = getattr(config_class, "sub_configs", {})
     return {
-        name: _part_kind(parts.get(name)) if name in parts or isinstance(default, dict) else _kind_of(name, default)
+        name: _part_kind(parts.get(name)) if name in parts else _kind_of(name, default)
         for name, default in fields.items()
         if name not in NOT_SETTINGS and is_about_the_model(name)
     }
 
 
 def _kind_of(name: str, default: object) -> ArgumentKind:
-    return _OrDefault(_kind_by_name(name, _first_leaf(default)), default)
+    if isinstance(default, dict):
+        return _mapping_kind(default)
+    return _OrDefault(_kind_by_name(name, list(_leaves(default))), default)
 
 
-def _kind_by_name(name: str, leaf: object) -> ArgumentKind:
+def _kind_by_name(name: str, leaves: list[object]) -> ArgumentKind:
+    """Return the kind of a setting by its name, and by the values that the class has for it by default."""
+    kinds = {type(leaf) for leaf in leaves if leaf is not None}
     if name in ("backbone", "use_timm_backbone"):  # older versions look up the first on the Hub or in a folder
         return Forbidden()
-    if "drop" in name and (leaf is None or isinstance(leaf, int | float)):
-        return Rate()
-    if name == "out_features" or name == "stage_names":
+    if name in ("out_features", "stage_names"):
         return _STAGES
-    if name.endswith(("act", "activation", "activation_function", "act_func")) or name.startswith("hidden_act"):
+    if name.endswith(("act", "activation", "activation_function", "act_func")):
         return _ACTIVATION
-    if name in _WORDS:
-        return Word(frozenset(_WORDS[name].split()))
-    if isinstance(leaf, bool):
+    if name in _WORDS or str in kinds:
+        words = {*_WORDS.get(name, "").split(), *(leaf for leaf in leaves if isinstance(leaf, str))}
+        return Word(frozenset(words), numbers=bool(kinds - {str}))
+    if "drop" in name and kinds <= {int, float}:
+        return Rate()
+    if kinds == {bool}:
         return Flag()
     if any(part in name for part in _SIDES):
         return Pixels()
-    if isinstance(leaf, int):
+    if kinds == {int}:
         return Depth() if any(part in name for part in _DEPTHS) else Width()
-    if isinstance(leaf, float):
-        return Number()
-    # Without a default the type is unknown, and of another type only a default can be right.
-    return Sizes() if leaf is None else Word(frozenset())
+    return Number() if float in kinds else Sizes()
 
 
 _ACTIVATION = Word(frozenset(_ACTIVATIONS.split()))
@@ -137,10 +139,12 @@ class _OrDefault:
         return self._kind.admit(value, evidence)
 
 
-def _first_leaf(default: object) -> object:
-    while isinstance(default, list | tuple):
-        default = default[0] if default else None
-    return default
+def _leaves(default: object) -> Iterator[object]:
+    if isinstance(default, list | tuple):
+        for item in default:
+            yield from _leaves(item)
+    else:
+        yield default
 
 
 def _part_kind(part: Any) -> ArgumentKind:
@@ -148,6 +152,14 @@ def _part_kind(part: Any) -> ArgumentKind:
     if getattr(part, "model_type", ""):
         return Nested(lambda settings: {**config_arguments(part), "model_type": _TYPES})
     return Nested(_arguments_by_type)
+
+
+def _mapping_kind(default: Mapping[str, object]) -> ArgumentKind:
+    """Return the kind of a mapping in a configuration, by the default that the class has for it."""
+    if default.get("model_type") in _configurations():
+        return Nested(_arguments_by_type)
+    kinds = {name: _kind_of(name, value) for name, value in default.items() if name not in NOT_SETTINGS}
+    return Nested(lambda settings: kinds)
 
 
 class _ModelType:
