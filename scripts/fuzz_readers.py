@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import torchvision.io  # noqa: F401  its JPEG decoder is taken where it is there
 from fsspec.implementations.memory import MemoryFileSystem
-from torch import Tensor
+from torch import Tensor, nn
 
 from ckpt_tools import plugins
-from ckpt_tools.contract import InputSpec
+from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.data.labelled import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
 from ckpt_tools.data.source import Source, open_source
-from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.identify.recipe import named
+from ckpt_tools.errors import ArchitectureError, CkptToolsError
+from ckpt_tools.identify.candidate import Candidate, settle
+from ckpt_tools.identify.recipe import spoken
 from ckpt_tools.jobs.conversion import shared_memory
 from ckpt_tools.report.folder_text import folder_text
 from ckpt_tools.report.html import folder_html
@@ -129,26 +131,25 @@ def _manifest(path: Path) -> None:
 
 
 def _words(path: Path) -> None:
-    """What checkpoints say of themselves goes to every adapter."""
+    """What a checkpoint says of its model goes to every adapter, and from there to a constructor."""
     try:
         words = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
         return
     if not isinstance(words, dict):
         return
-    for adapter in plugins.adapters().values():
-        recipe = adapter.recognise(words)
-        if recipe is not None:
-            adapter.rate_kwargs(recipe.name)
-    named(words, "timm:resnet18")
-    plugins.adapter("timm").input_spec(_model(), "resnet18", words)
-    plugins.adapter("torchvision").input_spec(_model(), "resnet18", words)
+    stranger = Checkpoint(path, "torch", _model().state_dict(), words=words)
+    for adapter, recipe in spoken(stranger):
+        with contextlib.suppress(ArchitectureError):  # as a run does, which then tries what else may fit
+            settle(stranger, Candidate(adapter, recipe, "checkpoint"), {})
+    for prefix in ("timm", "torchvision"):
+        plugins.adapter(prefix).input_spec(_model(), "resnet18", words)
 
 
-_MODELS: list[object] = []
+_MODELS: list[nn.Module] = []
 
 
-def _model() -> object:
+def _model() -> nn.Module:
     if not _MODELS:
         _MODELS.append(plugins.adapter("timm").build("test_resnet", {}))
     return _MODELS[0]

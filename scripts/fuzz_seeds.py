@@ -147,6 +147,26 @@ def _folder(folder: Path) -> Iterator[Seed]:
     yield Seed(files)
 
 
+# What files may ask of a constructor, and what they may not.
+_ARGUMENTS = [
+    {"depth": 12, "embed_dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "act_layer": "silu", "img_size": [64, 64]},
+    {"checkpoint_path": "elsewhere.pt", "pretrained_cfg": {"file": "elsewhere.pt"}, "depth": 10**7},
+    {"block_args": {"attn_layer": "package.module:Class"}, "layers": [2, 2, 2, 10**6], "norm_layer": "os.system"},
+]
+_UPERNET = {
+    "architectures": ["UperNetForSemanticSegmentation"],
+    "model_type": "upernet",
+    "hidden_size": 8,
+    "backbone_config": {
+        "model_type": "resnet",
+        "hidden_sizes": [4, 4, 4, 8],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage1", "stage2"],
+        "auto_map": {"AutoBackbone": "theirs.Net"},
+        "_name_or_path": "/tmp",
+    },
+    "transformers_version": "5",
+}
 _TIMM = {
     "architecture": "resnet18",
     "num_classes": 5,
@@ -189,7 +209,8 @@ _WORDS: tuple[dict[str, object], ...] = (
 
 
 def _words(folder: Path) -> Iterator[Seed]:
-    for words in _WORDS:
+    recorded = [{"arch": "vit_tiny_patch16_224", "model_kwargs": arguments} for arguments in _ARGUMENTS]
+    for words in (*_WORDS, *recorded, {"config": _UPERNET}):
         yield Seed({"words.json": json.dumps(words).encode()}, "words.json")
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from ckpt_tools.contract import Adapter, InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.file_arguments import Evidence, NotAdmitted, admit_argument
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,19 @@ def check_the_input_fits_the_model(case: Case) -> None:
     assert spec.origin
 
 
+def check_a_file_cannot_name_anything_in_an_argument(case: Case) -> None:
+    list_kinds = getattr(case.adapter(), "file_arguments", None)
+    if list_kinds is None:  # then a file sets drop rates alone
+        return
+    evidence = Evidence(tensors=100, largest_dimension=1000)
+    for name, kind in list_kinds(case.name).items():
+        for value in ("/etc/passwd", "package.module:Class", "hf-hub:someone/net", ["a.pt"], 10**12):
+            with pytest.raises(NotAdmitted):
+                admit_argument({name: kind}, name, value, evidence)
+
+
 CHECKS = (
+    check_a_file_cannot_name_anything_in_an_argument,
     check_protocol,
     check_builds_a_new_module_offline,
     check_unknown_names_and_arguments_are_named,

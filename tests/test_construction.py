@@ -32,7 +32,7 @@ class DeepAgain(nn.Module):
         for number in range(depth):
             try:
                 self.add_module(str(number), nn.Identity())
-            except Exception:
+            except Exception:  # noqa: BLE001 - as written by others
                 continue
 
 
