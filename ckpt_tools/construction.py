@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.errors import ArchitectureError
 
-__all__ = ["ConstructionBudget", "count_construction", "limited_construction"]
+__all__ = ["ConstructionBudget", "count_construction", "limited_construction", "without_standard_input"]
 
 _TIMES = 4  # a construction may register this many times what the file holds
 # What any file may have besides. A detection head that is probed with 7,919 classes takes 60 million values on the CPU
@@ -74,7 +74,7 @@ def limited_construction(budget: ConstructionBudget | None, subject: str) -> Ite
     """
     token = _budget.set(budget)
     try:
-        with _no_standard_input():
+        with without_standard_input():
             yield
     except _BudgetExceeded as error:
         raise ArchitectureError(
@@ -217,7 +217,7 @@ class _OutOfTime(_BudgetExceeded):
 
 
 @contextlib.contextmanager
-def _no_standard_input() -> Iterator[None]:
+def without_standard_input() -> Iterator[None]:
     """Let `input()` find the end of a file, so that no library can ask whether it may run something."""
     before = sys.stdin
     with open(os.devnull, encoding="utf-8") as nothing:  # noqa: PTH123 - a device, no path

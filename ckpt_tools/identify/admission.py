@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from ckpt_tools.construction import ConstructionBudget, limited_construction
@@ -53,12 +53,13 @@ def bound_construction(
 ) -> AbstractContextManager[None]:
     """Return a context in which building the model costs no more than the file justifies.
 
-    There is no limit for an architecture that the user named and for which the file sets nothing but drop rates, and
-    none for the user's own code: those are the user's choice.
+    The user's own code (`package.module:factory`) does what it likes, and may also ask its user something. There is no
+    limit for an architecture of a library that the user named and for which the file sets nothing but drop rates.
     """
+    if recipe.adapter == "factory":
+        return nullcontext()
     chosen_by_user = recognised_by == "user" and all(map(_is_rate, recipe.kwargs.values()))
-    free = recipe.adapter == "factory" or chosen_by_user
-    budget = None if free else ConstructionBudget.from_shapes(checkpoint.shapes)
+    budget = None if chosen_by_user else ConstructionBudget.from_shapes(checkpoint.shapes)
     return limited_construction(budget, f"{checkpoint.path}: {recipe.architecture}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckpt_tools import plugins
+from ckpt_tools.construction import without_standard_input
 from ckpt_tools.contract import Adapter, Checkpoint, Recipe
 
 Choice = tuple[Adapter, Recipe]
@@ -15,7 +16,8 @@ _ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 
 def spoken(checkpoint: Checkpoint) -> list[Choice]:
     """The recipes that the checkpoint's words describe, the likeliest first; they may be wrong."""
-    said = [(adapter, adapter.recognise(checkpoint.words)) for adapter in _readers(checkpoint)]
+    with without_standard_input():  # adapters load their libraries here, and make configurations
+        said = [(adapter, adapter.recognise(checkpoint.words)) for adapter in _readers(checkpoint)]
     return [(adapter, recipe) for adapter, recipe in said if recipe is not None]
 
 
