@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import BatchNormLayer, Walk
+from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.guards import check_input
 from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
@@ -25,7 +26,6 @@ from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import seeded, switch_dropout_on
 from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
-from ckpt_tools.walker.evaluating import evaluating
 
 Normalise = Literal["stored", "batch"]
 

@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.contract import DropoutSite
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.model.preserving import evaluation_mode
+from ckpt_tools.model.randomness import saved_randomness
 from ckpt_tools.walker.call import (
     Batch,
     Forward,
@@ -39,7 +41,6 @@ from ckpt_tools.walker.call import (
     samples,
     to_device,
 )
-from ckpt_tools.walker.evaluating import evaluating
 from ckpt_tools.walker.graph import Graph, Recorder
 from ckpt_tools.walker.sites import (
     ALIVE,
@@ -49,7 +50,6 @@ from ckpt_tools.walker.sites import (
     enliven,
     keep_rate,
     module_rate,
-    saved_randomness,
     value_free,
 )
 from ckpt_tools.walker.twin import Mode, copy_of, set_mode
@@ -242,6 +242,7 @@ def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: 
 
     mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for modules without
         children only: detection models want targets when the outer module is training), or "evaluation".
+    A caller preserves the model: code that is bound to it may run it in place of its copy.
     Raises whatever the model raises when neither a meta nor a real forward gets through.
     """
     with torch.inference_mode(False):  # in that mode torch takes operations less far apart
@@ -263,7 +264,7 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
     result = Record("meta" if meta else "cpu", recorder.graph)
     tape = _Tape(twin, result, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))  # code that is bound to it may run it in place of its copy
+        stack.enter_context(evaluation_mode(model))  # code that is bound to it may run it in place of its copy
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager())
