@@ -61,7 +61,7 @@ def evaluate(
     labels: list[Tensor] = []
     logits: list[Tensor] = []
     classes = done = 0
-    with kept_heap(), evaluating(model), seeded(seed), torch.no_grad(), eager():
+    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
         for number, (inputs, wanted) in enumerate(batches):
             for _ in runner.run(inputs, number, []):
                 pass

@@ -82,7 +82,7 @@ def _measured(
     model: nn.Module, batches: Sequence[Batch], forward: Forward, seed: int, mode: Mode
 ) -> tuple[LayerSignal, ...]:
     device = device_of(model)
-    with preserved(model), _isolated(seed), eager(), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model, forward), _isolated(seed), eager(), torch.inference_mode(False), torch.enable_grad():
         twin = _trainable(model, mode)
         signals = _Signals(twin, torch.Generator().manual_seed(seed))
         noise = torch.Generator().manual_seed(seed)

@@ -1,9 +1,8 @@
-"""The state of a model: everything that running it can change in it, remembered so that it can be put back."""
+"""The state of a model: what running it can change in it, remembered so that it can be put back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import MethodType
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from ckpt_tools.model.object_state import (
     ContainerState,
     GeneratorState,
     ModuleState,
+    bound_modules,
     elements,
     is_container,
     is_generator,
@@ -27,13 +27,14 @@ from ckpt_tools.model.undoing import carry_out
 class ModelState:
     """The state of models at one time, and the way back to it.
 
-    From each root the attributes of modules and the elements of containers are followed. Of every module that is met,
-    registered or not: its class and attributes (with them its parameters, buffers, children, hooks and flags). Of
-    every tensor: the object, its storage, shape and contents, ``requires_grad``, hooks and gradient. Of every dict,
-    list, set and deque: its elements. Of every numpy array its values, of every random generator its position.
+    From each root the attributes of modules, the elements of containers and the modules that functions run are
+    followed. Of every module that is met, registered or not: its class and attributes (with them its parameters,
+    buffers, children, hooks and flags). Of every tensor: the object, its storage, shape and contents,
+    ``requires_grad``, hooks and gradient. Of every dict, list, set and deque: its elements. Of every numpy array its
+    values, of every random generator its position.
 
-    Objects of any other class, and what a function closes over, are not looked into: a meter of the caller's own
-    keeps what a forward wrote into it. Of tensors without a storage (MKL-DNN's layout) only the object comes back.
+    Objects of any other class are not looked into: a meter of the caller's own keeps what a forward wrote into it. Of
+    tensors without a storage (MKL-DNN's layout) only the object comes back.
     Where a forward has enlarged a storage, its contents come back, but torch has moved them to another address.
 
     The copy of the contents takes as much memory as the parameters, gradients and buffers themselves: a forward that
@@ -41,7 +42,7 @@ class ModelState:
     """
 
     def __init__(self, *roots: object) -> None:
-        """Remember the state of ``roots``: modules, tensors, or containers of them.
+        """Remember the state of ``roots``: modules, tensors, functions that run modules, or containers of them.
 
         Raises ModelError for parameters that have no shape yet: they could not be given back as they came.
         """
@@ -96,10 +97,9 @@ class ModelState:
             self._objects.append(ArrayState(thing))
         elif is_generator(thing):
             self._objects.append(GeneratorState(thing))
-        elif isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module):
-            yield thing.__self__
         else:
             yield from elements(thing)
+            yield from bound_modules(thing)
 
     def _refuse_lazy(self, tensor: Tensor) -> None:
         if is_lazy(tensor):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -54,9 +57,32 @@ def elements(thing: object) -> Iterator[object]:
     if isinstance(thing, dict):
         yield from dict.values(thing)
         return
-    for kind in (list, tuple, set, deque):
+    kinds: tuple[Any, ...] = (list, tuple, set, deque)
+    for kind in kinds:
         if isinstance(thing, kind):
             yield from kind.__iter__(thing)
+
+
+def bound_modules(function: object) -> Iterator[object]:
+    """The modules that a function would run: those it is bound to, closes over or finds among its globals.
+
+    Functions that it wraps are yielded, too. Other things that it closes over are none of the model's: a hook may
+    collect activations for its author.
+    """
+    held: list[object] = []
+    if isinstance(function, MethodType):
+        held = [function.__self__]
+    elif isinstance(function, partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                held.append(cell.cell_contents)
+        held += function.__defaults__ or ()
+        held += (function.__kwdefaults__ or {}).values()
+        names = (function.__globals__.get(name) for name in function.__code__.co_names)
+        yield from (value for value in names if isinstance(value, nn.Module))
+    yield from (value for value in held if isinstance(value, (nn.Module, FunctionType, MethodType, partial)))
 
 
 def _holds_same(container: Any, content: Any) -> bool:

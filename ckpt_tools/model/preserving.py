@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -14,16 +15,23 @@ from ckpt_tools.model.undoing import carry_out
 
 
 @contextmanager
-def preserved(*models: object) -> Iterator[ModelState]:
-    """Afterwards the models, torch's settings and the global random generators are as they were, also if it raises.
+def preserved(*roots: object) -> Iterator[ModelState]:
+    """Afterwards models, torch's settings and the global random generators are as they were, also if it raises.
 
-    Everything that runs code of a caller's model runs within this. ``ModelState`` says what belongs to a model, and
-    what it costs; yielded, it can also put the models back on the way.
+    Everything that runs code of a caller's model runs within this.
 
-    Raises ModelError for a model that is not initialised yet, or that could not be put back.
+    Args:
+        *roots: models, and functions that may run other models. ``ModelState`` says what belongs to a model, and what
+            it costs to remember it.
+
+    Yields:
+        The state of the roots, to put them back on the way, too.
+
+    Raises:
+        ModelError: a model is not initialised yet, or could not be put back.
     """
     with saved_randomness(), torch_settings_kept():
-        state = ModelState(*models)
+        state = ModelState(*roots)
         try:
             yield state
         finally:
@@ -31,9 +39,9 @@ def preserved(*models: object) -> Iterator[ModelState]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module of a model that is preserved."""
-    with preserved(model), evaluation_mode(model):
+def evaluating(model: nn.Module, *others: object) -> Iterator[None]:
+    """Evaluation mode for every module of a model; it is preserved, as are the ``others``."""
+    with preserved(model, *others), evaluation_mode(model):
         yield
 
 
@@ -49,4 +57,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = False
         yield
     finally:
-        carry_out([lambda module=module, flag=flag: setattr(module, "training", flag) for module, flag in flags])
+        carry_out(partial(setattr, module, "training", flag) for module, flag in flags)

@@ -145,8 +145,8 @@ def _span(part: Tensor, storage: UntypedStorage) -> tuple[int, int]:
         return 0, storage.nbytes()
     if not part.numel():
         return 0, 0
-    length = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-    start, width = part.storage_offset(), part.element_size()
+    length = 1 + sum(int((size - 1) * stride) for size, stride in zip(part.shape, part.stride(), strict=True))
+    start, width = int(part.storage_offset()), part.element_size()
     stop = min((start + length) * width, storage.nbytes())
     return min(start * width, stop), stop
 

@@ -122,7 +122,7 @@ def measure(
         observed[found.name] = Layer(found.name, module, rewritten=True)
         observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
     runner = Runner(model, forward, Interception(dropout=rates_known))
-    with kept_heap(), evaluating(model), seeded(seed), torch.no_grad(), eager():
+    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
         images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))

@@ -107,7 +107,7 @@ def reestimate_bn(
     model = unwrap(model)
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
-    with preserved(model) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
+    with preserved(model, forward) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
         check_team(estimator, team)
         found = walk or team.first(lambda: walk_preserved(model, source.first(), state, forward=forward))
         choice = choose(found, layers, rates=rates, statistics=statistics)

@@ -38,7 +38,7 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
         ModelError: if the model can be run neither on meta tensors nor for real.
     """
     model = unwrap(model)
-    with preserved(model, probe) as state:
+    with preserved(model, probe, forward) as state:
         return walk_preserved(model, example_input, state, probe=probe, forward=forward)
 
 
@@ -86,7 +86,7 @@ def trained_record(model: nn.Module, example_input: Batch, forward: Forward = ca
     Raises ModelError.
     """
     _refuse_scripted(model)
-    with preserved(model) as state:
+    with preserved(model, forward) as state:
         return _trained(model, example_input, forward, state)[1]
 
 
