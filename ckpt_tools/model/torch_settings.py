@@ -43,15 +43,12 @@ def torch_settings_kept() -> Iterator[None]:
             _restore(own)
 
 
-def settings() -> tuple[Setting, ...]:
-    """Every setting that is kept."""
-    return (*_OF_THE_PROCESS, *_OF_THE_THREAD)
-
-
 Values = Sequence[tuple[Setting, object]]
 
 _UNREADABLE = object()
-"""Of a setting that torch refuses to tell: it raises where its old and its new names for TF32 contradict each other."""
+"""Of a setting that torch refuses to tell: it raises where its old and its new names for TF32 contradict each other.
+
+The new names, which decide how torch computes, can be read even then."""
 
 
 def _value(setting: Setting) -> object:
