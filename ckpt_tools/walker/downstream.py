@@ -55,8 +55,7 @@ def walk_preserved(
     Arguments and errors as in ``walk``.
     """
     _refuse_scripted(model)
-    evaluated = _record(model, example_input, forward, "evaluation")
-    state.put_back()
+    evaluated = _record(model, example_input, forward, "evaluation", state)
     mode, trained = _trained(model, example_input, forward, state)
     possible = _possible([probe, model], example_input, forward, mode, state) or trained
 
@@ -117,19 +116,16 @@ def _refuse_scripted(model: nn.Module) -> None:
 def _trained(model: nn.Module, batch: Batch, forward: Forward, state: ModelState) -> tuple[Mode, Record]:
     """The record with dropout on, and in which mode the model could be run."""
     try:
-        return "training", _record(model, batch, forward, "training")
+        return "training", _record(model, batch, forward, "training", state)
     except ModelError:
-        state.put_back()
         with contextlib.suppress(ModelError):
-            return "leaves", _record(model, batch, forward, "leaves")
+            return "leaves", _record(model, batch, forward, "leaves", state)
         raise
-    finally:
-        state.put_back()
 
 
-def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode) -> Record:
+def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state: ModelState) -> Record:
     try:
-        return record(model, batch, forward, mode)
+        return record(model, batch, forward, mode, state)
     except CkptToolsError:
         raise
     except Exception as error:
@@ -147,11 +143,8 @@ def _possible(
         for attributes in (True, False):  # a zero that is no rate may stand under a name like drop_tokens
             if model is None:
                 continue
-            try:
-                with contextlib.suppress(Exception):
-                    return record(unwrap(model), batch, forward, mode, Rates(alive=True, attributes=attributes))
-            finally:
-                state.put_back()
+            with contextlib.suppress(Exception):
+                return record(unwrap(model), batch, forward, mode, state, Rates(alive=True, attributes=attributes))
     return None
 
 
