@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.model.preserving import preserved
 
 Rule = tuple[Tensor, Tensor]  # nodes on [−1, 1] and their weights
 
@@ -42,10 +43,16 @@ def activation_moments(f: Callable[[Tensor], Tensor]) -> ActivationMoments:
     Args:
         f: maps a float64 tensor to one of the same shape, each value by itself: ``torch.tanh``,
             ``nn.GELU(approximate="tanh")``, ``lambda x: x * torch.sigmoid(x)``. In-place functions are welcome.
+            A module comes back as it was.
 
     Raises:
         UsageError: f is not pointwise, is random, or its moments are not finite.
     """
+    with preserved(f):
+        return _moments(f)
+
+
+def _moments(f: Callable[[Tensor], Tensor]) -> ActivationMoments:
     _require_pointwise(f)
     low = torch.arange(-_REACH, _REACH, dtype=torch.float64)
     high = low + 1

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ckpt_tools import Reestimation, reestimate_bn
+from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer, kept_mean
 from ckpt_tools.reestimate.outliers import DEEP_FLOOR, energies, margins
-from ckpt_tools.walker.evaluating import evaluating
 
 CASES = ("densenet, dropout", "wrn, dropout, crops")
 IMAGES, BATCH = 600, 300

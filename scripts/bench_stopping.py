@@ -19,6 +19,7 @@ from tqdm import trange
 
 from ckpt_tools.data.order import random_order
 from ckpt_tools.demo.densenet import digits_densenet
+from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.passes import Passes
@@ -26,7 +27,6 @@ from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.walker.call import call
-from ckpt_tools.walker.evaluating import evaluating
 
 BATCH, SIDE = 128, 32
 NETS = {

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,26 @@ from torch.nn.modules import module as module_hooks
 
 _CALLS = ("batch_norm", "dropout", "dropout2d", "alpha_dropout", "scaled_dot_product_attention", "linear", "conv2d")
 _BACKENDS = ("cudnn", "cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn", "mkldnn.conv", "mkldnn.matmul")
+_SWITCHES = (
+    "backends.cuda.flash_sdp_enabled",
+    "backends.cuda.math_sdp_enabled",
+    "backends.cuda.mem_efficient_sdp_enabled",
+    "backends.cuda.preferred_linalg_library",
+    "backends.cudnn.benchmark_limit",
+    "backends.mha.get_fastpath_enabled",
+    "backends.mkldnn.deterministic",
+    "backends.mkldnn.enabled",
+    "backends.quantized.engine",
+    "_C._get_cublas_allow_fp16_reduced_precision_reduction",
+    "_C._get_cublas_allow_bf16_reduced_precision_reduction",
+    "_C._get_cublas_allow_fp16_accumulation",
+    "_C._get_cublas_allow_tf32",
+    "_C._get_cudnn_allow_tf32",
+    "get_float32_matmul_precision",
+    "is_anomaly_check_nan_enabled",
+    "is_warn_always_enabled",
+    "sparse.check_sparse_tensor_invariants.is_enabled",
+)
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
@@ -54,29 +75,64 @@ _GONE = object()
 
 def _of_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules(remove_duplicate=False):
+        yield f"{name}.__class__".lstrip("."), (type(module), id(vars(module)))
         for attribute, value in vars(module).items():
-            place = f"{name}.{attribute}".lstrip(".")
-            yield place, _shallow(value)
-            if isinstance(value, dict):
-                yield from ((f"{place}[{key}]", _shallow(held)) for key, held in value.items())
-            elif isinstance(value, (list, tuple)):
-                yield from ((f"{place}[{key}]", _shallow(held)) for key, held in enumerate(value))
-            elif isinstance(value, set):
-                yield f"{place}[]", sorted(map(str, value))
+            yield from _of_value(f"{name}.{attribute}".lstrip("."), value)
+
+
+def _of_value(place: str, value: object) -> Iterator[tuple[str, Any]]:
+    """A value and, to any depth, what it holds."""
+    yield place, _shallow(value)
+    if isinstance(value, dict):
+        yield f"{place}[]", list(map(str, value))
+        for key, held in value.items():
+            yield from _of_value(f"{place}[{key}]", held)
+    elif isinstance(value, (list, tuple, deque)):
+        for key, held in enumerate(value):
+            yield from _of_value(f"{place}[{key}]", held)
+            if isinstance(held, nn.Module):  # out of torch's sight
+                yield from ((f"{place}[{key}].{name}", part) for name, part in _of_modules(held))
+    elif isinstance(value, set):
+        yield f"{place}[]", sorted(map(str, value))
+    elif isinstance(value, torch.Generator):
+        yield f"{place}[]", value.get_state().numpy().tobytes()
+    elif isinstance(value, random.Random):
+        yield f"{place}[]", value.getstate()
+    elif isinstance(value, np.random.Generator):
+        yield f"{place}[]", str(value.bit_generator.state)
 
 
 def _shallow(value: object) -> object:
     if isinstance(value, Tensor):
         return _of_tensor(value)
+    if isinstance(value, np.ndarray):
+        return id(value), value.shape, value.tobytes()
     return value if isinstance(value, (str, int, float, bool, torch.dtype, torch.device)) else id(value)
 
 
 def _of_tensor(tensor: Tensor) -> tuple[object, ...]:
-    layout = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.data_ptr()
-    bits = tensor.detach().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     grad = None if not tensor.is_leaf or tensor.grad is None else (id(tensor.grad), _of_tensor(tensor.grad))
-    hooks = len(tensor._backward_hooks or ()), len(tensor._post_accumulate_grad_hooks or ())
-    return id(tensor), type(tensor), layout, bits, tensor.requires_grad, tensor.is_inference(), grad, hooks
+    hooks = [sorted(map(id, (hooks or {}).values())) for hooks in (tensor._backward_hooks, _late_hooks(tensor))]
+    autograd = tensor.is_leaf, tensor.requires_grad, tensor.is_inference(), grad, hooks
+    return id(tensor), type(tensor), tensor.shape, tensor.dtype, autograd, dict(vars(tensor)), _of_contents(tensor)
+
+
+def _late_hooks(tensor: Tensor) -> dict[int, Any] | None:
+    return tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
+
+
+def _of_contents(tensor: Tensor) -> object:
+    """Where the values of a tensor are, and which."""
+    if tensor.layout is torch.sparse_coo:
+        return [_of_contents(part) for part in (tensor._indices(), tensor._values())]
+    if tensor.layout is torch.sparse_csr:
+        return [_of_contents(part) for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values())]
+    address = tensor.storage_offset(), tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    place = tensor.device, tensor.stride(), address
+    if tensor.is_meta or not tensor.untyped_storage().nbytes():
+        return place
+    plain = tensor.detach().int_repr() if tensor.is_quantized else tensor.detach().as_subclass(Tensor)
+    return place, plain.clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _of_torch() -> Iterator[tuple[str, Any]]:
@@ -85,7 +141,8 @@ def _of_torch() -> Iterator[tuple[str, Any]]:
     yield "saved tensors", torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     yield "defaults", (torch.get_default_dtype(), torch.get_default_device())
     yield "determinism", _determinism()
-    yield "precision", (torch.get_float32_matmul_precision(), *(_precision(name) for name in _BACKENDS))
+    yield "switches", [(name, _switch(name)) for name in _SWITCHES]
+    yield "precision", [_precision(name) for name in _BACKENDS]
     yield "autocast", [_autocast(device) for device in ("cpu", "cuda")] + [torch.is_autocast_cache_enabled()]
     yield "threads of operations", (torch.get_num_threads(), torch.get_num_interop_threads())
     yield "function modes", [id(mode) for mode in torch.overrides._get_current_function_mode_stack()]
@@ -111,6 +168,16 @@ def _determinism() -> tuple[object, ...]:
         torch.utils.deterministic.fill_uninitialized_memory,
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
     )
+
+
+def _switch(name: str) -> object:
+    owner: Any = torch
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    try:
+        return owner() if callable(owner) else owner
+    except RuntimeError as error:  # TF32 under its old and its new name
+        return type(error)
 
 
 def _precision(name: str) -> object:

@@ -224,7 +224,11 @@ def _holding(module: nn.Module, state: Mapping[str, Any]) -> Iterator[bool]:
         _overwrite(module, {key: state[key] for key in own if key in state})
         yield foreign
     finally:
-        _overwrite(module, own)
+        try:
+            _overwrite(module, own)
+        except BaseException:  # an interrupt in the midst of it: some weights are still those of the average
+            _overwrite(module, own)
+            raise
 
 
 def _overwrite(module: nn.Module, values: Mapping[str, Tensor]) -> None:

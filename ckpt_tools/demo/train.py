@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ckpt_tools.demo.densenet import DenseNet, digits_densenet
 from ckpt_tools.demo.digits import Digits
 from ckpt_tools.errors import UsageError
-from ckpt_tools.walker.evaluating import evaluating
+from ckpt_tools.model.preserving import evaluating
 
 DROP_RATE = 0.3  # of the rates that Hendrycks & Gimpel tried (0.2 and 0.3), the one that shows more
 EPOCHS = 15

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.evaluate.outcomes import Outcomes
+from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import seeded
 from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
-from ckpt_tools.walker.evaluating import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ def evaluate(
     labels: list[Tensor] = []
     logits: list[Tensor] = []
     classes = done = 0
-    with kept_heap(), evaluating(model), seeded(seed), torch.no_grad(), eager():
+    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
         for number, (inputs, wanted) in enumerate(batches):
             for _ in runner.run(inputs, number, []):
                 pass

@@ -23,10 +23,10 @@ from ckpt_tools.initialize.rule import backward_term as backward_of
 from ckpt_tools.initialize.rule import check_choice, divisor, fan_ratio
 from ckpt_tools.initialize.scheme import fans, fill
 from ckpt_tools.initialize.state import State
+from ckpt_tools.model.overwriting import overwrite_all
 from ckpt_tools.walker.call import Batch, Forward, call, unwrap
 from ckpt_tools.walker.downstream import trained_record
 from ckpt_tools.walker.graph import Graph
-from ckpt_tools.walker.overwrite import overwrite_all
 from ckpt_tools.walker.weights import WeightUse, layer_name, reason_left, weight_uses
 
 _MOST_USES = 2

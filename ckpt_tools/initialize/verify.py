@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.model.preserving import preserved
+from ckpt_tools.model.randomness import saved_randomness, seed_all
 from ckpt_tools.moments import Moments
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, to_device, unwrap
 from ckpt_tools.walker.contractions import contraction
-from ckpt_tools.walker.sites import saved_randomness, seed_all
 from ckpt_tools.walker.twin import Mode, copy_of, set_mode
 from ckpt_tools.walker.weights import layer_name
 
@@ -81,7 +82,7 @@ def _measured(
     model: nn.Module, batches: Sequence[Batch], forward: Forward, seed: int, mode: Mode
 ) -> tuple[LayerSignal, ...]:
     device = device_of(model)
-    with _isolated(seed), eager(), torch.inference_mode(False), torch.enable_grad():
+    with preserved(model, forward), _isolated(seed), eager(), torch.inference_mode(False), torch.enable_grad():
         twin = _trainable(model, mode)
         signals = _Signals(twin, torch.Generator().manual_seed(seed))
         noise = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import BatchNormLayer, Walk
+from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.guards import check_input
 from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
@@ -25,7 +26,6 @@ from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import seeded, switch_dropout_on
 from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
-from ckpt_tools.walker.evaluating import evaluating
 
 Normalise = Literal["stored", "batch"]
 
@@ -122,7 +122,7 @@ def measure(
         observed[found.name] = Layer(found.name, module, rewritten=True)
         observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
     runner = Runner(model, forward, Interception(dropout=rates_known))
-    with kept_heap(), evaluating(model), seeded(seed), torch.no_grad(), eager():
+    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
         images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))

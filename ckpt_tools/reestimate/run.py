@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
 from ckpt_tools.distributed import ALONE, Team, joined
 from ckpt_tools.errors import ModelError, UsageError
+from ckpt_tools.model.overwriting import overwrite_all
+from ckpt_tools.model.preserving import evaluation_mode, preserved
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import CompiledInterception, Interception
@@ -27,10 +29,7 @@ from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, unwrap
-from ckpt_tools.walker.downstream import walk as walk_model
-from ckpt_tools.walker.evaluating import evaluating
-from ckpt_tools.walker.overwrite import overwrite_all
-from ckpt_tools.walker.sites import saved_randomness
+from ckpt_tools.walker.downstream import walk_preserved
 
 
 def reestimate_bn(
@@ -108,11 +107,11 @@ def reestimate_bn(
     model = unwrap(model)
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
-    with saved_randomness(), joined() if distributed else contextlib.nullcontext(ALONE) as team:
+    with preserved(model, forward) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
         check_team(estimator, team)
-        found = walk or team.first(lambda: walk_model(model, source.first(), forward=forward))
+        found = walk or team.first(lambda: walk_preserved(model, source.first(), state, forward=forward))
         choice = choose(found, layers, rates=rates, statistics=statistics)
-        with kept_heap(), evaluating(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
+        with kept_heap(), evaluation_mode(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
             share_buffers(model, team)
             screening = Screening(model, _names(batches, team), keep=keep_outliers)
             run = Passes(model, source, runner, _observed(model, found, choice), progress, screening, team)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_tools.distributed import Team
+from ckpt_tools.model.overwriting import overwrite
 from ckpt_tools.moments import Clusters, Evidence, Moments, merged
 from ckpt_tools.reestimate.layer import Layer
-from ckpt_tools.walker.overwrite import overwrite
 
 
 def combine(layers: Sequence[Layer], before: Sequence[Evidence | None], team: Team) -> None:

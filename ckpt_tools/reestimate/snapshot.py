@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
+from ckpt_tools.model.model_state import ModelState
+from ckpt_tools.model.randomness import seed_all
 from ckpt_tools.reestimate.run import reestimate_bn
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.reestimate.training import seeded
 from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, to_device, unwrap
-from ckpt_tools.walker.overwrite import put_back
-from ckpt_tools.walker.sites import seed_all
 
 
 class Options(TypedDict, total=False):
@@ -157,7 +157,8 @@ def _kept(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     buffers = [buffer for layer in layers for buffer in (layer.running_var, layer.running_mean) if buffer is not None]
     kept = [(buffer, buffer.detach().clone()) for buffer in buffers]
+    state = ModelState(buffers)
     try:
         yield kept
     finally:
-        put_back(kept)
+        state.put_back()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.walker.sites import saved_randomness, seed_all
+from ckpt_tools.model.randomness import saved_randomness, seed_all
 
 
 def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from ckpt_tools.contract import BatchNormLayer, DropoutSite, LeftAlone, Walk
 from ckpt_tools.errors import CkptToolsError, ModelError
+from ckpt_tools.model.model_state import ModelState
+from ckpt_tools.model.preserving import preserved
 from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
 from ckpt_tools.walker.record import Rates, Record, record
 from ckpt_tools.walker.twin import Mode
@@ -38,10 +38,26 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
         ModelError: if the model can be run neither on meta tensors nor for real.
     """
     model = unwrap(model)
-    _refuse(model)
-    evaluated = _record(model, example_input, forward, "evaluation")
-    mode, trained = _trained(model, example_input, forward)
-    possible = _possible([probe, model], example_input, forward, mode) or trained
+    with preserved(model, probe, forward) as state:
+        return walk_preserved(model, example_input, state, probe=probe, forward=forward)
+
+
+def walk_preserved(
+    model: nn.Module,
+    example_input: Batch,
+    state: ModelState,
+    *,
+    probe: nn.Module | None = None,
+    forward: Forward = call,
+) -> Walk:
+    """The walk of a model that a caller preserves already, whose ``state`` each recorded forward starts from.
+
+    Arguments and errors as in ``walk``.
+    """
+    _refuse_scripted(model)
+    evaluated = _record(model, example_input, forward, "evaluation", state)
+    mode, trained = _trained(model, example_input, forward, state)
+    possible = _possible([probe, model], example_input, forward, mode, state) or trained
 
     active = trained.sites
     dormant = {name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active}
@@ -68,8 +84,9 @@ def trained_record(model: nn.Module, example_input: Batch, forward: Forward = ca
 
     Raises ModelError.
     """
-    _refuse(model)
-    return _trained(model, example_input, forward)[1]
+    _refuse_scripted(model)
+    with preserved(model, forward) as state:
+        return _trained(model, example_input, forward, state)[1]
 
 
 def _layer(
@@ -89,31 +106,26 @@ def _layer(
     )
 
 
-def _refuse(model: nn.Module) -> None:
-    """Raise ModelError for what no walk can follow."""
+def _refuse_scripted(model: nn.Module) -> None:
+    """Raise ModelError for TorchScript, whose operations cannot be recorded."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{name or type(module).__name__}: TorchScript cannot be walked. Load the Python model.")
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor):
-            raise ModelError(f"{name}: not initialised yet (a lazy module). Run the model on a batch first.")
 
 
-def _trained(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Mode, Record]:
+def _trained(model: nn.Module, batch: Batch, forward: Forward, state: ModelState) -> tuple[Mode, Record]:
     """The record with dropout on, and in which mode the model could be run."""
     try:
-        return "training", _record(model, batch, forward, "training")
+        return "training", _record(model, batch, forward, "training", state)
     except ModelError:
-        try:
-            return "leaves", _record(model, batch, forward, "leaves")
-        except ModelError:
-            pass
+        with contextlib.suppress(ModelError):
+            return "leaves", _record(model, batch, forward, "leaves", state)
         raise
 
 
-def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode) -> Record:
+def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state: ModelState) -> Record:
     try:
-        return record(model, batch, forward, mode)
+        return record(model, batch, forward, mode, state)
     except CkptToolsError:
         raise
     except Exception as error:
@@ -123,14 +135,16 @@ def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode) -> Rec
         ) from error
 
 
-def _possible(models: Sequence[nn.Module | None], batch: Batch, forward: Forward, mode: Mode) -> Record | None:
+def _possible(
+    models: Sequence[nn.Module | None], batch: Batch, forward: Forward, mode: Mode, state: ModelState
+) -> Record | None:
     """The record with every rate above zero, of the first model that runs like that; None if none does."""
     for model in models:
         for attributes in (True, False):  # a zero that is no rate may stand under a name like drop_tokens
             if model is None:
                 continue
             with contextlib.suppress(Exception):
-                return record(unwrap(model), batch, forward, mode, Rates(alive=True, attributes=attributes))
+                return record(unwrap(model), batch, forward, mode, state, Rates(alive=True, attributes=attributes))
     return None
 
 

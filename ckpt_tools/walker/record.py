@@ -30,6 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.contract import DropoutSite
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.model.model_state import ModelState
+from ckpt_tools.model.preserving import evaluation_mode
+from ckpt_tools.model.randomness import saved_randomness
 from ckpt_tools.walker.call import (
     Batch,
     Forward,
@@ -39,7 +42,6 @@ from ckpt_tools.walker.call import (
     samples,
     to_device,
 )
-from ckpt_tools.walker.evaluating import evaluating
 from ckpt_tools.walker.graph import Graph, Recorder
 from ckpt_tools.walker.sites import (
     ALIVE,
@@ -49,7 +51,6 @@ from ckpt_tools.walker.sites import (
     enliven,
     keep_rate,
     module_rate,
-    saved_randomness,
     value_free,
 )
 from ckpt_tools.walker.twin import Mode, copy_of, set_mode
@@ -237,24 +238,29 @@ class Rates:
     attributes: bool = False
 
 
-def record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Rates = Rates()) -> Record:
+def record(
+    model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state: ModelState, rates: Rates = Rates()
+) -> Record:
     """Run ``forward(model, batch)`` once on a copy and record it.
 
     mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for modules without
         children only: detection models want targets when the outer module is training), or "evaluation".
+    Code that is bound to the model may run it in place of its copy: afterwards it has its ``state`` back.
     Raises whatever the model raises when neither a meta nor a real forward gets through.
     """
     with torch.inference_mode(False):  # in that mode torch takes operations less far apart
         try:
-            return _run(model, to_device(batch, "meta"), forward, mode, rates, meta=True)
+            return _run(model, to_device(batch, "meta"), forward, mode, state, rates, meta=True)
         except CkptToolsError:
             raise
         except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
             few = to_device(samples(batch, 0, 2), device_of(model))
-            return _run(model, few, forward, mode, rates, meta=False)
+            return _run(model, few, forward, mode, state, rates, meta=False)
 
 
-def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Rates, *, meta: bool) -> Record:
+def _run(
+    model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state: ModelState, rates: Rates, *, meta: bool
+) -> Record:
     twin = copy_of(model, meta=meta)
     if rates.attributes:
         enliven(twin)
@@ -263,7 +269,8 @@ def _run(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, rates: Ra
     result = Record("meta" if meta else "cpu", recorder.graph)
     tape = _Tape(twin, result, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))  # code that is bound to it may run it in place of its copy
+        stack.callback(state.put_back)
+        stack.enter_context(evaluation_mode(model))
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(eager())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ckpt_tools.model.model_state import ModelState
 
 
 def overwrite(buffer: Tensor, value: Tensor) -> None:
@@ -27,34 +28,10 @@ def _expanded(tensor: Tensor) -> list[int]:
 
 def overwrite_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy the second of each pair into the first: into all of them, or, if that is interrupted, into none."""
-    before = [(target, target.detach().clone()) for target, _ in writes]
+    state = ModelState([target for target, _ in writes])
     try:
         for target, value in writes:
             overwrite(target, value)
     except BaseException:
-        put_back(before)
+        state.put_back()
         raise
-
-
-def put_back(contents: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second of each pair into the first; an interrupt in the midst of it is raised when all are done.
-
-    One that cannot be written keeps no other from it.
-    """
-    try:
-        _overwrite_each(contents)
-    except BaseException:
-        with contextlib.suppress(Exception):
-            _overwrite_each(contents)
-        raise
-
-
-def _overwrite_each(contents: Sequence[tuple[Tensor, Tensor]]) -> None:
-    failures = []
-    for target, content in contents:
-        try:
-            overwrite(target, content)
-        except Exception as error:  # noqa: BLE001 - raised below
-            failures.append(error)
-    if failures:
-        raise failures[0]

@@ -1,0 +1,127 @@
+"""The state of a model: what running it can change in it, remembered so that it can be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.nn.parameter import is_lazy
+
+from ckpt_tools.errors import ModelError
+from ckpt_tools.model.object_state import (
+    ArrayState,
+    ContainerState,
+    GeneratorState,
+    ModuleState,
+    bound_modules,
+    elements,
+    is_container,
+    is_generator,
+)
+from ckpt_tools.model.tensor_state import StorageState, TensorState
+from ckpt_tools.model.undoing import carry_out
+
+
+class ModelState:
+    """The state of models at one time, and the way back to it.
+
+    From each root the attributes of modules, the elements of containers and the modules that functions run are
+    followed. Of every module that is met, registered or not: its class and attributes (with them its parameters,
+    buffers, children, hooks and flags). Of every tensor: the object, its storage, shape and contents,
+    ``requires_grad``, hooks and gradient. Of every dict, list, set and deque: its elements. Of every numpy array its
+    values, of every random generator its position.
+
+    Objects of any other class are not looked into: a meter of the caller's own keeps what a forward wrote into it. Of
+    tensors without a storage (MKL-DNN's layout) only the object comes back.
+    Where a forward has enlarged a storage, its contents come back, but torch has moved them to another address.
+
+    The copy of the contents takes as much memory as the parameters, gradients and buffers themselves: a forward that
+    writes to ``parameter.data`` leaves no other trace. For a ResNet-50 copying takes 50 ms and comparing 10 ms.
+    """
+
+    def __init__(self, *roots: object) -> None:
+        """Remember the state of ``roots``: modules, tensors, functions that run modules, or containers of them.
+
+        Raises ModelError for parameters that have no shape yet: they could not be given back as they came.
+        """
+        self._roots = roots
+        self._objects: list[ModuleState | ContainerState | ArrayState | GeneratorState] = []
+        self._tensors: list[TensorState] = []
+        known: dict[int, object] = {}
+        waiting: list[object] = list(roots)
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            while waiting:
+                thing = waiting.pop()
+                if id(thing) not in known:
+                    known[id(thing)] = thing  # keeps the object alive, and so its id taken
+                    waiting += self._remember(thing)
+            self._storages = [StorageState(*span) for span in _merged_spans(self._tensors)]
+
+    def put_back(self) -> None:
+        """Give everything the state that it had, as far as it differs; also a second time.
+
+        Raises ModelError if a tensor cannot be put back; everything else is put back all the same. An interrupt is
+        raised once all is done.
+        """
+        steps: list[Callable[[], object]] = [state.put_back for state in self._objects]
+        steps += [state.put_back for state in self._tensors]
+        steps += [storage.put_back for storage in self._storages]
+        steps += [state.put_back_autograd for state in self._tensors]  # a gradient must fit its tensor
+        try:
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                carry_out(steps)
+        except Exception as error:
+            raise ModelError(
+                f"{self._name()}: expected to leave the model as it was, but its forward has changed a tensor in a way "
+                f"that cannot be undone: {type(error).__name__}: {error}. Load the model again before you use it."
+            ) from error
+
+    def _remember(self, thing: object) -> Iterator[object]:
+        """Remember one thing; what it holds is yielded, to be remembered in its turn."""
+        if isinstance(thing, nn.Module):
+            self._objects.append(ModuleState(thing))
+            yield vars(thing)
+            if isinstance(thing, torch.jit.ScriptModule):  # keeps its tensors out of its attributes
+                yield from (*thing.parameters(), *thing.buffers())
+        elif isinstance(thing, Tensor):
+            self._refuse_lazy(thing)
+            state = TensorState(thing)
+            self._tensors.append(state)
+            yield from (state.grad, vars(thing), *state.hooks.values(), *state.inner.values())
+        elif is_container(thing):
+            self._objects.append(ContainerState(thing))
+            yield from elements(thing)
+        elif type(thing) is np.ndarray and thing.flags.writeable:
+            self._objects.append(ArrayState(thing))
+        elif is_generator(thing):
+            self._objects.append(GeneratorState(thing))
+        else:
+            yield from elements(thing)
+            yield from bound_modules(thing)
+
+    def _refuse_lazy(self, tensor: Tensor) -> None:
+        if is_lazy(tensor):
+            modules = [root for root in self._roots if isinstance(root, nn.Module)]
+            named = (pair for module in modules for pair in (*module.named_parameters(), *module.named_buffers()))
+            name = next((name for name, held in named if held is tensor), type(tensor).__name__)
+            raise ModelError(f"{name}: not initialised yet (a lazy module). Run the model on a batch first.")
+
+    def _name(self) -> str:
+        modules = [type(root).__name__ for root in self._roots if isinstance(root, nn.Module)]
+        return ", ".join(modules) or "the model"
+
+
+def _merged_spans(tensors: list[TensorState]) -> list[tuple[UntypedStorage, int, int]]:
+    """One span for each storage: tensors may share one, tied weights and views of a flat buffer among them."""
+    spans: dict[int, tuple[UntypedStorage, int, int]] = {}
+    for tensor in tensors:
+        for storage, start, stop in tensor.spans():
+            _, first, last = spans.get(storage._cdata, (storage, start, stop))
+            if first == last:  # of tensors without elements: nothing to cover
+                first, last = start, stop
+            elif start != stop:
+                first, last = min(first, start), max(last, stop)
+            spans[storage._cdata] = (storage, first, last)
+    return list(spans.values())

@@ -1,0 +1,242 @@
+"""The settings of torch: those of the process and those of the running thread, kept while somebody else's code runs."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+
+from ckpt_tools.errors import ModelError
+from ckpt_tools.model.undoing import carry_out
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of torch: how its value is read, and how it is set."""
+
+    name: str
+    read: Callable[[], object]
+    write: Callable[[Any], object]
+
+
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """Afterwards torch is set as it was before: dtypes, devices, precision, determinism, kernels, autocast, threads.
+
+    Settings of the process are shared by its threads: where models take turns in several of them, the first to enter
+    reads the settings, and the last to leave restores them. What this version of torch does not have is left out.
+    """
+    own = _read(_OF_THE_THREAD)
+    _PROCESS.enter()
+    try:
+        yield
+    finally:
+        try:
+            _PROCESS.leave()
+        finally:
+            _restore(own)
+
+
+Values = Sequence[tuple[Setting, object]]
+
+_UNREADABLE = object()
+"""Of a setting that torch refuses to tell: it raises where its old and its new names for TF32 contradict each other.
+
+The new names, which decide how torch computes, can be read even then."""
+
+
+def _value(setting: Setting) -> object:
+    try:
+        return setting.read()
+    except (AttributeError, RuntimeError, Warning):
+        return _UNREADABLE
+
+
+def _read(kept: Sequence[Setting]) -> Values:
+    return [(setting, _value(setting)) for setting in kept]
+
+
+def _restore(values: Values) -> None:
+    """Write the settings that have changed. The order counts: one setting of a precision changes others."""
+    carry_out(partial(_restore_one, setting, value) for setting, value in values)
+
+
+def _restore_one(setting: Setting, value: object) -> None:
+    if value is _UNREADABLE or _value(setting) == value:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of old names for TF32, which the caller has not used
+        try:
+            setting.write(value)
+        except RuntimeError as error:  # torch.backends.disable_global_flags() forbids it
+            raise ModelError(
+                f"torch's {setting.name}: expected to set it back to {value}, but torch refuses: {error} "
+                "Start a new process, and keep the model from changing settings for good."
+            ) from error
+
+
+class _ProcessSettings:
+    """The settings of the process, while anybody may change them."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._before: Values = ()
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._before = _read(_OF_THE_PROCESS)
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            try:
+                if self._users == 1:
+                    _restore(self._before)
+            finally:
+                self._users -= 1
+
+
+_PROCESS = _ProcessSettings()
+
+
+def _attribute(path: str) -> Setting:
+    """An attribute of a module of torch, such as ``backends.cudnn.benchmark``."""
+    *parents, name = path.split(".")
+
+    def owner() -> Any:
+        return reduce(getattr, parents, torch)
+
+    return Setting(path, lambda: getattr(owner(), name), lambda value: setattr(owner(), name, value))
+
+
+def _pair(getter: str, setter: str) -> Setting:
+    """Two functions of torch, given by their paths; they may be missing."""
+
+    def function(path: str) -> Any:
+        return reduce(getattr, path.split("."), torch)
+
+    return Setting(getter, lambda: function(getter)(), lambda value: function(setter)(value))
+
+
+def _pair_of_tuples(name: str, getters: Sequence[Callable[[], object]], setter: Callable[..., object]) -> Setting:
+    """A setting of several values, which one function sets together."""
+    return Setting(name, lambda: tuple(getter() for getter in getters), lambda values: setter(*values))
+
+
+def _reductions(dtype: str) -> Setting:
+    """Whether matrix products may add up in ``dtype``: in newer torch a pair, of which the attribute tells one."""
+    name = f"allow_{dtype}_reduced_precision_reduction"
+    return Setting(
+        f"backends.cuda.matmul.{name}",
+        lambda: getattr(torch._C, f"_get_cublas_{name}")(),
+        lambda value: setattr(torch.backends.cuda.matmul, name, value),
+    )
+
+
+def _autocast(device: str) -> tuple[Setting, Setting]:
+    return (
+        Setting(
+            f"autocast of {device}",
+            partial(torch.is_autocast_enabled, device),
+            partial(torch.set_autocast_enabled, device),
+        ),
+        Setting(
+            f"dtype of autocast of {device}",
+            partial(torch.get_autocast_dtype, device),
+            partial(torch.set_autocast_dtype, device),
+        ),
+    )
+
+
+def _default_device() -> object:
+    """The mode of ``torch.set_default_device``; ``torch.get_default_device`` would also tell of ``with device:``."""
+    context: Any = torch._GLOBAL_DEVICE_CONTEXT
+    return getattr(context, "device_context", None)
+
+
+def _current_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _set_current_device(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
+def _set_sparse_checks(enabled: bool) -> None:
+    checks: Any = torch.sparse.check_sparse_tensor_invariants
+    (checks.enable if enabled else checks.disable)()
+
+
+_OF_THE_PROCESS = (
+    _pair("get_default_dtype", "set_default_dtype"),
+    _pair_of_tuples(
+        "deterministic algorithms",
+        (torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled),
+        lambda enabled, warn_only: torch.use_deterministic_algorithms(enabled, warn_only=warn_only),
+    ),
+    _attribute("utils.deterministic.fill_uninitialized_memory"),
+    _pair_of_tuples(
+        "detection of anomalies",
+        (torch.is_anomaly_enabled, torch.is_anomaly_check_nan_enabled),
+        torch.set_anomaly_enabled,
+    ),
+    _pair("is_warn_always_enabled", "set_warn_always"),
+    Setting("checks of sparse tensors", torch.sparse.check_sparse_tensor_invariants.is_enabled, _set_sparse_checks),
+    _pair(
+        "__future__.get_overwrite_module_params_on_conversion", "__future__.set_overwrite_module_params_on_conversion"
+    ),
+    _pair("__future__.get_swap_module_params_on_conversion", "__future__.set_swap_module_params_on_conversion"),
+    # The old names of TF32 come first, as setting them sets new ones, too; then from all backends to single operators.
+    _pair("get_float32_matmul_precision", "set_float32_matmul_precision"),
+    _attribute("backends.cuda.matmul.allow_tf32"),
+    _attribute("backends.cudnn.allow_tf32"),
+    _attribute("backends.fp32_precision"),
+    _attribute("backends.cudnn.fp32_precision"),
+    _attribute("backends.mkldnn.fp32_precision"),
+    _attribute("backends.cuda.matmul.fp32_precision"),
+    _attribute("backends.cudnn.conv.fp32_precision"),
+    _attribute("backends.cudnn.rnn.fp32_precision"),
+    _attribute("backends.mkldnn.conv.fp32_precision"),
+    _attribute("backends.mkldnn.rnn.fp32_precision"),
+    _attribute("backends.mkldnn.matmul.fp32_precision"),
+    _attribute("backends.cuda.matmul.allow_fp16_accumulation"),
+    _reductions("fp16"),
+    _reductions("bf16"),
+    _attribute("backends.cudnn.enabled"),
+    _attribute("backends.cudnn.benchmark"),
+    _attribute("backends.cudnn.benchmark_limit"),
+    _attribute("backends.cudnn.deterministic"),
+    _attribute("backends.mkldnn.enabled"),
+    _attribute("backends.mkldnn.deterministic"),
+    _attribute("backends.miopen.immediate"),
+    _attribute("backends.opt_einsum.enabled"),
+    _attribute("backends.opt_einsum.strategy"),
+    _attribute("backends.quantized.engine"),
+    _pair("backends.mha.get_fastpath_enabled", "backends.mha.set_fastpath_enabled"),
+    _pair("backends.cuda.flash_sdp_enabled", "backends.cuda.enable_flash_sdp"),
+    _pair("backends.cuda.mem_efficient_sdp_enabled", "backends.cuda.enable_mem_efficient_sdp"),
+    _pair("backends.cuda.math_sdp_enabled", "backends.cuda.enable_math_sdp"),
+    _pair("backends.cuda.cudnn_sdp_enabled", "backends.cuda.enable_cudnn_sdp"),
+    _pair("backends.cuda.fp16_bf16_reduction_math_sdp_allowed", "backends.cuda.allow_fp16_bf16_reduction_math_sdp"),
+    _pair("backends.cuda.preferred_linalg_library", "backends.cuda.preferred_linalg_library"),
+    _pair("backends.cuda.preferred_blas_library", "backends.cuda.preferred_blas_library"),
+)
+
+_OF_THE_THREAD = (
+    _pair("is_grad_enabled", "set_grad_enabled"),
+    _pair("get_num_threads", "set_num_threads"),
+    _pair("is_autocast_cache_enabled", "set_autocast_cache_enabled"),
+    *(setting for device in ("cpu", "cuda", "xpu", "mps") for setting in _autocast(device)),
+    Setting(
+        "default device", _default_device, lambda mode: torch.set_default_device(None if mode is None else mode.device)
+    ),
+    Setting("device of CUDA", _current_device, _set_current_device),
+)
