@@ -191,10 +191,10 @@ def _remove(folder: Path, descriptor: int, within: int | None = None) -> None:
     place = folder if within is None else Path()
     try:
         with contextlib.suppress(OSError):
-            for name in os.listdir(folder if within is None else within):
+            for name in os.listdir(folder if within is None else within):  # noqa: PTH208 - of an open folder
                 if name != LOCK:
                     _remove_entry(place / name, within)
-            os.unlink(place / LOCK, dir_fd=within)  # noqa: PTH108 - below an open folder
+            os.unlink(place / LOCK, dir_fd=within)
     finally:
         os.close(descriptor)
     with contextlib.suppress(OSError):
@@ -205,6 +205,6 @@ def _remove(folder: Path, descriptor: int, within: int | None = None) -> None:
 
 def _remove_entry(path: Path, within: int | None) -> None:
     try:
-        os.unlink(path, dir_fd=within)  # noqa: PTH108 - below an open folder
+        os.unlink(path, dir_fd=within)
     except OSError:  # a folder
         shutil.rmtree(path, ignore_errors=True, dir_fd=within)

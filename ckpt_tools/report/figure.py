@@ -6,8 +6,9 @@ The paper's Figures 1 and 5 for the user's own model (Hendrycks & Gimpel 2016).
 from __future__ import annotations
 
 import importlib
+import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.storage.atomic import check_target, new_file
+from ckpt_tools.storage.own_files import read_own_file, require_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,11 +58,12 @@ _ROWS = (
 )
 
 
-def check_figure(path: Path) -> None:
-    """Refuse at once what could not be drawn or written at the end.
+def check_figure(path: Path, others: Iterable[Path | None] = ()) -> None:
+    """Refuse at once what could not be drawn or written at the end. ``others`` are the files of the job itself.
 
-    Raises UsageError for another suffix than .png, .svg or .pdf and where matplotlib is missing, OutputError for a
-    folder that does not exist or cannot be written to.
+    Raises UsageError for another suffix than .png, .svg or .pdf, for the name of another file and where matplotlib is
+    missing; OutputError for a folder that does not exist or cannot be written to, and for a file that is no earlier
+    picture of ours.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise UsageError(
@@ -72,6 +76,8 @@ def check_figure(path: Path) -> None:
         raise UsageError(
             f"{path}: expected matplotlib to draw it with, found none. Run: pip install 'ckpt-tools[report]'"
         ) from error
+    require_apart(path, report_kind(path.suffix.lower()), others)
+    read_own_file(path, report_kind(path.suffix.lower()))
     check_target(path, overwrite=True)
 
 
@@ -79,17 +85,22 @@ def write_signals_figure(path: Path, before: Sequence[LayerSignal], after: Seque
     """Draw the signals of all weight layers of a model, as it was and as it became, into a .png, .svg or .pdf file.
 
     Two rows of densities, one line for each layer: outputs z (the paper's Figure 1) and error signals δ without zeros
-    (Figure 5). Below them Var(z) and Var(δ) against depth. An existing file is replaced.
+    (Figure 5). Below them Var(z) and Var(δ) against depth. An earlier picture that nobody has changed is replaced.
 
     Raises:
         UsageError: another suffix, or matplotlib is missing.
         OutputError: the file cannot be written.
     """
     check_figure(path)
-    figure = _drawn(before, after)
+    figure, suffix, picture = _drawn(before, after), path.suffix.lower(), io.BytesIO()
+    figure.savefig(picture, format=suffix.removeprefix("."), dpi=150)
+
+    def may_replace() -> bool:
+        return read_own_file(path, report_kind(suffix)) is not None
+
     try:
-        with new_file(path, overwrite=True) as temporary:
-            figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
+        with new_file(path, overwrite=True, may_replace=may_replace) as temporary:
+            temporary.write_bytes(add_mark(picture.getvalue(), suffix))
     except OSError as error:
         raise OutputError(
             f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."

@@ -22,7 +22,16 @@ from ckpt_tools.storage.content import raw_header
 from ckpt_tools.storage.fetching import peek_header
 from ckpt_tools.version import VERSION
 
-__all__ = ["UNKNOWN", "Seal", "header_digest", "output_metadata", "provenance", "recorded", "seal_header", "seal_of", "sealed"]
+__all__ = [
+    "UNKNOWN",
+    "Seal",
+    "output_metadata",
+    "provenance",
+    "recorded",
+    "seal_header",
+    "seal_of",
+    "sealed",
+]
 
 UNKNOWN = "0" * 64  # holds the place of a SHA-256
 _ENTRY = "ckpt_tools"
@@ -73,10 +82,10 @@ def recorded(path: Path) -> dict[str, object] | None:
     if entry is None:
         return None
     seal = seal_of(entry)
-    return entry if seal is None or header_digest(text, seal) == seal.header_sha256 else None
+    return entry if seal is None or _header_digest(text, seal) == seal.header_sha256 else None
 
 
-def header_digest(text: bytes, seal: Seal) -> str:
+def _header_digest(text: bytes, seal: Seal) -> str:
     """The SHA-256 of a header with its padding, 64 zeros standing in the place of this digest."""
     return hashlib.sha256(text.replace(seal.header_sha256.encode(), UNKNOWN.encode())).hexdigest()
 

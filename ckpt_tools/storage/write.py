@@ -28,6 +28,7 @@ from ckpt_tools.storage.patch import Digests, find_original, write_patched
 from ckpt_tools.storage.provenance import UNKNOWN, Seal, output_metadata, seal_header, sealed
 from ckpt_tools.storage.read import sha256
 from ckpt_tools.storage.source import find_source
+from ckpt_tools.storage.stored import Stamp, stamp_of
 from ckpt_tools.storage.unchanged import require_stamps, require_unchanged
 
 __all__ = ["Digests", "check_output", "replace_tensors", "save", "write_safetensors"]
@@ -67,18 +68,20 @@ def replace_tensors(
     *,
     provenance: Mapping[str, object],
     overwrite: bool = False,
+    replaces: Stamp | None = None,
 ) -> Digests:
     """Do what ``save`` does, and return the SHA-256 of the source too, which costs least while the output is written.
 
-    Raises OutputError.
+    ``replaces``: the stamp of a damaged output of an earlier run, which is replaced without ``overwrite`` as long as
+    it still is that file. Raises OutputError.
     """
     target = located(path)
-    check_output(target, checkpoint.path, overwrite=overwrite)
+    check_output(target, checkpoint.path, overwrite=overwrite or replaces is not None)
     tensors = _replaced(checkpoint.tensors, replacements)
     stamps = require_unchanged(checkpoint)
     known = str(provenance.get("source_sha256") or "")
     describe = partial(output_metadata, checkpoint, provenance)
-    with _output(target, tensors, overwrite, _files_of(checkpoint.path)) as temporary:
+    with _output(target, tensors, overwrite, _files_of(checkpoint.path), replaces) as temporary:
         original = find_original(checkpoint)
         if original is not None:
             new = {key: tensors[key] for key in replacements}
@@ -105,20 +108,34 @@ def write_safetensors(
 
 @contextmanager
 def _output(
-    target: Path, tensors: Mapping[str, Tensor], overwrite: bool, sources: Sequence[Path] = ()
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    overwrite: bool,
+    sources: Sequence[Path] = (),
+    replaces: Stamp | None = None,
 ) -> Iterator[Path]:
     """Where to write what becomes ``target`` when all went well, readable for those who may read all ``sources``.
 
     Raises OutputError for what the system refuses.
     """
+    may_replace = partial(_is_still, target, replaces) if replaces is not None and not overwrite else None
+    replace = overwrite or replaces is not None
     try:
-        with new_file(target, overwrite=overwrite, sources=sources) as temporary:
+        with new_file(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
             yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
             f"{target}: expected to write {_size(tensors):,} bytes there, found: {error}. "
             "Nothing was left behind; free space or choose another folder with --output."
         ) from error
+
+
+def _is_still(target: Path, stamp: Stamp) -> bool:
+    """Whether a file is the one that the stamp was taken of."""
+    try:
+        return stamp_of(target) == stamp
+    except OSError:
+        return False
 
 
 def check_output(target: Path, source_path: Path | None, *, overwrite: bool) -> None:
