@@ -130,7 +130,7 @@ def bn_reestimate(
 
     Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the same preprocessing
     share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end,
-    4 if only checks and gates said no), and a second run skips what is done.
+    4 if only checks and gates said no), and a second run skips what is done and proves to be whole.
 
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'

@@ -79,7 +79,10 @@ if TYPE_CHECKING:  # it imports torch
     help="Of the verification: auto (CUDA if there is one), cpu, cuda or cuda:N.",
 )
 @click.option(
-    "--report", type=options.path, metavar="FILE", help="Verify, and draw the distributions as .png, .svg or .pdf."
+    "--report",
+    type=options.path,
+    metavar="FILE",
+    help="Verify, and draw the distributions as .png, .svg or .pdf. An earlier picture is replaced, no other file is.",
 )
 @options.preprocessing
 @options.as_json
@@ -117,10 +120,11 @@ def _drawing(request: InitRequest) -> Any:
         return None
     from functools import partial
 
-    from ckpt_tools.report.figure import check_figure, write_signals_figure
+    from ckpt_tools.report.figure import check_earlier_figure, check_figure, write_signals_figure
     from ckpt_tools.storage.inputs import files_of_checkpoint
 
     inputs = () if request.checkpoint is None else files_of_checkpoint(request.checkpoint)
     data = None if request.data is None else located(request.data)
-    check_figure(report, (*inputs, request.output, data))
-    return partial(write_signals_figure, report)
+    check_figure(report)
+    check_earlier_figure(report, (*inputs, request.output, data))
+    return partial(write_signals_figure, report, only_own=True)

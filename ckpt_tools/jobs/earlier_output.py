@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.storage.fetching import fetch_checkpoint
 from ckpt_tools.storage.proof import FileDigest, measure_output
 from ckpt_tools.storage.provenance import recorded, seal_of
 from ckpt_tools.storage.read import sha256
@@ -54,7 +53,6 @@ def find_earlier_output(output: Path, request: Request, in_manifest: Made | None
             f"{output}: expected an output that holds its own SHA-256, found one of version {entry['version']}, which "
             "cannot prove to be whole. Pass --overwrite to make it again, or give another --output-dir."
         )
-    fetch_checkpoint(output)
     try:
         stamp = stamp_of(output)
         measured = measure_output(output)

@@ -6,7 +6,6 @@ The paper's Figures 1 and 5 for the user's own model (Hendrycks & Gimpel 2016).
 from __future__ import annotations
 
 import importlib
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,12 +57,11 @@ _ROWS = (
 )
 
 
-def check_figure(path: Path, others: Iterable[Path | None] = ()) -> None:
-    """Refuse at once what could not be drawn or written at the end. ``others`` are the files of the job itself.
+def check_figure(path: Path) -> None:
+    """Refuse at once what could not be drawn or written at the end.
 
-    Raises UsageError for another suffix than .png, .svg or .pdf, for the name of another file and where matplotlib is
-    missing; OutputError for a folder that does not exist or cannot be written to, and for a file that is no earlier
-    picture of ours.
+    Raises UsageError for another suffix than .png, .svg or .pdf and where matplotlib is missing, OutputError for a
+    folder that does not exist or cannot be written to.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise UsageError(
@@ -76,31 +74,42 @@ def check_figure(path: Path, others: Iterable[Path | None] = ()) -> None:
         raise UsageError(
             f"{path}: expected matplotlib to draw it with, found none. Run: pip install 'ckpt-tools[report]'"
         ) from error
-    require_apart(path, report_kind(path.suffix.lower()), others)
-    read_own_file(path, report_kind(path.suffix.lower()))
     check_target(path, overwrite=True)
 
 
-def write_signals_figure(path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> None:
+def check_earlier_figure(path: Path, others: Iterable[Path | None]) -> None:
+    """Refuse at once to replace what is no earlier picture of ours. ``others`` are the files of the job itself.
+
+    Raises UsageError for the name of another file of the job, OutputError for a file that something else wrote, or that
+    was changed since.
+    """
+    require_apart(path, report_kind(path.suffix.lower()), others)
+    read_own_file(path, report_kind(path.suffix.lower()))
+
+
+def write_signals_figure(
+    path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
+) -> None:
     """Draw the signals of all weight layers of a model, as it was and as it became, into a .png, .svg or .pdf file.
 
     Two rows of densities, one line for each layer: outputs z (the paper's Figure 1) and error signals δ without zeros
-    (Figure 5). Below them Var(z) and Var(δ) against depth. An earlier picture that nobody has changed is replaced.
+    (Figure 5). Below them Var(z) and Var(δ) against depth. An existing file is replaced; with
+    ``only_own`` nothing is but an earlier picture that nobody has changed.
 
     Raises:
         UsageError: another suffix, or matplotlib is missing.
         OutputError: the file cannot be written.
     """
     check_figure(path)
-    figure, suffix, picture = _drawn(before, after), path.suffix.lower(), io.BytesIO()
-    figure.savefig(picture, format=suffix.removeprefix("."), dpi=150)
+    figure, suffix = _drawn(before, after), path.suffix.lower()
 
     def may_replace() -> bool:
         return read_own_file(path, report_kind(suffix)) is not None
 
     try:
-        with new_file(path, overwrite=True, may_replace=may_replace) as temporary:
-            temporary.write_bytes(add_mark(picture.getvalue(), suffix))
+        with new_file(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
+            figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
+            temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
             f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."

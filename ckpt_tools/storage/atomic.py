@@ -38,7 +38,7 @@ def new_file(
     check_target(target, overwrite=overwrite)
     claimed = claim(target.with_name(f".{new_name()}.tmp"))
     try:
-        temporary = claimed.folder / target.name
+        temporary = claimed.folder / "output"  # libraries take not every name
         yield temporary
         set_permissions(temporary, claimed.file_mode(), sources)
         sync(temporary)

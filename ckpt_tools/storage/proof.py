@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from ckpt_tools.remote.copies import remote_pieces
+from ckpt_tools.remote.mirror import is_remote
 from ckpt_tools.storage.content import data_start
 from ckpt_tools.storage.digest import read_back
 from ckpt_tools.storage.provenance import Seal
@@ -45,13 +51,31 @@ class Measured:
 
 
 def measure_output(path: Path) -> Measured:
-    """Read a safetensors file once, for all of its digests. Raises OSError."""
-    start, size = data_start(path), path.stat().st_size
+    """Read a safetensors file once, for all of its digests.
+
+    Of a remote file only the header needs to be at its place: the file is read in pieces, and no copy is kept. Raises
+    OSError, RemoteError.
+    """
+    start = data_start(path)
     data = hashlib.sha256()
 
     def add_data(at: int, piece: Bytes) -> None:
         data.update(piece[max(0, start - at) :].data)
 
+    whole = _read_remote(path, add_data) if is_remote(path) else _read_local(path, add_data)
+    return Measured(whole, data.hexdigest(), max(0, whole.size - start))
+
+
+def _read_local(path: Path, see: Callable[[int, Bytes], None]) -> FileDigest:
     with path.open("rb", buffering=0) as file:
-        sha256 = read_back(file.fileno(), size, add_data)
-    return Measured(FileDigest(sha256, size), data.hexdigest(), max(0, size - start))
+        size = os.fstat(file.fileno()).st_size
+        return FileDigest(read_back(file.fileno(), size, see), size)
+
+
+def _read_remote(path: Path, see: Callable[[int, Bytes], None]) -> FileDigest:
+    digest, size = hashlib.sha256(), 0
+    for piece in remote_pieces(path):
+        digest.update(piece)
+        see(size, np.frombuffer(piece, np.uint8))
+        size += len(piece)
+    return FileDigest(digest.hexdigest(), size)
