@@ -199,7 +199,7 @@ def _remove(folder: Path, descriptor: int, within: int | None = None) -> None:
         os.close(descriptor)
     with contextlib.suppress(OSError):
         if fcntl is None:  # Windows removes no file that is open
-            (folder / LOCK).unlink()
+            (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
 
 
