@@ -339,8 +339,11 @@ def _class_map(folder: Path) -> Iterator[Seed]:
 
 
 def _manifest(folder: Path) -> Iterator[Seed]:
-    lines = [json.dumps(record).encode() for record in report_facts.records()]
+    made = {"source_sha256": "a" * 64, "settings": "b" * 16, "output_sha256": "c" * 64, "output_bytes": 9}
+    beside = {"exit_code": 0, "metrics": None, "replaced": None, **made}
+    lines = [json.dumps({**record, **beside}).encode() for record in report_facts.records()]
     yield Seed({"ckpt-fix.jsonl": b"\n".join(lines[:2])}, "ckpt-fix.jsonl")
+    yield Seed({"ckpt-fix.jsonl": b"\n".join(lines[:3])[:-9]}, "ckpt-fix.jsonl")  # the run was killed
     yield Seed({"ckpt-fix.jsonl": b"\n".join([lines[0], lines[6], lines[10]])}, "ckpt-fix.jsonl")
 
 

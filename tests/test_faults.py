@@ -75,21 +75,19 @@ def test_twenty_kills(tmp_path: Path) -> None:
     assert book.kills.total() == 20
 
 
-def test_a_number_that_was_given_to_another_process_keeps_nothing(root: Path) -> None:
-    mine = scratch.new_name()
-    fields = mine.split("-")
-    fields[4] = str(int(fields[4]) - 1)  # a process with our number, which started earlier
-    for name in (mine, "-".join(fields)):
-        (root / f".{name}.tmp").touch()
+def test_the_folder_of_a_living_run_is_kept_and_that_of_a_killed_one_goes(root: Path) -> None:
+    living = scratch.claim(root / f".{scratch.new_name()}.tmp")
+    (root / f".{scratch.new_name()}.tmp").mkdir()
     assert cli().exit_code == 0
-    assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors", f".{mine}.tmp"}
+    assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors", living.folder.name}
+    living.release()
 
 
 def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors has a temporary file of its own, under a name that says nothing of whose it is."""
-    monkeypatch.setattr(atomic, "abandoned", lambda name: name.startswith(".ckpt-tools-"))
-    (root / ".ckpt-tools-x.tmp").mkdir()
-    (root / ".ckpt-tools-x.tmp" / ".tmpAbCdEf").touch()
+    killed = root / f".{scratch.new_name()}.tmp"
+    killed.mkdir()
+    (killed / ".tmpAbCdEf").touch()
     torch.save(load_file(root / "m.safetensors"), root / "m.pt")
     beside: set[str] = set()
 

@@ -12,7 +12,7 @@ from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.progress import Bar, EvaluationBar
 from ckpt_tools.cli.together import together
-from ckpt_tools.remote.mirror import as_urls, located
+from ckpt_tools.remote.mirror import as_urls
 
 if TYPE_CHECKING:  # these import torch
     from ckpt_tools.jobs.plan import Plan
@@ -130,7 +130,7 @@ def bn_reestimate(
 
     Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the same preprocessing
     share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end,
-    4 if only checks and gates said no), and a second run skips what is done.
+    4 if only checks and gates said no), and a second run skips what is done and proves to be whole.
 
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
@@ -165,7 +165,7 @@ def bn_reestimate(
     if many.is_many(checkpoints, place):
         many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
-    check_reports(reports, (first, request.output, *map(located, (request.data, request.eval_data or request.data))))
+    check_reports(reports, (*many.input_files(request, [first]), request.output))
     with together(request.device) as team:
         with options.own_stdout():
             plan = prepare(request, team=team)

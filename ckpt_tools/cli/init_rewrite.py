@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.remote.mirror import as_urls, located
+
+if TYPE_CHECKING:  # it imports torch
+    from ckpt_tools.jobs.initialization import InitRequest
 
 
 @click.command(name="init-rewrite")
@@ -76,7 +79,10 @@ from ckpt_tools.remote.mirror import as_urls
     help="Of the verification: auto (CUDA if there is one), cpu, cuda or cuda:N.",
 )
 @click.option(
-    "--report", type=options.path, metavar="FILE", help="Verify, and draw the distributions as .png, .svg or .pdf."
+    "--report",
+    type=options.path,
+    metavar="FILE",
+    help="Verify, and draw the distributions as .png, .svg or .pdf. An earlier picture is replaced, no other file is.",
 )
 @options.preprocessing
 @options.as_json
@@ -103,17 +109,22 @@ def init_rewrite(
         checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, report=report, **said
     )
     with options.own_stdout(), terminable():
-        outcome = initialize(request, _drawing(report))
+        outcome = initialize(request, _drawing(request))
     options.show(json.dumps(as_urls(init_json(outcome)), indent=2) if as_json else init_text(outcome))
 
 
-def _drawing(report: Path | None) -> Any:
+def _drawing(request: InitRequest) -> Any:
     """What draws the picture, after a check that it can be drawn."""
+    report = request.report
     if report is None:
         return None
     from functools import partial
 
-    from ckpt_tools.report.figure import check_figure, write_signals_figure
+    from ckpt_tools.report.figure import check_earlier_figure, check_figure, write_signals_figure
+    from ckpt_tools.storage.inputs import files_of_checkpoint
 
+    inputs = () if request.checkpoint is None else files_of_checkpoint(request.checkpoint)
+    data = None if request.data is None else located(request.data)
     check_figure(report)
-    return partial(write_signals_figure, report)
+    check_earlier_figure(report, (*inputs, request.output, data))
+    return partial(write_signals_figure, report, only_own=True)

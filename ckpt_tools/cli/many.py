@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Never
@@ -111,7 +111,7 @@ def reestimate(
     from ckpt_tools.jobs.engine import LocalEngine
     from ckpt_tools.jobs.folder import items_for, make_folder
     from ckpt_tools.report.folder_text import folder_text
-    from ckpt_tools.report.manifest import Manifest, record_of
+    from ckpt_tools.report.manifest import Manifest, check_manifest, record_of
     from ckpt_tools.report.write import check_reports, write_report
     from ckpt_tools.storage.discovery import find_checkpoints
 
@@ -123,7 +123,9 @@ def reestimate(
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
     items = items_for(found, place.output_dir)
     manifest = place.manifest or _beside(paths, place.output_dir)
-    files = _files(manifest, request, items)
+    files = (*input_files(request, [item.checkpoint for item in items]), *(item.output for item in items))
+    check_manifest(manifest, files)  # all of this before anything is written
+    check_reports(reports, (manifest, *files), new_folder=place.output_dir)
     if place.output_dir is not None:
         make_folder(place.output_dir)  # reports may go into it
     records: list[Any] = []
@@ -137,7 +139,7 @@ def reestimate(
     with contextlib.ExitStack() as after:
         log = Manifest(manifest)
         after.callback(log.publish)
-        check_reports(reports, files)
+        items = tuple(replace(item, in_manifest=log.in_manifest(item.output)) for item in items)
         with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
             engine.run(items, request, record_of, record, bars.images)
     records.sort(key=lambda record: names[record["checkpoint"]])
@@ -160,13 +162,12 @@ def _data_files(request: Request) -> list[Path]:
     return found
 
 
-def _files(manifest: Path, request: Request, items: Sequence[Item]) -> tuple[Path, ...]:
-    """All files of the job. Raises UsageError if the manifest would be one of the others."""
-    said = [Path(located(data)) for data in (request.data, request.eval_data) if data is not None]
-    others = [*said, *filter(None, [request.class_map]), *(item.checkpoint for item in items)]
-    if os.path.realpath(manifest) in set(map(os.path.realpath, others)):
-        raise UsageError(f"--manifest {manifest}: expected a file of its own, found another file of this job.")
-    return manifest, *others
+def input_files(request: Request, checkpoints: Sequence[Path]) -> tuple[Path, ...]:
+    """The files that a run reads: those of its checkpoints, its data and its class map."""
+    from ckpt_tools.storage.inputs import files_of_checkpoint
+
+    files = [file for checkpoint in checkpoints for file in files_of_checkpoint(checkpoint)]
+    return (*files, *_data_files(request), *filter(None, [request.class_map]))
 
 
 def _release(item: Item) -> None:

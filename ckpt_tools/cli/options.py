@@ -191,5 +191,6 @@ reports = click.option(
     multiple=True,
     metavar="FILE",
     help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI summary (.md) or the facts "
-    "(.json). Repeatable. An earlier report is replaced, no other file is.",
+    "(.json). Repeatable. An earlier report that nobody has changed is replaced, no other file is, not even with "
+    "--overwrite.",
 )

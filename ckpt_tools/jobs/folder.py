@@ -16,6 +16,7 @@ from ckpt_tools.data.memory import available_bytes
 from ckpt_tools.data.shared import read_together
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError, UsageError
+from ckpt_tools.jobs.earlier_output import Damaged, Made, find_earlier_output
 from ckpt_tools.jobs.places import default_output
 from ckpt_tools.jobs.plan import Plan, Sources, checked, chosen_device, prepare
 from ckpt_tools.jobs.reestimation import Outcome, execute
@@ -24,8 +25,8 @@ from ckpt_tools.jobs.walks import Walks
 from ckpt_tools.reestimate.capacity import free_bytes
 from ckpt_tools.storage.atomic import sweep
 from ckpt_tools.storage.discovery import Found
+from ckpt_tools.storage.proof import FileDigest
 from ckpt_tools.storage.provenance import recorded
-from ckpt_tools.storage.read import sha256
 
 Status = Literal["done", "done before", "nothing to do", "failed"]
 Watch = Callable[[int, int, int | None], None]
@@ -39,25 +40,19 @@ _SHARE = 0.4  # of the free memory, for the models of a round; activations need 
 
 @dataclass(frozen=True)
 class Item:
-    """One checkpoint of many, and where its output goes."""
+    """One checkpoint of many, and where its output goes; ``in_manifest``: what a manifest says of that output."""
 
     checkpoint: Path
     output: Path
-
-
-@dataclass(frozen=True)
-class Made:
-    """What an output was made of, and how: it stands in its metadata."""
-
-    source_sha256: str
-    settings: str
+    in_manifest: Made | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """What became of an item. ``outcome`` is there if it was done, ``error`` if it was not, ``made`` with an output.
 
-    ``seconds`` from its reading to its end, with the others of its round in between.
+    ``seconds`` from its reading to its end, with the others of its round in between. ``replaced``: what was wrong with
+    an earlier output in whose place the new one is; empty if there was none.
     """
 
     item: Item
@@ -66,6 +61,7 @@ class Result:
     made: Made | None = None
     error: Exception | None = None
     seconds: float = 0.0
+    replaced: str = ""
 
     @property
     def known(self) -> bool:
@@ -111,7 +107,8 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
     """Re-estimate every item; ``record`` gets each result as soon as its output stands. One failure stops no other.
 
     What an earlier run finished with the same settings from the same bytes is not done again, unless
-    ``request.overwrite`` is set. Raises what concerns all items: DataError, UsageError, ModelError for a device.
+    ``request.overwrite`` is set or its output is damaged. Raises what concerns all items: DataError, UsageError,
+    ModelError for a device.
     """
     sources = opened(request)
     chosen_device(request)
@@ -122,15 +119,14 @@ def run(items: Sequence[Item], request: Request, record: Callable[[Result], None
         started = time.perf_counter()
         own = _own(item, request)
         try:
-            made = _made(item, own)
-            plan = None if made else _prepared(item, own, sources, walks)
+            begun = _begin(item, own, own, sources, walks)
         except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
             record(_stopped(item, error, started))
             continue
-        if plan is None:
-            record(Result(item, "done before", made=made, seconds=time.perf_counter() - started))
+        if isinstance(begun, Result):
+            record(begun)
             continue
-        waiting.add(_Prepared(item, plan, started))
+        waiting.add(begun)
         if waiting.full:
             _round(waiting.largest(), record, watch)
     while waiting:
@@ -163,9 +159,8 @@ def look(item: Item, request: Request, sources: Sources) -> Result | Reading:
     own = _own(item, request)
     sweep(item.output.parent)
     try:
-        if made := _made(item, own):
-            return Result(item, "done before", made=made, seconds=time.perf_counter() - started)
-        return _reading(_prepared(item, replace(own, device="cpu", precision="fp32"), sources, Walks()))
+        begun = _begin(item, own, replace(own, device="cpu", precision="fp32"), sources, Walks())
+        return begun if isinstance(begun, Result) else _reading(begun.plan)
     except Exception as error:  # noqa: BLE001 - as above
         return _stopped(item, error, started)
 
@@ -178,25 +173,23 @@ def _reading(plan: Plan) -> Reading:
     return plan.input_spec, plan.batch_size, plan.device
 
 
-def _made(item: Item, request: Request) -> Made | None:
-    """How the output was made, if it is there, with these settings and from this checkpoint."""
-    said = None if request.overwrite else recorded(item.output)
-    if said is None or said.get("settings") != request.settings():
-        return None
-    made = Made(sha256(item.checkpoint), request.settings())
-    return made if said.get("source_sha256") == made.source_sha256 else None
-
-
-def _prepared(item: Item, request: Request, sources: Sources, walks: Walks) -> Plan:
-    make_folder(item.output.parent)
-    return prepare(request, sources, walks=walks)
-
-
 @dataclass(frozen=True)
 class _Prepared:
     item: Item
     plan: Plan
     started: float
+    replaced: str = ""  # what was wrong with an earlier output
+
+
+def _begin(item: Item, request: Request, run_as: Request, sources: Sources, walks: Walks) -> Result | _Prepared:
+    """What was done before, or an item that is ready for its pass, which is prepared for ``run_as``."""
+    started = time.perf_counter()
+    earlier = find_earlier_output(item.output, request, item.in_manifest)
+    if isinstance(earlier, Made):
+        return Result(item, "done before", made=earlier, seconds=time.perf_counter() - started)
+    make_folder(item.output.parent)
+    stamp, why = (earlier.stamp, earlier.why) if isinstance(earlier, Damaged) else (None, "")
+    return _Prepared(item, prepare(run_as, sources, walks=walks, replaces=stamp), started, why)
 
 
 class _Waiting:
@@ -252,8 +245,10 @@ def _finish(one: _Prepared, first: BatchStream, record: Callable[[Result], None]
     except Exception as error:  # noqa: BLE001 - as above
         record(_stopped(one.item, error, one.started))
     else:
-        made = Made(outcome.source_sha256, one.plan.request.settings())
-        record(Result(one.item, "done", outcome, made, seconds=time.perf_counter() - one.started))
+        written = FileDigest(outcome.output_sha256, outcome.output_bytes)
+        made = Made(outcome.source_sha256, one.plan.request.settings(), written)
+        seconds = time.perf_counter() - one.started
+        record(Result(one.item, "done", outcome, made, seconds=seconds, replaced=one.replaced))
 
 
 def _stopped(item: Item, error: Exception, started: float) -> Result:

@@ -25,8 +25,7 @@ def write_initialized(output: Path, loaded: LoadedModel, result: InitRewrite, *,
     zeroed = _every_name(state, [layer.bias for layer in result.rewritten if layer.bias])
     said = _provenance(loaded, result) | {"rewritten": rewritten, "zeroed": zeroed}
     if loaded.checkpoint is None:
-        written = write_safetensors(output, state, metadata=output_metadata(None, said), overwrite=overwrite)
-        return Digests("", written)
+        return write_safetensors(output, state, metadata=output_metadata(None, said), overwrite=overwrite)
     new = {key: state[key] for key in (*rewritten, *zeroed)}
     return replace_tensors(output, loaded.checkpoint, new, provenance=said, overwrite=overwrite)
 

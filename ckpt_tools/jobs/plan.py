@@ -29,6 +29,7 @@ from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.run import check_method, check_team
 from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.stored import Stamp
 from ckpt_tools.storage.write import check_output
 
 _LOOK = 64  # samples in a batch of the first look
@@ -52,6 +53,7 @@ class Plan:
     look: BatchStream  # the first samples, to see whether this is the training data
     team: Team = ALONE
     validation: Validation | None = None
+    replaces: Stamp | None = None  # a damaged output of an earlier run, in whose place the new one goes
 
     @property
     def labelled_images(self) -> int | None:
@@ -80,13 +82,20 @@ class Sources:
         return cls(data, open_source(request.eval_data, seed=request.seed, split="test"))
 
 
-def prepare(request: Request, sources: Sources | None = None, team: Team = ALONE, walks: Walks | None = None) -> Plan:
+def prepare(
+    request: Request,
+    sources: Sources | None = None,
+    team: Team = ALONE,
+    walks: Walks | None = None,
+    replaces: Stamp | None = None,
+) -> Plan:
     """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
 
-    ``sources``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. Raises any
-    CkptToolsError, on all ranks if on one; nothing is written.
+    ``sources``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. ``replaces``: a
+    damaged output of an earlier run, which may be replaced. Raises any CkptToolsError, on all ranks if on one; nothing
+    is written.
     """
-    plan = team.each(lambda: _prepared(request, sources, team, walks or Walks()))
+    plan = team.each(lambda: _prepared(request, sources, team, walks or Walks(), replaces))
     size = team.first(lambda: plan.batch_size)
     if size == plan.batch_size:
         return plan
@@ -113,10 +122,10 @@ def chosen_device(request: Request, ranks: Ranks = Ranks()) -> str:  # noqa: B00
     return device
 
 
-def _prepared(request: Request, sources: Sources | None, team: Team, walks: Walks) -> Plan:
+def _prepared(request: Request, sources: Sources | None, team: Team, walks: Walks, replaces: Stamp | None) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
     if team.speaks:
-        check_output(output, request.checkpoint, overwrite=request.overwrite)
+        check_output(output, request.checkpoint, overwrite=request.overwrite or replaces is not None)
     refuse_data(output, request.data)
     refuse_data(output, request.eval_data or request.data, "labelled")
     asked = checked(request)
@@ -138,8 +147,9 @@ def _prepared(request: Request, sources: Sources | None, team: Team, walks: Walk
     stream = _stream(request, source, spec, size, device, team)
     look = source.batches(spec, batch_size=_LOOK, workers=0, cached=True)
     plan = Plan(
-        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, look, team
-    )
+        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, look, team,
+        replaces=replaces,
+    )  # fmt: skip
     if asked is None or sources.labelled is None:
         return plan
     return replace(plan, validation=_validation(plan, asked, sources.labelled))

@@ -35,6 +35,7 @@ class Outcome:
     skipped: tuple[Skipped, ...]
     source_sha256: str
     output_sha256: str
+    output_bytes: int
     metrics: Metrics | None = None
 
 
@@ -87,7 +88,7 @@ def _executed(
     metrics = compared(validation, before, after)
     skipped = _skipped(plan)
     digests = team.first(lambda: _written(plan, result, metrics))
-    return Outcome(plan, verdict, result, skipped, digests.source, digests.output, metrics)
+    return Outcome(plan, verdict, result, skipped, digests.source, digests.output, digests.size, metrics)
 
 
 def _skipped(plan: Plan) -> tuple[Skipped, ...]:
@@ -106,6 +107,7 @@ def _written(plan: Plan, result: Reestimation, metrics: Metrics | None) -> Diges
         _replacements(plan, result),
         provenance=_provenance(plan, result) | (metrics.provenance if metrics else {}),
         overwrite=plan.request.overwrite,
+        replaces=plan.replaces,
     )
 
 

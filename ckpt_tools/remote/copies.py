@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from ckpt_tools.remote.mirror import mirror_of
 from ckpt_tools.remote.scratch import new_name
 from ckpt_tools.remote.store import Remote, counting, is_missing, is_refusal, reaching
 
-__all__ = ["fetch", "peek", "release"]
+__all__ = ["fetch", "peek", "read_remote", "release", "remote_pieces"]
 
+_PIECE = 1 << 24  # bytes of a remote file in memory at a time
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -66,6 +68,43 @@ def peek(path: Path, count: int = 0, size: int | None = None) -> bytes | None:
         file.write(head[:count])
         file.truncate(max(size or 0, len(head[:count])))  # a hole, which takes no room
     return head[:count]
+
+
+def read_remote(path: Path, limit: int) -> bytes | None:
+    """What a remote file holds now, up to one byte more than ``limit``; None if there is no such file.
+
+    Nothing is written to its place on this machine. Raises RemoteError.
+    """
+    mirror = mirror_of(path)
+    assert mirror is not None
+    remote = mirror.remote(path)
+    remote.fs.invalidate_cache()
+    try:
+        if remote.is_folder():
+            return None  # whoever writes says best what is wrong with it
+    except RemoteError as error:
+        if is_missing(error.__cause__ or error):
+            return None
+        raise
+    with reaching(remote.url):
+        content: bytes = remote.fs.cat_file(remote.path, 0, limit + 1)
+    return content
+
+
+def remote_pieces(path: Path) -> Iterator[bytes]:
+    """What a remote file holds now, from beginning to end, in pieces of which no copy is kept. Raises RemoteError."""
+    mirror = mirror_of(path)
+    assert mirror is not None
+    remote, at = mirror.remote(path), 0
+    while True:
+        with reaching(remote.url):
+            # Pieces by their places: a store that loses the connection is asked again for one piece only.
+            size = int(remote.fs.info(remote.path)["size"])
+            piece: bytes = remote.fs.cat_file(remote.path, at, min(at + _PIECE, size)) if at < size else b""
+        if not piece:
+            return
+        yield piece
+        at += len(piece)
 
 
 def release(path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from ckpt_tools.errors import RemoteError
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.address import Origin, is_url, local_path, parted, scheme_of
-from ckpt_tools.remote.scratch import new_name, roomy_folder, sweep
+from ckpt_tools.remote.scratch import Claim, claim, new_name, roomy_folder, sweep
 from ckpt_tools.remote.store import Remote, open_remote
 
 __all__ = ["Mirror", "as_urls", "is_remote", "located", "mirror_of", "mirroring", "store_of"]
@@ -46,6 +45,7 @@ class Mirror:
         self.surveyed: set[Path] = set()
         self.writable: set[Path] = set()
         self._folder: Path | None = None
+        self._claim: Claim | None = None  # of the folder, once it is made
         self._origins: list[Origin] = []  # a subfolder for each
         self._queries: dict[Path, str] = {}
 
@@ -59,9 +59,9 @@ class Mirror:
     def make(self, folder: Path) -> None:
         """Make a folder among the places, and all above it. Raises RemoteError."""
         try:
-            if not self.folder.exists():
+            if self._claim is None:
                 sweep(self.folder.parent)
-                self.folder.mkdir(mode=0o700)  # copies are nobody else's business
+                self._claim = claim(self.folder)  # which only we may enter: copies are nobody else's business
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RemoteError(
@@ -105,9 +105,9 @@ class Mirror:
 
     def close(self) -> None:
         """Remove everything."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._claim is not None:
+            self._claim.release()
+        self._folder = self._claim = None
         self.present.clear()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.storage.atomic import check_target, new_file
+from ckpt_tools.storage.own_files import read_own_file, require_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,21 +77,39 @@ def check_figure(path: Path) -> None:
     check_target(path, overwrite=True)
 
 
-def write_signals_figure(path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> None:
+def check_earlier_figure(path: Path, others: Iterable[Path | None]) -> None:
+    """Refuse at once to replace what is no earlier picture of ours. ``others`` are the files of the job itself.
+
+    Raises UsageError for the name of another file of the job, OutputError for a file that something else wrote, or that
+    was changed since.
+    """
+    require_apart(path, report_kind(path.suffix.lower()), others)
+    read_own_file(path, report_kind(path.suffix.lower()))
+
+
+def write_signals_figure(
+    path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
+) -> None:
     """Draw the signals of all weight layers of a model, as it was and as it became, into a .png, .svg or .pdf file.
 
     Two rows of densities, one line for each layer: outputs z (the paper's Figure 1) and error signals δ without zeros
-    (Figure 5). Below them Var(z) and Var(δ) against depth. An existing file is replaced.
+    (Figure 5). Below them Var(z) and Var(δ) against depth. An existing file is replaced; with
+    ``only_own`` nothing is but an earlier picture that nobody has changed.
 
     Raises:
         UsageError: another suffix, or matplotlib is missing.
         OutputError: the file cannot be written.
     """
     check_figure(path)
-    figure = _drawn(before, after)
+    figure, suffix = _drawn(before, after), path.suffix.lower()
+
+    def may_replace() -> bool:
+        return read_own_file(path, report_kind(suffix)) is not None
+
     try:
-        with new_file(path, overwrite=True) as temporary:
-            figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
+        with new_file(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
+            figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
+            temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
             f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."

@@ -25,6 +25,10 @@ def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
     if failed:
         lines += ["", f"{count(len(failed), 'failure')}:"]
         lines += [f"  {_clean(str(record.get('checkpoint')))}: {_clean(without_name(record))}" for record in failed]
+    replaced = [record for record in records if record.get("replaced")]
+    if replaced:
+        lines += ["", f"{count(len(replaced), 'damaged earlier output')}, made again:"]
+        lines += [f"  {_clean(str(record.get('output')))}: {_clean(str(record['replaced']))}" for record in replaced]
     lines += ["", f"manifest: {manifest}"]
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from ckpt_tools.report.chart import Drawing, draw
 from ckpt_tools.report.checkpoint_page import checkpoint_page
 from ckpt_tools.report.content import Page
 from ckpt_tools.report.folder_page import folder_page
+from ckpt_tools.report.marks import add_mark
 from ckpt_tools.version import VERSION
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ def _rendered(name: str, **said: object) -> str:
 
     style, script = _text("style.css").strip(), _text("sort.js").strip()  # ours: nothing to escape
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _environment().get_template(name).render(
+    text = _environment().get_template(name).render(
         version=VERSION, icon=_ICON, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}", **said
     )  # fmt: skip
+    return add_mark(text.encode("utf-8", errors="replace"), ".html").decode()
 
 
 @cache

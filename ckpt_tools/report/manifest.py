@@ -1,26 +1,65 @@
-"""The manifest of a folder: one line of JSON for every checkpoint that came to an end."""
+"""The manifest of a folder: one line of JSON for every checkpoint that came to an end.
+
+Each line is one record, and the first thing in it is the checkpoint. A file counts as a manifest if every line has
+exactly the fields of a record, in the right types. A line that a killed run left unfinished is passed over; it can
+still be told by how records begin. Any other line means that somebody else writes to the file, too, and it is left
+alone.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ckpt_tools.errors import OutputError
+from ckpt_tools.jobs.earlier_output import Made
 from ckpt_tools.jobs.engine import Record
 from ckpt_tools.jobs.folder import Result
 from ckpt_tools.jobs.scores import GateFailed
 from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.copies import fetch, peek
 from ckpt_tools.remote.delivery import deliver
 from ckpt_tools.remote.mirror import as_urls, is_remote
 from ckpt_tools.report.json import outcome_json
 from ckpt_tools.report.metrics_json import metrics_json
 from ckpt_tools.storage.atomic import check_target
+from ckpt_tools.storage.own_files import Kind, open_own_file, read_own_file, require_apart, require_own
+from ckpt_tools.storage.proof import FileDigest
 
-__all__ = ["Manifest", "record_of", "records_in"]
+__all__ = ["Manifest", "check_manifest", "record_of", "records_in"]
+
+_BEGINNING = b'{"checkpoint": '  # of every record
+_Types = type | tuple[type, ...]
+_NONE = type(None)
+_FIELDS: Mapping[str, _Types] = {
+    "checkpoint": str,
+    "status": str,
+    "output": (str, _NONE),
+    "error": (str, _NONE),
+    "exit_code": int,
+    "seconds": (int, float),
+    "source_sha256": (str, _NONE),
+    "settings": (str, _NONE),
+    "metrics": (dict, _NONE),
+    "report": (dict, _NONE),
+}
+_NEWER_FIELDS: Mapping[str, _Types] = {  # which version 0.1.0 did not write
+    "output_sha256": (str, _NONE),
+    "output_bytes": (int, _NONE),
+    "replaced": (str, _NONE),
+}
+
+
+def check_manifest(path: Path, others: Iterable[Path | None] = ()) -> None:
+    """Refuse a manifest that could not be appended to, before anything is written. ``others``: the job's other files.
+
+    Raises UsageError if it is one of the others, OutputError if it is another file, or none that may be written to,
+    RemoteError.
+    """
+    require_apart(path, _KIND, others)
+    read_own_file(path, _KIND)
 
 
 class Manifest:
@@ -33,32 +72,51 @@ class Manifest:
         """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written, RemoteError."""
         self.path = path
         self._made: dict[tuple[str, str, str], Record] = {}  # what is known of outputs, by what made them
-        self._fresh = False
+        self._latest: dict[str, Record] = {}  # the latest record of an output, by its place
+        found = read_own_file(path, _KIND)
+        self._fresh = found is None
         if is_remote(path):
             check_target(path, overwrite=True)
-            if peek(path) is not None:
-                fetch(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fresh = not path.exists()
-            with path.open("a+b") as file:
-                file.seek(0)
-                content = file.read()
-                if content and not any(records_in(content)) and not _begun(content):
-                    raise OutputError(f"{path}: expected a manifest to append to, found another file. Give --manifest.")
-                if content and not content.endswith(b"\n"):  # killed while writing
-                    file.write(b"\n")
+            if is_remote(path):
+                path.write_bytes(found or b"")  # at its place on this machine
+            content, self._file = self._begin(new=found is None and not is_remote(path))
         except OSError as error:
             raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
         for record in records_in(content):
             self._keep(record)
+
+    def _begin(self, *, new: bool) -> tuple[bytes, tuple[int, int]]:
+        """Make the file, or look at it once more where it is written to; its content, and which file it is."""
+        with self._open(new=new) as file:
+            file.seek(0)
+            content = file.read()
+            require_own(self.path, _KIND, content)
+            if content and not content.endswith(b"\n"):  # killed while writing
+                file.write(b"\n")
+            return content, _device_and_inode(file)
+
+    def _open(self, *, new: bool) -> BinaryIO:
+        flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0)
+        return os.fdopen(open_own_file(self.path, _KIND, flags), "a+b")
 
     def publish(self) -> None:
         """Put a remote manifest where it belongs; remove one that this run began for nothing. Raises OutputError."""
         if self._fresh and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink(missing_ok=True)
         elif is_remote(self.path):
+            read_own_file(self.path, _KIND)  # once more: the job may have taken hours
             deliver(self.path, self.path, overwrite=True)
+
+    def in_manifest(self, output: Path) -> Made | None:
+        """What the latest record of an output says of it."""
+        record = self._latest.get(_place(as_urls(str(output))))
+        if record is None or not record.get("source_sha256") or not record.get("settings"):
+            return None
+        sha256, size = record.get("output_sha256"), record.get("output_bytes")
+        file = FileDigest(sha256, size) if sha256 is not None and size is not None else None
+        return Made(record["source_sha256"], record["settings"], file)
 
     def add(self, record: Record) -> Record:
         """Add a line and return what is known of its checkpoint.
@@ -68,30 +126,50 @@ class Manifest:
         """
         earlier = self._made.get(_maker(record))
         if record["status"] == "done before" and earlier is not None:
-            return {**earlier, **{name: record[name] for name in ("checkpoint", "output", "status")}}
+            return {**earlier, **{name: record[name] for name in _OF_THIS_RUN if name in record}}
         self._keep(record)
+        self._append(json.dumps(record).encode() + b"\n")
+        return record
+
+    def _append(self, line: bytes) -> None:
+        """Append to the file that was looked at in the beginning, and to no other that has its name by now."""
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            new = not os.path.lexists(self.path)  # somebody has removed it
+            with self._open(new=new) as file:
+                if new:
+                    self._file = _device_and_inode(file)
+                if _device_and_inode(file) != self._file:
+                    raise OutputError(
+                        f"{self.path}: expected the manifest that was there when the run began, found another file in "
+                        "its place. Nothing was written to it; run again."
+                    )
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Give another --manifest.") from error
-        return record
 
     def _keep(self, record: Record) -> None:
         """The latest record of an output; one without a report takes the place of none with one."""
-        if record.get("output") and (record.get("report") or _maker(record) not in self._made):
+        if not record.get("output"):
+            return
+        self._latest[_place(str(record["output"]))] = record
+        if record.get("report") or _maker(record) not in self._made:
             self._made[_maker(record)] = record
+
+
+_OF_THIS_RUN = ("checkpoint", "output", "status", "output_sha256", "output_bytes", "replaced")
 
 
 def record_of(result: Result) -> Record:
     """A result as a line of the manifest.
 
     ``report`` is what ``--json`` says of a single checkpoint; ``metrics``, what a gate said no to. ``source_sha256``
-    and ``settings`` are those that stand in the output.
+    and ``settings`` are those that stand in the output, ``output_sha256`` and ``output_bytes`` those of its file.
+    ``replaced`` says what was wrong with an earlier output that this one took the place of.
     """
     error = result.error
+    written = result.made.file if result.made else None
     record: Record = as_urls(
         {
             "checkpoint": str(result.item.checkpoint),
@@ -102,6 +180,9 @@ def record_of(result: Result) -> Record:
             "seconds": round(result.seconds, 3),
             "source_sha256": result.made.source_sha256 if result.made else None,
             "settings": result.made.settings if result.made else None,
+            "output_sha256": written.sha256 if written else None,
+            "output_bytes": written.size if written else None,
+            "replaced": result.replaced or None,
             "metrics": metrics_json(error.metrics) if isinstance(error, GateFailed) else None,
             "report": None if result.outcome is None else outcome_json(result.outcome),
         }
@@ -109,24 +190,53 @@ def record_of(result: Result) -> Record:
     return record
 
 
+def _device_and_inode(file: BinaryIO) -> tuple[int, int]:
+    there = os.fstat(file.fileno())
+    return there.st_dev, there.st_ino
+
+
 def _maker(record: Record) -> tuple[str, str, str]:
     """What an output was made of, and where it lies, however that was written."""
-    output = str(record.get("output"))
-    place = output if is_url(output) else os.path.abspath(output)  # noqa: PTH100 - without ..
-    return place, str(record.get("source_sha256")), str(record.get("settings"))
+    return _place(str(record.get("output"))), str(record.get("source_sha256")), str(record.get("settings"))
 
 
-def _begun(content: bytes) -> bool:
-    """Whether this can be the first line of a manifest, whose run was killed while writing it."""
-    return content.startswith(b"{") and b"\n" not in content
+def _place(output: str) -> str:
+    return output if is_url(output) else os.path.abspath(output)  # noqa: PTH100 - without ..
 
 
-def records_in(content: bytes) -> Iterable[dict[str, Any]]:
+def _is_manifest(content: bytes) -> bool:
+    """Whether every line is a record, or the beginning of one that a killed run left."""
+    return all(_is_record(line) or _is_unfinished(line) for line in content.splitlines() if line.strip())
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether a line has exactly the fields of a record of this or of an earlier version, in the right types."""
+    record = _parsed(line)
+    if record is None:
+        return False
+    fields = {**_FIELDS, **_NEWER_FIELDS} if _NEWER_FIELDS.keys() <= record.keys() else _FIELDS
+    return record.keys() == fields.keys() and all(isinstance(record[name], kind) for name, kind in fields.items())
+
+
+def _is_unfinished(line: bytes) -> bool:
+    """Whether a line is a record whose end is missing."""
+    return (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)) and _parsed(line) is None
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def records_in(content: bytes) -> Iterator[dict[str, Any]]:
     """The records in a manifest, in order; lines that are none are passed over."""
     for line in content.splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("checkpoint"), str):
+        record = _parsed(line)
+        if record is not None and isinstance(record.get("checkpoint"), str):
             yield record
+
+
+_KIND = Kind("a manifest", "--manifest", _is_manifest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,40 +10,43 @@ from typing import Any
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.report.html import checkpoint_html, folder_html, require_templates
 from ckpt_tools.report.markdown import checkpoint_markdown, folder_markdown
+from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.report.redaction import without_secrets
 from ckpt_tools.storage.atomic import check_target, new_file
+from ckpt_tools.storage.own_files import read_own_file, require_apart
 from ckpt_tools.version import VERSION
 
 __all__ = ["check_reports", "write_report"]
 
 _SUFFIXES = (".html", ".md", ".json")
-_HEAD, _MARK = 2048, b"ckpt-tools"  # each of our reports says in its first bytes whose it is
 Facts = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
-def check_reports(paths: Sequence[Path], others: Iterable[Path | None] = ()) -> None:
+def check_reports(paths: Sequence[Path], others: Iterable[Path | None] = (), *, new_folder: Path | None = None) -> None:
     """Refuse before any work what could not be written at the end.
 
-    ``others`` are the files of the job itself. An existing report of ours is replaced, and so is an empty file.
+    ``others`` are the files of the job itself. An earlier report that nobody has changed is replaced, and so is an
+    empty file. ``new_folder`` is a folder that the job makes before it writes reports.
 
     Raises:
         UsageError: another suffix, one name twice, or jinja2 is missing.
         OutputError: a folder that is not there, or a file that is no report of ours.
     """
-    taken = {os.path.realpath(path) for path in others if path is not None}
+    taken = [other for other in others if other is not None]
     for path in paths:
-        if path.suffix.lower() not in _SUFFIXES:
+        suffix = path.suffix.lower()
+        if suffix not in _SUFFIXES:
             raise UsageError(
                 f"--report {path}: expected a name that ends in .html, .md or .json, found "
                 f"{repr(path.suffix) if path.suffix else 'no suffix'}. Rename it."
             )
-        if path.suffix.lower() == ".html":
+        if suffix == ".html":
             require_templates()
-        check_target(path, overwrite=True)
-        if os.path.realpath(path) in taken:
-            raise UsageError(f"--report {path}: expected a file of its own, found another file of this job. Rename it.")
-        taken.add(os.path.realpath(path))
-        _refuse_strangers(path)
+        require_apart(path, report_kind(suffix), taken)
+        taken.append(path)
+        read_own_file(path, report_kind(suffix))
+        if new_folder is None or new_folder.exists() or path.absolute().parent != new_folder.absolute():
+            check_target(path, overwrite=True)
 
 
 def write_report(path: Path, facts: Facts) -> None:
@@ -57,14 +59,24 @@ def write_report(path: Path, facts: Facts) -> None:
         OutputError: the file cannot be written.
     """
     check_reports([path])
-    text = _text(path.suffix.lower(), facts)
+    content = _content(path.suffix.lower(), facts)
+
+    def may_replace() -> bool:
+        # Once more, just before it happens: the job may have taken hours.
+        return read_own_file(path, report_kind(path.suffix.lower())) is not None
+
     try:
-        with new_file(path, overwrite=True) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")  # a file name may hold lone surrogates
+        with new_file(path, overwrite=True, may_replace=may_replace) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise OutputError(
             f"{path}: expected to write a report there, found: {error}. No report is left there; choose another place."
         ) from error
+
+
+def _content(suffix: str, facts: Facts) -> bytes:
+    content = _text(suffix, facts).encode("utf-8", errors="replace")  # a file name may hold lone surrogates
+    return add_mark(content, suffix) if suffix == ".md" else content
 
 
 def _text(suffix: str, facts: Facts) -> str:
@@ -76,18 +88,3 @@ def _text(suffix: str, facts: Facts) -> str:
         whole = {"tool": {"name": "ckpt-tools", "version": VERSION}, "checkpoints": without_secrets(list(facts))}
         return json.dumps(whole, indent=2) + "\n"
     return folder_html(facts) if suffix == ".html" else folder_markdown(facts)
-
-
-def _refuse_strangers(path: Path) -> None:
-    """Raise OutputError if a file is in the way that is no report of ours."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be replaced ({error.strerror}). Choose another name.") from error
-    if head.strip() and _MARK not in head:
-        raise OutputError(
-            f"{path}: expected no file, or an earlier report to replace, found another file. Choose another name."
-        )

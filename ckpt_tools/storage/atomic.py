@@ -4,56 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.remote.delivery import check_remote, deliver
 from ckpt_tools.remote.mirror import is_remote
-from ckpt_tools.remote.scratch import abandoned, new_name
+from ckpt_tools.remote.scratch import claim, new_name, sweep
+from ckpt_tools.storage.permissions import set_permissions
 
-__all__ = ["check_target", "new_file", "new_folder", "sweep", "sync"]
+__all__ = ["check_target", "new_file", "sweep", "sync"]
 
 
 @contextlib.contextmanager
-def new_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary path in the target's folder; what was written there takes the target's name at the end.
+def new_file(
+    target: Path,
+    *,
+    overwrite: bool,
+    sources: Sequence[Path] = (),
+    may_replace: Callable[[], bool] | None = None,
+) -> Iterator[Path]:
+    """A temporary path beside the target; what the block writes there takes the target's name at the end.
 
-    If the block raises anything, KeyboardInterrupt included, the temporary file is removed and the target
-    stays as it was. Without ``overwrite`` a target that appears meanwhile is not replaced.
+    The temporary path lies in a folder of its own that only this user can enter, so that nobody reads the file before
+    it has its permissions: those that new files have here, without those that any of ``sources`` denies. If the block
+    raises anything, KeyboardInterrupt included, the folder is removed and the target stays as it was.
+
+    A target that appears meanwhile is replaced only with ``overwrite``. ``may_replace``, if it is given, decides that
+    instead, just before the target is replaced; it raises where the file must not be written at all.
+
     Raises OutputError for a target that is taken, OSError if the file system refuses.
     """
     check_target(target, overwrite=overwrite)
-    temporary = target.with_name(f".{new_name()}.tmp")
+    claimed = claim(target.with_name(f".{new_name()}.tmp"))
     try:
+        temporary = claimed.folder / "output"  # libraries take not every name
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # whoever may read files made here may read this one
+        set_permissions(temporary, claimed.file_mode(), sources)
         sync(temporary)
-        (deliver if is_remote(target) else _move)(temporary, target, overwrite=overwrite)
+        replace = overwrite if may_replace is None else may_replace()
+        (deliver if is_remote(target) else _move)(temporary, target, overwrite=replace)
     finally:
-        temporary.unlink(missing_ok=True)
+        claimed.release()
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         sync(target.parent)
-
-
-@contextlib.contextmanager
-def new_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder, removed at the end. Raises OSError."""
-    folder = parent / f".{new_name()}.tmp"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what processes of this machine that were killed while writing have left in a folder, as far as we may."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if path.suffix == ".tmp" and abandoned(path.name):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -80,12 +74,6 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise _taken(target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written there ({error.strerror}). Choose another name.") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sync(path: Path) -> None:

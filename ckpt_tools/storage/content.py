@@ -19,7 +19,7 @@ from ckpt_tools.storage.pickles import load_pickle
 from ckpt_tools.storage.records import record_names
 from ckpt_tools.storage.torchscript import is_scripted, load_torchscript
 
-__all__ = ["Content", "data_start", "load_content", "load_safetensors", "safetensors_header"]
+__all__ = ["Content", "data_start", "load_content", "load_safetensors", "raw_header", "safetensors_header"]
 
 _LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER as pickle writes it
 _TAIL = 64 * 1024  # bytes of the table of contents that are looked at
@@ -107,6 +107,16 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
     return header
+
+
+def raw_header(path: Path) -> bytes:
+    """The bytes of a safetensors file's header, with its padding. Raises ValueError if the file has not all of it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, _HEADER_LIMIT))
+    if len(text) != length:
+        raise ValueError(f"{len(text):,} bytes of a header of {length:,}")
+    return text
 
 
 def data_start(path: Path) -> int:

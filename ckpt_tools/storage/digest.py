@@ -21,22 +21,25 @@ _BUFFERS = 4  # so that neither thread waits for the other's every step
 
 
 @contextmanager
-def hashed(file: int, known: str = "") -> Iterator[Callable[[], str]]:
-    """Start hashing an open file, unless its digest is known; the result waits for it. Leaving early ends the work."""
+def hashed(file: int, known: str = "", start: int = 0) -> Iterator[Callable[[], str]]:
+    """Start hashing an open file from ``start`` on, unless its digest is known; the result waits for it.
+
+    Leaving early ends the work.
+    """
     if known:
         yield lambda: known
         return
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(_digest, file, stop)
+        future = pool.submit(_digest, file, start, stop)
         try:
             yield future.result
         finally:
             stop.set()
 
 
-def _digest(file: int, stop: threading.Event) -> str:
-    digest, piece, at = hashlib.sha256(), bytearray(PIECE), 0
+def _digest(file: int, at: int, stop: threading.Event) -> str:
+    digest, piece = hashlib.sha256(), bytearray(PIECE)
     while not stop.is_set() and (count := os.preadv(file, [piece], at)):
         digest.update(memoryview(piece)[:count])
         at += count

@@ -18,6 +18,7 @@ from ckpt_tools.contract import Checkpoint
 from ckpt_tools.storage.content import data_start, safetensors_header
 from ckpt_tools.storage.digest import hashed
 from ckpt_tools.storage.layout import Layout, Part, header_text, verified
+from ckpt_tools.storage.provenance import UNKNOWN, Seal, seal_header, sealed
 from ckpt_tools.storage.raw import raw_bytes
 from ckpt_tools.storage.source import find_source
 from ckpt_tools.storage.transfer import BLOCK, copy_range, flushing, write_at
@@ -27,7 +28,7 @@ __all__ = ["Digests", "Original", "find_original", "write_patched"]
 _LARGE = 1 << 26  # bytes of data, from which on a block of padding is nothing
 _STEP = 1 << 27  # bytes after which the disk is told to start
 _SMALL = 1 << 20  # a replaced tensor up to this size is copied and overwritten: gaps cost more
-_UNKNOWN = "0" * 64  # holds the place of a SHA-256 in the header
+_MARGIN = 8  # bytes of padding at least: the library pads by fewer, so that no other program makes equal headers
 
 Describe = Callable[[str], Mapping[str, str]]
 _Entry = Mapping[str, Any]
@@ -35,10 +36,11 @@ _Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Digests:
-    """SHA-256 of a source and of the output made from it."""
+    """SHA-256 of a source, "" where there is none, and of the output made from it; the output's bytes."""
 
     source: str
     output: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Original:
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """The first bytes of an output: the header's length and the header, padded as the format asks."""
         text = header_text(self.entries, metadata)
-        start = 8 + len(text)
+        start = 8 + len(text) + _MARGIN
         block = BLOCK if self.size >= _LARGE and self.start % 8 == 0 else 8
         # Apart by whole blocks, source and output have their data at the same places of pages.
         start += (self.start - start) % block if block == BLOCK else -start % 8
@@ -94,22 +96,27 @@ def _is_whole(original: Original, tensors: Mapping[str, Tensor]) -> bool:
 
 def write_patched(
     original: Original, path: Path, replaced: Mapping[str, Tensor], describe: Describe, known: str = ""
-) -> Digests:
-    """Write a new file, read it back and compare it byte by byte. Raises OSError, ValueError.
+) -> tuple[Digests, dict[str, str]]:
+    """Write a new file, read it back and compare it byte by byte; its digests and its metadata.
 
-    ``describe`` makes the metadata from the source's SHA-256, which is computed meanwhile unless it is ``known``.
+    ``describe`` makes the metadata from the source's SHA-256, which is computed meanwhile unless it is ``known``. The
+    seal is added to them. Raises OSError, ValueError.
     """
     with original.path.open("rb", buffering=0) as source, path.open("x+b", buffering=0) as file:
         with hashed(source.fileno(), known) as digest, flushing(file.fileno()) as flush:
-            start = len(original.header(describe(known or _UNKNOWN)))
+            # All digests have the same length, so that the header's size is known before they are.
+            start = len(original.header(sealed(describe(known or UNKNOWN), Seal(UNKNOWN, original.size))))
             parts = original.parts(start, replaced)
             write_data(parts, source.fileno(), file.fileno(), start - original.start, flush)
-            header = original.header(describe(digest()))
+            source_sha256 = digest()
+        with hashed(file.fileno(), start=start) as data_digest:
+            os.fsync(file.fileno())  # the disk works while the data is hashed
+            header, metadata = seal_header(original.header, describe(source_sha256), data_digest(), original.size)
         write_at(file.fileno(), header, 0)
         os.fsync(file.fileno())
         layout = Layout(header, parts, source.fileno(), start - original.start)
         size = os.fstat(file.fileno()).st_size
-        return Digests(digest(), verified(file.fileno(), size, layout))
+        return Digests(source_sha256, verified(file.fileno(), size, layout), size), metadata
 
 
 def write_data(parts: list[Part], source: int, target: int, shift: int, flush: Callable[[], None]) -> None:

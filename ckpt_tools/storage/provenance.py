@@ -1,53 +1,119 @@
-"""What an output file says about where it comes from, kept in its safetensors metadata."""
+"""What an output file says about where it comes from, and the digests by which it proves to be whole.
+
+Both stand in one entry of its safetensors metadata. An output cannot hold the digest of all its bytes, so it holds
+two: ``data_sha256`` of the ``data_bytes`` bytes behind the header, and ``header_sha256`` of the header itself, in
+which 64 zeros stand for this digest while it is computed. The second tells an output from a file into which another
+program has copied its metadata: such a file is a checkpoint like any other.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ckpt_tools.contract import Checkpoint
-from ckpt_tools.storage.content import safetensors_header
+from ckpt_tools.storage.content import raw_header
 from ckpt_tools.storage.fetching import peek_header
 from ckpt_tools.version import VERSION
 
-__all__ = ["output_metadata", "provenance", "recorded"]
+__all__ = [
+    "UNKNOWN",
+    "Seal",
+    "output_metadata",
+    "provenance",
+    "recorded",
+    "seal_header",
+    "seal_of",
+    "sealed",
+]
 
+UNKNOWN = "0" * 64  # holds the place of a SHA-256
 _ENTRY = "ckpt_tools"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNSEALED = "0.1.0"  # the only version that wrote outputs without digests
+_DEEPEST = 100  # levels of an entry: an output that is made of an output holds its source's entry, too
+_SOURCE = ("source", "source_sha256", "weights", "prefix")
+
+
+@dataclass(frozen=True)
+class Seal:
+    """By what an output proves to be whole: SHA-256 and size of its data, SHA-256 of its header."""
+
+    data_sha256: str
+    data_bytes: int
+    header_sha256: str = UNKNOWN
+
+
+_SEAL = tuple(Seal.__dataclass_fields__)
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
-    """What this tool wrote about a checkpoint that is its own output; None for anybody else's.
+    """What a checkpoint's entry says about where it comes from; None without one.
 
     ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken, if one was; ``earlier`` is
-    the source's own provenance if that was an output as well.
+    the source's own provenance if that was an output as well. The digests of the file itself are left out.
     """
-    return _parsed(checkpoint.metadata)
+    entry = _parsed(checkpoint.metadata)
+    return None if entry is None else _without_seal(entry)
 
 
 def recorded(path: Path) -> dict[str, object] | None:
-    """The same of a safetensors file, from its header alone; None where there is no such file or header.
+    """The entry of a safetensors file that this tool wrote, from its header alone; None for any other file.
 
-    Of a remote file nothing but the header is read. Raises RemoteError.
+    The entry must have the structure that this tool writes, and the header must be the very bytes that it wrote. Of
+    a remote file nothing but the header is read. Raises RemoteError.
     """
     try:
         if not path.exists():
             peek_header(path)
         if not path.is_file():  # a pipe would be waited for
             return None
-        metadata = safetensors_header(path).get("__metadata__")
-    except (OSError, ValueError, RecursionError, MemoryError):
+        text = raw_header(path)
+        metadata = json.loads(text).get("__metadata__")
+    except (OSError, ValueError, AttributeError, RecursionError, MemoryError):
         return None
-    return _parsed(metadata) if isinstance(metadata, dict) else None
+    entry = _own_entry(metadata) if isinstance(metadata, dict) else None
+    if entry is None:
+        return None
+    seal = seal_of(entry)
+    return entry if seal is None or _header_digest(text, seal) == seal.header_sha256 else None
 
 
-def _parsed(metadata: Mapping[str, str]) -> dict[str, object] | None:
-    try:
-        found = json.loads(metadata.get(_ENTRY, ""))
-    except (ValueError, TypeError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+def _header_digest(text: bytes, seal: Seal) -> str:
+    """The SHA-256 of a header with its padding, 64 zeros standing in the place of this digest."""
+    return hashlib.sha256(text.replace(seal.header_sha256.encode(), UNKNOWN.encode())).hexdigest()
+
+
+def seal_of(entry: Mapping[str, Any]) -> Seal | None:
+    """The seal in an entry that ``recorded`` has found; None for an output of version 0.1.0, which has none."""
+    return Seal(**{name: entry[name] for name in _SEAL}) if "header_sha256" in entry else None
+
+
+def seal_header(
+    header: Callable[[Mapping[str, str]], bytes], metadata: Mapping[str, str], data_sha256: str, data_bytes: int
+) -> tuple[bytes, dict[str, str]]:
+    """The first bytes of an output and the metadata in them, sealed. ``header`` makes such bytes from metadata.
+
+    They begin with the header's length, which has eight bytes.
+    """
+    blank = header(sealed(metadata, Seal(data_sha256, data_bytes)))
+    seal = Seal(data_sha256, data_bytes, hashlib.sha256(blank[8:]).hexdigest())
+    complete = sealed(metadata, seal)
+    return header(complete), complete
+
+
+def sealed(metadata: Mapping[str, str], seal: Seal) -> dict[str, str]:
+    """The metadata with a seal in this tool's entry; without an entry, the metadata as it is."""
+    entry = _parsed(metadata)
+    if entry is None:
+        return dict(metadata)
+    return {**metadata, _ENTRY: json.dumps({**entry, **asdict(seal)}, ensure_ascii=False)}
 
 
 def output_metadata(
@@ -66,9 +132,77 @@ def output_metadata(
             "weights": checkpoint.weights,
             "prefix": checkpoint.prefix,
         }
-        if earlier := provenance(checkpoint):
-            entry["earlier"] = earlier
+        earlier = _own_entry(checkpoint.metadata)
+        if earlier is not None and _is_shallow(earlier, _DEEPEST - 1):
+            entry["earlier"] = _without_seal(earlier)
     # JSON knows neither NaN nor infinity.
     clean = json.loads(json.dumps(entry, default=str), parse_constant=lambda _: None)
     kept = {} if checkpoint is None else checkpoint.metadata
     return {**kept, "format": "pt", _ENTRY: json.dumps(clean, ensure_ascii=False)}
+
+
+def _parsed(metadata: Mapping[str, str]) -> dict[str, object] | None:
+    """The object of JSON in the entry, whoever wrote it."""
+    try:
+        entry = json.loads(metadata.get(_ENTRY, ""))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _without_seal(entry: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in entry.items() if name not in _SEAL}
+
+
+def _own_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
+    """The entry if it has the structure of those that this tool writes; None for anything else."""
+    entry = _parsed(metadata)
+    if entry is None or not isinstance(entry.get("version"), str) or not _is_shallow(entry):
+        return None
+    if not isinstance(entry.get("settings", ""), str) or not _names_source(entry):
+        return None
+    if any(name in entry for name in _SEAL):
+        return entry if _has_seal(entry) else None
+    return entry if _is_unsealed_output(entry) else None
+
+
+def _names_source(entry: Mapping[str, object]) -> bool:
+    """Whether an entry says all of a source, in the right types, or nothing."""
+    present = [name for name in _SOURCE if name in entry]
+    if not present:
+        return True
+    all_texts = all(isinstance(entry.get(name), str) for name in _SOURCE)
+    return all_texts and _is_digest(entry["source_sha256"])
+
+
+def _has_seal(entry: Mapping[str, object]) -> bool:
+    size = entry.get("data_bytes")
+    digests = _is_digest(entry.get("data_sha256")) and _is_digest(entry.get("header_sha256"))
+    return digests and isinstance(size, int) and not isinstance(size, bool) and size >= 0
+
+
+def _is_unsealed_output(entry: Mapping[str, object]) -> bool:
+    """Whether version 0.1.0 can have written an entry: one with a source, or one of ``init-rewrite`` without."""
+    if entry["version"] != _UNSEALED:
+        return False
+    return "source" in entry or (entry.get("expect") == "init" and isinstance(entry.get("scheme"), str))
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _is_shallow(value: object, levels: int = _DEEPEST) -> bool:
+    """Whether plain data is nested no deeper than an entry of ours: what is much deeper cannot be written again."""
+    level = [value]
+    for _ in range(levels):
+        level = [item for part in level for item in _children(part)]
+        if not level:
+            return True
+    return False
+
+
+def _children(value: object) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.source import Source
 
-__all__ = ["Stamp", "StoredCheckpoint", "take_stamps"]
+__all__ = ["Stamp", "StoredCheckpoint", "stamp_of", "take_stamps"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class StoredCheckpoint(Checkpoint):
 def take_stamps(source: Source) -> tuple[Stamp, ...]:
     """The stamps of a checkpoint's files, its index's last. Raises CheckpointError."""
     try:
-        found = [file.stat() for file in (*source.files, *([source.index] if source.index else []))]
+        return tuple(map(stamp_of, (*source.files, *([source.index] if source.index else []))))
     except OSError as error:
         raise CheckpointError(f"{source.path}: cannot be opened ({error.strerror}). Check its permissions.") from error
-    return tuple(Stamp(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found)
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The stamp of one file. Raises OSError."""
+    stat = path.stat()
+    return Stamp(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

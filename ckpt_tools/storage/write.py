@@ -6,10 +6,11 @@ replaced ones', and only then take the target's name, in one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -19,18 +20,23 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.remote.mirror import located
-from ckpt_tools.storage.atomic import check_target, new_file, new_folder, sync
+from ckpt_tools.storage.atomic import check_target, new_file, sync
 from ckpt_tools.storage.content import data_start, load_safetensors, safetensors_header
+from ckpt_tools.storage.digest import hashed
 from ckpt_tools.storage.layout import Layout, Part, header_text, verified
 from ckpt_tools.storage.patch import Digests, find_original, write_patched
-from ckpt_tools.storage.provenance import output_metadata
+from ckpt_tools.storage.provenance import UNKNOWN, Seal, output_metadata, seal_header, sealed
 from ckpt_tools.storage.read import sha256
 from ckpt_tools.storage.source import find_source
+from ckpt_tools.storage.stored import Stamp, stamp_of
 from ckpt_tools.storage.unchanged import require_stamps, require_unchanged
 
 __all__ = ["Digests", "check_output", "replace_tensors", "save", "write_safetensors"]
 
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".pt2"})
+
+# Longer than the digest that takes its place, so that the header is padded by more than the library ever does.
+_ROOMY = UNKNOWN + "0" * 8
 
 
 def save(
@@ -62,51 +68,74 @@ def replace_tensors(
     *,
     provenance: Mapping[str, object],
     overwrite: bool = False,
+    replaces: Stamp | None = None,
 ) -> Digests:
     """Do what ``save`` does, and return the SHA-256 of the source too, which costs least while the output is written.
 
-    Raises OutputError.
+    ``replaces``: the stamp of a damaged output of an earlier run, which is replaced without ``overwrite`` as long as
+    it still is that file. Raises OutputError.
     """
     target = located(path)
-    check_output(target, checkpoint.path, overwrite=overwrite)
+    check_output(target, checkpoint.path, overwrite=overwrite or replaces is not None)
     tensors = _replaced(checkpoint.tensors, replacements)
     stamps = require_unchanged(checkpoint)
     known = str(provenance.get("source_sha256") or "")
     describe = partial(output_metadata, checkpoint, provenance)
-    with _output(target, tensors, overwrite) as temporary:
+    with _output(target, tensors, overwrite, _files_of(checkpoint.path), replaces) as temporary:
         original = find_original(checkpoint)
         if original is not None:
-            digests = write_patched(original, temporary, {key: tensors[key] for key in replacements}, describe, known)
-            _check_header(temporary, tensors, describe(digests.source))
+            new = {key: tensors[key] for key in replacements}
+            digests, metadata = write_patched(original, temporary, new, describe, known)
+            _check_header(temporary, tensors, metadata)
         else:
-            source = known or sha256(checkpoint.path)
-            digests = Digests(source, _write_new(temporary, tensors, describe(source)))
+            source_sha256 = known or sha256(checkpoint.path)
+            digests = _write_new(temporary, tensors, describe(source_sha256), source_sha256)
         require_stamps(checkpoint, stamps)
     return digests
 
 
 def write_safetensors(
     target: Path | str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], overwrite: bool = False
-) -> str:
-    """Write tensors to a safetensors file, all or nothing, and return its SHA-256.
+) -> Digests:
+    """Write tensors to a safetensors file, all or nothing, and return its digest and size.
 
-    Tensors may share memory and need not be contiguous. Raises OutputError.
+    Tensors may share memory and need not be contiguous. ``metadata`` of ``output_metadata`` are sealed. Raises
+    OutputError.
     """
     with _output(located(target), tensors, overwrite) as temporary:
         return _write_new(temporary, tensors, metadata)
 
 
 @contextmanager
-def _output(target: Path, tensors: Mapping[str, Tensor], overwrite: bool) -> Iterator[Path]:
-    """Where to write what becomes ``target`` when all went well. Raises OutputError for what the system refuses."""
+def _output(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    overwrite: bool,
+    sources: Sequence[Path] = (),
+    replaces: Stamp | None = None,
+) -> Iterator[Path]:
+    """Where to write what becomes ``target`` when all went well, readable for those who may read all ``sources``.
+
+    Raises OutputError for what the system refuses.
+    """
+    may_replace = partial(_is_still, target, replaces) if replaces is not None and not overwrite else None
+    replace = overwrite or replaces is not None
     try:
-        with new_file(target, overwrite=overwrite) as temporary:
+        with new_file(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
             yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
             f"{target}: expected to write {_size(tensors):,} bytes there, found: {error}. "
             "Nothing was left behind; free space or choose another folder with --output."
         ) from error
+
+
+def _is_still(target: Path, stamp: Stamp) -> bool:
+    """Whether a file is the one that the stamp was taken of."""
+    try:
+        return stamp_of(target) == stamp
+    except OSError:
+        return False
 
 
 def check_output(target: Path, source_path: Path | None, *, overwrite: bool) -> None:
@@ -125,13 +154,16 @@ def check_output(target: Path, source_path: Path | None, *, overwrite: bool) -> 
 
 
 def _refuse_source(target: Path, source_path: Path) -> None:
-    source = find_source(source_path)
-    files = [*source.files, *([source.index] if source.index else [])]
-    if any(_is_same(target, file) for file in files):
+    if any(_is_same(target, file) for file in _files_of(source_path)):
         raise OutputError(
             f"{target}: expected a file of its own, found the source checkpoint ({source_path}), which is never "
             "written to. Choose another name."
         )
+
+
+def _files_of(source_path: Path) -> tuple[Path, ...]:
+    source = find_source(source_path)
+    return (*source.files, source.index) if source.index else source.files
 
 
 def _is_same(target: Path, file: Path) -> bool:
@@ -168,18 +200,22 @@ def _cast(key: str, stored: Tensor, value: Tensor) -> Tensor:
     return cast
 
 
-def _write_new(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write a file from memory, read it back and compare; its SHA-256. Raises OSError, ValueError and the library's."""
-    _write(path, tensors, metadata)
-    _check_header(path, tensors, metadata)
+def _write_new(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source_sha256: str = ""
+) -> Digests:
+    """Write a file from memory, read it back and compare. Raises OSError, ValueError and the library's errors."""
+    complete = _write(path, tensors, metadata)
+    _check_header(path, tensors, complete)
     start, header = data_start(path), safetensors_header(path)
     spans = {key: header[key]["data_offsets"] for key in tensors}
     parts = [Part(key, start + begin, end - begin, tensors[key]) for key, (begin, end) in spans.items()]
     with path.open("rb", buffering=0) as file:
-        return verified(file.fileno(), path.stat().st_size, Layout(file.read(start), parts))
+        size = path.stat().st_size
+        return Digests(source_sha256, verified(file.fileno(), size, Layout(file.read(start), parts)), size)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Write a file and put its header in order; the metadata in it, sealed if they are those of an output."""
     copied = _overlapping(tensors)
     dense = {
         key: tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -187,15 +223,15 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         else tensor.detach()
         for key, tensor in tensors.items()
     }
-    # The library writes under a name of its own beside the one that it is given: a folder of ours is swept with it.
-    with new_folder(path.parent) as folder:
-        try:
-            save_file(dense, folder / path.name, metadata=dict(metadata))
-        except KeyError as error:
-            raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
-        (folder / path.name).rename(path)
-    _restore_order(path, list(tensors), metadata)
+    try:
+        save_file(dense, path, metadata=sealed(metadata, Seal(UNKNOWN, _size(tensors), _ROOMY)))
+    except KeyError as error:
+        raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
+    with path.open("r+b") as file, hashed(file.fileno(), start=data_start(path)) as data_digest:
+        sync(path)  # the disk works while the data is hashed
+        complete = _finish_header(file, path, list(tensors), metadata, data_digest())
     sync(path)
+    return complete
 
 
 def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
@@ -212,16 +248,27 @@ def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
     return copied
 
 
-def _restore_order(path: Path, keys: list[str], metadata: Mapping[str, str]) -> None:
-    """Put the header's entries into the source's order; the library sorts them by type and name."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = safetensors_header(path)
-        entries = {key: header[key] for key in keys if key in header}
-        text = header_text(entries, metadata)
-        if len(entries) + 1 == len(header) and len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
+def _finish_header(
+    file: BinaryIO, path: Path, keys: list[str], metadata: Mapping[str, str], data_sha256: str
+) -> dict[str, str]:
+    """Seal the header, and put its entries into the source's order: the library sorts them by type and name.
+
+    The header keeps its length. Returns the metadata in it. Raises ValueError if it does not fit.
+    """
+    stored = safetensors_header(path)
+    stored.pop("__metadata__", None)
+    entries = {key: stored[key] for key in keys}
+    length = data_start(path) - 8
+
+    def header(said: Mapping[str, str]) -> bytes:
+        return length.to_bytes(8, "little") + header_text(entries, said).ljust(length)
+
+    text, complete = seal_header(header, metadata, data_sha256, path.stat().st_size - 8 - length)
+    if len(text) != 8 + length:
+        raise ValueError(f"a header of {len(text) - 8:,} bytes, for which there are {length:,}")
+    file.seek(0)
+    file.write(text)
+    return complete
 
 
 def _check_header(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

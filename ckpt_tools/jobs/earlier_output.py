@@ -1,0 +1,67 @@
+"""Whether an earlier run has made an output already, and whether it still is what was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpt_tools.errors import OutputError
+from ckpt_tools.jobs.request import Request
+from ckpt_tools.storage.proof import FileDigest, measure_output
+from ckpt_tools.storage.provenance import recorded, seal_of
+from ckpt_tools.storage.read import sha256
+from ckpt_tools.storage.stored import Stamp, stamp_of
+
+__all__ = ["Damaged", "Made", "find_earlier_output"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an output was made of, and how, as its metadata say; and what its file is, as far as that is known."""
+
+    source_sha256: str
+    settings: str
+    file: FileDigest | None = None
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """An output of an earlier run that is not what was written any more: why, and the file as it was looked at."""
+
+    why: str
+    stamp: Stamp
+
+
+def find_earlier_output(output: Path, request: Request, in_manifest: Made | None) -> Made | Damaged | None:
+    """What an earlier run made of the request's checkpoint with the same settings, if it is there: whole, or damaged.
+
+    An output counts as whole if its data has the SHA-256 that the output itself holds, and its file the one that the
+    manifest holds, if that tells of this output. A damaged one is known to be this tool's own by its header, which is
+    why it may be replaced. Any other file that has the output's name is left to --overwrite.
+
+    Raises OutputError for an output of version 0.1.0, which holds no digests, CheckpointError, RemoteError.
+    """
+    entry = None if request.overwrite else recorded(output)
+    if entry is None or entry.get("settings") != request.settings():
+        return None
+    made = Made(sha256(request.checkpoint), request.settings())
+    if entry.get("source_sha256") != made.source_sha256:
+        return None
+    seal = seal_of(entry)
+    if seal is None:
+        raise OutputError(
+            f"{output}: expected an output that holds its own SHA-256, found one of version {entry['version']}, which "
+            "cannot prove to be whole. Pass --overwrite to make it again, or give another --output-dir."
+        )
+    try:
+        stamp = stamp_of(output)
+        measured = measure_output(output)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: expected to compare it with what was written, found that it cannot be read "
+            f"({error.strerror}). Check its permissions, or pass --overwrite to make it again."
+        ) from error
+    # A record of an output that was made of other bytes, or with other settings, says nothing of this one.
+    tells_of_this = in_manifest is not None and replace(in_manifest, file=None) == made
+    why = measured.damage(seal, in_manifest.file if in_manifest is not None and tells_of_this else None)
+    return Damaged(why, stamp) if why else replace(made, file=measured.whole)
