@@ -5,12 +5,38 @@ After Hendrycks & Gimpel 2016, sections 3 and 2.
 Public names are resolved on first use, so that ``import ckpt_tools`` costs nothing and imports no torch.
 """
 
-from __future__ import annotations
+import os
+import sys
 
-from importlib import import_module
-from typing import TYPE_CHECKING
 
-from ckpt_tools.version import VERSION as __version__
+def _leave_current_folder() -> None:
+    """Take the current folder off ``sys.path``, where ``python -m ckpt_tools`` has put it first.
+
+    Otherwise a folder of checkpoints from somebody else could replace the standard library and torch by its own files.
+    Where PYTHONPATH names the folder, too, that entry stays. Python loads ``os`` and ``sys`` before it searches any
+    folder; nothing else may be imported above this, not even ``__future__``, which is a file as well.
+
+    ``sys.argv[0]`` is "-m" while Python locates the module (https://docs.python.org/3/using/cmdline.html#cmdoption-m),
+    whose name is the last word before the arguments.
+    """
+    if sys.argv[:1] != ["-m"] or sys.flags.safe_path:
+        return
+    named = sys.orig_argv[-len(sys.argv)]
+    if named in ("ckpt_tools", "ckpt_tools.__main__") or (named.startswith("-") and named.endswith("mckpt_tools")):
+        try:
+            here = os.getcwd()  # noqa: PTH109 - pathlib is a file that the folder could replace
+        except OSError:  # the folder was removed, and Python did not list it
+            return
+        if sys.path[:1] == [here]:
+            del sys.path[0]
+
+
+_leave_current_folder()
+
+from importlib import import_module  # noqa: E402 - only now is it safe
+from typing import TYPE_CHECKING  # noqa: E402
+
+from ckpt_tools.version import VERSION as __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from ckpt_tools.activations import activation_moments

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ckpt_tools.contract import Adapter
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.import_path import import_user_module
 
 GROUP = "ckpt_tools.adapters"
 _FACTORY = "factory"
@@ -27,8 +28,11 @@ def prefixes() -> tuple[str, ...]:
 @functools.cache
 def adapter(prefix: str) -> Adapter:
     """Load one adapter. ``prefix`` is an entry point's name, or ``module:Class``. Raises ArchitectureError."""
-    point = next(iter(entry_points(group=GROUP, name=prefix)), None) or EntryPoint(prefix, prefix, GROUP)
+    registered = next(iter(entry_points(group=GROUP, name=prefix)), None)
+    point = registered or EntryPoint(prefix, prefix, GROUP)
     try:
+        if registered is None:
+            import_user_module(prefix.partition(":")[0])
         made = point.load()()
     except Exception as error:
         raise ArchitectureError(

@@ -168,11 +168,12 @@ def prepared(folder: Path) -> None:
     np.save(folder / "bad.npy", bad)
 
 
-def torchrun(world: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun(world: int, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(str(TESTS / part) for part in ("..", "../adapters", "."))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return subprocess.run(
         [*command, *map(str, arguments)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -250,7 +251,9 @@ def job(folder: Path, data: object, *more: object) -> list[object]:
 def test_the_command_speaks_once(tmp_path: Path) -> None:
     prepared(tmp_path)
     arguments = job(tmp_path, tmp_path / "data.npy", "--batch-size", 30, "--json")
-    run = torchrun(2, *arguments)
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported from the current folder')")
+    command = ["--no-python", Path(sys.executable).parent / "ckpt-fix"]  # as the README has it
+    run = torchrun(2, *command, *arguments[2:], folder=tmp_path)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert (result["processes"], result["data"]["images"], result["data"]["batches"]) == (2, 101, 4)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lethal
+import listening
 import nets
 import numpy as np
 import pytest
@@ -21,8 +26,10 @@ from click.testing import CliRunner, Result
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import ClusterError, UsageError
-from ckpt_tools.jobs.cluster import Size, measured
+from ckpt_tools.jobs import loopback
+from ckpt_tools.jobs.cluster import Size, connected, measured
 from ckpt_tools.jobs.folder import Item, items_for
+from ckpt_tools.jobs.loopback import require_loopback
 from ckpt_tools.jobs.ray_engine import RayEngine, _Part
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.remote.mirror import located, mirroring
@@ -32,17 +39,26 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """Two CPUs. Workers find what these tests find, and as in the background of a shell, interrupts are ignored."""
-    ray = pytest.importorskip("ray")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """As the engine starts it, with two CPUs. Workers find what these tests find.
+
+    As in the background of a shell, interrupts are ignored.
+    """
+    pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests")))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where a token of the user's would be
+        for name in [name for name in os.environ if name.startswith("RAY_AUTH") or name == "RAY_ADDRESS"]:
+            patch.delenv(name)
+        variables = dict(os.environ)
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        signal.signal(signal.SIGINT, before)
-        yield ray
-        ray.shutdown()
+        patch.chdir(tmp_path_factory.mktemp("start"))
+        with connected(None) as ray:
+            signal.signal(signal.SIGINT, before)
+            yield ray
+        assert dict(os.environ) == variables
+        assert not list(Path(os.environ["HOME"]).iterdir())
 
 
 @pytest.fixture
@@ -149,6 +165,93 @@ def test_what_concerns_all_ends_the_run(said: tuple[str, ...]) -> None:
     assert result.exit_code == 1
     assert "nowhere/" in result.stderr
     assert not result.stdout
+
+
+# Asks Ray's head for its keys, with the token in the environment. None of the names it could run code by is needed.
+ASK = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, timeout=5)))
+"""
+
+
+def test_only_who_has_the_token_is_answered(ray: Any) -> None:
+    if not hasattr(importlib.import_module("ray._raylet"), "AuthenticationTokenLoader"):
+        pytest.skip("a version of Ray without tokens")
+    token = ray.get(ray.remote(lambda: os.environ["RAY_AUTH_TOKEN"]).remote(), timeout=60)
+    assert len(token) == 64
+    assert not [path for path in listening.PROC.glob("[0-9]*/cmdline") if token.encode() in content(path)]
+    address = ray.get_runtime_context().gcs_address
+    for said, answered in (({"RAY_AUTH_MODE": "disabled"}, False), ({"RAY_AUTH_TOKEN": "0" * 64}, False), ({}, True)):
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **said}
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK, address], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (asked.returncode == 0) is answered, asked.stderr
+
+
+def content(path: Path) -> bytes:
+    with contextlib.suppress(OSError):  # the process may have ended
+        return path.read_bytes()
+    return b""
+
+
+@pytest.mark.skipif(not (listening.PROC / "net/tcp").exists(), reason="no /proc to look at")
+def test_servers_listen_on_this_machine_alone(ray: Any) -> None:
+    assert ray.get(ray.remote(lambda: True).remote(), timeout=60)  # a worker is there, and all before it
+    servers = [*listening.servers(listening.family(os.getpid()))]
+    assert {"gcs_server", "raylet"} <= {command for command, _ in servers}
+    assert not [server for server in servers if not server[1].is_loopback]
+
+
+def test_workers_do_not_search_the_folder_that_the_run_was_started_in(ray: Any) -> None:
+    folders = ray.get(ray.remote(lambda: sys.path).remote(), timeout=60)
+    assert not [folder for folder in folders if folder == "" or Path(folder).name.startswith("start")]
+
+
+def test_a_cluster_that_others_can_reach_is_not_used() -> None:
+    open_to_all = SimpleNamespace(nodes=lambda: [{"NodeManagerAddress": "192.0.2.7"}], __version__="9.9")
+    with pytest.raises(ClusterError, match=r"Ray 9\.9.*192\.0\.2\.7"):
+        require_loopback(open_to_all)
+    for address in ("127.0.0.1", "::1"):
+        require_loopback(SimpleNamespace(nodes=lambda address=address: [{"NodeManagerAddress": address}]))
+
+
+@pytest.mark.parametrize(
+    ("said", "home", "expected"),
+    [
+        ({}, False, {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}),
+        ({"RAY_AUTH_MODE": "token"}, False, {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}),
+        ({"RAY_AUTH_MODE": "disabled"}, False, set()),
+        ({"RAY_AUTH_TOKEN": "mine"}, False, {"RAY_AUTH_MODE"}),
+        ({"RAY_AUTH_TOKEN_PATH": "mine"}, False, {"RAY_AUTH_MODE"}),
+        ({}, True, {"RAY_AUTH_MODE"}),
+    ],
+)
+def test_the_users_token_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, str], home: bool, expected: set[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_AUTH")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if home:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("mine")
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert loopback._authentication().keys() == expected
+
+
+def test_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAYS", "1")
+    monkeypatch.setenv("REMOVED", "1")
+    before = dict(os.environ)
+    with contextlib.suppress(KeyError), loopback.temporary_environment(STAYS="2", NEW="3"):
+        os.environ["RAYS"] = "4"
+        assert os.environ["STAYS"] + os.environ["NEW"] == "23"
+        del os.environ["REMOVED"]
+        raise KeyError
+    assert dict(os.environ) == before
 
 
 @pytest.mark.usefixtures("root")

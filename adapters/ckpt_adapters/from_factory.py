@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import operator
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +13,13 @@ from ckpt_adapters.construct import construct, keywords, rate_keywords, suggesti
 from ckpt_adapters.sizes import size_of
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.import_path import import_user_module
 
 _SIZES = (("num_classes", 0), ("n_classes", 0), ("num_labels", 0), ("in_chans", 1), ("in_channels", 1))
 
 
 class FactoryAdapter:
-    """Functions and classes by import path; the current directory is importable.
+    """Functions and classes by import path, also from modules of the current folder.
 
     The callable runs several times: once or twice for shapes (on the meta device where it can), once for the
     model, once with drop rates switched on.
@@ -89,7 +86,7 @@ def _factory(name: str) -> Callable[..., object]:
         )
     module = _import(name, module_name)
     try:
-        factory = operator.attrgetter(path)(module)
+        factory: Callable[..., object] = operator.attrgetter(path)(module)
     except AttributeError as error:
         known = [key for key, value in vars(module).items() if callable(value)]
         raise ArchitectureError(
@@ -98,22 +95,12 @@ def _factory(name: str) -> Callable[..., object]:
         ) from error
     if not callable(factory):
         raise ArchitectureError(f"{name}: expected a callable, found {type(factory).__name__}. Name a function.")
-    return _called_from_here(factory)
-
-
-def _called_from_here(factory: Callable[..., object]) -> Callable[..., object]:
-    @functools.wraps(factory)
-    def call(**kwargs: object) -> object:
-        with _current_directory_importable():  # factories import siblings when they are called
-            return factory(**kwargs)
-
-    return call
+    return factory
 
 
 def _import(name: str, module_name: str) -> Any:
     try:
-        with _current_directory_importable():
-            return importlib.import_module(module_name)
+        return import_user_module(module_name)
     except (Exception, SystemExit) as error:  # the user's module may do anything while it loads
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
@@ -121,18 +108,3 @@ def _import(name: str, module_name: str) -> Any:
         else:
             said = f"importing {module_name} failed with {type(error).__name__}: {error}"
         raise ArchitectureError(f"{name}: {said}.") from error
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    """As ``python -m`` has it; console scripts do not."""
-    here = str(Path.cwd())
-    if here in sys.path or "" in sys.path:
-        yield
-        return
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)

@@ -146,8 +146,8 @@ def bn_reestimate(
     \b
         ckpt-fix bn-reestimate s3://bucket/model.pt --data s3://bucket/train/
 
-    On several devices: torchrun --nproc-per-node 8 -m ckpt_tools bn-reestimate … Every process takes its share of the
-    batches and, of GPUs, its own; the result is that of one process.
+    On several devices: torchrun --nproc-per-node 8 --no-python ckpt-fix bn-reestimate … Every process takes its share
+    of the batches and, of GPUs, its own; the result is that of one process.
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.plan import prepare

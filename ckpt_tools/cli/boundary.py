@@ -17,6 +17,7 @@ import click
 from ckpt_tools.cli import github
 from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError, is_short_of_memory
+from ckpt_tools.import_path import children_without_current_folder
 from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.mirror import as_urls, mirroring
 
@@ -35,7 +36,7 @@ class Boundary(click.Group):
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
         _interrupted.clear()
         try:
-            with mirroring(transfer_bar), terminable():
+            with children_without_current_folder(), mirroring(transfer_bar), terminable():
                 return self._answered(ctx)
         except KeyboardInterrupt as error:  # as the command ended
             sys.exit(told(error))

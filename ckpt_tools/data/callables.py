@@ -17,6 +17,7 @@ from ckpt_tools.data.order import WHOLE, Share, balanced, default_workers, rando
 from ckpt_tools.data.stream import Batch, Skipped
 from ckpt_tools.data.user_code import Product, imported
 from ckpt_tools.errors import DataError
+from ckpt_tools.import_path import user_code_for_children
 
 __all__ = ["CallableSource", "CallableStream", "tensors_of"]
 
@@ -142,7 +143,8 @@ class CallableStream:
 
     def _items(self) -> Iterator[Any]:
         # a shuffling DataLoader draws its order from torch's global state, on the first step
-        with blamed(f"{self._spec}: reading"), torch.random.fork_rng(devices=[]):
+        blame = blamed(f"{self._spec}: reading")
+        with blame, torch.random.fork_rng(devices=[]), user_code_for_children():  # the workers start here
             torch.default_generator.manual_seed(self._seed)
             items = iter(self._product())
             item = next(items, _END)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from operator import attrgetter
@@ -15,12 +13,13 @@ from torch import Tensor
 
 from ckpt_tools.data.blame import blamed, named
 from ckpt_tools.errors import DataError
+from ckpt_tools.import_path import import_user_module, user_code_for_children
 
 __all__ = ["Product", "imported"]
 
 
 def imported(spec: str) -> Callable[[], object]:
-    """The callable that ``package.module:name`` names; modules of the current directory are found too.
+    """The callable that ``package.module:name`` names; modules of the current folder are found too.
 
     Raises DataError if the module or the name is not there, the module fails, or the object is no callable.
     """
@@ -38,15 +37,12 @@ def imported(spec: str) -> Callable[[], object]:
 
 
 def _module(spec: str, name: str) -> ModuleType:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # and it stays: user code may import more of its own when it runs
     try:
-        return importlib.import_module(name)
+        return import_user_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise DataError(
-                f"{spec}: expected a module to import, {error.name!r} is not in {here} or the environment."
+                f"{spec}: expected a module to import, {error.name!r} is not in {Path.cwd()} or the environment."
             ) from error
         raise DataError(f"{spec}: importing {name} failed: {error}. Install what is missing.") from error
     except (Exception, SystemExit) as error:
@@ -73,7 +69,7 @@ class Product:
         return product
 
     def _call(self) -> object:
-        with blamed(f"{self._spec}: the call without arguments"):
+        with blamed(f"{self._spec}: the call without arguments"), user_code_for_children():
             product = self._function()
         readable = isinstance(product, Iterable) or hasattr(product, "__getitem__")
         if not readable or isinstance(product, Tensor | Mapping | str | bytes):

@@ -8,12 +8,20 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import ClusterError, UsageError
+from ckpt_tools.jobs.loopback import (
+    loopback_cluster,
+    read_authentication,
+    require_loopback,
+    temporary_environment,
+)
 
 __all__ = ["Size", "connected", "measured", "require"]
 
@@ -45,12 +53,17 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    try:
+    phones_home = os.environ.get("RAY_USAGE_STATS_ENABLED", "0")  # by default it would
+    with contextlib.ExitStack() as stack:
+        stack.callback(read_authentication)  # last, when the environment is as it was
+        stack.enter_context(temporary_environment(RAY_USAGE_STATS_ENABLED=phones_home))
+        stack.callback(ray.shutdown)
         with _own_sigterm():
-            _connect(ray, address)
+            if address == "local":
+                _start(ray)
+            else:
+                _connect(ray, address)
         yield ray
-    finally:
-        ray.shutdown()
 
 
 def require(address: str | None) -> Any:
@@ -65,9 +78,9 @@ def require(address: str | None) -> Any:
 
 
 def _imported() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would phone home
     try:
-        return importlib.import_module("ray")
+        with temporary_environment():
+            return importlib.import_module("ray")
     except ImportError as error:
         raise UsageError(
             f"--engine ray: expected Ray to run on, found none ({error}). Run: pip install 'ckpt-tools[ray]'"
@@ -106,9 +119,21 @@ def _greet(host: str, port: int) -> None:
                 raise ConnectionError("a server that is not Ray's head")
 
 
+def _start(ray: Any) -> None:
+    """Start a cluster for this run, which nobody but this user of this machine can reach. Raises ClusterError."""
+    with loopback_cluster():
+        _connect(ray, "local")
+    require_loopback(ray)
+
+
 def _connect(ray: Any, address: str) -> None:
+    # Ray puts the driver's current folder first on the path of its workers, where it would serve every import, unless
+    # the job counts as one of a client. Workers find the user's code there as the driver does.
+    hide_folder = str(Path.cwd()) not in sys.path and "" not in sys.path
+    job = ray.job_config.JobConfig(_client_job=hide_folder)
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, job_config=job, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = "to start on this machine" if address == "local" else f"to be running at {address}"
         found = str(error).rstrip(".")
