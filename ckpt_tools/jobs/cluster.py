@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_tools.errors import ClusterError, UsageError
+from ckpt_tools.redaction import remember_secret
 
 __all__ = ["Size", "connected", "measured", "require"]
 
@@ -60,6 +61,7 @@ def require(address: str | None) -> Any:
     """
     ray = _imported()
     if address := address or os.environ.get("RAY_ADDRESS"):
+        remember_secret(address.rpartition("@")[0])  # there is none in an address of Ray, but somebody may think so
         _reach(address)
     return ray
 
