@@ -112,7 +112,7 @@ def without_fragments(text: str) -> str:
         if text[start : start + _FRAGMENT].lower() in fragments:
             secret[start : start + _FRAGMENT] = b"\1" * _FRAGMENT
     parts = []
-    for match in re.finditer(rb"\0+|\1+", bytes(secret)):
+    for match in re.finditer(rb"\x00+|\x01+", bytes(secret)):
         parts.append(MASK if match[0][0] else text[match.start() : match.end()])
     return "".join(parts)
 

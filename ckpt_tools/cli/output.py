@@ -35,6 +35,8 @@ class GuardedStream:
 
     def write(self, text: str) -> int:
         """Pass on a text, which may be a part of a line. Returns the number of characters that were given."""
+        if not isinstance(text, str):  # click tries bytes to find out what kind of stream this is
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         whole = self._line + self._without_secrets(text)
         self.stream.write(_encodable(harmless(whole)[len(harmless(self._line)) :], self.stream))
         self._line = whole.rpartition("\n")[2][: LONGEST_VALUE + 1]
