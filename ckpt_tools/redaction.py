@@ -15,6 +15,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
@@ -29,14 +30,13 @@ _FRAGMENT = 6  # characters in a row that tell something of a secret
 _MOST = 400  # spellings that are remembered; the oldest are forgotten, so that a service may open URLs for ever
 
 _lock = threading.Lock()
-_shown_by_spelling: dict[str, str] = {}
-_pattern: re.Pattern[str] | None = None
-_fragments: frozenset[str] = frozenset()
+_shown_by_spelling: dict[str, str] = {}  # spellings in lower case
+_ordered: tuple[tuple[str, str], ...] = ()  # the same, the longest spellings first
 
 # `user:password@` behind `scheme://`, also with one or three slashes. A port is no secret. A password may hold blanks,
 # but none at its start: "s3://bucket: expected …" is a message.
 _USER = re.compile(
-    r"(?<=[A-Za-z0-9+.-]{2})(:/{1,3})"
+    r"(:/{2,3}|(?<=[A-Za-z0-9+.-]{2}):/)"
     r"(?:[^\s/?#@:]*:(?!\d+(?:[/?#\s]|$))(?=\S)(?:(?!://)[^\n]){0,200}@|[^\s/?#@]*@)"
 )
 _QUERY = re.compile(r"(://[^\s'\"<>?#:]*(?::(?!//)[^\s'\"<>?#:]*)*)[?#][^\s'\"<>]*")
@@ -44,23 +44,23 @@ _QUERY = re.compile(r"(://[^\s'\"<>?#:]*(?::(?!//)[^\s'\"<>?#:]*)*)[?#][^\s'\"<>
 
 def remember_secret(secret: str, shown: str = MASK) -> None:
     """Show ``shown`` from now on wherever this text stands, in each of its usual spellings and in any case."""
-    global _pattern, _fragments
+    global _ordered
     with _lock:
-        if _shown_by_spelling.get(secret.lower()) == shown:
+        if _shown_by_spelling.get(_folded(secret)) == shown:
             return
-        for spelling in _spellings(secret):
+        for spelling in map(_folded, _spellings(secret)):
             if len(spelling) >= _SHORTEST:
-                _shown_by_spelling.pop(spelling.lower(), None)  # to be the latest
-                _shown_by_spelling[spelling.lower()] = shown
+                _shown_by_spelling.pop(spelling, None)  # to be the latest
+                _shown_by_spelling[spelling] = shown
         for spelling in list(_shown_by_spelling)[:-_MOST]:
             del _shown_by_spelling[spelling]
-        _pattern, _fragments = _compile()
+        _ordered = _longest_first()
 
 
 @contextlib.contextmanager
 def remembering() -> Iterator[None]:
     """Forget at the end of the block what was remembered in it."""
-    global _pattern, _fragments
+    global _ordered
     with _lock:
         before = dict(_shown_by_spelling)
     try:
@@ -69,7 +69,12 @@ def remembering() -> Iterator[None]:
         with _lock:
             _shown_by_spelling.clear()
             _shown_by_spelling.update(before)
-            _pattern, _fragments = _compile()
+            _ordered = _longest_first()
+
+
+def _longest_first() -> tuple[tuple[str, str], ...]:
+    """A whole URL is replaced before a password in it is."""
+    return tuple(sorted(_shown_by_spelling.items(), key=lambda item: -len(item[0])))
 
 
 def presentable(value: Any) -> Any:
@@ -86,9 +91,7 @@ def presentable(value: Any) -> Any:
 def without_secrets(value: Any) -> Any:
     """The same plain value (text, mapping, list, …) without the secrets that are known, or that URLs in it hold."""
     if isinstance(value, str):
-        pattern = _pattern
-        if pattern is not None:
-            value = pattern.sub(_replacement, value)
+        value = _without_known(value, _ordered)
         return _QUERY.sub(r"\1", _USER.sub(r"\1", value)) if ":/" in value else value
     if isinstance(value, Mapping):
         return {without_secrets(key): without_secrets(item) for key, item in value.items()}
@@ -103,38 +106,42 @@ def without_fragments(text: str) -> str:
     A client may show a part of a secret, since it reads a URL in its own way. So whatever has six characters in a row
     in common with a secret is masked, too. In our own results that would cut words which only look alike.
     """
+    known = _ordered
     text = str(without_secrets(text))
-    fragments = _fragments
-    if not fragments:
-        return text
-    secret = bytearray(len(text))
-    for start in range(len(text) - _FRAGMENT + 1):
-        if text[start : start + _FRAGMENT].lower() in fragments:
-            secret[start : start + _FRAGMENT] = b"\1" * _FRAGMENT
-    parts = []
-    for match in re.finditer(rb"\x00+|\x01+", bytes(secret)):
-        parts.append(MASK if match[0][0] else text[match.start() : match.end()])
-    return "".join(parts)
+    fragments = _fragments(known)
+    folded, secret = _folded(text), bytearray(len(text))
+    for start in range(len(text) - _FRAGMENT + 1) if fragments else ():
+        if folded[start : start + _FRAGMENT] in fragments:
+            secret[start : start + _FRAGMENT] = b"\x01" * _FRAGMENT
+    pieces = re.finditer(rb"\x00+|\x01+", bytes(secret))
+    return "".join(MASK if match[0][0] else text[match.start() : match.end()] for match in pieces)
 
 
-def _replacement(match: re.Match[str]) -> str:
-    return _shown_by_spelling.get(match[0].lower(), MASK)
+def _without_known(text: str, known: tuple[tuple[str, str], ...]) -> str:
+    folded = _folded(text) if known else ""
+    for spelling, shown in known:
+        start = folded.find(spelling)
+        while start >= 0:
+            end = start + len(spelling)
+            if len(spelling) >= _WORD or not (folded[start - 1 : start].isalnum() or folded[end : end + 1].isalnum()):
+                text = f"{text[:start]}{shown}{text[end:]}"
+                folded = f"{folded[:start]}{chr(0) * len(shown)}{folded[end:]}"  # what is shown is not looked at again
+                end = start + len(shown)
+            start = folded.find(spelling, end)
+    return text
 
 
-def _compile() -> tuple[re.Pattern[str] | None, frozenset[str]]:
-    """A pattern for all spellings, the longest first, and the fragments of those that nobody is shown."""
-    if not _shown_by_spelling:
-        return None, frozenset()
-    longest_first = sorted(_shown_by_spelling, key=len, reverse=True)
-    pattern = re.compile("|".join(map(_expression, longest_first)), re.IGNORECASE)
-    public = {fragment for shown in _shown_by_spelling.values() for fragment in _cut(shown.lower())}
-    secret = {fragment for spelling in _shown_by_spelling for fragment in _cut(spelling)}
-    return pattern, frozenset(secret - public)
+@lru_cache(maxsize=4)
+def _fragments(known: tuple[tuple[str, str], ...]) -> frozenset[str]:
+    """All fragments of what is remembered, without those of what may be shown."""
+    public = {fragment for _, shown in known for fragment in _cut(_folded(shown))}
+    return frozenset({fragment for spelling, _ in known for fragment in _cut(spelling)} - public)
 
 
-def _expression(spelling: str) -> str:
-    escaped = re.escape(spelling)
-    return escaped if len(spelling) >= _WORD else rf"(?<![^\W_]){escaped}(?![^\W_])"
+def _folded(text: str) -> str:
+    """The text in lower case, as clients write hosts, with as many characters as before."""
+    lower = text.lower()
+    return lower if len(lower) == len(text) else "".join(low if len(low := c.lower()) == 1 else c for c in text)
 
 
 def _cut(text: str) -> set[str]:

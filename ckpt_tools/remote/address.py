@@ -32,7 +32,7 @@ _AT_IN_PATH = frozenset(
     {"hf", "s3", "s3a", "gs", "gcs", "oss", "tos", "oci", "memory", "wandb", "lakefs", *_NAME_BEFORE_AT, *_LOCAL}
 )
 _HOST = re.compile(r"localhost(:\d*)?|[^:@]*\.[^:@]*|\d+(\.\d+){3}(:\d*)?|\[[0-9A-Fa-f:.]*\](:\d*)?", re.IGNORECASE)
-_PARAMETERS = re.compile(r";[^/;=]*=[^/]*$")  # of the last part of a path, as of http://host/x.pt;token=…
+_PARAMETERS = re.compile(r";[^/;=]*=")  # of a path, as of http://host/x.pt;token=…; a token may hold slashes
 _WITH_PARAMETERS = frozenset({"http", "https", "ftp", "sftp"})
 _LONG_USER = 12  # characters of a user name that may well be a token
 _LONG_VALUE = 6  # of a value in a query; "true" and "1" are no secrets
