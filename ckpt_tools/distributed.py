@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ckpt_tools.errors import CkptToolsError, RankError, UsageError
+from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.mirror import as_urls
 
 __all__ = ["ALONE", "Processes", "Ranks", "Team", "connected", "joined"]
@@ -192,7 +193,7 @@ class Processes(Team):
         if isinstance(error, CkptToolsError):
             error.args = tuple(map(as_urls, error.args))  # the copies of this rank mean nothing to the others
             return error
-        what = f"{type(error).__name__}: {error}"
+        what = without_fragments(f"{type(error).__name__}: {error}")
         return RankError(
             f"rank {self.rank} failed with {what}. This is a bug of ckpt-fix, or of the code that makes the data."
         )

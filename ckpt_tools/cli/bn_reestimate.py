@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,10 @@ import click
 
 from ckpt_tools.cli import github, many, options
 from ckpt_tools.cli.boundary import terminable
+from ckpt_tools.cli.output import print_json, print_result
 from ckpt_tools.cli.progress import Bar, EvaluationBar
 from ckpt_tools.cli.together import together
+from ckpt_tools.plain_text import one_line
 from ckpt_tools.remote.mirror import as_urls
 
 if TYPE_CHECKING:  # these import torch
@@ -170,7 +171,7 @@ def bn_reestimate(
         with options.own_stdout():
             plan = prepare(request, team=team)
         if not as_json and team.speaks:
-            options.show(plan_text(plan) + "\n")
+            print_result(plan_text(plan) + "\n")
         hidden = quiet or not team.speaks
         bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
         try:
@@ -185,9 +186,11 @@ def bn_reestimate(
         facts = as_urls(outcome_json(outcome))
         for report in reports:
             write_report(report, facts)
-        options.show(json.dumps(facts, indent=2) if as_json else outcome_text(outcome))
-        if not as_json:
-            click.echo(as_urls("".join(f"report: {report}\n" for report in reports)), nl=False)
+        if as_json:
+            print_json(facts)
+        else:
+            print_result(outcome_text(outcome))
+            print_result("".join(f"report: {one_line(report)}\n" for report in reports), end="")
         github.done(facts)
 
 
@@ -197,5 +200,8 @@ def _show_refusal(plan: Plan, metrics: Metrics, as_json: bool) -> None:
     from ckpt_tools.report.metrics_text import metrics_text
 
     facts = as_urls(refusal_json(plan, metrics))
-    options.show(json.dumps(facts, indent=2) if as_json else metrics_text(metrics))
+    if as_json:
+        print_json(facts)
+    else:
+        print_result(metrics_text(metrics))
     github.evaluated(facts)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import click
 
 from ckpt_tools.cli import github
+from ckpt_tools.cli.output import guarded_streams, print_message
 from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError, is_short_of_memory
 from ckpt_tools.import_path import children_without_current_folder
-from ckpt_tools.redaction import presentable
+from ckpt_tools.plain_text import harmless, shorten_message
+from ckpt_tools.redaction import remembering, without_fragments
+from ckpt_tools.remote.address import remember_urls
 from ckpt_tools.remote.mirror import as_urls, mirroring
 
 TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
@@ -27,10 +30,17 @@ TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error cam
 class Boundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
-    def main(self, *arguments: Any, **said: Any) -> Any:
-        """As of any command, with the standard streams that a daemon may have closed."""
+    def main(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
+        """As of any command, with the standard streams that a daemon may have closed, and behind the gate.
+
+        The secrets of all URLs are known before anything looks at the arguments: an error of usage quotes them.
+        """
         _open_streams()
-        return super().main(*arguments, **said)
+        with remembering(), guarded_streams():
+            remember_urls(sys.argv[1:] if args is None else args)
+            values = [word for value in os.environ.values() if "://" in value for word in value.split()]
+            remember_urls(word for word in values if "@" in word or "?" in word)  # of proxies, for example
+            return super().main(args, *more, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
@@ -45,7 +55,7 @@ class Boundary(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            message = as_urls(error.format_message())
+            message = _presentable(error.format_message())
             github.fail(message, error.exit_code)
             if message != error.format_message():  # an argument was a URL with a token
                 raise click.UsageError(message, getattr(error, "ctx", None)) from error
@@ -93,12 +103,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def told(error: BaseException) -> int:
-    """Print what went wrong; the exit code for it. With CKPT_FIX_TRACEBACK set, raises it instead."""
+    """Print what went wrong, with CKPT_FIX_TRACEBACK set also where; the exit code for it."""
     if os.environ.get(TRACEBACK):
-        raise error
+        print_message("".join(traceback.format_exception(error)))
     message, code = _answer(error)
-    message = _harmless(message)
-    click.echo(f"ckpt-fix: {message}", err=True)
+    message = _presentable(message)
+    print_message(f"ckpt-fix: {message}")
     github.fail(message, code)
     return code
 
@@ -112,19 +122,16 @@ def _answer(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or _interrupted.is_set():
         return "interrupted; no unfinished output is left", 130
     if isinstance(error, CkptToolsError):
-        return as_urls(str(error)), error.exit_code
+        return str(error), error.exit_code
     if is_short_of_memory(error):
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return f"memory ran out: {said}. Try a smaller --batch-size, fewer --workers, or another --device.", 1
     if isinstance(error, OSError):
         name = error.filename or "standard output, or a file"
-        return as_urls(f"{name}: {error.strerror or error}. Check the path and its permissions."), 1
-    return as_urls(f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where."), 1
+        return f"{name}: {error.strerror or error}. Check the path and its permissions.", 1
+    return f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1
 
 
-def _harmless(message: str) -> str:
-    """Names in files come from others: no control characters, and nothing that a CI runner takes for a command.
-
-    GitHub's looks for ``::`` at the start of a line, behind blanks too, and for ``##[`` anywhere (ActionCommand.cs).
-    """
-    return re.sub(r"^(\s*)::", r"\1: :", presentable(message), flags=re.MULTILINE).replace("##[", "# #[")
+def _presentable(message: str) -> str:
+    """A message for standard error, an annotation and the summary: without secrets, of bounded size, harmless."""
+    return harmless(shorten_message(without_fragments(as_urls(message))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.cli.output import print_json, print_result
 
 
 @click.command()
@@ -41,5 +40,7 @@ def convert(checkpoint: Path, as_json: bool, **said: Any) -> None:
 
     with options.own_stdout(), terminable():
         conversion = execute(ConvertRequest(checkpoint, **said))
-    facts = as_urls(conversion_json(conversion))
-    options.show(json.dumps(facts, indent=2) if as_json else conversion_text(conversion))
+    if as_json:
+        print_json(conversion_json(conversion))
+    else:
+        print_result(conversion_text(conversion))

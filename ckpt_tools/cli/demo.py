@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from tqdm import tqdm
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.bn_reestimate import bn_reestimate
 from ckpt_tools.cli.diff import diff
+from ckpt_tools.cli.output import print_json, print_result
+from ckpt_tools.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from ckpt_tools.demo.train import Score
@@ -45,9 +45,9 @@ def demo(seeds: int, keep: Path | None, as_json: bool) -> None:
             pairs.append(_run(seed, folder, quiet=as_json or seed > 0))
     if as_json:
         scores = [{"before": vars(before), "after": vars(after)} for before, after in pairs]
-        click.echo(json.dumps({"seeds": scores}, indent=2))
+        print_json({"seeds": scores})
     else:
-        click.echo(demo_text(pairs))
+        print_result(demo_text(pairs))
 
 
 def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
@@ -61,7 +61,7 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
     from ckpt_tools.demo.train import DROP_RATE, EPOCHS, score, train
 
     digits = load_digits(seed)
-    with tqdm(total=EPOCHS, desc=f"training network {seed}", unit="epoch", leave=False) as bar:
+    with progress_bar(f"training network {seed}", EPOCHS, unit="epoch", leave=False) as bar:
 
         def show(done: int, _: int) -> None:
             bar.update(done - bar.n)
@@ -81,11 +81,11 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
 
 def _command(command: click.Command, arguments: list[str], *, quiet: bool) -> None:
     if not quiet:
-        click.secho(f"$ ckpt-fix {command.name} {' '.join(arguments)}", bold=True)
+        print_result(f"$ ckpt-fix {command.name} {' '.join(arguments)}")
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
         command.main(arguments, standalone_mode=False)
     if not quiet:
-        click.echo()
+        print_result("")
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from ckpt_tools.cli import options
+from ckpt_tools.cli.output import print_json, print_result
 from ckpt_tools.errors import CheckFailed
+from ckpt_tools.plain_text import one_line
 
 
 @click.command()
@@ -42,9 +43,9 @@ def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_j
     with options.own_stdout():
         comparison, expected, violations = compare_files(before, after, expect, weights=weights, trust=trust)
     if as_json:
-        click.echo(json.dumps(comparison_json(comparison, expected, violations), indent=2))
+        print_json(comparison_json(comparison, expected, violations))
     else:
-        click.echo(comparison_text(comparison, violations))
+        print_result(comparison_text(comparison, violations))
     if violations:
-        shown = ", ".join(violations[:3]) + (", …" if len(violations) > 3 else "")
+        shown = ", ".join(map(one_line, violations[:3])) + (", …" if len(violations) > 3 else "")
         raise CheckFailed(f"{after}: {len(violations)} of its tensors should be as in {before} and are not: {shown}.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ckpt_tools.cli import github, options
+from ckpt_tools.cli.output import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar
 from ckpt_tools.remote.mirror import as_urls
 
@@ -63,10 +63,13 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
     with options.own_stdout():
         plan = prepare(request)
     if not as_json:
-        options.show(evaluation_plan_text(plan) + "\n")
+        print_result(evaluation_plan_text(plan) + "\n")
     with EvaluationBar(plan.images, hidden=quiet) as bar, options.own_stdout():
         outcome = execute(plan, bar)
     facts = as_urls(evaluation_json(outcome))
-    options.show(json.dumps(facts, indent=2) if as_json else evaluation_text(outcome))
+    if as_json:
+        print_json(facts)
+    else:
+        print_result(evaluation_text(outcome))
     github.evaluated(facts)
     refuse_failed(outcome.metrics)

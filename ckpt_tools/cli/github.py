@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import click
-
-from ckpt_tools.redaction import presentable
+from ckpt_tools.cli.output import print_message, write_command
+from ckpt_tools.plain_text import escape_controls, shorten_message
+from ckpt_tools.redaction import without_fragments
+from ckpt_tools.remote.mirror import as_urls
 
 _TITLE = "ckpt-fix"
 _SHOWN = 9  # of each kind: GitHub shows ten of a step, and the last says how the step ended
@@ -23,7 +24,8 @@ Kind = Literal["error", "warning"]
 def annotate(kind: Kind, message: str) -> None:
     """Show ``message`` on the page of the run; elsewhere do nothing."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        click.echo(f"::{kind} title={_property(_TITLE)}::{_data(message)}", err=True)
+        message = shorten_message(without_fragments(as_urls(message)))
+        write_command(f"::{kind} title={_property(_TITLE)}::{_data(message)}")
 
 
 def summarise(markdown: str) -> None:
@@ -36,7 +38,7 @@ def summarise(markdown: str) -> None:
             file.write(markdown + "\n")
     except OSError as error:
         message = f"GITHUB_STEP_SUMMARY={path}: the summary cannot be written ({error.strerror}); the run goes on."
-        click.echo(f"ckpt-fix: {message}", err=True)
+        print_message(f"ckpt-fix: {message}")
         annotate("warning", message)
 
 
@@ -54,7 +56,7 @@ def done(facts: Mapping[str, Any]) -> None:
     from ckpt_tools.report.summary import worries
 
     for worry in worries(facts):
-        annotate("warning", presentable(worry))
+        annotate("warning", worry)
     summarise(checkpoint_markdown(facts))
 
 
@@ -68,7 +70,7 @@ def folder_done(records: Sequence[Mapping[str, Any]]) -> None:
     said: dict[Kind, Sequence[str]] = {"error": errors, "warning": folder_worries(records)}
     for kind, messages in said.items():
         for message in messages[:_SHOWN]:
-            annotate(kind, presentable(message))
+            annotate(kind, message)
     summarise(folder_markdown(records))
 
 
@@ -78,12 +80,16 @@ def evaluated(facts: Mapping[str, Any]) -> None:
     from ckpt_tools.report.summary import skipped_worries
 
     for worry in skipped_worries(facts):
-        annotate("warning", presentable(worry))
+        annotate("warning", worry)
     summarise(evaluation_markdown(facts))
 
 
 def _data(text: str) -> str:
-    """A message, as @actions/core escapes it."""
+    """A message as @actions/core escapes it, so that it stays one line; other control characters are shown.
+
+    https://github.com/actions/toolkit/blob/main/packages/core/src/command.ts
+    """
+    text = escape_controls(text, keep="\r\n\t").replace("##[", "## [")
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,8 @@ import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.remote.mirror import as_urls, located
+from ckpt_tools.cli.output import print_json, print_result
+from ckpt_tools.remote.mirror import located
 
 if TYPE_CHECKING:  # it imports torch
     from ckpt_tools.jobs.initialization import InitRequest
@@ -110,7 +110,10 @@ def init_rewrite(
     )
     with options.own_stdout(), terminable():
         outcome = initialize(request, _drawing(request))
-    options.show(json.dumps(as_urls(init_json(outcome)), indent=2) if as_json else init_text(outcome))
+    if as_json:
+        print_json(init_json(outcome))
+    else:
+        print_result(init_text(outcome))
 
 
 def _drawing(request: InitRequest) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.cli.output import print_json, print_result
 
 
 @click.command()
@@ -43,7 +42,9 @@ def inspect(model_kwargs: tuple[str, ...], everything: bool, as_json: bool, **sa
     request = InspectRequest(model_kwargs=parse_model_kwargs(model_kwargs), **said)
     with options.own_stdout():
         found = look(request)
-    as_text = inspection_text(found, everything=everything)
-    options.show(json.dumps(as_urls(inspection_json(found)), indent=2) if as_json else as_text)
+    if as_json:
+        print_json(inspection_json(found))
+    else:
+        print_result(inspection_text(found, everything=everything))
     if found.error is not None:
         raise found.error

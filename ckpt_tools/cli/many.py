@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +12,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Never
 
 import click
-from tqdm import tqdm
 
 from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.cli.options import own_stdout, path, show, stacked
+from ckpt_tools.cli.options import own_stdout, path, stacked
+from ckpt_tools.cli.output import print_json, print_result
+from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
-from ckpt_tools.redaction import presentable
+from ckpt_tools.plain_text import one_line
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import as_urls, located
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from ckpt_tools.jobs.engine import Engine, Record
     from ckpt_tools.jobs.folder import Item
     from ckpt_tools.jobs.request import Request
@@ -145,7 +146,10 @@ def reestimate(
     records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
-    show(json.dumps({"checkpoints": records}, indent=2) if as_json else folder_text(records, log.path))
+    if as_json:
+        print_json({"checkpoints": records})
+    else:
+        print_result(folder_text(records, log.path))
     github.folder_done(records)
     _answer(records, log.path)
 
@@ -198,9 +202,8 @@ class _Bars:
     """Two bars on stderr: checkpoints that have come to an end, and the images of the round under way."""
 
     def __init__(self, total: int, *, hidden: bool) -> None:
-        self._shared: dict[str, Any] = {"file": sys.stderr, "disable": hidden, "dynamic_ncols": True}
-        self._shared["mininterval"] = 0.2 if sys.stderr.isatty() else 10
-        self._checkpoints: tqdm[Never] = tqdm(total=total, desc="checkpoints", unit="", position=0, **self._shared)
+        self._hidden = hidden
+        self._checkpoints: tqdm[Never] = progress_bar("checkpoints", total, unit="", position=0, disable=hidden)
         self._images: tqdm[Never] | None = None
 
     def __enter__(self) -> _Bars:
@@ -215,9 +218,8 @@ class _Bars:
 
     def finished(self, record: Any) -> Any:
         """Count a checkpoint; what went wrong is said at once."""
-        if record.get("error") and not self._shared["disable"]:
-            name = presentable(record["checkpoint"]).replace("\n", "\\n")
-            self._checkpoints.write(f"{name}: {record['status']}", file=sys.stderr)
+        if record.get("error") and not self._hidden:
+            write_above_bars(f"{one_line(record['checkpoint'])}: {record['status']}")
         self._checkpoints.update()
         return record
 
@@ -226,5 +228,5 @@ class _Bars:
         if self._images is None or seen < self._images.n:
             if self._images is not None:
                 self._images.close()
-            self._images = tqdm(total=total, desc=f"images × {models}", unit="img", position=1, **self._shared)
+            self._images = progress_bar(f"images × {models}", total, unit="img", position=1, disable=self._hidden)
         self._images.update(seen - self._images.n)

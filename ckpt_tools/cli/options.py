@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.mirror import as_urls, located
+from ckpt_tools.remote.mirror import located
 
 if TYPE_CHECKING:
     from ckpt_tools.jobs.inputs import Preprocessing
@@ -31,12 +31,6 @@ class _Location(click.Path):
 
 
 path = _Location(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else
-
-
-def show(text: str) -> None:
-    """Print a result, with the URLs of remote files and without their secrets; what stdout cannot show, as escapes."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    click.echo(as_urls(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Any, Never
 
 from tqdm import tqdm
+
+from ckpt_tools.cli.output import terminal
+from ckpt_tools.plain_text import harmless, one_line
+from ckpt_tools.remote.mirror import as_urls
 
 if TYPE_CHECKING:
     from ckpt_tools.reestimate.stopping import Progress
@@ -45,7 +48,7 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
         self._pass_number = number
-        self._bar = _bar(f"pass {number}", self._total, self._hidden)
+        self._bar = progress_bar(f"pass {number}", self._total, unit="img", disable=self._hidden)
 
 
 class EvaluationBar:
@@ -70,38 +73,34 @@ class EvaluationBar:
         if self._bar is None or name != self._name:
             if self._bar is not None:
                 self._bar.close()
-            self._name, self._bar = name, _bar(name, self._total, self._hidden)
+            self._name, self._bar = name, progress_bar(name, self._total, unit="img", disable=self._hidden)
         self._bar.update(images - self._bar.n)
 
 
 @contextlib.contextmanager
 def transfer_bar(url: str, size: int | None) -> Iterator[Callable[[int], object]]:
     """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a second."""
-    bar: tqdm[Never] = tqdm(
-        total=size,
-        desc=url,
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-        file=sys.stderr,
-        dynamic_ncols=True,
-    )
-    with bar:
+    hidden = not terminal().isatty()
+    with progress_bar(url, size, unit="B", unit_scale=True, delay=1, leave=False, disable=hidden) as bar:
         yield lambda seen: bar.update(seen - bar.n)
 
 
-def _bar(name: str, total: int | None, hidden: bool) -> tqdm[Never]:
+def progress_bar(name: str, total: int | None, **settings: Any) -> tqdm[Never]:
+    """Begin a tqdm bar on standard error. It goes around the gate, since it moves the cursor.
+
+    CI runners take what follows a carriage return for a new line, so the name is made harmless here.
+    """
+    stream = terminal()
+    interval = 0.2 if stream.isatty() else 10
     return tqdm(
-        total=total,
-        desc=name,
-        unit="img",
-        disable=hidden,
-        file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        dynamic_ncols=True,
-    )
+        total=total, desc=harmless(one_line(as_urls(name))), file=stream, mininterval=interval, dynamic_ncols=True,
+        **settings,
+    )  # fmt: skip
+
+
+def write_above_bars(line: str) -> None:
+    """Print a line on standard error while bars are shown there."""
+    tqdm.write(harmless(one_line(as_urls(line))), file=terminal())
 
 
 def _certainty(progress: Progress) -> str:

@@ -16,7 +16,7 @@ from ckpt_tools.data.mixing import shuffled, taken_in_turn
 from ckpt_tools.data.order import Share, random_order
 from ckpt_tools.data.shard_index import LARGEST, LONGEST
 from ckpt_tools.data.tar import Member, TarReader
-from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import shown_url
 from ckpt_tools.remote.store import open_url, reaching
 
 __all__ = ["Raw", "mixed_samples"]
@@ -74,7 +74,7 @@ def _weight(sample: Raw) -> int:
 
 
 def _samples(url: str, others: Counter[str]) -> Generator[Raw]:
-    shown = without_secrets(url)
+    shown = shown_url(url)
     shard = urlsplit(shown).path.rpartition("/")[2]
     with reaching(url), open_url(url) as file:
         tar = TarReader(file, shown)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckpt_tools.errors import DataError
-from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import shown_url
 from ckpt_tools.remote.store import open_remote, reaching
 
 __all__ = ["expanded", "is_pattern", "is_shard", "local_shards", "names_shards", "remote_shards", "shards_in"]
@@ -34,7 +34,7 @@ def is_pattern(text: str) -> bool:
 
 def names_shards(url: str) -> bool:
     """Whether a URL names shards by itself, as a pattern or by its extension: a folder does not."""
-    return "{" in url or "*" in url or is_shard(without_secrets(url))
+    return "{" in url or "*" in url or is_shard(shown_url(url))
 
 
 def shards_in(folder: Path) -> tuple[Path, ...]:
@@ -81,7 +81,7 @@ def remote_shards(url: str) -> tuple[str, ...]:
 
     Of a list that is spelled out, the first and the last are looked for. Raises DataError, RemoteError, UsageError.
     """
-    shown = without_secrets(url)
+    shown = shown_url(url)
     urls = _expanded(shown, url)
     found = list(dict.fromkeys(itertools.chain.from_iterable(map(_remote, urls))))
     if not found:
@@ -98,7 +98,7 @@ def _remote(url: str) -> Sequence[str]:
         with reaching(url):
             matches = sorted(map(str, remote.fs.glob(remote.path)))
         return [remote.fs.unstrip_protocol(match) for match in matches if is_shard(match)]
-    if is_shard(without_secrets(url)):
+    if is_shard(shown_url(url)):
         return [url]
     return [f"{url.rstrip('/')}/{name}" for name in open_remote(url).names() if is_shard(name)]
 

@@ -28,7 +28,7 @@ from ckpt_tools.data.stream import Batch, Skipped, joined, refuse_unreadable
 from ckpt_tools.data.transfer import sent_ahead
 from ckpt_tools.data.transforms import ImageTransform, PixelScale
 from ckpt_tools.errors import CkptToolsError, DataError, UsageError
-from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import shown_url
 
 __all__ = ["ShardStream", "ShardStreamSource"]
 
@@ -57,7 +57,7 @@ class ShardStreamSource:
     @classmethod
     def open(cls, url: str, *, limit: int | None, seed: int) -> ShardStreamSource:
         """Finds the shards. Raises DataError, RemoteError, UsageError."""
-        return cls(without_secrets(url), remote_shards(url), limit, seed)
+        return cls(shown_url(url), remote_shards(url), limit, seed)
 
     def batches(
         self,

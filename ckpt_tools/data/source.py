@@ -23,8 +23,7 @@ from ckpt_tools.data.shards import ShardSource
 from ckpt_tools.data.stored import ARRAY_SUFFIXES, Split, find_array
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.redaction import without_secrets
-from ckpt_tools.remote.address import is_url, local_path
+from ckpt_tools.remote.address import check_url, is_url, local_path, shown_url
 from ckpt_tools.remote.copies import fetch
 from ckpt_tools.remote.mirror import located
 from ckpt_tools.remote.store import open_remote
@@ -103,7 +102,9 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
     if colon and prefix in DATASETS:
         root = _path(rest)
         if is_url(rest):
-            raise DataError(f"{spec}: expected {prefix}:DIR with a folder of this machine. Fetch it first.")
+            raise DataError(
+                f"{prefix}:{shown_url(rest)}: expected {prefix}:DIR with a folder of this machine. Fetch it first."
+            )
         if not rest or not root.is_dir():
             raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
         return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
@@ -132,7 +133,7 @@ def _on_disk(spec: str, path: Path, limit: int | None, seed: int, split: Split) 
 
 
 def _behind_url(spec: str, limit: int | None, seed: int, split: Split) -> Source:
-    shown = without_secrets(spec)
+    shown = check_url(spec)
     if names_shards(spec):
         return ShardStreamSource.open(spec, limit=limit, seed=seed)
     if Path(shown).suffix.lower() in ARRAY_SUFFIXES:

@@ -22,6 +22,7 @@ from ckpt_tools.jobs.loopback import (
     require_loopback,
     temporary_environment,
 )
+from ckpt_tools.redaction import remember_secret
 
 __all__ = ["Size", "connected", "measured", "require"]
 
@@ -73,6 +74,7 @@ def require(address: str | None) -> Any:
     """
     ray = _imported()
     if address := address or os.environ.get("RAY_ADDRESS"):
+        remember_secret(address.rpartition("@")[0])  # there is none in an address of Ray, but somebody may think so
         _reach(address)
     return ray
 

@@ -17,7 +17,7 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.jobs.inputs import Preprocessing
-from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import is_url, shown_url
 from ckpt_tools.remote.mirror import as_urls
 
 
@@ -70,7 +70,9 @@ class Request:
 
 def _place(data: str) -> str:
     """The same for every way to name it."""
-    return os.path.abspath(data) if Path(data).exists() else without_secrets(data)  # noqa: PTH100 - without ..
+    if Path(data).exists():
+        return os.path.abspath(data)  # noqa: PTH100 - without ..
+    return shown_url(data) if is_url(data) else data
 
 
 def _outputs(class_map: Path) -> object:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
-from ckpt_tools.redaction import without_secrets
-from ckpt_tools.remote.address import scheme_of
+from ckpt_tools.plain_text import one_line
+from ckpt_tools.redaction import without_fragments
+from ckpt_tools.remote.address import remember_options, remember_url, scheme_of, shown_url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -23,19 +24,19 @@ _PACKAGES = {
     "oss": "ossfs", "oci": "ocifs", "smb": "smbprotocol", "webdav": "webdav4", "hdfs": "pyarrow",
 }  # fmt: skip
 _REFUSED = ("credential", "accessdenied", "forbidden", "unauthorized", "authentication", "permission")
-_LONGEST = 300  # characters of what a store's client says
+_READ, _LONGEST = 10_000, 300  # characters of what a store's client says that are looked at, and that are shown
 
 
 @dataclass(frozen=True)
 class Remote:
     """A file or a folder behind a URL: the file system of its store, and the name it has there."""
 
-    url: str
+    url: str = field(repr=False)
     fs: AbstractFileSystem
     path: str
 
     def __str__(self) -> str:
-        return str(without_secrets(self.url))
+        return shown_url(self.url)
 
     @property
     def scheme(self) -> str:
@@ -77,9 +78,11 @@ def open_remote(url: str) -> Remote:
     """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without a package."""
     from fsspec.core import url_to_fs
 
+    remember_url(url)
     _require_known(url)
     with reaching(url):
         fs, path = url_to_fs(url)
+    remember_options(fs.storage_options)
     return Remote(url, fs, path)
 
 
@@ -110,16 +113,15 @@ def _require_known(url: str) -> None:
         near = get_close_matches(scheme, sorted(known), 1, 0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"{without_secrets(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found "
-            f"{scheme}.{hint}"
+            f"{shown_url(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found {scheme}.{hint}"
         )
 
 
 def _sentence(url: str, error: Exception) -> str:
-    shown, scheme = without_secrets(url), scheme_of(url)
+    shown, scheme = shown_url(url), scheme_of(url)
     package = _PACKAGES.get(scheme)
     if isinstance(error, ImportError):
-        install = f"Run: pip install {package}" if package else str(error)
+        install = f"Run: pip install {package}" if package else one_line(without_fragments(str(error)))
         return f"{shown}: reading {scheme}:// needs {package or 'a package'}, which is not installed. {install}"
     if is_missing(error):
         return f"{shown}: expected a file or folder there, found nothing. Check the URL."
@@ -133,7 +135,7 @@ def _sentence(url: str, error: Exception) -> str:
 def reason(error: BaseException) -> str:
     """What a store's client says, on one line and without secrets."""
     told = _causes(error)[-1] if isinstance(error, FileNotFoundError) else error
-    text = without_secrets(" ".join(str(told).split()))[:_LONGEST]
+    text = " ".join(without_fragments(str(told)[:_READ]).split())[:_LONGEST]
     return f"{type(told).__name__}: {text}" if text else type(told).__name__
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.plain_text import escape_controls, one_line, shorten_message
 from ckpt_tools.report.columns import columns, count
 from ckpt_tools.report.facts import medians, part, parts, rewritten_layers
 from ckpt_tools.report.metric_tables import metrics
@@ -24,12 +25,12 @@ def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
     failed = [record for record in records if record.get("status") == "failed"]
     if failed:
         lines += ["", f"{count(len(failed), 'failure')}:"]
-        lines += [f"  {_clean(str(record.get('checkpoint')))}: {_clean(without_name(record))}" for record in failed]
+        lines += [f"  {one_line(record.get('checkpoint'))}: {_clean(without_name(record))}" for record in failed]
     replaced = [record for record in records if record.get("replaced")]
     if replaced:
         lines += ["", f"{count(len(replaced), 'damaged earlier output')}, made again:"]
-        lines += [f"  {_clean(str(record.get('output')))}: {_clean(str(record['replaced']))}" for record in replaced]
-    lines += ["", f"manifest: {manifest}"]
+        lines += [f"  {one_line(record.get('output'))}: {_clean(str(record['replaced']))}" for record in replaced]
+    lines += ["", f"manifest: {one_line(manifest)}"]
     return "\n".join(lines)
 
 
@@ -61,4 +62,5 @@ def _change(entries: tuple[object, object, object] | None, digits: int) -> str:
 
 
 def _clean(text: str) -> str:
-    return "\n    ".join(line if line.isprintable() else ascii(line)[1:-1] for line in text.splitlines())
+    """An error message of bounded size, its further lines indented."""
+    return "\n    ".join(map(escape_controls, shorten_message(text).splitlines()))

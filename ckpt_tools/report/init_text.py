@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ckpt_tools.initialize.outcome import InitLayer, InitRewrite, LayerSignal
 from ckpt_tools.jobs.initialization import InitOutcome
 from ckpt_tools.jobs.verification import HEALTHY, Trial, healthy
+from ckpt_tools.plain_text import one_line
 from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.report.text import RATES, architecture_line, checkpoint_line
 
@@ -21,11 +22,11 @@ def init_text(outcome: InitOutcome) -> str:
     if outcome.trial is not None:
         parts += ["", signals_text(outcome.trial, outcome.before, outcome.after)]
     if outcome.request.report is not None:
-        parts.append(f"picture: {outcome.request.report}")
+        parts.append(f"picture: {one_line(outcome.request.report)}")
     biases = sum(bool(layer.bias) for layer in result.rewritten)
     zeroed = f"{biases:,} {'bias' if biases == 1 else 'biases'} set to 0"
     parts += ["", f"{len(result.rewritten)} of {count(len(result.layers), 'weight')} rewritten, {zeroed}"]
-    parts.append(f"written: {outcome.output}")
+    parts.append(f"written: {one_line(outcome.output)}")
     rest = "the rest is the library's own initialisation" if outcome.source_sha256 is None else "nothing else differs"
     return "\n".join([*parts, f"         sha256 {outcome.output_sha256}; {rest}"])
 
@@ -59,7 +60,9 @@ def signals_text(trial: Trial, before: Sequence[LayerSignal], after: Sequence[La
         was, old_error = (old.variance, old.error_variance) if (old := then.get(now.parameter)) else (None, None)
         numbers = (was, now.variance, old_error, now.error_variance)
         rows.append((now.name or "(root)", *("-" if value is None else f"{value:.3g}" for value in numbers)))
-    tried = f"{count(trial.samples, 'sample')} of {trial.inputs}, batches of {trial.batch_size} on {trial.device}"
+    tried = (
+        f"{count(trial.samples, 'sample')} of {one_line(trial.inputs)}, batches of {trial.batch_size} on {trial.device}"
+    )
     summary = (
         f"Var(z) within {HEALTHY[0]:g}–{HEALTHY[1]:g}: {healthy(before)} of {count(len(before), 'layer')} before, "
         f"{healthy(after)} of {len(after)} after, in training mode ({tried})"
@@ -84,7 +87,7 @@ def _left(result: InitRewrite) -> list[str]:
     for layer in result.layers:
         if not layer.rewritten:
             by_reason.setdefault(layer.reason, []).append(layer.parameter)
-    return [f"left as they are: {listed(names)} ({reason})" for reason, names in by_reason.items()]
+    return [f"left as they are: {listed(names)} ({one_line(reason)})" for reason, names in by_reason.items()]
 
 
 def _cut(rows: int) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import BatchNormLayer, Checkpoint, DropoutSite, InputSpec, LoadedModel, Walk
 from ckpt_tools.jobs.inspection import Inspection, Prospect, Tally
+from ckpt_tools.plain_text import escape_controls, one_line
 from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.report.text import RATES, TOLD_BY, architecture_line, memory
 
@@ -24,7 +25,7 @@ def inspection_text(found: Inspection, *, everything: bool = False) -> str:
     if found.prospect is not None:
         parts.append(prospect_text(found.prospect, found))
     elif found.candidates:
-        parts.append(f"bn-reestimate would let the data choose among these architectures.\n\n    {command(found)}")
+        parts.append(f"bn-reestimate would let the data choose among these architectures.\n\n    {_typed(found)}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -56,13 +57,19 @@ def layers_text(walk: Walk, steps: Mapping[str, int | None], shown: int | None) 
 def prospect_text(prospect: Prospect, found: Inspection) -> str:
     """What ``bn-reestimate`` would do, and the command that does it."""
     if not prospect.rewrite:
-        return f"bn-reestimate: {prospect.why}"
+        return f"bn-reestimate: {one_line(prospect.why)}"
     whole = len(found.walk.batch_norms) if found.walk else 0
     controls = f"{count(len(prospect.controls), 'layer')} that dropout does not reach" if prospect.controls else "none"
+    layers, why = count(whole, "BN layer"), one_line(prospect.why)
     return (
-        f"bn-reestimate would rewrite {len(prospect.rewrite)} of {count(whole, 'BN layer')}: {prospect.why}.\n"
-        f"Controls: {controls}.\n\n    {command(found)}"
+        f"bn-reestimate would rewrite {len(prospect.rewrite)} of {layers}: {why}.\n"
+        f"Controls: {controls}.\n\n    {_typed(found)}"
     )
+
+
+def _typed(found: Inspection) -> str:
+    """The command on one line of a terminal."""
+    return escape_controls(command(found))
 
 
 def command(found: Inspection) -> str:

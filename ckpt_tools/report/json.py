@@ -15,6 +15,7 @@ from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import Outcome
 from ckpt_tools.jobs.scores import Metrics
+from ckpt_tools.plain_text import LONGEST_VALUE, shorten
 from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.inspect_text import command
 from ckpt_tools.report.metrics_json import metrics_json
@@ -216,14 +217,14 @@ def libraries() -> dict[str, str]:
 
 
 def plain(value: object) -> object:
-    """What JSON can hold: infinities become null, and what it does not know its representation."""
+    """What JSON can hold: infinities become null, and what it does not know its representation; no endless texts."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+    return value if isinstance(value, (int, bool, type(None))) else shorten(str(value), LONGEST_VALUE)
 
 
 def plain_dict(value: Any) -> dict[str, Any]:

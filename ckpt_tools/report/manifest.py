@@ -19,6 +19,8 @@ from ckpt_tools.jobs.earlier_output import Made
 from ckpt_tools.jobs.engine import Record
 from ckpt_tools.jobs.folder import Result
 from ckpt_tools.jobs.scores import GateFailed
+from ckpt_tools.plain_text import shorten_message
+from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.address import is_url
 from ckpt_tools.remote.delivery import deliver
 from ckpt_tools.remote.mirror import as_urls, is_remote
@@ -175,7 +177,7 @@ def record_of(result: Result) -> Record:
             "checkpoint": str(result.item.checkpoint),
             "status": result.status,
             "output": str(result.item.output) if result.status in ("done", "done before") else None,
-            "error": None if error is None else str(error) if result.known else f"{type(error).__name__}: {error}",
+            "error": None if error is None else _message(error, known=result.known),
             "exit_code": getattr(error, "exit_code", 1) if error else 0,
             "seconds": round(result.seconds, 3),
             "source_sha256": result.made.source_sha256 if result.made else None,
@@ -193,6 +195,12 @@ def record_of(result: Result) -> Record:
 def _device_and_inode(file: BinaryIO) -> tuple[int, int]:
     there = os.fstat(file.fileno())
     return there.st_dev, there.st_ino
+
+
+def _message(error: BaseException, *, known: bool) -> str:
+    """What went wrong, without secrets and of bounded size; with its kind where it is none of our own errors."""
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    return shorten_message(without_fragments(as_urls(text)))
 
 
 def _maker(record: Record) -> tuple[str, str, str]:

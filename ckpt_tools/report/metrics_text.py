@@ -9,6 +9,7 @@ from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST
 from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome, EvaluationPlan
 from ckpt_tools.jobs.scores import Metrics
+from ckpt_tools.plain_text import one_line
 from ckpt_tools.report.columns import columns, count, listed
 
 Estimates = Mapping[Metric, Estimate]
@@ -23,8 +24,9 @@ _NAMES: Mapping[Metric, tuple[str, str, int]] = {  # name, unit, digits behind t
 
 def metrics_text(metrics: Metrics) -> str:
     """The table, what it was measured on, what a temperature does, and whether the gate is passed."""
+    data = f"{one_line(metrics.data)} ({one_line(metrics.kind)})"
     parts = [
-        f"evaluated on {metrics.data} ({metrics.kind}): {count(metrics.images, 'image')}, {metrics.classes:,} classes",
+        f"evaluated on {data}: {count(metrics.images, 'image')}, {metrics.classes:,} classes",
         columns(_rows(metrics)),
     ]
     if metrics.before is not None:
@@ -35,7 +37,7 @@ def metrics_text(metrics: Metrics) -> str:
     if metrics.after.temperature is not None:
         parts.append(_temperatures(metrics))
     if metrics.gate is not None:
-        parts.append(f"gate: {metrics.gate}: {'NOT passed' if metrics.failures else 'passed'}")
+        parts.append(f"gate: {one_line(metrics.gate)}: {'NOT passed' if metrics.failures else 'passed'}")
     return "\n".join(parts)
 
 

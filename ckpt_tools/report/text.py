@@ -13,12 +13,14 @@ from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.data_check import DataVerdict
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import Outcome
+from ckpt_tools.plain_text import one_line
 from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.report.metrics_text import metrics_text
 from ckpt_tools.report.numbers import deviation_text
 from ckpt_tools.storage.compare import Change, Comparison
 
 _SHOWN = 8  # rows of a table before it is cut
+_UNEXPECTED = 100  # of the tensors that should not differ
 _ARGUMENTS, _LONGEST = 5, 40  # of an architecture on one line, and their characters
 
 
@@ -80,9 +82,9 @@ def _scores(scores: Mapping[str, float | None]) -> str:
 
 def checkpoint_line(checkpoint: Checkpoint) -> str:
     """Path, format, and which of its entries was taken."""
-    taken = f", weights from {checkpoint.weights!r}" if checkpoint.weights else ""
-    stripped = f", prefix {checkpoint.prefix!r} removed" if checkpoint.prefix else ""
-    return f"{checkpoint.path} ({checkpoint.format}{taken}{stripped})"
+    taken = f", weights from {one_line(checkpoint.weights)!r}" if checkpoint.weights else ""
+    stripped = f", prefix {one_line(checkpoint.prefix)!r} removed" if checkpoint.prefix else ""
+    return f"{one_line(checkpoint.path)} ({one_line(checkpoint.format)}{taken}{stripped})"
 
 
 def architecture_line(loaded: LoadedModel) -> str:
@@ -90,7 +92,7 @@ def architecture_line(loaded: LoadedModel) -> str:
     said = [f"{name}={value}" for name, value in loaded.recipe.kwargs.items()]
     shown = [text for text in said if len(text) <= _LONGEST][:_ARGUMENTS]
     more = [f"and {count(len(said) - len(shown), 'more argument')}"] if len(said) > len(shown) else []
-    return " ".join([loaded.recipe.architecture, *shown, *more])
+    return one_line(" ".join([loaded.recipe.architecture, *shown, *more]))
 
 
 def memory(size: int) -> str:
@@ -123,7 +125,7 @@ def outcome_text(outcome: Outcome) -> str:
         names = listed(f"{item.name} ({item.reason})" for item in outcome.skipped)
         parts.append(f"skipped: {count(len(outcome.skipped), 'unreadable sample')}: {names}")
     parts += outliers_text(result)
-    parts.append(f"written: {outcome.plan.output}")
+    parts.append(f"written: {one_line(outcome.plan.output)}")
     parts.append(f"         sha256 {outcome.output_sha256}; only {_buffers(result)} differ from the source")
     return "\n".join(parts)
 
@@ -138,7 +140,8 @@ def outliers_text(result: Reestimation) -> list[str]:
     if len(result.outliers) > _NAMED:
         parts.append(f"  … and {len(result.outliers) - _NAMED} more (--json lists all)")
     if result.common:
-        parts.append(f"outliers: over 1 % of the samples are {' or '.join(result.common)}, so these were not left out")
+        kinds = " or ".join(map(one_line, result.common))
+        parts.append(f"outliers: over 1 % of the samples are {kinds}, so these were not left out")
     return parts
 
 
@@ -178,17 +181,19 @@ def _changes(layers: Sequence[LayerResult]) -> str:
 def verdict_text(verdict: DataVerdict) -> str:
     """What the first look at the data said."""
     if verdict.verdict == "none" or verdict.early is None or verdict.deep is None:
-        return f"data: not compared with the training data ({verdict.cause})"
+        return f"data: not compared with the training data ({one_line(verdict.cause)})"
     scores = f"distance {verdict.early:.2f} in the first BN layers, {verdict.deep:.2f} over all, 0 is perfect"
     if verdict.verdict == "agree":
         return f"data: {verdict.images:,} samples agree with what the BN layers remember ({scores})"
-    return f"data: does NOT look like the training data, used all the same (--force): {verdict.cause} ({scores})"
+    return (
+        f"data: does NOT look like the training data, used all the same (--force): {one_line(verdict.cause)} ({scores})"
+    )
 
 
 def controls_text(controls: Controls) -> str:
     """The verdict of the control layers in a sentence."""
     if controls.deviation is None or controls.worst is None:
-        return f"controls: none ({controls.reason})"
+        return f"controls: none ({one_line(controls.reason)})"
     return (
         f"controls: {count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
         f"data; stored and measured variance differ by {deviation_text(controls.deviation)} in the median channel "
@@ -214,7 +219,7 @@ def conversion_text(conversion: Conversion) -> str:
         parts.append(f"left out: {listed(conversion.checkpoint.left_out)}")
     for group in conversion.shared:
         parts.append(f"share memory in the source, written once each: {listed(group)}")
-    parts.append(f"written: {conversion.output}")
+    parts.append(f"written: {one_line(conversion.output)}")
     parts.append(f"         {count(len(tensors), 'tensor')}, {size}, bit for bit; sha256 {conversion.output_sha256}")
     return "\n".join(parts)
 
@@ -228,7 +233,9 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
     parts = [f"{count(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
     if comparison.changes:
         parts.append(columns(rows))
-    parts += [f"unexpected: {violation}" for violation in violations]
+    parts += [f"unexpected: {one_line(violation)}" for violation in violations[:_UNEXPECTED]]
+    if len(violations) > _UNEXPECTED:
+        parts.append(f"… and {len(violations) - _UNEXPECTED} more (--json lists all)")
     return "\n".join(parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import enum
+import re
 import types
 import uuid
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from ckpt_tools.redaction import without_secrets
+from ckpt_tools.remote.address import shown_url
 from ckpt_tools.storage.modules import module_class
 from ckpt_tools.storage.pickles import Opaque
 
@@ -23,6 +26,7 @@ _DEEPEST = 16  # nobody's settings are nested deeper, and a hostile pickle's mus
 _MOST = 200_000  # values, written out: sharing lets a few bytes unfold to any number
 _LONGEST_INT = 1024  # bits; Python refuses to print very long ones
 _CUT = "<...>"
+_A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/]*:[^@]*@|:.*:/)")  # one slash: of a URL that was made a path
 
 
 def plain_words(words: Mapping[str, object]) -> dict[str, object]:
@@ -121,7 +125,7 @@ def _leaf(value: object) -> object:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, torch.dtype | torch.device | PurePath):
-        return str(value)
+        return _text(str(value))
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
@@ -134,8 +138,15 @@ def _leaf(value: object) -> object:
 
 
 def _text(value: str) -> str:
-    """The same text, with escapes for what is no Unicode and could not be printed."""
-    return str(value).encode("utf-8", "backslashreplace").decode()
+    """The same text without credentials, and with escapes for what is no Unicode and could not be printed.
+
+    Training scripts record where their data was, with the keys to it. A value that is a URL is one from its beginning
+    to its end, blanks and quotes in the password included. So it loses them here, before it is cut or quoted.
+    """
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    if ":/" not in text and "::" not in text:
+        return text
+    return shown_url(text) if _A_URL.match(text) else str(without_secrets(text))
 
 
 def _has_value(value: object) -> bool:

@@ -1,0 +1,129 @@
+"""The gate that every printed line passes.
+
+`guarded_streams` puts a `GuardedStream` in the place of each standard stream while a command runs. So what click,
+Python's warnings and libraries print is made harmless like our own results and messages. Three things go around the
+gate, and each is harmless by itself: JSON, the annotations of GitHub, and progress bars.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO, cast
+
+import click
+
+from ckpt_tools.plain_text import LONGEST_VALUE, harmless, shorten
+from ckpt_tools.redaction import without_fragments
+from ckpt_tools.remote.mirror import as_urls
+
+__all__ = ["guarded_streams", "print_json", "print_message", "print_result", "terminal", "write_command"]
+
+
+class GuardedStream:
+    """A text stream that passes on to another one what is harmless there; all else it leaves to that stream."""
+
+    encoding = "utf-8"  # click would go around a stream of another kind; what it cannot encode becomes escapes
+    errors = "backslashreplace"
+
+    def __init__(self, stream: TextIO, without_secrets: Callable[[str], str]) -> None:
+        self.stream = stream
+        self._without_secrets = without_secrets
+        self._line = ""  # the beginning of the line that is not ended yet
+
+    def write(self, text: str) -> int:
+        """Pass on a text, which may be a part of a line. Returns the number of characters that were given."""
+        if not isinstance(text, str):  # click tries bytes to find out what kind of stream this is
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        whole = self._line + self._without_secrets(text)
+        self.stream.write(_encodable(harmless(whole)[len(harmless(self._line)) :], self.stream))
+        self._line = whole.rpartition("\n")[2][: LONGEST_VALUE + 1]
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Pass on several texts."""
+        for line in lines:
+            self.write(line)
+
+    @property
+    def buffer(self) -> Any:
+        """Not there, since bytes would go around the gate."""
+        raise AttributeError("buffer")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Let standard output and standard error pass the gate within the block."""
+    before = sys.stdout, sys.stderr
+    stdout = GuardedStream(_unguarded(sys.stdout), as_urls)
+    # What libraries print goes to standard error, own_stdout() sees to that; they quote URLs in their own ways.
+    stderr = GuardedStream(_unguarded(sys.stderr), lambda text: without_fragments(as_urls(text)))
+    guarded = cast(TextIO, stdout), cast(TextIO, stderr)
+    sys.stdout, sys.stderr = guarded
+    try:
+        yield
+    finally:
+        if sys.stdout is guarded[0]:  # click puts another one there when a pipe is closed
+            sys.stdout = before[0]
+        if sys.stderr is guarded[1]:
+            sys.stderr = before[1]
+
+
+def print_result(text: str, *, end: str = "\n") -> None:
+    """Print a result on standard output, with URLs in the place of local copies."""
+    click.echo(harmless(as_urls(text)) + end, nl=False)  # click would remove escape sequences, not show them
+
+
+def print_message(text: str) -> None:
+    """Print a message on standard error."""
+    click.echo(harmless(without_fragments(as_urls(text))), err=True)
+
+
+def print_json(facts: object) -> None:
+    """Print a result as JSON on standard output, with URLs in the place of local copies.
+
+    It goes around the gate, which would change names. JSON is harmless: all characters are printable ASCII, no line
+    begins with a colon, and an escape parts ``##[`` where a name holds it.
+    """
+    text = json.dumps(_bounded(as_urls(facts)), indent=2).replace("##", "#\\u0023")
+    stream = _unguarded(sys.stdout)
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def write_command(line: str) -> None:
+    """Print a command for a CI runner, which the gate would stop; the data in it must have been escaped."""
+    stream = terminal()
+    stream.write(_encodable(f"{line}\n", stream))
+    stream.flush()
+
+
+def terminal() -> TextIO:
+    """Standard error for progress bars, which move the cursor; whoever names a bar makes the name harmless."""
+    return _unguarded(sys.stderr)
+
+
+def _unguarded(stream: TextIO) -> TextIO:
+    return stream.stream if isinstance(stream, GuardedStream) else stream
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """The text with escapes for what the stream cannot encode, such as file names in a C locale."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _bounded(value: Any) -> Any:
+    """Plain values with the middle of very long texts left out."""
+    if isinstance(value, str):
+        return shorten(value, LONGEST_VALUE)
+    if isinstance(value, Mapping):
+        return {_bounded(key): _bounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_bounded(item) for item in value]
+    return value
