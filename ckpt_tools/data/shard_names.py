@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.remote.store import open_remote, reaching
+from ckpt_tools.remote.store import open_remote
 
 __all__ = ["expanded", "is_pattern", "is_shard", "local_shards", "names_shards", "remote_shards", "shards_in"]
 
@@ -94,13 +94,10 @@ def remote_shards(url: str) -> tuple[str, ...]:
 
 def _remote(url: str) -> Sequence[str]:
     if "*" in url:
-        remote = open_remote(url)
-        with reaching(url):
-            matches = sorted(map(str, remote.fs.glob(remote.path)))
-        return [remote.fs.unstrip_protocol(match) for match in matches if is_shard(match)]
+        return open_remote(url).matches(is_shard)
     if is_shard(without_secrets(url)):
         return [url]
-    return [f"{url.rstrip('/')}/{name}" for name in open_remote(url).names() if is_shard(name)]
+    return [f"{url.rstrip('/')}/{name}" for name in open_remote(url).names(is_shard) if is_shard(name)]
 
 
 def _expanded(spec: str, pattern: str) -> Sequence[str]:
