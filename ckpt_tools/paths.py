@@ -6,6 +6,7 @@ the names in them. Every such name passes through ``path_below`` before a file i
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import unicodedata
@@ -15,11 +16,12 @@ from pathlib import Path
 from ckpt_tools.errors import CheckpointError, CkptToolsError
 
 __all__ = [
-    "exists",
     "folds_case",
     "identity",
     "is_file",
     "is_folder",
+    "is_link",
+    "matching_paths",
     "name_fault",
     "path_below",
     "require_below",
@@ -75,9 +77,7 @@ def path_below(
     return require_below(folder, path, origin=origin, error=error)
 
 
-def require_below(
-    folder: Path, path: Path, *, origin: object, error: type[CkptToolsError] = CheckpointError
-) -> Path:
+def require_below(folder: Path, path: Path, *, origin: object, error: type[CkptToolsError] = CheckpointError) -> Path:
     """Return a path that was made by joining a name to ``folder``, after a look at where links lead.
 
     A link counts as the file that it leads to, and that must lie in the folder or below it. The one exception is
@@ -203,6 +203,30 @@ def _hub_blobs(folder: Path) -> Path | None:
     return None
 
 
+def matching_paths(pattern: str) -> list[Path]:
+    """The paths that a pattern matches, sorted, as ``glob.glob`` with ``recursive`` finds them, but for links.
+
+    ``**`` does not follow links to folders: two of them that lead back to their own folder keep ``glob`` busy for ever.
+    """
+    return sorted(_matching(Path(pattern)), key=str)
+
+
+def _matching(pattern: Path) -> set[Path]:
+    parts = pattern.parts
+    if "**" not in parts:
+        return set(map(Path, glob.glob(str(pattern))))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    at = parts.index("**")
+    found: set[Path] = set()
+    for start in _matching(Path(*parts[:at])):
+        for folder, inner, names in os.walk(start):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            if parts[at + 1 :]:
+                found |= _matching(Path(glob.escape(folder), *parts[at + 1 :]))
+            else:
+                found |= {Path(folder), *(Path(folder, name) for name in [*inner, *names] if not name.startswith("."))}
+    return found
+
+
 # ``Path.is_dir`` and its like raise for names that are too long and folders that may not be entered; these do not.
 
 
@@ -216,9 +240,9 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113
 
 
-def exists(path: Path) -> bool:
-    """Whether there is anything that can be reached. A link that leads nowhere, or to itself, is nothing."""
-    return os.path.exists(path)  # noqa: PTH110
+def is_link(path: Path) -> bool:
+    """Whether there is a symbolic link, wherever it leads."""
+    return os.path.islink(path)  # noqa: PTH114
 
 
 def identity(path: Path) -> tuple[int, int] | None:

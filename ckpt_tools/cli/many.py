@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from ckpt_tools.cli import github
 from ckpt_tools.cli.boundary import terminable
 from ckpt_tools.cli.options import own_stdout, path, show, stacked
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.paths import matching_paths
 from ckpt_tools.redaction import presentable
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import as_urls, located
@@ -156,7 +156,7 @@ def _data_files(request: Request) -> list[Path]:
     for pattern in map(str, tuple(found)):
         with contextlib.suppress(OverflowError):  # too many to be files here
             for name in expanded(pattern):
-                found += map(Path, glob.glob(name, recursive=True))  # noqa: PTH207 - of absolute patterns, too
+                found += matching_paths(name)
     return found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckpt_tools.errors import DataError
+from ckpt_tools.paths import is_folder, matching_paths
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.store import open_remote
 
@@ -66,13 +67,13 @@ def local_shards(spec: str, pattern: str) -> tuple[Path, ...]:
 
 def _local(name: str) -> Sequence[Path]:
     path = Path(name)
-    if path.is_dir():
+    if is_folder(path):
         return shards_in(path)
     if os.path.lexists(path):
         return [path]
     if not glob.has_magic(name):
         return []
-    matches = sorted(Path(match) for match in glob.iglob(name, recursive=True))  # noqa: PTH207 - absolute ones, too
+    matches = matching_paths(name)
     return [match for match in matches if is_shard(match.name)] or matches
 
 

@@ -68,7 +68,8 @@ class Manifest:
         """
         earlier = self._made.get(_maker(record))
         if record["status"] == "done before" and earlier is not None:
-            return {**earlier, **{name: record[name] for name in ("checkpoint", "output", "status")}}
+            own = ("checkpoint", "also_named", "output", "status")
+            return {**earlier, **{name: record[name] for name in own if name in record}}
         self._keep(record)
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -89,12 +90,13 @@ def record_of(result: Result) -> Record:
     """A result as a line of the manifest.
 
     ``report`` is what ``--json`` says of a single checkpoint; ``metrics``, what a gate said no to. ``source_sha256``
-    and ``settings`` are those that stand in the output.
+    and ``settings`` are those that stand in the output. ``also_named``: further paths to the checkpoint's file.
     """
     error = result.error
     record: Record = as_urls(
         {
             "checkpoint": str(result.item.checkpoint),
+            "also_named": [str(path) for path in result.item.also_named],
             "status": result.status,
             "output": str(result.item.output) if result.status in ("done", "done before") else None,
             "error": None if error is None else str(error) if result.known else f"{type(error).__name__}: {error}",

@@ -63,9 +63,7 @@ def sidecar_words(path: Path) -> dict[str, object]:
 
 def _said(folder: Path) -> dict[str, object]:
     files = {word: folder / name for word, name in _SIDECARS.items()}
-    found = {
-        word: _parsed(require_below(folder, file, origin=file)) for word, file in files.items() if is_file(file)
-    }
+    found = {word: _parsed(require_below(folder, file, origin=file)) for word, file in files.items() if is_file(file)}
     return {word: content for word, content in found.items() if content}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.paths import path_below, require_below
+from ckpt_tools.paths import is_link, path_below, require_below
 from ckpt_tools.remote.mirror import located
 from ckpt_tools.storage.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.content import Content, load_content
@@ -55,7 +55,7 @@ def find_source(path: Path) -> Source:
             return _indexed(path, path) if path.name.endswith(INDEX) else Source(path, (path,))
         path.stat()
     except FileNotFoundError as error:
-        found = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "nothing there"
+        found = f"a link to {path.readlink()}, which is not there" if is_link(path) else "nothing there"
         raise CheckpointError(f"{path}: expected a checkpoint file, found {found}. Check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL, or half of a surrogate pair, which no path may hold
         why = error.strerror if isinstance(error, OSError) else error
