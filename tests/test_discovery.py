@@ -112,7 +112,7 @@ def test_patterns_do_not_leave_their_folder(runs: Path) -> None:
         find_checkpoints([runs / "*" / ".." / "model.safetensors"])
 
 
-def test_a_folder_that_cannot_be_read_is_an_error_unless_excluded(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_fails_for_itself(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
     def guarded(path: str | os.PathLike[str] = ".") -> object:
@@ -122,9 +122,53 @@ def test_a_folder_that_cannot_be_read_is_an_error_unless_excluded(runs: Path, mo
 
     monkeypatch.setattr(os, "scandir", guarded)  # who runs the tests may be root
     assert not is_one_checkpoint(runs)
-    with pytest.raises(CheckpointError, match=r"a b: expected a folder to search.*Permission denied"):
-        find_checkpoints([runs])
+    assert places(runs) == ["model.safetensors", "hub", "a b"]
     assert places(runs, exclude=["a b"]) == ["model.safetensors", "hub"]
+    with pytest.raises(CheckpointError, match=r"a b: expected a folder to search.*Permission denied"):
+        find_checkpoints([runs / "a b"])
+    assert is_one_checkpoint(runs / "a b")  # whose reader says what is wrong with it
+
+
+def test_links_that_lead_nowhere_are_found_like_files(runs: Path) -> None:
+    for name, target in {"self.pt": "self.pt", "one.pt": "two.pt", "two.pt": "one.pt", "gone.pt": "nothing"}.items():
+        (runs / "a b" / name).symlink_to(target)
+    (runs / "again").symlink_to(".")
+    (runs / "nowhere").symlink_to("nowhere")
+    broken = ["a b/gone.pt", "a b/one.pt", "a b/self.pt", "a b/two.pt"]
+    assert sorted({*places(runs)} & {*broken}) == broken
+    assert len(places(runs)) == 8
+    assert {*broken} < {*places(runs / "**" / "*.pt")}
+    for name in broken:
+        assert is_one_checkpoint(runs / name)
+        with pytest.raises(CheckpointError, match=r"symbolic links|which is not there"):
+            read_checkpoint(runs / name)
+
+
+def test_a_pattern_does_not_follow_links_in_circles(runs: Path) -> None:
+    for name in ("one", "two"):
+        (runs / name).symlink_to(".")  # glob.glob would try 2^40 paths
+    assert places(runs / "**" / "*.pt") == ["a b/last.pt"]
+    assert places(runs / "one" / "**" / "last.pt") == ["a b/last.pt"]
+
+
+def test_a_file_with_several_names_is_found_once(runs: Path) -> None:
+    folder = runs / "timm"
+    folder.mkdir()
+    torch.save(STATE, folder / "checkpoint-9.pth.tar")
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        (folder / name).hardlink_to(folder / "checkpoint-9.pth.tar")
+    (folder / "a-link.pth.tar").symlink_to("last.pth.tar")
+    torch.save(STATE, folder / "checkpoint-8.pth.tar")  # equal bytes, but another file
+    names = [(one.path.name, [path.name for path in one.also_named]) for one in find_checkpoints([folder])]
+    others = ["a-link.pth.tar", "last.pth.tar", "model_best.pth.tar"]
+    assert names == [("checkpoint-9.pth.tar", others), ("checkpoint-8.pth.tar", [])]
+    given = [folder / "model_best.pth.tar", folder / "last.pth.tar"]
+    (found,) = find_checkpoints(given)
+    assert (found.path, found.also_named) == (given[0], (given[1],))
+    (found,) = find_checkpoints([folder], include=["*t*"], exclude=["checkpoint-*"])
+    assert found.path.name == "last.pth.tar"
+    (found,) = find_checkpoints([folder / "a-link.pth.tar"])
+    assert found.also_named == ()
 
 
 def test_patterns_name_no_outputs_and_nothing_else(runs: Path) -> None:

@@ -66,6 +66,48 @@ def test_outputs_equal_those_of_single_runs(root: Path, estimator: str) -> None:
         assert together.read_bytes() == (root / "single.safetensors").read_bytes()
 
 
+def test_names_that_cannot_be_read_stop_no_other(root: Path) -> None:
+    runs = root / "runs"
+    weights = (runs / "0" / "0.pt").read_bytes()
+    (runs / "self.pt").symlink_to("self.pt")
+    (runs / "gone.pt").symlink_to("nothing")
+    (runs / "again").symlink_to(".")
+    os.mkfifo(runs / "pipe.pt")
+    (runs / ("n" * 252 + ".pt")).write_bytes(weights)  # there is no room for .bn.safetensors
+    (runs / os.fsdecode(b"\xff.pt")).write_bytes(weights)
+    result = cli(*job(root, runs, "--output-dir", root / "fixed", "--report", root / "r.html", "--json"))
+    assert result.exit_code == 1
+    assert "4 of 9 checkpoints failed" in result.stderr
+    records = {Path(record["checkpoint"]).name: record for record in json.loads(result.stdout)["checkpoints"]}
+    wrong = {name[:7]: record["error"] for name, record in records.items() if record["status"] == "failed"}
+    assert {*wrong} == {"self.pt", "gone.pt", "pipe.pt", "nnnnnnn"}
+    assert "symbolic links" in wrong["self.pt"]
+    assert "a link to nothing, which is not there" in wrong["gone.pt"]
+    assert "neither a file nor a folder" in wrong["pipe.pt"]
+    assert "File name too long" in wrong["nnnnnnn"]
+    assert len(list((root / "fixed").rglob("*.safetensors"))) == 5
+
+
+def test_hard_links_are_one_checkpoint(root: Path) -> None:
+    runs = root / "runs" / "0"
+    (runs / "last.pt").hardlink_to(runs / "2.pt")
+    (runs / "best.pt").symlink_to("2.pt")
+    arguments = job(root, root / "runs", "--output-dir", root / "fixed")
+    result = cli(*arguments, "--report", root / "report.md")
+    assert result.exit_code == 0
+    said = "One file, processed once, that is also named best.pt, last.pt."
+    assert f"{runs / '2.pt'}: {said}" in result.stdout
+    assert said in (root / "report.md").read_text()
+    assert sorted(path.name for path in (root / "fixed").rglob("*.safetensors")) == [
+        f"{n}.bn.safetensors" for n in range(4)
+    ]
+    again = json.loads(cli(*arguments, "--json").stdout)["checkpoints"]
+    for record in (*lines(root / "fixed" / "ckpt-fix.jsonl"), *again):
+        also = [str(runs / "best.pt"), str(runs / "last.pt")] if record["checkpoint"].endswith("2.pt") else []
+        assert record["also_named"] == also
+    assert [record["status"] for record in again] == ["done before"] * 4
+
+
 def test_a_bad_file_stops_no_other(root: Path) -> None:
     (root / "runs" / "bad.pt").write_bytes(b"nonsense")
     torch.save({"weight": torch.ones(2)}, root / "runs" / "other.pt")

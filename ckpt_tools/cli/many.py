@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ckpt_tools.cli.options import own_stdout, path, stacked
 from ckpt_tools.cli.output import print_json, print_result
 from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.paths import matching_paths
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import as_urls, located
@@ -162,7 +162,7 @@ def _data_files(request: Request) -> list[Path]:
     for pattern in map(str, tuple(found)):
         with contextlib.suppress(OverflowError):  # too many to be files here
             for name in expanded(pattern):
-                found += map(Path, glob.glob(name, recursive=True))  # noqa: PTH207 - of absolute patterns, too
+                found += matching_paths(name)
     return found
 
 

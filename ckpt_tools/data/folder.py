@@ -78,7 +78,7 @@ def find_images(root: Path | RemoteFolder) -> tuple[str, ...]:
     """
     images: list[str] = []
     others: Counter[str] = Counter()
-    for name in root.names() if isinstance(root, RemoteFolder) else _names(root):
+    for name in root.names(EXTENSIONS) if isinstance(root, RemoteFolder) else _names(root):
         suffix = PurePath(name).suffix.lower()
         if suffix in EXTENSIONS:
             images.append(name)

@@ -113,7 +113,7 @@ def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: Cl
 
 def _alphabetical(root: Path | RemoteFolder, owners: Sequence[str]) -> Labels:
     if isinstance(root, RemoteFolder):
-        folders = root.folders()
+        folders = sorted({*root.folders(), *owners})  # a store may list files of folders that it does not list
     else:
         folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     numbers = {name: number for number, name in enumerate(folders)}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import PurePosixPath
 
 from ckpt_tools.remote.store import Remote, is_missing, reaching
 
 __all__ = ["RemoteFolder"]
 
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before a read is tried again
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith(".") for part in name.split("/"))
 
 
 @dataclass(frozen=True)
@@ -23,16 +28,23 @@ class RemoteFolder:
     def __str__(self) -> str:
         return str(self.remote)
 
-    def names(self) -> list[str]:
-        """All files below it, by their paths from here; hidden files and folders are left out. Raises RemoteError."""
-        return [name for name in self.remote.sizes() if not any(part.startswith(".") for part in name.split("/"))]
+    def names(self, suffixes: Collection[str]) -> list[str]:
+        """All files below it, by their paths from here; hidden files and folders are left out.
+
+        Raises RemoteError, also where the name of a file with one of the ``suffixes`` could lead out of the folder.
+        """
+
+        def is_wanted(name: str) -> bool:
+            return _is_visible(name) and PurePosixPath(name).suffix.lower() in suffixes
+
+        return [name for name in self.remote.sizes(is_wanted) if _is_visible(name)]
 
     def folders(self) -> list[str]:
         """Names of the folders directly in it, sorted. Raises RemoteError."""
         with reaching(self.remote.url):
             entries = self.remote.fs.ls(self.remote.path, detail=True)
-        names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
-        return sorted(name for name in names if not name.startswith("."))
+            names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+        return sorted({name for name in names if name and not name.startswith(".")})
 
     def read(self, names: Sequence[str]) -> list[BytesIO | Exception]:
         """The content of files, all at once where the store can do that, or the error of one that is not there.

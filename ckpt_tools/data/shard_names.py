@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckpt_tools.errors import DataError
+from ckpt_tools.paths import is_folder, matching_paths
 from ckpt_tools.remote.address import shown_url
-from ckpt_tools.remote.store import open_remote, reaching
+from ckpt_tools.remote.store import open_remote
 
 __all__ = ["expanded", "is_pattern", "is_shard", "local_shards", "names_shards", "remote_shards", "shards_in"]
 
@@ -66,13 +67,13 @@ def local_shards(spec: str, pattern: str) -> tuple[Path, ...]:
 
 def _local(name: str) -> Sequence[Path]:
     path = Path(name)
-    if path.is_dir():
+    if is_folder(path):
         return shards_in(path)
     if os.path.lexists(path):
         return [path]
     if not glob.has_magic(name):
         return []
-    matches = sorted(Path(match) for match in glob.iglob(name, recursive=True))  # noqa: PTH207 - absolute ones, too
+    matches = matching_paths(name)
     return [match for match in matches if is_shard(match.name)] or matches
 
 
@@ -94,13 +95,10 @@ def remote_shards(url: str) -> tuple[str, ...]:
 
 def _remote(url: str) -> Sequence[str]:
     if "*" in url:
-        remote = open_remote(url)
-        with reaching(url):
-            matches = sorted(map(str, remote.fs.glob(remote.path)))
-        return [remote.fs.unstrip_protocol(match) for match in matches if is_shard(match)]
+        return open_remote(url).matches(is_shard)
     if is_shard(shown_url(url)):
         return [url]
-    return [f"{url.rstrip('/')}/{name}" for name in open_remote(url).names() if is_shard(name)]
+    return [f"{url.rstrip('/')}/{name}" for name in open_remote(url).names(is_shard) if is_shard(name)]
 
 
 def _expanded(spec: str, pattern: str) -> Sequence[str]:

@@ -144,7 +144,7 @@ def _behind_url(spec: str, limit: int | None, seed: int, split: Split) -> Source
     try:
         return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
     except DataError:
-        if not any(map(is_shard, remote.names())):
+        if not any(map(is_shard, remote.names(is_shard))):
             raise
         return ShardStreamSource.open(spec, limit=limit, seed=seed)
 

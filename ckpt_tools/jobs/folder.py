@@ -40,11 +40,15 @@ _SHARE = 0.4  # of the free memory, for the models of a round; activations need 
 
 @dataclass(frozen=True)
 class Item:
-    """One checkpoint of many, and where its output goes; ``in_manifest``: what a manifest says of that output."""
+    """One checkpoint of many, and where its output goes.
+
+    ``in_manifest`` is what a manifest says of that output, ``also_named`` are further paths to the checkpoint's file.
+    """
 
     checkpoint: Path
     output: Path
     in_manifest: Made | None = None
+    also_named: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,12 @@ def items_for(found: Sequence[Found], output_dir: Path | None) -> tuple[Item, ..
         names |= {one: _full_name(names[one], one) for one in clashing}
     for one in _clashing(names):
         raise UsageError(f"{names[one]}: expected a name for one file alone. Rename {one.path}, or give --output-dir.")
-    return tuple(Item(one.path, name) for one, name in names.items())
+    return tuple(Item(one.path, name, also_named=one.also_named) for one, name in names.items())
 
 
 def _clashing(names: Mapping[Found, Path]) -> list[Found]:
     """Those whose output another output has as well, or a checkpoint."""
-    taken = Counter(map(_spot, [*names.values(), *(one.path for one in names)]))
+    taken = Counter(map(_spot, [*names.values(), *(path for one in names for path in (one.path, *one.also_named))]))
     return [one for one, name in names.items() if taken[_spot(name)] > 1]
 
 

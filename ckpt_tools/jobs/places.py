@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from ckpt_tools.distributed import Ranks
 from ckpt_tools.errors import ModelError, OutputError, UsageError
+from ckpt_tools.paths import identity
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import located
 
@@ -20,7 +22,7 @@ def default_output(checkpoint: Path, kind: str = "") -> Path:
 
     In the current folder for what was read over http or from a repository, where nobody expects to write.
     """
-    whole = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint.absolute()
+    whole = Path(os.path.realpath(checkpoint)) if checkpoint.name in ("", "..") else checkpoint.absolute()
     if not writes_beside(whole):
         whole = Path.cwd() / whole.name
     name = whole.name
@@ -32,7 +34,8 @@ def default_output(checkpoint: Path, kind: str = "") -> Path:
 def refuse_data(output: Path, data: str, kind: str = "training") -> None:
     """Raise OutputError if the output would take the place of the data."""
     place = located(data)
-    if output == place or (output.exists() and place.exists() and output.samefile(place)):
+    written_over = identity(output)
+    if output == place or (written_over is not None and written_over == identity(place)):
         raise OutputError(f"{output}: expected a file of its own, found the {kind} data. Choose another name.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -64,9 +65,10 @@ def peek(path: Path, count: int = 0, size: int | None = None) -> bytes | None:
             return None
         raise
     mirror.make(path.parent)
-    with path.open("wb") as file:
+    with _new_file(remote, path) as part, part.open("wb") as file:
         file.write(head[:count])
-        file.truncate(max(size or 0, len(head[:count])))  # a hole, which takes no room
+        with contextlib.suppress(OSError):  # a store may list sizes that no file system takes
+            file.truncate(max(size or 0, len(head[:count])))  # a hole, which takes no room
     return head[:count]
 
 
@@ -126,11 +128,27 @@ def _beginning(path: Path, count: int) -> bytes | None:
 def _copy(remote: Remote, path: Path, size: int | None, callback: Any) -> None:
     if size is not None and size > shutil.disk_usage(path.parent).free:
         raise _no_room(remote, path.parent, size)
+    with _new_file(remote, path) as part, reaching(remote.url):
+        _download(remote, part, size, callback)
+
+
+@contextlib.contextmanager
+def _new_file(remote: Remote, path: Path) -> Iterator[Path]:
+    """A file that was not there, and which takes the name of a place at the end; removed if the block fails.
+
+    Clients of stores open what they write to by its name: it must be a file of ours already, and no link. Raises
+    RemoteError where the file system refuses.
+    """
     part = path.with_name(new_name())
     try:
-        with reaching(remote.url):
-            _download(remote, part, size, callback)
+        part.open("xb").close()
+        yield part
         os.replace(part, path)
+    except OSError as error:
+        raise RemoteError(
+            f"{remote}: its copy on this machine cannot be written ({error.strerror}). Rename it if its name is "
+            "unusual, or set TMPDIR to a folder of another file system."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -143,7 +161,7 @@ def _download(remote: Remote, part: Path, size: int | None, callback: Any) -> No
         if error.errno in _FULL:
             raise _no_room(remote, part.parent, size) from error
         raise
-    found = part.stat().st_size
+    found = part.lstat().st_size
     if size is not None and found != size:
         raise OSError(errno.EIO, f"{found:,} bytes came, of {size:,}")
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.errors import RemoteError
+from ckpt_tools.errors import RemoteError, UsageError
+from ckpt_tools.paths import path_below
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.address import Origin, is_url, local_path, parted, scheme_of
 from ckpt_tools.remote.scratch import Claim, claim, new_name, roomy_folder, sweep
@@ -73,7 +74,8 @@ class Mirror:
         """Where a remote file stands once it is fetched. Raises UsageError for a URL that means no place."""
         address = parted(url)
         for number, origin in enumerate(self._origins):
-            place = self.folder / str(number) / address.path
+            store = self.folder / str(number)
+            place = path_below(store, address.path, origin=address.origin.shown, error=UsageError, nested=True)
             if origin == address.origin and self._queries.setdefault(place, address.query) == address.query:
                 return place
         self._origins.append(address.origin)

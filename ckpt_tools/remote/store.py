@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
+from ckpt_tools.paths import shown_name, spelling_fault
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.address import remember_options, remember_url, scheme_of, shown_url
@@ -25,6 +27,7 @@ _PACKAGES = {
 }  # fmt: skip
 _REFUSED = ("credential", "accessdenied", "forbidden", "unauthorized", "authentication", "permission")
 _READ, _LONGEST = 10_000, 300  # characters of what a store's client says that are looked at, and that are shown
+_LARGEST = 1 << 60  # bytes: no store holds such a file, and no file system such a hole
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,58 @@ class Remote:
     def size(self) -> int | None:
         """Bytes of a file, None where the store does not tell before. Raises RemoteError."""
         with reaching(self.url):
-            size = self.fs.info(self.path).get("size")
-            return None if size is None else int(size)
+            return _size(self.fs.info(self.path))
 
-    def names(self) -> list[str]:
-        """Names of the files directly in this folder, sorted. Raises RemoteError."""
-        return sorted(name for name in self.sizes(depth=1) if "/" not in name)
+    def names(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Names of the files directly in this folder, sorted, checked as by ``sizes``. Raises RemoteError."""
+        return list(self.sizes(wanted, depth=1))
 
-    def sizes(self, depth: int | None = None) -> dict[str, int | None]:
-        """Bytes of every file below this folder, by its path from here, sorted. Raises RemoteError."""
+    def sizes(self, wanted: Callable[[str], bool], depth: int | None = None) -> dict[str, int | None]:
+        """Bytes of every file below this folder, by its path from here, sorted; with ``depth`` 1 only of those in it.
+
+        A listing is foreign input. What it names outside of this folder is not listed. A name that could lead out of
+        the folder or to another store is refused if it is ``wanted``, and left out otherwise: nobody needs a file that
+        nobody wants, but half of what is wanted would pass for all of it.
+
+        Raises RemoteError.
+        """
         start = self.child("")
         with reaching(self.url):
-            found = self.fs.find(self.path, maxdepth=depth, detail=True)
-        return {
-            name.removeprefix(start): entry.get("size")
-            for name, entry in sorted(found.items())
-            if name.startswith(start) and entry.get("type") == "file" and name != start
-        }
+            listing = self.fs.find(self.path, maxdepth=depth, detail=True)
+            sizes = {
+                name.removeprefix(start): _size(entry)
+                for name, entry in sorted(listing.items())
+                if name.startswith(start) and name != start and entry.get("type") == "file"
+            }
+        safe = [name for name in sizes if self._is_safe(name, wanted)]
+        return {name: sizes[name] for name in safe if depth != 1 or "/" not in name}
+
+    def matches(self, wanted: Callable[[str], bool]) -> list[str]:
+        """URLs of what ``path`` matches as a pattern, sorted, checked as by ``sizes``. Raises RemoteError."""
+        before, slash, _ = re.split(r"[*?\[]", self.path, maxsplit=1)[0].rpartition("/")
+        start = before + slash
+        with reaching(self.url):
+            listed = sorted(name for name in self.fs.glob(self.path) if name.startswith(start))
+            safe = [name for name in listed if self._is_safe(name.removeprefix(start), wanted)]
+            return [self.fs.unstrip_protocol(name) for name in safe if wanted(name)]
+
+    def _is_safe(self, name: str, wanted: Callable[[str], bool]) -> bool:
+        """Raises RemoteError for a name that is wanted and not safe."""
+        fault = spelling_fault(name)
+        if fault is None and "::" in name:  # fsspec takes it for a chain of stores: a.pt::file://…
+            fault = "which fsspec would take for files of two stores"
+        if fault is not None and wanted(name):
+            raise RemoteError(
+                f"{self}: expected its listing to name files below it, found {shown_name(name)}, {fault}. Do not trust "
+                "this folder; if it is yours, rename the file."
+            )
+        return fault is None
+
+
+def _size(entry: Mapping[str, Any]) -> int | None:
+    """Bytes of a file as its store lists it; None where it tells none, or a number that no file has."""
+    size = entry.get("size")
+    return None if size is None or not 0 <= int(size) < _LARGEST else int(size)
 
 
 def open_remote(url: str) -> Remote:

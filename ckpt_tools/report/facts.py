@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from ckpt_tools.report.numbers import number
@@ -37,6 +38,15 @@ def furthest(ratios: Mapping[str, float]) -> str | None:
 def rewritten_layers(facts: Facts) -> list[Facts]:
     """The layers whose running variance is new."""
     return [row for row in parts(facts, "layers") if row.get("rewritten")]
+
+
+def also_named(record: Facts) -> str:
+    """The further names of a checkpoint's file in a sentence, short for those in its own folder; "" without any."""
+    found = record.get("also_named")
+    paths = [PurePath(str(path)) for path in found] if isinstance(found, (list, tuple)) else []
+    folder = PurePath(str(record.get("checkpoint"))).parent
+    names = [path.name if path.parent == folder else str(path) for path in paths]
+    return f"One file, processed once, that is also named {', '.join(names)}." if names else ""
 
 
 def role_of(row: Facts) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from ckpt_tools.report.checkpoint_page import VERDICTS, checkpoint_page, control_verdict
 from ckpt_tools.report.columns import count
 from ckpt_tools.report.content import Cell, Column, Figure, FolderPage, Page, Section, Table, Tone
-from ckpt_tools.report.facts import furthest, medians, part, parts
+from ckpt_tools.report.facts import also_named, furthest, medians, part, parts
 from ckpt_tools.report.metric_tables import metrics, metrics_section, unit_of
 from ckpt_tools.report.numbers import UNKNOWN, measured, measured_text, number_cell, ratio_text, seconds_text
 from ckpt_tools.report.redaction import presentable
@@ -111,7 +111,7 @@ def _row(record: Record, name: str, anchor: str, measures: Sequence[str]) -> tup
     rewritten = sum(bool(layer.get("rewritten")) for layer in layers) if layers else None
     verdict = control_verdict(report) if report else UNKNOWN
     scores = metrics(_judged(record))
-    message = _line(record)
+    message = " ".join(filter(None, (also_named(record), _line(record))))
     return (
         Cell(name, name, link=anchor),
         Cell(status, status, _TONES.get(status, "quiet")),
@@ -138,15 +138,16 @@ def _line(record: Record) -> str:
 def _page(record: Record, name: str) -> Page:
     """The page of one record: that of its report, or of what went wrong."""
     status, report = str(record.get("status", "")), part(record, "report")
+    subtitle = ". ".join(filter(None, (status, also_named(record))))
     if report:
         page = checkpoint_page(report)
-        return Page(name, status, page.headline, page.tone, page.figures, page.sections)
+        return Page(name, subtitle, page.headline, page.tone, page.figures, page.sections)
     said = str(record.get("error") or "")
     output = f"Its output is {record['output']}." if record.get("output") else "No output was written."
     headline = output if said or status != "skipped" else f"Nothing was run. {output}"
     return Page(
         title=name,
-        subtitle=status,
+        subtitle=subtitle,
         headline=headline,
         sections=tuple(section for section in (_said(said), metrics_section(record)) if section is not None),
     )

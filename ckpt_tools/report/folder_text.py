@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_tools.plain_text import escape_controls, one_line, shorten_message
 from ckpt_tools.report.columns import columns, count
-from ckpt_tools.report.facts import medians, part, parts, rewritten_layers
+from ckpt_tools.report.facts import also_named, medians, part, parts, rewritten_layers
 from ckpt_tools.report.metric_tables import metrics
 from ckpt_tools.report.numbers import measured, whole_text
 from ckpt_tools.report.summary import without_name
@@ -22,6 +22,9 @@ def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
     if any(map(any, scores)):
         rows = [(*row, *more) for row, more in zip(rows, [("error, %", "NLL"), *scores], strict=True)]
     lines = [columns(rows)]
+    linked = [record for record in records if also_named(record)]
+    if linked:
+        lines += ["", *(f"{_clean(str(record.get('checkpoint')))}: {_clean(also_named(record))}" for record in linked)]
     failed = [record for record in records if record.get("status") == "failed"]
     if failed:
         lines += ["", f"{count(len(failed), 'failure')}:"]

@@ -51,6 +51,7 @@ _NEWER_FIELDS: Mapping[str, _Types] = {  # which version 0.1.0 did not write
     "output_sha256": (str, _NONE),
     "output_bytes": (int, _NONE),
     "replaced": (str, _NONE),
+    "also_named": list,
 }
 
 
@@ -160,7 +161,7 @@ class Manifest:
             self._made[_maker(record)] = record
 
 
-_OF_THIS_RUN = ("checkpoint", "output", "status", "output_sha256", "output_bytes", "replaced")
+_OF_THIS_RUN = ("checkpoint", "also_named", "output", "status", "output_sha256", "output_bytes", "replaced")
 
 
 def record_of(result: Result) -> Record:
@@ -168,13 +169,15 @@ def record_of(result: Result) -> Record:
 
     ``report`` is what ``--json`` says of a single checkpoint; ``metrics``, what a gate said no to. ``source_sha256``
     and ``settings`` are those that stand in the output, ``output_sha256`` and ``output_bytes`` those of its file.
-    ``replaced`` says what was wrong with an earlier output that this one took the place of.
+    ``replaced`` says what was wrong with an earlier output that this one took the place of. ``also_named`` are further
+    paths to the checkpoint's file.
     """
     error = result.error
     written = result.made.file if result.made else None
     record: Record = as_urls(
         {
             "checkpoint": str(result.item.checkpoint),
+            "also_named": [str(path) for path in result.item.also_named],
             "status": result.status,
             "output": str(result.item.output) if result.status in ("done", "done before") else None,
             "error": None if error is None else _message(error, known=result.known),

@@ -13,6 +13,7 @@ from reprlib import repr as shown  # of foreign values: short, and shallow
 
 import torch
 
+from ckpt_tools.paths import name_fault, shown_name
 from ckpt_tools.storage.pickles import Opaque
 
 __all__ = ["Metadata", "Piece", "TensorEntry", "read_metadata"]
@@ -131,10 +132,9 @@ def _path(said: object, name: str) -> tuple[str | int, ...]:
 
 
 def _file(name: object) -> str:
-    # The metadata is foreign input: a path like ../../etc/passwd must not lead anywhere.
-    text = _text(name, "relative_path")
-    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
-        raise ValueError(f"the shard {text!r}, which is no name of a file in this folder")
+    text, fault = _text(name, "relative_path"), name_fault(name)
+    if fault is not None:
+        raise ValueError(f"the shard {shown_name(text)}, {fault}")
     return text
 
 

@@ -6,11 +6,12 @@ import fnmatch
 import glob
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from ckpt_tools.errors import CheckpointError, UsageError
+from ckpt_tools.paths import identity, is_file, is_folder, is_link, matching_paths
 from ckpt_tools.remote.mirror import is_remote, store_of
 from ckpt_tools.storage.assembly import is_rank_file
 from ckpt_tools.storage.distributed import METADATA
@@ -25,22 +26,24 @@ __all__ = ["Found", "find_checkpoints", "is_one_checkpoint"]
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint, and its place below the folder that was searched, or that all searched folders lie in."""
+    """A checkpoint, and its place below the folder that was searched, or that all searched folders lie in.
+
+    ``also_named``: further paths that lead to the same file or folder, by links of either kind.
+    """
 
     path: Path
     place: PurePath
+    also_named: tuple[Path, ...] = ()
 
 
 def is_one_checkpoint(path: Path) -> bool:
     """Whether a path that the user gave stands for one checkpoint and not for a folder of them."""
     survey(path)
-    if not path.is_dir():
-        return path.exists() or not _is_pattern(path)
+    if not is_folder(path):
+        return _exists(path) or not _is_pattern(path)
+    below = 0
     try:
         below = len(list(_below(path, _Search(_absolute(path)))))
-    except CheckpointError:  # of the folder's search, which may have been told to leave something out
-        return False
-    try:
         find_source(path)
     except CheckpointError:
         return not below  # the reader says best what is wrong with it
@@ -52,13 +55,20 @@ def find_checkpoints(
 ) -> tuple[Found, ...]:
     """Checkpoints named by files, glob patterns and folders, these searched to the bottom; each once, in order.
 
+    A file with several names is found once, as training scripts that keep their best checkpoint as a hard link
+    (timm's ``last`` and ``model_best``) or a symbolic one make them. It has the first of its names in order that is no
+    symbolic link, which may lead elsewhere tomorrow; the others are ``also_named``.
+
     ``include`` and ``exclude`` are patterns for names, of files or of folders that they lie in, or for paths below the
     searched folder; ``**/`` may stand for nothing. Of what is searched or matched, files that are not named as
     checkpoints are, files that this tool wrote itself, and ``outside`` do not count. Links to folders are not followed.
     Of those behind URLs only names and headers are read.
 
-    Raises CheckpointError where a path yields none, where the patterns leave none, and for a folder that cannot be read
-    and is not excluded; UsageError for paths in several stores, RemoteError.
+    Whatever cannot be read (files and folders without permission, links that lead nowhere or to themselves, pipes) is
+    found like any other, unless it is excluded: who reads it says what is wrong with it, and the others are done.
+
+    Raises CheckpointError where a path yields none and where the patterns leave none; UsageError for paths in several
+    stores, RemoteError.
     """
     _require_one_store(paths)
     for path in paths:
@@ -67,39 +77,44 @@ def find_checkpoints(
     root = Path(os.path.commonpath(bases))
     found: dict[Path, Found] = {}
     for path, base in zip(paths, bases, strict=True):
-        named = list(_named(path, _Search(base, tuple(exclude), frozenset(map(Path.resolve, outside)))))
+        named = list(_named(path, _Search(base, frozenset(map(os.path.realpath, outside)))))
         if not named:
             raise CheckpointError(_nothing(path))
         for one in named:
             place = _absolute(one)
-            if _wanted(place.relative_to(base), include, exclude, _weights_in(one) if _is_folder(one) else ()):
+            inside = _weights_in(one) if is_folder(one) else ()
+            # Nobody knows what an unreadable folder would have matched.
+            if _wanted(place.relative_to(base), include if inside is not None else (), exclude, inside or ()):
                 found.setdefault(place, Found(one, place.relative_to(root)))
     if not found:
         raise CheckpointError(_nothing(paths[0], " that --include and --exclude leave"))
-    return tuple(found.values())
+    return _united(found.values())
+
+
+def _united(found: Iterable[Found]) -> tuple[Found, ...]:
+    """Checkpoints, each of which stands for all of those that are the same file or folder."""
+    groups: dict[object, list[Found]] = {}
+    for one in found:
+        groups.setdefault(identity(one.path) or one.path, []).append(one)
+    return tuple(map(_first, groups.values()))
+
+
+def _first(same: Sequence[Found]) -> Found:
+    chosen = next((one for one in same if not is_link(one.path)), same[0])
+    return replace(chosen, also_named=tuple(one.path for one in same if one is not chosen))
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Below ``base``, without the folders ``outside``. An unreadable folder is an error unless it is excluded."""
+    """Below ``base``, without what is really in the folders ``outside``."""
 
     base: Path
-    exclude: tuple[str, ...] = ()
-    outside: frozenset[Path] = frozenset()
+    outside: frozenset[str] = frozenset()
 
     def covers(self, path: Path) -> bool:
         """Whether a path does not lie outside. What holds the searched folder itself is not meant."""
-        base, path = self.base.resolve(), path.resolve()
-        return self.outside.isdisjoint({path, *path.parents} - {base, *base.parents})
-
-    def missed(self, error: OSError) -> None:
-        """Raise CheckpointError for a folder that cannot be read."""
-        folder = _absolute(Path(str(error.filename)))
-        if _wanted(folder.relative_to(self.base), (), self.exclude):
-            raise CheckpointError(
-                f"{folder}: expected a folder to search, but it cannot be read ({error.strerror}). Check its "
-                f"permissions, or leave it out: --exclude '{glob.escape(folder.name)}'."
-            ) from error
+        base, real = (Path(os.path.realpath(one)) for one in (self.base, path))  # Path.resolve raises for loops
+        return self.outside.isdisjoint(map(str, {real, *real.parents} - {base, *base.parents}))
 
 
 def _require_one_store(paths: Sequence[Path]) -> None:
@@ -113,7 +128,7 @@ def _require_one_store(paths: Sequence[Path]) -> None:
 
 def _base(path: Path) -> Path:
     """The folder that a path searches: itself, what stands before the first wildcard, or where a file lies."""
-    if _is_folder(path) and not _is_whole(path):
+    if is_folder(path) and not _is_whole(path):
         return _absolute(path)
     parts = tuple(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     if _exists(path) or len(parts) == len(path.parts):
@@ -128,15 +143,15 @@ def _absolute(path: Path) -> Path:
 
 
 def _named(path: Path, search: _Search) -> Iterator[Path]:
-    if _is_folder(path) and not _is_whole(path):
+    if is_folder(path) and not _is_whole(path):
         yield from _below(path, search)
     elif _exists(path) or not _is_pattern(path):
         yield path
     else:
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - absolute, too
-        folders = [match for match in matches if match.is_dir() and search.covers(match)]
+        matches = matching_paths(str(path))
+        folders = [match for match in matches if is_folder(match) and search.covers(match)]
         whole = set(filter(_is_whole, folders))
-        files = [one for one in matches if not one.is_dir() and one.parent not in whole and search.covers(one)]
+        files = [one for one in matches if not is_folder(one) and one.parent not in whole and search.covers(one)]
         usual = {match for match in files if _is_weights(match.name, match.parent)}
         for match in matches:
             if match in folders:
@@ -146,8 +161,13 @@ def _named(path: Path, search: _Search) -> Iterator[Path]:
 
 
 def _below(root: Path, search: _Search) -> Iterator[Path]:
-    for folder, inner, names in os.walk(root, onerror=search.missed):
-        here = Path(folder)
+    """The checkpoints below a folder, and at the end the folders in it that cannot be listed.
+
+    Raises CheckpointError if that is the one which the user gave.
+    """
+    unreadable: list[OSError] = []
+    for walked, inner, names in os.walk(root, onerror=unreadable.append):
+        here = Path(walked)
         inner[:] = sorted(name for name in inner if not name.startswith(".") and search.covers(here / name))
         if here != root and _is_whole(here):
             inner[:] = [name for name in inner if name.startswith(_EARLIER)]
@@ -156,6 +176,14 @@ def _below(root: Path, search: _Search) -> Iterator[Path]:
         for name in sorted(names):
             if _is_weights(name, here) and search.covers(here / name):
                 yield here / name
+    for error in unreadable:
+        folder = Path(str(error.filename))
+        if _absolute(folder) == search.base:
+            raise CheckpointError(
+                f"{folder}: expected a folder to search, but it cannot be read ({error.strerror}). Check its "
+                "permissions."
+            ) from error
+        yield folder
 
 
 _EARLIER = "checkpoint-"  # checkpoints that transformers' Trainer keeps below the model
@@ -164,7 +192,7 @@ _EARLIER = "checkpoint-"  # checkpoints that transformers' Trainer keeps below t
 def _is_whole(folder: Path) -> bool:
     """Whether the files of a folder make one checkpoint: shards, ranks, or weights with what belongs to them."""
     try:
-        names = [path.name for path in folder.iterdir() if path.is_file()]
+        names = [path.name for path in folder.iterdir() if is_file(path)]
     except OSError:
         return False
     indexed = any(name.endswith(INDEX) and (is_remote(folder) or shard_names(folder / name)) for name in names)
@@ -175,9 +203,12 @@ def _is_hub_folder(names: list[str]) -> bool:
     return "config.json" in names and hub_weights(names) is not None
 
 
-def _weights_in(folder: Path) -> list[str]:
-    """The files of a whole folder that may be meant by their names."""
-    return [path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)]
+def _weights_in(folder: Path) -> list[str] | None:
+    """The files of a whole folder that may be meant by their names; None if it cannot be listed."""
+    try:
+        return [path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)]
+    except OSError:
+        return None
 
 
 def _exists(path: Path) -> bool:
@@ -186,13 +217,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return True
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def _is_weights(name: str, folder: Path) -> bool:
@@ -220,7 +244,7 @@ def _is_pattern(path: Path) -> bool:
 
 def _nothing(path: Path, filtered: str = "") -> str:
     kinds = " ".join(SUFFIXES)
-    if path.is_dir():
+    if is_folder(path):
         return (
             f"{path}: expected checkpoints ({kinds}){filtered} in it or below, found none. What ckpt-fix wrote itself "
             "does not count. Check the folder, or name the files."

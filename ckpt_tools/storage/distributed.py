@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.paths import path_below, require_below
 from ckpt_tools.storage.assembly import assembled
 from ckpt_tools.storage.chunks import Metadata, Piece, TensorEntry, read_metadata
 from ckpt_tools.storage.entries import is_trainer_state
@@ -29,9 +30,13 @@ _TRAINER = "meta.pt"  # where Lightning keeps what stands beside the weights
 
 @dataclass(frozen=True)
 class Distributed:
-    """What a folder holds: ``root`` nests words and stand-ins of tensors as they were saved."""
+    """What a folder holds: ``root`` nests words and stand-ins of tensors as they were saved.
+
+    ``shards``: the paths of the shards, by the names that the metadata has for them.
+    """
 
     folder: Path
+    shards: Mapping[str, Path]
     root: Mapping[str, object]
     stand_ins: Mapping[int, TensorEntry]  # by the identity of the stand-in in ``root``
 
@@ -43,20 +48,20 @@ class Distributed:
         entry = self.stand_ins.get(id(value))
         if entry is None:
             return value
-        parts = {start: _part(self.folder, entry, start) for start in entry.pieces}
+        parts = {start: _part(self.folder, self.shards, entry, start) for start in entry.pieces}
         return assembled(self.folder, entry.name, entry.size, parts)
 
 
 def load_distributed(folder: Path) -> Distributed:
     """Read the metadata and the words of a distributed checkpoint. Raises CheckpointError."""
-    path = folder / METADATA
+    path = require_below(folder, folder / METADATA, origin=folder)
     try:
         metadata = read_metadata(load_pickle(path))
     except (ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: expected the metadata of torch.distributed.checkpoint, found {error}. Fetch the folder again."
         ) from error
-    _check_files(folder, metadata)
+    shards = _find_shards(folder, metadata)
     stand_ins: dict[int, TensorEntry] = {}
     leaves: dict[tuple[str | int, ...], object] = {}
     for entry in metadata.tensors:
@@ -67,16 +72,17 @@ def load_distributed(folder: Path) -> Distributed:
         place = metadata.paths[name]
         # Settings of optimizers are hundreds of tiny pickles that nobody asks for.
         if not any(isinstance(part, str) and is_trainer_state(part) for part in place):
-            leaves[place] = _read(folder, name, piece)
+            leaves[place] = _read(shards[piece.file], name, piece)
     root = _nested(path, {place: leaves[place] for place in metadata.paths.values() if place in leaves})
-    return Distributed(folder, {**_beside(folder), **root}, stand_ins)
+    return Distributed(folder, shards, {**_beside(folder), **root}, stand_ins)
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def _find_shards(folder: Path, metadata: Metadata) -> dict[str, Path]:
+    """The shards that the metadata names, if they have all the bytes that it claims. Raises CheckpointError."""
     pieces = [*metadata.words.values(), *(piece for entry in metadata.tensors for piece in entry.pieces.values())]
-    sizes = {}
-    for name in {piece.file for piece in pieces}:
-        file = folder / name
+    shards, sizes = {}, {}
+    for name in sorted({piece.file for piece in pieces}):
+        file = shards[name] = path_below(folder, name, origin=folder / METADATA)
         if not file.is_file():
             raise CheckpointError(
                 f"{folder}: expected the shard {name}, which {METADATA} names, found no such file. "
@@ -95,32 +101,32 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             f"{folder / METADATA}: expected entries that share no bytes, found more bytes claimed than the shards "
             "hold. Do not use this file."
         )
+    return shards
 
 
 def _beside(folder: Path) -> Mapping[str, object]:
     file = folder / _TRAINER
-    content = load_pickle(file) if file.is_file() else {}
+    content = load_pickle(require_below(folder, file, origin=folder)) if file.is_file() else {}
     return {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
 
 
-def _read(folder: Path, name: str, piece: Piece) -> object:
+def _read(shard: Path, name: str, piece: Piece) -> object:
     if piece.transformed:
         raise CheckpointError(
-            f"{folder}: {name}: expected plain bytes, found an entry that was saved through extensions "
+            f"{shard.parent}: {name}: expected plain bytes, found an entry that was saved through extensions "
             f"({piece.transformed}). Save the checkpoint again without them."
         )
     try:
-        with (folder / piece.file).open("rb") as file:
+        with shard.open("rb") as file:
             file.seek(piece.offset)
-            return load_stream(io.BytesIO(file.read(piece.length)), f"{folder / piece.file}: {name}")
+            return load_stream(io.BytesIO(file.read(piece.length)), f"{shard}: {name}")
     except OSError as error:
-        raise CheckpointError(
-            f"{folder / piece.file}: cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        raise CheckpointError(f"{shard}: cannot be read ({error.strerror}). Check its permissions.") from error
 
 
-def _part(folder: Path, entry: TensorEntry, start: tuple[int, ...]) -> Tensor:
-    part = _read(folder, entry.name, entry.pieces[start])
+def _part(folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]) -> Tensor:
+    piece = entry.pieces[start]
+    part = _read(shards[piece.file], entry.name, piece)
     sizes = entry.chunks[start]
     found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else "no tensor"
     if not isinstance(part, Tensor) or part.dtype != entry.dtype or tuple(part.shape) != sizes:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import glob
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ckpt_tools.errors import RemoteError
+from ckpt_tools.paths import folds_case, path_below, require_distinct
 from ckpt_tools.remote.copies import fetch, peek, release
 from ckpt_tools.remote.mirror import mirror_of
+from ckpt_tools.remote.store import Remote
 from ckpt_tools.storage.distributed import METADATA, SHARD
 from ckpt_tools.storage.members import INDEX, is_of_interest, members, shard_names
 from ckpt_tools.storage.sidecar import SIDECARS, has_sidecars
@@ -30,14 +34,16 @@ def fetch_checkpoint(path: Path) -> None:
         return
     remote = mirror.remote(path)
     if remote.is_folder():
-        sizes = remote.sizes(depth=1)
+        sizes = remote.sizes(_is_interesting, depth=1)
         mirror.make(path)
-        for name in (name for name in sizes if is_of_interest(name) and not (path / name).exists()):
-            peek(path / name, size=sizes[name])  # whoever looks for the checkpoint sees all of them
-        _fetch(path, members(list(sizes)), described=True)
+        places = _places(remote, path, [name for name in sizes if is_of_interest(name)])
+        for name in (name for name, place in places.items() if not place.exists()):
+            peek(places[name], size=sizes[name])  # whoever looks for the checkpoint sees all of them
+        _fetch(path, members(list(places)), described=True)
         mirror.present.add(path)
     elif path.name == METADATA:
-        _fetch(path.parent, members(mirror.remote(path.parent).names()), described=False)
+        folder = mirror.remote(path.parent)
+        _fetch(path.parent, members(list(_places(folder, path.parent, folder.names(_is_interesting)))), described=False)
     elif path.suffix != SHARD:  # which nobody reads without its metadata
         _fetch(path.parent, [path.name], described=has_sidecars(path.name))
 
@@ -77,16 +83,30 @@ def survey(path: Path) -> None:
     remote = mirror.remote(base)
     if remote.is_folder():
         mirror.make(base)
-        sizes = {name: size for name, size in remote.sizes().items() if _is_visible(name)}
+        sizes = remote.sizes(_is_visible)
+        places = _places(remote, base, [name for name in sizes if _is_visible(name)])
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(lambda name: _outline(base / name, sizes[name]), sizes))
+            list(pool.map(lambda name: _outline(places[name], sizes[name]), places))
     mirror.surveyed.add(base)
 
 
+def _places(remote: Remote, folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The places of files of a remote folder, whose own place is ``folder``, by the names that its store lists.
+
+    Raises RemoteError for names that cannot be those of files here, each by itself or all together.
+    """
+    places = {name: path_below(folder, name, origin=remote, error=RemoteError, nested=True) for name in names}
+    require_distinct(names, origin=remote, error=RemoteError, fold=folds_case(folder))
+    return places
+
+
+def _is_interesting(name: str) -> bool:
+    return is_of_interest(name.rpartition("/")[2])
+
+
 def _is_visible(name: str) -> bool:
-    """Whether a file can matter to a search. Names come from the store: none may lead out of the folder."""
-    *folders, last = name.split("/")
-    return is_of_interest(last) and not any(part.startswith(".") or not part for part in folders)
+    """Whether a file can matter to a search, which leaves out hidden folders, and so what ``..`` leads to."""
+    return _is_interesting(name) and not any(part.startswith(".") for part in name.split("/")[:-1])
 
 
 def _outline(path: Path, size: int | None) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeGuard
 
+from ckpt_tools.paths import name_fault
 from ckpt_tools.storage.assembly import is_rank_file
 from ckpt_tools.storage.distributed import METADATA, SHARD
 from ckpt_tools.storage.sidecar import SIDECARS, hub_weights, is_trainer_file
 
-__all__ = ["INDEX", "SUFFIXES", "candidates", "is_of_interest", "is_plain_name", "members", "shard_names"]
+__all__ = ["INDEX", "SUFFIXES", "candidates", "is_of_interest", "members", "shard_names"]
 
 INDEX = ".index.json"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
@@ -51,9 +51,5 @@ def shard_names(index: Path) -> list[str]:
     except (OSError, ValueError, RecursionError):
         return []
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
-    return sorted(set(filter(is_plain_name, shard_of.values()))) if isinstance(shard_of, Mapping) else []
-
-
-def is_plain_name(name: object) -> TypeGuard[str]:
-    """Whether a name leads to a file beside an index, which is foreign input, and nowhere else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+    names = shard_of.values() if isinstance(shard_of, Mapping) else ()
+    return sorted({name for name in names if isinstance(name, str) and name_fault(name) is None})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError, UsageError
+from ckpt_tools.paths import identity
 from ckpt_tools.remote.copies import read_remote
 from ckpt_tools.remote.mirror import is_remote
 
@@ -38,22 +39,18 @@ def require_apart(path: Path, kind: Kind, others: Iterable[Path | None]) -> None
 
     Files are compared by device and inode, those that are not there yet by their resolved paths. Raises UsageError.
     """
-    own = _identity(path)
+    own = _file_behind(path)
     for other in others:
-        if other is not None and _identity(other) == own:
+        if other is not None and _file_behind(other) == own:
             raise UsageError(
                 f"{kind.option} {path}: expected a file of its own, found another file of this job ({other}). "
                 "Rename it."
             )
 
 
-def _identity(path: Path) -> object:
+def _file_behind(path: Path) -> object:
     """Equal for all names of one file."""
-    try:
-        there = path.stat()
-    except OSError:
-        return os.path.realpath(path)
-    return there.st_dev, there.st_ino
+    return identity(path) or os.path.realpath(path)
 
 
 def read_own_file(path: Path, kind: Kind) -> bytes | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.paths import is_file, require_below
 
 __all__ = ["SIDECARS", "has_sidecars", "hub_weights", "is_trainer_file", "sidecar_words"]
 
@@ -62,7 +63,7 @@ def sidecar_words(path: Path) -> dict[str, object]:
 
 def _said(folder: Path) -> dict[str, object]:
     files = {word: folder / name for word, name in _SIDECARS.items()}
-    found = {word: _parsed(file) for word, file in files.items() if file.is_file()}
+    found = {word: _parsed(require_below(folder, file, origin=file)) for word, file in files.items() if is_file(file)}
     return {word: content for word, content in found.items() if content}
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.paths import is_link, path_below, require_below
 from ckpt_tools.remote.mirror import located
 from ckpt_tools.storage.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.content import Content, load_content
 from ckpt_tools.storage.distributed import METADATA, SHARD, load_distributed
 from ckpt_tools.storage.fetching import fetch_checkpoint
 from ckpt_tools.storage.foreign import foreign_folder
-from ckpt_tools.storage.members import INDEX, SUFFIXES, candidates, is_plain_name
+from ckpt_tools.storage.members import INDEX, SUFFIXES, candidates
 from ckpt_tools.storage.sidecar import is_trainer_file, sidecar_words
 
 __all__ = ["SUFFIXES", "Source", "find_source", "load_source", "sha256"]
@@ -46,14 +47,22 @@ def find_source(path: Path) -> Source:
     try:
         if path.is_dir():
             return _in_folder(path)
-        if path.name == METADATA or path.suffix == SHARD:
-            return _by_part(path)
+        if path.suffix == SHARD:
+            raise _part_alone(path)
         if path.is_file():
+            if path.name == METADATA:
+                return _distributed(path.parent, sorted(file.name for file in path.parent.iterdir()))
             return _indexed(path, path) if path.name.endswith(INDEX) else Source(path, (path,))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}). Check its permissions.") from error
-    found = "something that is neither a file nor a folder" if path.exists() else "nothing there"
-    raise CheckpointError(f"{path}: expected a checkpoint file, found {found}. Check the path.")
+        path.stat()
+    except FileNotFoundError as error:
+        found = f"a link to {path.readlink()}, which is not there" if is_link(path) else "nothing there"
+        raise CheckpointError(f"{path}: expected a checkpoint file, found {found}. Check the path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half of a surrogate pair, which no path may hold
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be opened ({why}). Check the path and its permissions.") from error
+    raise CheckpointError(
+        f"{path}: expected a checkpoint file, found something that is neither a file nor a folder. Check the path."
+    )
 
 
 def load_source(source: Source, *, trust: bool = False) -> Content:
@@ -101,11 +110,11 @@ def _in_folder(folder: Path) -> Source:
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name))
     if METADATA in names:
         return _distributed(folder, names)
-    if ranks := [folder / name for name in names if is_rank_file(name)]:
+    if ranks := [_member(folder, name) for name in names if is_rank_file(name)]:
         return Source(folder, tuple(ranks))
     single = candidates(names)
     if len(single) == 1:
-        file = folder / single[0]
+        file = _member(folder, single[0])
         return _indexed(folder, file) if file.name.endswith(INDEX) else Source(folder, (file,))
     if not single and (foreign := foreign_folder(folder, names)):
         raise foreign
@@ -115,16 +124,19 @@ def _in_folder(folder: Path) -> Source:
     )
 
 
+def _member(folder: Path, name: str) -> Path:
+    """A file of a checkpoint that is a folder. Raises CheckpointError for a link that leads out of it."""
+    return require_below(folder, folder / name, origin=folder)
+
+
 def _distributed(folder: Path, names: list[str]) -> Source:
-    files = [folder / name for name in names if name == METADATA or name.endswith(SHARD)]
+    files = [_member(folder, name) for name in names if name == METADATA or name.endswith(SHARD)]
     return Source(folder, tuple(files), folder / METADATA)
 
 
-def _by_part(path: Path) -> Source:
-    """The checkpoint that a file of a distributed one belongs to; only the metadata can speak for the others."""
-    if path.name == METADATA:
-        return _distributed(path.parent, sorted(file.name for file in path.parent.iterdir()))
-    raise CheckpointError(
+def _part_alone(path: Path) -> CheckpointError:
+    """The error for a shard of a distributed checkpoint; only the metadata can speak for the others."""
+    return CheckpointError(
         f"{path}: expected a checkpoint, found one shard of a distributed checkpoint. "
         f"Give the folder that also holds its {METADATA} file."
     )
@@ -142,21 +154,23 @@ def _indexed(path: Path, index: Path) -> Source:
         raise CheckpointError(
             f"{index}: expected a `weight_map` from keys to shards, found none. Fetch the index again."
         )
+    files: dict[str, Path] = {}
     for key, name in shard_of.items():
-        _check_shard(index, key, name)
-    return Source(path, tuple(index.parent / name for name in sorted(set(shard_of.values()))), index, shard_of)
+        if not isinstance(name, str) or name not in files:
+            file = _shard(index, key, name)
+            files[file.name] = file
+    return Source(path, tuple(files[name] for name in sorted(files)), index, shard_of)
 
 
-def _check_shard(index: Path, key: str, name: object) -> None:
-    # An index is foreign input: a name like ../../etc/passwd or an absolute path must not lead anywhere.
-    if not is_plain_name(name):
+def _shard(index: Path, key: str, name: object) -> Path:
+    """The file that an index, which is foreign input, names for a key. Raises CheckpointError."""
+    file = path_below(index.parent, name, origin=index)
+    if not file.is_file():
         raise CheckpointError(
-            f"{index}: expected the name of a file beside the index for {key}, found {name!r}. Do not use this index."
+            f"{index}: expected the shard {file.name} beside it (for {key}), found no such file. "
+            "Fetch the missing shard."
         )
-    if not (index.parent / name).is_file():
-        raise CheckpointError(
-            f"{index}: expected the shard {name} beside it (for {key}), found no such file. Fetch the missing shard."
-        )
+    return file
 
 
 def _from_shard(source: Source, shard: Content, key: str, name: str) -> Tensor:
