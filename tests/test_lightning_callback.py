@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import oracle
+import photograph
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -222,6 +223,38 @@ def test_averaged_weights_are_corrected_as_averages(tmp_path: Path) -> None:
     assert bits(file["current_model_state"]) == bits(plain(alone / "last.ckpt")["current_model_state"])
     with pytest.raises(UsageError, match="behind"):
         fit(tmp_path / "wrong", exact(), WeightAveraging())
+
+
+class Restless(Task):
+    """Changes itself and torch's settings in every forward that is not of the training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.model[1].weight.data.add_(0.1)
+            self.model[7].weight.requires_grad_(False).grad = None
+            self.register_buffer("last", x)
+            torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        return self.model(x)
+
+
+class Watched(BNReestimation):
+    """Compares the module and the process before and after a save."""
+
+    saves = 0
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        before = photograph.of_model(pl_module), photograph.of_process()
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        assert photograph.differences(before[0], photograph.of_model(pl_module)) == []
+        assert photograph.differences(before[1], photograph.of_process()) == []
+        self.saves += 1
+
+
+def test_a_forward_that_changes_the_module_leaves_nothing_behind(tmp_path: Path) -> None:
+    callback = Watched(tolerance=None)
+    fit(tmp_path, callback, saving(tmp_path), task=Restless())
+    assert callback.saves
+    assert callback.result is not None
 
 
 def test_what_cannot_be_corrected_is_said_and_saved(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ class Attic(nn.Module):
         self.register_buffer("rows", torch.eye(3).to_sparse_csr())
         with torch.inference_mode():
             self.register_buffer("inferred", torch.ones(3))
-        self.history: list[Any] = [1, {"losses": [2.0]}]
-        self.recent, self.seen = deque([1, 2], maxlen=2), {1, 2}
+        self.held: list[Any] = [draw(2), {"built": False}]
+        self.recent, self.seen, self.log = deque([draw(2)], maxlen=1), {1, 2}, [1]
         self.votes = np.zeros(3)
         self.draws, self.dice, self.numbers = torch.Generator(), random.Random(0), np.random.default_rng(0)
         self.norm, self.layer = nn.BatchNorm1d(3), nn.Linear(3, 3)
@@ -131,6 +131,7 @@ mutations(
     gradient_in_place=lambda a: a.weight.grad.add_(1),
     gradient_made=lambda a: setattr(a.frozen, "grad", torch.ones(5)),
     resized=lambda a: a.empty.resize_(5).fill_(1),
+    storage_enlarged=lambda a: a.empty.untyped_storage().resize_(64),
     shrunk=lambda a: a.counter.resize_(1).fill_(9),
     set_to_another=lambda a: a.counter.set_(torch.ones(7)),
     buffer_in_place=lambda a: a.counter.add_(1),
@@ -166,8 +167,9 @@ mutations(
         else a._modules.update(norm=a._modules.pop("norm"))
     ),
     hidden_child=lambda a: a.hidden[0].running_var.add_(1),
-    list_appended=lambda a: a.history.append(3),
-    list_inside=lambda a: a.history[1]["losses"].clear(),
+    list_appended=lambda a: a.held.append(3),
+    tensor_inside=lambda a: a.held[0].add_(1),
+    dict_inside=lambda a: a.held[1].update(built=True),
     deque_appended=lambda a: a.recent.append(3),
     set_added=lambda a: a.seen.add(3),
     array=lambda a: np.add(a.votes, 1, out=a.votes),
@@ -197,12 +199,6 @@ def buffer_joins_a_graph(attic: Attic) -> None:
 def inferred(attic: Attic) -> None:
     with torch.inference_mode():
         attic.inferred.add_(1)
-
-
-@mutation
-def storage_emptied(attic: Attic) -> None:
-    attic.empty.resize_(3)
-    attic.empty.untyped_storage().resize_(0)
 
 
 OUTCOMES = [None, Injected, KeyboardInterrupt]
@@ -250,11 +246,11 @@ def test_any_sequence_of_changes_is_undone(program: list[str], error: type[BaseE
 @pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
 def test_an_error_while_things_are_put_back_keeps_nothing_from_it(error: type[BaseException]) -> None:
     attic = Attic()
-    program = ["data_replaced", "overlapping", "gradients_zeroed", "resized", "converted", "history", "requires_grad"]
+    program = ["data_replaced", "overlapping", "gradients_zeroed", "resized", "converted", "requires_grad"]
 
     def run(mode: Faulty) -> None:
         with suppress(error), preserved(attic):
-            for name in set(program) & MUTATIONS.keys():
+            for name in program:
                 MUTATIONS[name](attic)
             mode.__enter__()
         mode.__exit__(None, None, None)
@@ -345,6 +341,21 @@ def test_modules_that_functions_run_come_back() -> None:
         model(x)
         model.forward_again(x)
     assert [photograph.of_model(norm) for norm in norms] == before
+
+
+def test_a_log_keeps_what_a_forward_has_told() -> None:
+    attic = Attic()
+    with preserved(attic):
+        attic.log.append(2)
+        attic.log = []
+    assert attic.log == [1, 2]
+
+
+def test_flat_weights_of_an_rnn_come_back_with_its_weights() -> None:
+    rnn = nn.LSTM(3, 4)
+    with unchanged(rnn), preserved(rnn):
+        rnn.weight_ih_l0 = nn.Parameter(torch.zeros(16, 3))
+        assert rnn._flat_weights[0] is rnn.weight_ih_l0
 
 
 class _Crowded:

@@ -17,8 +17,8 @@ from ckpt_tools.model.object_state import (
     ModuleState,
     bound_modules,
     elements,
-    is_container,
     is_generator,
+    is_state,
 )
 from ckpt_tools.model.tensor_state import StorageState, TensorState
 from ckpt_tools.model.undoing import carry_out
@@ -30,12 +30,12 @@ class ModelState:
     From each root the attributes of modules, the elements of containers and the modules that functions run are
     followed. Of every module that is met, registered or not: its class and attributes (with them its parameters,
     buffers, children, hooks and flags). Of every tensor: the object, its storage, shape and contents,
-    ``requires_grad``, hooks and gradient. Of every dict, list, set and deque: its elements. Of every numpy array its
-    values, of every random generator its position.
+    ``requires_grad``, hooks and gradient. Of every dict and set, and every list of tensors or modules: its elements.
+    Of every numpy array its values, of every random generator its position.
 
-    Objects of any other class are not looked into: a meter of the caller's own keeps what a forward wrote into it. Of
-    tensors without a storage (MKL-DNN's layout) only the object comes back.
-    Where a forward has enlarged a storage, its contents come back, but torch has moved them to another address.
+    Other lists, counters and objects of any other class keep what a forward wrote into them: a log, a meter of the
+    caller's own. Of tensors without a storage (MKL-DNN's layout) only the object comes back. Where a forward has
+    enlarged a storage, its contents come back, but torch has moved them to another address.
 
     The copy of the contents takes as much memory as the parameters, gradients and buffers themselves: a forward that
     writes to ``parameter.data`` leaves no other trace. For a ResNet-50 copying takes 50 ms and comparing 10 ms.
@@ -90,7 +90,7 @@ class ModelState:
             state = TensorState(thing)
             self._tensors.append(state)
             yield from (state.grad, vars(thing), *state.hooks.values(), *state.inner.values())
-        elif is_container(thing):
+        elif is_state(thing):
             self._objects.append(ContainerState(thing))
             yield from elements(thing)
         elif type(thing) is np.ndarray and thing.flags.writeable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_MAPPINGS = (dict, OrderedDict, defaultdict, set)
+_SEQUENCES = (list, deque)
 """Types whose whole state are their elements. Subclasses may keep more, so they are left alone."""
 
 
@@ -47,9 +48,16 @@ class ContainerState:
         (container.update if hasattr(container, "update") else container.extend)(content)
 
 
-def is_container(thing: object) -> bool:
-    """Whether ``ContainerState`` can hold its state."""
-    return type(thing) in _CONTAINERS
+def is_state(container: Any) -> bool:
+    """Whether the elements of a container belong to the state of a model, so that it is to have them back.
+
+    Those of dicts and sets do: a module may remember there what it has built. A list or deque does where it holds
+    tensors or modules, as the flat weights of an RNN. Any other, and a Counter, is a log, in which a forward tells its
+    author what it has done.
+    """
+    if type(container) in _SEQUENCES:
+        return any(isinstance(element, (Tensor, nn.Module)) for element in container)
+    return type(container) in _MAPPINGS
 
 
 def elements(thing: object) -> Iterator[object]:
