@@ -96,10 +96,21 @@ def claim(folder: Path) -> Claim:
     all the same: no sweeper can lock it there either, so that it is never swept.
     """
     folder.mkdir(mode=0o700)
+    try:
+        return Claim(folder, _lock_or_make_again(folder), os.getpid())
+    except BaseException:  # an interrupt, too
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+        raise
+
+
+def _lock_or_make_again(folder: Path) -> int:
+    """Lock a new folder, which is made again where a sweeper has removed it. Raises OSError."""
     for _ in range(_ATTEMPTS):
         descriptor = _lock_new(folder)
         if descriptor is not None:
-            return Claim(folder, descriptor, os.getpid())
+            return descriptor
         # A sweeper came between the making of the folder and its lock, and is removing it, or has.
         time.sleep(_PAUSE)
         try:
