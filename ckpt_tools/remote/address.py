@@ -40,7 +40,9 @@ _LONG_VALUE = 6  # of a value in a query; "true" and "1" are no secrets
 # In a query, "inline" or "model-1.safetensors" is no secret, and masking it would take these words out of results.
 _ORDINARY = re.compile(r"[a-z._/-]{1,20}|[\w-]+(\.[a-z]+)+")
 # user:password@host:path, where user:/path@name/file may be a data set and its folder
-_LIKE_CREDENTIALS = re.compile(r"(?:(?:^|=)[^/:@]{2,}|//[^/:@]+):(?:(?!/)(.*)@[^@]*[/:]|(/.*)@[^@]*:)", re.DOTALL)
+_LIKE_CREDENTIALS = re.compile(
+    r"//[^/:@]+:(.*)@[^@]*[/:]|(?:^|=)[^/:@]{2,}:(?:(?!/)(.*)@[^@]*[/:]|(/.*)@[^@]*:)", re.DOTALL
+)
 
 
 def is_url(text: str) -> bool:
@@ -178,7 +180,7 @@ def remember_urls(texts: Iterable[str]) -> None:
         if match is not None and is_url(text[match.start() :]):
             remember_url(text[match.start() :])
         elif (credentials := _LIKE_CREDENTIALS.search(text)) and not os.path.lexists(text):
-            remember_secret(credentials[1] or credentials[2])
+            remember_secret("".join(filter(None, credentials.groups())))
 
 
 def remember_options(options: Any) -> None:
