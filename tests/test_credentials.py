@@ -145,6 +145,9 @@ def told(arguments: list[str], **environment: str) -> str:
 @example("s3::kr1t::x", "password", ROADS[0], 1, False)
 @example("h#sh?qu/s3kr1t@x", "password", ROADS[5], 6, True)
 @example("s3kr1ttoken", "query", ROADS[3], 9, True)
+@example("/s3kr1tx", "no colon", ROADS[0], 0, False)
+@example("\\s3kr1tx", "as scp", ROADS[0], 0, False)
+@example("0@s3kr1t1#", "token", ROADS[0], 0, False)
 def test_no_command_shows_a_secret(
     secret: str, shape: str, road: tuple[str, ...], quoting: int, in_github: bool
 ) -> None:

@@ -20,7 +20,7 @@ from ckpt_tools.report.summary import failure_markdown
 
 # Leaves that come from files and their names; the others are words of ours.
 FOREIGN = {"name", "path", "spec", "reason", "op", "architecture", "format", "weights", "why", "transform", "command"}
-FOREIGN |= {"origin", "error", "sha256", "device", "cause"}
+FOREIGN |= {"origin", "error", "sha256", "device", "cause", "checkpoint", "output"}
 FRAGMENTS = (
     *HOSTILE,
     *("<", ">", "&", '"', "'", "`", "|", "\\", "\n", "\r", "\t", "\0", "#", "- ", "1. ", "```", "~~~", "$$", "{{x}}"),

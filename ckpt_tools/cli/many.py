@@ -24,7 +24,7 @@ from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import as_urls, located
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from tqdm import tqdm  # noqa: TID251 - a type
 
     from ckpt_tools.jobs.engine import Engine, Record
     from ckpt_tools.jobs.folder import Item

@@ -47,12 +47,9 @@ class GuardedStream:
         for line in lines:
             self.write(line)
 
-    @property
-    def buffer(self) -> Any:
-        """Not there, since bytes would go around the gate."""
-        raise AttributeError("buffer")
-
     def __getattr__(self, name: str) -> Any:
+        if name == "buffer":  # bytes would go around the gate
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
 

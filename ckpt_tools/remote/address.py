@@ -31,14 +31,18 @@ _NAME_BEFORE_AT = frozenset({"abfs", "abfss", "az", "adl", "github", "git"})
 _AT_IN_PATH = frozenset(
     {"hf", "s3", "s3a", "gs", "gcs", "oss", "tos", "oci", "memory", "wandb", "lakefs", *_NAME_BEFORE_AT, *_LOCAL}
 )
-_HOST = re.compile(r"localhost(:\d*)?|[^:@]*\.[^:@]*|\d+(\.\d+){3}(:\d*)?|\[[0-9A-Fa-f:.]*\](:\d*)?", re.IGNORECASE)
+# What can be nothing but a host. A user's name may hold a dot, too: with a colon behind it, it need not be one.
+_HOST = re.compile(r"([\w-]+\.)+[a-z]{2,}|(localhost|\d+(\.\d+){3}|\[[0-9a-f:.]*\])(:\d*)?", re.IGNORECASE | re.ASCII)
 _PARAMETERS = re.compile(r";[^/;=]*=")  # of a path, as of http://host/x.pt;token=…; a token may hold slashes
 _WITH_PARAMETERS = frozenset({"http", "https", "ftp", "sftp"})
 _LONG_USER = 12  # characters of a user name that may well be a token
 _LONG_VALUE = 6  # of a value in a query; "true" and "1" are no secrets
 # In a query, "inline" or "model-1.safetensors" is no secret, and masking it would take these words out of results.
 _ORDINARY = re.compile(r"[a-z._/-]{1,20}|[\w-]+(\.[a-z]+)+")
-_LIKE_CREDENTIALS = re.compile(r"(?:^|//|=)[^/:@]+:(?![/\\])(.*)@[^@]*[/:]", re.DOTALL)  # user:password@host:path
+# user:password@host:path, where user:/path@name/file may be a data set and its folder
+_LIKE_CREDENTIALS = re.compile(
+    r"//[^/:@]+:(.*)@[^@]*[/:]|(?:^|=)[^/:@]{2,}:(?:(?!/)(.*)@[^@]*[/:]|(/.*)@[^@]*:)", re.DOTALL
+)
 
 
 def is_url(text: str) -> bool:
@@ -176,7 +180,7 @@ def remember_urls(texts: Iterable[str]) -> None:
         if match is not None and is_url(text[match.start() :]):
             remember_url(text[match.start() :])
         elif (credentials := _LIKE_CREDENTIALS.search(text)) and not os.path.lexists(text):
-            remember_secret(credentials[1])
+            remember_secret("".join(filter(None, credentials.groups())))
 
 
 def remember_options(options: Any) -> None:
@@ -199,8 +203,11 @@ def _split(url: str) -> _Pieces:
     scheme, rest = match[1].lower(), url[match.end() :]
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     userinfo = authority.rpartition("@")[0]
-    if not userinfo:
-        _refuse_ambiguous(scheme, authority, rest[len(authority) :])
+    if "@" in rest[len(authority) :] and not _is_in_path(scheme, authority):
+        raise _UnreadableError(
+            "expected a URL that can be read in one way only, found an @ which may end a password or belong to a name. "
+            "In a password write / as %2F, ? as %3F and # as %23; in a name write @ as %40."
+        )
     _refuse_bad_port(url, authority)
     start = len(userinfo) + 1 if "@" in authority else 0
     end = next((at for at in range(start, len(rest)) if rest[at] in "?#"), len(rest))
@@ -210,14 +217,11 @@ def _split(url: str) -> _Pieces:
     return _Pieces(scheme, userinfo, rest[start:end], query)
 
 
-def _refuse_ambiguous(scheme: str, authority: str, rest: str) -> None:
-    """Raise _UnreadableError where an @ behind a slash, ? or # may end a password: ``ftp://user:5/x@host``."""
-    if "@" not in rest or _HOST.fullmatch(authority) or (scheme in _AT_IN_PATH and ":" not in authority):
-        return
-    raise _UnreadableError(
-        "expected a URL that can be read in one way only, found an @ which may end a password or belong to a name. "
-        "In a password write / as %2F, ? as %3F and # as %23; in a name write @ as %40."
-    )
+def _is_in_path(scheme: str, authority: str) -> bool:
+    """Whether an @ behind the authority must be a part of the path: it may end a password in ``ftp://user:5/x@host``."""
+    if "@" in authority:
+        return False
+    return _HOST.fullmatch(authority) is not None or (scheme in _AT_IN_PATH and ":" not in authority)
 
 
 def _refuse_bad_port(url: str, authority: str) -> None:

@@ -60,9 +60,8 @@ def signals_text(trial: Trial, before: Sequence[LayerSignal], after: Sequence[La
         was, old_error = (old.variance, old.error_variance) if (old := then.get(now.parameter)) else (None, None)
         numbers = (was, now.variance, old_error, now.error_variance)
         rows.append((now.name or "(root)", *("-" if value is None else f"{value:.3g}" for value in numbers)))
-    tried = (
-        f"{count(trial.samples, 'sample')} of {one_line(trial.inputs)}, batches of {trial.batch_size} on {trial.device}"
-    )
+    inputs, device = one_line(trial.inputs), one_line(trial.device)
+    tried = f"{count(trial.samples, 'sample')} of {inputs}, batches of {trial.batch_size} on {device}"
     summary = (
         f"Var(z) within {HEALTHY[0]:g}–{HEALTHY[1]:g}: {healthy(before)} of {count(len(before), 'layer')} before, "
         f"{healthy(after)} of {len(after)} after, in training mode ({tried})"
