@@ -18,6 +18,7 @@ from ckpt_tools.errors import CheckpointError, CkptToolsError
 __all__ = [
     "folds_case",
     "identity",
+    "is_deep",
     "is_file",
     "is_folder",
     "is_link",
@@ -33,6 +34,7 @@ __all__ = [
 _LONGEST_NAME = 255  # bytes of a file name on ext4, XFS, APFS and NTFS
 _LONGEST_PATH = 4000  # bytes; Linux takes 4,096, and temporary files need names beside the file
 _SHOWN = 120  # characters of a name in a message
+_DEEPEST = 64  # folders within folders; os.walk of Python 3.11 ends at about 1,000 with an error of the interpreter
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: devices, whatever suffix follows their name.
@@ -111,6 +113,8 @@ def name_fault(name: object, *, nested: bool = False) -> str | None:
         return fault
     if "/" in name and not nested:
         return "which is in another folder"
+    if name.count("/") > _DEEPEST:
+        return f"which is more than {_DEEPEST} folders deep"
     return next(filter(None, map(_part_fault, name.split("/"))), None)
 
 
@@ -180,6 +184,11 @@ def require_distinct(
             at = key.find("/", at + 1)
 
 
+def is_deep(root: Path, folder: Path) -> bool:
+    """Whether a folder lies so deep below another that a search for files should look no further."""
+    return len(folder.parts) - len(root.parts) >= _DEEPEST
+
+
 def folds_case(folder: Path) -> bool:
     """Whether the file system of a folder that exists takes upper and lower case for the same."""
     cased = next((path for path in (folder, *folder.parents) if path.name.swapcase() != path.name), folder)
@@ -207,6 +216,7 @@ def matching_paths(pattern: str) -> list[Path]:
     """The paths that a pattern matches, sorted, as ``glob.glob`` with ``recursive`` finds them, but for links.
 
     ``**`` does not follow links to folders: two of them that lead back to their own folder keep ``glob`` busy for ever.
+    Nor does it look into folders that ``is_deep`` says are too deep.
     """
     return sorted(_matching(Path(pattern)), key=str)
 
@@ -219,7 +229,7 @@ def _matching(pattern: Path) -> set[Path]:
     found: set[Path] = set()
     for start in _matching(Path(*parts[:at])):
         for folder, inner, names in os.walk(start):
-            inner[:] = [name for name in inner if not name.startswith(".")]
+            inner[:] = [name for name in inner if not name.startswith(".") and not is_deep(start, Path(folder))]
             if parts[at + 1 :]:
                 found |= _matching(Path(glob.escape(folder), *parts[at + 1 :]))
             else:

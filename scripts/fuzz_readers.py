@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torchvision.io  # noqa: F401  its JPEG decoder is taken where it is there
 from fsspec.implementations.memory import MemoryFileSystem
+from fuzz_listings import read_listing
 from torch import Tensor, nn
 
 from ckpt_tools import plugins
@@ -185,6 +186,7 @@ READERS: Mapping[str, Reader] = {
     "streamed tars": _behind_url,
     "streamed images": _behind_url,
     "class map": _class_map,
+    "listing": read_listing,
     "manifest": _manifest,
     "words": _words,
 }
@@ -192,6 +194,7 @@ READERS: Mapping[str, Reader] = {
 SLOW: Mapping[str, float] = {
     "words": 0.05,
     "manifest": 0.25,
+    "listing": 0.1,
     **dict.fromkeys(("folder", "distributed", "shards", "malicious", "streamed tars", "streamed images"), 0.5),
 }
 """Readers that get a smaller share of the cases: they work in a larger one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import pickle
 import sys
@@ -338,6 +339,37 @@ def _class_map(folder: Path) -> Iterator[Seed]:
     yield Seed({"map.txt": b"cat\ndog\n"}, "map.txt")
 
 
+# What could lead out of a folder, or to a file that is none, if a store lists it; the others are names as they come.
+_LISTED = (
+    *("{}", "0/{}", "a b/é/{}", "run 10:00/{}", "{}/{}", ".hidden/{}", "..{}", "~/{}", "%2e%2e/{}", "-{}"),
+    *("../{}", "../../secret/{}", "../secret/{}", "a/../../../secret/{}", "/tmp/{}", "//tmp/{}", "./{}", "a//{}"),
+    *("..\\{}", "C:{}", "C:/{}", "a/C:/{}", "nul/{}", "con.{}", "{}.", "{} ", "\0{}", "\n{}", "\x1b[2J{}", "\u202e{}"),
+    *("\ud800{}", "\udcff{}", "a::{}", "file://{}", "a::file:///tmp/{}", "a?{}", "a#{}", "a*{}", "[a]{}", "{{a}}{}"),
+    *("x" * 300 + "{}", "d/" * 2000 + "{}", "../" * 40 + "tmp/{}"),
+)
+_ANY = ("a.pt", "model.safetensors", "model.safetensors.index.json", ".metadata", "__0_0.distcp", "1/i.png", "s.tar")
+
+
+def _listing(folder: Path) -> Iterator[Seed]:
+    """What a store lists, and a file of each kind for what it holds under all of the names."""
+    state = formats.Net().state_dict()
+    torch.save(state, folder / "any.pt")
+    save_file(state, folder / "any.safetensors")
+    names = {key: "../../secret/any.safetensors" if number % 2 else "a.safetensors" for number, key in enumerate(state)}
+    (folder / "any.json").write_text(json.dumps({"weight_map": names}))
+    Image.fromarray(PIXELS[0].transpose(1, 2, 0)).save(folder / "any.png")
+    with tarfile.open(folder / "any.tar", "w") as archive:
+        archive.add(folder / "any.png", "1.png")
+    files = _of(folder).files
+    sizes = {Path(name).suffix: len(content) for name, content in files.items()}
+    for pattern, good in itertools.product(_LISTED, _ANY):
+        listed = [good, pattern.format(good, good)]
+        entries = [{"name": f"vault/runs/{it}", "size": sizes.get(Path(it).suffix), "type": "file"} for it in listed]
+        entries.append({"name": f"vault/{pattern.format('x', 'x')}", "size": None, "type": "directory"})
+        text = json.dumps(entries).encode()
+        yield Seed({**files, "listing.json": text, "secret/any.safetensors": b"secret"}, "listing.json")
+
+
 def _manifest(folder: Path) -> Iterator[Seed]:
     made = {"source_sha256": "a" * 64, "settings": "b" * 16, "output_sha256": "c" * 64, "output_bytes": 9}
     beside = {"exit_code": 0, "metrics": None, "replaced": None, **made}
@@ -374,6 +406,7 @@ _SEEDS: Mapping[str, Callable[[Path], Iterator[Seed]]] = {
     "streamed tars": _tars,
     "streamed images": _images,
     "class map": _class_map,
+    "listing": _listing,
     "manifest": _manifest,
     "words": _words,
 }

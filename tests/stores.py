@@ -111,3 +111,52 @@ class _Writer(io.RawIOBase):
         if limit is not None and len(content) > limit:
             raise ConnectionResetError("the store went away")
         return len(piece)
+
+
+class Lying(AbstractFileSystem):
+    """Under ``lying://vault/runs`` a folder that lists whatever it is told to; a file's content is that of its suffix.
+
+    ``entries`` are handed out as they are: names that lead anywhere, types and sizes that are not true.
+    """
+
+    protocol = "lying"
+    cachable = False
+    folder: ClassVar[str] = "vault/runs"
+    entries: ClassVar[list[Any]] = []
+    contents: ClassVar[dict[str, bytes]] = {}  # by suffix
+
+    @classmethod
+    def tell(cls, names: list[str], content: bytes = b"", **more: Any) -> None:
+        """List files of these names in the folder, all with the same content."""
+        cls.contents = dict.fromkeys((Path(name).suffix for name in names), content)
+        entry = {"size": len(content), "type": "file", **more}
+        cls.entries = [{"name": f"{cls.folder}/{name}", **entry} for name in names]
+
+    def _content(self, path: str) -> bytes:
+        suffix = Path(path).suffix
+        if suffix not in self.contents:
+            raise FileNotFoundError(path)
+        return self.contents[suffix]
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        path = self._strip_protocol(path).rstrip("/")
+        if path == self.folder:
+            return {"name": path, "size": 0, "type": "directory"}
+        content = self._content(path)
+        listed = (entry for entry in self.entries if isinstance(entry, dict) and entry.get("name") == path)
+        return next(listed, {"name": path, "size": len(content), "type": "file"})
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        return self.entries if detail else [entry["name"] for entry in self.entries]
+
+    def find(self, path: str, maxdepth: int | None = None, detail: bool = False, **kwargs: Any) -> Any:
+        return {entry["name"]: entry for entry in self.entries}
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        return self._content(path)[start:end]
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        return io.BytesIO(self._content(path))
+
+    def get_file(self, path: str, target: str, **kwargs: Any) -> None:
+        Path(target).write_bytes(self._content(path))  # follows links, as the clients of stores do

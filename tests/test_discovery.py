@@ -228,3 +228,16 @@ def test_one_or_many(runs: Path, tmp_path: Path) -> None:
     single.mkdir()
     torch.save(STATE, single / "model.pt")
     assert is_one_checkpoint(single)
+
+
+def test_folders_within_folders_have_an_end(runs: Path) -> None:
+    deep = runs / "a b"
+    for number in range(80):
+        deep = deep / "d"
+        deep.mkdir()
+        if number == 40:
+            torch.save(STATE, deep / "x.pt")
+    found = places(runs)
+    assert "a b/" + "d/" * 41 + "x.pt" in found
+    assert found[-1] == "a b/" + "/".join("d" * 64)  # where the search ended
+    assert len(places(runs / "**" / "x.pt")) == 1

@@ -15,6 +15,7 @@ from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.stream import Chunk
 from ckpt_tools.data.transforms import ImageTransform
 from ckpt_tools.errors import DataError
+from ckpt_tools.paths import is_deep
 
 __all__ = ["FolderSource", "find_images"]
 
@@ -103,6 +104,8 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        if is_deep(root, Path(folder)):
+            raise DataError(f"{folder}: expected images in fewer folders within folders. Give a folder closer to them.")
         # in place: os.walk then descends in this order, and not into what was removed
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield folder, [name for name in names if not name.startswith(".")]

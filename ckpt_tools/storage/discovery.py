@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from ckpt_tools.errors import CheckpointError, UsageError
-from ckpt_tools.paths import identity, is_file, is_folder, is_link, matching_paths
+from ckpt_tools.paths import identity, is_deep, is_file, is_folder, is_link, matching_paths
 from ckpt_tools.remote.mirror import is_remote, store_of
 from ckpt_tools.storage.assembly import is_rank_file
 from ckpt_tools.storage.distributed import METADATA
@@ -161,14 +161,18 @@ def _named(path: Path, search: _Search) -> Iterator[Path]:
 
 
 def _below(root: Path, search: _Search) -> Iterator[Path]:
-    """The checkpoints below a folder, and at the end the folders in it that cannot be listed.
+    """The checkpoints below a folder, and at the end the folders in it that cannot be listed or lie too deep.
 
     Raises CheckpointError if that is the one which the user gave.
     """
     unreadable: list[OSError] = []
+    deep: list[Path] = []
     for walked, inner, names in os.walk(root, onerror=unreadable.append):
         here = Path(walked)
         inner[:] = sorted(name for name in inner if not name.startswith(".") and search.covers(here / name))
+        if is_deep(root, here):
+            deep += [here / name for name in inner if not is_link(here / name)]
+            inner.clear()
         if here != root and _is_whole(here):
             inner[:] = [name for name in inner if name.startswith(_EARLIER)]
             yield here
@@ -184,6 +188,7 @@ def _below(root: Path, search: _Search) -> Iterator[Path]:
                 "permissions."
             ) from error
         yield folder
+    yield from deep
 
 
 _EARLIER = "checkpoint-"  # checkpoints that transformers' Trainer keeps below the model
