@@ -246,6 +246,15 @@ def test_other_files_are_not(tmp_path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
+def test_a_manifest_that_is_exchanged_after_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b"my notes")
+    monkeypatch.setattr("ckpt_tools.report.manifest.read_own_file", lambda path, kind: line())
+    with pytest.raises(OutputError, match="another file"):
+        Manifest(path)
+    assert path.read_bytes() == b"my notes"
+
+
 def test_a_manifest_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
     path, other = tmp_path / "m.jsonl", tmp_path / "other"
     other.write_text("precious")

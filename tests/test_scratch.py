@@ -120,6 +120,24 @@ def test_a_sweeper_that_comes_before_the_lock(tmp_path: Path, monkeypatch: pytes
     claimed.release()
 
 
+def test_a_sweeper_that_comes_between_the_opening_of_the_lock_and_its_taking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_lock, times = scratch._take_lock, []
+
+    def late(descriptor: int) -> bool | None:
+        times.append(1)
+        if len(times) == 1:  # the second call is the sweeper's own
+            sweep(tmp_path)
+        return take_lock(descriptor)
+
+    monkeypatch.setattr(scratch, "_take_lock", late)
+    monkeypatch.setattr(scratch, "_PAUSE", 0.0)
+    claimed = claim(tmp_path / new_name())
+    assert names(claimed.folder) == ["lock"], "a lock on a file that is gone would protect nothing"
+    claimed.release()
+
+
 def test_many_that_claim_and_sweep_at_once(tmp_path: Path) -> None:
     def work(seed: int) -> None:
         source = random.Random(seed)
