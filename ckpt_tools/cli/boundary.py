@@ -35,10 +35,11 @@ class Boundary(click.Group):
         The secrets of all URLs are known before anything looks at the arguments: an error of usage quotes them.
         """
         _open_streams()
+        args = args if args is None else list(args)
         with remembering(), guarded_streams():
             remember_urls(sys.argv[1:] if args is None else args)
-            values = [word for value in os.environ.values() if "://" in value for word in value.split()]
-            remember_urls(word for word in values if "@" in word or "?" in word)  # of proxies, for example
+            words = [word for value in os.environ.values() if "://" in value for word in value.split()]
+            remember_urls(word for word in words if "@" in word or "?" in word)  # of proxies, for example
             return super().main(args, *more, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
