@@ -350,5 +350,10 @@ def test_an_architecture_of_megabytes(tmp_path: Path) -> None:
     assert 100 < len(result.output) < 20_000
 
 
+def test_a_name_cannot_forge_a_message() -> None:
+    result = run("inspect", "x\nckpt-fix: all is well\n::error::y.pt")
+    assert [line[:9] for line in result.stderr.splitlines()] == ["ckpt-fix:", "  ckpt-fi", "  : :erro"]
+
+
 def test_a_message_is_not_repeated_without_end() -> None:
     assert len(boundary._presentable(f"x.pt: {['y' * 1000] * 1000} is no name.")) <= LONGEST_VALUE

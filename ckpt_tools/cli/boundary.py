@@ -108,7 +108,8 @@ def told(error: BaseException) -> int:
         print_message("".join(traceback.format_exception(error)))
     message, code = _answer(error)
     message = _presentable(message)
-    print_message(f"ckpt-fix: {message}")
+    further = "\n  "  # a line break in a file's name must not begin what looks like a message of ours
+    print_message(f"ckpt-fix: {message}".replace("\n", further))
     github.fail(message, code)
     return code
 
