@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from ckpt_tools.redaction import remembering
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,6 +22,13 @@ def _frozen() -> None:
 def _one_thread_one_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_secrets() -> Iterator[None]:
+    """What is a secret in one test is a word in another."""
+    with remembering():
+        yield
 
 
 @pytest.fixture(autouse=True)

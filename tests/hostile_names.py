@@ -15,7 +15,17 @@ from typing import Any, Literal
 from hypothesis import strategies as st
 
 FRAGMENTS = (
-    *("::error::x", "::add-mask::x", "  ::set-output name=a::b", "\t::debug::", "::stop-commands::", ":", "::", "%0A"),
+    *(
+        "::error::x",
+        "::add-mask::x",
+        "  ::set-output name=a::b",
+        "\t::debug::",
+        "::stop-commands::",
+        ":",
+        "::",
+        "%0A",
+        "section_start:1:x\r\x1b[0K",
+    ),
     *("##[add-mask]x", "##[error]x", "##vso[task.setvariable variable=a]b", "##teamcity[buildStop]", "##", "[", "]"),
     *("\n", "\r", "\r\n", "\v", "\f", "\x85", "\u2028", "\u2029", "\n::error::x", "\r::error::x", "\u2028##[error]x"),
     *("\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\x7f", "\0", "\b", "\u202e", "\u2066", "\u200f", "\ufeff", "\u3000"),

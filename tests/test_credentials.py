@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote
@@ -48,10 +47,8 @@ class Closed(fsspec.AbstractFileSystem):
 
 
 @pytest.fixture(autouse=True)
-def _closed_store() -> Iterator[None]:
+def _closed_store() -> None:
     fsspec.register_implementation("closed", Closed, clobber=True)
-    with remembering():
-        yield
 
 
 @pytest.fixture

@@ -182,9 +182,10 @@ NO_NAMES = {  # these show numbers, or parts of what others render
     *("checkpoint_page", "folder_page", "evaluation_page", "sites_section", "metrics_section", "flagged_section"),
     *("control_verdict", "data_verdict", "part", "parts", "medians", "furthest", "rewritten_layers", "role_of"),
     *("metrics", "unit_of", "draw", "measured_points", "require_templates", "check_reports", "records_in"),
+    *("check_manifest", "check_earlier_figure"),
     *("check_figure", "write_signals_figure", "write_report"),  # files; their texts are those of html and markdown
 }
-MODULES_WITHOUT = {"axis", "numbers", "layer_tables"}
+MODULES_WITHOUT = {"axis", "marks", "numbers", "layer_tables"}
 
 
 def renderers() -> Iterator[tuple[Any, str]]:
@@ -348,6 +349,11 @@ def test_an_architecture_of_megabytes(tmp_path: Path) -> None:
     result = run("bn-reestimate", tmp_path / "x.pt", "--data", tmp_path / "x.pt", **IN_GITHUB)
     assert result.exit_code == 1
     assert 100 < len(result.output) < 20_000
+
+
+def test_a_name_cannot_forge_a_message() -> None:
+    result = run("inspect", "x\nckpt-fix: all is well\n::error::y.pt")
+    assert [line[:9] for line in result.stderr.splitlines()] == ["ckpt-fix:", "  ckpt-fi", "  : :erro"]
 
 
 def test_a_message_is_not_repeated_without_end() -> None:

@@ -36,10 +36,11 @@ class Boundary(click.Group):
         The secrets of all URLs are known before anything looks at the arguments: an error of usage quotes them.
         """
         _open_streams()
+        args = args if args is None else list(args)
         with remembering(), guarded_streams():
             remember_urls(sys.argv[1:] if args is None else args)
-            values = [word for value in os.environ.values() if "://" in value for word in value.split()]
-            remember_urls(word for word in values if "@" in word or "?" in word)  # of proxies, for example
+            words = [word for value in os.environ.values() if "://" in value for word in value.split()]
+            remember_urls(word for word in words if "@" in word or "?" in word)  # of proxies, for example
             return super().main(args, *more, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -108,7 +109,8 @@ def told(error: BaseException) -> int:
         print_message("".join(traceback.format_exception(error)))
     message, code = _answer(error)
     message = _presentable(message)
-    print_message(f"ckpt-fix: {message}")
+    further = "\n  "  # a line break in a file's name must not begin what looks like a message of ours
+    print_message(f"ckpt-fix: {message}".replace("\n", further))
     github.fail(message, code)
     return code
 

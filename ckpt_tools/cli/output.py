@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO, cast
 
@@ -32,14 +33,18 @@ class GuardedStream:
         self.stream = stream
         self._without_secrets = without_secrets
         self._line = ""  # the beginning of the line that is not ended yet
+        self._lock = threading.RLock()  # threads that decode images warn, too
 
     def write(self, text: str) -> int:
         """Pass on a text, which may be a part of a line. Returns the number of characters that were given."""
         if not isinstance(text, str):  # click tries bytes to find out what kind of stream this is
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        whole = self._line + self._without_secrets(text)
-        self.stream.write(_encodable(harmless(whole)[len(harmless(self._line)) :], self.stream))
-        self._line = whole.rpartition("\n")[2][: LONGEST_VALUE + 1]
+        clean = self._without_secrets(text)
+        with self._lock:
+            whole = self._line + clean
+            new = harmless(whole)[len(harmless(self._line)) :]
+            self._line = whole.rpartition("\n")[2][: LONGEST_VALUE + 1]
+            self.stream.write(_encodable(new, self.stream))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ckpt_tools.errors import DataError
+from ckpt_tools.redaction import without_fragments
 
 __all__ = ["blamed", "named"]
 
@@ -22,8 +23,8 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def named(error: BaseException) -> str:
-    """Type and message of an exception in one line."""
-    text = str(error).strip()
+    """Type and message of an exception, without the secrets of the URLs that it may quote."""
+    text = without_fragments(str(error)).strip()
     if "Original Traceback" in text:  # torch ships a worker's traceback as the message
         return text.splitlines()[-1]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

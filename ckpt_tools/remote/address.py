@@ -199,7 +199,9 @@ def _split(url: str) -> _Pieces:
             "the file itself; its copy on this machine is made in any case."
         )
     if match is None:
-        raise _UnreadableError("expected a URL of the form scheme://PLACE/NAME, or a path; found neither. Write // .")
+        raise _UnreadableError(
+            "expected scheme://PLACE/NAME or a path, found neither. Write // behind the colon, or ./ before a path."
+        )
     scheme, rest = match[1].lower(), url[match.end() :]
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     userinfo = authority.rpartition("@")[0]

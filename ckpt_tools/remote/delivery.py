@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_tools.errors import CkptToolsError, OutputError
+from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.mirror import mirror_of
 from ckpt_tools.remote.scratch import new_name
 from ckpt_tools.remote.store import Remote, counting, is_missing, reaching, reason
@@ -164,7 +165,8 @@ def _removed_on_failure(remote: Remote, name: str, *, keep: bool = False) -> Ite
         yield
     except BaseException as error:
         if not keep and not _removed(remote, name):
-            error.add_note(f"{remote.fs.unstrip_protocol(name)} may be left there; remove it.")
+            left = without_fragments(str(remote.fs.unstrip_protocol(name)))
+            error.add_note(f"{left} may be left there; remove it.")
         raise
 
 
