@@ -86,10 +86,16 @@ def write_signals_figure(path: Path, before: Sequence[LayerSignal], after: Seque
         OutputError: the file cannot be written.
     """
     check_figure(path)
-    figure = _drawn(before, after)
+    from matplotlib import rc_context, rcdefaults
+
     try:
-        with new_file(path, overwrite=True) as temporary:
-            figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
+        with rc_context():
+            # The settings may be those of a `matplotlibrc` in the current folder, which need not be the user's: with
+            # text.usetex they would run LaTeX.
+            rcdefaults()
+            figure = _drawn(before, after)
+            with new_file(path, overwrite=True) as temporary:
+                figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
     except OSError as error:
         raise OutputError(
             f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
