@@ -313,6 +313,18 @@ def test_a_picture_is_written_in_each_format_over_an_old_one(name: str, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def test_settings_of_a_neighbouring_file_are_not_followed(tmp_path: Path) -> None:
+    """matplotlib takes a matplotlibrc in the current folder for the user's, and text.usetex runs LaTeX."""
+    matplotlib = pytest.importorskip("matplotlib")
+    signals = [signal(2.0, 3.0), signal(4.0, 1.0)]
+    write_signals_figure(tmp_path / "plain.png", signals, signals)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.facecolor: red\n")
+    with matplotlib.rc_context(fname=tmp_path / "matplotlibrc"):
+        write_signals_figure(tmp_path / "same.png", signals, signals)
+        assert matplotlib.rcParams["text.usetex"]
+    assert (tmp_path / "same.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
 ODD = {
     "one layer": [signal(1.0, None)],
     "exploding": [signal(10.0**power, 10.0**-power) for power in range(0, 38, 6)],

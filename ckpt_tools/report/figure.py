@@ -101,15 +101,22 @@ def write_signals_figure(
         OutputError: the file cannot be written.
     """
     check_figure(path)
-    figure, suffix = _drawn(before, after), path.suffix.lower()
+    from matplotlib import rc_context, rcdefaults
+
+    suffix = path.suffix.lower()
 
     def may_replace() -> bool:
         return read_own_file(path, report_kind(suffix)) is not None
 
     try:
-        with new_file(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
-            figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
-            temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
+        with rc_context():
+            # The settings may be those of a `matplotlibrc` in the current folder, which need not be the user's: with
+            # text.usetex they would run LaTeX.
+            rcdefaults()
+            figure = _drawn(before, after)
+            with new_file(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
+                figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
+                temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
             f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
