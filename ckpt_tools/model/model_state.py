@@ -54,7 +54,7 @@ class ModelState:
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             while waiting:
                 thing = waiting.pop()
-                if id(thing) not in known:
+                if type(thing) not in _PLAIN and id(thing) not in known:
                     known[id(thing)] = thing  # keeps the object alive, and so its id taken
                     waiting += self._remember(thing)
             self._storages = [StorageState(*span) for span in _merged_spans(self._tensors)]
@@ -111,6 +111,10 @@ class ModelState:
     def _name(self) -> str:
         modules = [type(root).__name__ for root in self._roots if isinstance(root, nn.Module)]
         return ", ".join(modules) or "the model"
+
+
+_PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
+"""Types that hold nothing; vocabularies have many of them."""
 
 
 def _merged_spans(tensors: list[TensorState]) -> list[tuple[UntypedStorage, int, int]]:
