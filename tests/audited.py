@@ -57,7 +57,8 @@ Case = tuple[str, str, list[list[str]]]  # the file, how it is called in a findi
 def recorder() -> Recorder:
     """For reading: checkpoints and data, what is installed, and this tree. For writing: outputs and temporary files."""
     installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    places = [sys.prefix, sys.base_prefix, *(ROOT / part for part in ("ckpt_tools", "adapters", "tests"))]
+    own = ("ckpt_tools", "adapters", "tests", "ckpt_tools.egg-info")  # the last is written by an editable installation
+    places = [sys.prefix, sys.base_prefix, *(ROOT / part for part in own)]
     return Recorder(
         readable=[WORK, *installed, *map(Path, places)],
         writable=[WORK / "out", Path(tempfile.gettempdir())],
