@@ -145,7 +145,10 @@ def _of_torch() -> Iterator[tuple[str, Any]]:
     yield "precision", [_precision(name) for name in _BACKENDS]
     yield "autocast", [_autocast(device) for device in ("cpu", "cuda")] + [torch.is_autocast_cache_enabled()]
     yield "threads of operations", (torch.get_num_threads(), torch.get_num_interop_threads())
-    yield "function modes", [id(mode) for mode in torch.overrides._get_current_function_mode_stack()]
+    yield (
+        "function modes",
+        [getattr(mode, "device", id(mode)) for mode in torch.overrides._get_current_function_mode_stack()],
+    )
     yield "dispatch modes", [id(mode) for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()]
     yield "functions", [id(getattr(F, name)) for name in _CALLS] + [id(nn.Module.__call__), id(Tensor.copy_)]
     yield (

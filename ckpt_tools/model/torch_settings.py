@@ -156,9 +156,10 @@ def _autocast(device: str) -> tuple[Setting, Setting]:
 
 
 def _default_device() -> object:
-    """The mode of ``torch.set_default_device``; ``torch.get_default_device`` would also tell of ``with device:``."""
+    """What ``torch.set_default_device`` has set; ``torch.get_default_device`` would also tell of ``with device:``."""
     context: Any = torch._GLOBAL_DEVICE_CONTEXT
-    return getattr(context, "device_context", None)
+    mode = getattr(context, "device_context", None)
+    return None if mode is None else mode.device
 
 
 def _current_device() -> int | None:
@@ -235,8 +236,6 @@ _OF_THE_THREAD = (
     _pair("get_num_threads", "set_num_threads"),
     _pair("is_autocast_cache_enabled", "set_autocast_cache_enabled"),
     *(setting for device in ("cpu", "cuda", "xpu", "mps") for setting in _autocast(device)),
-    Setting(
-        "default device", _default_device, lambda mode: torch.set_default_device(None if mode is None else mode.device)
-    ),
+    Setting("default device", _default_device, torch.set_default_device),
     Setting("device of CUDA", _current_device, _set_current_device),
 )
