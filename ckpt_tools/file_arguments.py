@@ -167,9 +167,9 @@ class Word:
     numbers: bool = False
 
     def admit(self, value: object, evidence: Evidence) -> object:
-        """Admit strings that stand in the list. False is admitted, too: timm takes it for "none"."""
+        """Admit strings that stand in the list. The empty word and False are admitted, too: they mean "none"."""
         for leaf in _leaves(value, evidence):
-            if leaf is None or leaf is False or (isinstance(leaf, str) and leaf in self.words):
+            if leaf is None or leaf is False or leaf == "" or (isinstance(leaf, str) and leaf in self.words):
                 continue
             if isinstance(leaf, str) or not self.numbers:
                 raise NotAdmitted(f"expected one of {_shorten(sorted(self.words))}")
@@ -254,5 +254,5 @@ def _leaves(value: object, evidence: Evidence, depth: int = 0) -> Iterator[Any]:
 
 
 def _shorten(words: list[str]) -> str:
-    shown = ", ".join(word or "''" for word in words[:12])
+    shown = ", ".join(words[:12]) or "no word"
     return shown + (", …" if len(words) > 12 else "")

@@ -20,7 +20,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.remote.mirror import located, mirroring
-from ckpt_tools.remote.scratch import roomy_folder
+from ckpt_tools.remote.scratch import LOCK, roomy_folder
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.read import read_checkpoint
 
@@ -101,6 +101,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if not isinstance(arguments[0], (str, bytes, os.PathLike)) or "\0" in os.fsdecode(arguments[0]):
         return  # an open file, or what no system takes
+    if event == "open" and arguments[0] == LOCK:
+        return  # within an open temporary folder, whose descriptor the event does not tell
     path = Path(os.path.realpath(os.fsdecode(arguments[0])))
     secret, trespasses = _watched[-1]
     if event == "open":

@@ -125,5 +125,5 @@ ARGUMENTS: dict[str, ArgumentKind] = {
     **dict.fromkeys(_NUMBERS.split(), Number()),
     **dict.fromkeys(_FLAGS.split(), Flag()),
     **dict.fromkeys(_CODE.split(), Forbidden()),
-    **{name: Word(frozenset({"", *words.split()})) for name, words in _WORDS.items()},
+    **{name: Word(frozenset(words.split())) for name, words in _WORDS.items()},
 }

@@ -221,12 +221,12 @@ def _is_manifest(content: bytes) -> bool:
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether a line has exactly the fields of a record of this or of an earlier version, in the right types."""
+    """Whether a line has the fields of a record of this or of an earlier version, in the right types, and no others."""
     record = _parsed(line)
-    if record is None:
+    if record is None or not _FIELDS.keys() <= record.keys():
         return False
-    fields = {**_FIELDS, **_NEWER_FIELDS} if _NEWER_FIELDS.keys() <= record.keys() else _FIELDS
-    return record.keys() == fields.keys() and all(isinstance(record[name], kind) for name, kind in fields.items())
+    kinds = {**_FIELDS, **_NEWER_FIELDS}
+    return all(name in kinds and isinstance(value, kinds[name]) for name, value in record.items())
 
 
 def _is_unfinished(line: bytes) -> bool:
