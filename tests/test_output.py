@@ -353,7 +353,7 @@ def test_an_architecture_of_megabytes(tmp_path: Path) -> None:
 
 def test_a_name_cannot_forge_a_message() -> None:
     result = run("inspect", "x\nckpt-fix: all is well\n::error::y.pt")
-    assert [line[:9] for line in result.stderr.splitlines()] == ["ckpt-fix:", "  ckpt-fi", "  : :erro"]
+    assert [line[:9] for line in result.stderr.splitlines()] == ["ckpt-fix:", "  ckpt-fi", ": :error:"]
 
 
 def test_a_message_is_not_repeated_without_end() -> None:

@@ -109,8 +109,8 @@ def told(error: BaseException) -> int:
         print_message("".join(traceback.format_exception(error)))
     message, code = _answer(error)
     message = _presentable(message)
-    further = "\n  "  # a line break in a file's name must not begin what looks like a message of ours
-    print_message(f"ckpt-fix: {message}".replace("\n", further))
+    own = "ckpt-fix: "  # behind a line break it is a part of a file's name, which must not look like a message of ours
+    print_message(own + message.replace(f"\n{own}", f"\n  {own}"))
     github.fail(message, code)
     return code
 
