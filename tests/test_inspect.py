@@ -179,7 +179,7 @@ def test_an_unknown_architecture_ends_with_what_is_known(tmp_path: Path, model: 
     assert "not known" in result.stdout
     found = facts(tmp_path / "model.pt", code=1)
     assert (found["architecture"], found["plan"], found["batch_norms"]) == (None, None, [])
-    assert found["error"].replace("\n", "\n  ") in result.stderr  # further lines are indented
+    assert found["error"] in result.stderr
     assert found["tensors"] == len(state(model))
 
 
