@@ -362,3 +362,11 @@ def test_an_interrupt_as_the_command_ends(root: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(boundary, "mirroring", late)
     assert cli().exit_code == 130
     assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors"}
+
+
+def test_an_interrupt_behind_the_command_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(boundary.Boundary, "invoke", interrupt)
+    assert CliRunner().invoke(main, ["inspect", "x.pt"]).exit_code == 130

@@ -41,7 +41,12 @@ class Boundary(click.Group):
             remember_urls(sys.argv[1:] if args is None else args)
             words = [word for value in os.environ.values() if "://" in value for word in value.split()]
             remember_urls(word for word in words if "@" in word or "?" in word)  # of proxies, for example
-            return super().main(args, *more, **settings)
+            try:
+                with terminable():
+                    return super().main(args, *more, **settings)
+            except SystemExit as error:
+                # An interrupt between the end of `invoke` and that of click ends with click's own exit code.
+                sys.exit(130 if error.code == 1 and _interrupted.is_set() else error.code)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
