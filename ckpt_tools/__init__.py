@@ -40,14 +40,15 @@ from ckpt_tools.version import VERSION as __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from ckpt_tools.activations import activation_moments
-    from ckpt_tools.contract import LoadedModel, Reestimation, Walk
+    from ckpt_tools.contract import LoadedModel
     from ckpt_tools.errors import CkptToolsError
-    from ckpt_tools.identify.load import load
+    from ckpt_tools.identify.loading import load
     from ckpt_tools.initialize.outcome import InitRewrite
     from ckpt_tools.initialize.rewrite import rewrite_init
     from ckpt_tools.reestimate.run import reestimate_bn
     from ckpt_tools.reestimate.snapshot import corrected_state_dict
-    from ckpt_tools.storage.write import save
+    from ckpt_tools.results import Reestimation, Walk
+    from ckpt_tools.storage.output.checkpoint_writer import save
     from ckpt_tools.walker.downstream import walk
 
 _HOME = {
@@ -58,10 +59,10 @@ _HOME = {
     "Reestimation": "ckpt_tools.contract",
     "Walk": "ckpt_tools.contract",
     "corrected_state_dict": "ckpt_tools.reestimate.snapshot",
-    "load": "ckpt_tools.identify.load",
+    "load": "ckpt_tools.identify.loading",
     "reestimate_bn": "ckpt_tools.reestimate.run",
     "rewrite_init": "ckpt_tools.initialize.rewrite",
-    "save": "ckpt_tools.storage.write",
+    "save": "ckpt_tools.storage.output.checkpoint_writer",
     "walk": "ckpt_tools.walker.downstream",
 }
 

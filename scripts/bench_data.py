@@ -27,9 +27,9 @@ from timm.layers import BlurPool2d
 from torch import nn
 
 from ckpt_tools import walk
+from ckpt_tools.diagnosis.agreement import best_candidate, measure
+from ckpt_tools.diagnosis.data_check import DataVerdict, check_data
 from ckpt_tools.errors import ModelError
-from ckpt_tools.jobs.data_check import DataVerdict, check_data
-from ckpt_tools.reestimate.agreement import best_candidate, measure
 
 RESULTS = Path(__file__).with_suffix(".json")
 FEWEST = 60  # subsets of right data a net

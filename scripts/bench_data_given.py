@@ -10,7 +10,8 @@ from bench_data_nets import CIFAR, HALF, IMAGENET, MNIST, Training
 from bench_data_sets import SIZE, ImageSet, cropped, image_set, resized
 from torch import Tensor, nn
 
-from ckpt_tools.contract import InputSpec, Walk
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.results import Walk
 
 IMAGES = 256
 

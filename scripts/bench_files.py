@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckpt_tools.contract import Checkpoint
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import save
+from ckpt_tools.storage.output.checkpoint_writer import save
+from ckpt_tools.storage.reading import read_checkpoint
 
 
 def large_checkpoint(path: Path, size: int) -> Checkpoint:

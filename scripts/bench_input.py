@@ -22,8 +22,8 @@ from torchvision import datasets, transforms
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.resample import INTERPOLATIONS, agrees
-from ckpt_tools.data.transforms import ImageTransform
+from ckpt_tools.data.images.resampling import INTERPOLATIONS, agrees
+from ckpt_tools.data.images.transforms import ImageTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import trange
 
-from ckpt_tools.data.order import random_order
+from ckpt_tools.data.sample_order import random_order
 from ckpt_tools.demo.densenet import digits_densenet
+from ckpt_tools.model.calling import call
 from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer
@@ -26,7 +27,6 @@ from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.source import Batches
-from ckpt_tools.walker.call import call
 
 BATCH, SIDE = 128, 32
 NETS = {

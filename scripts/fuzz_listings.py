@@ -22,7 +22,7 @@ from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.remote.mirror import located, mirroring
 from ckpt_tools.remote.scratch import LOCK, roomy_folder
 from ckpt_tools.storage.discovery import find_checkpoints
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 __all__ = ["read_listing"]
 

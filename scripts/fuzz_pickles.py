@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fuzz_bytes import NUMBERS, mutated_text, packed
 
-from ckpt_tools.storage.pickles.names import CALLS, VALUES
+from ckpt_tools.storage.formats.pickles.known_names import CALLS, VALUES
 
 __all__ = ["is_pickled", "mutated_pickle"]
 

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint, InputSpec
-from ckpt_tools.data.labelled import labelled_batches
+from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.errors import ArchitectureError, CkptToolsError
 from ckpt_tools.identify.candidate import Candidate, settle
 from ckpt_tools.identify.recipe import spoken
 from ckpt_tools.jobs.conversion import shared_memory
-from ckpt_tools.report.folder_text import folder_text
-from ckpt_tools.report.html import folder_html
-from ckpt_tools.report.manifest import Manifest, records_in
-from ckpt_tools.report.markdown import folder_markdown
+from ckpt_tools.report.pages.html_page import folder_html
+from ckpt_tools.report.pages.markdown_page import folder_markdown
+from ckpt_tools.report.records.manifest import Manifest, records_in
+from ckpt_tools.report.text.folder_text import folder_text
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import provenance, recorded
-from ckpt_tools.storage.raw import raw_bytes
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
+from ckpt_tools.storage.tensor_bytes import raw_bytes
 
 __all__ = ["READERS", "SLOW", "Reader"]
 

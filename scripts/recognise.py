@@ -33,11 +33,11 @@ from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
 from ckpt_tools.identify.candidate import Candidate
 from ckpt_tools.identify.closest import closest
-from ckpt_tools.identify.digest import Shapes
+from ckpt_tools.identify.equivalents import one_of_each
 from ckpt_tools.identify.index import shipped
 from ckpt_tools.identify.recipe import plain
+from ckpt_tools.identify.shape_digest import Shapes
 from ckpt_tools.identify.skeleton import shapes_of, skeleton
-from ckpt_tools.identify.twins import one_of_each
 
 LARGEST = 1_000_000_000  # parameters of the models that count
 SMALL = 60_000_000  # parameters of the models that are saved

@@ -29,7 +29,7 @@ from zoo_init import init_one, summary
 from zoo_models import Checked, architectures, brief, build, checked, example
 
 from ckpt_tools import plugins
-from ckpt_tools.identify.load import load_architecture
+from ckpt_tools.identify.loading import load_architecture
 from ckpt_tools.walker.downstream import walk
 
 LARGEST = 300_000_000  # parameters of a model that --run and --init still take: it is held in memory twice

@@ -11,9 +11,9 @@ from typing import Any
 import nets
 from torch import Tensor
 
-from ckpt_tools.jobs.engine import Record
-from ckpt_tools.jobs.folder import Result
-from ckpt_tools.report.manifest import record_of
+from ckpt_tools.jobs.many.engine import Record
+from ckpt_tools.jobs.many.folder_run import Result
+from ckpt_tools.report.records.manifest import record_of
 
 SHAPE = (3, 8, 8)
 

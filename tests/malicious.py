@@ -242,7 +242,7 @@ CODE_PICKLES: dict[str, Maker] = {
     ),
     "an out-of-band buffer": lambda: whole(b"\x97\x98", 5),
     "a module named __main__": lambda: whole(call("__main__.CANARY")),
-    "a module of this package": lambda: whole(call("ckpt_tools.storage.pickles.load_pickle", SHELL)),
+    "a module of this package": lambda: whole(call("ckpt_tools.storage.formats.pickles.load_pickle", SHELL)),
     "dunder names": lambda: whole(call("builtins.object.__subclasses__")),
     "names in Unicode": lambda: whole(call("ο\u0455.ѕуѕтем", SHELL)),
     "an empty name": lambda: whole(b"c\n\n" + value((SHELL,)) + b"R"),

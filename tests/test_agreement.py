@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_tools import walk
+from ckpt_tools.diagnosis.agreement import Agreement, best_candidate, measure
 from ckpt_tools.errors import DataError, ModelError
-from ckpt_tools.reestimate.agreement import Agreement, best_candidate, measure
 
 
 def inputs(model: nn.Module, data: Tensor) -> dict[str, Tensor]:

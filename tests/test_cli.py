@@ -317,7 +317,7 @@ def test_a_write_that_the_system_refuses(files: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ckpt_tools.storage.write.save_file", refuse)
+    monkeypatch.setattr("ckpt_tools.storage.output.checkpoint_writer.save_file", refuse)
     result = run(*job(files))
     assert result.exit_code == 1
     assert "Permission denied" in result.stderr
@@ -345,7 +345,8 @@ def test_help_imports_no_torch_and_the_package_no_library() -> None:
     script = (
         "import sys, ckpt_tools\n"
         "for name in ckpt_tools.__all__: getattr(ckpt_tools, name)\n"
-        "import ckpt_tools.jobs.reestimation, ckpt_tools.report.json, ckpt_tools.report.init_json\n"
+        "import ckpt_tools.jobs.reestimation\n"
+        "import ckpt_tools.report.records.reestimation_json, ckpt_tools.report.records.init_json\n"
         "assert not {'timm', 'torchvision', 'ckpt_adapters', 'click'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

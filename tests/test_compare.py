@@ -14,8 +14,8 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.compare import Change, compare, compare_files, provenance, same_bytes
+from ckpt_tools.storage.output.checkpoint_writer import write_safetensors
 from ckpt_tools.storage.provenance import output_metadata
-from ckpt_tools.storage.write import write_safetensors
 
 STATE = {
     "conv.weight": torch.arange(6.0).view(2, 3),

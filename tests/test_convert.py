@@ -18,7 +18,7 @@ from torch import nn
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.jobs.conversion import ConvertRequest, convert, shared_memory
-from ckpt_tools.jobs.places import default_output
+from ckpt_tools.jobs.outputs import default_output
 
 
 def run(*arguments: object) -> Result:

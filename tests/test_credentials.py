@@ -20,7 +20,7 @@ from ckpt_tools.cli import main
 from ckpt_tools.errors import UsageError
 from ckpt_tools.redaction import presentable, remember_secret, remembering, without_fragments, without_secrets
 from ckpt_tools.remote.address import is_url, parted, remember_url, remember_urls, shown_url
-from ckpt_tools.storage.words import plain_words
+from ckpt_tools.storage.contents.recorded_values import plain_words
 
 FRAGMENT = 6  # characters in a row that tell something of a secret
 

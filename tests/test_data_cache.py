@@ -7,10 +7,10 @@ from PIL import Image
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.data.memory import available_bytes
-from ckpt_tools.data.order import random_order
+from ckpt_tools.data.sample_cache import PixelCache
+from ckpt_tools.data.sample_order import random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
+from ckpt_tools.machine.memory import available_bytes
 
 RNG = np.random.default_rng(0)
 PIXELS = torch.from_numpy(RNG.integers(0, 256, (90, 4, 5, 3), dtype=np.uint8)).permute(0, 3, 1, 2)

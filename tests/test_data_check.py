@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckpt_tools import walk
-from ckpt_tools.contract import InputSpec, Walk
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse
+from ckpt_tools.diagnosis.hypotheses import hypotheses
 from ckpt_tools.errors import CheckFailed
-from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
-from ckpt_tools.jobs.hypotheses import hypotheses
+from ckpt_tools.results import Walk
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5,), (0.5,))

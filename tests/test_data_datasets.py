@@ -9,8 +9,8 @@ import torch
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.matlab import matlab_arrays
-from ckpt_tools.data.order import random_order
+from ckpt_tools.data.arrays.matlab import matlab_arrays
+from ckpt_tools.data.sample_order import random_order
 from ckpt_tools.errors import DataError
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from PIL import Image
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.folder import find_images
+from ckpt_tools.data.images.image_folder import find_images
 from ckpt_tools.errors import DataError, UsageError
 
 SPEC = InputSpec((3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))

@@ -12,9 +12,9 @@ import torchvision
 from PIL import Image
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data import folder, images, jpeg
-from ckpt_tools.data.quiet import quiet_decoders
-from ckpt_tools.data.transforms import ImageTransform
+from ckpt_tools.data.decoder_warnings import quiet_decoders
+from ckpt_tools.data.images.image_files import image_files, image_folder, jpeg
+from ckpt_tools.data.images.transforms import ImageTransform
 
 TRANSFORM = ImageTransform(InputSpec((3, 32, 32), crop_pct=0.875))
 
@@ -34,8 +34,8 @@ def read(root, monkeypatch, content, *, pil=False):
     (root / "a.jpg").write_bytes(content)
     with monkeypatch.context() as patch, quiet_decoders():
         if pil:
-            patch.setattr(images, "decoded", lambda *_: None)
-        return folder.FolderImages(root, ("a.jpg",), TRANSFORM)[[0]]
+            patch.setattr(image_files, "decoded", lambda *_: None)
+        return image_folder.FolderImages(root, ("a.jpg",), TRANSFORM)[[0]]
 
 
 def fast(path):

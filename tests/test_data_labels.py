@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.folder import find_images
-from ckpt_tools.data.labelled import LabelledStream, labelled_batches
+from ckpt_tools.data.arrays.array_files import find_array
+from ckpt_tools.data.images.image_folder import find_images
+from ckpt_tools.data.labelled_stream import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import folder_labels, read_class_map
-from ckpt_tools.data.stored import find_array
 from ckpt_tools.errors import DataError, UsageError
 
 GREY = InputSpec((1, 4, 4))

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ckpt_tools.data.readers import read_ahead
+from ckpt_tools.data.prefetch import read_ahead
 
 
 def groups(sizes, job=lambda number: number):

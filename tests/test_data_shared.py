@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ckpt_tools.data.shared import read_together
+from ckpt_tools.data.shared_stream import read_together
 from ckpt_tools.data.stream import BatchStream
 
 

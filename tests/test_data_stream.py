@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_tools.data.order import balanced, default_workers, random_order
+from ckpt_tools.data.sample_order import balanced, default_workers, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.transfer import sent_ahead
-from ckpt_tools.data.transforms import PixelScale
+from ckpt_tools.data.device_transfer import sent_ahead
+from ckpt_tools.data.images.transforms import PixelScale
 
 SPEC = InputSpec((3, 6, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 RNG = np.random.default_rng(0)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.resample import INTERPOLATIONS, agrees
-from ckpt_tools.data.transforms import ImageTransform, PixelScale
+from ckpt_tools.data.images.resampling import INTERPOLATIONS, agrees
+from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.errors import DataError, UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

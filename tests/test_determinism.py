@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from ckpt_tools.cli import main
-from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.reestimate.precision import deterministic
+from ckpt_tools.data.sample_cache import PixelCache
+from ckpt_tools.machine.precision import deterministic
 
 SHAPE = (3, 8, 8)
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.storage.discovery import find_checkpoints, is_one_checkpoint
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import save
+from ckpt_tools.storage.output.checkpoint_writer import save
+from ckpt_tools.storage.reading import read_checkpoint
 
 STATE = {"bn.running_var": torch.ones(2)}
 

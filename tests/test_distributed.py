@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 
 from ckpt_tools import reestimate_bn
 from ckpt_tools.cli import main
-from ckpt_tools.data.order import Share
+from ckpt_tools.data.sample_order import Share
 from ckpt_tools.data.source import open_source
 from ckpt_tools.distributed import ALONE, Ranks
 from ckpt_tools.errors import UsageError
-from ckpt_tools.jobs.places import usable_device
+from ckpt_tools.machine.device import usable_device
 from ckpt_tools.moments import Clusters, Evidence, batch_moments, merged
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.shares import packed, unpacked

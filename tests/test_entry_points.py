@@ -18,10 +18,10 @@ from torch.ao import quantization
 from torch.ao.quantization import fake_quantize, observer
 
 import ckpt_tools
+from ckpt_tools.diagnosis.agreement import measure
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.initialize.verify import measure_signals
-from ckpt_tools.reestimate.agreement import measure
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),

@@ -25,12 +25,13 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import stress
 
 from ckpt_tools.cli import boundary, main
-from ckpt_tools.data import images, readers
-from ckpt_tools.data.folder import FolderSource
-from ckpt_tools.data.readers import read_ahead, reading
+from ckpt_tools.data import prefetch
+from ckpt_tools.data.images.image_files import image_files
+from ckpt_tools.data.images.image_folder import FolderSource
+from ckpt_tools.data.prefetch import read_ahead, reading
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote import scratch
-from ckpt_tools.storage import atomic, patch, write
+from ckpt_tools.storage.output import atomic, checkpoint_writer, patching
 
 SHAPE = (3, 8, 8)
 
@@ -56,13 +57,13 @@ def files(folder: Path) -> set[str]:
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Have something happen after the pass and the checks, while the output is written."""
-    verified = patch.verified
+    verified = patching.verified
 
     def late(*arguments: object) -> str:
         act()
         return verified(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(patch, "verified", late)
+    monkeypatch.setattr(patching, "verified", late)
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeyp
         beside.update(one.name for one in path.parent.parent.iterdir() if one.is_file())
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(write, "save_file", watched)
+    monkeypatch.setattr(checkpoint_writer, "save_file", watched)
     assert cli("m.pt").exit_code == 0
     assert beside == {"data.npy", "m.safetensors", "m.pt"}
     assert files(root) == {"data.npy", "m.safetensors", "m.pt", "m.bn.safetensors"}
@@ -106,7 +107,7 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeyp
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize(
-    "call", [(patch, "write_data"), (patch.os, "fsync"), (atomic, "_move")], ids=["write", "fsync", "rename"]
+    "call", [(patching, "write_data"), (patching.os, "fsync"), (atomic, "_move")], ids=["write", "fsync", "rename"]
 )
 def test_disk_full(root: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[object, str], number: int) -> None:
     def full(*_: object, **__: object) -> None:
@@ -204,20 +205,20 @@ def test_two_runs_race_for_one_output(root: Path, overwrite: bool) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr(readers, "PATIENCE", 2.0)
-    monkeypatch.setattr(readers, "_GLANCE", 0.1)
-    monkeypatch.setattr(readers, "_GRACE", 0.01)
+    monkeypatch.setattr(prefetch, "PATIENCE", 2.0)
+    monkeypatch.setattr(prefetch, "_GLANCE", 0.1)
+    monkeypatch.setattr(prefetch, "_GRACE", 0.01)
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    forever, read, warm = threading.Event(), images._read, False
+    forever, read, warm = threading.Event(), image_files._read, False
 
     def hang(file: Path, transform: object) -> Tensor:
         if file.name == "7.png" and warm:
             forever.wait()
         return read(file, transform)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(images, "_read", hang)
-    spec = images.InputSpec(SHAPE, mean=(0.5,) * 3, std=(0.5,) * 3)
+    monkeypatch.setattr(image_files, "_read", hang)
+    spec = image_files.InputSpec(SHAPE, mean=(0.5,) * 3, std=(0.5,) * 3)
     stream = FolderSource.open("train", tmp_path, limit=None, seed=0).batches(spec, batch_size=8, workers=workers)
     list(stream)  # the first image imports what decodes it
     warm = True
@@ -240,7 +241,7 @@ def test_a_reader_that_dies() -> None:
 
     with pytest.raises(SystemExit):
         list(read_ahead([[die]], 2))
-    assert not readers._underway
+    assert not prefetch._underway
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

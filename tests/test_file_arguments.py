@@ -19,7 +19,7 @@ from ckpt_adapters.from_torchvision import TorchvisionAdapter
 from ckpt_tools.contract import Checkpoint, Recipe
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.admission import ArgumentRefused, admit_recipe
-from ckpt_tools.identify.load import identify, load
+from ckpt_tools.identify.loading import identify, load
 
 transformers = pytest.importorskip("transformers")
 

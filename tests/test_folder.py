@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.cli import main
-from ckpt_tools.cli.many import _data_files
-from ckpt_tools.data.shared import read_together
-from ckpt_tools.data.stored import StoredArray
+from ckpt_tools.cli.many_checkpoints import _data_files
+from ckpt_tools.data.arrays.array_files import StoredArray
+from ckpt_tools.data.shared_stream import read_together
 from ckpt_tools.errors import OutputError
-from ckpt_tools.jobs.folder import items_for, run
+from ckpt_tools.jobs.many.folder_run import items_for, run
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.report.manifest import Manifest, record_of, records_in
+from ckpt_tools.report.records.manifest import Manifest, record_of, records_in
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.walker.downstream import walk
 
@@ -305,14 +305,14 @@ def test_models_that_do_not_fit_together_go_one_by_one(root: Path, monkeypatch: 
     whole_run(root)
     together = {path.name: path.read_bytes() for path in (root / "fixed").rglob("*.safetensors")}
     (root / "fixed").rename(root / "together")
-    monkeypatch.setattr("ckpt_tools.jobs.folder.available_bytes", lambda: 0)
+    monkeypatch.setattr("ckpt_tools.jobs.many.folder_run.available_bytes", lambda: 0)
     rounds: list[int] = []
 
     def watched(stream: object, jobs: list[object], watch: object) -> None:
         rounds.append(len(jobs))
         read_together(stream, jobs, watch)
 
-    monkeypatch.setattr("ckpt_tools.jobs.folder.read_together", watched)
+    monkeypatch.setattr("ckpt_tools.jobs.many.folder_run.read_together", watched)
     assert whole_run(root) == ["done"] * 4
     assert rounds == [1] * 4
     assert {path.name: path.read_bytes() for path in (root / "fixed").rglob("*.safetensors")} == together

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.averages import averaged_copies
-from ckpt_tools.storage.read import read_checkpoint, sha256
-from ckpt_tools.storage.write import save
+from ckpt_tools.storage.contents.averaged_copies import averaged_copies
+from ckpt_tools.storage.output.checkpoint_writer import save
+from ckpt_tools.storage.reading import read_checkpoint, sha256
 
 
 @pytest.fixture

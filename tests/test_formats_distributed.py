@@ -12,7 +12,7 @@ from format_files import trained
 from torch import nn
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def test_distributed_words_and_optimizer(tmp_path: Path, model: nn.Module) -> No
 
 
 def test_optimizer_states_stay_on_the_disk(tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckpt_tools.storage import distributed
+    from ckpt_tools.storage.dcp import dcp_folder
 
     read: list[str] = []
-    inner = distributed._read
+    inner = dcp_folder._read
     monkeypatch.setattr(
-        distributed, "_read", lambda folder, name, piece: (read.append(name), inner(folder, name, piece))[1]
+        dcp_folder, "_read", lambda folder, name, piece: (read.append(name), inner(folder, name, piece))[1]
     )
     read_checkpoint(format_files.distributed(model, tmp_path))
     assert {name.partition(".")[0] for name in read} == {"model", "epoch", "args"}

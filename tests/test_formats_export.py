@@ -13,7 +13,7 @@ from format_files import Maker, assert_holds, maker_id, trained
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 
 @pytest.fixture

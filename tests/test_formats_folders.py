@@ -11,7 +11,7 @@ from format_files import assert_holds
 from safetensors.torch import save_file
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 
 def test_transformers_folder(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import torchvision
 from torch import nn
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.quantised import missing_batch_norm
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.contents.quantized import missing_batch_norm
+from ckpt_tools.storage.reading import read_checkpoint
 
 # --- other files -----------------------------------------------------------------------------------------------
 

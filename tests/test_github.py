@@ -19,7 +19,7 @@ from torch import nn
 
 from ckpt_tools.cli import main
 from ckpt_tools.cli.github import annotate, summarise
-from ckpt_tools.report.markdown import checkpoint_markdown, evaluation_markdown
+from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, evaluation_markdown
 from ckpt_tools.report.summary import failure_markdown, worries
 
 ARCH = ["--arch", "nets:DenseNet"]

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from ckpt_tools.reestimate import heap
-from ckpt_tools.reestimate.heap import kept_heap
+from ckpt_tools.machine import heap
+from ckpt_tools.machine.heap import kept_heap
 
 needs_glibc = pytest.mark.skipif(heap._glibc() is None, reason="another libc, or a tuned malloc")
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ckpt_tools.reestimate.heap import kept_heap
+from ckpt_tools.machine.heap import kept_heap
 
 PAGES = 64 * 2**20 // resource.getpagesize()
 

@@ -35,13 +35,13 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.labels import array_labels
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import CheckpointError, CkptToolsError, DataError
-from ckpt_tools.report.folder_text import folder_text
-from ckpt_tools.report.html import folder_html
-from ckpt_tools.report.markdown import folder_markdown
-from ckpt_tools.storage.averages import averaged_copies
+from ckpt_tools.report.pages.html_page import folder_html
+from ckpt_tools.report.pages.markdown_page import folder_markdown
+from ckpt_tools.report.text.folder_text import folder_text
+from ckpt_tools.storage.contents.averaged_copies import averaged_copies
 from ckpt_tools.storage.discovery import find_checkpoints
-from ckpt_tools.storage.raw import raw_bytes
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
+from ckpt_tools.storage.tensor_bytes import raw_bytes
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.digest import Part, parts, tops
 from ckpt_tools.identify.index import Index, decode, encode, entry_for, shipped
+from ckpt_tools.identify.shape_digest import Part, parts, tops
 from ckpt_tools.identify.skeleton import CHANNELS, CLASSES, following, shapes_of, skeleton
 
 SMALL = [

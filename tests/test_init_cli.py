@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.jobs.initialization import refuse_trained, seeded
-from ckpt_tools.storage.write import write_safetensors
+from ckpt_tools.storage.output.checkpoint_writer import write_safetensors
 
 DENSE = ("--arch", "nets:DenseNet", "--input-size", "3,8,8")
 
@@ -370,7 +370,7 @@ def test_a_failing_write_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ckpt_tools.storage.write.save_file", refuse)
+    monkeypatch.setattr("ckpt_tools.storage.output.checkpoint_writer.save_file", refuse)
     assert run("init-rewrite", fresh, *DENSE).exit_code == 1
     assert names_in(fresh.parent) == ["fresh.pt"]
 

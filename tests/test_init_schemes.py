@@ -15,11 +15,12 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ckpt_tools import activation_moments
-from ckpt_tools.contract import BackwardFactor, Geometry, Scheme
+from ckpt_tools.contract import BackwardFactor, Scheme
 from ckpt_tools.errors import UsageError
 from ckpt_tools.init import dropout_corrected_
 from ckpt_tools.initialize.rule import UNKNOWN, divisor, fan_ratio
 from ckpt_tools.initialize.scheme import fans, fill
+from ckpt_tools.results import Geometry
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 

@@ -272,7 +272,7 @@ def test_mistakes_are_refused_before_training(tmp_path: Path) -> None:
 
 
 def test_the_command_line_reads_the_file(tmp_path: Path) -> None:
-    from ckpt_tools.storage.read import read_checkpoint
+    from ckpt_tools.storage.reading import read_checkpoint
 
     fit(tmp_path, BNReestimation(), saving(tmp_path), epochs=1)
     found = read_checkpoint(tmp_path / "last.ckpt")

@@ -21,15 +21,15 @@ from PIL import Image
 from stores import Lying
 
 from ckpt_tools.cli import main
+from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.data.labels import folder_labels
-from ckpt_tools.data.remote_folder import RemoteFolder
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
 from ckpt_tools.remote.copies import fetch, peek
 from ckpt_tools.remote.mirror import located, mirroring
 from ckpt_tools.remote.store import open_remote
 from ckpt_tools.storage.discovery import find_checkpoints
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 URL = f"lying://{Lying.folder}"
 SHAPE = (3, 8, 8)

@@ -19,7 +19,7 @@ from malicious_files import FILES, as_archive, as_legacy
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 ALL: dict[str, Callable[[], bytes]] = {
     **PICKLES,

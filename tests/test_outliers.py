@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from ckpt_tools import reestimate_bn
 from ckpt_tools.cli import main
-from ckpt_tools.contract import InputSpec, Reestimation
-from ckpt_tools.data.folder import FolderSource
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.images.image_folder import FolderSource
+from ckpt_tools.diagnosis.data_sample import drawn
 from ckpt_tools.distributed import ALONE
 from ckpt_tools.errors import DataError, ModelError
-from ckpt_tools.jobs.data_sample import drawn
 from ckpt_tools.reestimate.outliers import Gauge, apart, energies, not_finite, one_colour, unusual
 from ckpt_tools.reestimate.run import _names
+from ckpt_tools.results import Reestimation
 
 SHAPE = (3, 8, 8)
 BAD = (100, 200, 300)

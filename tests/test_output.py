@@ -29,7 +29,7 @@ from test_report_hostile import filled
 
 import ckpt_tools.report
 from ckpt_tools.cli import boundary, github, main
-from ckpt_tools.cli.output import GuardedStream, guarded_streams, print_json, print_message, print_result
+from ckpt_tools.cli.printing import GuardedStream, guarded_streams, print_json, print_message, print_result
 from ckpt_tools.cli.progress import Bar, EvaluationBar, progress_bar, write_above_bars
 from ckpt_tools.plain_text import LONGEST_NAME, LONGEST_VALUE, harmless, one_line, shorten, shorten_message
 

@@ -24,11 +24,11 @@ from report_facts import facts, records
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CkptToolsError, OutputError, UsageError
 from ckpt_tools.remote.mirror import located, mirroring
-from ckpt_tools.report import figure
-from ckpt_tools.report.manifest import Manifest, check_manifest
 from ckpt_tools.report.marks import add_mark, is_own_report
-from ckpt_tools.report.write import check_reports, write_report
-from ckpt_tools.storage.inputs import files_of_checkpoint
+from ckpt_tools.report.pages import figure
+from ckpt_tools.report.records.manifest import Manifest, check_manifest
+from ckpt_tools.report.report_files import check_reports, write_report
+from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
 SUFFIXES = (".html", ".md", ".json")
 RECORD: dict[str, Any] = {
@@ -184,7 +184,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch
             path.write_text("notes")
             return "report\n"
 
-        monkeypatch.setattr("ckpt_tools.report.write.checkpoint_markdown", slow)
+        monkeypatch.setattr("ckpt_tools.report.report_files.checkpoint_markdown", slow)
         with pytest.raises(OutputError, match="another file"):
             write_report(path, facts())
         assert path.read_text() == "notes"
@@ -249,7 +249,7 @@ def test_other_files_are_not(tmp_path: Path, content: bytes) -> None:
 def test_a_manifest_that_is_exchanged_after_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b"my notes")
-    monkeypatch.setattr("ckpt_tools.report.manifest.read_own_file", lambda path, kind: line())
+    monkeypatch.setattr("ckpt_tools.report.records.manifest.read_own_file", lambda path, kind: line())
     with pytest.raises(OutputError, match="another file"):
         Manifest(path)
     assert path.read_bytes() == b"my notes"
@@ -396,8 +396,9 @@ def test_no_system_calls_are_needed_that_others_lack() -> None:
     """On Windows there are neither links that are not followed nor locks; nothing may fail at import."""
     script = (
         "import os, sys; [delattr(os, name) for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC', 'getxattr')]; "
-        "sys.modules['fcntl'] = None; import ckpt_tools.storage.own_files, ckpt_tools.storage.permissions; "
-        "from pathlib import Path; from ckpt_tools.storage.atomic import new_file; import tempfile; "
+        "sys.modules['fcntl'] = None; "
+        "import ckpt_tools.storage.output.own_files, ckpt_tools.storage.output.permissions; "
+        "from pathlib import Path; from ckpt_tools.storage.output.atomic import new_file; import tempfile; "
         "folder = Path(tempfile.mkdtemp()); target = folder / 'x'\n"
         "with new_file(target, overwrite=False) as path: path.touch()\n"
         "print([one.name for one in folder.iterdir()])"

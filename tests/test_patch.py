@@ -22,10 +22,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ckpt_tools.errors import OutputError
-from ckpt_tools.storage import atomic, digest, layout, patch, transfer, unchanged, write
-from ckpt_tools.storage.mappings import file_mappings
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import replace_tensors, save, write_safetensors
+from ckpt_tools.storage.output import atomic, byte_transfer, checkpoint_writer, hashing, layout, patching, unchanged
+from ckpt_tools.storage.output.checkpoint_writer import replace_tensors, save, write_safetensors
+from ckpt_tools.storage.output.mappings import file_mappings
+from ckpt_tools.storage.reading import read_checkpoint
 
 NAMES = {
     torch.float16: "F16",
@@ -113,16 +113,16 @@ def source(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is written must be a copy of the source's file."""
-    monkeypatch.setattr(write, "save_file", lambda *_, **__: pytest.fail("written from memory"))
+    monkeypatch.setattr(checkpoint_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
 
 
 @pytest.fixture
 def piecemeal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are handled as large ones are: in pieces, with blocks, by mappings."""
-    monkeypatch.setattr(digest, "PIECE", 96)
-    monkeypatch.setattr(patch, "_STEP", 128)
-    monkeypatch.setattr(patch, "_SMALL", 64)
-    monkeypatch.setattr(patch, "_LARGE", 0)
+    monkeypatch.setattr(hashing, "PIECE", 96)
+    monkeypatch.setattr(patching, "_STEP", 128)
+    monkeypatch.setattr(patching, "_SMALL", 64)
+    monkeypatch.setattr(patching, "_LARGE", 0)
     monkeypatch.setattr(unchanged, "_LARGE", 0)
 
 
@@ -201,10 +201,10 @@ def test_any_file(
     chosen = choices.draw(st.sets(st.sampled_from(list(checkpoint.tensors))))
     new = {key: torch.ones_like(checkpoint.tensors[key]) for key in chosen}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(write, "save_file", lambda *_, **__: pytest.fail("written from memory"))
-        patched.setattr(digest, "PIECE", choices.draw(st.sampled_from([24, 1 << 20])))
-        patched.setattr(patch, "_LARGE", choices.draw(st.sampled_from([0, 1 << 26])))
-        patched.setattr(patch, "_SMALL", choices.draw(st.sampled_from([-1, 0, 8, 1 << 20])))
+        patched.setattr(checkpoint_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
+        patched.setattr(hashing, "PIECE", choices.draw(st.sampled_from([24, 1 << 20])))
+        patched.setattr(patching, "_LARGE", choices.draw(st.sampled_from([0, 1 << 26])))
+        patched.setattr(patching, "_SMALL", choices.draw(st.sampled_from([-1, 0, 8, 1 << 20])))
         save(folder / "out.safetensors", checkpoint, new, provenance={})
     expected = {key: one(checkpoint.tensors[key].dtype) * checkpoint.tensors[key].numel() for key in chosen}
     assert removed.startswith(prefix)
@@ -242,7 +242,7 @@ def test_replaced_tensors_of_half_width(tmp_path: Path, dtype: torch.dtype) -> N
 def test_what_is_no_copy_is_written_from_memory(tmp_path: Path, keys: list[str]) -> None:
     path = lay(tmp_path / "in.safetensors", {key: torch.rand(4) for key in keys})
     checkpoint = read_checkpoint(path)
-    assert patch.find_original(checkpoint) is None
+    assert patching.find_original(checkpoint) is None
     save(tmp_path / "out.safetensors", checkpoint, {}, provenance={})
     before, after = raw(path), raw(tmp_path / "out.safetensors")
     for key, name in zip(keys, checkpoint.tensors, strict=False):
@@ -294,9 +294,9 @@ def test_a_source_that_ends_early(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"12345")
     with (tmp_path / "short").open("rb") as short, (tmp_path / "copy").open("wb") as copy:
         with pytest.raises(OSError, match="ends at byte 5"):
-            transfer.copy_range(short.fileno(), copy.fileno(), 9, at=0, to=0)
+            byte_transfer.copy_range(short.fileno(), copy.fileno(), 9, at=0, to=0)
         with pytest.raises(OSError, match="ends at byte 5"):
-            transfer.read_at(short.fileno(), np.empty(9, np.uint8), 0)
+            byte_transfer.read_at(short.fileno(), np.empty(9, np.uint8), 0)
 
 
 # --- all or nothing -----------------------------------------------------------------------------------------------
@@ -343,15 +343,15 @@ def test_a_failed_sync_is_noticed_though_the_system_tells_once(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (patch, "copy_range"),
-        (patch, "write_at"),
-        (patch, "verified"),
+        (patching, "copy_range"),
+        (patching, "write_at"),
+        (patching, "verified"),
         (layout, "read_back"),
-        (digest, "read_at"),
+        (hashing, "read_at"),
         (os, "fsync"),
         (os, "preadv"),
-        (write, "load_safetensors"),
-        (write, "require_stamps"),
+        (checkpoint_writer, "load_safetensors"),
+        (checkpoint_writer, "require_stamps"),
         (atomic, "sync"),
         (os, "link"),
     ],
@@ -377,7 +377,7 @@ def test_a_byte_that_reads_back_differently(
 ) -> None:
     before = raw(source)
     begin = 0 if key is None else before.entries[key]["data_offsets"][0]
-    real = patch.verified
+    real = patching.verified
 
     def spoiled(file: int, size: int, wanted: layout.Layout) -> str:
         at = 20 if key is None else size - len(before.data) + begin
@@ -385,13 +385,13 @@ def test_a_byte_that_reads_back_differently(
         os.pwrite(file, bytes([old ^ 1]), at)
         return real(file, size, wanted)
 
-    monkeypatch.setattr(patch, "verified", spoiled)
+    monkeypatch.setattr(patching, "verified", spoiled)
     refused(tmp_path, source, f"{name} reading back differently")
 
 
 def test_a_longer_file_reads_back_differently(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = patch.verified
-    monkeypatch.setattr(patch, "verified", lambda file, size, wanted: real(file, size + 1, wanted))
+    real = patching.verified
+    monkeypatch.setattr(patching, "verified", lambda file, size, wanted: real(file, size + 1, wanted))
     refused(tmp_path, source, "bytes instead of")
 
 
@@ -434,14 +434,14 @@ def test_a_source_replaced_since_it_was_read(tmp_path: Path) -> None:
 def test_a_source_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, message: str) -> None:
     path = lay(tmp_path / "in.safetensors", state())
     checkpoint = read_checkpoint(path)
-    real = getattr(patch, moment)
+    real = getattr(patching, moment)
 
     def then_write(*given: Any, **named: Any) -> Any:
         found = real(*given, **named)
         overwrite(path, path.stat().st_size - 3, b"\x01")
         return found
 
-    monkeypatch.setattr(patch, moment, then_write)
+    monkeypatch.setattr(patching, moment, then_write)
     with pytest.raises(OutputError, match=message):
         save(tmp_path / "out.safetensors", checkpoint, NEW, provenance={})
     assert [found.name for found in tmp_path.iterdir()] == ["in.safetensors"]

@@ -28,7 +28,7 @@ from ckpt_tools.paths import (
     path_below,
     require_distinct,
 )
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 HOSTILE = (
     *("..", ".", "", "../x.pt", "a/../../x.pt", "a/..", "a//x.pt", "a/", "./x.pt", "a/./x.pt", "/etc/x.pt", "//host/x"),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools.cli import main
-from ckpt_tools.storage.atomic import new_file
-from ckpt_tools.storage.permissions import _shared_bits
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import save
+from ckpt_tools.storage.output.atomic import new_file
+from ckpt_tools.storage.output.checkpoint_writer import save
+from ckpt_tools.storage.output.permissions import _shared_bits
+from ckpt_tools.storage.reading import read_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="other permissions")
 STATE = {"a.weight": torch.ones(3, 2), "b.weight": torch.zeros(2, 2)}

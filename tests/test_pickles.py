@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.modules import module_class, module_rates, module_state
-from ckpt_tools.storage.pickles import Opaque, load_archive, load_pickle, load_stream
-from ckpt_tools.storage.words import plain_words
+from ckpt_tools.storage.contents.recorded_values import plain_words
+from ckpt_tools.storage.formats.module_trees import module_class, module_rates, module_state
+from ckpt_tools.storage.formats.pickles import Opaque, load_archive, load_pickle, load_stream
 
 DTYPES = [
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool,

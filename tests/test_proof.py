@@ -22,10 +22,10 @@ from ckpt_tools.cli import main
 from ckpt_tools.jobs.earlier_output import Damaged, Made, find_earlier_output
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.storage.discovery import find_checkpoints
-from ckpt_tools.storage.proof import FileDigest
+from ckpt_tools.storage.output.checkpoint_writer import save, write_safetensors
+from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.provenance import output_metadata, recorded
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import save, write_safetensors
+from ckpt_tools.storage.reading import read_checkpoint
 
 STATE = {"weight": torch.arange(40.0), "bn.running_var": torch.ones(40), "bn.num_batches_tracked": torch.tensor(3)}
 
@@ -279,6 +279,6 @@ def test_a_damaged_output_that_is_exchanged_meanwhile(runs: Path, monkeypatch: p
         output.unlink()
         output.write_text("precious")
 
-    monkeypatch.setattr("ckpt_tools.storage.write.require_stamps", late)
+    monkeypatch.setattr("ckpt_tools.storage.output.checkpoint_writer.require_stamps", late)
     assert run("--output-dir", "fixed").exit_code == 1
     assert output.read_text() == "precious"

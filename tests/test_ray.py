@@ -26,11 +26,11 @@ from click.testing import CliRunner, Result
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import ClusterError, UsageError
-from ckpt_tools.jobs import loopback
-from ckpt_tools.jobs.cluster import Size, connected, measured
-from ckpt_tools.jobs.folder import Item, items_for
-from ckpt_tools.jobs.loopback import require_loopback
-from ckpt_tools.jobs.ray_engine import RayEngine, _Part
+from ckpt_tools.jobs.many import ray_loopback
+from ckpt_tools.jobs.many.folder_run import Item, items_for
+from ckpt_tools.jobs.many.ray_cluster import Size, connected, measured
+from ckpt_tools.jobs.many.ray_engine import RayEngine, _Part
+from ckpt_tools.jobs.many.ray_loopback import require_loopback
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.remote.mirror import located, mirroring
 from ckpt_tools.storage.discovery import find_checkpoints
@@ -117,7 +117,7 @@ def test_a_worker_killed_amid_its_task_is_replaced() -> None:
 
 @pytest.mark.usefixtures("ray")
 def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt_tools.jobs.ray_engine._ATTEMPTS", 3)  # the last one alone
+    monkeypatch.setattr("ckpt_tools.jobs.many.ray_engine._ATTEMPTS", 3)  # the last one alone
     state = torch.load(root / "runs" / "1.pt")
     state["head.bias"][0] = 666
     torch.save(state, root / "runs" / "1.pt")
@@ -239,14 +239,14 @@ def test_the_users_token_stays(
         (tmp_path / ".ray" / "auth_token").write_text("mine")
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    assert loopback._authentication().keys() == expected
+    assert ray_loopback._authentication().keys() == expected
 
 
 def test_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAYS", "1")
     monkeypatch.setenv("REMOVED", "1")
     before = dict(os.environ)
-    with contextlib.suppress(KeyError), loopback.temporary_environment(STAYS="2", NEW="3"):
+    with contextlib.suppress(KeyError), ray_loopback.temporary_environment(STAYS="2", NEW="3"):
         os.environ["RAYS"] = "4"
         assert os.environ["STAYS"] + os.environ["NEW"] == "23"
         del os.environ["REMOVED"]

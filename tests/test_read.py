@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.keys import strip_wrappers
-from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.storage.contents.state_dict_keys import strip_wrappers
+from ckpt_tools.storage.reading import read_checkpoint, sha256
 
 Tensors = dict[str, Tensor]
 

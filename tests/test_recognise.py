@@ -14,13 +14,13 @@ from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError, NothingT
 from ckpt_tools.identify import resolution
 from ckpt_tools.identify.candidate import load_candidate
 from ckpt_tools.identify.closest import closest
+from ckpt_tools.identify.equivalents import response
 from ckpt_tools.identify.index import Index, entry_for, shipped
-from ckpt_tools.identify.load import identify, load
+from ckpt_tools.identify.loading import identify, load
 from ckpt_tools.identify.naming import by_file_name
 from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.identify.resolution import candidates
 from ckpt_tools.identify.skeleton import shapes_of
-from ckpt_tools.identify.twins import response
 
 
 def meta(architecture, **kwargs):

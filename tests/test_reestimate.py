@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckpt_tools import reestimate_bn
-from ckpt_tools.contract import Spread
 from ckpt_tools.errors import CheckFailed, DataError, ModelError, NothingToDo, UsageError
+from ckpt_tools.results import Spread
 
 NETS = {
     "densenet": (nets.DenseNet, (3, 8, 8)),

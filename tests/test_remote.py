@@ -30,18 +30,18 @@ from torch import nn
 import ckpt_tools
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data import remote_folder
+from ckpt_tools.data.images.image_files import remote_image_folder
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.source import open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
-from ckpt_tools.jobs.places import default_output
+from ckpt_tools.jobs.outputs import default_output
 from ckpt_tools.remote.copies import fetch
 from ckpt_tools.remote.mirror import as_urls, located, mirroring
 from ckpt_tools.remote.scratch import new_name
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import recorded
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.storage.reading import read_checkpoint
 
 ARCH = ["--arch", "nets:DenseNet", "--batch-size", 16]
 SHAPE = (3, 8, 8)
@@ -483,8 +483,8 @@ def test_copies_go_when_their_checkpoint_is_done(runs: Path, temporary: Path, mo
         most.append(len([path for path in temporary.rglob("*.pt") if path.is_file() and path.stat().st_blocks]))
         return found
 
-    monkeypatch.setattr("ckpt_tools.storage.fetching.fetch", counted)
-    monkeypatch.setattr("ckpt_tools.jobs.folder._SHARE", 0)
+    monkeypatch.setattr("ckpt_tools.storage.files.fetching.fetch", counted)
+    monkeypatch.setattr("ckpt_tools.jobs.many.folder_run._SHARE", 0)
     ok(*job(runs, upload_all(runs / "runs", "memory://bucket/runs")))
     assert max(most) == 1
 
@@ -550,7 +550,7 @@ def test_runs_on_remote_data_and_labels(images: Path, files: Path) -> None:
 
 
 def test_a_network_that_drops_out_is_no_damaged_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_folder, "_PAUSES", (0, 0))
+    monkeypatch.setattr(remote_image_folder, "_PAUSES", (0, 0))
     url = upload_all(images, "fragile://bucket/images")
     Fragile.read_limit, Fragile.faults = 0, 2
     stream = batches(url, 0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from report_facts import HOSTILE, facts, records, with_metrics
 
-from ckpt_tools.report.write import write_report
+from ckpt_tools.report.report_files import write_report
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_facts import HOSTILE, facts, records, with_metrics
 
-from ckpt_tools.report.folder_text import folder_text
-from ckpt_tools.report.html import checkpoint_html, folder_html
-from ckpt_tools.report.markdown import checkpoint_markdown, folder_markdown
+from ckpt_tools.report.pages.html_page import checkpoint_html, folder_html
+from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, folder_markdown
 from ckpt_tools.report.summary import failure_markdown
+from ckpt_tools.report.text.folder_text import folder_text
 
 # Leaves that come from files and their names; the others are words of ours.
 FOREIGN = {"name", "path", "spec", "reason", "op", "architecture", "format", "weights", "why", "transform", "command"}

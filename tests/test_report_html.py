@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from report_facts import HOSTILE, facts, layer, records, with_metrics
 
-from ckpt_tools.report.html import checkpoint_html, folder_html
+from ckpt_tools.report.pages.html_page import checkpoint_html, folder_html
 
 VOID = {"meta", "link", "wbr", "img", "br", "hr", "input"}
 

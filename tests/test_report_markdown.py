@@ -9,9 +9,9 @@ import re
 import pytest
 from report_facts import HOSTILE, facts, records, with_metrics
 
-from ckpt_tools.report.checkpoint_page import checkpoint_page
-from ckpt_tools.report.folder_page import folder_page
-from ckpt_tools.report.markdown import checkpoint_markdown, escaped, folder_markdown
+from ckpt_tools.report.pages.checkpoint_page import checkpoint_page
+from ckpt_tools.report.pages.folder_page import folder_page
+from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, escaped, folder_markdown
 
 TEXTS = {
     "one": lambda: checkpoint_markdown(with_metrics(facts())),

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import ckpt_tools
+from ckpt_tools.diagnosis.agreement import measure
 from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.initialize.verify import measure_signals
-from ckpt_tools.reestimate.agreement import measure
 
 TRIED = 2  # operations of each call, beside the first and the last
 SIZE = 8

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import ckpt_tools
 from ckpt_tools import reestimate_bn
-from ckpt_tools.contract import Precision, Reestimation
+from ckpt_tools.contract import Precision
 from ckpt_tools.errors import ModelError, UsageError
+from ckpt_tools.results import Reestimation
 
 DATA = nets.batches((3, 8, 8))
 

@@ -14,7 +14,7 @@ import pytest
 
 from ckpt_tools.remote import scratch
 from ckpt_tools.remote.scratch import claim, new_name, sweep
-from ckpt_tools.storage.atomic import new_file
+from ckpt_tools.storage.output.atomic import new_file
 
 pytestmark = pytest.mark.skipif(scratch.fcntl is None, reason="no locks on this system")
 

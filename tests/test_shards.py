@@ -21,14 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data import open_source, shard_index
-from ckpt_tools.data.grouping import grouped, image_extension
-from ckpt_tools.data.images import EXTENSIONS
-from ckpt_tools.data.labelled import labelled_batches
-from ckpt_tools.data.mixing import evenly, shuffled, taken_in_turn
-from ckpt_tools.data.order import WHOLE, Share
-from ckpt_tools.data.shard_names import expanded
-from ckpt_tools.data.tar import TarReader
+from ckpt_tools.data import open_source
+from ckpt_tools.data.images.image_files import EXTENSIONS
+from ckpt_tools.data.labelled_stream import labelled_batches
+from ckpt_tools.data.sample_order import WHOLE, Share
+from ckpt_tools.data.shards.disk_shards import shard_index
+from ckpt_tools.data.shards.mixing import evenly, shuffled, taken_in_turn
+from ckpt_tools.data.shards.sample_grouping import grouped, image_extension
+from ckpt_tools.data.shards.shard_names import expanded
+from ckpt_tools.data.shards.tar_members import TarReader
 from ckpt_tools.errors import CkptToolsError, DataError, RemoteError, UsageError
 
 SPEC = InputSpec((3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
@@ -193,7 +194,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path, remote: str, wo
 @pytest.mark.parametrize("far", [False, True])
 def test_absurd_sizes_and_names(tmp_path: Path, remote: str, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_index, "LARGEST", 1000)
-    monkeypatch.setattr("ckpt_tools.data.raw_shards.LARGEST", 1000)
+    monkeypatch.setattr("ckpt_tools.data.shards.raw_shards.LARGEST", 1000)
     members = [(f"{number}.png", grey(1)) for number in range(99)] + [("\x1b[31m" + "x" * 999 + ".png", b"." * 1001)]
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
@@ -476,7 +477,7 @@ def test_labels_stay_with_batches_that_are_sent_ahead(remote: str, monkeypatch: 
             next(after, None)
             yield batch
 
-    monkeypatch.setattr("ckpt_tools.data.shard_stream.sent_ahead", one_ahead)
+    monkeypatch.setattr("ckpt_tools.data.shards.shard_stream.sent_ahead", one_ahead)
     source = open_source(put(remote, levels([range(50)])))
     for batch, labels in labelled_batches(source, EVEN, batch_size=7, device="cuda", workers=0):
         assert torch.equal(batch[:, 0, 0, 0].mul(255).round().long(), labels)  # type: ignore[call-overload,index]

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools import reestimate_bn
 from ckpt_tools.demo.digits import load_digits
 from ckpt_tools.demo.train import train
+from ckpt_tools.model.calling import call
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer
@@ -23,7 +24,6 @@ from ckpt_tools.reestimate.passes import Passes
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.source import Batches
-from ckpt_tools.walker.call import call
 
 
 def fitted(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:

@@ -23,10 +23,10 @@ from ckpt_adapters.from_transformers import TransformersAdapter
 from ckpt_tools import plugins, reestimate_bn, walk
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec, LoadedModel
-from ckpt_tools.data.transforms import ImageTransform, PixelScale
+from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.load import identify
-from ckpt_tools.storage.read import read_checkpoint
+from ckpt_tools.identify.loading import identify
+from ckpt_tools.storage.reading import read_checkpoint
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
-from ckpt_tools.storage import atomic, write
 from ckpt_tools.storage.compare import compare, provenance
+from ckpt_tools.storage.output import atomic, checkpoint_writer
+from ckpt_tools.storage.output.checkpoint_writer import save, write_safetensors
 from ckpt_tools.storage.provenance import output_metadata
-from ckpt_tools.storage.read import read_checkpoint, sha256
-from ckpt_tools.storage.write import save, write_safetensors
+from ckpt_tools.storage.reading import read_checkpoint, sha256
 
 VARIANCE = "1.running_var"
 
@@ -322,7 +322,7 @@ def test_read_only_folder_and_full_disk(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(write, "save_file", fail)
+    monkeypatch.setattr(checkpoint_writer, "save_file", fail)
     with pytest.raises(OutputError, match=str(error.args[-1])[:20]):
         save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert files(tmp_path) == {"source.pt"}
@@ -346,7 +346,7 @@ def test_interrupt_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write, place, interrupt)
+    monkeypatch.setattr(checkpoint_writer, place, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert files(tmp_path) == {"source.pt"}
@@ -364,7 +364,7 @@ def test_a_write_that_reads_back_differently(
     def flip(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file({**tensors, "0.bias": tensors["0.bias"] + 1}, path, metadata)
 
-    monkeypatch.setattr(write, "save_file", flip)
+    monkeypatch.setattr(checkpoint_writer, "save_file", flip)
     with pytest.raises(OutputError, match=r"0\.bias reading back differently"):
         save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert files(tmp_path) == {"source.pt"}

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_tools
-from ckpt_tools.contract import Estimator, LayerChoice, Reestimation
+from ckpt_tools.contract import Estimator, LayerChoice
 from ckpt_tools.errors import CkptToolsError, UsageError
+from ckpt_tools.results import Reestimation
 
 When = Literal["checkpoint", "end"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from ckpt_tools.cli.bn_reestimate import bn_reestimate
+from ckpt_tools.cli.bn_reestimate_command import bn_reestimate
 from ckpt_tools.cli.boundary import Boundary
-from ckpt_tools.cli.convert import convert
-from ckpt_tools.cli.demo import demo
-from ckpt_tools.cli.diff import diff
-from ckpt_tools.cli.evaluate import evaluate
-from ckpt_tools.cli.init_rewrite import init_rewrite
-from ckpt_tools.cli.inspect import inspect
+from ckpt_tools.cli.convert_command import convert
+from ckpt_tools.cli.demo_command import demo
+from ckpt_tools.cli.diff_command import diff
+from ckpt_tools.cli.evaluate_command import evaluate
+from ckpt_tools.cli.init_rewrite_command import init_rewrite
+from ckpt_tools.cli.inspect_command import inspect
 from ckpt_tools.version import VERSION
 
 __all__ = ["main"]

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import github
-from ckpt_tools.cli.output import guarded_streams, print_message
+from ckpt_tools.cli.printing import guarded_streams, print_message
 from ckpt_tools.cli.progress import transfer_bar
 from ckpt_tools.errors import CkptToolsError, is_short_of_memory
 from ckpt_tools.import_path import children_without_current_folder

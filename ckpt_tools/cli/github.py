@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ckpt_tools.cli.output import print_message, write_command
+from ckpt_tools.cli.printing import print_message, write_command
 from ckpt_tools.plain_text import escape_controls, shorten_message
 from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.mirror import as_urls
@@ -52,7 +52,7 @@ def fail(message: str, code: int) -> None:
 
 def done(facts: Mapping[str, Any]) -> None:
     """A finished ``bn-reestimate``, from its JSON: what it was worried about, and its report."""
-    from ckpt_tools.report.markdown import checkpoint_markdown
+    from ckpt_tools.report.pages.markdown_page import checkpoint_markdown
     from ckpt_tools.report.summary import worries
 
     for worry in worries(facts):
@@ -62,7 +62,7 @@ def done(facts: Mapping[str, Any]) -> None:
 
 def folder_done(records: Sequence[Mapping[str, Any]]) -> None:
     """A finished folder, from its records: which checkpoints failed, what to look at in the others, its report."""
-    from ckpt_tools.report.markdown import folder_markdown
+    from ckpt_tools.report.pages.markdown_page import folder_markdown
     from ckpt_tools.report.summary import folder_worries, without_name
 
     failed = [record for record in records if record["status"] == "failed"]
@@ -76,7 +76,7 @@ def folder_done(records: Sequence[Mapping[str, Any]]) -> None:
 
 def evaluated(facts: Mapping[str, Any]) -> None:
     """A finished evaluation, or one whose gate said no, from its JSON: images that were skipped, and the metrics."""
-    from ckpt_tools.report.markdown import evaluation_markdown
+    from ckpt_tools.report.pages.markdown_page import evaluation_markdown
     from ckpt_tools.report.summary import skipped_worries
 
     for worry in skipped_worries(facts):

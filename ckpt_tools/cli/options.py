@@ -16,7 +16,7 @@ from ckpt_tools.remote.address import is_url
 from ckpt_tools.remote.mirror import located
 
 if TYPE_CHECKING:
-    from ckpt_tools.jobs.inputs import Preprocessing
+    from ckpt_tools.data.preprocessing import Preprocessing
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -155,7 +155,7 @@ preprocessing = stacked(
 
 def said_preprocessing(said: dict[str, Any]) -> Preprocessing:
     """Take the values of the options above out of a command's arguments."""
-    from ckpt_tools.jobs.inputs import Preprocessing
+    from ckpt_tools.data.preprocessing import Preprocessing
 
     return Preprocessing(
         **{name: said.pop(name) for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}

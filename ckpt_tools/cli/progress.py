@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from tqdm import tqdm
 
-from ckpt_tools.cli.output import terminal
+from ckpt_tools.cli.printing import terminal
 from ckpt_tools.plain_text import harmless, one_line
 from ckpt_tools.remote.mirror import as_urls
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.blame import blamed
-from ckpt_tools.data.order import WHOLE, Share, balanced, default_workers, random_order
+from ckpt_tools.data.sample_order import WHOLE, Share, balanced, default_workers, random_order
 from ckpt_tools.data.stream import Batch, Skipped
 from ckpt_tools.data.user_code import Product, imported
+from ckpt_tools.data.user_errors import blamed
 from ckpt_tools.errors import DataError
 from ckpt_tools.import_path import user_code_for_children
 

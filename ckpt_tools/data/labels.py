@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.remote_folder import RemoteFolder
-from ckpt_tools.data.stored import StoredArray
+from ckpt_tools.data.arrays.array_files import StoredArray
+from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote.copies import fetch
 

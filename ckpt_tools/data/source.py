@@ -11,16 +11,16 @@ from typing import Literal, Protocol
 import torch
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.arrays import ArraySource
+from ckpt_tools.data.arrays.array_files import ARRAY_SUFFIXES, Split, find_array
+from ckpt_tools.data.arrays.datasets import DATASETS, find_dataset, recognise
+from ckpt_tools.data.arrays.rows import ArraySource
 from ckpt_tools.data.callables import CallableSource
-from ckpt_tools.data.datasets import DATASETS, find_dataset, recognise
-from ckpt_tools.data.folder import FolderSource
-from ckpt_tools.data.order import WHOLE, Share
-from ckpt_tools.data.remote_folder import RemoteFolder
-from ckpt_tools.data.shard_names import is_pattern, is_shard, local_shards, names_shards, shards_in
-from ckpt_tools.data.shard_stream import ShardStreamSource
-from ckpt_tools.data.shards import ShardSource
-from ckpt_tools.data.stored import ARRAY_SUFFIXES, Split, find_array
+from ckpt_tools.data.images.image_folder import FolderSource
+from ckpt_tools.data.images.remote_image_folder import RemoteFolder
+from ckpt_tools.data.sample_order import WHOLE, Share
+from ckpt_tools.data.shards.disk_shards import ShardSource
+from ckpt_tools.data.shards.shard_names import is_pattern, is_shard, local_shards, names_shards, shards_in
+from ckpt_tools.data.shards.shard_stream import ShardStreamSource
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.remote.address import check_url, is_url, local_path, shown_url

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.blame import named
-from ckpt_tools.data.cache import PixelCache
-from ckpt_tools.data.order import WHOLE, Share, balanced
-from ckpt_tools.data.quiet import quiet_decoders
-from ckpt_tools.data.readers import Stuck, read_ahead
-from ckpt_tools.data.transfer import sent_ahead
+from ckpt_tools.data.decoder_warnings import quiet_decoders
+from ckpt_tools.data.device_transfer import sent_ahead
+from ckpt_tools.data.prefetch import Stuck, read_ahead
+from ckpt_tools.data.sample_cache import PixelCache
+from ckpt_tools.data.sample_order import WHOLE, Share, balanced
+from ckpt_tools.data.user_errors import named
 from ckpt_tools.errors import DataError, RemoteError, UsageError
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ckpt_tools.data.blame import blamed, named
+from ckpt_tools.data.user_errors import blamed, named
 from ckpt_tools.errors import DataError
 from ckpt_tools.import_path import import_user_module, user_code_for_children
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.evaluate.outcomes import Outcomes
+from ckpt_tools.machine.heap import kept_heap
+from ckpt_tools.model.batch import Batch
+from ckpt_tools.model.calling import Forward, call, eager, unwrap
 from ckpt_tools.model.preserving import evaluating
-from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import seeded
-from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
 
 
 @dataclass(frozen=True, eq=False)

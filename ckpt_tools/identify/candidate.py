@@ -14,11 +14,11 @@ from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.admission import admit_recipe, bound_construction
-from ckpt_tools.identify.digest import LOSSES, tops
-from ckpt_tools.identify.keys import common_prefix, compare, computed, fill, misfit
-from ckpt_tools.identify.recorded import recorded_rates, set_rates
+from ckpt_tools.identify.key_matching import common_prefix, compare, computed, fill, misfit
+from ckpt_tools.identify.recorded_rates import recorded_rates, set_rates
+from ckpt_tools.identify.shape_digest import LOSSES, tops
 from ckpt_tools.identify.skeleton import CLASSES, UndrawnParameters, following, shapes_of, skeleton
-from ckpt_tools.storage.read import under
+from ckpt_tools.storage.reading import under
 
 _PROBE_RATE = 0.2  # any rate strictly between 0 and 1 brings a hidden dropout site to life
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.digest import Shape, Shapes
 from ckpt_tools.identify.index import Entry, Near, shipped
-from ckpt_tools.identify.keys import compare
+from ckpt_tools.identify.key_matching import compare
 from ckpt_tools.identify.recipe import plain
+from ckpt_tools.identify.shape_digest import Shape, Shapes
 from ckpt_tools.identify.skeleton import shapes_of, skeleton
 
 _SHORTLIST = 8  # architectures that are built to see what really differs

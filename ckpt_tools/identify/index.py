@@ -18,7 +18,7 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Literal
 
-from ckpt_tools.identify.digest import BUCKETS, Part, Shapes, parts, tops
+from ckpt_tools.identify.shape_digest import BUCKETS, Part, Shapes, parts, tops
 
 Level = Literal["full", "body", "trunk", "frame"]
 Keys = tuple[str, ...]

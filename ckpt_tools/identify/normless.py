@@ -7,7 +7,7 @@ from ckpt_tools.errors import ArchitectureError, NothingToDo
 from ckpt_tools.identify.index import shipped
 from ckpt_tools.identify.recipe import plain
 from ckpt_tools.identify.skeleton import shapes_of, skeleton
-from ckpt_tools.storage.quantised import missing_batch_norm
+from ckpt_tools.storage.contents.quantized import missing_batch_norm
 
 _VARIANCE = "running_var"
 _NONE = "no BatchNorm statistics in it (no key ends in running_var): nothing to do."

@@ -9,11 +9,11 @@ from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
 from ckpt_tools.identify.admission import ArgumentRefused
 from ckpt_tools.identify.candidate import Candidate, module_candidate, settle
 from ckpt_tools.identify.closest import closest_lines
+from ckpt_tools.identify.equivalents import one_of_each
 from ckpt_tools.identify.index import Match, shipped
 from ckpt_tools.identify.naming import by_file_name
 from ckpt_tools.identify.recipe import Choice, named, plain, spoken, unsaid
-from ckpt_tools.identify.recorded import class_of
-from ckpt_tools.identify.twins import one_of_each
+from ckpt_tools.identify.recorded_rates import class_of
 
 _BY: dict[str, RecognisedBy] = {"full": "shapes"}
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.contract import Adapter
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.digest import Shape
+from ckpt_tools.identify.shape_digest import Shape
 
 CLASSES = ("num_classes", "n_classes", "num_labels")
 CHANNELS = ("in_chans", "in_channels")

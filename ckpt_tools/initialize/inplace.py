@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_tools.activations import ActivationMoments, activation_moments
-from ckpt_tools.contract import BackwardFactor, BackwardTerm, Geometry, Scheme
+from ckpt_tools.contract import BackwardFactor, BackwardTerm, Scheme
 from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize.rule import UNKNOWN, check_choice, divisor, fan_ratio
 from ckpt_tools.initialize.scheme import fans, fill
+from ckpt_tools.results import Geometry
 
 Activation = Callable[[Tensor], Tensor]
 

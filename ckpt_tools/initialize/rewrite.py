@@ -23,8 +23,9 @@ from ckpt_tools.initialize.rule import backward_term as backward_of
 from ckpt_tools.initialize.rule import check_choice, divisor, fan_ratio
 from ckpt_tools.initialize.scheme import fans, fill
 from ckpt_tools.initialize.state import State
+from ckpt_tools.model.batch import Batch
+from ckpt_tools.model.calling import Forward, call, unwrap
 from ckpt_tools.model.overwriting import overwrite_all
-from ckpt_tools.walker.call import Batch, Forward, call, unwrap
 from ckpt_tools.walker.downstream import trained_record
 from ckpt_tools.walker.graph import Graph
 from ckpt_tools.walker.weights import WeightUse, layer_name, reason_left, weight_uses

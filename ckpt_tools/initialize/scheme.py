@@ -14,9 +14,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ckpt_tools.contract import Geometry, Scheme
+from ckpt_tools.contract import Scheme
 from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize.rule import check_choice
+from ckpt_tools.results import Geometry
 
 Shape = tuple[int, int, int]  # blocks, units, fan-in
 

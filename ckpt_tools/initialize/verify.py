@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.model.batch import Batch, to_device
+from ckpt_tools.model.calling import Forward, call, device_of, eager, unwrap
 from ckpt_tools.model.preserving import preserved
 from ckpt_tools.model.randomness import saved_randomness, seed_all
+from ckpt_tools.model.twin import Mode, copy_of, set_mode
 from ckpt_tools.moments import Moments
-from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, to_device, unwrap
 from ckpt_tools.walker.contractions import contraction
-from ckpt_tools.walker.twin import Mode, copy_of, set_mode
 from ckpt_tools.walker.weights import layer_name
 
 _ERROR_SCALE = 0.01  # standard deviation of the error that is fed in at the output

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import OutputError
-from ckpt_tools.jobs.places import default_output
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import check_output, replace_tensors
+from ckpt_tools.jobs.outputs import default_output
+from ckpt_tools.storage.output.checkpoint_writer import check_output, replace_tensors
+from ckpt_tools.storage.reading import read_checkpoint
 
 
 @dataclass(frozen=True)

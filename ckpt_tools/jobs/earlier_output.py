@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.storage.proof import FileDigest, measure_output
+from ckpt_tools.storage.files.stamps import Stamp, stamp_of
+from ckpt_tools.storage.output.integrity import FileDigest, measure_output
 from ckpt_tools.storage.provenance import recorded, seal_of
-from ckpt_tools.storage.read import sha256
-from ckpt_tools.storage.stored import Stamp, stamp_of
+from ckpt_tools.storage.reading import sha256
 
 __all__ = ["Damaged", "Made", "find_earlier_output"]
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
-from ckpt_tools.data.labelled import labelled_batches
+from ckpt_tools.data.labelled_stream import labelled_batches
+from ckpt_tools.data.preprocessing import Preprocessing, example_input, input_spec_for
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import Batch
-from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
-from ckpt_tools.jobs.places import placed, usable_device
+from ckpt_tools.evaluate.scores import Metrics, metrics_of
+from ckpt_tools.evaluate.validation import Judged, Question, Validation, open_validation, question
 from ckpt_tools.jobs.recognition import recognise
-from ckpt_tools.jobs.scores import Metrics, metrics_of
-from ckpt_tools.jobs.validation import Judged, Question, Validation, open_validation, question
+from ckpt_tools.machine.device import placed, usable_device
 from ckpt_tools.reestimate.capacity import fitting_batch_size
-from ckpt_tools.storage.read import read_checkpoint, sha256
+from ckpt_tools.storage.reading import read_checkpoint, sha256
 from ckpt_tools.walker.downstream import walk
 
 

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, LoadedModel, Scheme
+from ckpt_tools.data.preprocessing import Preprocessing, example_input, input_spec_for
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import ArchitectureError, CheckFailed, UsageError
-from ckpt_tools.identify.load import identify, load_architecture
+from ckpt_tools.identify.loading import identify, load_architecture
 from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
-from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.new_weights import write_initialized
-from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
+from ckpt_tools.jobs.outputs import default_output, refuse_data
 from ckpt_tools.jobs.verification import Trial, new_trial
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.write import check_output
+from ckpt_tools.machine.device import usable_device
+from ckpt_tools.storage.output.checkpoint_writer import check_output
+from ckpt_tools.storage.reading import read_checkpoint
 
 Draw = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], None]
 

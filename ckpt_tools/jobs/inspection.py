@@ -8,15 +8,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel, Walk
+from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
+from ckpt_tools.data.preprocessing import Preprocessing, example_input, input_spec_for
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
-from ckpt_tools.identify.load import identify, load_architecture
+from ckpt_tools.identify.loading import identify, load_architecture
 from ckpt_tools.identify.normless import require_batch_norm
-from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
+from ckpt_tools.model.calling import unwrap
 from ckpt_tools.reestimate.choice import choose
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.source import find_source
-from ckpt_tools.walker.call import unwrap
+from ckpt_tools.results import Walk
+from ckpt_tools.storage.files.checkpoint_files import find_source
+from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.walker.downstream import walk
 
 _STATISTICS = ("running_mean", "running_var")

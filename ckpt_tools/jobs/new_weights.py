@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ckpt_tools.contract import LoadedModel
 from ckpt_tools.initialize.outcome import InitRewrite
+from ckpt_tools.model.calling import unwrap
+from ckpt_tools.storage.output.checkpoint_writer import Digests, replace_tensors, write_safetensors
 from ckpt_tools.storage.provenance import output_metadata
-from ckpt_tools.storage.write import Digests, replace_tensors, write_safetensors
-from ckpt_tools.walker.call import unwrap
 
 
 def write_initialized(output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False) -> Digests:

@@ -7,30 +7,27 @@ from pathlib import Path
 
 import torch
 
-from ckpt_tools.contract import (
-    Checkpoint,
-    InputSpec,
-    LoadedModel,
-    Walk,
-)
-from ckpt_tools.data.order import Share
+from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
+from ckpt_tools.data.preprocessing import input_spec_for
+from ckpt_tools.data.sample_order import Share
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.distributed import ALONE, Ranks, Team
+from ckpt_tools.evaluate.validation import Question, Validation, open_validation, optional_question
 from ckpt_tools.identify.normless import require_batch_norm
-from ckpt_tools.jobs.inputs import input_spec_for
-from ckpt_tools.jobs.places import default_output, refuse_data, usable_device
+from ckpt_tools.jobs.outputs import default_output, refuse_data
 from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.jobs.validation import Question, Validation, open_validation, optional_question
 from ckpt_tools.jobs.walks import Walks
+from ckpt_tools.machine.device import usable_device
+from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.run import check_method, check_team
-from ckpt_tools.storage.read import read_checkpoint
-from ckpt_tools.storage.stored import Stamp
-from ckpt_tools.storage.write import check_output
+from ckpt_tools.results import Walk
+from ckpt_tools.storage.files.stamps import Stamp
+from ckpt_tools.storage.output.checkpoint_writer import check_output
+from ckpt_tools.storage.reading import read_checkpoint
 
 _LOOK = 64  # samples in a batch of the first look
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
+from ckpt_tools.data.preprocessing import Preprocessing, example_input, input_spec_for
 from ckpt_tools.data.source import Source
+from ckpt_tools.diagnosis.agreement import Agreement, best_candidate, measure
 from ckpt_tools.errors import AmbiguousArchitecture
 from ckpt_tools.identify.candidate import Candidate, load_candidate
-from ckpt_tools.identify.keys import has_counters
+from ckpt_tools.identify.key_matching import has_counters
 from ckpt_tools.identify.naming import by_file_name
 from ckpt_tools.identify.resolution import candidates
-from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
-from ckpt_tools.reestimate.agreement import Agreement, best_candidate, measure
 from ckpt_tools.walker.downstream import walk
 
 _BATCHES, _BATCH_SIZE = 4, 64

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_tools.contract import (
-    Reestimation,
-)
 from ckpt_tools.data.stream import Skipped, refuse_unreadable
-from ckpt_tools.identify.keys import has_counters
-from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
-from ckpt_tools.jobs.places import placed
+from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse
+from ckpt_tools.evaluate.scores import Metrics, compared
+from ckpt_tools.identify.key_matching import has_counters
 from ckpt_tools.jobs.plan import Plan
-from ckpt_tools.jobs.scores import Metrics, compared
-from ckpt_tools.reestimate.precision import deterministic
+from ckpt_tools.machine.device import placed
+from ckpt_tools.machine.precision import deterministic
 from ckpt_tools.reestimate.run import reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.storage.write import Digests, replace_tensors
+from ckpt_tools.results import Reestimation
+from ckpt_tools.storage.output.checkpoint_writer import Digests, replace_tensors
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ckpt_tools.contract import (
     Statistics,
 )
 from ckpt_tools.data.labels import read_class_map
-from ckpt_tools.jobs.inputs import Preprocessing
+from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.remote.address import is_url, shown_url
 from ckpt_tools.remote.mirror import as_urls
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ckpt_tools.data.memory import available_bytes
+from ckpt_tools.machine.memory import available_bytes
 
 LARGEST = 512  # the bias of `pooled` falls like 1/batch; beyond this, sampling error dominates
 _SHARE = 0.25  # of the free memory; convolution workspaces and allocator slack come on top of activations

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckpt_tools.contract import BatchNormLayer, LayerChoice, Rates, Statistics, Walk
+from ckpt_tools.contract import LayerChoice, Rates, Statistics
 from ckpt_tools.errors import NothingToDo
+from ckpt_tools.results import BatchNormLayer, Walk
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ckpt_tools.errors import DataError, ModelError
+from ckpt_tools.model.batch import Batch, batch_size, input_tensors
 from ckpt_tools.moments import Moments
-from ckpt_tools.walker.call import Batch, batch_size, input_tensors
 
 
 def check_input(batch: Batch, number: int) -> None:

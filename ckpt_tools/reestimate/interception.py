@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ckpt_tools.model.calling import batch_norm_arguments
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.operator import current, observed_batch_norm
-from ckpt_tools.walker.call import batch_norm_arguments
 from ckpt_tools.walker.sites import dropout_call, without_dropout
 
 

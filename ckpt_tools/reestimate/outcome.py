@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.contract import BatchNormLayer, Controls, LayerResult, Spread, Walk
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.reestimate.choice import Choice
 from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.results import BatchNormLayer, Controls, LayerResult, Spread, Walk
 
 DISAGREEMENT = math.log(2)  # a typical control channel off by a factor of two
 SHIFT = 0.5  # or its mean by half a standard deviation

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.errors import DataError
-from ckpt_tools.walker.call import Batch, batch_size, chosen, each_input, input_tensors
+from ckpt_tools.model.batch import Batch, batch_size, chosen, each_input, input_tensors
 
 FEWEST = 8  # samples that can tell what is usual
 ENOUGH = 4 * FEWEST  # that need no others to tell it

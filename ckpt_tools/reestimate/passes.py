@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ckpt_tools.contract import Estimator, OutlierReason, Spread, Statistics
+from ckpt_tools.contract import Estimator, OutlierReason, Statistics
 from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError, ModelError
+from ckpt_tools.machine.precision import deviation
+from ckpt_tools.model.batch import Batch, batch_size, chosen, samples
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.guards import check_activations, check_input
 from ckpt_tools.reestimate.layer import (
@@ -26,14 +28,13 @@ from ckpt_tools.reestimate.layer import (
     stored,
 )
 from ckpt_tools.reestimate.outliers import ENOUGH, Look
-from ckpt_tools.reestimate.precision import deviation
 from ckpt_tools.reestimate.running import Runner, has_hooks
 from ckpt_tools.reestimate.screening import Found, Screening, Shown, plenty, refuse_not_finite
 from ckpt_tools.reestimate.shares import combine
 from ckpt_tools.reestimate.source import Batches, checksum
 from ckpt_tools.reestimate.steps import change, measured, step
 from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.walker.call import Batch, batch_size, chosen, samples
+from ckpt_tools.results import Spread
 
 SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
 MOST_PASSES = 100

@@ -11,24 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
+from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statistics
 from ckpt_tools.distributed import ALONE, Team, joined
 from ckpt_tools.errors import ModelError, UsageError
+from ckpt_tools.machine.heap import kept_heap
+from ckpt_tools.machine.precision import check_precision
+from ckpt_tools.model.batch import Batch
+from ckpt_tools.model.calling import Forward, call, device_of, eager, unwrap
 from ckpt_tools.model.overwriting import overwrite_all
 from ckpt_tools.model.preserving import evaluation_mode, preserved
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import CompiledInterception, Interception
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
 from ckpt_tools.reestimate.passes import Passes
-from ckpt_tools.reestimate.precision import check_precision
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.walker.call import Batch, Forward, call, device_of, eager, unwrap
+from ckpt_tools.results import Reestimation, Walk
 from ckpt_tools.walker.downstream import walk_preserved
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from ckpt_tools.contract import Precision
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError, is_short_of_memory
+from ckpt_tools.machine.precision import arithmetic
+from ckpt_tools.model.batch import Batch, batch_size, samples, to_device
+from ckpt_tools.model.calling import Forward, device_of
 from ckpt_tools.reestimate.interception import Interception, SeenEnough
 from ckpt_tools.reestimate.layer import Layer
-from ckpt_tools.reestimate.precision import arithmetic
-from ckpt_tools.walker.call import Batch, Forward, batch_size, device_of, samples, to_device
 
 
 class Runner:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ckpt_tools.contract import Outlier, OutlierReason
+from ckpt_tools.contract import OutlierReason
 from ckpt_tools.errors import DataError
+from ckpt_tools.model.batch import Batch, batch_size, chosen
 from ckpt_tools.reestimate.guards import check_activations
 from ckpt_tools.reestimate.layer import Seen
 from ckpt_tools.reestimate.outliers import (
@@ -33,7 +34,7 @@ from ckpt_tools.reestimate.outliers import (
     unusual,
     weighed,
 )
-from ckpt_tools.walker.call import Batch, batch_size, chosen
+from ckpt_tools.results import Outlier
 
 Shown = Mapping[str, Seen]
 """What every layer that a forward reached has seen of it, in the order of execution."""

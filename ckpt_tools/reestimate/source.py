@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.walker.call import Batch, batch_size, input_tensors
+from ckpt_tools.model.batch import Batch, batch_size, input_tensors
 
 
 class Batches:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from ckpt_tools.report.numbers import number
+from ckpt_tools.report.number_format import number
 
 Facts = Mapping[str, Any]
 

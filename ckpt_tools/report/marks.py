@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 
-from ckpt_tools.storage.own_files import Kind
+from ckpt_tools.storage.output.own_files import Kind
 
 __all__ = ["REPORT_KEYS", "add_mark", "is_own_report", "report_kind"]
 

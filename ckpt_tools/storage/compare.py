@@ -13,8 +13,8 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.provenance import provenance
-from ckpt_tools.storage.raw import raw_bytes, same_raw
-from ckpt_tools.storage.read import read_checkpoint, read_part
+from ckpt_tools.storage.reading import read_checkpoint, read_part
+from ckpt_tools.storage.tensor_bytes import raw_bytes, same_raw
 
 __all__ = ["Change", "Comparison", "Expectation", "compare", "compare_files", "provenance", "same_bytes"]
 

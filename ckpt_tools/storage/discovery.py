@@ -13,13 +13,13 @@ from pathlib import Path, PurePath
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.paths import identity, is_deep, is_file, is_folder, is_link, matching_paths
 from ckpt_tools.remote.mirror import is_remote, store_of
-from ckpt_tools.storage.assembly import is_rank_file
-from ckpt_tools.storage.distributed import METADATA
-from ckpt_tools.storage.fetching import survey
-from ckpt_tools.storage.members import INDEX, SUFFIXES, shard_names
+from ckpt_tools.storage.dcp.assembly import is_rank_file
+from ckpt_tools.storage.dcp.dcp_folder import METADATA
+from ckpt_tools.storage.files.checkpoint_files import find_source
+from ckpt_tools.storage.files.fetching import survey
+from ckpt_tools.storage.files.members import INDEX, SUFFIXES, shard_names
+from ckpt_tools.storage.files.sidecar import hub_weights, is_trainer_file
 from ckpt_tools.storage.provenance import recorded
-from ckpt_tools.storage.sidecar import hub_weights, is_trainer_file
-from ckpt_tools.storage.source import find_source
 
 __all__ = ["Found", "find_checkpoints", "is_one_checkpoint"]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.contract import Checkpoint
-from ckpt_tools.storage.content import raw_header
-from ckpt_tools.storage.fetching import peek_header
+from ckpt_tools.storage.files.fetching import peek_header
+from ckpt_tools.storage.formats.safetensors_file import raw_header
 from ckpt_tools.version import VERSION
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from ckpt_tools.contract import Geometry
+from ckpt_tools.results import Geometry
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.contract import BatchNormLayer, DropoutSite, LeftAlone, Walk
 from ckpt_tools.errors import CkptToolsError, ModelError
+from ckpt_tools.model.batch import Batch, batch_size
+from ckpt_tools.model.calling import Forward, call, unwrap
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import preserved
-from ckpt_tools.walker.call import Batch, Forward, batch_size, call, unwrap
+from ckpt_tools.model.twin import Mode
+from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
 from ckpt_tools.walker.record import Rates, Record, record
-from ckpt_tools.walker.twin import Mode
 from ckpt_tools.walker.weights import weight_layers
 
 

@@ -28,20 +28,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_tools.contract import DropoutSite
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.model.batch import Batch, samples, to_device
+from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, eager
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import evaluation_mode
 from ckpt_tools.model.randomness import saved_randomness
-from ckpt_tools.walker.call import (
-    Batch,
-    Forward,
-    batch_norm_arguments,
-    device_of,
-    eager,
-    samples,
-    to_device,
-)
+from ckpt_tools.model.twin import Mode, copy_of, set_mode
+from ckpt_tools.results import DropoutSite
 from ckpt_tools.walker.graph import Graph, Recorder
 from ckpt_tools.walker.sites import (
     ALIVE,
@@ -53,7 +47,6 @@ from ckpt_tools.walker.sites import (
     module_rate,
     value_free,
 )
-from ckpt_tools.walker.twin import Mode, copy_of, set_mode
 
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 

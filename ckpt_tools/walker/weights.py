@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ckpt_tools.contract import Geometry, WeightLayer
+from ckpt_tools.results import Geometry, WeightLayer
 from ckpt_tools.walker.contractions import contraction, geometry
 from ckpt_tools.walker.graph import Graph, Node, Operand
 

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ckpt_tools import activation_moments
-from ckpt_tools.contract import BackwardFactor, Geometry
+from ckpt_tools.contract import BackwardFactor
 from ckpt_tools.initialize.rule import divisor
 from ckpt_tools.initialize.scheme import fill
+from ckpt_tools.results import Geometry
 from reproduce import signals
 from reproduce.experiment import Experiment, Setup
 from reproduce.initialisations import HE, OURS, XAVIER, Initialise, initialisations

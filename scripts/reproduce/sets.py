@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckpt_tools.data.datasets import DATASETS, Split, find_dataset
+from ckpt_tools.data.arrays.datasets import DATASETS, Split, find_dataset
 from ckpt_tools.demo.digits import load_digits
 from ckpt_tools.errors import DataError, UsageError
 

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ckpt_tools.cli.bn_reestimate import bn_reestimate
+from ckpt_tools.cli.bn_reestimate_command import bn_reestimate
 from reproduce.densenet import DenseNet, densenet
 from reproduce.experiment import Experiment, Setup
 from reproduce.pictures import grid, legend

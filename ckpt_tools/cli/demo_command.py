@@ -1,0 +1,102 @@
+"""``ckpt-fix demo``: the effect in a minute, on data that comes with the package."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ckpt_tools.cli import options
+from ckpt_tools.cli.bn_reestimate_command import bn_reestimate
+from ckpt_tools.cli.diff_command import diff
+from ckpt_tools.cli.printing import print_json, print_result
+from ckpt_tools.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from ckpt_tools.demo.train import Score
+
+_ARCHITECTURE = "ckpt_tools.demo.densenet:digits_densenet"
+
+
+@click.command()
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Networks to train.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep checkpoints and data in this folder.",
+)
+@options.as_json
+def demo(seeds: int, keep: Path | None, as_json: bool) -> None:
+    """Train a small DenseNet with dropout on 600 digits, correct its checkpoint, score both on 1,197 others.
+
+    The commands shown are really run; repeat them on the files that --keep leaves.
+    """
+    from ckpt_tools.report.text.reestimation_text import demo_text
+
+    pairs = []
+    with _folder(keep) as folder:
+        for seed in range(seeds):
+            pairs.append(_run(seed, folder, quiet=as_json or seed > 0))
+    if as_json:
+        scores = [{"before": vars(before), "after": vars(after)} for before, after in pairs]
+        print_json({"seeds": scores})
+    else:
+        print_result(demo_text(pairs))
+
+
+def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
+    """Scores before and after, in evaluation mode on the test images."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    from ckpt_tools.demo.densenet import digits_densenet
+    from ckpt_tools.demo.digits import load_digits
+    from ckpt_tools.demo.train import DROP_RATE, EPOCHS, score, train
+    from ckpt_tools.storage.output.atomic import new_file
+
+    digits = load_digits(seed)
+    with progress_bar(f"training network {seed}", EPOCHS, unit="epoch", leave=False) as bar:
+
+        def show(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        model = train(digits, seed=seed, progress=show)
+    source, data, output = (folder / f"digits-{seed}{end}" for end in (".pt", ".npy", ".bn.safetensors"))
+    # Through temporary files, so that a link of such a name in the folder is replaced and not followed.
+    with new_file(source, overwrite=True) as temporary:
+        torch.save(model.state_dict(), temporary)
+    with new_file(data, overwrite=True) as temporary, temporary.open("wb") as file:
+        np.save(file, digits.train_images.numpy())
+    before = score(model, digits.test_images, digits.test_labels)
+    where = ["--arch", _ARCHITECTURE, "--model-kwargs", f"drop_rate={DROP_RATE}", "--overwrite", "--quiet"]
+    _command(bn_reestimate, [str(source), "--data", str(data), *where], quiet=quiet)
+    _command(diff, [str(source), str(output)], quiet=quiet)
+    corrected = digits_densenet()
+    corrected.load_state_dict(load_file(output))
+    return before, score(corrected, digits.test_images, digits.test_labels)
+
+
+def _command(command: click.Command, arguments: list[str], *, quiet: bool) -> None:
+    if not quiet:
+        print_result(f"$ ckpt-fix {command.name} {' '.join(arguments)}")
+    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+        command.main(arguments, standalone_mode=False)
+    if not quiet:
+        print_result("")
+
+
+@contextlib.contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="ckpt-fix-demo-") as folder:
+        yield Path(folder)

@@ -1,0 +1,50 @@
+"""``ckpt-fix inspect``: the page to read first, without data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckpt_tools.cli import options
+from ckpt_tools.cli.printing import print_json, print_result
+
+
+@click.command()
+@click.argument("checkpoint", type=options.path, required=False)
+@options.architecture
+@options.checkpoint
+@click.option(
+    "--input-size",
+    **options.numbers(int, positive=True),
+    help="Shape of one sample, such as 3,224,224 or 500. Default: the architecture's own.",
+)
+@click.option("--all", "everything", is_flag=True, help="Every row of the tables, which are cut at 12 otherwise.")
+@options.as_json
+def inspect(model_kwargs: tuple[str, ...], everything: bool, as_json: bool, **said: Any) -> None:
+    """Show what CHECKPOINT, or an architecture, is and what bn-reestimate would do with it. Nothing is written.
+
+    The page tells the file's format and what is inside, the architecture and who says so, the input and its
+    preprocessing, dropout sites with their rates, BatchNorm layers, which lie behind which site, and the command to
+    run. Where the architecture cannot be told, it ends with what is known of the file (exit code 1).
+
+    \b
+        ckpt-fix inspect model.pt
+        ckpt-fix inspect model.pt --arch torchvision:densenet121 --model-kwargs drop_rate=0.2
+        ckpt-fix inspect --arch timm:resnet50 --model-kwargs drop_path_rate=0.1 --json
+    """
+    from ckpt_tools.identify.kwargs import parse_model_kwargs
+    from ckpt_tools.jobs.inspection import InspectRequest
+    from ckpt_tools.jobs.inspection import inspect as look
+    from ckpt_tools.report.records.reestimation_json import inspection_json
+    from ckpt_tools.report.text.inspection_text import inspection_text
+
+    request = InspectRequest(model_kwargs=parse_model_kwargs(model_kwargs), **said)
+    with options.own_stdout():
+        found = look(request)
+    if as_json:
+        print_json(inspection_json(found))
+    else:
+        print_result(inspection_text(found, everything=everything))
+    if found.error is not None:
+        raise found.error

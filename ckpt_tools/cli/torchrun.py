@@ -1,0 +1,45 @@
+"""A command on several processes that torchrun has started: one voice, one end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from ckpt_tools.cli.boundary import exit_code, terminable, told
+
+if TYPE_CHECKING:
+    from ckpt_tools.distributed import Team
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[Team]:
+    """The team of this process, alone without torchrun; ``device`` as the user said it.
+
+    What goes wrong is printed by rank 0 alone, and every rank leaves with the exit code for it.
+    """
+    from ckpt_tools.distributed import Processes, Ranks, connected
+    from ckpt_tools.machine.device import usable_device
+
+    ranks = Ranks.from_environment()
+    if ranks.world == 1:
+        with connected(ranks, cuda=False) as team:
+            yield team
+        return
+    with terminable(), connected(ranks, cuda=usable_device(device, ranks).startswith("cuda")) as team:
+        assert isinstance(team, Processes)
+        try:
+            yield team
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary of all ranks
+            if team.speaks:
+                code = told(error)
+                team.say()
+            else:
+                team.hear()
+                code = exit_code(error)
+            sys.exit(code)

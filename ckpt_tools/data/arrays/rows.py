@@ -1,0 +1,176 @@
+"""Samples that are rows of an array (N, …): floats as they are, uint8 as images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.arrays.array_files import StoredArray
+from ckpt_tools.data.images.transforms import ImageTransform, PixelScale, stacked
+from ckpt_tools.data.sample_cache import PixelCache
+from ckpt_tools.data.sample_order import WHOLE, Share, default_workers, random_order
+from ckpt_tools.data.stream import Chunk, IndexedStream
+from ckpt_tools.errors import DataError
+
+__all__ = ["ArraySource"]
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """The rows of an array.
+
+    Floats of any width become float32 and count as preprocessed. Uint8 arrays (N, C, H, W), (N, H, W) and,
+    where the last axis alone can be the channels, (N, H, W, C) are images: they are resized and cropped like
+    files, unless height and width already are the model's; then nothing is resampled. Either way they are
+    divided by 255 and normalised. Grey becomes RGB, or RGB grey, where the model wants the other.
+    """
+
+    spec: str
+    array: StoredArray
+    limit: int | None = None
+    seed: int = 0
+    kind: Literal["array", "dataset"] = "array"
+
+    @property
+    def count(self) -> int:
+        """Samples in one pass."""
+        stored = self.array.shape[0]
+        return stored if self.limit is None else min(self.limit, stored)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one stored sample, channels first."""
+        if not self.preprocessed:
+            return tuple(_channels_first(torch.empty(self.array.shape, device="meta")).shape[1:])
+        return self.array.shape[1:]
+
+    @property
+    def preprocessed(self) -> bool:
+        """Whether the samples are taken as they are."""
+        return not self.array.pixels
+
+    def batches(
+        self,
+        input_spec: InputSpec | None,
+        *,
+        batch_size: int,
+        workers: int | None = None,
+        cached: bool = False,
+        device: str | torch.device = "cpu",
+        share: Share = WHOLE,
+    ) -> IndexedStream:
+        """Float32 batches (n, …). Workers and a cache are used only where images are resampled.
+
+        Raises DataError if the samples do not fit ``input_spec``, or are uint8 and there is none.
+        """
+        image: ImageTransform | None
+        finish: Callable[[Tensor], Tensor]
+        if self.preprocessed:
+            self._check_floats(input_spec)
+            image, finish, words = None, _as_float32, "floats, taken as they are"
+        else:
+            image, finish, words = self._pixels(input_spec)
+        if image is None:
+            workers, cached = 0, False  # the rows are in memory or mapped: copying them takes no time
+        elif workers is None:
+            workers = 0 if image.spec.shape[1:] == self.sample_shape[1:] else default_workers()
+        return IndexedStream(
+            ArrayRows(self._rows, image),
+            random_order(self.array.shape[0], limit=self.limit, seed=self.seed),
+            name=self.array.label,
+            transform=words,
+            finish=finish,
+            batch_size=batch_size,
+            workers=workers,
+            cache=PixelCache() if cached else None,
+            device=device,
+            share=share,
+        )
+
+    @functools.cached_property
+    def _rows(self) -> Tensor:
+        """Read once, however many models they are for."""
+        rows = self.array.load()
+        return rows if self.preprocessed else _channels_first(rows)
+
+    def _check_floats(self, input_spec: InputSpec | None) -> None:
+        found = self.sample_shape
+        if input_spec is None:
+            return
+        want = input_spec.shape
+        if len(found) != len(want) or (len(want) > 1 and found[0] != want[0]):
+            raise DataError(
+                f"{self.array.label}: samples have shape {found}, the model takes {want} (says "
+                f"{input_spec.origin}). Floats are not rearranged: save them as (N, {_joined(want)})."
+            )
+
+    def _pixels(self, input_spec: InputSpec | None) -> tuple[ImageTransform | None, PixelScale, str]:
+        found = self.sample_shape
+        if input_spec is None:
+            raise DataError(
+                f"{self.array.label}: uint8 pixels {found}; how they become an input of this model is unknown. "
+                f"Give --input-size {_joined(found)} with --mean and --std as in training, or save floats."
+            )
+        scale = PixelScale(input_spec)
+        if found == input_spec.shape:
+            return None, scale, f"uint8 at the model's size, {scale}"
+        if len(found) != 3 or found[0] not in (1, 3):
+            raise DataError(
+                f"{self.array.label}: uint8 samples of shape {found} cannot be made into {input_spec.shape} "
+                f"(says {input_spec.origin}). Images have 1 or 3 channels; save anything else as floats."
+            )
+        image = ImageTransform(input_spec)
+        return image, scale, f"{image}, {scale}"
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """Reads rows of an array by number; with ``transform``, as images."""
+
+    rows: Tensor
+    transform: ImageTransform | None
+
+    def __getitem__(self, indices: list[int]) -> Chunk:
+        """The rows (n, …) in this order; an array has no unreadable ones."""
+        rows = self.rows[torch.tensor(indices)]
+        if self.transform is not None:
+            rows = stacked([_fitted(_to_image(row), self.transform) for row in rows])
+        return Chunk(rows, {})
+
+    def name(self, index: int) -> str:
+        """The row."""
+        return f"row {index}"
+
+
+def _fitted(image: Image.Image, transform: ImageTransform) -> Tensor:
+    # at the model's size only the channels differ: blurring the pixels would change the data
+    return transform.recoloured(image) if image.size == transform.size else transform(image)
+
+
+def _to_image(row: Tensor) -> Image.Image:
+    pixels = row.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _channels_first(rows: Tensor) -> Tensor:
+    """Images as (N, C, H, W); other shapes as they are."""
+    if rows.ndim == 3:
+        return rows.unsqueeze(1)
+    if rows.ndim == 4 and rows.shape[3] in (1, 3) and rows.shape[1] not in (1, 3):
+        return rows.permute(0, 3, 1, 2)
+    return rows
+
+
+def _as_float32(batch: Tensor) -> Tensor:
+    return batch.float()
+
+
+def _joined(shape: tuple[int, ...]) -> str:
+    return ",".join(map(str, shape))

@@ -1,0 +1,1 @@
+"""Data in image files: reading, decoding, resizing, normalising."""

@@ -1,0 +1,172 @@
+"""Batches with the class of every sample: what an evaluation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.arrays.rows import ArraySource
+from ckpt_tools.data.callables import CallableSource, CallableStream, tensors_of
+from ckpt_tools.data.images.image_folder import FolderSource
+from ckpt_tools.data.labels import ClassMap, Labels, array_labels, folder_labels, whole_numbers
+from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
+from ckpt_tools.data.shards.shard_stream import ShardStream, ShardStreamSource
+from ckpt_tools.data.source import Source
+from ckpt_tools.data.stream import Batch, IndexedStream, Skipped, first_not_finite
+from ckpt_tools.errors import DataError, UsageError
+
+__all__ = ["LabelledStream", "labelled_batches"]
+
+_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class LabelledStream(Protocol):
+    """Batches and their labels. Every iteration is a new pass over the same samples in the same order."""
+
+    @property
+    def count(self) -> int | None:
+        """Samples in one pass before any is skipped; None if only a pass can tell."""
+        ...
+
+    @property
+    def transform(self) -> str:
+        """What is done to a stored sample, in words."""
+        ...
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Samples that no pass so far could read."""
+        ...
+
+    def check(self, labels: Tensor, outputs: int) -> None:
+        """Raises DataError if the classes, or these labels, are not those of a head with so many outputs."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Starts a pass: inputs for the model, and class numbers (n,) int64 on the CPU. Raises DataError."""
+        ...
+
+
+def labelled_batches(
+    source: Source,
+    input_spec: InputSpec | None,
+    *,
+    class_map: ClassMap | None = None,
+    batch_size: int,
+    workers: int | None = None,
+    cached: bool = False,
+    device: str | torch.device = "cpu",
+) -> LabelledStream:
+    """Like ``source.batches``, with labels.
+
+    Folders give the first subfolder's name, arrays what lies beside them in the file, data sets their own labels,
+    shards their ``.cls`` members; callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for
+    folders. Raises DataError where there are no labels.
+    """
+    if class_map is not None and not isinstance(source, FolderSource):
+        raise UsageError(f"--class-map names folders, and the labels of {source.spec} are numbers already. Drop it.")
+    if isinstance(source, CallableSource | ShardStreamSource):
+        yielded = source.batches(
+            input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device, labelled=True
+        )
+        return _Yielded(source.spec, yielded)
+    if isinstance(source, FolderSource):
+        labels = folder_labels(source.root, source.names, class_map)
+    elif isinstance(source, ArraySource):
+        labels = array_labels(source.array)
+    elif isinstance(source, ShardSource):
+        labels = shard_labels(source)
+    else:
+        raise DataError(
+            f"{source.spec}: labels of a {source.kind} are not known. Give a folder, an .npz or a callable."
+        )
+    stream = source.batches(input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device)
+    return _Numbered(source.spec, stream, labels)
+
+
+class _Numbered:
+    """Samples that have a number, and so a label."""
+
+    def __init__(self, spec: str, stream: IndexedStream, labels: Labels) -> None:
+        self.count, self.transform = stream.count, stream.transform
+        self._spec, self._stream, self._labels = spec, stream, labels
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        return self._stream.skipped
+
+    def check(self, labels: Tensor, outputs: int) -> None:
+        wanted = self._labels.outputs
+        if wanted is not None and wanted != outputs:
+            raise DataError(
+                f"{self._spec}: expected a head with {wanted} outputs ({self._labels.told_by}), this one has "
+                f"{outputs}. {self._labels.hint}"
+            )
+        _check_range(self._spec, labels, outputs)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        numbers = self._stream.indices()  # what is skipped is known before its batch comes
+        for batch in self._stream:
+            rows = list(islice(numbers, len(batch)))
+            if len(rows) < len(batch):
+                raise self._moved()
+            _check_finite(batch, self._spec, rows)
+            yield batch, self._labels.values[rows]
+        if next(numbers, None) is not None:
+            raise self._moved()
+
+    def _moved(self) -> DataError:
+        return DataError(f"{self._spec}: it changed while it was read. Leave it alone, and run again.")
+
+
+class _Yielded:
+    """Labels that a user's callable, or a shard, yields beside the inputs."""
+
+    def __init__(self, spec: str, stream: CallableStream | ShardStream) -> None:
+        self.count, self.transform = stream.count, stream.transform
+        self._spec, self._stream = spec, stream
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        return self._stream.skipped
+
+    def check(self, labels: Tensor, outputs: int) -> None:
+        _check_range(self._spec, labels, outputs)
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        for number, batch in enumerate(self._stream):
+            for tensor in tensors_of(batch):
+                _check_finite(tensor, f"{self._spec}: batch {number}", range(len(tensor)))
+            yield self._parted(batch, f"{self._spec}: batch {number}")
+
+    def _parted(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
+        count = len(tensors_of(batch)[0])
+        if isinstance(batch, Mapping):
+            key = next((one for one in _KEYS if one in batch), None)
+            if key is not None:
+                inputs = {word: value for word, value in batch.items() if word != key}
+                return inputs, whole_numbers(batch[key], count, name)
+        elif isinstance(batch, tuple | list) and len(batch) > 1:
+            return batch[0], whole_numbers(batch[1], count, name)
+        raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict with 'labels' among the inputs.")
+
+
+def _check_finite(batch: Tensor, name: str, numbers: Sequence[int]) -> None:
+    """Raise DataError for NaN or infinity: metrics are of all samples or of none."""
+    bad = first_not_finite(batch)
+    if bad is not None:
+        raise DataError(f"{name} holds NaN or infinity, first in sample {numbers[bad]}. Remove or repair that sample.")
+
+
+def _check_range(spec: str, labels: Tensor, outputs: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= outputs:
+        raise DataError(
+            f"{spec}: the label {low if low < 0 else high} is no class of a head with {outputs} outputs; expected 0 to "
+            f"{outputs - 1}. Number the classes as in training."
+        )

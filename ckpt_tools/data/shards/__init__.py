@@ -1,0 +1,1 @@
+"""Data in WebDataset shards, on disk or behind URLs."""

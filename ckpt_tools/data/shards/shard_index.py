@@ -1,0 +1,122 @@
+"""Where the images of shards on disk lie, so that they can be read in any order."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt_tools.data.prefetch import read_ahead
+from ckpt_tools.data.sample_order import default_workers
+from ckpt_tools.data.shards.sample_grouping import LABEL, grouped, image_extension, printable
+from ckpt_tools.data.shards.tar_members import TarReader
+from ckpt_tools.errors import DataError
+
+__all__ = ["LARGEST", "LONGEST", "ShardIndex", "index_shards", "no_images"]
+
+LARGEST = 2**28
+"""Bytes of an image file that are read into memory at most."""
+
+LONGEST = 64
+"""Bytes of a label that are read at most: a number has fewer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Indexed:
+    """One shard: (n, 5) offset and size of every image and of its label (−1 if it has none), and where its name begins.
+
+    Each of the ``names`` ends in a NUL. ``extensions`` counts those of samples without an image.
+    """
+
+    path: Path
+    places: npt.NDArray[np.int64]
+    names: bytes
+    extensions: Counter[str]
+
+    def name(self, row: int) -> str:
+        """What to call an image."""
+        start = int(self.places[row, 4])
+        name = self.names[start : self.names.index(b"\0", start)].decode("utf-8", "surrogateescape")
+        return printable(f"{self.path.name}/{name}")
+
+    def label(self, row: int) -> bytes | None:
+        """The beginning of the label of an image. Raises OSError."""
+        offset, size = self.places[row, 2:4].tolist()
+        return None if size < 0 else self._read(offset, min(size, LONGEST))
+
+    def image(self, row: int) -> bytes:
+        """The file. Raises OSError, ValueError if it is too large."""
+        offset, size = self.places[row, :2].tolist()
+        if size > LARGEST:
+            raise ValueError(f"{size:,} bytes, more than an image has")
+        return self._read(offset, size)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        # opened for every piece, as a file of a folder would be: nobody shares a position, and few are open
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
+            raise OSError("the shard has become shorter")
+        return content
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The images of several shards, numbered in the order in which they lie there."""
+
+    shards: Sequence[Indexed]
+    ends: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def find(self, number: int) -> tuple[Indexed, int]:
+        """The shard of an image, and its row there."""
+        shard = int(np.searchsorted(self.ends, number, "right"))
+        return self.shards[shard], number - (int(self.ends[shard - 1]) if shard else 0)
+
+
+def index_shards(spec: str, paths: Sequence[Path]) -> ShardIndex:
+    """Reads the headers of all shards. Raises DataError for one that is no complete tar, and if there is no image."""
+    jobs = ([partial(_indexed, path)] for path in paths)
+    shards = [shard for group in read_ahead(jobs, default_workers()) for shard in group]
+    if not any(len(shard.places) for shard in shards):
+        raise no_images(spec, sum((shard.extensions for shard in shards), Counter()))
+    return ShardIndex(shards, np.cumsum([len(shard.places) for shard in shards]))
+
+
+def no_images(spec: str, extensions: Counter[str]) -> DataError:
+    """What to say of shards without images."""
+    listed = ", ".join(f"{number:,} × .{extension}" for extension, number in extensions.most_common(5))
+    return DataError(
+        f"{spec}: expected images (KEY.jpg, .png, .webp, …) in these shards, found {listed or 'no samples at all'}. "
+        f"The extension is all behind the first dot of a name; other data can come from package.module:callable."
+    )
+
+
+def _indexed(path: Path) -> Indexed:
+    places, names, extensions = array("q"), bytearray(), Counter[str]()
+    try:
+        with path.open("rb") as file:
+            members = ((member.name, member) for member in TarReader(file, str(path), path.stat().st_size))
+            for sample in grouped(members, str(path)):
+                extension = image_extension(sample.parts)
+                if extension is None:
+                    extensions.update(sample.parts.keys())
+                    continue
+                image, label = sample.parts[extension], sample.parts.get(LABEL)
+                places.extend((image.offset, image.size))
+                places.extend((0, -1) if label is None else (label.offset, label.size))
+                places.append(len(names))
+                names += image.name.encode("utf-8", "surrogateescape") + b"\0"
+    except OSError as error:
+        raise DataError(f"{path}: the shard cannot be read: {error.strerror or error}.") from error
+    table = np.frombuffer(places, np.int64).reshape(-1, 5)
+    return Indexed(path, table, bytes(names), extensions)

@@ -1,0 +1,126 @@
+"""The table of an evaluation: metrics before and after, what a temperature does to them, and the gate's verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ckpt_tools.data.stream import Skipped
+from ckpt_tools.errors import CheckFailed, DataError, ModelError
+from ckpt_tools.evaluate.metrics import Estimate, Metric, changes, measure
+from ckpt_tools.evaluate.validation import Judged, Validation
+
+CALIBRATED: tuple[Metric, ...] = ("nll", "ece")  # what a temperature changes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model: its metrics with standard errors; with a temperature, NLL and ECE of held-out halves as well."""
+
+    metrics: Mapping[Metric, Estimate]
+    temperature: float | None = None
+    halves: tuple[float, float] | None = None
+    calibrated: Mapping[Metric, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The table: after, and before with the change if there was one. ``failures``: what of the gate does not hold."""
+
+    data: str
+    kind: str
+    images: int
+    classes: int
+    after: Scores
+    before: Scores | None = None
+    change: Mapping[Metric, Estimate] = field(default_factory=dict)
+    calibrated_change: Mapping[Metric, Estimate] = field(default_factory=dict)
+    gate: str | None = None
+    failures: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def provenance(self) -> dict[str, object]:
+        """What the output says of itself: the temperature, for whoever divides its logits by it."""
+        if self.after.temperature is None:
+            return {}
+        return {"temperature": self.after.temperature, "temperature_images": self.images}
+
+
+class GateFailed(CheckFailed):
+    """A gate said no, to these metrics."""
+
+    def __init__(self, message: str, metrics: Metrics) -> None:
+        super().__init__(message)
+        self.metrics = metrics
+
+
+def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> Metrics:
+    """Metrics of one or two models on the same images.
+
+    Raises DataError if the images were not the same, ModelError if the heads do not have the same size.
+    """
+    asked = validation.question
+    if before is not None and before.classes != after.classes:
+        raise ModelError(
+            f"expected two checkpoints with the same classes, found a head of {before.classes:,} outputs before and of "
+            f"{after.classes:,} after. Evaluate each alone, without --before."
+        )
+    if before is not None and not torch.equal(before.labels, after.labels):
+        raise DataError(
+            f"{asked.data}: the labels before ({len(before.labels)}) are not those after ({len(after.labels)}). "
+            "Both must see the same images in the same order: switch off shuffling and leave the data alone."
+        )
+    was, now = None if before is None else _scores(before), _scores(after)
+    gate = asked.gate
+    return Metrics(
+        data=asked.data,
+        kind=validation.kind,
+        images=len(after.outcomes),
+        classes=after.classes,
+        after=now,
+        before=was,
+        change=changes(before.outcomes, after.outcomes) if before else {},
+        calibrated_change=_calibrated_change(before, after),
+        gate=gate.text if gate else None,
+        failures=gate.failures(_values(was), _values(now)) if gate else (),
+        skipped=validation.stream.skipped,
+    )
+
+
+def compared(validation: Validation | None, before: Judged | None, after: Judged | None) -> Metrics | None:
+    """The metrics, if there is labelled data. Raises GateFailed, before anything is written, if the gate says no."""
+    if validation is None or after is None:
+        return None
+    metrics = metrics_of(validation, before, after)
+    refuse_failed(metrics, " Nothing was written.")
+    return metrics
+
+
+def refuse_failed(metrics: Metrics, consequence: str = "") -> None:
+    """Raise GateFailed if the gate did not hold."""
+    if metrics.failures:
+        raise GateFailed(f"the gate is not passed: {'; '.join(metrics.failures)}.{consequence}", metrics)
+
+
+def _scores(judged: Judged) -> Scores:
+    found, calibration = measure(judged.outcomes), judged.calibration
+    if calibration is None:
+        return Scores(found)
+    return Scores(found, calibration.temperature, calibration.halves, _calibrated(measure(calibration.held_out)))
+
+
+def _calibrated_change(before: Judged | None, after: Judged) -> Mapping[Metric, Estimate]:
+    if before is None or before.calibration is None or after.calibration is None:
+        return {}
+    return _calibrated(changes(before.calibration.held_out, after.calibration.held_out))
+
+
+def _calibrated(found: Mapping[Metric, Estimate]) -> dict[Metric, Estimate]:
+    return {name: found[name] for name in CALIBRATED}
+
+
+def _values(scores: Scores | None) -> dict[str, float]:
+    return {name: estimate.value for name, estimate in scores.metrics.items()} if scores else {}

@@ -1,0 +1,144 @@
+"""Labelled data that models are judged on, and what is asked of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ckpt_tools.contract import LoadedModel
+from ckpt_tools.data.labelled_stream import LabelledStream, labelled_batches
+from ckpt_tools.data.labels import ClassMap, read_class_map
+from ckpt_tools.data.preprocessing import Preprocessing, input_spec_for
+from ckpt_tools.data.source import Source, words_for
+from ckpt_tools.errors import ModelError, UsageError
+from ckpt_tools.evaluate.gate import Gate, parse_gate
+from ckpt_tools.evaluate.metrics import require_torchmetrics
+from ckpt_tools.evaluate.outcomes import TOP, Outcomes
+from ckpt_tools.evaluate.run import evaluate
+from ckpt_tools.evaluate.temperature import Calibration, calibrate
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of an evaluation: the data, which output each class is, a temperature, a gate."""
+
+    data: str
+    class_map: ClassMap | None = None
+    calibrate: bool = False
+    gate: Gate | None = None
+
+
+def question(data: str, class_map: Path | None, calibrate: bool, gate: str | None, *, compared: bool) -> Question:
+    """Checks what can be checked without data. ``compared``: whether there will be metrics before.
+
+    Raises UsageError for a gate that does not parse or needs a before that there is none; DataError for a class map
+    that cannot be read; CkptToolsError if torchmetrics is missing.
+    """
+    parsed = None if gate is None else parse_gate(gate)
+    if parsed is not None and parsed.needs_before and not compared:
+        raise UsageError(f"--gate {gate!r}: there is no 'before' in this evaluation. Give --before CHECKPOINT.")
+    require_torchmetrics()
+    return Question(data, None if class_map is None else read_class_map(class_map), calibrate, parsed)
+
+
+def optional_question(data: str | None, class_map: Path | None, calibrate: bool, gate: str | None) -> Question | None:
+    """The same where there need be no data; None if there is none. Raises UsageError if only the rest was said."""
+    if data is not None:
+        return question(data, class_map, calibrate, gate, compared=True)
+    for option, said in (("--gate", gate is not None), ("--calibrate", calibrate), ("--class-map", class_map)):
+        if said:
+            raise UsageError(f"{option} needs labelled data to evaluate on. Give --eval-data SPEC.")
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """One model on all images: their outcomes, and with ``--calibrate`` its temperature."""
+
+    outcomes: Outcomes
+    labels: Tensor
+    classes: int
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The labelled data, found and counted but not read, as one model takes it."""
+
+    question: Question
+    source: Source
+    stream: LabelledStream
+    seed: int = 0
+
+    def judge(self, model: nn.Module, name: str, progress: Callable[[str, int], None] | None = None) -> Judged:
+        """A pass over the images; ``progress`` is told ``name`` and the number of images so far.
+
+        Raises DataError if the classes are not those of the head, ModelError for a model that is no classifier.
+        """
+        found = evaluate(
+            model,
+            self.stream,
+            check=self._check,
+            keep_logits=self.question.calibrate,
+            seed=self.seed,
+            progress=progress and partial(progress, name),
+        )
+        calibration = None if found.logits is None else calibrate(found.logits, found.labels, seed=self.seed)
+        return Judged(found.outcomes, found.labels, found.classes, calibration)
+
+    @property
+    def kind(self) -> str:
+        """What the data is, in words."""
+        return "dataset, test split" if self.source.kind == "dataset" else words_for(self.source)
+
+    def _check(self, labels: Tensor, outputs: int) -> None:
+        self.stream.check(labels, outputs)
+        gate = self.question.gate
+        if gate is not None and "error5" in gate.metrics and outputs <= TOP:
+            raise UsageError(
+                f"--gate {gate.text!r}: error5 needs a head with six classes or more, this one has {outputs}."
+            )
+
+
+def open_validation(
+    asked: Question,
+    source: Source,
+    loaded: LoadedModel,
+    said: Preprocessing,
+    *,
+    batch_size: int,
+    workers: int | None,
+    device: str | torch.device,
+    seed: int = 0,
+    cached: bool = False,
+) -> Validation:
+    """Labelled batches of a source for a model. Raises DataError, UsageError; ModelError without a trained head."""
+    _require_head(loaded)
+    stream = labelled_batches(
+        source,
+        input_spec_for(loaded.input_spec, said, source),
+        class_map=asked.class_map,
+        batch_size=batch_size,
+        workers=workers,
+        cached=cached,
+        device=device,
+    )
+    return Validation(asked, source, stream, seed)
+
+
+def _require_head(loaded: LoadedModel) -> None:
+    """Raise ModelError if the model has no head, or one that is as it was built and not the checkpoint's."""
+    keys = loaded.model.state_dict()
+    none = loaded.recipe.kwargs.get("num_classes") == 0  # timm's word for it, and the factories'
+    own = [one for one in loaded.as_built if none or any(key.startswith(one) for key in keys)]
+    if none or own:
+        found = f"other weights or none under {', '.join(own)}" if own else "none"
+        raise ModelError(
+            f"{loaded.recipe.architecture}: expected a checkpoint with the classifier of this architecture, found "
+            f"{found}. Name what builds your model: --arch package.module:factory."
+        )

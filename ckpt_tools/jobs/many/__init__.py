@@ -1,0 +1,1 @@
+"""Many checkpoints: in one process, or as tasks of a Ray cluster."""

@@ -1,0 +1,1 @@
+"""The computer that a job runs on: memory, heap, precision of arithmetic, devices."""

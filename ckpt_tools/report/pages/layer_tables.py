@@ -1,0 +1,71 @@
+"""The two long tables of a checkpoint's page: its dropout sites and its BN layers."""
+
+from __future__ import annotations
+
+from ckpt_tools.report.columns import count
+from ckpt_tools.report.content import Cell, Column, Section, Table
+from ckpt_tools.report.facts import Facts, part, parts, role_of
+from ckpt_tools.report.number_format import number, number_cell, percent_text, ratio_text
+
+
+def sites_section(facts: Facts) -> Section:
+    """Where dropout stands, and from which layer on it is felt."""
+    sites, layers = parts(facts, "dropout_sites"), parts(facts, "layers")
+    if not sites:
+        return Section("Dropout sites", ("The walk found none.",), "quiet")
+    active = sum(bool(site.get("active")) for site in sites)
+    rows = [
+        (
+            Cell(str(site.get("name") or "(root)"), str(site.get("name"))),
+            Cell(str(site.get("op", "")), str(site.get("op", ""))),
+            number_cell(site.get("rate"), _rate(site)),
+            _behind(site, len(layers)),
+        )
+        for site in sites
+    ]
+    said = f"{count(len(sites), 'site')}, {active:,} of them active."
+    return Section("Dropout sites", (said,), table=Table("Dropout sites", _SITE_COLUMNS, tuple(rows)))
+
+
+def _rate(site: Facts) -> str:
+    rate = number(site.get("rate"))
+    return "not known" if rate is None else f"{rate:g}"
+
+
+_SITE_COLUMNS = (
+    Column("Site", "code"), Column("Operation"), Column("Rate", "number"), Column("First layer behind it", "number")
+)  # fmt: skip
+
+
+def _behind(site: Facts, layers: int) -> Cell:
+    depth = number(site.get("depth"))
+    return Cell("none", layers + 1, "quiet") if depth is None else Cell(f"{depth + 1:.0f}", depth + 1)
+
+
+_LAYER_COLUMNS = (
+    Column("Layer", "code"), Column("Depth", "number"), Column("Channels", "number"), Column("Role"),
+    Column("Stored ÷ new", "number"), Column("Smallest", "number"), Column("Largest", "number"),
+    Column("Std. error", "number"), Column("Worst", "number"),
+)  # fmt: skip
+
+
+def layers_section(facts: Facts) -> Section:
+    """Every BN layer with its ratio and how sure that is."""
+    rows = tuple(_layer(depth, row) for depth, row in enumerate(parts(facts, "layers"), 1))
+    said = (
+        "Stored variance over new variance: the median channel, the smallest and the largest; the relative standard "
+        "error of the new variance: median and worst channel."
+    )
+    return Section("Every layer", (said,), table=Table("Every layer", _LAYER_COLUMNS, rows))
+
+
+def _layer(depth: int, row: Facts) -> tuple[Cell, ...]:
+    ratio, error, role = part(row, "ratio"), part(row, "relative_standard_error"), role_of(row)
+    return (
+        Cell(str(row.get("name") or "(root)"), str(row.get("name"))),
+        number_cell(depth),
+        number_cell(row.get("channels")),
+        Cell(role, role, "" if role == "rewritten" else "quiet"),
+        *(number_cell(ratio.get(key), ratio_text(ratio.get(key))) for key in ("median", "min", "max")),
+        *(number_cell(error.get(key), percent_text(error.get(key))) for key in ("median", "max")),
+    )

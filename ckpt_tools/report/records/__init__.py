@@ -1,0 +1,1 @@
+"""Results as records for programs: JSON, and the manifest of a folder."""

@@ -1,0 +1,54 @@
+"""An initialisation as JSON: settings, every weight with its factors or why it was left, the signals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.jobs.initialization import InitOutcome
+from ckpt_tools.jobs.verification import HEALTHY, Trial, healthy
+from ckpt_tools.report.records.reestimation_json import checkpoint_json, libraries, plain, plain_dict
+from ckpt_tools.version import VERSION
+
+
+def init_json(outcome: InitOutcome) -> dict[str, object]:
+    """The whole of an ``init-rewrite``: settings, every weight with its factors or why it was left, the signals."""
+    loaded, result, trial = outcome.loaded, outcome.result, outcome.trial
+    checkpoint = loaded.checkpoint and {**checkpoint_json(loaded.checkpoint), "sha256": outcome.source_sha256}
+    found = plain_dict(result)
+    layers = found.pop("layers")
+    return {
+        "tool": {"name": "ckpt-tools", "version": VERSION},
+        "libraries": libraries(),
+        "checkpoint": checkpoint,
+        "architecture": loaded.recipe.architecture,
+        "model_kwargs": plain(loaded.recipe.kwargs),
+        "rates": loaded.rates,
+        **found,
+        "layers": [layer for layer in layers if layer["rewritten"]],
+        "left": [layer for layer in layers if not layer["rewritten"]],
+        "verification": None if trial is None else _verification(trial, outcome.before, outcome.after),
+        "report": None if outcome.request.report is None else str(outcome.request.report),
+        "output": {"path": str(outcome.output), "sha256": outcome.output_sha256},
+    }
+
+
+def _verification(trial: Trial, before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> dict[str, object]:
+    then = {signal.parameter: _signal(signal) for signal in before}
+    return {
+        "inputs": trial.inputs,
+        "samples": trial.samples,
+        "batches": len(trial.batches),
+        "batch_size": trial.batch_size,
+        "device": trial.device,
+        "range": list(HEALTHY),
+        "within_range": {"before": healthy(before), "after": healthy(after)},
+        "layers": [
+            {"name": now.name, "parameter": now.parameter, "before": then.get(now.parameter), "after": _signal(now)}
+            for now in after
+        ],
+    }
+
+
+def _signal(signal: LayerSignal) -> object:
+    return plain({"variance": signal.variance, "error_variance": signal.error_variance})

@@ -1,0 +1,90 @@
+"""Reports as files: .html, .md or .json, by their suffix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.errors import OutputError, UsageError
+from ckpt_tools.report.marks import add_mark, report_kind
+from ckpt_tools.report.pages.html_page import checkpoint_html, folder_html, require_templates
+from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, folder_markdown
+from ckpt_tools.report.redaction import without_secrets
+from ckpt_tools.storage.output.atomic import check_target, new_file
+from ckpt_tools.storage.output.own_files import read_own_file, require_apart
+from ckpt_tools.version import VERSION
+
+__all__ = ["check_reports", "write_report"]
+
+_SUFFIXES = (".html", ".md", ".json")
+Facts = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def check_reports(paths: Sequence[Path], others: Iterable[Path | None] = (), *, new_folder: Path | None = None) -> None:
+    """Refuse before any work what could not be written at the end.
+
+    ``others`` are the files of the job itself. An earlier report that nobody has changed is replaced, and so is an
+    empty file. ``new_folder`` is a folder that the job makes before it writes reports.
+
+    Raises:
+        UsageError: another suffix, one name twice, or jinja2 is missing.
+        OutputError: a folder that is not there, or a file that is no report of ours.
+    """
+    taken = [other for other in others if other is not None]
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix not in _SUFFIXES:
+            raise UsageError(
+                f"--report {path}: expected a name that ends in .html, .md or .json, found "
+                f"{repr(path.suffix) if path.suffix else 'no suffix'}. Rename it."
+            )
+        if suffix == ".html":
+            require_templates()
+        require_apart(path, report_kind(suffix), taken)
+        taken.append(path)
+        read_own_file(path, report_kind(suffix))
+        if new_folder is None or new_folder.exists() or path.absolute().parent != new_folder.absolute():
+            check_target(path, overwrite=True)
+
+
+def write_report(path: Path, facts: Facts) -> None:
+    """Write a report in one step: of one checkpoint (``outcome_json``), or of a folder (a sequence of its records).
+
+    Credentials and query strings of URLs are left out. An existing report is replaced, a file that is none is not.
+
+    Raises:
+        UsageError: another suffix than .html, .md or .json, or jinja2 is missing.
+        OutputError: the file cannot be written.
+    """
+    check_reports([path])
+    content = _content(path.suffix.lower(), facts)
+
+    def may_replace() -> bool:
+        # Once more, just before it happens: the job may have taken hours.
+        return read_own_file(path, report_kind(path.suffix.lower())) is not None
+
+    try:
+        with new_file(path, overwrite=True, may_replace=may_replace) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: expected to write a report there, found: {error}. No report is left there; choose another place."
+        ) from error
+
+
+def _content(suffix: str, facts: Facts) -> bytes:
+    content = _text(suffix, facts).encode("utf-8", errors="replace")  # a file name may hold lone surrogates
+    return add_mark(content, suffix) if suffix == ".md" else content
+
+
+def _text(suffix: str, facts: Facts) -> str:
+    if isinstance(facts, Mapping):
+        if suffix == ".json":
+            return json.dumps(without_secrets(facts), indent=2) + "\n"
+        return checkpoint_html(facts) if suffix == ".html" else checkpoint_markdown(facts)
+    if suffix == ".json":
+        whole = {"tool": {"name": "ckpt-tools", "version": VERSION}, "checkpoints": without_secrets(list(facts))}
+        return json.dumps(whole, indent=2) + "\n"
+    return folder_html(facts) if suffix == ".html" else folder_markdown(facts)

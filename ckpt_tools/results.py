@@ -1,0 +1,175 @@
+"""What the Python API returns: the sites, layers and numbers of a walk and of a re-estimation, as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt_tools.contract import Estimator, OutlierReason, Precision, Statistics, WeightKind
+
+
+@dataclass(frozen=True)
+class DropoutSite:
+    """A place that injects noise in training. ``rate`` is PyTorch's p, None where no number can be read."""
+
+    name: str
+    op: str
+    rate: float | None
+
+    @property
+    def active(self) -> bool:
+        """Whether the site does anything in training as the model stands."""
+        return self.rate != 0.0
+
+
+@dataclass(frozen=True)
+class BatchNormLayer:
+    """A BN layer with running statistics. ``aliases`` are further names of the same module."""
+
+    name: str
+    kind: str
+    channels: int
+    reached: bool
+    downstream_of: tuple[str, ...] = ()
+    potentially_downstream_of: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A normalisation layer that this tool does not touch, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a weight maps its input to its units.
+
+    A linear weight has shape (units, fan-in), or (blocks, units, fan-in) for a batch of them; a convolution
+    (units, inputs / groups, *kernel); a transposed convolution (inputs, units / groups, *kernel).
+    ``stride`` and ``dilation`` are those of a transposed convolution: they say which kernel taps meet in one output.
+    """
+
+    kind: WeightKind = "linear"
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """A weight that the forward multiplies activations with, by linear map or convolution.
+
+    ``parameter`` is its key in the state dict, ``name`` the key without ``.weight``. ``inputs`` and ``consumers`` are
+    the parameters of the nearest weight layers before and behind it.
+    """
+
+    name: str
+    parameter: str
+    kind: WeightKind
+    shape: tuple[int, ...]
+    inputs: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one recorded forward tells: BN layers in execution order, dropout sites, and what lies behind what."""
+
+    batch_norms: tuple[BatchNormLayer, ...]
+    dropout_sites: tuple[DropoutSite, ...]
+    weights: tuple[WeightLayer, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
+    device: str = "meta"  # where the recorded forward ran: "meta" or "cpu" (for real)
+    containers_trained: bool = True  # False: only leaf modules ran in training mode, other noise was not seen
+    bytes_per_sample: int = 0  # peak of the live activations of an evaluation forward, float32
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Summary over the channels of a layer."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one BN layer. ``ratio`` is stored variance / new variance; None if it was not measured.
+
+    ``error`` is the relative standard error of the new variance, from how images and whole batches scatter.
+    """
+
+    name: str
+    channels: int
+    rewritten: bool
+    reason: str
+    downstream_of: tuple[str, ...] = ()
+    control: bool = False
+    ratio: Spread | None = None
+    error: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Layers that no dropout reaches: their variance on the right data is the stored one.
+
+    ``deviation``: median over the channels of the first three control layers of |ln(stored / measured)|; ``worst``: the
+    largest median of a layer; ``shift``: median of |measured − running mean| in standard deviations.
+    ``verdict``: "agree", "disagree", or "none" where no layer can serve.
+    """
+
+    names: tuple[str, ...]
+    deviation: float | None
+    worst: float | None
+    shift: float | None
+    verdict: Literal["agree", "disagree", "none"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A sample that was left out.
+
+    ``leverage``: its mean square in units of the median sample's, of the input or of the distance from a BN layer's
+    running mean (geometric mean over channels), whichever is largest; ``where`` is "input" or that layer. None where
+    nothing could be measured. ``reason``: "extreme"; "blank", one colour all over; "not finite", NaN or infinity.
+    """
+
+    name: str
+    reason: OutlierReason
+    leverage: float | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Reestimation:
+    """The outcome of a re-estimation: what was rewritten, why, and how sure the numbers are."""
+
+    layers: tuple[LayerResult, ...]
+    controls: Controls
+    why: str
+    estimator: Estimator
+    statistics: Statistics
+    images: int
+    batches: int
+    passes: int
+    residual: float | None  # of `exact`: largest relative change in the last pass
+    stopped_early: bool
+    seconds: float
+    device: str
+    left_alone: tuple[LeftAlone, ...] = ()
+    processes: int = 1  # that shared the batches
+    cut_to: int | None = None  # samples at a time, where memory was too short for whole batches
+    precision: Precision = "fp32"
+    deviation: Spread | None = None  # of the variances on the first images from those in fp32, for other precisions
+    outliers: tuple[Outlier, ...] = ()  # samples that were left out, in the order in which they were met
+    common: tuple[OutlierReason, ...] = ()  # what over 1 % of the samples look like: no outliers, they counted
+
+    @property
+    def rewritten(self) -> tuple[LayerResult, ...]:
+        """The layers whose running variance changed hands."""
+        return tuple(layer for layer in self.layers if layer.rewritten)

@@ -1,0 +1,1 @@
+"""What an object read from a file means: state dicts, recorded settings, averaged copies."""

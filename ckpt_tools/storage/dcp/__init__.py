@@ -1,0 +1,1 @@
+"""Folders that torch.distributed.checkpoint (DCP) writes: metadata, shards, and their assembly."""

@@ -1,0 +1,161 @@
+"""Distributed checkpoints: a folder with ``.metadata`` and shards, as torch.distributed.checkpoint writes it.
+
+Only what the metadata says is read at first; tensors are stand-ins on the meta device until somebody asks for them,
+so that optimizer states, twice the size of the model, stay on the disk.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.paths import path_below, require_below
+from ckpt_tools.storage.contents.entries import is_trainer_state
+from ckpt_tools.storage.dcp.assembly import assembled
+from ckpt_tools.storage.dcp.dcp_metadata import Metadata, Piece, TensorEntry, read_metadata
+from ckpt_tools.storage.formats.pickles import load_pickle, load_stream
+
+__all__ = ["METADATA", "SHARD", "Distributed", "load_distributed"]
+
+METADATA = ".metadata"
+SHARD = ".distcp"
+_TRAINER = "meta.pt"  # where Lightning keeps what stands beside the weights
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """What a folder holds: ``root`` nests words and stand-ins of tensors as they were saved.
+
+    ``shards``: the paths of the shards, by the names that the metadata has for them.
+    """
+
+    folder: Path
+    shards: Mapping[str, Path]
+    root: Mapping[str, object]
+    stand_ins: Mapping[int, TensorEntry]  # by the identity of the stand-in in ``root``
+
+    def load(self, state: Mapping[str, object]) -> dict[str, object]:
+        """A mapping of ``root`` with its tensors read from the shards. Raises CheckpointError."""
+        return {key: self._value(value) for key, value in state.items()}
+
+    def _value(self, value: object) -> object:
+        entry = self.stand_ins.get(id(value))
+        if entry is None:
+            return value
+        parts = {start: _part(self.folder, self.shards, entry, start) for start in entry.pieces}
+        return assembled(self.folder, entry.name, entry.size, parts)
+
+
+def load_distributed(folder: Path) -> Distributed:
+    """Read the metadata and the words of a distributed checkpoint. Raises CheckpointError."""
+    path = require_below(folder, folder / METADATA, origin=folder)
+    try:
+        metadata = read_metadata(load_pickle(path))
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path}: expected the metadata of torch.distributed.checkpoint, found {error}. Fetch the folder again."
+        ) from error
+    shards = _find_shards(folder, metadata)
+    stand_ins: dict[int, TensorEntry] = {}
+    leaves: dict[tuple[str | int, ...], object] = {}
+    for entry in metadata.tensors:
+        stand_in = torch.empty(entry.size, dtype=entry.dtype, device="meta")
+        stand_ins[id(stand_in)] = entry
+        leaves[metadata.paths[entry.name]] = stand_in
+    for name, piece in metadata.words.items():
+        place = metadata.paths[name]
+        # Settings of optimizers are hundreds of tiny pickles that nobody asks for.
+        if not any(isinstance(part, str) and is_trainer_state(part) for part in place):
+            leaves[place] = _read(shards[piece.file], name, piece)
+    root = _nested(path, {place: leaves[place] for place in metadata.paths.values() if place in leaves})
+    return Distributed(folder, shards, {**_beside(folder), **root}, stand_ins)
+
+
+def _find_shards(folder: Path, metadata: Metadata) -> dict[str, Path]:
+    """The shards that the metadata names, if they have all the bytes that it claims. Raises CheckpointError."""
+    pieces = [*metadata.words.values(), *(piece for entry in metadata.tensors for piece in entry.pieces.values())]
+    shards, sizes = {}, {}
+    for name in sorted({piece.file for piece in pieces}):
+        file = shards[name] = path_below(folder, name, origin=folder / METADATA)
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder}: expected the shard {name}, which {METADATA} names, found no such file. "
+                "Fetch the whole folder again: every rank writes shards of its own."
+            )
+        sizes[name] = file.stat().st_size
+    for piece in pieces:
+        if piece.offset + piece.length > sizes[piece.file]:
+            raise CheckpointError(
+                f"{folder / piece.file}: expected at least {piece.offset + piece.length:,} bytes, found "
+                f"{sizes[piece.file]:,}. The shard was cut short or belongs to another run; fetch the folder again."
+            )
+    # Entries that claim the same bytes many times over could fill any memory.
+    if sum(piece.length for piece in pieces) > sum(sizes.values()):
+        raise CheckpointError(
+            f"{folder / METADATA}: expected entries that share no bytes, found more bytes claimed than the shards "
+            "hold. Do not use this file."
+        )
+    return shards
+
+
+def _beside(folder: Path) -> Mapping[str, object]:
+    file = folder / _TRAINER
+    content = load_pickle(require_below(folder, file, origin=folder)) if file.is_file() else {}
+    return {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
+
+
+def _read(shard: Path, name: str, piece: Piece) -> object:
+    if piece.transformed:
+        raise CheckpointError(
+            f"{shard.parent}: {name}: expected plain bytes, found an entry that was saved through extensions "
+            f"({piece.transformed}). Save the checkpoint again without them."
+        )
+    try:
+        with shard.open("rb") as file:
+            file.seek(piece.offset)
+            return load_stream(io.BytesIO(file.read(piece.length)), f"{shard}: {name}")
+    except OSError as error:
+        raise CheckpointError(f"{shard}: cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def _part(folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]) -> Tensor:
+    piece = entry.pieces[start]
+    part = _read(shards[piece.file], entry.name, piece)
+    sizes = entry.chunks[start]
+    found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else "no tensor"
+    if not isinstance(part, Tensor) or part.dtype != entry.dtype or tuple(part.shape) != sizes:
+        raise CheckpointError(
+            f"{folder}: {entry.name}: expected {entry.dtype} {sizes} at {start}, found {found}. "
+            "The shards belong to another run; fetch the folder again."
+        )
+    return part.detach()
+
+
+def _nested(path: Path, leaves: Mapping[tuple[str | int, ...], object]) -> dict[str, object]:
+    root: dict[str | int, object] = {}
+    holders: dict[tuple[str | int, ...], dict[str | int, object]] = {(): root}
+    for place, value in leaves.items():
+        for depth in range(1, len(place)):
+            if place[:depth] not in holders:
+                holders[place[:depth]] = {}
+                holders[place[: depth - 1]].setdefault(place[depth - 1], holders[place[:depth]])
+        holders[place[:-1]][place[-1]] = value
+    if any(place in leaves for place in holders):
+        raise CheckpointError(f"{path}: expected entries that are values or containers, found one that is both.")
+    return {str(key): _listed(value, 0) for key, value in root.items()}
+
+
+def _listed(value: object, depth: int) -> object:
+    """The containers whose keys are all numbers were lists."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _listed(item, depth + 1) for key, item in value.items()}
+    if inner and all(isinstance(key, int) for key in inner):
+        return [inner[key] for key in sorted(inner)]
+    return {str(key): item for key, item in inner.items()}

@@ -1,0 +1,183 @@
+"""Which files make up a checkpoint: one file, the shards that an index lists, or a distributed checkpoint's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.paths import is_link, path_below, require_below
+from ckpt_tools.remote.mirror import located
+from ckpt_tools.storage.dcp.assembly import is_rank_file, load_rank_files
+from ckpt_tools.storage.dcp.dcp_folder import METADATA, SHARD, load_distributed
+from ckpt_tools.storage.files.fetching import fetch_checkpoint
+from ckpt_tools.storage.files.members import INDEX, SUFFIXES, candidates
+from ckpt_tools.storage.files.sidecar import is_trainer_file, sidecar_words
+from ckpt_tools.storage.formats.foreign_formats import foreign_folder
+from ckpt_tools.storage.formats.sniff import Content, load_content
+
+__all__ = ["SUFFIXES", "Source", "find_source", "load_source", "sha256"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one checkpoint.
+
+    ``shard_of`` maps each key to its shard's name, as an index says; None for a single file and for a distributed
+    checkpoint, whose ``index`` is its metadata.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    index: Path | None = None
+    shard_of: Mapping[str, str] | None = None
+
+
+def find_source(path: Path) -> Source:
+    """The files behind a path that the user gave: a file, an index, or a folder; those behind a URL are fetched.
+
+    Raises CheckpointError, RemoteError.
+    """
+    fetch_checkpoint(path)
+    try:
+        if path.is_dir():
+            return _in_folder(path)
+        if path.suffix == SHARD:
+            raise _part_alone(path)
+        if path.is_file():
+            if path.name == METADATA:
+                return _distributed(path.parent, sorted(file.name for file in path.parent.iterdir()))
+            return _indexed(path, path) if path.name.endswith(INDEX) else Source(path, (path,))
+        path.stat()
+    except FileNotFoundError as error:
+        found = f"a link to {path.readlink()}, which is not there" if is_link(path) else "nothing there"
+        raise CheckpointError(f"{path}: expected a checkpoint file, found {found}. Check the path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or half of a surrogate pair, which no path may hold
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be opened ({why}). Check the path and its permissions.") from error
+    raise CheckpointError(
+        f"{path}: expected a checkpoint file, found something that is neither a file nor a folder. Check the path."
+    )
+
+
+def load_source(source: Source, *, trust: bool = False) -> Content:
+    """Read all files of a checkpoint; shards become one mapping in the index's order. Raises CheckpointError."""
+    content = _weights(source, trust)
+    return replace(content, words={**content.words, **sidecar_words(source.path)})
+
+
+def _weights(source: Source, trust: bool) -> Content:
+    if source.shard_of is None and source.index is not None:
+        found = load_distributed(source.index.parent)
+        return Content("torch.distributed.checkpoint", found.root, load=found.load)
+    if len(source.files) > 1 and source.shard_of is None:
+        return Content(f"safetensors, {len(source.files)} ranks", load_rank_files(source.files))
+    if source.shard_of is None:
+        return load_content(source.files[0], trust=trust)
+    shards = {file.name: load_content(file, trust=trust) for file in source.files}
+    tensors = {key: _from_shard(source, shards[name], key, name) for key, name in source.shard_of.items()}
+    metadata = {key: text for shard in shards.values() for key, text in shard.metadata.items()}
+    formats = sorted({shard.format for shard in shards.values()})
+    return Content(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
+
+
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a checkpoint as lower-case hex. Raises CheckpointError.
+
+    Of shards: what ``sha256sum`` prints for them in the order of their names, hashed once more.
+    """
+    source = find_source(located(path))
+    try:
+        digests = [(_file_digest(file), file.name) for file in source.files]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+    if source.shard_of is None and source.index is None and len(digests) == 1:
+        return digests[0][0]
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in digests).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _in_folder(folder: Path) -> Source:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name))
+    if METADATA in names:
+        return _distributed(folder, names)
+    if ranks := [_member(folder, name) for name in names if is_rank_file(name)]:
+        return Source(folder, tuple(ranks))
+    single = candidates(names)
+    if len(single) == 1:
+        file = _member(folder, single[0])
+        return _indexed(folder, file) if file.name.endswith(INDEX) else Source(folder, (file,))
+    if not single and (foreign := foreign_folder(folder, names)):
+        raise foreign
+    found = f"{len(single)} candidates ({', '.join(single[:5])})" if single else "no checkpoint in it"
+    raise CheckpointError(
+        f"{folder}: expected a folder with one *{INDEX} or one checkpoint file, found {found}. Give the file itself."
+    )
+
+
+def _member(folder: Path, name: str) -> Path:
+    """A file of a checkpoint that is a folder. Raises CheckpointError for a link that leads out of it."""
+    return require_below(folder, folder / name, origin=folder)
+
+
+def _distributed(folder: Path, names: list[str]) -> Source:
+    files = [_member(folder, name) for name in names if name == METADATA or name.endswith(SHARD)]
+    return Source(folder, tuple(files), folder / METADATA)
+
+
+def _part_alone(path: Path) -> CheckpointError:
+    """The error for a shard of a distributed checkpoint; only the metadata can speak for the others."""
+    return CheckpointError(
+        f"{path}: expected a checkpoint, found one shard of a distributed checkpoint. "
+        f"Give the folder that also holds its {METADATA} file."
+    )
+
+
+def _indexed(path: Path, index: Path) -> Source:
+    try:
+        content = json.loads(index.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: expected a JSON index of shards, found none ({error}). Fetch it again."
+        ) from error
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise CheckpointError(
+            f"{index}: expected a `weight_map` from keys to shards, found none. Fetch the index again."
+        )
+    files: dict[str, Path] = {}
+    for key, name in shard_of.items():
+        if not isinstance(name, str) or name not in files:
+            file = _shard(index, key, name)
+            files[file.name] = file
+    return Source(path, tuple(files[name] for name in sorted(files)), index, shard_of)
+
+
+def _shard(index: Path, key: str, name: object) -> Path:
+    """The file that an index, which is foreign input, names for a key. Raises CheckpointError."""
+    file = path_below(index.parent, name, origin=index)
+    if not file.is_file():
+        raise CheckpointError(
+            f"{index}: expected the shard {file.name} beside it (for {key}), found no such file. "
+            "Fetch the missing shard."
+        )
+    return file
+
+
+def _from_shard(source: Source, shard: Content, key: str, name: str) -> Tensor:
+    tensor = shard.root.get(key) if isinstance(shard.root, Mapping) else None
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(
+            f"{source.index}: expected the tensor {key} in {name}, found none. Index and shards do not belong "
+            "together; fetch them again."
+        )
+    return tensor

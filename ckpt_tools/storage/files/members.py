@@ -1,0 +1,55 @@
+"""Which files of a folder make up its checkpoint, by their names alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ckpt_tools.paths import name_fault
+from ckpt_tools.storage.dcp.assembly import is_rank_file
+from ckpt_tools.storage.dcp.dcp_folder import METADATA, SHARD
+from ckpt_tools.storage.files.sidecar import SIDECARS, hub_weights, is_trainer_file
+
+__all__ = ["INDEX", "SUFFIXES", "candidates", "is_of_interest", "members", "shard_names"]
+
+INDEX = ".index.json"
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
+
+
+def candidates(names: Sequence[str]) -> list[str]:
+    """The files that may stand for the checkpoint of a folder: its weights or the index of its shards. One if it is
+    clear, none if there is no checkpoint.
+    """
+    if hub := hub_weights(list(names)):
+        return [hub]
+    indices = [name for name in names if name.endswith(INDEX)]
+    if len(indices) > 1:  # Hugging Face repositories often hold the same weights in both formats
+        indices = [name for name in indices if "safetensors" in name] or indices
+    return indices or [name for name in names if name.endswith(SUFFIXES) and not is_trainer_file(name)]
+
+
+def members(names: Sequence[str]) -> list[str]:
+    """The files of a folder's checkpoint that its names tell: all of a distributed one, all ranks, the weights, or the
+    index, whose content names the shards. None where the choice is not clear.
+    """
+    if METADATA in names:
+        return [name for name in names if name == METADATA or name.endswith(SHARD)]
+    found = candidates(names)
+    return [name for name in names if is_rank_file(name)] or (found if len(found) == 1 else [])
+
+
+def is_of_interest(name: str) -> bool:
+    """Whether a file can be a checkpoint, a part of one, or what describes it."""
+    return name.lower().endswith((*SUFFIXES, INDEX, SHARD)) or name in (METADATA, *SIDECARS)
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files beside an index of shards that it names, sorted; what is no name of a file there is left out."""
+    try:
+        content = json.loads(index.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    names = shard_of.values() if isinstance(shard_of, Mapping) else ()
+    return sorted({name for name in names if isinstance(name, str) and name_fault(name) is None})

@@ -1,0 +1,135 @@
+"""Programs of torch.export (``.pt2``): the state dict in the archive, without the program.
+
+Three layouts: raw weights with a JSON description (torch 2.9 on), a pickled state dict within the same archive
+(2.7, 2.8), and a zip of pickles (2.1 to 2.6). Source: torch/export/pt2_archive/_package.py, torch/export/__init__.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.storage.formats.pickles import load_stream
+from ckpt_tools.storage.formats.pickles.archive import Archive
+from ckpt_tools.storage.formats.zip_records import open_archive
+
+__all__ = ["is_exported", "load_exported"]
+
+_LEGACY = "serialized_state_dict"
+_PROGRAM = "serialized_exported_program.json"
+_WEIGHTS = "data/weights/"
+_CONFIG = re.compile(r"data/weights/(.+)_weights_config\.json")
+_PICKLED = re.compile(r"data/weights/([^/]+)\.pt")
+_COMPILED = "data/aotinductor/"
+_STRIDED = 7  # Layout in torch/_export/serde/schema.py
+
+# ScalarType in torch/_export/serde/schema.py
+_DTYPES = {
+    **{1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64"},
+    **{9: "complex32", 10: "complex64", 11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16"},
+    **{29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz", 33: "float8_e8m0fnu"},
+    **{34: "uint32", 35: "uint64"},
+}
+
+
+def is_exported(names: set[str]) -> bool:
+    """Whether the names of an archive's records, without their common folder, are those of a ``.pt2`` file."""
+    return "archive_format" in names or f"{_LEGACY}.pt" in names or f"{_LEGACY}.json" in names
+
+
+def load_exported(path: Path) -> dict[str, object]:
+    """Parameters and persistent buffers, memory-mapped where they are stored raw; several models by their names.
+
+    Raises CheckpointError.
+    """
+    with open_archive(path, "the archive of torch.export.save") as archive:
+        models = _models(path, archive)
+    return next(iter(models.values())) if len(models) == 1 else dict(models)
+
+
+def _models(path: Path, archive: Archive) -> dict[str, dict[str, object]]:
+    if f"{_LEGACY}.pt" in archive.records or f"{_LEGACY}.json" in archive.records:
+        return {"model": _legacy(path, archive)}
+    raw = {m[1]: _described(path, archive, m[0]) for name in archive.records if (m := _CONFIG.fullmatch(name))}
+    pickled = {m[1]: _pickled(path, archive, m[0]) for name in archive.records if (m := _PICKLED.fullmatch(name))}
+    if not raw and not pickled:
+        compiled = any(name.startswith(_COMPILED) for name in archive.records)
+        found = "a package that AOTInductor compiled to machine code" if compiled else "none"
+        raise CheckpointError(
+            f"{path}: expected the weights of an exported program, found {found}. "
+            "Give the checkpoint that it was made from, or save that with torch.export.save or torch.save."
+        )
+    return {**raw, **pickled}
+
+
+def _legacy(path: Path, archive: Archive) -> dict[str, object]:
+    """Before torch 2.3 buffers that are not persistent stood in the state dict too; the signature tells them."""
+    name = f"{_LEGACY}.pt" if f"{_LEGACY}.pt" in archive.records else f"{_LEGACY}.json"
+    state = _pickled(path, archive, name)
+    program = json.loads(archive.read(_PROGRAM)) if _PROGRAM in archive.records else {}
+    specs = program.get("graph_module", {}).get("signature", {}).get("input_specs", [])
+    buffers = [spec["buffer"] for spec in specs if isinstance(spec, dict) and "buffer" in spec]
+    passing = {buffer.get("buffer_name") for buffer in buffers if buffer.get("persistent") is False}
+    return {key: value for key, value in state.items() if key not in passing}
+
+
+def _pickled(path: Path, archive: Archive, name: str) -> dict[str, object]:
+    state = load_stream(io.BytesIO(archive.read(name)), f"{path}: {name}")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{name} holds no state dict")
+    return {str(key): value for key, value in state.items()}
+
+
+def _described(path: Path, archive: Archive, name: str) -> dict[str, object]:
+    entries = json.loads(archive.read(name))["config"]
+    if not isinstance(entries, dict):
+        raise ValueError(f"{name} describes no tensors")
+    return {key: _tensor(path, archive, key, entry) for key, entry in entries.items()}
+
+
+def _tensor(path: Path, archive: Archive, key: str, entry: Mapping[str, object]) -> object:
+    record = f"{_WEIGHTS}{entry['path_name']}"
+    if entry["use_pickle"]:
+        return load_stream(io.BytesIO(archive.read(record)), f"{path}: {record}")
+    meta = entry["tensor_meta"]
+    if not isinstance(meta, Mapping):
+        raise ValueError(f"{key} without a description")
+    dtype = getattr(torch, _DTYPES[meta["dtype"]])
+    size, stride = [_number(x) for x in meta["sizes"]], [_number(x) for x in meta["strides"]]
+    offset = _number(meta["storage_offset"])
+    if meta["layout"] != _STRIDED or len(size) != len(stride):
+        raise ValueError(f"{key} is no dense tensor")
+    data = _numbers(archive, record, dtype)
+    if 0 in size:
+        return data.new_empty(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if max(last + 1, prod(size)) > data.numel():
+        raise ValueError(f"{key} needs {max(last + 1, prod(size)):,} numbers, {record} holds {data.numel():,}")
+    return torch.as_strided(data, size, stride, offset)
+
+
+def _numbers(archive: Archive, record: str, dtype: torch.dtype) -> Tensor:
+    if "byteorder" in archive.records and archive.read("byteorder").decode() != sys.byteorder:
+        raise ValueError("numbers of the other byte order")
+    storage = archive.storage(record)
+    if storage.nbytes() % dtype.itemsize:
+        raise ValueError(f"{record} of {storage.nbytes():,} bytes for numbers of {dtype.itemsize}")
+    count = storage.nbytes() // dtype.itemsize
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (count,), (1,))
+
+
+def _number(value: object) -> int:
+    """``{"as_int": 3}`` → 3; what is no number ≥ 0 is no size of a weight."""
+    number = value.get("as_int") if isinstance(value, Mapping) else value
+    if type(number) is not int or not 0 <= number < 2**48:
+        raise ValueError(f"the size {value!r:.80}")
+    return number

@@ -1,0 +1,117 @@
+"""From a file to the object in it: which format it is, and one clear error where it is none."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.storage.formats.pickles import archive, legacy
+from ckpt_tools.storage.formats.pickles.blob import Blob, open_blob
+from ckpt_tools.storage.formats.pickles.faults import Fault, Limits
+from ckpt_tools.storage.formats.pickles.instructions import read_pickle
+from ckpt_tools.storage.formats.pickles.meaning import Inert
+from ckpt_tools.storage.formats.pickles.tarball import is_tar, read_tar
+from ckpt_tools.storage.formats.pickles.trusted import load_trusted
+
+__all__ = ["load_archive", "load_pickle", "load_stream"]
+
+_DAMAGED = "The file is damaged or was cut short; copy or download it again."
+
+
+def load_pickle(path: Path, *, trust: bool = False) -> object:
+    """The object in a file of ``torch.save`` (any version) or ``pickle.dump`` (any protocol).
+
+    Tensors are plain ones on the CPU, without gradients, and memory-mapped where the format permits. Nothing is
+    imported or called: what is neither a tensor nor plain data is an Opaque. With ``trust`` the real classes
+    take their places, and the file may execute code.
+
+    Raises CheckpointError.
+    """
+    if trust:
+        return _read(path, lambda: load_trusted(path))
+
+    def read() -> object:
+        with open_blob(path) as blob:
+            return _any_format(blob, Limits.of(len(blob.data)))
+
+    return _read(path, read)
+
+
+def load_stream(stream: BinaryIO, where: object = "the stream") -> object:
+    """The same from an open binary file, whose bytes are copied. ``where`` names it in errors.
+
+    Raises CheckpointError.
+    """
+
+    def read() -> object:
+        data = stream.read()
+        return _any_format(Blob(data), Limits.of(len(data)))
+
+    return _read(where, read)
+
+
+def load_archive(path: Path, pickle: str = "data.pkl") -> object:
+    """The object in one pickle of a zip archive, whose storages are records in the folder of the same name.
+
+    Raises CheckpointError.
+    """
+
+    def read() -> object:
+        with open_blob(path) as blob:
+            limits = Limits.of(len(blob.data))
+            return archive.read_archive(blob, limits, _inner(limits), pickle)
+
+    return _read(path, read)
+
+
+def _any_format(blob: Blob, limits: Limits) -> object:
+    head = blob.data[:512]
+    inner = _inner(limits)
+    if head.startswith(archive.MAGIC):
+        return archive.read_archive(blob, limits, inner)
+    if legacy.MAGIC in head[:32]:
+        return legacy.read_legacy(blob, limits, inner)
+    if is_tar(head):
+        return read_tar(blob, limits, inner)
+    # Arrays are the weights only where nothing else is.
+    arrays = blob.data.find(b"_rebuild_") < 0
+    return read_pickle(blob.data, Inert(limits, inner=inner, arrays=arrays), limits)[0]
+
+
+def _inner(limits: Limits) -> Callable[[bytes], object]:
+    return partial(_nested, limits=limits)
+
+
+def _nested(raw: bytes, limits: Limits) -> object:
+    if not limits.nesting:
+        raise Fault("a pickle inside a pickle inside a pickle, and so on")
+    limits.nesting -= 1
+    try:
+        return _any_format(Blob(raw), limits)
+    finally:
+        limits.nesting += 1
+
+
+def _read(where: object, read: Callable[[], object]) -> object:
+    try:
+        return read()
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror or error}). Check its permissions.") from error
+    except Fault as fault:
+        raise CheckpointError(f"{where}: expected a complete checkpoint, found {fault}. {_DAMAGED}") from fault
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{where}: expected a complete torch.save archive, found one without the table of contents at the end "
+            f"({error}). The file was cut short; copy or download it again."
+        ) from error
+    except Exception as error:
+        detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+        raise CheckpointError(
+            f"{where}: expected a complete checkpoint, found one that does not read to its end ({detail}). {_DAMAGED}"
+        ) from error

@@ -1,0 +1,70 @@
+"""The safetensors format: https://huggingface.co/docs/safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ckpt_tools.errors import CheckpointError
+
+_HEADER_LIMIT = 100_000_000  # bytes, from the format's specification
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Memory-mapped tensors in the order of the file's header, and its metadata. Raises CheckpointError."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            keys = [key for key in safetensors_header(path) if key != "__metadata__"]
+            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+    except Exception as error:
+        size = path.stat().st_size
+        promised = _promised_size(path)
+        found = f"{size:,} of them" if size < promised else str(error)
+        expected = f"the {promised:,} bytes its header promises" if size < promised else "a safetensors file"
+        raise CheckpointError(
+            f"{path}: expected {expected}, found {found}. "
+            "The file is damaged or was cut short; copy or download it again."
+        ) from error
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header, in the order it was written. Raises ValueError if there is none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, _HEADER_LIMIT)))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    return header
+
+
+def raw_header(path: Path) -> bytes:
+    """The bytes of a safetensors file's header, with its padding. Raises ValueError if the file has not all of it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, _HEADER_LIMIT))
+    if len(text) != length:
+        raise ValueError(f"{len(text):,} bytes of a header of {length:,}")
+    return text
+
+
+def data_start(path: Path) -> int:
+    """The place in a safetensors file behind its header."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _promised_size(path: Path) -> int:
+    """Bytes a whole file would have; 0 if its header tells nothing."""
+    start = data_start(path)
+    if start > path.stat().st_size:
+        return start
+    try:
+        entries = [entry for key, entry in safetensors_header(path).items() if key != "__metadata__"]
+        # Nobody has a larger file, and Python refuses to print much larger numbers.
+        return start + min(max((int(entry["data_offsets"][1]) for entry in entries), default=0), 1 << 63)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError):
+        return 0

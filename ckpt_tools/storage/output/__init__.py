@@ -1,0 +1,1 @@
+"""Writing a file that appears whole and verified, or not at all."""

@@ -1,0 +1,104 @@
+"""Putting a finished file in place in one step, or leaving no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ckpt_tools.errors import OutputError
+from ckpt_tools.remote.delivery import check_remote, deliver
+from ckpt_tools.remote.mirror import is_remote
+from ckpt_tools.remote.scratch import claim, new_name, sweep
+from ckpt_tools.storage.output.permissions import set_permissions
+
+__all__ = ["check_target", "new_file", "sweep", "sync"]
+
+
+@contextlib.contextmanager
+def new_file(
+    target: Path,
+    *,
+    overwrite: bool,
+    sources: Sequence[Path] = (),
+    may_replace: Callable[[], bool] | None = None,
+) -> Iterator[Path]:
+    """A temporary path beside the target; what the block writes there takes the target's name at the end.
+
+    The temporary path lies in a folder of its own that only this user can enter, so that nobody reads the file before
+    it has its permissions: those that new files have here, without those that any of ``sources`` denies. If the block
+    raises anything, KeyboardInterrupt included, the folder is removed and the target stays as it was.
+
+    A target that appears meanwhile is replaced only with ``overwrite``. ``may_replace``, if it is given, decides that
+    instead, just before the target is replaced; it raises where the file must not be written at all.
+
+    Raises OutputError for a target that is taken, OSError if the file system refuses.
+    """
+    check_target(target, overwrite=overwrite)
+    claimed = claim(target.with_name(f".{new_name()}.tmp"))
+    try:
+        temporary = claimed.folder / "output"  # libraries take not every name
+        yield temporary
+        set_permissions(temporary, claimed.file_mode(), sources)
+        sync(temporary)
+        replace = overwrite if may_replace is None else may_replace()
+        (deliver if is_remote(target) else _move)(temporary, target, overwrite=replace)
+    finally:
+        claimed.release()
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        sync(target.parent)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse at once what cannot be written at the end; what killed processes left in the folder is removed.
+
+    Raises OutputError, and RemoteError for a remote target.
+    """
+    if is_remote(target):
+        check_remote(target, overwrite=overwrite)
+        return
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target}: expected the name of a file to write, found a folder. Add a file name.")
+        if target.exists() and not target.is_file():
+            raise OutputError(
+                f"{target}: expected the name of a file to write, found a device or pipe. Choose another."
+            )
+        if not target.parent.is_dir():
+            raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
+        if not os.access(target.parent, os.W_OK):
+            raise OutputError(f"{target}: the folder {target.parent} is read-only. Choose another with --output.")
+        sweep(target.parent)
+        if not overwrite and os.path.lexists(target):
+            raise _taken(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written there ({error.strerror}). Choose another name.") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's content is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _taken(target: Path) -> OutputError:
+    return OutputError(f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another name.")
+
+
+def _move(temporary: Path, target: Path, *, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(temporary, target)
+        return
+    try:
+        os.link(temporary, target)  # unlike a rename, fails if the name was taken meanwhile
+    except FileExistsError:
+        raise _taken(target) from None
+    except OSError:  # a file system without hard links
+        # A look, then a rename: to reserve the name would leave an empty output if we are killed in between.
+        if os.path.lexists(target):
+            raise _taken(target) from None
+        os.replace(temporary, target)

@@ -1,0 +1,67 @@
+"""SHA-256 in a thread of its own, beside whatever else has to be done with the bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+
+from ckpt_tools.storage.output.byte_transfer import read_at
+from ckpt_tools.storage.tensor_bytes import PIECE, Bytes
+
+__all__ = ["hashed", "read_back"]
+
+_BUFFERS = 4  # so that neither thread waits for the other's every step
+
+
+@contextmanager
+def hashed(file: int, known: str = "", start: int = 0) -> Iterator[Callable[[], str]]:
+    """Start hashing an open file from ``start`` on, unless its digest is known; the result waits for it.
+
+    Leaving early ends the work.
+    """
+    if known:
+        yield lambda: known
+        return
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(_digest, file, start, stop)
+        try:
+            yield future.result
+        finally:
+            stop.set()
+
+
+def _digest(file: int, at: int, stop: threading.Event) -> str:
+    digest, piece = hashlib.sha256(), bytearray(PIECE)
+    while not stop.is_set() and (count := os.preadv(file, [piece], at)):
+        digest.update(memoryview(piece)[:count])
+        at += count
+    return digest.hexdigest()
+
+
+def read_back(file: int, size: int, check: Callable[[int, Bytes], None]) -> str:
+    """SHA-256 of an open file of ``size`` bytes, each piece of which, with its place, ``check`` sees meanwhile.
+
+    The memory it takes does not depend on the size. Raises OSError, and whatever ``check`` raises.
+    """
+    digest = hashlib.sha256()
+    buffers = [np.empty(min(PIECE, size), np.uint8) for _ in range(_BUFFERS)]
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for number, start in enumerate(range(0, size, PIECE)):
+            if len(pending) == _BUFFERS - 1:
+                pending.popleft().result()
+            piece = buffers[number % _BUFFERS][: size - start]
+            read_at(file, piece, start)
+            pending.append(pool.submit(digest.update, piece.data))
+            check(start, piece)
+        for future in pending:
+            future.result()
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""Whether an output is still what was written: a full disk, a bad copy or a program may have changed it since."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ckpt_tools.remote.copies import remote_pieces
+from ckpt_tools.remote.mirror import is_remote
+from ckpt_tools.storage.formats.safetensors_file import data_start
+from ckpt_tools.storage.output.hashing import read_back
+from ckpt_tools.storage.provenance import Seal
+from ckpt_tools.storage.tensor_bytes import Bytes
+
+__all__ = ["FileDigest", "Measured", "measure_output"]
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """SHA-256 and size of a whole file, as a manifest holds them."""
+
+    sha256: str
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an output's bytes are now: of the whole file, and of the data behind its header."""
+
+    whole: FileDigest
+    data_sha256: str
+    data_bytes: int
+
+    def damage(self, seal: Seal, recorded: FileDigest | None) -> str:
+        """How an output differs from what was written; empty if it does not.
+
+        ``seal`` is the output's own, ``recorded`` what a manifest says of it, if one does.
+        """
+        if self.data_bytes != seal.data_bytes:
+            return f"it holds {self.data_bytes:,} bytes of data, of {seal.data_bytes:,} that were written"
+        if self.data_sha256 != seal.data_sha256:
+            return "its data is not what was written: the SHA-256 differs"
+        if recorded is not None and recorded != self.whole:
+            return "it is not the file that the manifest records: the SHA-256 differs"
+        return ""
+
+
+def measure_output(path: Path) -> Measured:
+    """Read a safetensors file once, for all of its digests.
+
+    Of a remote file only the header needs to be at its place: the file is read in pieces, and no copy is kept. Raises
+    OSError, RemoteError.
+    """
+    start = data_start(path)
+    data = hashlib.sha256()
+
+    def add_data(at: int, piece: Bytes) -> None:
+        data.update(piece[max(0, start - at) :].data)
+
+    whole = _read_remote(path, add_data) if is_remote(path) else _read_local(path, add_data)
+    return Measured(whole, data.hexdigest(), max(0, whole.size - start))
+
+
+def _read_local(path: Path, see: Callable[[int, Bytes], None]) -> FileDigest:
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        return FileDigest(read_back(file.fileno(), size, see), size)
+
+
+def _read_remote(path: Path, see: Callable[[int, Bytes], None]) -> FileDigest:
+    digest, size = hashlib.sha256(), 0
+    for piece in remote_pieces(path):
+        digest.update(piece)
+        see(size, np.frombuffer(piece, np.uint8))
+        size += len(piece)
+    return FileDigest(digest.hexdigest(), size)

@@ -1,0 +1,53 @@
+"""Whether a checkpoint in memory is still what its files hold."""
+
+from __future__ import annotations
+
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import OutputError
+from ckpt_tools.storage.compare import same_bytes
+from ckpt_tools.storage.files.checkpoint_files import find_source
+from ckpt_tools.storage.files.stamps import Stamp, StoredCheckpoint, take_stamps
+from ckpt_tools.storage.output.mappings import Mappings, file_mappings
+from ckpt_tools.storage.reading import read_part
+
+__all__ = ["require_stamps", "require_unchanged"]
+
+_LARGE = 1 << 26  # bytes, which take longer to compare than it takes the system to tell about mappings
+_AGAIN = "Run again, on a file that nobody is writing to."
+
+
+def require_unchanged(checkpoint: Checkpoint) -> tuple[Stamp, ...]:
+    """Refuse if a checkpoint's files or its tensors in memory are no longer what was read; the files' stamps.
+
+    An output would not match its source. Raises OutputError, CheckpointError.
+    """
+    stamps = checkpoint.stamps if isinstance(checkpoint, StoredCheckpoint) else ()
+    stamps = stamps or take_stamps(find_source(checkpoint.path))
+    require_stamps(checkpoint, stamps)
+    if changed := _changed(checkpoint):
+        raise OutputError(
+            f"{checkpoint.path}: expected the tensors as they were read, found {changed} changed in the file or in "
+            f"memory since. {_AGAIN}"
+        )
+    return stamps
+
+
+def require_stamps(checkpoint: Checkpoint, stamps: tuple[Stamp, ...]) -> None:
+    """Refuse if a checkpoint's files were written to after their stamps were taken. Raises OutputError."""
+    if take_stamps(find_source(checkpoint.path)) != stamps:
+        raise OutputError(
+            f"{checkpoint.path}: expected the file as it was read, found that it was written to since. {_AGAIN}"
+        )
+
+
+def _changed(checkpoint: Checkpoint) -> str | None:
+    """The first key whose tensor differs from a fresh reading; memory that still maps the file needs none."""
+    if checkpoint.module is not None:
+        return None  # read with trust; it is not executed a second time
+    stored = read_part(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
+    large = sum(tensor.nbytes for tensor in stored.values()) >= _LARGE
+    mappings = file_mappings() if large else Mappings()
+    for key, tensor in checkpoint.tensors.items():
+        if key not in stored or not (mappings.same_place(tensor, stored[key]) or same_bytes(tensor, stored[key])):
+            return key
+    return next((key for key in stored if key not in checkpoint.tensors), None)

@@ -1,7 +1,0 @@
-"""Tensors and plain data out of any pickle; nothing in it is imported, looked up or called."""
-
-from ckpt_tools.storage.pickles.load import load_archive, load_pickle, load_stream
-from ckpt_tools.storage.pickles.opaque import Opaque
-from ckpt_tools.storage.pickles.tensors import NOT_DENSE
-
-__all__ = ["NOT_DENSE", "Opaque", "load_archive", "load_pickle", "load_stream"]

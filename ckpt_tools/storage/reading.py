@@ -1,0 +1,137 @@
+"""Reading a checkpoint: ``read_checkpoint`` for the state dict in it, ``sha256`` for its identity."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.remote.mirror import located
+from ckpt_tools.storage.contents.entries import Entry, as_mapping, choose_entry, sort_remainder
+from ckpt_tools.storage.contents.quantized import missing_batch_norm
+from ckpt_tools.storage.contents.recorded_values import plain_words
+from ckpt_tools.storage.contents.state_dict_keys import plain_tensors, strip_wrappers
+from ckpt_tools.storage.files.checkpoint_files import Source, find_source, load_source, sha256
+from ckpt_tools.storage.files.stamps import Stamp, StoredCheckpoint, take_stamps
+from ckpt_tools.storage.formats.module_trees import module_class, module_rates
+from ckpt_tools.storage.formats.pickles import Opaque
+from ckpt_tools.storage.formats.sniff import Content
+
+__all__ = ["read_checkpoint", "read_part", "sha256", "under"]
+
+
+def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = False) -> Checkpoint:
+    """Read a state dict from any format that PyTorch's libraries save: torch.save files with state dicts or whole
+    modules, safetensors, TorchScript, torch.export, folders of shards, Hugging Face folders, distributed checkpoints.
+
+    The state dict may stand at the top level or under the names that common training scripts use. ``weights``
+    is "auto" (averaged weights where there are any, as timm's own loader does), "model", "ema", or the name of
+    an entry. Tensors are on the CPU and memory-mapped where the format permits: read them before the file
+    changes. Nothing in the file is executed unless ``trust`` is set. Of a URL (``s3://…``) a temporary copy is
+    read, which stays until the process ends.
+
+    Raises CheckpointError, RemoteError.
+    """
+    source = find_source(located(path))
+    stamps = take_stamps(source)
+    content = load_source(source, trust=trust)
+    try:
+        return _extract(source, content, weights, stamps)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a hostile pickle may hide methods of a dict or a tensor behind attributes
+        raise CheckpointError(
+            f"{path}: expected a state dict, found an object that cannot be searched for one "
+            f"({type(error).__name__}: {error}). Save model.state_dict() with torch.save."
+        ) from error
+
+
+def read_part(path: Path | str, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
+    """The part of a file that an earlier reading took: the entry ``weights``, without ``prefix`` before its keys.
+
+    Raises CheckpointError if it is not there any more.
+    """
+    found = read_checkpoint(path, weights=weights or "model", trust=trust)
+    inner = prefix.removeprefix(found.prefix)
+    return under(found, inner) if inner else found
+
+
+def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """Only the tensors that stand under ``prefix``, without it; the others are counted as left out."""
+    kept = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
+    others = Counter(key.partition(".")[0] for key in checkpoint.tensors if not key.startswith(prefix))
+    return replace(
+        checkpoint,
+        tensors=kept,
+        prefix=checkpoint.prefix + prefix,
+        left_out=(*checkpoint.left_out, *(f"{name} ({count} tensors)" for name, count in others.items())),
+    )
+
+
+def _extract(source: Source, content: Content, weights: str, stamps: tuple[Stamp, ...]) -> Checkpoint:
+    root = as_mapping(content.root)
+    try:
+        entry = choose_entry(root, weights, source.path)
+    except CheckpointError as error:
+        _require_unquantised(root, source.path, error)
+        raise
+    words, beside = sort_remainder(root, entry)
+    state = content.load(entry.state)
+    wrapped, odd = _plain(state, source.path)
+    tensors, prefix, counters = strip_wrappers(wrapped)
+    if not entry.path:  # "epoch" and the like among the tensors themselves
+        words = {key: state[key] for key in odd}
+    return StoredCheckpoint(
+        path=source.path,
+        format=content.format,
+        tensors=tensors,
+        weights=entry.name,
+        prefix=prefix,
+        words=plain_words({**content.words, **content.load(words), **_recorded(entry, prefix)}),
+        metadata=content.metadata,
+        left_out=(*beside, *_other_parts(entry), *odd, *counters),
+        module=_module(entry, prefix),
+        stamps=stamps,
+    )
+
+
+def _plain(state: Mapping[str, object], where: object) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        return plain_tensors(state, where)
+    except CheckpointError as error:
+        _require_unquantised(state, where, error)
+        raise
+
+
+def _require_unquantised(state: object, where: object, error: CheckpointError) -> None:
+    """Raise in place of ``error`` what the keys of a quantised model say better."""
+    names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []
+    if found := missing_batch_norm(names):
+        raise CheckpointError(f"{where}: expected dense tensors, found {found}") from error
+
+
+def _recorded(entry: Entry, prefix: str) -> dict[str, object]:
+    """What a pickled module says about itself: its class, and the drop rates of its submodules."""
+    module = entry.source
+    if module is None or isinstance(module, nn.Module):
+        return {}
+    for name in prefix.split(".")[:-1]:  # out of the wrappers whose prefix the keys lost
+        module = module.state["_modules"][name] if isinstance(module, Opaque) else None  # type: ignore[index]
+    rates = {f"{prefix}{path}".removesuffix("."): found for path, found in module_rates(module).items()}
+    return {"module": {"class": module_class(module), "rates": rates}}
+
+
+def _module(entry: Entry, prefix: str) -> nn.Module | None:
+    """The trusted model itself, out of the wrappers whose prefix its keys lost."""
+    return entry.source.get_submodule(prefix.rstrip(".")) if isinstance(entry.source, nn.Module) else None
+
+
+def _other_parts(entry: Entry) -> list[str]:
+    """The parts of a larger state dict of which the entry is one."""
+    others = [key for key in entry.whole or () if key not in entry.state]
+    return [f"{name} ({count} tensors)" for name, count in Counter(key.partition(".")[0] for key in others).items()]
