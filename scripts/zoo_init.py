@@ -20,8 +20,7 @@ from ckpt_tools.contract import LoadedModel, Recipe
 from ckpt_tools.identify.key_matching import fill
 from ckpt_tools.initialize.outcome import InitRewrite
 from ckpt_tools.initialize.rewrite import rewrite_init
-from ckpt_tools.jobs.initialization import seeded
-from ckpt_tools.jobs.new_weights import write_initialized
+from ckpt_tools.jobs.initialization import seeded, write_initialized
 from ckpt_tools.model.calling import call
 from ckpt_tools.storage.provenance import provenance
 from ckpt_tools.storage.reading import read_checkpoint

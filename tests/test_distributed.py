@@ -28,8 +28,8 @@ from ckpt_tools.data.source import open_source
 from ckpt_tools.distributed import ALONE, Ranks
 from ckpt_tools.errors import UsageError
 from ckpt_tools.machine.device import usable_device
+from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.moments import Clusters, Evidence, batch_moments, merged
-from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.shares import packed, unpacked
 
 TESTS = Path(__file__).parent
@@ -128,7 +128,7 @@ def test_every_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_on_one_cpu_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt_tools.reestimate.capacity.free_bytes", lambda device: 8000)
+    monkeypatch.setattr("ckpt_tools.machine.memory.free_bytes", lambda device: 8000)
     assert [fitting_batch_size(10, "cpu", sharing) for sharing in (1, 2, 4, 8)] == [128, 128, 64, 32]
 
 

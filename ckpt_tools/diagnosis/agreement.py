@@ -20,12 +20,12 @@ from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call, eager, unwrap
 from ckpt_tools.model.preserving import evaluating
+from ckpt_tools.model.randomness import seeded
 from ckpt_tools.reestimate.guards import check_input
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer, batch_only, stored
 from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
 from ckpt_tools.reestimate.running import Runner
-from ckpt_tools.reestimate.training import seeded, switch_dropout_on
 from ckpt_tools.results import BatchNormLayer, Walk
 
 Normalise = Literal["stored", "batch"]
@@ -209,3 +209,14 @@ def _compared(layer: Layer, *, variance: bool) -> LayerAgreement:
 
 def _distance(shift: Tensor, deviation: Tensor) -> Tensor:
     return (shift.square() + deviation.square() / 2).sqrt().nan_to_num(1.0, 1.0).clamp(max=1.0)
+
+
+def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
+    """Training mode for all but BN layers; with ``containers=False`` for leaf modules only.
+
+    Flags are set one by one, and whoever calls this restores them.
+    """
+    for module in model.modules():
+        leaf = not any(True for _ in module.children())
+        if not isinstance(module, _BatchNorm) and (containers or leaf):
+            module.training = True

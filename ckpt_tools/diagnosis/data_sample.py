@@ -13,8 +13,8 @@ from ckpt_tools.diagnosis.hypotheses import Change, Hypothesis
 from ckpt_tools.errors import ModelError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors, samples
 from ckpt_tools.model.calling import Forward
+from ckpt_tools.model.randomness import seeded
 from ckpt_tools.reestimate.outliers import Look
-from ckpt_tools.reestimate.training import seeded
 from ckpt_tools.results import Walk
 
 EARLY_LAYERS = 3

@@ -14,9 +14,9 @@ from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call, eager, unwrap
 from ckpt_tools.model.preserving import evaluating
+from ckpt_tools.model.randomness import seeded
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.running import Runner
-from ckpt_tools.reestimate.training import seeded
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from ckpt_tools.evaluate.scores import Metrics, metrics_of
 from ckpt_tools.evaluate.validation import Judged, Question, Validation, open_validation, question
 from ckpt_tools.jobs.recognition import recognise
 from ckpt_tools.machine.device import placed, usable_device
-from ckpt_tools.reestimate.capacity import fitting_batch_size
+from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.storage.reading import read_checkpoint, sha256
 from ckpt_tools.walker.downstream import walk
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from ckpt_tools.errors import ArchitectureError, CheckFailed, UsageError
 from ckpt_tools.identify.loading import identify, load_architecture
 from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
-from ckpt_tools.jobs.new_weights import write_initialized
 from ckpt_tools.jobs.outputs import default_output, refuse_data
 from ckpt_tools.jobs.verification import Trial, new_trial
 from ckpt_tools.machine.device import usable_device
-from ckpt_tools.storage.output.checkpoint_writer import check_output
+from ckpt_tools.model.calling import unwrap
+from ckpt_tools.storage.output.checkpoint_writer import Digests, check_output, replace_tensors, write_safetensors
+from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.reading import read_checkpoint
 
 Draw = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], None]
@@ -187,3 +188,43 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def write_initialized(output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False) -> Digests:
+    """Write a model whose weights were rewritten; the source's digest is empty if there is none. Raises OutputError.
+
+    With a checkpoint, its tensors with the new ones in their place, in its dtypes; else the state dict as it stands.
+    """
+    state = {key: value for key, value in unwrap(loaded.model).state_dict().items() if isinstance(value, Tensor)}
+    rewritten = _every_name(state, [layer.parameter for layer in result.rewritten])
+    zeroed = _every_name(state, [layer.bias for layer in result.rewritten if layer.bias])
+    said = _provenance(loaded, result) | {"rewritten": rewritten, "zeroed": zeroed}
+    if loaded.checkpoint is None:
+        return write_safetensors(output, state, metadata=output_metadata(None, said), overwrite=overwrite)
+    new = {key: state[key] for key in (*rewritten, *zeroed)}
+    return replace_tensors(output, loaded.checkpoint, new, provenance=said, overwrite=overwrite)
+
+
+def _every_name(state: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
+    """These keys and those of tied tensors, which hold the same numbers under another name."""
+    memory = {_memory(state[key]) for key in keys}
+    return [key for key, tensor in state.items() if _memory(tensor) in memory]
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _provenance(loaded: LoadedModel, result: InitRewrite) -> dict[str, object]:
+    """What the output says about itself: enough to repeat it, and no wall-clock time."""
+    return {
+        "expect": "init",
+        "architecture": loaded.recipe.architecture,
+        "model_kwargs": dict(loaded.recipe.kwargs),
+        "scheme": result.scheme,
+        "rule": result.rule,
+        "backward_term": result.backward_term,
+        "backward_factor": result.backward_factor,
+        "seed": result.seed,
+        "torch": torch.__version__,
+    }

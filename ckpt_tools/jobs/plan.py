@@ -20,8 +20,8 @@ from ckpt_tools.jobs.recognition import Recognised, recognise
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walks import Walks
 from ckpt_tools.machine.device import usable_device
+from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
-from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.run import check_method, check_team
 from ckpt_tools.results import Walk

@@ -14,8 +14,8 @@ from ckpt_tools.data.source import Source
 from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
+from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.model.batch import batch_size, to_device
-from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.walker.downstream import walk
 
 HEALTHY = (0.5, 2.0)  # a variance between these counts as kept

@@ -33,3 +33,11 @@ def seed_all(seed: int) -> None:
 
 def _devices_in_use() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Every global generator starts from ``seed``, and afterwards stands where it stood."""
+    with saved_randomness():
+        seed_all(seed)
+        yield

@@ -17,11 +17,10 @@ from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statis
 from ckpt_tools.model.batch import Batch, batch_size, to_device
 from ckpt_tools.model.calling import Forward, device_of, unwrap
 from ckpt_tools.model.model_state import ModelState
-from ckpt_tools.model.randomness import seed_all
+from ckpt_tools.model.randomness import seed_all, seeded
 from ckpt_tools.reestimate.run import reestimate_bn
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.reestimate.training import seeded
 from ckpt_tools.results import Reestimation, Walk
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from ckpt_tools.identify.kwargs import parse_model_kwargs
 from ckpt_tools.jobs.plan import Plan
-from ckpt_tools.report.redaction import without_secrets
+from ckpt_tools.redaction import without_secrets
 
 _NAMES = {"architecture": "arch"}  # fields whose option has another name
 

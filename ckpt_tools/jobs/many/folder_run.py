@@ -21,8 +21,7 @@ from ckpt_tools.jobs.plan import Plan, Sources, checked, chosen_device, prepare
 from ckpt_tools.jobs.reestimation import Outcome, execute
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walks import Walks
-from ckpt_tools.machine.memory import available_bytes
-from ckpt_tools.reestimate.capacity import free_bytes
+from ckpt_tools.machine.memory import available_bytes, free_bytes
 from ckpt_tools.storage.discovery import Found
 from ckpt_tools.storage.output.atomic import sweep
 from ckpt_tools.storage.output.integrity import FileDigest

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
+from ckpt_tools.redaction import presentable
 from ckpt_tools.report.columns import count, listed
 from ckpt_tools.report.content import Figure, Page, Section, Tone
 from ckpt_tools.report.facts import Facts, furthest, medians, part, parts, rewritten_layers
@@ -14,8 +15,7 @@ from ckpt_tools.report.pages.chart import measured_points
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.layer_tables import layers_section, sites_section
 from ckpt_tools.report.pages.metric_tables import metrics_section
-from ckpt_tools.report.redaction import presentable
-from ckpt_tools.report.text.reestimation_text import RATES, TOLD_BY
+from ckpt_tools.report.wording import RATES, TOLD_BY
 
 VERDICTS: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "quiet"}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+from ckpt_tools.redaction import presentable
 from ckpt_tools.report.content import Page
 from ckpt_tools.report.facts import Facts, part
 from ckpt_tools.report.number_format import whole_text
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.metric_tables import metrics_section
-from ckpt_tools.report.redaction import presentable
 
 
 def evaluation_page(facts: Facts) -> Page:

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from ckpt_tools.redaction import presentable
 from ckpt_tools.report.columns import count
 from ckpt_tools.report.content import Cell, Column, Figure, FolderPage, Page, Section, Table, Tone
 from ckpt_tools.report.facts import also_named, furthest, medians, part, parts
+from ckpt_tools.report.metric_facts import metrics, unit_of
 from ckpt_tools.report.number_format import UNKNOWN, measured, measured_text, number_cell, ratio_text, seconds_text
 from ckpt_tools.report.pages.checkpoint_page import VERDICTS, checkpoint_page, control_verdict
-from ckpt_tools.report.pages.metric_tables import metrics, metrics_section, unit_of
-from ckpt_tools.report.redaction import presentable
+from ckpt_tools.report.pages.metric_tables import metrics_section
 
 Record = Mapping[str, Any]
 

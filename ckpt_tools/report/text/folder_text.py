@@ -10,8 +10,8 @@ from typing import Any
 from ckpt_tools.plain_text import escape_controls, one_line, shorten_message
 from ckpt_tools.report.columns import columns, count
 from ckpt_tools.report.facts import also_named, medians, part, parts, rewritten_layers
+from ckpt_tools.report.metric_facts import metrics
 from ckpt_tools.report.number_format import measured, whole_text
-from ckpt_tools.report.pages.metric_tables import metrics
 from ckpt_tools.report.summary import without_name
 
 

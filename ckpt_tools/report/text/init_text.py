@@ -9,7 +9,8 @@ from ckpt_tools.jobs.initialization import InitOutcome
 from ckpt_tools.jobs.verification import HEALTHY, Trial, healthy
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.report.columns import columns, count, listed
-from ckpt_tools.report.text.reestimation_text import RATES, architecture_line, checkpoint_line
+from ckpt_tools.report.text.reestimation_text import architecture_line, checkpoint_line
+from ckpt_tools.report.wording import RATES
 
 _SHOWN = 40  # rows of a table before it is cut
 _HEAD = ("weight layer", "shape", "f before", "E[f²]", "keep", "f behind", "E[f'²]", "keep", "divided by")

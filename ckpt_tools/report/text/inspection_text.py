@@ -9,7 +9,8 @@ from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
 from ckpt_tools.jobs.inspection import Inspection, Prospect, Tally
 from ckpt_tools.plain_text import escape_controls, one_line
 from ckpt_tools.report.columns import columns, count, listed
-from ckpt_tools.report.text.reestimation_text import RATES, TOLD_BY, architecture_line, memory
+from ckpt_tools.report.text.reestimation_text import architecture_line, memory
+from ckpt_tools.report.wording import RATES, TOLD_BY
 from ckpt_tools.results import BatchNormLayer, DropoutSite, Walk
 
 _SHOWN = 12  # rows of a table before it is cut

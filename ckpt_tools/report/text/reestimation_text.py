@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from ckpt_tools.contract import Checkpoint, LoadedModel, RecognisedBy
+from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.source import words_for
 from ckpt_tools.demo.train import Score
 from ckpt_tools.diagnosis.data_check import DataVerdict
@@ -17,6 +17,7 @@ from ckpt_tools.plain_text import one_line
 from ckpt_tools.report.columns import columns, count, listed
 from ckpt_tools.report.number_format import deviation_text
 from ckpt_tools.report.text.metrics_text import metrics_text
+from ckpt_tools.report.wording import RATES, TOLD_BY
 from ckpt_tools.results import Controls, LayerResult, Outlier, Reestimation
 from ckpt_tools.storage.compare import Change, Comparison
 
@@ -53,25 +54,6 @@ def _own_code(plan: Plan) -> list[str]:
     own = [plan.loaded.recipe.name] if plan.loaded.recipe.adapter == "factory" else []
     own += [source.spec for source in sources if source.kind == "callable"]
     return [*own, *(["what the checkpoint names (--trust)"] if plan.request.trust else [])]
-
-
-RATES = {
-    "given": "given by --model-kwargs",
-    "recorded": "recorded in the checkpoint",
-    "model": "those of the model",
-    "unknown": "not recorded",
-}
-
-
-TOLD_BY: Mapping[RecognisedBy, str] = {
-    "user": "you (--arch); its tensors fit",
-    "checkpoint": "the checkpoint itself; its tensors fit",
-    "module": "the module that the file holds",
-    "shapes": "names and shapes of all tensors",
-    "shapes without head": "names and shapes of all tensors but the head's",
-    "data": "the data, among several that fit",
-    "file name": "the file's name, among several that fit",
-}
 
 
 def _scores(scores: Mapping[str, float | None]) -> str:

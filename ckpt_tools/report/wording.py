@@ -1,0 +1,25 @@
+"""Sentences that the text and the pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckpt_tools.contract import RecognisedBy
+
+RATES = {
+    "given": "given by --model-kwargs",
+    "recorded": "recorded in the checkpoint",
+    "model": "those of the model",
+    "unknown": "not recorded",
+}
+
+
+TOLD_BY: Mapping[RecognisedBy, str] = {
+    "user": "you (--arch); its tensors fit",
+    "checkpoint": "the checkpoint itself; its tensors fit",
+    "module": "the module that the file holds",
+    "shapes": "names and shapes of all tensors",
+    "shapes without head": "names and shapes of all tensors but the head's",
+    "data": "the data, among several that fit",
+    "file name": "the file's name, among several that fit",
+}
