@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 
-sys.path += [str(Path(__file__).parent.parent / "tests")]
+sys.path += [str(Path(__file__).parent.parent / "tests" / "support")]
 
 from stores import Lying
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path += [str(Path(__file__).parent.parent / "tests")]
+sys.path += [str(Path(__file__).parent.parent / "tests" / "support")]
 
 import format_files as formats
 import malicious

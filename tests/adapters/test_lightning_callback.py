@@ -311,7 +311,7 @@ def test_the_older_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = (text for text in re.findall(r"```python\n(.+?)```", readme, re.DOTALL) if "BNReestimation" in text)
     monkeypatch.chdir(tmp_path)
     exec(block, {"module": Task(), "loader": loader()})

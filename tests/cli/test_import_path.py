@@ -20,7 +20,7 @@ from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import ArchitectureError, DataError
 from ckpt_tools.import_path import children_without_current_folder, import_user_module, user_code_for_children
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Libraries try to import these and go on without them; none of them is installed everywhere.
 OPTIONAL = {"colorama", "cupy", "dill", "h5py", "opt_einsum", "orjson", "pandas", "tensorflow", "triton", "xformers"}
 SIZE = ("--input-size", "4")
@@ -50,7 +50,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests"))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests/support"))}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

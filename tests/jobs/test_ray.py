@@ -35,7 +35,7 @@ from ckpt_tools.jobs.request import Request
 from ckpt_tools.remote.mirror import located, mirroring
 from ckpt_tools.storage.discovery import find_checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests")))
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests/support")))
         patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where a token of the user's would be
         for name in [name for name in os.environ if name.startswith("RAY_AUTH") or name == "RAY_ADDRESS"]:

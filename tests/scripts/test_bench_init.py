@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import bench_init
 import bench_init_rules as rules

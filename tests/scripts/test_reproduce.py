@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from scipy import stats
 
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 from reproduce import EXPERIMENTS, figure1, figure2, figure5, find, table1
 from reproduce.__main__ import main

@@ -26,7 +26,7 @@ from malicious_files import as_archive
 from pickle_assembler import call, name, tensor, value, whole
 from safetensors.torch import save_file
 
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 from fuzz_cases import limited
 

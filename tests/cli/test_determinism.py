@@ -105,7 +105,7 @@ def test_whatever_the_process_its_hash_seed_and_its_language(root: Path) -> None
     expected, _ = run(root, "--limit", 60)
     output = root / "other.safetensors"
     environment = os.environ | {"PYTHONHASHSEED": "3" if os.environ.get("PYTHONHASHSEED") != "3" else "4"}
-    path = os.pathsep.join(map(str, [Path(__file__).parent, *filter(None, sys.path)]))
+    path = os.pathsep.join(map(str, [Path(__file__).parents[1] / "support", *filter(None, sys.path)]))
     command = [sys.executable, "-m", "ckpt_tools", *arguments(root, output, "--limit", 60, "--workers", 2)]
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TZ": "Asia/Tokyo", "HOME": str(root)}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "SOURCE_DATE_EPOCH": "-1"}

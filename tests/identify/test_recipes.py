@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECTION = (ROOT / "README.md").read_text().split("\n## In CI\n")[1].split("\n## ")[0]
 SIDE = 64
 

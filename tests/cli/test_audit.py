@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def test_hostile_files_lead_nowhere(tmp_path: Path) -> None:
@@ -22,10 +22,10 @@ def test_hostile_files_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY")
     environment = {name: value for name, value in os.environ.items() if name not in offline}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "adapters", TESTS)))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT.parents[1] / "adapters", SUPPORT)))
     environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, TESTS / "audited.py"],
+        [sys.executable, SUPPORT / "audited.py"],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -230,7 +230,7 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(main.commands) - {"demo"}))  # tests/test_cli.py runs the demo
+@pytest.mark.parametrize("name", sorted(set(main.commands) - {"demo"}))  # tests/cli/test_cli.py runs the demo
 def test_json_is_alone_on_stdout(name: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (files / "talkative.py").write_text(
         "import nets\ndef build():\n    print('building')\n    return nets.DenseNet()\n"

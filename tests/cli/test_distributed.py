@@ -32,7 +32,7 @@ from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.moments import Clusters, Evidence, batch_moments, merged
 from ckpt_tools.reestimate.shares import packed, unpacked
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 CENTRE = torch.zeros(3, dtype=torch.float64)
 
 
@@ -169,7 +169,7 @@ def prepared(folder: Path) -> None:
 
 
 def torchrun(world: int, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(TESTS / part) for part in ("..", "../adapters", "."))
+    path = os.pathsep.join(str(SUPPORT / part) for part in ("../..", "../../adapters", "."))
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return subprocess.run(
         [*command, *map(str, arguments)],
@@ -197,7 +197,7 @@ def same(a: object, b: object) -> bool:
 def test_many_equal_one(world: int, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, one = alone
     prepared(tmp_path)
-    run = torchrun(world, TESTS / "ranks.py", tmp_path)
+    run = torchrun(world, SUPPORT / "ranks.py", tmp_path)
     assert run.returncode == 0, run.stderr
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(world)]
     for rank in range(world):

@@ -30,7 +30,7 @@ from test_malicious import SLOW
 
 from ckpt_tools.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORK, OUTSIDE = Path("work").absolute(), Path("outside").absolute()
 ARCH = ("--arch", "malicious:Net")
 PLAIN = ("--device", "cpu", "--batch-size", "4", "-q", "--overwrite", "-o", "../out/x.safetensors")
