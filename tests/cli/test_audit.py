@@ -22,7 +22,8 @@ def test_hostile_files_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY")
     environment = {name: value for name, value in os.environ.items() if name not in offline}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT.parents[1] / "adapters", SUPPORT)))
+    root = SUPPORT.parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "adapters", SUPPORT)))
     environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, SUPPORT / "audited.py"],

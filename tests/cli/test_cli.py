@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from cli_runs import names_in, ok, raw_tensors, run, stored
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -23,16 +22,6 @@ from ckpt_tools.cli import main
 
 ARCH = "nets:DenseNet"
 TORCHVISION = ["--arch", "torchvision:resnet18"]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> Result:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture
@@ -52,16 +41,8 @@ def job(files: Path, *more: object) -> list[object]:
     return ["bn-reestimate", files / "model.pt", "--data", files / "data.npy", "--arch", ARCH, "-q", *more]
 
 
-def stored(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)
-
-
 def leftovers(folder: Path) -> list[str]:
     return [name for name in names_in(folder) if name.startswith(".") or name.endswith((".tmp", ".bn.safetensors"))]
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_main_job(files: Path, model: nn.Module) -> None:
@@ -78,19 +59,6 @@ def test_the_main_job(files: Path, model: nn.Module) -> None:
     nets.DenseNet().load_state_dict(found)
     assert ok("diff", files / "model.pt", output).exit_code == 0
     assert result["controls"]["verdict"] == "agree"
-
-
-def raw_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Twenty lines that share no code with the project: a safetensors file as bytes."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    data = raw[8 + length :]
-    return {
-        key: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])])
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
 
 
 def test_only_running_variances_differ(files: Path) -> None:

@@ -50,7 +50,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests/support"))}
+    parts = ("", "adapters", "tests/support")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in parts)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

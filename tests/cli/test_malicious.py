@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from malicious import CANARY, CODE_PICKLES, PICKLES, TENSORS, Net
 from malicious_files import FILES, as_archive, as_legacy
+from slow_files import SLOW
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError
@@ -145,12 +146,6 @@ def run(folder: Path, label: str, commands: list[list[str]]) -> None:
 @pytest.mark.parametrize(("at", "label"), list(enumerate([*PICKLES, *FILES])))
 def test_commands_answer_with_an_error(tmp_path: Path, at: int, label: str) -> None:
     run(tmp_path, label, [COMMANDS[at % len(COMMANDS)]])
-
-
-# A second or more each time; what is deep for one reader is as deep for the next.
-SLOW = frozenset(
-    label for label in PICKLES if any(words in label for words in ("000 deep", "again and again", "nested t"))
-)
 
 
 @pytest.mark.zoo

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hostile_facts import filled
 from hostile_names import is_command, is_own, lines, names, poisoned
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_report_hostile import filled
 
 import ckpt_tools.report
 from ckpt_tools.cli import boundary, github, main

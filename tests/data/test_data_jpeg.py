@@ -13,7 +13,7 @@ from PIL import Image
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.decoder_warnings import quiet_decoders
-from ckpt_tools.data.images.image_files import image_files, image_folder, jpeg
+from ckpt_tools.data.images import image_files, image_folder, jpeg
 from ckpt_tools.data.images.transforms import ImageTransform
 
 TRANSFORM = ImageTransform(InputSpec((3, 32, 32), crop_pct=0.875))

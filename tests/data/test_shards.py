@@ -25,7 +25,7 @@ from ckpt_tools.data import open_source
 from ckpt_tools.data.images.image_files import EXTENSIONS
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.sample_order import WHOLE, Share
-from ckpt_tools.data.shards.disk_shards import shard_index
+from ckpt_tools.data.shards import shard_index
 from ckpt_tools.data.shards.mixing import evenly, shuffled, taken_in_turn
 from ckpt_tools.data.shards.sample_grouping import grouped, image_extension
 from ckpt_tools.data.shards.shard_names import expanded

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cli_runs import names_in, ok, raw_tensors, run, stored
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_cli import names_in, ok, raw_tensors, run, stored
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckFailed

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_preserving import MUTATIONS, OUTCOMES, SETTINGS, Attic, fail, unchanged
+from mutations import MUTATIONS, OUTCOMES, SETTINGS, Attic, fail, unchanged
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.ao.quantization import fake_quantize, observer

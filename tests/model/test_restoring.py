@@ -19,8 +19,8 @@ import nets
 import photograph
 import pytest
 import torch
+from faulty_operations import Faulty, Injected
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import ckpt_tools
@@ -30,24 +30,6 @@ from ckpt_tools.initialize.verify import measure_signals
 
 TRIED = 2  # operations of each call, beside the first and the last
 SIZE = 8
-
-
-class Injected(Exception):
-    """What nobody but the test raises."""
-
-
-class Faulty(TorchDispatchMode):
-    """Counts operations and raises at one of them; 0: at none."""
-
-    def __init__(self, at: int = 0, error: type[BaseException] = Injected) -> None:
-        super().__init__()
-        self.at, self.error, self.seen = at, error, 0
-
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
-        self.seen += 1
-        if self.seen == self.at:
-            raise self.error
-        return func(*args, **(kwargs or {}))
 
 
 class Busy(nn.Module):

@@ -30,7 +30,7 @@ from torch import nn
 import ckpt_tools
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.images.image_files import remote_image_folder
+from ckpt_tools.data.images import remote_image_folder
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.source import open_source
 from ckpt_tools.data.stream import BatchStream

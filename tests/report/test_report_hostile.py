@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from hostile_facts import FOREIGN, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_facts import HOSTILE, facts, records, with_metrics
@@ -18,8 +19,6 @@ from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, folder_ma
 from ckpt_tools.report.summary import failure_markdown
 from ckpt_tools.report.text.folder_text import folder_text
 
-# Leaves that come from files and their names; the others are words of ours.
-FOREIGN = {"name", "path", "spec", "reason", "op", "architecture", "format", "weights", "why", "transform", "command"}
 FOREIGN |= {"origin", "error", "sha256", "device", "cause", "checkpoint", "output"}
 FRAGMENTS = (
     *HOSTILE,
@@ -31,16 +30,6 @@ FRAGMENTS = (
 hostile = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), min_size=1, max_size=4).map("".join)
 several = st.lists(hostile, min_size=7, max_size=7)
 Page = Callable[[Any], str]
-
-
-def filled(value: Any, give: Callable[[], str], key: str = "") -> Any:
-    if isinstance(value, Mapping):
-        return {name: filled(item, give, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [filled(item, give, key) for item in value]
-    if not isinstance(value, str) or key not in FOREIGN:
-        return value
-    return f"a{give()}z" if "/" not in value else f"/folder/a{give()}z"
 
 
 class Skeleton(HTMLParser):

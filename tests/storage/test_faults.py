@@ -26,7 +26,7 @@ import stress
 
 from ckpt_tools.cli import boundary, main
 from ckpt_tools.data import prefetch
-from ckpt_tools.data.images.image_files import image_files
+from ckpt_tools.data.images import image_files
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.prefetch import read_ahead, reading
 from ckpt_tools.errors import DataError

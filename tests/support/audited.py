@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import format_files
+import hostile_contents
 import hostile_folders
 import malicious
 import numpy as np
-import test_hostile_files
 import torch
 import torchmetrics  # noqa: F401 - brings matplotlib, which looks for fonts with a program when it is first imported
 from audit_recorder import Recorder
 from click.testing import CliRunner
 from malicious import CANARY
 from malicious_files import FILES, as_archive
-from test_malicious import SLOW
+from slow_files import SLOW
 
 from ckpt_tools.cli import main
 
@@ -82,7 +82,7 @@ def commands(
 
 def files() -> Iterator[Case]:
     """The malicious files, as the checkpoint, as its metadata, and as data."""
-    makers: dict[str, Callable[[], bytes]] = {**malicious.PICKLES, **FILES, **test_hostile_files.FILES}
+    makers: dict[str, Callable[[], bytes]] = {**malicious.PICKLES, **FILES, **hostile_contents.FILES}
     for number, (label, make) in enumerate(makers.items()):
         content = make()
         Path("state.pt").write_bytes(content)
@@ -111,7 +111,7 @@ def elsewhere(content: bytes, number: int) -> list[list[str]]:
 
 def arrays() -> Iterator[Case]:
     """Data that lies about itself."""
-    for label, (file, make) in test_hostile_files.ARRAYS.items():
+    for label, (file, make) in hostile_contents.ARRAYS.items():
         Path(file).write_bytes(make())
         yield label, file, [["bn-reestimate", "../other.pt", "--data", file, *ARCH, *PLAIN]]
     for label, fill in hostile_folders.DATA.items():

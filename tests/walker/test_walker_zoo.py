@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_walker import changed_by_dropout
+from dropout_oracle import changed_by_dropout
 from torch import nn
 
 import ckpt_tools
