@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.model.preserving import preserved
+from ckpt_tools.model.preserving import preserve_models
 
 Rule = tuple[Tensor, Tensor]  # nodes on [−1, 1] and their weights
 
@@ -48,7 +48,7 @@ def activation_moments(f: Callable[[Tensor], Tensor]) -> ActivationMoments:
     Raises:
         UsageError: f is not pointwise, is random, or its moments are not finite.
     """
-    with preserved(f):
+    with preserve_models(f):
         return _moments(f)
 
 

@@ -27,7 +27,7 @@ from timm.layers import BlurPool2d
 from torch import nn
 
 from ckpt_tools import walk
-from ckpt_tools.diagnosis.agreement import best_candidate, measure
+from ckpt_tools.diagnosis.agreement import best_candidate, measure_agreement
 from ckpt_tools.diagnosis.data_check import DataVerdict, check_data
 from ckpt_tools.errors import ModelError
 
@@ -128,7 +128,7 @@ def told_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
         for number in range(wrong):
             batch = right(net, subset(net, number)).batch
             scores = {
-                other: measure(model, [batch], net.walk, rates_known=True, normalise="batch")
+                other: measure_agreement(model, [batch], net.walk, rates_known=True, normalise="batch")
                 for other, model in candidates.items()
             }
             best = best_candidate(scores)

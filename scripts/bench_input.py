@@ -22,7 +22,7 @@ from torchvision import datasets, transforms
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.images.resampling import INTERPOLATIONS, agrees
+from ckpt_tools.data.images.resampling import INTERPOLATIONS, matches_pil
 from ckpt_tools.data.images.transforms import ImageTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -120,7 +120,7 @@ def alikeness() -> dict[str, dict[str, float]]:
     for interpolation, (kind, images) in itertools.product(("bilinear", "bicubic"), pictures.items()):
         off = []
         for image, size, goal in itertools.product(images, sizes, goals):
-            if agrees(size, goal, interpolation):
+            if matches_pil(size, goal, interpolation):
                 picture = image.resize(size, Image.Resampling.BICUBIC)
                 spec = InputSpec((3, goal[1], goal[0]), interpolation=interpolation, crop_mode="squash", crop_pct=1.0)
                 theirs = np.array(picture.resize(goal, INTERPOLATIONS[interpolation])).transpose(2, 0, 1)

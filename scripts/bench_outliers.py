@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ckpt_tools import Reestimation, reestimate_bn
-from ckpt_tools.model.preserving import evaluating
+from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer, kept_mean
 from ckpt_tools.reestimate.outliers import DEEP_FLOOR, energies, margins
@@ -80,7 +80,7 @@ def _deep_margins(model: nn.Module, images: Tensor) -> float:
         layer.begin_pass(kept_mean)
         layer.begin_batch(closely=True)
     interception.begin(len(images), layers, stop=False)
-    with evaluating(model), torch.no_grad(), interception:
+    with preserved_evaluation_mode(model), torch.no_grad(), interception:
         model(images)
     shown = [seen.images for layer in layers if (seen := layer.take()) is not None]
     return max(float(margins(one, one, DEEP_FLOOR).max()) for one in shown if one is not None)

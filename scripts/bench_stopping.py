@@ -19,8 +19,8 @@ from tqdm import trange
 
 from ckpt_tools.data.sample_order import random_order
 from ckpt_tools.demo.densenet import digits_densenet
-from ckpt_tools.model.calling import call
-from ckpt_tools.model.preserving import evaluating
+from ckpt_tools.model.calling import call_model
+from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.passes import Passes
@@ -61,9 +61,9 @@ def shuffled(images: Tensor, seed: int) -> Iterator[Tensor]:
 def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> tuple[Passes, list[Layer]]:
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms}
-    runner, screening = Runner(model, call, Interception()), Screening(model, lambda batch, row: "", keep=False)
+    runner, screening = Runner(model, call_model, Interception()), Screening(model, lambda batch, row: "", keep=False)
     passes = Passes(model, Batches(batches), runner, layers, None, screening)
-    with evaluating(model), torch.no_grad():
+    with preserved_evaluation_mode(model), torch.no_grad():
         passes.estimate("pooled", "variance", tolerance, 0.1, 1)
     return passes, list(layers.values())
 

@@ -23,8 +23,14 @@ from zoo_models import Checked, architectures, checked
 
 from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.index import Entry, Index, encode, entry_for, shipped
-from ckpt_tools.identify.skeleton import CHANNELS, CLASSES, following, shapes_of, skeleton
+from ckpt_tools.identify.index import ArchitectureIndex, IndexEntry, encode_index, load_shipped_index, make_index_entry
+from ckpt_tools.identify.skeleton import (
+    CHANNEL_KEYWORDS,
+    CLASS_KEYWORDS,
+    build_skeleton,
+    keys_depending_on,
+    state_dict_shapes,
+)
 
 TARGET = Path(__file__).parent.parent / "ckpt_tools" / "identify" / "index.json.gz"
 LIBRARIES = ("timm", "torchvision")
@@ -35,7 +41,7 @@ OPTIONAL_HEADS = {"torchvision": {"aux_loss": True}}
 
 @dataclass(frozen=True)
 class Indexed(Checked):
-    entry: Entry | None = None
+    entry: IndexEntry | None = None
 
 
 @contextmanager
@@ -49,22 +55,24 @@ def no_initialisation() -> Iterator[None]:
 def index_one(architecture: str) -> Indexed:
     adapter, name = plugins.resolve(architecture)
     with no_initialisation():
-        own = shapes_of(skeleton(adapter, name, {}))
-        head = following(adapter, name, {}, CLASSES, own)
-        stem = following(adapter, name, {}, CHANNELS, own)
+        own = state_dict_shapes(build_skeleton(adapter, name, {}))
+        head = keys_depending_on(adapter, name, {}, CLASS_KEYWORDS, own)
+        stem = keys_depending_on(adapter, name, {}, CHANNEL_KEYWORDS, own)
         try:
             extra = OPTIONAL_HEADS.get(adapter.prefix)
-            head |= following(adapter, name, extra, CLASSES) if extra else frozenset()
+            head |= keys_depending_on(adapter, name, extra, CLASS_KEYWORDS) if extra else frozenset()
         except ArchitectureError:
             pass  # it has no such head
-    return Indexed(architecture, entry=entry_for(architecture, own, head, stem))
+    return Indexed(architecture, entry=make_index_entry(architecture, own, head, stem))
 
 
-def compare(found: Index, only: str) -> list[str]:
+def compare(found: ArchitectureIndex, only: str) -> list[str]:
     """A line for every architecture about which the shipped index says something else."""
-    known = {entry.architecture: entry for entry in shipped().entries if fnmatch.fnmatch(entry.architecture, only)}
+    known = {
+        entry.architecture: entry for entry in load_shipped_index().entries if fnmatch.fnmatch(entry.architecture, only)
+    }
     new = {entry.architecture: entry for entry in found.entries}
-    versions = shipped().versions
+    versions = load_shipped_index().versions
     lines = [
         f"{lib} {v}, the index has {versions.get(lib)}" for lib, v in found.versions.items() if versions.get(lib) != v
     ]
@@ -86,13 +94,13 @@ def main(check: bool, only: str, jobs: int) -> None:
         if one.failure:
             print(f"FAILED {one.architecture}: {one.failure}")
     entries = tuple(one.entry for one in found if one.entry is not None)
-    index = Index({library: version(library) for library in LIBRARIES}, entries)
+    index = ArchitectureIndex({library: version(library) for library in LIBRARIES}, entries)
     print(f"{len(entries)} of {len(found)} architectures in {time.perf_counter() - started:.0f} s")
     if check:
         differences = compare(index, only)
         print("\n".join(sorted(differences)) or "the shipped index says the same")
         sys.exit(1 if differences else 0)
-    data = encode(index)
+    data = encode_index(index)
     print(f"{TARGET}: {len(data):,} bytes")
     if len(data) > LARGEST_FILE:
         sys.exit(f"expected at most {LARGEST_FILE:,} bytes")

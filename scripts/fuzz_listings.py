@@ -19,8 +19,8 @@ from stores import Lying
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.remote.mirror import located, mirroring
-from ckpt_tools.remote.scratch import LOCK, roomy_folder
+from ckpt_tools.remote.mirror import open_mirror, resolve_location
+from ckpt_tools.remote.scratch import LOCK_NAME, large_temporary_folder
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
 
@@ -48,12 +48,12 @@ def read_listing(path: Path) -> None:
     Lying.entries = entries if isinstance(entries, list) else [entries]
     Lying.contents = {file.suffix: file.read_bytes() for file in path.parent.iterdir() if file.name.startswith("any.")}
     for use in _USES:
-        with mirroring(), confined(path.parent / SECRET), suppress(CkptToolsError):
+        with open_mirror(), confined(path.parent / SECRET), suppress(CkptToolsError):
             use()
 
 
 def _search() -> None:
-    for found in find_checkpoints([located(URL)]):
+    for found in find_checkpoints([resolve_location(URL)]):
         read_checkpoint(found.path)
 
 
@@ -70,7 +70,7 @@ _USES: tuple[Callable[[], object], ...] = (
     lambda: read_checkpoint(URL),
     lambda: read_checkpoint(f"{URL}/model.safetensors.index.json"),
     lambda: read_checkpoint(f"{URL}/.metadata"),
-    lambda: find_checkpoints([located(f"{URL}/*/*.pt")]),
+    lambda: find_checkpoints([resolve_location(f"{URL}/*/*.pt")]),
     _images,
     _shards,
 )
@@ -101,7 +101,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if not isinstance(arguments[0], (str, bytes, os.PathLike)) or "\0" in os.fsdecode(arguments[0]):
         return  # an open file, or what no system takes
-    if event == "open" and arguments[0] == LOCK:
+    if event == "open" and arguments[0] == LOCK_NAME:
         return  # within an open temporary folder, whose descriptor the event does not tell
     path = Path(os.path.realpath(os.fsdecode(arguments[0])))
     secret, trespasses = _watched[-1]
@@ -116,6 +116,6 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 def _is_copy(path: Path) -> bool:
     """Whether a path lies in a folder for copies of remote files."""
-    root = Path(os.path.realpath(roomy_folder()))
+    root = Path(os.path.realpath(large_temporary_folder()))
     inside = path.relative_to(root).parts if path.is_relative_to(root) else ()
     return bool(inside) and inside[0].lstrip(".").startswith("ckpt-tools-")

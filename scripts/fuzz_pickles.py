@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from fuzz_bytes import NUMBERS, mutated_text, packed
 
-from ckpt_tools.storage.formats.pickles.known_names import CALLS, VALUES
+from ckpt_tools.storage.formats.pickles.known_names import GLOBAL_CALLS, GLOBAL_VALUES
 
 __all__ = ["is_pickled", "mutated_pickle"]
 
 _NAMES = (
-    *(*CALLS, *VALUES, "os.system", "builtins.eval", "torch.nn.modules.module.Module", "torch.FloatStorage"),
+    *(*GLOBAL_CALLS, *GLOBAL_VALUES, "os.system", "builtins.eval", "torch.nn.modules.module.Module", "torch.FloatStorage"),
     *("torch.QInt8Storage", "torch.storage._load_from_bytes", "numpy.ndarray", "numpy.dtype", "copyreg._reconstructor"),
     *("numpy._core.numeric._frombuffer", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
     "torch._utils._rebuild_qtensor",

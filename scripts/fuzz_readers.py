@@ -19,15 +19,15 @@ from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.errors import ArchitectureError, CkptToolsError
-from ckpt_tools.identify.candidate import Candidate, settle
-from ckpt_tools.identify.recipe import spoken
-from ckpt_tools.jobs.conversion import shared_memory
+from ckpt_tools.identify.candidate import Candidate, fit_candidate
+from ckpt_tools.identify.recipe import recorded_recipes
+from ckpt_tools.jobs.conversion import keys_sharing_memory
 from ckpt_tools.report.pages.html_page import folder_html
 from ckpt_tools.report.pages.markdown_page import folder_markdown
-from ckpt_tools.report.records.manifest import Manifest, records_in
+from ckpt_tools.report.records.manifest import Manifest, parse_records
 from ckpt_tools.report.text.folder_text import folder_text
 from ckpt_tools.storage.discovery import find_checkpoints
-from ckpt_tools.storage.provenance import provenance, recorded
+from ckpt_tools.storage.provenance import checkpoint_provenance, read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.storage.tensor_bytes import raw_bytes
 
@@ -41,10 +41,10 @@ def _checkpoint(path: Path) -> None:
     found = read_checkpoint(path)
     for tensor in found.tensors.values():
         _touch(tensor)
-    shared_memory(found.tensors)
-    provenance(found)
+    keys_sharing_memory(found.tensors)
+    checkpoint_provenance(found)
     if path.is_file():
-        recorded(path)
+        read_provenance_entry(path)
 
 
 def _touch(tensor: Tensor) -> None:
@@ -69,7 +69,7 @@ def _folder(path: Path) -> None:
 
 def _array(path: Path) -> None:
     source = open_source(str(path), limit=64)
-    _read(source, None if source.preprocessed else InputSpec((3, 8, 8)))
+    _read(source, None if source.is_preprocessed else InputSpec((3, 8, 8)))
     if source.array.labels is not None:  # type: ignore[attr-defined]
         array_labels(source.array)  # type: ignore[attr-defined]
 
@@ -125,10 +125,10 @@ def _class_map(path: Path) -> None:
 def _manifest(path: Path) -> None:
     """A later run takes over what an earlier one recorded, and its report with it."""
     log = Manifest(path)
-    records = list(records_in(path.read_bytes()))
+    records = list(parse_records(path.read_bytes()))
     for record in records:
-        log.in_manifest(Path(str(record.get("output"))))
-    records += [log.add({**record, "status": "done before"}) for record in records]
+        log.recorded_output(Path(str(record.get("output"))))
+    records += [log.add_record({**record, "status": "done before"}) for record in records]
     log.publish()
     folder_markdown(records)
     folder_html(records)
@@ -144,9 +144,9 @@ def _words(path: Path) -> None:
     if not isinstance(words, dict):
         return
     stranger = Checkpoint(path, "torch", _model().state_dict(), words=words)
-    for adapter, recipe in spoken(stranger):
+    for adapter, recipe in recorded_recipes(stranger):
         with contextlib.suppress(ArchitectureError):  # as a run does, which then tries what else may fit
-            settle(stranger, Candidate(adapter, recipe, "checkpoint"), {})
+            fit_candidate(stranger, Candidate(adapter, recipe, "checkpoint"), {})
     for prefix in ("timm", "torchvision"):
         plugins.adapter(prefix).input_spec(_model(), "resnet18", words)
 

@@ -32,12 +32,12 @@ from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
 from ckpt_tools.identify.candidate import Candidate
-from ckpt_tools.identify.closest import closest
-from ckpt_tools.identify.equivalents import one_of_each
-from ckpt_tools.identify.index import shipped
-from ckpt_tools.identify.recipe import plain
+from ckpt_tools.identify.closest import find_closest_architectures
+from ckpt_tools.identify.equivalents import merge_equivalent_candidates
+from ckpt_tools.identify.index import load_shipped_index
+from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.shape_digest import Shapes
-from ckpt_tools.identify.skeleton import shapes_of, skeleton
+from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
 
 LARGEST = 1_000_000_000  # parameters of the models that count
 SMALL = 60_000_000  # parameters of the models that are saved
@@ -66,19 +66,19 @@ def ask(architecture: str) -> Asked:
     for variant, kwargs in VARIANTS.items():
         try:
             with no_initialisation():
-                model = skeleton(adapter, name, kwargs)
+                model = build_skeleton(adapter, name, kwargs)
         except ArchitectureError:
             if not kwargs:
                 raise
             continue  # it takes no such argument
-        shapes = shapes_of(model)
+        shapes = state_dict_shapes(model)
         parameters = parameters or sum(parameter.numel() for parameter in model.parameters())
         asked = {variant: shapes}
         if not kwargs:
             asked["under model."] = {f"model.{key}": shape for key, shape in shapes.items()}
         for label, one in asked.items():
             started = time.perf_counter()
-            match = next(shipped().matches(one), None)
+            match = next(load_shipped_index().find_matches(one), None)
             seconds.append(time.perf_counter() - started)
             names.append((label, match.architectures if match else ()))
     return Asked(architecture, "", parameters, tuple(names), tuple(seconds))
@@ -87,10 +87,10 @@ def ask(architecture: str) -> Asked:
 def rank(architecture: str) -> Ranked:
     adapter, name = plugins.resolve(architecture)
     with no_initialisation():
-        shapes = shapes_of(skeleton(adapter, name, {}))
-        same = next(shipped().matches(shapes)).architectures  # no digest tells these apart
+        shapes = state_dict_shapes(build_skeleton(adapter, name, {}))
+        same = next(load_shipped_index().find_matches(shapes)).architectures  # no digest tells these apart
         changed = {"a block renamed": block_renamed(shapes), "a layer added": layer_added(shapes)}
-        found = {how: {close.architecture for close in closest(one)} for how, one in changed.items()}
+        found = {how: {close.architecture for close in find_closest_architectures(one)} for how, one in changed.items()}
     return Ranked(architecture, found=tuple((how, not names.isdisjoint(same)) for how, names in found.items()))
 
 
@@ -121,8 +121,8 @@ def functions(found: list[Asked]) -> str:
     told = sum(names == (one.architecture,) for one in found for label, names in one.names if label == "as built")
     for names in tqdm(sorted(groups), unit="group", file=sys.stderr):
         adapter, name = plugins.resolve(names[0])
-        tensors = skeleton(adapter, name, {}).state_dict()
-        distinct = one_of_each(Checkpoint(Path("model.pt"), "", tensors), list(map(candidate, names)))
+        tensors = build_skeleton(adapter, name, {}).state_dict()
+        distinct = merge_equivalent_candidates(Checkpoint(Path("model.pt"), "", tensors), list(map(candidate, names)))
         for one in distinct:
             print("  " + " = ".join(one.names) + ("" if len(distinct) == 1 else "  (one of several)"))
         told += sum(name in counted for name in names) if len(distinct) == 1 else 0
@@ -130,8 +130,8 @@ def functions(found: list[Asked]) -> str:
 
 
 def candidate(architecture: str) -> Candidate:
-    adapter, recipe = plain(architecture)
-    model = skeleton(adapter, recipe.name, {})
+    adapter, recipe = recipe_without_arguments(architecture)
+    model = build_skeleton(adapter, recipe.name, {})
     return replace(Candidate(adapter, recipe, "shapes"), input_spec=adapter.input_spec(model, recipe.name, {}))
 
 
@@ -175,7 +175,7 @@ def drawn(found: list[Asked], count: int, largest: int, keep: Callable[[Asked], 
 @click.option("--saved", "files", default=0, metavar="N", help="Also save and load N models drawn at random.")
 def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
     warnings.simplefilter("ignore")
-    next(shipped().matches(shapes_of(nn.Linear(1, 1))), None)  # read once, before the processes part
+    next(load_shipped_index().find_matches(state_dict_shapes(nn.Linear(1, 1))), None)  # read once, before the processes part
     everything: list[Asked] = checked(ask, list(architectures(only)), jobs, None)
     failures = [one for one in everything if one.failure]
     found = [one for one in everything if not one.failure and one.parameters <= LARGEST]

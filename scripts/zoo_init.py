@@ -17,12 +17,12 @@ from zoo_models import Checked, brief, build, example
 
 from ckpt_tools import plugins
 from ckpt_tools.contract import LoadedModel, Recipe
-from ckpt_tools.identify.key_matching import fill
+from ckpt_tools.identify.key_matching import fill_model
 from ckpt_tools.initialize.outcome import InitRewrite
 from ckpt_tools.initialize.rewrite import rewrite_init
-from ckpt_tools.jobs.initialization import seeded, write_initialized
-from ckpt_tools.model.calling import call
-from ckpt_tools.storage.provenance import provenance
+from ckpt_tools.jobs.initialization import seed_constructors, write_initialized
+from ckpt_tools.model.calling import call_model
+from ckpt_tools.storage.provenance import checkpoint_provenance
 from ckpt_tools.storage.reading import read_checkpoint
 
 
@@ -46,7 +46,7 @@ def init_one(architecture: str, largest: int) -> Initialized:
             return Initialized(architecture, parameters=parameters, skipped="too large")
         del bare
         adapter, name = plugins.resolve(architecture)
-        with seeded(0):
+        with seed_constructors(0):
             model = adapter.build(name, {}).float().eval()
     except Exception as error:
         return Initialized(architecture, f"cannot be built: {brief(error)}")
@@ -69,9 +69,11 @@ def check(loaded: LoadedModel) -> InitRewrite:
     with tempfile.TemporaryDirectory(prefix="zoo-init-") as folder:
         path = Path(folder) / "init.safetensors"
         write_initialized(path, loaded, result)
-        said = provenance(read_checkpoint(path)) or {}
+        said = checkpoint_provenance(read_checkpoint(path)) or {}
         scramble(model)
-        fill(model, read_checkpoint(path), loaded.recipe.architecture)  # strict; mnasnet needs its version metadata
+        fill_model(
+            model, read_checkpoint(path), loaded.recipe.architecture
+        )  # strict; mnasnet needs its version metadata
     assert digests(model) == after, "the file does not bring back the model"
     changed = {key for key in before if before[key] != after[key]}
     rewritten, zeroed = said["rewritten"], said["zeroed"]
@@ -96,7 +98,7 @@ def weight_keys(model: nn.Module) -> set[str]:
 def call_once(loaded: LoadedModel) -> object:
     torch.manual_seed(0)
     with torch.no_grad():
-        return call(loaded.model.eval(), example(loaded.model, loaded.input_spec, 1, torch.randn))
+        return call_model(loaded.model.eval(), example(loaded.model, loaded.input_spec, 1, torch.randn))
 
 
 def finite(output: object) -> bool:

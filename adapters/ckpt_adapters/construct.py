@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ckpt_tools.construction import count_construction
 from ckpt_tools.errors import ArchitectureError
 
-Make = Callable[..., object]
+Constructor = Callable[..., object]
 
 _REFUSAL = re.compile(
     r"(?:unexpected keyword argument(?:\(s\):)?|multiple values for (?:keyword )?argument) \[?'(\w+)'"
@@ -24,7 +24,7 @@ _REFUSAL = re.compile(
 _PROBED_RATE = 0.2
 
 
-def construct(architecture: str, make: Make, kwargs: Mapping[str, object]) -> nn.Module:
+def construct(architecture: str, make: Constructor, kwargs: Mapping[str, object]) -> nn.Module:
     """Call ``make(**kwargs)``. Raises ArchitectureError naming what the constructor did not like."""
     shapes_only = torch.get_default_device().type == "meta"
     try:
@@ -49,7 +49,7 @@ class _Unfilled(TorchFunctionMode):
     )
 
     def __torch_function__(
-        self, func: Make, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Constructor, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
         filled = args[0] if args else kwargs.get("tensor")
@@ -58,44 +58,44 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def skeleton(make: Make, kwargs: Mapping[str, object]) -> nn.Module:
+def construct_skeleton(make: Constructor, kwargs: Mapping[str, object]) -> nn.Module:
     """The model on the meta device, or on the CPU where its constructor needs values."""
     try:
         with torch.device("meta"):
             return construct("", make, kwargs)
     except ArchitectureError as error:
-        if refused(error.__cause__, kwargs):
+        if find_refused_keyword(error.__cause__, kwargs):
             raise
         return construct("", make, kwargs)
 
 
-def refused(error: BaseException | None, kwargs: Mapping[str, object]) -> str | None:
+def find_refused_keyword(error: BaseException | None, kwargs: Mapping[str, object]) -> str | None:
     """Which of the keyword arguments a TypeError complains about."""
     match = _REFUSAL.search(str(error)) if isinstance(error, TypeError) else None
     return match[1] if match and match[1] in kwargs else None
 
 
-def keywords(make: Make) -> dict[str, inspect.Parameter]:
+def keyword_parameters(make: Constructor) -> dict[str, inspect.Parameter]:
     """Keyword parameters of a constructor and, where it hands ``**kwargs`` on, of the class it returns."""
     own, passes_on = _parameters(make)
     if not passes_on or isinstance(make, type):
         return own
     try:
-        model = skeleton(make, {})
+        model = construct_skeleton(make, {})
     except ArchitectureError:
         return own
     return own | _of_class(type(model))
 
 
-def rate_keywords(make: Make) -> tuple[str, ...]:
+def rate_keywords(make: Constructor) -> tuple[str, ...]:
     """Keyword arguments that are drop rates and that the constructor really takes."""
-    rates = [name for name, parameter in keywords(make).items() if _is_rate(parameter)]
+    rates = [name for name, parameter in keyword_parameters(make).items() if _is_rate(parameter)]
     while rates:
         kwargs = dict.fromkeys(rates, _PROBED_RATE)
         try:
-            skeleton(make, kwargs)
+            construct_skeleton(make, kwargs)
         except ArchitectureError as error:
-            name = refused(error.__cause__, kwargs)
+            name = find_refused_keyword(error.__cause__, kwargs)
             if name is None:
                 break  # it wants more than rates; the signature has to do
             rates.remove(name)
@@ -104,7 +104,7 @@ def rate_keywords(make: Make) -> tuple[str, ...]:
     return tuple(rates)
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggest_names(name: str, known: Iterable[str]) -> str:
     """`` Did you mean …?``, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(close)}?" if close else ""
@@ -122,7 +122,7 @@ def _of_class(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _parameters(make: Make) -> tuple[dict[str, inspect.Parameter], bool]:
+def _parameters(make: Constructor) -> tuple[dict[str, inspect.Parameter], bool]:
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):  # a callable written in C
@@ -142,8 +142,8 @@ def _is_rate(parameter: inspect.Parameter) -> bool:
     return unset and not parameter.name.endswith(("_size", "_layer", "_type", "_mode"))
 
 
-def _complaint(architecture: str, make: Make, kwargs: Mapping[str, object], error: BaseException) -> str:
-    name = refused(error, kwargs)
+def _complaint(architecture: str, make: Constructor, kwargs: Mapping[str, object], error: BaseException) -> str:
+    name = find_refused_keyword(error, kwargs)
     if name is None:
         told = f"{type(error).__name__}: {error}".rstrip(": ")
         more = " Give them as --model-kwargs name=value." if "required" in told else ""
@@ -153,15 +153,15 @@ def _complaint(architecture: str, make: Make, kwargs: Mapping[str, object], erro
             f"{architecture}: {name} is fixed by this architecture and cannot be given. Leave it out, or name the "
             "model's class as package.module:Class."
         )
-    return unknown_keyword(architecture, name, keywords(make) if architecture else ())
+    return unknown_keyword_message(architecture, name, keyword_parameters(make) if architecture else ())
 
 
-def unknown_keyword(architecture: str, name: str, taken: Iterable[str]) -> str:
+def unknown_keyword_message(architecture: str, name: str, taken: Iterable[str]) -> str:
     """The message for a keyword argument that a constructor does not take."""
     known = sorted(set(taken) - {name})
     return (
         f"{architecture}: expected keyword arguments that the constructor takes, found {name!r}."
-        f"{suggestion(name, known)} It takes: {', '.join(known) or 'none'}."
+        f"{suggest_names(name, known)} It takes: {', '.join(known) or 'none'}."
     )
 
 

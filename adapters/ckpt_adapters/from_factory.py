@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ckpt_adapters.construct import construct, keywords, rate_keywords, suggestion
-from ckpt_adapters.sizes import size_of
+from ckpt_adapters.construct import construct, keyword_parameters, rate_keywords, suggest_names
+from ckpt_adapters.sizes import infer_size_argument
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.import_path import import_user_module
@@ -45,8 +45,8 @@ class FactoryAdapter:
     ) -> dict[str, object]:
         """``num_classes`` and ``in_chans`` (or their cousins), as far as the callable takes them."""
         make = _factory(name)
-        taken = keywords(make)
-        sizes = {key: size_of(make, kwargs, key, axis, shapes) for key, axis in _SIZES if key in taken}
+        taken = keyword_parameters(make)
+        sizes = {key: infer_size_argument(make, kwargs, key, axis, shapes) for key, axis in _SIZES if key in taken}
         return {key: size for key, size in sizes.items() if size}
 
     def rate_kwargs(self, name: str) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ def _factory(name: str) -> Callable[..., object]:
         known = [key for key, value in vars(module).items() if callable(value)]
         raise ArchitectureError(
             f"{name}: module {module_name} ({getattr(module, '__file__', None)}) has no {path!r}."
-            f"{suggestion(path, known)}"
+            f"{suggest_names(path, known)}"
         ) from error
     if not callable(factory):
         raise ArchitectureError(f"{name}: expected a callable, found {type(factory).__name__}. Name a function.")

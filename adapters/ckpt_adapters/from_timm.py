@@ -15,8 +15,8 @@ import timm.models
 from torch import nn
 
 from ckpt_adapters import recorded_arguments
-from ckpt_adapters.construct import construct, rate_keywords, suggestion
-from ckpt_adapters.sizes import size_of
+from ckpt_adapters.construct import construct, rate_keywords, suggest_names
+from ckpt_adapters.sizes import infer_size_argument
 from ckpt_adapters.timm_arguments import ARGUMENTS
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
@@ -48,7 +48,7 @@ class TimmAdapter:
         # A name of the Hub stands for the model of that name in the library; nothing is looked up there.
         recorded = recorded_arguments.model_names(words, self.prefix, "hf-hub", "hf_hub")
         names = (name.removeprefix("timm/") for name in recorded)
-        name = next((name for name in names if is_library_model(name)), None)
+        name = next((name for name in names if is_timm_model(name)), None)
         if name is None or (_FOREIGN & {*words, *args} and not _SCRIPT & args.keys()):
             return None
         plain = recorded_arguments.drop_rates(words, self.rate_kwargs(name))
@@ -64,8 +64,8 @@ class TimmAdapter:
     ) -> dict[str, object]:
         """``num_classes`` (0 for a state dict without a head) and ``in_chans``."""
         make = _maker(name)
-        classes = size_of(make, kwargs, "num_classes", 0, shapes)
-        channels = size_of(make, kwargs, "in_chans", 1, shapes)
+        classes = infer_size_argument(make, kwargs, "num_classes", 0, shapes)
+        channels = infer_size_argument(make, kwargs, "in_chans", 1, shapes)
         found: dict[str, object] = {} if classes is None else {"num_classes": classes}
         return found | ({"in_chans": channels} if channels else {})
 
@@ -84,9 +84,13 @@ class TimmAdapter:
         stored = recorded_arguments.hub_config(words).get("pretrained_cfg")
         args = _data_args(stored if isinstance(stored, Mapping) else recorded_arguments.training_arguments(words))
         teller = "the checkpoint's args" if stored is None else "config.json"
-        with contextlib.suppress(*recorded_arguments.MISREAD):  # another script's arguments, of the same names
+        with contextlib.suppress(
+            *recorded_arguments.INVALID_SETTING_ERRORS
+        ):  # another script's arguments, of the same names
             origin = "timm default_cfg" + (f", {', '.join(args)} from {teller}" if args else "")
-            return recorded_arguments.require_sound(_spec(_timm.data.resolve_data_config(args, model=model), origin))
+            return recorded_arguments.require_valid_input_spec(
+                _spec(_timm.data.resolve_data_config(args, model=model), origin)
+            )
         return _spec(_timm.data.resolve_data_config(model=model), "timm default_cfg")
 
 
@@ -96,14 +100,14 @@ def _rate_kwargs(name: str) -> tuple[str, ...]:
 
 
 def _maker(name: str) -> functools.partial[nn.Module]:
-    if not is_library_model(name):
+    if not is_timm_model(name):
         raise ArchitectureError(
-            f"timm:{name}: expected one of timm's model names, found {name!r}.{suggestion(name, _timm.list_models())}"
+            f"timm:{name}: expected one of timm's model names, found {name!r}.{suggest_names(name, _timm.list_models())}"
         )
     return functools.partial(_create, name)
 
 
-def is_library_model(name: str) -> bool:
+def is_timm_model(name: str) -> bool:
     """Return whether timm knows the name without a look-up on the Hub (`hf-hub:`) or in a folder (`local-dir:`)."""
     return ":" not in name and "/" not in name and bool(_timm.is_model(name))
 

@@ -12,8 +12,15 @@ from torch import nn
 from torchvision import models
 
 from ckpt_adapters import recorded_arguments
-from ckpt_adapters.construct import construct, keywords, rate_keywords, skeleton, suggestion, unknown_keyword
-from ckpt_adapters.sizes import size_of
+from ckpt_adapters.construct import (
+    construct,
+    construct_skeleton,
+    keyword_parameters,
+    rate_keywords,
+    suggest_names,
+    unknown_keyword_message,
+)
+from ckpt_adapters.sizes import infer_size_argument
 from ckpt_adapters.torchvision_arguments import ARGUMENTS
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
@@ -63,7 +70,7 @@ class TorchvisionAdapter:
             for keyword, heads in _AUXILIARY.items()
             if keyword in taken
         }
-        classes = size_of(make, {**found, **kwargs}, "num_classes", 0, shapes)
+        classes = infer_size_argument(make, {**found, **kwargs}, "num_classes", 0, shapes)
         return found | ({"num_classes": classes} if classes else {})
 
     def rate_kwargs(self, name: str) -> tuple[str, ...]:
@@ -84,8 +91,8 @@ class TorchvisionAdapter:
             return None
         args = _EXAMPLES if "best_acc1" in words else recorded_arguments.training_arguments(words)
         origin = f"torchvision {type(weights).__name__}.{weights.name}"
-        with contextlib.suppress(*recorded_arguments.MISREAD):
-            return recorded_arguments.require_sound(
+        with contextlib.suppress(*recorded_arguments.INVALID_SETTING_ERRORS):
+            return recorded_arguments.require_valid_input_spec(
                 _spec(preset, {key: value for key, value in args.items() if value}, origin)
             )
         return _spec(preset, {}, origin)
@@ -98,7 +105,7 @@ def _rate_kwargs(name: str) -> tuple[str, ...]:
 
 @functools.cache
 def _keywords(name: str) -> frozenset[str]:
-    return frozenset(keywords(_maker(name)))
+    return frozenset(keyword_parameters(_maker(name)))
 
 
 def _require_known(name: str, kwargs: Mapping[str, object]) -> None:
@@ -111,12 +118,12 @@ def _require_known(name: str, kwargs: Mapping[str, object]) -> None:
     make = _maker(name)
     unknown = set(kwargs) - _UNSIGNED - _keywords(name) if kwargs else set()
     if unknown and _swallows(make):
-        raise ArchitectureError(unknown_keyword(f"torchvision:{name}", min(unknown), _keywords(name)))
+        raise ArchitectureError(unknown_keyword_message(f"torchvision:{name}", min(unknown), _keywords(name)))
 
 
 def _swallows(make: Callable[..., object]) -> bool:
     try:
-        skeleton(make, {"no_such_argument": None})
+        construct_skeleton(make, {"no_such_argument": None})
     except ArchitectureError:
         return False
     return True
@@ -126,7 +133,7 @@ def _maker(name: str) -> functools.partial[nn.Module]:
     known = models.list_models()
     if name not in known:
         raise ArchitectureError(
-            f"torchvision:{name}: expected one of torchvision's model names, found {name!r}.{suggestion(name, known)}"
+            f"torchvision:{name}: expected one of torchvision's model names, found {name!r}.{suggest_names(name, known)}"
         )
     builder = models.get_model_builder(name)
     taken = inspect.signature(builder).parameters

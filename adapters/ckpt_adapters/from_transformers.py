@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from ckpt_adapters import image_processor, recorded_arguments
-from ckpt_adapters.construct import construct, suggestion, unknown_keyword
-from ckpt_adapters.sizes import size_of
+from ckpt_adapters.construct import construct, suggest_names, unknown_keyword_message
+from ckpt_adapters.sizes import infer_size_argument
 from ckpt_adapters.transformers_arguments import (
     NOT_SETTINGS,
     config_arguments,
     config_fields,
+    forbid_hub_and_remote_code,
     import_library,
-    offline,
 )
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
@@ -62,19 +62,19 @@ class TransformersAdapter:
 
     def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
         """A model of that class with a config of these arguments, without weights."""
-        known = _known(_model_class(name))
+        known = _setting_names(_model_class(name))
         for keyword in kwargs:
             if keyword not in known:
-                raise ArchitectureError(unknown_keyword(f"transformers:{name}", keyword, known))
+                raise ArchitectureError(unknown_keyword_message(f"transformers:{name}", keyword, known))
         return construct(f"transformers:{name}", _maker(name), kwargs)
 
     def class_kwargs(
         self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
     ) -> dict[str, object]:
         """``num_labels`` and ``num_channels``, as far as the config takes them and tensors tell them."""
-        make, known = _maker(name), _known(_model_class(name))
+        make, known = _maker(name), _setting_names(_model_class(name))
         sizes = {
-            keyword: size_of(make, kwargs, keyword, axis, shapes)
+            keyword: infer_size_argument(make, kwargs, keyword, axis, shapes)
             for keyword, axis in (("num_labels", 0), ("num_channels", 1))
             if keyword in known
         }
@@ -103,9 +103,9 @@ class TransformersAdapter:
         channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
         size, origin = (int(channels), side), f"transformers {kind or 'config'}"
         if settings:
-            with contextlib.suppress(*recorded_arguments.MISREAD):
+            with contextlib.suppress(*recorded_arguments.INVALID_SETTING_ERRORS):
                 return image_processor.input_spec(settings, defaults, *size, "preprocessor_config.json")
-        with contextlib.suppress(*recorded_arguments.MISREAD):
+        with contextlib.suppress(*recorded_arguments.INVALID_SETTING_ERRORS):
             return image_processor.input_spec({}, defaults, *size, origin)
         return None
 
@@ -129,7 +129,7 @@ def _model_class(name: str) -> Any:
     known = [one for one in alike if one.endswith(("Model", "Backbone")) or "For" in one]
     raise ArchitectureError(
         f"transformers:{name}: expected a model class of transformers {library.__version__}, found {name!r}."
-        f"{suggestion(name, known)} Code that comes with a checkpoint is not run; name your own class as "
+        f"{suggest_names(name, known)} Code that comes with a checkpoint is not run; name your own class as "
         "--arch package.module:Class."
     )
 
@@ -153,21 +153,21 @@ def _fields(cls: Any) -> dict[str, Any]:
     return config_fields(cls.config_class)
 
 
-def _known(cls: Any) -> list[str]:
+def _setting_names(cls: Any) -> list[str]:
     return [field for field in _fields(cls) if field not in NOT_SETTINGS]
 
 
 @functools.cache
 def _rate_kwargs(name: str) -> tuple[str, ...]:
     cls = _model_class(name)
-    rates = [field for field in _known(cls) if "drop" in field and _is_rate(_fields(cls)[field])]
+    rates = [field for field in _setting_names(cls) if "drop" in field and _is_rate(_fields(cls)[field])]
     return tuple(rate for rate in rates if _takes(cls, rate))
 
 
 def _takes(cls: Any, rate: str) -> bool:
     """Some fields are declared as whole numbers."""
     try:
-        _configured(cls, {rate: _PROBED_RATE})
+        _build_config(cls, {rate: _PROBED_RATE})
     except Exception:  # noqa: BLE001 - the library checks types in its own way
         return False
     return True
@@ -183,14 +183,14 @@ def _maker(name: str) -> Callable[..., object]:
     cls = _model_class(name)
 
     def make(**kwargs: object) -> object:
-        with warnings.catch_warnings(), offline():
+        with warnings.catch_warnings(), forbid_hub_and_remote_code():
             warnings.simplefilter("ignore")  # about fields that are older or newer than the library
-            return cls(_configured(cls, kwargs))
+            return cls(_build_config(cls, kwargs))
 
     return make
 
 
-def _configured(cls: Any, kwargs: Mapping[str, object]) -> Any:
+def _build_config(cls: Any, kwargs: Mapping[str, object]) -> Any:
     """The config; a number for a field that holds one a stage goes for every stage."""
     fields = _fields(cls)
     spread = {
@@ -215,7 +215,7 @@ def _processor(settings: Mapping[str, object], kind: str) -> tuple[str, dict[str
     if isinstance(wanted, str):
         name = wanted.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
     else:
-        name = _paired(kind)
+        name = _default_processor_name(kind)
     library = import_library()
     if name in dir(library) and name.endswith("ImageProcessor"):
         with contextlib.suppress(Exception):  # it needs a package that is not installed
@@ -223,7 +223,7 @@ def _processor(settings: Mapping[str, object], kind: str) -> tuple[str, dict[str
     return "", {}
 
 
-def _paired(kind: str) -> str:
+def _default_processor_name(kind: str) -> str:
     with contextlib.suppress(Exception):  # another version of the library keeps its table elsewhere
         auto = importlib.import_module("transformers.models.auto.image_processing_auto")
         found = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)

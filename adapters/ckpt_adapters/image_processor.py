@@ -22,7 +22,7 @@ def input_spec(settings: Settings, defaults: Settings, channels: int, side: obje
     None if neither tells a size. Raises ValueError, TypeError or KeyError for settings of another meaning.
     """
     said = {**defaults, **settings}
-    fitted = _fitted(said, _square(defaults))
+    fitted = _output_geometry(said, _square(defaults))
     if fitted is None or not {"size", "crop_size"} & settings.keys():
         own = _pair(side)
         if own is not None:
@@ -43,7 +43,7 @@ def input_spec(settings: Settings, defaults: Settings, channels: int, side: obje
         crop_mode=mode,
         origin=origin + flipped,
     )
-    return recorded_arguments.require_sound(spec)
+    return recorded_arguments.require_valid_input_spec(spec)
 
 
 def _scaling(said: Settings, channels: int, *, normalised: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -61,12 +61,12 @@ def _scaling(said: Settings, channels: int, *, normalised: bool) -> tuple[tuple[
     return tuple((m + offset) / factor for m in mean), tuple(s / factor for s in std)
 
 
-def _fitted(said: Settings, square: bool) -> tuple[tuple[int, int], float, str] | None:
+def _output_geometry(said: Settings, square: bool) -> tuple[tuple[int, int], float, str] | None:
     """Height and width of what comes out, the share of the crop, and its mode; None if no size is told."""
     crop = _pair(said.get("crop_size")) if _on(said, "do_center_crop") else None
     if not said.get("do_resize", True):
         return (crop, 1.0, "center") if crop else None
-    shortest, whole = _resized(said.get("size"), square)
+    shortest, whole = _resize_target(said.get("size"), square)
     kind = str(said.get("image_processor_type", said.get("feature_extractor_type", "")))
     if kind.startswith("Levit") and shortest:
         shortest = int(_LEVIT_RESIZE * shortest)
@@ -83,7 +83,7 @@ def _fitted(said: Settings, square: bool) -> tuple[tuple[int, int], float, str] 
     return (whole, 1.0, "squash") if whole else (crop, 1.0, "center") if crop else None
 
 
-def _resized(size: object, square: bool) -> tuple[int | None, tuple[int, int] | None]:
+def _resize_target(size: object, square: bool) -> tuple[int | None, tuple[int, int] | None]:
     """The shorter side, or height and width, that images are resized to."""
     if isinstance(size, Mapping):
         return _side(size.get("shortest_edge")), _pair(size)

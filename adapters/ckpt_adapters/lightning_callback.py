@@ -114,12 +114,12 @@ class BNReestimation(Callback):
         if self.when != "checkpoint" or not trainer.is_global_zero:
             return
         state: dict[str, Any] = checkpoint["state_dict"]
-        with _holding(pl_module, state) as foreign:
+        with _load_weights_temporarily(pl_module, state) as foreign:
             new = self._new_variances(trainer, pl_module)
         if new and self.result:
             own = {} if foreign else {key: state[key].detach().clone() for key in new}
             state.update(new)  # made for this checkpoint; the module's tensors are not touched
-            checkpoint[_ENTRY] = {**_told(self.result), "training": own}
+            checkpoint[_ENTRY] = {**_describe_result(self.result), "training": own}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A training that resumes goes on with the variances of the training."""
@@ -137,10 +137,10 @@ class BNReestimation(Callback):
         tensors = [value for value in pl_module.state_dict().values() if isinstance(value, Tensor)]
         sums = tuple(float(tensor.float().sum()) for tensor in tensors)
         if self._last is None or self._last[0] != sums:
-            self._last = sums, self._measured(trainer, pl_module)
+            self._last = sums, self._measure_variances(trainer, pl_module)
         return self._last[1]
 
-    def _measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+    def _measure_variances(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         loader, limit = self._loader(trainer)
         results: list[Reestimation] = []
         if loader is None:
@@ -163,7 +163,7 @@ class BNReestimation(Callback):
             warnings.warn(f"BNReestimation: nothing was corrected. {error}", stacklevel=2)
             return {}
         self.result = results[0]
-        return _changed(state, network.state_dict(), f"{self.attribute}." if self.attribute else "")
+        return _changed_tensors(state, network.state_dict(), f"{self.attribute}." if self.attribute else "")
 
     def _loader(self, trainer: Trainer) -> tuple[Iterable[object] | None, int | None]:
         """What to read and how many batches of it; of the trainer's own no more than training itself reads."""
@@ -213,7 +213,7 @@ def _transfer(trainer: Trainer, pl_module: LightningModule) -> Callable[[object]
 
 
 @contextmanager
-def _holding(module: nn.Module, state: Mapping[str, Any]) -> Iterator[bool]:
+def _load_weights_temporarily(module: nn.Module, state: Mapping[str, Any]) -> Iterator[bool]:
     """The module with the weights of ``state``: other ones than its own where a callback averages weights.
 
     Yields whether they are other ones; afterwards the module has its own back.
@@ -239,13 +239,13 @@ def _overwrite(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             live[key].copy_(value)
 
 
-def _changed(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+def _changed_tensors(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """What in ``state`` is not the module's own, by key of the whole module."""
     pairs = ((key, value, own[key]) for key, value in state.items() if isinstance(value, Tensor))
     return {f"{prefix}{key}": value for key, value, live in pairs if value.data_ptr() != live.data_ptr()}
 
 
-def _told(result: Reestimation) -> dict[str, object]:
+def _describe_result(result: Reestimation) -> dict[str, object]:
     """What a checkpoint says about itself, in plain values."""
     return {
         "version": ckpt_tools.__version__,

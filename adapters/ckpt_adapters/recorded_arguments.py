@@ -24,7 +24,7 @@ _MODEL_ARGUMENTS = ("model_kwargs", "model_args")  # of timm's train.py, of its 
 # tensors of a convolutional network bounds it, and at 8,192 one layer of a ResNet takes 17 GB for two images.
 _LARGEST_SIDE = 2048
 # Settings of another meaning, or nonsense, raise whatever the arithmetic with them does.
-MISREAD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+INVALID_SETTING_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
 # Where published weights come from, and how a program should run. The weights come from the checkpoint, and what
 # else these arguments would do is none of a file's business. They do not change the model.
 _NOT_ABOUT_THE_MODEL = re.compile(
@@ -92,7 +92,7 @@ def drop_rates(words: Words, keywords: Iterable[str]) -> dict[str, float]:
     return {name: rate for name in keywords if (rate := as_number(recorded.get(name))) is not None}
 
 
-def require_sound(spec: InputSpec) -> InputSpec:
+def require_valid_input_spec(spec: InputSpec) -> InputSpec:
     """Return the spec if numbers from a file make it one that a model can be given. Raises ValueError."""
     sides = all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in spec.shape)
     numbers = (*spec.mean, *spec.std, spec.crop_pct)

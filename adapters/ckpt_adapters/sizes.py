@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpt_adapters.construct import Make, skeleton
+from ckpt_adapters.construct import Constructor, construct_skeleton
 from ckpt_tools.errors import ArchitectureError
 
 _UNUSUAL = 7919  # a prime, so that its multiples (anchors × classes) are unusual too
@@ -16,14 +16,16 @@ _UNUSUAL = 7919  # a prime, so that its multiples (anchors × classes) are unusu
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def size_of(make: Make, kwargs: Mapping[str, object], keyword: str, axis: int, shapes: Shapes) -> int | None:
+def infer_size_argument(
+    make: Constructor, kwargs: Mapping[str, object], keyword: str, axis: int, shapes: Shapes
+) -> int | None:
     """The value of ``keyword`` that explains ``shapes`` along ``axis``.
 
     0 if the state dict has none of the tensors that carry it; None if they disagree, or if the constructor
     does not take the keyword.
     """
     try:
-        model = skeleton(make, {**kwargs, keyword: _UNUSUAL})
+        model = construct_skeleton(make, {**kwargs, keyword: _UNUSUAL})
     except ArchitectureError:
         return None
     carriers = {

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpt_adapters.from_timm import is_library_model
+from ckpt_adapters.from_timm import is_timm_model
 from ckpt_adapters.recorded_arguments import is_about_the_model
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.file_arguments import (
@@ -74,7 +74,7 @@ _SIDES = ("image_size", "patch_size", "window", "crop_size", "img_size", "resolu
 
 def config_fields(config_class: Any) -> dict[str, Any]:
     """Return the settings of a configuration class with their defaults, also under the names that are aliases."""
-    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception), offline():
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception), forbid_hub_and_remote_code():
         defaults = dict(config_class().to_dict())
         aliases = getattr(config_class, "attribute_map", {})
         return defaults | {alias: defaults.get(field) for alias, field in aliases.items()} | {"num_labels": 2}
@@ -177,7 +177,7 @@ class _TimmName:
 
     def admit(self, value: object, evidence: Evidence) -> object:
         """Admit the names of timm's registry. Raises NotAdmitted for names of files, folders and repositories."""
-        if not isinstance(value, str) or not is_library_model(value):
+        if not isinstance(value, str) or not is_timm_model(value):
             raise NotAdmitted("expected the name of a model of timm")
         return value
 
@@ -229,7 +229,7 @@ def import_library() -> Any:
 
 
 @contextlib.contextmanager
-def offline() -> Iterator[None]:
+def forbid_hub_and_remote_code() -> Iterator[None]:
     """Let transformers neither reach the Hub nor run code that comes with a model.
 
     The Hub's client refuses every request, also where a configuration asks for another model's. Classes that build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpt_tools.cli.bn_reestimate_command import bn_reestimate
-from ckpt_tools.cli.boundary import Boundary
+from ckpt_tools.cli.boundary import ErrorBoundary
 from ckpt_tools.cli.convert_command import convert
 from ckpt_tools.cli.demo_command import demo
 from ckpt_tools.cli.diff_command import diff
@@ -17,7 +17,7 @@ from ckpt_tools.version import VERSION
 __all__ = ["main"]
 
 
-@click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=ErrorBoundary, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="ckpt-fix")
 def main() -> None:
     """Correct the checkpoints of networks with dropout: weights before training, BatchNorm variances after it.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_tools.cli import github, many_checkpoints, options
-from ckpt_tools.cli.boundary import terminable
+from ckpt_tools.cli.boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
-from ckpt_tools.cli.progress import Bar, EvaluationBar
-from ckpt_tools.cli.torchrun import together
+from ckpt_tools.cli.progress import EvaluationBar, ReestimationBar
+from ckpt_tools.cli.torchrun import join_team
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.remote.mirror import restore_urls
 
 if TYPE_CHECKING:  # these import torch
     from ckpt_tools.evaluate.scores import Metrics
@@ -152,38 +152,38 @@ def bn_reestimate(
     """
     from ckpt_tools.evaluate.scores import GateFailed
     from ckpt_tools.identify.kwargs import parse_model_kwargs
-    from ckpt_tools.jobs.plan import prepare
-    from ckpt_tools.jobs.reestimation import execute
+    from ckpt_tools.jobs.plan import prepare_reestimation
+    from ckpt_tools.jobs.reestimation import execute_reestimation
     from ckpt_tools.jobs.request import Request
     from ckpt_tools.report.records.reestimation_json import outcome_json
     from ckpt_tools.report.report_files import check_reports, write_report
     from ckpt_tools.report.text.reestimation_text import outcome_text, plan_text
 
-    preprocessing = options.said_preprocessing(said)
-    place = many_checkpoints.said_place(said)
+    preprocessing = options.pop_preprocessing(said)
+    place = many_checkpoints.pop_folder_options(said)
     first = checkpoints[0]
     request = Request(first, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, **said)
-    if many_checkpoints.is_many(checkpoints, place):
-        many_checkpoints.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
+    if many_checkpoints.is_folder_run(checkpoints, place):
+        many_checkpoints.reestimate_checkpoints(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
     check_reports(reports, (*many_checkpoints.input_files(request, [first]), request.output))
-    with together(request.device) as team:
-        with options.own_stdout():
-            plan = prepare(request, team=team)
+    with join_team(request.device) as team:
+        with options.redirect_foreign_stdout():
+            plan = prepare_reestimation(request, team=team)
         if not as_json and team.speaks:
             print_result(plan_text(plan) + "\n")
         hidden = quiet or not team.speaks
-        bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
+        bars = ReestimationBar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
         try:
-            with bars[0], bars[1], options.own_stdout(), terminable():
-                outcome = execute(plan, *bars)
+            with bars[0], bars[1], options.redirect_foreign_stdout(), interrupt_on_sigterm():
+                outcome = execute_reestimation(plan, *bars)
         except GateFailed as failed:
             if team.speaks:
                 _show_refusal(plan, failed.metrics, as_json)
             raise
         if not team.speaks:
             return
-        facts = as_urls(outcome_json(outcome))
+        facts = restore_urls(outcome_json(outcome))
         for report in reports:
             write_report(report, facts)
         if as_json:
@@ -191,7 +191,7 @@ def bn_reestimate(
         else:
             print_result(outcome_text(outcome))
             print_result("".join(f"report: {one_line(report)}\n" for report in reports), end="")
-        github.done(facts)
+        github.report_reestimation(facts)
 
 
 def _show_refusal(plan: Plan, metrics: Metrics, as_json: bool) -> None:
@@ -199,9 +199,9 @@ def _show_refusal(plan: Plan, metrics: Metrics, as_json: bool) -> None:
     from ckpt_tools.report.records.reestimation_json import refusal_json
     from ckpt_tools.report.text.metrics_text import metrics_text
 
-    facts = as_urls(refusal_json(plan, metrics))
+    facts = restore_urls(refusal_json(plan, metrics))
     if as_json:
         print_json(facts)
     else:
         print_result(metrics_text(metrics))
-    github.evaluated(facts)
+    github.report_evaluation(facts)

@@ -22,12 +22,12 @@ from ckpt_tools.import_path import children_without_current_folder
 from ckpt_tools.plain_text import harmless, shorten_message
 from ckpt_tools.redaction import remembering, without_fragments
 from ckpt_tools.remote.address import remember_urls
-from ckpt_tools.remote.mirror import as_urls, mirroring
+from ckpt_tools.remote.mirror import open_mirror, restore_urls
 
-TRACEBACK = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
+TRACEBACK_VARIABLE = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
 
 
-class Boundary(click.Group):
+class ErrorBoundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
@@ -42,7 +42,7 @@ class Boundary(click.Group):
             words = [word for value in os.environ.values() if "://" in value for word in value.split()]
             remember_urls(word for word in words if "@" in word or "?" in word)  # of proxies, for example
             try:
-                with terminable():
+                with interrupt_on_sigterm():
                     return super().main(args, *more, **settings)
             except SystemExit as error:
                 # An interrupt between the end of `invoke` and that of click ends with click's own exit code.
@@ -52,17 +52,17 @@ class Boundary(click.Group):
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
         _interrupted.clear()
         try:
-            with children_without_current_folder(), mirroring(transfer_bar), terminable():
-                return self._answered(ctx)
+            with children_without_current_folder(), open_mirror(transfer_bar), interrupt_on_sigterm():
+                return self._invoke_reporting_errors(ctx)
         except KeyboardInterrupt as error:  # as the command ended
-            sys.exit(told(error))
+            sys.exit(report_error(error))
 
-    def _answered(self, ctx: click.Context) -> Any:
+    def _invoke_reporting_errors(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
             message = _presentable(error.format_message())
-            github.fail(message, error.exit_code)
+            github.report_failure(message, error.exit_code)
             if message != error.format_message():  # an argument was a URL with a token
                 raise click.UsageError(message, getattr(error, "ctx", None)) from error
             raise
@@ -73,7 +73,7 @@ class Boundary(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of a boundary
-            sys.exit(told(error))
+            sys.exit(report_error(error))
 
 
 def _open_streams() -> None:
@@ -88,7 +88,7 @@ def _open_streams() -> None:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def interrupt_on_sigterm() -> Iterator[None]:
     """SIGTERM ends the block like an interrupt, so that temporary files are removed."""
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt)}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is to be ignored
@@ -108,15 +108,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def told(error: BaseException) -> int:
+def report_error(error: BaseException) -> int:
     """Print what went wrong, with CKPT_FIX_TRACEBACK set also where; the exit code for it."""
-    if os.environ.get(TRACEBACK):
+    if os.environ.get(TRACEBACK_VARIABLE):
         print_message("".join(traceback.format_exception(error)))
     message, code = _answer(error)
     message = _presentable(message)
     own = "ckpt-fix: "  # behind a line break it is a part of a file's name, which must not look like a message of ours
     print_message(own + message.replace(f"\n{own}", f"\n  {own}"))
-    github.fail(message, code)
+    github.report_failure(message, code)
     return code
 
 
@@ -136,9 +136,9 @@ def _answer(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         name = error.filename or "standard output, or a file"
         return f"{name}: {error.strerror or error}. Check the path and its permissions.", 1
-    return f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK}=1 shows where.", 1
+    return f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK_VARIABLE}=1 shows where.", 1
 
 
 def _presentable(message: str) -> str:
     """A message for standard error, an annotation and the summary: without secrets, of bounded size, harmless."""
-    return harmless(shorten_message(without_fragments(as_urls(message))))
+    return harmless(shorten_message(without_fragments(restore_urls(message))))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.boundary import terminable
+from ckpt_tools.cli.boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
 
 
@@ -34,11 +34,11 @@ def convert(checkpoint: Path, as_json: bool, **said: Any) -> None:
         ckpt-fix diff model.pt model.safetensors --expect nothing
     """
     from ckpt_tools.jobs.conversion import ConvertRequest
-    from ckpt_tools.jobs.conversion import convert as execute
+    from ckpt_tools.jobs.conversion import convert_checkpoint as execute
     from ckpt_tools.report.records.reestimation_json import conversion_json
     from ckpt_tools.report.text.reestimation_text import conversion_text
 
-    with options.own_stdout(), terminable():
+    with options.redirect_foreign_stdout(), interrupt_on_sigterm():
         conversion = execute(ConvertRequest(checkpoint, **said))
     if as_json:
         print_json(conversion_json(conversion))

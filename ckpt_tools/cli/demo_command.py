@@ -59,7 +59,7 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
     from ckpt_tools.demo.densenet import digits_densenet
     from ckpt_tools.demo.digits import load_digits
     from ckpt_tools.demo.train import DROP_RATE, EPOCHS, score, train
-    from ckpt_tools.storage.output.atomic import new_file
+    from ckpt_tools.storage.output.atomic import write_atomically
 
     digits = load_digits(seed)
     with progress_bar(f"training network {seed}", EPOCHS, unit="epoch", leave=False) as bar:
@@ -70,9 +70,9 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
         model = train(digits, seed=seed, progress=show)
     source, data, output = (folder / f"digits-{seed}{end}" for end in (".pt", ".npy", ".bn.safetensors"))
     # Through temporary files, so that a link of such a name in the folder is replaced and not followed.
-    with new_file(source, overwrite=True) as temporary:
+    with write_atomically(source, overwrite=True) as temporary:
         torch.save(model.state_dict(), temporary)
-    with new_file(data, overwrite=True) as temporary, temporary.open("wb") as file:
+    with write_atomically(data, overwrite=True) as temporary, temporary.open("wb") as file:
         np.save(file, digits.train_images.numpy())
     before = score(model, digits.test_images, digits.test_labels)
     where = ["--arch", _ARCHITECTURE, "--model-kwargs", f"drop_rate={DROP_RATE}", "--overwrite", "--quiet"]

@@ -40,7 +40,7 @@ def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_j
     from ckpt_tools.report.text.reestimation_text import comparison_text
     from ckpt_tools.storage.compare import compare_files
 
-    with options.own_stdout():
+    with options.redirect_foreign_stdout():
         comparison, expected, violations = compare_files(before, after, expect, weights=weights, trust=trust)
     if as_json:
         print_json(comparison_json(comparison, expected, violations))

@@ -10,7 +10,7 @@ import click
 from ckpt_tools.cli import github, options
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.remote.mirror import restore_urls
 
 
 @click.command()
@@ -51,25 +51,25 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
         ckpt-fix evaluate model.pt --data val/
         ckpt-fix evaluate model.bn.safetensors --before model.pt --data val/ --gate 'error <= before + 0.1'
     """
-    from ckpt_tools.evaluate.scores import refuse_failed
+    from ckpt_tools.evaluate.scores import refuse_failed_gate
     from ckpt_tools.identify.kwargs import parse_model_kwargs
-    from ckpt_tools.jobs.evaluation import EvaluationRequest, execute, prepare
+    from ckpt_tools.jobs.evaluation import EvaluationRequest, execute_evaluation, prepare_evaluation
     from ckpt_tools.report.records.reestimation_json import evaluation_json
     from ckpt_tools.report.text.metrics_text import evaluation_plan_text, evaluation_text
 
-    preprocessing = options.said_preprocessing(said)
+    preprocessing = options.pop_preprocessing(said)
     kwargs = parse_model_kwargs(model_kwargs)
     request = EvaluationRequest(checkpoint, model_kwargs=kwargs, preprocessing=preprocessing, **said)
-    with options.own_stdout():
-        plan = prepare(request)
+    with options.redirect_foreign_stdout():
+        plan = prepare_evaluation(request)
     if not as_json:
         print_result(evaluation_plan_text(plan) + "\n")
-    with EvaluationBar(plan.images, hidden=quiet) as bar, options.own_stdout():
-        outcome = execute(plan, bar)
-    facts = as_urls(evaluation_json(outcome))
+    with EvaluationBar(plan.images, hidden=quiet) as bar, options.redirect_foreign_stdout():
+        outcome = execute_evaluation(plan, bar)
+    facts = restore_urls(evaluation_json(outcome))
     if as_json:
         print_json(facts)
     else:
         print_result(evaluation_text(outcome))
-    github.evaluated(facts)
-    refuse_failed(outcome.metrics)
+    github.report_evaluation(facts)
+    refuse_failed_gate(outcome.metrics)

@@ -11,24 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ckpt_tools.cli.printing import print_message, write_command
+from ckpt_tools.cli.printing import print_message, write_workflow_command
 from ckpt_tools.plain_text import escape_controls, shorten_message
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.remote.mirror import restore_urls
 
 _TITLE = "ckpt-fix"
 _SHOWN = 9  # of each kind: GitHub shows ten of a step, and the last says how the step ended
-Kind = Literal["error", "warning"]
+AnnotationLevel = Literal["error", "warning"]
 
 
-def annotate(kind: Kind, message: str) -> None:
+def annotate(kind: AnnotationLevel, message: str) -> None:
     """Show ``message`` on the page of the run; elsewhere do nothing."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        message = shorten_message(without_fragments(as_urls(message)))
-        write_command(f"::{kind} title={_property(_TITLE)}::{_data(message)}")
+        message = shorten_message(without_fragments(restore_urls(message)))
+        write_workflow_command(f"::{kind} title={_property(_TITLE)}::{_data(message)}")
 
 
-def summarise(markdown: str) -> None:
+def append_step_summary(markdown: str) -> None:
     """Append to the summary of the step, if there is one. A file that cannot be written is said and no failure."""
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if not path:
@@ -42,46 +42,46 @@ def summarise(markdown: str) -> None:
         annotate("warning", message)
 
 
-def fail(message: str, code: int) -> None:
+def report_failure(message: str, code: int) -> None:
     """An error, or the answer that there is nothing to do, as annotation and in the summary."""
     from ckpt_tools.report.summary import failure_markdown
 
     annotate("warning" if code == 3 else "error", message)
-    summarise(failure_markdown(message, code))
+    append_step_summary(failure_markdown(message, code))
 
 
-def done(facts: Mapping[str, Any]) -> None:
+def report_reestimation(facts: Mapping[str, Any]) -> None:
     """A finished ``bn-reestimate``, from its JSON: what it was worried about, and its report."""
     from ckpt_tools.report.pages.markdown_page import checkpoint_markdown
-    from ckpt_tools.report.summary import worries
+    from ckpt_tools.report.summary import checkpoint_warnings
 
-    for worry in worries(facts):
+    for worry in checkpoint_warnings(facts):
         annotate("warning", worry)
-    summarise(checkpoint_markdown(facts))
+    append_step_summary(checkpoint_markdown(facts))
 
 
-def folder_done(records: Sequence[Mapping[str, Any]]) -> None:
+def report_folder_run(records: Sequence[Mapping[str, Any]]) -> None:
     """A finished folder, from its records: which checkpoints failed, what to look at in the others, its report."""
     from ckpt_tools.report.pages.markdown_page import folder_markdown
-    from ckpt_tools.report.summary import folder_worries, without_name
+    from ckpt_tools.report.summary import error_without_path, folder_warnings
 
     failed = [record for record in records if record["status"] == "failed"]
-    errors = [f"{one['checkpoint']}: {without_name(one)}" for one in failed]
-    said: dict[Kind, Sequence[str]] = {"error": errors, "warning": folder_worries(records)}
+    errors = [f"{one['checkpoint']}: {error_without_path(one)}" for one in failed]
+    said: dict[AnnotationLevel, Sequence[str]] = {"error": errors, "warning": folder_warnings(records)}
     for kind, messages in said.items():
         for message in messages[:_SHOWN]:
             annotate(kind, message)
-    summarise(folder_markdown(records))
+    append_step_summary(folder_markdown(records))
 
 
-def evaluated(facts: Mapping[str, Any]) -> None:
+def report_evaluation(facts: Mapping[str, Any]) -> None:
     """A finished evaluation, or one whose gate said no, from its JSON: images that were skipped, and the metrics."""
     from ckpt_tools.report.pages.markdown_page import evaluation_markdown
-    from ckpt_tools.report.summary import skipped_worries
+    from ckpt_tools.report.summary import skipped_image_warnings
 
-    for worry in skipped_worries(facts):
+    for worry in skipped_image_warnings(facts):
         annotate("warning", worry)
-    summarise(evaluation_markdown(facts))
+    append_step_summary(evaluation_markdown(facts))
 
 
 def _data(text: str) -> str:

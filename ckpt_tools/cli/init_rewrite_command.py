@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.boundary import terminable
+from ckpt_tools.cli.boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
-from ckpt_tools.remote.mirror import located
+from ckpt_tools.remote.mirror import resolve_location
 
 if TYPE_CHECKING:  # it imports torch
     from ckpt_tools.jobs.initialization import InitRequest
@@ -100,23 +100,23 @@ def init_rewrite(
         ckpt-fix init-rewrite --arch timm:mixer_b16_224 --rule propagated --verify -o init.safetensors
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
-    from ckpt_tools.jobs.initialization import InitRequest, initialize
+    from ckpt_tools.jobs.initialization import InitRequest, initialize_checkpoint
     from ckpt_tools.report.records.init_json import init_json
     from ckpt_tools.report.text.init_text import init_text
 
-    preprocessing = options.said_preprocessing(said)
+    preprocessing = options.pop_preprocessing(said)
     request = InitRequest(
         checkpoint, model_kwargs=parse_model_kwargs(model_kwargs), preprocessing=preprocessing, report=report, **said
     )
-    with options.own_stdout(), terminable():
-        outcome = initialize(request, _drawing(request))
+    with options.redirect_foreign_stdout(), interrupt_on_sigterm():
+        outcome = initialize_checkpoint(request, _make_figure_writer(request))
     if as_json:
         print_json(init_json(outcome))
     else:
         print_result(init_text(outcome))
 
 
-def _drawing(request: InitRequest) -> Any:
+def _make_figure_writer(request: InitRequest) -> Any:
     """What draws the picture, after a check that it can be drawn."""
     report = request.report
     if report is None:
@@ -127,7 +127,7 @@ def _drawing(request: InitRequest) -> Any:
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
     inputs = () if request.checkpoint is None else files_of_checkpoint(request.checkpoint)
-    data = None if request.data is None else located(request.data)
+    data = None if request.data is None else resolve_location(request.data)
     check_figure(report)
     check_earlier_figure(report, (*inputs, request.output, data))
     return partial(write_signals_figure, report, only_own=True)

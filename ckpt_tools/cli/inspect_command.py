@@ -16,7 +16,7 @@ from ckpt_tools.cli.printing import print_json, print_result
 @options.checkpoint
 @click.option(
     "--input-size",
-    **options.numbers(int, positive=True),
+    **options.comma_separated_numbers(int, positive=True),
     help="Shape of one sample, such as 3,224,224 or 500. Default: the architecture's own.",
 )
 @click.option("--all", "everything", is_flag=True, help="Every row of the tables, which are cut at 12 otherwise.")
@@ -35,12 +35,12 @@ def inspect(model_kwargs: tuple[str, ...], everything: bool, as_json: bool, **sa
     """
     from ckpt_tools.identify.kwargs import parse_model_kwargs
     from ckpt_tools.jobs.inspection import InspectRequest
-    from ckpt_tools.jobs.inspection import inspect as look
+    from ckpt_tools.jobs.inspection import inspect_checkpoint as look
     from ckpt_tools.report.records.reestimation_json import inspection_json
     from ckpt_tools.report.text.inspection_text import inspection_text
 
     request = InspectRequest(model_kwargs=parse_model_kwargs(model_kwargs), **said)
-    with options.own_stdout():
+    with options.redirect_foreign_stdout():
         found = look(request)
     if as_json:
         print_json(inspection_json(found))

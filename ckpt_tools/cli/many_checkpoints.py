@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Any, Never
 import click
 
 from ckpt_tools.cli import github
-from ckpt_tools.cli.boundary import terminable
-from ckpt_tools.cli.options import own_stdout, path, stacked
+from ckpt_tools.cli.boundary import interrupt_on_sigterm
+from ckpt_tools.cli.options import combine_options, path, redirect_foreign_stdout
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.paths import matching_paths
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.remote.delivery import writes_beside
-from ckpt_tools.remote.mirror import as_urls, located
+from ckpt_tools.remote.delivery import may_write_beside
+from ckpt_tools.remote.mirror import resolve_location, restore_urls
 
 if TYPE_CHECKING:
     from tqdm import tqdm  # noqa: TID251 - a type
 
     from ckpt_tools.jobs.many.engine import Engine, Record
-    from ckpt_tools.jobs.many.folder_run import Item
+    from ckpt_tools.jobs.many.folder_run import CheckpointItem
     from ckpt_tools.jobs.request import Request
 
 _MANIFEST = "ckpt-fix.jsonl"
 
-options = stacked(
+options = combine_options(
     click.option(
         "--output-dir",
         type=path,
@@ -69,7 +69,7 @@ options = stacked(
 
 
 @dataclass(frozen=True)
-class Place:
+class FolderOptions:
     """Which of many checkpoints are meant, where their outputs go, and what works on them (None: this process)."""
 
     output_dir: Path | None
@@ -79,39 +79,45 @@ class Place:
     engine: Engine | None
 
 
-def said_place(said: dict[str, Any]) -> Place:
+def pop_folder_options(said: dict[str, Any]) -> FolderOptions:
     """Take the values of the options above out of a command's arguments."""
     names = ("output_dir", "include", "exclude", "manifest")
-    return Place(**{name: said.pop(name) for name in names}, engine=_said_engine(said))
+    return FolderOptions(**{name: said.pop(name) for name in names}, engine=_pop_engine(said))
 
 
-def _said_engine(said: dict[str, Any]) -> Engine | None:
+def _pop_engine(said: dict[str, Any]) -> Engine | None:
     engine, address, cpus = (said.pop(name) for name in ("engine", "ray_address", "ray_cpus"))
     if engine == "ray":
-        from ckpt_tools.jobs.many.ray_cluster import require
+        from ckpt_tools.jobs.many.ray_cluster import require_ray
         from ckpt_tools.jobs.many.ray_engine import RayEngine
 
-        require(address)  # before anything is written
+        require_ray(address)  # before anything is written
         return RayEngine(address, cpus)
     if address or cpus:
         raise UsageError("--ray-address and --ray-cpus describe a Ray cluster. Give --engine ray, too.")
     return None
 
 
-def is_many(paths: Sequence[Path], place: Place) -> bool:
+def is_folder_run(paths: Sequence[Path], place: FolderOptions) -> bool:
     """Whether a run has, or may have, more than one checkpoint."""
     from ckpt_tools.storage.discovery import is_one_checkpoint
 
     return len(paths) > 1 or any(vars(place).values()) or not is_one_checkpoint(paths[0])
 
 
-def reestimate(
-    paths: Sequence[Path], request: Request, place: Place, reports: Sequence[Path], *, as_json: bool, quiet: bool
+def reestimate_checkpoints(
+    paths: Sequence[Path],
+    request: Request,
+    place: FolderOptions,
+    reports: Sequence[Path],
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
     from ckpt_tools.jobs.many.engine import LocalEngine
-    from ckpt_tools.jobs.many.folder_run import items_for, make_folder
-    from ckpt_tools.report.records.manifest import Manifest, check_manifest, record_of
+    from ckpt_tools.jobs.many.folder_run import make_folder, plan_items
+    from ckpt_tools.report.records.manifest import Manifest, check_manifest, make_record
     from ckpt_tools.report.report_files import check_reports, write_report
     from ckpt_tools.report.text.folder_text import folder_text
     from ckpt_tools.storage.discovery import find_checkpoints
@@ -122,7 +128,7 @@ def reestimate(
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
     outside = [*([place.output_dir] if place.output_dir else []), *_data_files(request)]
     found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
-    items = items_for(found, place.output_dir)
+    items = plan_items(found, place.output_dir)
     manifest = place.manifest or _beside(paths, place.output_dir)
     files = (*input_files(request, [item.checkpoint for item in items]), *(item.output for item in items))
     check_manifest(manifest, files)  # all of this before anything is written
@@ -130,19 +136,19 @@ def reestimate(
     if place.output_dir is not None:
         make_folder(place.output_dir)  # reports may go into it
     records: list[Any] = []
-    names = {as_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
+    names = {restore_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
 
     def record(made: Record) -> None:
-        records.append(bars.finished(log.add(made)))
+        records.append(bars.count_checkpoint(log.add_record(made)))
         _release(items[names[made["checkpoint"]]])
 
     engine = place.engine or LocalEngine()
     with contextlib.ExitStack() as after:
         log = Manifest(manifest)
         after.callback(log.publish)
-        items = tuple(replace(item, in_manifest=log.in_manifest(item.output)) for item in items)
-        with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
-            engine.run(items, request, record_of, record, bars.images)
+        items = tuple(replace(item, in_manifest=log.recorded_output(item.output)) for item in items)
+        with _Bars(len(items), hidden=quiet) as bars, redirect_foreign_stdout(), interrupt_on_sigterm():
+            engine.run(items, request, make_record, record, bars.show_images)
     records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:
         write_report(report, records)
@@ -150,18 +156,18 @@ def reestimate(
         print_json({"checkpoints": records})
     else:
         print_result(folder_text(records, log.path))
-    github.folder_done(records)
+    github.report_folder_run(records)
     _answer(records, log.path)
 
 
 def _data_files(request: Request) -> list[Path]:
     """The files and folders that hold the data, which lie beside the checkpoints now and then."""
-    from ckpt_tools.data.shards.shard_names import expanded
+    from ckpt_tools.data.shards.shard_names import expand_braces
 
-    found = [Path(located(data)) for data in (request.data, request.eval_data) if data is not None]
+    found = [Path(resolve_location(data)) for data in (request.data, request.eval_data) if data is not None]
     for pattern in map(str, tuple(found)):
         with contextlib.suppress(OverflowError):  # too many to be files here
-            for name in expanded(pattern):
+            for name in expand_braces(pattern):
                 found += matching_paths(name)
     return found
 
@@ -174,12 +180,12 @@ def input_files(request: Request, checkpoints: Sequence[Path]) -> tuple[Path, ..
     return (*files, *_data_files(request), *filter(None, [request.class_map]))
 
 
-def _release(item: Item) -> None:
+def _release(item: CheckpointItem) -> None:
     """Remove the copies of remote files, so that a folder may be larger than the disk."""
-    from ckpt_tools.storage.files.fetching import release_checkpoint
+    from ckpt_tools.storage.files.fetching import remove_checkpoint_copies
 
     for file in (item.checkpoint, item.output):
-        release_checkpoint(file)
+        remove_checkpoint_copies(file)
 
 
 def _answer(records: Sequence[Record], manifest: Path) -> None:
@@ -194,7 +200,7 @@ def _answer(records: Sequence[Record], manifest: Path) -> None:
 
 def _beside(paths: Sequence[Path], output_dir: Path | None) -> Path:
     """In the folder of the outputs; without one in the folder that was given, else in the current one."""
-    folders = [path for path in paths if path.is_dir() and writes_beside(path)]
+    folders = [path for path in paths if path.is_dir() and may_write_beside(path)]
     return (output_dir or (folders[0] if len(folders) == len(paths) == 1 else Path())) / _MANIFEST
 
 
@@ -216,14 +222,14 @@ class _Bars:
             self._images.close()
         self._checkpoints.close()
 
-    def finished(self, record: Any) -> Any:
+    def count_checkpoint(self, record: Any) -> Any:
         """Count a checkpoint; what went wrong is said at once."""
         if record.get("error") and not self._hidden:
             write_above_bars(f"{one_line(record['checkpoint'])}: {record['status']}")
         self._checkpoints.update()
         return record
 
-    def images(self, models: int, seen: int, total: int | None) -> None:
+    def show_images(self, models: int, seen: int, total: int | None) -> None:
         """Show how far a round is; a second pass over the data counts on."""
         if self._images is None or seen < self._images.n:
             if self._images is not None:

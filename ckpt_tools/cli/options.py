@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.mirror import located
+from ckpt_tools.remote.mirror import resolve_location
 
 if TYPE_CHECKING:
     from ckpt_tools.data.preprocessing import Preprocessing
@@ -26,14 +26,14 @@ class _Location(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and is_url(value):
-            return located(value)
+            return resolve_location(value)
         return super().convert(value, param, ctx)
 
 
 path = _Location(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else
 
 
-def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
+def comma_separated_numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
     """Arguments of an option that takes numbers separated by commas: ``3,224,224`` or ``0.485,0.456,0.406``."""
 
     def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -53,7 +53,7 @@ def numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def own_stdout() -> Iterator[None]:
+def redirect_foreign_stdout() -> Iterator[None]:
     """What a user's factory or data code prints, or a program that it starts, goes to stderr: stdout is for results."""
     stdout = sys.stdout
     try:
@@ -75,7 +75,7 @@ def own_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several option decorators as one, in the order in which help lists them."""
 
     def decorate(command: Command) -> Command:
@@ -86,7 +86,7 @@ def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-architecture = stacked(
+architecture = combine_options(
     click.option(
         "--arch",
         "architecture",
@@ -102,7 +102,7 @@ architecture = stacked(
     ),
 )
 
-checkpoint = stacked(
+checkpoint = combine_options(
     click.option(
         "--weights",
         metavar="auto|model|ema|ENTRY",
@@ -117,7 +117,7 @@ checkpoint = stacked(
     ),
 )
 
-evaluation = stacked(
+evaluation = combine_options(
     click.option(
         "--class-map",
         type=path,
@@ -140,10 +140,14 @@ evaluation = stacked(
     ),
 )
 
-preprocessing = stacked(
-    click.option("--input-size", **numbers(int, positive=True), help="Shape of one sample, such as 3,224,224 or 500."),
-    click.option("--mean", **numbers(float, positive=False), help="Per channel, on the scale 0–1."),
-    click.option("--std", **numbers(float, positive=True), help="Per channel, on the scale 0–1."),
+preprocessing = combine_options(
+    click.option(
+        "--input-size",
+        **comma_separated_numbers(int, positive=True),
+        help="Shape of one sample, such as 3,224,224 or 500.",
+    ),
+    click.option("--mean", **comma_separated_numbers(float, positive=False), help="Per channel, on the scale 0–1."),
+    click.option("--std", **comma_separated_numbers(float, positive=True), help="Per channel, on the scale 0–1."),
     click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])),
     click.option(
         "--crop-pct",
@@ -153,7 +157,7 @@ preprocessing = stacked(
 )
 
 
-def said_preprocessing(said: dict[str, Any]) -> Preprocessing:
+def pop_preprocessing(said: dict[str, Any]) -> Preprocessing:
     """Take the values of the options above out of a command's arguments."""
     from ckpt_tools.data.preprocessing import Preprocessing
 
@@ -162,7 +166,7 @@ def said_preprocessing(said: dict[str, Any]) -> Preprocessing:
     )
 
 
-running = stacked(
+running = combine_options(
     click.option(
         "--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda or cuda:N."
     ),

@@ -18,9 +18,16 @@ import click
 
 from ckpt_tools.plain_text import LONGEST_VALUE, harmless, shorten
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.remote.mirror import restore_urls
 
-__all__ = ["guarded_streams", "print_json", "print_message", "print_result", "terminal", "write_command"]
+__all__ = [
+    "guarded_streams",
+    "print_json",
+    "print_message",
+    "print_result",
+    "unguarded_stderr",
+    "write_workflow_command",
+]
 
 
 class GuardedStream:
@@ -62,9 +69,9 @@ class GuardedStream:
 def guarded_streams() -> Iterator[None]:
     """Let standard output and standard error pass the gate within the block."""
     before = sys.stdout, sys.stderr
-    stdout = GuardedStream(_unguarded(sys.stdout), as_urls)
+    stdout = GuardedStream(_underlying_stream(sys.stdout), restore_urls)
     # What libraries print goes to standard error, own_stdout() sees to that; they quote URLs in their own ways.
-    stderr = GuardedStream(_unguarded(sys.stderr), lambda text: without_fragments(as_urls(text)))
+    stderr = GuardedStream(_underlying_stream(sys.stderr), lambda text: without_fragments(restore_urls(text)))
     guarded = cast(TextIO, stdout), cast(TextIO, stderr)
     sys.stdout, sys.stderr = guarded
     try:
@@ -78,12 +85,12 @@ def guarded_streams() -> Iterator[None]:
 
 def print_result(text: str, *, end: str = "\n") -> None:
     """Print a result on standard output, with URLs in the place of local copies."""
-    click.echo(harmless(as_urls(text)) + end, nl=False)  # click would remove escape sequences, not show them
+    click.echo(harmless(restore_urls(text)) + end, nl=False)  # click would remove escape sequences, not show them
 
 
 def print_message(text: str) -> None:
     """Print a message on standard error."""
-    click.echo(harmless(without_fragments(as_urls(text))), err=True)
+    click.echo(harmless(without_fragments(restore_urls(text))), err=True)
 
 
 def print_json(facts: object) -> None:
@@ -92,25 +99,25 @@ def print_json(facts: object) -> None:
     It goes around the gate, which would change names. JSON is harmless: all characters are printable ASCII, no line
     begins with a colon, and an escape parts ``##[`` where a name holds it.
     """
-    text = json.dumps(_bounded(as_urls(facts)), indent=2).replace("##", "#\\u0023")
-    stream = _unguarded(sys.stdout)
+    text = json.dumps(_shorten_long_texts(restore_urls(facts)), indent=2).replace("##", "#\\u0023")
+    stream = _underlying_stream(sys.stdout)
     stream.write(f"{text}\n")
     stream.flush()
 
 
-def write_command(line: str) -> None:
+def write_workflow_command(line: str) -> None:
     """Print a command for a CI runner, which the gate would stop; the data in it must have been escaped."""
-    stream = terminal()
+    stream = unguarded_stderr()
     stream.write(_encodable(f"{line}\n", stream))
     stream.flush()
 
 
-def terminal() -> TextIO:
+def unguarded_stderr() -> TextIO:
     """Standard error for progress bars, which move the cursor; whoever names a bar makes the name harmless."""
-    return _unguarded(sys.stderr)
+    return _underlying_stream(sys.stderr)
 
 
-def _unguarded(stream: TextIO) -> TextIO:
+def _underlying_stream(stream: TextIO) -> TextIO:
     return stream.stream if isinstance(stream, GuardedStream) else stream
 
 
@@ -120,12 +127,12 @@ def _encodable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _bounded(value: Any) -> Any:
+def _shorten_long_texts(value: Any) -> Any:
     """Plain values with the middle of very long texts left out."""
     if isinstance(value, str):
         return shorten(value, LONGEST_VALUE)
     if isinstance(value, Mapping):
-        return {_bounded(key): _bounded(item) for key, item in value.items()}
+        return {_shorten_long_texts(key): _shorten_long_texts(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_bounded(item) for item in value]
+        return [_shorten_long_texts(item) for item in value]
     return value

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Never
 
 from tqdm import tqdm
 
-from ckpt_tools.cli.printing import terminal
+from ckpt_tools.cli.printing import unguarded_stderr
 from ckpt_tools.plain_text import harmless, one_line
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.remote.mirror import restore_urls
 
 if TYPE_CHECKING:
     from ckpt_tools.reestimate.stopping import Progress
 
 
-class Bar:
+class ReestimationBar:
     """A tqdm bar on stderr, a new one for every pass; call it with each Progress."""
 
     def __init__(self, total: int | None, *, hidden: bool) -> None:
@@ -26,7 +26,7 @@ class Bar:
         self._pass_number = 0
         self._bar: tqdm[Never] | None = None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ReestimationBar:
         self._begin(1)
         return self
 
@@ -80,7 +80,7 @@ class EvaluationBar:
 @contextlib.contextmanager
 def transfer_bar(url: str, size: int | None) -> Iterator[Callable[[int], object]]:
     """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a second."""
-    hidden = not terminal().isatty()
+    hidden = not unguarded_stderr().isatty()
     with progress_bar(url, size, unit="B", unit_scale=True, delay=1, leave=False, disable=hidden) as bar:
         yield lambda seen: bar.update(seen - bar.n)
 
@@ -90,17 +90,17 @@ def progress_bar(name: str, total: int | None, **settings: Any) -> tqdm[Never]:
 
     CI runners take what follows a carriage return for a new line, so the name is made harmless here.
     """
-    stream = terminal()
+    stream = unguarded_stderr()
     interval = 0.2 if stream.isatty() else 10
     return tqdm(
-        total=total, desc=harmless(one_line(as_urls(name))), file=stream, mininterval=interval, dynamic_ncols=True,
+        total=total, desc=harmless(one_line(restore_urls(name))), file=stream, mininterval=interval, dynamic_ncols=True,
         **settings,
     )  # fmt: skip
 
 
 def write_above_bars(line: str) -> None:
     """Print a line on standard error while bars are shown there."""
-    tqdm.write(harmless(one_line(as_urls(line))), file=terminal())
+    tqdm.write(harmless(one_line(restore_urls(line))), file=unguarded_stderr())
 
 
 def _certainty(progress: Progress) -> str:

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt_tools.cli.boundary import exit_code, terminable, told
+from ckpt_tools.cli.boundary import exit_code, interrupt_on_sigterm, report_error
 
 if TYPE_CHECKING:
     from ckpt_tools.distributed import Team
 
 
 @contextlib.contextmanager
-def together(device: str) -> Iterator[Team]:
+def join_team(device: str) -> Iterator[Team]:
     """The team of this process, alone without torchrun; ``device`` as the user said it.
 
     What goes wrong is printed by rank 0 alone, and every rank leaves with the exit code for it.
     """
     from ckpt_tools.distributed import Processes, Ranks, connected
-    from ckpt_tools.machine.device import usable_device
+    from ckpt_tools.machine.device import resolve_device
 
     ranks = Ranks.from_environment()
     if ranks.world == 1:
         with connected(ranks, cuda=False) as team:
             yield team
         return
-    with terminable(), connected(ranks, cuda=usable_device(device, ranks).startswith("cuda")) as team:
+    with interrupt_on_sigterm(), connected(ranks, cuda=resolve_device(device, ranks).startswith("cuda")) as team:
         assert isinstance(team, Processes)
         try:
             yield team
@@ -37,7 +37,7 @@ def together(device: str) -> Iterator[Team]:
             raise
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary of all ranks
             if team.speaks:
-                code = told(error)
+                code = report_error(error)
                 team.say()
             else:
                 team.hear()

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.sample_order import WHOLE, Share, balanced, default_workers, random_order
-from ckpt_tools.data.stream import Batch, Skipped
-from ckpt_tools.data.user_code import Product, imported
-from ckpt_tools.data.user_errors import blamed
+from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes, default_workers, random_order
+from ckpt_tools.data.stream import Batch, SkippedSample
+from ckpt_tools.data.user_code import CallableResult, import_callable
+from ckpt_tools.data.user_errors import convert_to_data_error
 from ckpt_tools.errors import DataError
 from ckpt_tools.import_path import user_code_for_children
 
-__all__ = ["CallableSource", "CallableStream", "tensors_of"]
+__all__ = ["CallableSource", "CallableStream", "input_tensors"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class CallableSource:
     """
 
     spec: str
-    product: Product
+    product: CallableResult
     limit: int | None = None
     seed: int = 0
     kind: Literal["callable"] = "callable"
-    preprocessed: bool = True
+    is_preprocessed: bool = True
     sample_shape: None = None
 
     @classmethod
     def open(cls, spec: str, *, limit: int | None, seed: int) -> CallableSource:
         """Imports and calls it. Raises DataError, with the user's exception as its cause."""
-        source = cls(spec, Product(spec, imported(spec)), limit, seed)
+        source = cls(spec, CallableResult(spec, import_callable(spec)), limit, seed)
         if source.count == 0:
             raise DataError(f"{spec}: expected samples, the Dataset is empty.")
         return source
@@ -62,7 +62,7 @@ class CallableSource:
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
-        share: Share = WHOLE,
+        share: Share = FULL_SHARE,
         labelled: bool = False,
     ) -> CallableStream:
         """The user's batches as they come, where they come.
@@ -72,12 +72,14 @@ class CallableSource:
         """
         data = self.product.latest
         if not _has_length(data):
-            return CallableStream(self.spec, self.product.fresh, limit=self.limit, seed=self.seed, share=share)
+            return CallableStream(
+                self.spec, self.product.unread_iterable, limit=self.limit, seed=self.seed, share=share
+            )
         order = random_order(len(data), limit=self.limit, seed=self.seed)
-        parts = torch.split(order, balanced(len(order), batch_size))
-        plan = [part.tolist() for part in share.of(parts)]
+        parts = torch.split(order, balanced_batch_sizes(len(order), batch_size))
+        plan = [part.tolist() for part in share.select_items(parts)]
         workers = min(default_workers() if workers is None else workers, len(plan))
-        with blamed(f"{self.spec}: batching the Dataset"):
+        with convert_to_data_error(f"{self.spec}: batching the Dataset"):
             loader = DataLoader(
                 data,
                 batch_sampler=plan,
@@ -86,7 +88,7 @@ class CallableSource:
                 persistent_workers=workers > 0,
                 generator=torch.Generator(),  # leaves the user's random state alone
             )
-        numbers = share.of(range(len(parts)))
+        numbers = share.select_items(range(len(parts)))
         return CallableStream(
             self.spec, lambda: loader, seed=self.seed, count=len(order), numbers=numbers, indices=plan
         )
@@ -96,7 +98,7 @@ class CallableStream:
     """Passes over what the user's callable returned."""
 
     transform = "as the callable yields it"
-    skipped: tuple[Skipped, ...] = ()
+    skipped_samples: tuple[SkippedSample, ...] = ()
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class CallableStream:
         count: int | None = None,
         numbers: Sequence[int] | None = None,
         indices: Sequence[Sequence[int]] | None = None,
-        share: Share = WHOLE,
+        share: Share = FULL_SHARE,
     ) -> None:
         """``numbers``: of the batches that ``product`` gives; None: of an unknown number it gives all.
 
@@ -143,22 +145,22 @@ class CallableStream:
 
     def _items(self) -> Iterator[Any]:
         # a shuffling DataLoader draws its order from torch's global state, on the first step
-        blame = blamed(f"{self._spec}: reading")
+        blame = convert_to_data_error(f"{self._spec}: reading")
         with blame, torch.random.fork_rng(devices=[]), user_code_for_children():  # the workers start here
             torch.default_generator.manual_seed(self._seed)
             items = iter(self._product())
             item = next(items, _END)
         while item is not _END:
             yield item
-            with blamed(f"{self._spec}: reading"):
+            with convert_to_data_error(f"{self._spec}: reading"):
                 item = next(items, _END)
 
     def _check(self, batch: object, number: int) -> int:
         """How many samples the batch holds."""
-        inputs = tensors_of(batch)
+        inputs = input_tensors(batch)
         if not inputs or any(tensor.ndim == 0 or not len(tensor) for tensor in inputs):
             raise DataError(
-                f"{self._spec}: batch {number} is {_described(batch)}. Expected a tensor (N, …), a tuple or "
+                f"{self._spec}: batch {number} is {_describe_batch(batch)}. Expected a tensor (N, …), a tuple or "
                 f"list whose first item is one, or a dict of tensors for model(**batch)."
             )
         return len(inputs[0])
@@ -181,7 +183,7 @@ def _pairs(samples: list[Any]) -> Any:
     return default_collate([tuple(sample[:2]) if isinstance(sample, tuple | list) else sample for sample in samples])
 
 
-def tensors_of(batch: object) -> list[Tensor]:
+def input_tensors(batch: object) -> list[Tensor]:
     """The tensors (N, …) that go into the model."""
     if isinstance(batch, tuple | list):
         batch = batch[0] if batch else None
@@ -199,7 +201,7 @@ def _head(batch: Any, size: int, count: int) -> Any:
     return batch[:count] if isinstance(batch, Tensor) and batch.ndim and len(batch) == size else batch
 
 
-def _described(batch: object) -> str:
+def _describe_batch(batch: object) -> str:
     if isinstance(batch, Tensor):
         return f"a tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, tuple | list):

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-__all__ = ["quiet_decoders"]
+__all__ = ["silence_decoder_warnings"]
 
 _RULE = ("ignore", None, Warning, re.compile(r"PIL\.|torchvision\.io\."), 0)
 
 
 @contextmanager
-def quiet_decoders() -> Iterator[None]:
+def silence_decoder_warnings() -> Iterator[None]:
     """Ignores warnings of the modules that decode, in all threads; everybody else's filters stay as they are."""
     # warnings.catch_warnings would put back what another thread has changed in the meantime
     filters = cast("list[object]", warnings.filters)

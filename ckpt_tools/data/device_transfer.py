@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["sent_ahead"]
+__all__ = ["prefetch_to_device"]
 
 
-def sent_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def prefetch_to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """The same batches on ``device`` (CUDA), ready for work on its current stream, in the same memory format.
 
     They go from pinned memory on a stream of their own, so that copying takes no time from computing. One batch
@@ -21,10 +21,10 @@ def sent_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tens
     for batch in batches:
         sent = _Sent(batch, device, aside)
         if before is not None:
-            yield before.arrived()
+            yield before.wait_for_copy()
         before = sent
     if before is not None:
-        yield before.arrived()
+        yield before.wait_for_copy()
 
 
 class _Sent:
@@ -37,7 +37,7 @@ class _Sent:
             self._tensor = pinned.to(device, non_blocking=True)
             self._copied = aside.record_event()
 
-    def arrived(self) -> Tensor:
+    def wait_for_copy(self) -> Tensor:
         """The batch; what the current stream does from now on waits for the copy."""
         stream = torch.cuda.current_stream(self._tensor.device)
         stream.wait_event(self._copied)

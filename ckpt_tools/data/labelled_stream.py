@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays.rows import ArraySource
-from ckpt_tools.data.callables import CallableSource, CallableStream, tensors_of
+from ckpt_tools.data.callables import CallableSource, CallableStream, input_tensors
 from ckpt_tools.data.images.image_folder import FolderSource
-from ckpt_tools.data.labels import ClassMap, Labels, array_labels, folder_labels, whole_numbers
+from ckpt_tools.data.labels import ClassMap, Labels, array_labels, as_class_numbers, folder_labels
 from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
 from ckpt_tools.data.shards.shard_stream import ShardStream, ShardStreamSource
 from ckpt_tools.data.source import Source
-from ckpt_tools.data.stream import Batch, IndexedStream, Skipped, first_not_finite
+from ckpt_tools.data.stream import Batch, IndexedStream, SkippedSample, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 
 __all__ = ["LabelledStream", "labelled_batches"]
@@ -39,7 +39,7 @@ class LabelledStream(Protocol):
         ...
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
         """Samples that no pass so far could read."""
         ...
 
@@ -97,8 +97,8 @@ class _Numbered:
         self._spec, self._stream, self._labels = spec, stream, labels
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
-        return self._stream.skipped
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
+        return self._stream.skipped_samples
 
     def check(self, labels: Tensor, outputs: int) -> None:
         wanted = self._labels.outputs
@@ -114,13 +114,13 @@ class _Numbered:
         for batch in self._stream:
             rows = list(islice(numbers, len(batch)))
             if len(rows) < len(batch):
-                raise self._moved()
+                raise self._data_changed_error()
             _check_finite(batch, self._spec, rows)
             yield batch, self._labels.values[rows]
         if next(numbers, None) is not None:
-            raise self._moved()
+            raise self._data_changed_error()
 
-    def _moved(self) -> DataError:
+    def _data_changed_error(self) -> DataError:
         return DataError(f"{self._spec}: it changed while it was read. Leave it alone, and run again.")
 
 
@@ -132,27 +132,27 @@ class _Yielded:
         self._spec, self._stream = spec, stream
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
-        return self._stream.skipped
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
+        return self._stream.skipped_samples
 
     def check(self, labels: Tensor, outputs: int) -> None:
         _check_range(self._spec, labels, outputs)
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         for number, batch in enumerate(self._stream):
-            for tensor in tensors_of(batch):
+            for tensor in input_tensors(batch):
                 _check_finite(tensor, f"{self._spec}: batch {number}", range(len(tensor)))
-            yield self._parted(batch, f"{self._spec}: batch {number}")
+            yield self._split_labels(batch, f"{self._spec}: batch {number}")
 
-    def _parted(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
-        count = len(tensors_of(batch)[0])
+    def _split_labels(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
+        count = len(input_tensors(batch)[0])
         if isinstance(batch, Mapping):
             key = next((one for one in _KEYS if one in batch), None)
             if key is not None:
                 inputs = {word: value for word, value in batch.items() if word != key}
-                return inputs, whole_numbers(batch[key], count, name)
+                return inputs, as_class_numbers(batch[key], count, name)
         elif isinstance(batch, tuple | list) and len(batch) > 1:
-            return batch[0], whole_numbers(batch[1], count, name)
+            return batch[0], as_class_numbers(batch[1], count, name)
         raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict with 'labels' among the inputs.")
 
 

@@ -14,9 +14,17 @@ from torch import Tensor
 from ckpt_tools.data.arrays.array_files import StoredArray
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
-from ckpt_tools.remote.copies import fetch
+from ckpt_tools.remote.copies import fetch_file
 
-__all__ = ["ClassMap", "Labels", "array_labels", "class_number", "folder_labels", "read_class_map", "whole_numbers"]
+__all__ = [
+    "ClassMap",
+    "Labels",
+    "array_labels",
+    "as_class_numbers",
+    "folder_labels",
+    "parse_class_number",
+    "read_class_map",
+]
 
 _MOST = 2**31  # outputs of a head
 _WHOLE = re.compile(r"u?int\d+|[IU]\d+")  # as numpy and torch, or as safetensors name them
@@ -56,7 +64,7 @@ def read_class_map(path: Path) -> ClassMap:
     Names without numbers stand in the order of the head. Raises DataError.
     """
     try:
-        text = fetch(path).read_text("utf-8-sig")
+        text = fetch_file(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"--class-map {path}: expected a text or JSON file: {error}.") from error
     if path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
@@ -67,7 +75,7 @@ def read_class_map(path: Path) -> ClassMap:
         raise DataError(f"--class-map {path}: expected JSON: {error}.") from error
     if isinstance(found, list):
         return _in_order(path, found)
-    return _numbered(path, found)
+    return _class_map_from_json(path, found)
 
 
 def _in_order(path: Path, names: Sequence[object]) -> ClassMap:
@@ -81,7 +89,7 @@ def _in_order(path: Path, names: Sequence[object]) -> ClassMap:
     return ClassMap(path, known, len(known))
 
 
-def _numbered(path: Path, found: object) -> ClassMap:
+def _class_map_from_json(path: Path, found: object) -> ClassMap:
     if not isinstance(found, dict) or not found:
         raise DataError(f'--class-map {path}: expected {{"folder name": index, …}} or a list of names.')
     for name, number in found.items():
@@ -132,11 +140,11 @@ def array_labels(array: StoredArray) -> Labels:
     found = array.labels
     if not _WHOLE.fullmatch(found.dtype):
         raise DataError(f"{found.label}: expected whole numbers, found {found.dtype}. Save class numbers from 0.")
-    values = whole_numbers(found.load(), array.shape[0], found.label)
+    values = as_class_numbers(found.load(), array.shape[0], found.label)
     return Labels(values, array.classes, f"the classes of {array.label}", "Is this the data that the head is for?")
 
 
-def class_number(text: bytes | None, image: Callable[[], str]) -> int:
+def parse_class_number(text: bytes | None, image: Callable[[], str]) -> int:
     """The number in the ``.cls`` member beside an ``image`` of a shard. Raises DataError if it is none or missing."""
     if text is None:
         raise DataError(
@@ -148,7 +156,7 @@ def class_number(text: bytes | None, image: Callable[[], str]) -> int:
     return int(text)
 
 
-def whole_numbers(labels: object, count: int, name: str) -> Tensor:
+def as_class_numbers(labels: object, count: int, name: str) -> Tensor:
     """Class numbers (count,) int64 of a tensor (count,) or (count, 1), or a list. Raises DataError."""
     try:
         found = torch.as_tensor(labels)

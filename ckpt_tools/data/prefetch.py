@@ -12,21 +12,21 @@ from typing import Generic, TypeVar
 
 import torch
 
-__all__ = ["Stuck", "read_ahead", "reading"]
+__all__ = ["ReadTimeoutError", "read_ahead", "track_reading"]
 
 T = TypeVar("T")
 
-PATIENCE = 300.0  # seconds for one image: disks fall asleep, networks hang for a while
+READ_TIMEOUT_SECONDS = 300.0  # seconds for one image: disks fall asleep, networks hang for a while
 _GLANCE = 1.0  # seconds between two looks at what is under way; while we are stopped (Ctrl-Z) no time passes
 _GRACE = 5.0  # seconds for what is under way when nobody wants it any more
 
 
-class Stuck(Exception):
+class ReadTimeoutError(Exception):
     """A file that a thread does not come back from; the message names it."""
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
+def track_reading(name: str) -> Iterator[None]:
     """Say what this thread reads now, so that it can be named if that does not end."""
     thread = threading.get_ident()
     _underway[thread] = [name]
@@ -45,7 +45,7 @@ def read_ahead(groups: Iterable[Sequence[Callable[[], T]]], workers: int) -> Ite
     With ``workers`` threads, the next group and at least two jobs a thread are under way or done while the
     consumer is busy. With none, one thread runs jobs when their group is asked for.
 
-    Raises Stuck if one file (``reading``) takes longer than ``PATIENCE``. Its thread cannot be ended; it keeps neither
+    Raises Stuck if one file (``track_reading``) takes longer than ``READ_TIMEOUT_SECONDS``. Its thread cannot be ended; it keeps neither
     the pass nor the process from ending.
     """
     readers = _Readers[T](workers)
@@ -93,13 +93,13 @@ class _Task(Generic[T]):
 
     def result(self) -> T:
         """Wait for the result. Raises Stuck, and what the job raised."""
-        left, seen = PATIENCE, None
+        left, seen = READ_TIMEOUT_SECONDS, None
         while not wait([self._future], _GLANCE).done:
             now = _underway.get(self._thread)
-            left = left - _GLANCE if now is seen else PATIENCE
+            left = left - _GLANCE if now is seen else READ_TIMEOUT_SECONDS
             seen = now
             if now is not None and left <= 0:
-                raise Stuck(f"{now[0]}: not read after {PATIENCE:.0f} s")
+                raise ReadTimeoutError(f"{now[0]}: not read after {READ_TIMEOUT_SECONDS:.0f} s")
         return self._future.result()
 
 

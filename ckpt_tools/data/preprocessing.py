@@ -24,28 +24,28 @@ class Preprocessing:
     crop_pct: float | None = None
 
     @property
-    def transform(self) -> dict[str, Any]:
+    def transform_options(self) -> dict[str, Any]:
         """What was said about turning images into inputs."""
         said = dataclasses.asdict(self)
         return {name: value for name, value in said.items() if value is not None and name != "input_size"}
 
 
-def input_spec_for(known: InputSpec | None, said: Preprocessing, source: Source | None) -> InputSpec | None:
+def resolve_input_spec(known: InputSpec | None, said: Preprocessing, source: Source | None) -> InputSpec | None:
     """Input shape and preprocessing in force: the user's word, then the checkpoint's and the library's.
 
     None for preprocessed data of unknown architectures: samples go to the model as they are.
     """
     shape = said.input_size or (known.shape if known else None)
-    if source is not None and source.sample_shape is not None and (source.preprocessed or shape is None):
+    if source is not None and source.sample_shape is not None and (source.is_preprocessed or shape is None):
         shape = source.sample_shape
     if shape is None:
-        if source is not None and source.preprocessed:
+        if source is not None and source.is_preprocessed:
             return None
         raise UsageError(
             "the input size of this architecture is not known. Give one sample's shape, e.g. --input-size 3,224,224."
         )
-    changes = said.transform
-    if changes and source is not None and source.preprocessed:
+    changes = said.transform_options
+    if changes and source is not None and source.is_preprocessed:
         raise UsageError(f"--{next(iter(changes)).replace('_', '-')}: {source.spec} is taken as preprocessed already.")
     base = known or InputSpec(shape)
     if said.input_size or changes:

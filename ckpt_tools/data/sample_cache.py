@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.machine.memory import available_bytes
-from ckpt_tools.remote.scratch import roomy_folder
+from ckpt_tools.remote.scratch import large_temporary_folder
 
 __all__ = ["PixelCache"]
 
@@ -67,7 +67,7 @@ class PixelCache:
         stored = self._stored[number]
         pixels = np.empty(math.prod(stored.shape), np.uint8)
         with self._lock:
-            file = self._opened()
+            file = self._open_file()
             file.seek(stored.offset)
             if file.readinto(pixels) != pixels.nbytes:  # type: ignore[attr-defined]  # every binary file has it
                 raise OSError("the file of decoded images has become shorter")
@@ -82,10 +82,10 @@ class PixelCache:
 
     def _append(self, number: int, batch: Tensor) -> None:
         if self._disk_left is None:
-            self._disk_left = shutil.disk_usage(roomy_folder()).free // _SHARE
+            self._disk_left = shutil.disk_usage(large_temporary_folder()).free // _SHARE
         if batch.nbytes > self._disk_left:
             return
-        file = self._opened()
+        file = self._open_file()
         file.seek(self._end)
         file.write(batch.as_strided((batch.numel(),), (1,)).numpy().data)
         file.flush()
@@ -93,8 +93,8 @@ class PixelCache:
         self._end += batch.nbytes
         self._disk_left -= batch.nbytes
 
-    def _opened(self) -> IO[bytes]:
+    def _open_file(self) -> IO[bytes]:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=roomy_folder())  # noqa: SIM115  # it lives as long as this object
+            self._file = tempfile.TemporaryFile(dir=large_temporary_folder())  # noqa: SIM115  # it lives as long as this object
             weakref.finalize(self, self._file.close)
         return self._file

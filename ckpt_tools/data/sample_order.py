@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckpt_tools.errors import UsageError
 
-__all__ = ["WHOLE", "Share", "balanced", "default_workers", "random_order"]
+__all__ = ["FULL_SHARE", "Share", "balanced_batch_sizes", "default_workers", "random_order"]
 
 T = TypeVar("T")
 
@@ -24,12 +24,12 @@ class Share:
     rank: int = 0
     world: int = 1
 
-    def of(self, items: Sequence[T]) -> Sequence[T]:
+    def select_items(self, items: Sequence[T]) -> Sequence[T]:
         """The part of this process."""
         return items[self.rank :: self.world]
 
 
-WHOLE = Share()
+FULL_SHARE = Share()
 
 
 def random_order(count: int, *, limit: int | None, seed: int) -> Tensor:
@@ -37,7 +37,7 @@ def random_order(count: int, *, limit: int | None, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
 
 
-def balanced(count: int, size: int) -> list[int]:
+def balanced_batch_sizes(count: int, size: int) -> list[int]:
     """Sizes of the ⌈count/size⌉ batches of at most ``size`` that differ by at most one.
 
     A small last batch would distort a batch variance, so there is none. Raises UsageError if ``size`` < 1.

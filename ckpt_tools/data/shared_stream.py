@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ckpt_tools.data.stream import Batch, BatchStream, Skipped
+from ckpt_tools.data.stream import Batch, BatchStream, SkippedSample
 
 __all__ = ["Job", "read_together"]
 
@@ -27,7 +27,7 @@ def read_together(stream: BatchStream, jobs: Sequence[Job], watch: Callable[[int
     readers = [_Reader(stream, job) for job in jobs]
     try:
         for reader in readers:
-            reader.go_on(None)
+            reader.resume_job(None)
         while waiting := [reader for reader in readers if reader.asks]:
             _pass(stream, waiting, watch)
     finally:
@@ -41,7 +41,7 @@ def _pass(stream: BatchStream, readers: Sequence[_Reader], watch: Callable[[int]
     try:
         for batch in stream:
             for reader in readers:
-                reader.go_on(batch if len(readers) == 1 else _copy(batch))
+                reader.resume_job(batch if len(readers) == 1 else _copy(batch))
             if watch is not None:
                 watch(len(batch) if isinstance(batch, Tensor) else 0)
             readers = [reader for reader in readers if reader.asks == "batch"]
@@ -52,7 +52,7 @@ def _pass(stream: BatchStream, readers: Sequence[_Reader], watch: Callable[[int]
     else:
         end = _END
     for reader in readers:
-        reader.go_on(end)
+        reader.resume_job(end)
 
 
 class _Reader:
@@ -66,7 +66,7 @@ class _Reader:
         self._handed: object = None
         self._thread = threading.Thread(target=self._work, args=(job,), daemon=True)
 
-    def go_on(self, handed: object) -> None:
+    def resume_job(self, handed: object) -> None:
         """Hand over a batch, the end of a pass or an error, and wait until the job asks for more or has ended."""
         self._handed = handed
         if self._thread.ident is None:
@@ -119,9 +119,9 @@ class _Reader:
         return self._stream.transform
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
         """Samples that no pass so far could read."""
-        return self._stream.skipped
+        return self._stream.skipped_samples
 
     def sample_name(self, batch: int, row: int) -> str:
         """What people call a sample of the pass under way."""

@@ -12,23 +12,23 @@ import torch
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays.array_files import ARRAY_SUFFIXES, Split, find_array
-from ckpt_tools.data.arrays.datasets import DATASETS, find_dataset, recognise
+from ckpt_tools.data.arrays.datasets import DATASETS, find_dataset, recognise_dataset
 from ckpt_tools.data.arrays.rows import ArraySource
 from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
-from ckpt_tools.data.sample_order import WHOLE, Share
+from ckpt_tools.data.sample_order import FULL_SHARE, Share
 from ckpt_tools.data.shards.disk_shards import ShardSource
-from ckpt_tools.data.shards.shard_names import is_pattern, is_shard, local_shards, names_shards, shards_in
+from ckpt_tools.data.shards.shard_names import is_pattern, is_shard, is_shard_url, list_shards, local_shards
 from ckpt_tools.data.shards.shard_stream import ShardStreamSource
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.remote.address import check_url, is_url, local_path, shown_url
-from ckpt_tools.remote.copies import fetch
-from ckpt_tools.remote.mirror import located
+from ckpt_tools.remote.address import check_url, is_url, local_path_of_url, redact_url
+from ckpt_tools.remote.copies import fetch_file
+from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.remote.store import open_remote
 
-__all__ = ["Source", "open_source", "words_for"]
+__all__ = ["Source", "describe_source", "open_source"]
 
 
 class Source(Protocol):
@@ -55,7 +55,7 @@ class Source(Protocol):
         ...
 
     @property
-    def preprocessed(self) -> bool:
+    def is_preprocessed(self) -> bool:
         """Whether samples go to the model as they are, so that ``input_spec`` may be None."""
         ...
 
@@ -67,7 +67,7 @@ class Source(Protocol):
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
-        share: Share = WHOLE,
+        share: Share = FULL_SHARE,
     ) -> BatchStream:
         """A stream of batches ready for the model, to be iterated as often as needed.
 
@@ -93,7 +93,7 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
         raise DataError(
             f"{spec}: commands are not run. Give the shards as paths or URLs, s3://bucket/{{000..146}}.tar."
         )
-    if is_url(spec) and local_path(spec) is None:
+    if is_url(spec) and local_path_of_url(spec) is None:
         return _behind_url(spec, limit, seed, split)
     path = _path(spec)
     if spec and os.path.lexists(path):
@@ -103,7 +103,7 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
         root = _path(rest)
         if is_url(rest):
             raise DataError(
-                f"{prefix}:{shown_url(rest)}: expected {prefix}:DIR with a folder of this machine. Fetch it first."
+                f"{prefix}:{redact_url(rest)}: expected {prefix}:DIR with a folder of this machine. Fetch it first."
             )
         if not rest or not root.is_dir():
             raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
@@ -118,7 +118,7 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def words_for(source: Source) -> str:
+def describe_source(source: Source) -> str:
     """The kind of a source, and which array of a file is read."""
     name = source.array.name if isinstance(source, ArraySource) else ""
     return f"{source.kind} {name}" if name else source.kind
@@ -134,10 +134,10 @@ def _on_disk(spec: str, path: Path, limit: int | None, seed: int, split: Split) 
 
 def _behind_url(spec: str, limit: int | None, seed: int, split: Split) -> Source:
     shown = check_url(spec)
-    if names_shards(spec):
+    if is_shard_url(spec):
         return ShardStreamSource.open(spec, limit=limit, seed=seed)
     if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
-        return ArraySource(shown, find_array(fetch(located(spec)), split), limit, seed)
+        return ArraySource(shown, find_array(fetch_file(resolve_location(spec)), split), limit, seed)
     remote = open_remote(spec)
     if not remote.is_folder() and remote.scheme not in ("http", "https"):  # where a folder is a page that lists it
         return _file(shown, Path(shown), limit, seed, split)
@@ -153,10 +153,10 @@ def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
     try:
         return FolderSource.open(spec, path, limit=limit, seed=seed)
     except DataError as error:
-        known = recognise(path)
+        known = recognise_dataset(path)
         if known is not None:
             raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
-        shards = shards_in(path)
+        shards = list_shards(path)
         if not shards:
             raise
         return ShardSource.open(spec, shards, limit=limit, seed=seed)
@@ -199,7 +199,7 @@ def _unknown(spec: str, prefix: str | None) -> str:
 
 def _path(text: str) -> Path:
     try:
-        return (is_url(text) and local_path(text)) or Path(text).expanduser()
+        return (is_url(text) and local_path_of_url(text)) or Path(text).expanduser()
     except RuntimeError:  # ~somebody, of whom there is no home
         return Path(text)
 

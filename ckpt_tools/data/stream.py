@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.decoder_warnings import quiet_decoders
-from ckpt_tools.data.device_transfer import sent_ahead
-from ckpt_tools.data.prefetch import Stuck, read_ahead
+from ckpt_tools.data.decoder_warnings import silence_decoder_warnings
+from ckpt_tools.data.device_transfer import prefetch_to_device
+from ckpt_tools.data.prefetch import ReadTimeoutError, read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import WHOLE, Share, balanced
-from ckpt_tools.data.user_errors import named
+from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes
+from ckpt_tools.data.user_errors import describe_error
 from ckpt_tools.errors import DataError, RemoteError, UsageError
 
 __all__ = [
@@ -26,23 +26,23 @@ __all__ = [
     "Chunk",
     "IndexedStream",
     "Samples",
-    "Skipped",
+    "SkippedSample",
+    "concatenate_parts",
     "first_not_finite",
-    "joined",
     "refuse_unreadable",
 ]
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 """A tensor (N, …), a tuple or list whose first item is one, or the keyword arguments of the model."""
 
-TOLERATED = 0.01
+MAX_UNREADABLE_SHARE = 0.01
 """Share of unreadable samples above which the data set is refused."""
 
 _CHUNK = 16  # samples that one thread reads at a time
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedSample:
     """A sample that could not be read, and why."""
 
     name: str
@@ -54,7 +54,7 @@ class Chunk:
     """What a reader returns: the samples it read, (n, …), and by index those it could not."""
 
     samples: Tensor | None
-    skipped: Mapping[int, Skipped]
+    skipped: Mapping[int, SkippedSample]
 
 
 class Samples(Protocol):
@@ -88,7 +88,7 @@ class BatchStream(Protocol):
         ...
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
         """Samples that no pass so far could read, each once, in the order in which they were met."""
         ...
 
@@ -122,7 +122,7 @@ class IndexedStream:
         workers: int,
         cache: PixelCache | None = None,
         device: str | torch.device = "cpu",
-        share: Share = WHOLE,
+        share: Share = FULL_SHARE,
     ) -> None:
         if workers < 0:
             raise UsageError(f"--workers is {workers}. Give 0 to read in this thread, or more.")
@@ -131,13 +131,13 @@ class IndexedStream:
         self._samples, self._order = samples, order
         self._name = name
         self._finish = finish
-        self._sizes = balanced(len(order), batch_size)
+        self._sizes = balanced_batch_sizes(len(order), batch_size)
         self._ends = list(itertools.accumulate(self._sizes))
-        self._numbers = share.of(range(len(self._sizes)))
+        self._numbers = share.select_items(range(len(self._sizes)))
         self._workers = workers
         self._cache = cache
         self._device = torch.device(device)
-        self._skipped: dict[int, Skipped] = {}
+        self._skipped: dict[int, SkippedSample] = {}
         self._given: list[int] = []  # numbers of the batches of this pass that were not skipped as a whole
         self._passed = False
 
@@ -147,7 +147,7 @@ class IndexedStream:
         return len(self._numbers)
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
         """Samples that no pass so far could read, each once."""
         return tuple(self._skipped.values())
 
@@ -171,7 +171,7 @@ class IndexedStream:
         """
         batches = self._batches()
         if self._device.type == "cuda":
-            batches = sent_ahead(batches, self._device)
+            batches = prefetch_to_device(batches, self._device)
         for batch in batches:
             yield self._finish(batch)
 
@@ -183,7 +183,7 @@ class IndexedStream:
                 self._note(chunk.skipped)
             read = [chunk.samples for chunk in chunks if chunk.samples is not None]
             if read:
-                batch = joined(read)
+                batch = concatenate_parts(read)
                 if batch.is_floating_point():
                     batch = batch.float()
                 elif self._cache is not None:
@@ -194,18 +194,18 @@ class IndexedStream:
 
     def _chunks(self) -> Iterator[list[Chunk]]:
         try:
-            with quiet_decoders():
+            with silence_decoder_warnings():
                 yield from read_ahead(self._jobs(), self._workers)
         except RemoteError:
             raise
-        except Stuck as error:
+        except ReadTimeoutError as error:
             raise DataError(
                 f"{self._name}: {error}. Look at that file, and at the disk or network it comes from; leave it out, or "
                 "run again."
             ) from error
         except Exception as error:  # whatever reading raised
             raise DataError(
-                f"{self._name}: reading failed with {named(error)}. If memory ran out, try fewer --workers, "
+                f"{self._name}: reading failed with {describe_error(error)}. If memory ran out, try fewer --workers, "
                 f"--workers 0, or a smaller --batch-size."
             ) from error
 
@@ -214,12 +214,12 @@ class IndexedStream:
         for number in self._numbers:
             size, indices = self._sizes[number], self._indices_of(number)
             if self._cache is not None and number in self._cache:
-                yield [partial(_kept, self._cache, number)]
+                yield [partial(_read_cached_batch, self._cache, number)]
             else:
-                parts = torch.split(indices, balanced(size, _CHUNK)) if self._workers else [indices]
+                parts = torch.split(indices, balanced_batch_sizes(size, _CHUNK)) if self._workers else [indices]
                 yield [partial(self._samples.__getitem__, part.tolist()) for part in parts]
 
-    def _note(self, skipped: Mapping[int, Skipped]) -> None:
+    def _note(self, skipped: Mapping[int, SkippedSample]) -> None:
         new = {index: what for index, what in skipped.items() if index not in self._skipped}
         if new and self._passed:
             first = next(iter(new.values()))
@@ -228,16 +228,16 @@ class IndexedStream:
                 f"must see the same samples: leave the data alone while it is read, and run again."
             )
         self._skipped.update(new)
-        refuse_unreadable(self._name, self.skipped, self.count)
+        refuse_unreadable(self._name, self.skipped_samples, self.count)
 
 
-def refuse_unreadable(name: str, skipped: Sequence[Skipped], count: int) -> None:
+def refuse_unreadable(name: str, skipped: Sequence[SkippedSample], count: int) -> None:
     """Raise DataError if more than 1 % of ``count`` samples were skipped."""
-    if len(skipped) > TOLERATED * count:
+    if len(skipped) > MAX_UNREADABLE_SHARE * count:
         first_few = "; ".join(f"{what.name} ({what.reason})" for what in skipped[:5])
         raise DataError(
             f"{name}: {len(skipped)} of {count} samples are unreadable so far, expected "
-            f"at most {TOLERATED:.0%}: {first_few}. Repair or remove them."
+            f"at most {MAX_UNREADABLE_SHARE:.0%}: {first_few}. Repair or remove them."
         )
 
 
@@ -249,7 +249,7 @@ def first_not_finite(batch: Tensor) -> int | None:
     return int((~finite).reshape(len(batch), -1).any(1).nonzero()[0])
 
 
-def joined(parts: list[Tensor]) -> Tensor:
+def concatenate_parts(parts: list[Tensor]) -> Tensor:
     """The parts of a batch (n, …) as one, in the same memory format."""
     if len(parts) == 1 or parts[0].ndim != 4 or parts[0].dtype != torch.uint8:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -258,5 +258,5 @@ def joined(parts: list[Tensor]) -> Tensor:
     return torch.from_numpy(np.concatenate(last)).permute(0, 3, 1, 2)
 
 
-def _kept(cache: PixelCache, number: int) -> Chunk:
+def _read_cached_batch(cache: PixelCache, number: int) -> Chunk:
     return Chunk(cache.read(number), {})

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ckpt_tools.data.user_errors import blamed, named
+from ckpt_tools.data.user_errors import convert_to_data_error, describe_error
 from ckpt_tools.errors import DataError
 from ckpt_tools.import_path import import_user_module, user_code_for_children
 
-__all__ = ["Product", "imported"]
+__all__ = ["CallableResult", "import_callable"]
 
 
-def imported(spec: str) -> Callable[[], object]:
+def import_callable(spec: str) -> Callable[[], object]:
     """The callable that ``package.module:name`` names; modules of the current folder are found too.
 
     Raises DataError if the module or the name is not there, the module fails, or the object is no callable.
@@ -46,10 +46,10 @@ def _module(spec: str, name: str) -> ModuleType:
             ) from error
         raise DataError(f"{spec}: importing {name} failed: {error}. Install what is missing.") from error
     except (Exception, SystemExit) as error:
-        raise DataError(f"{spec}: importing {name} raised {named(error)}.") from error
+        raise DataError(f"{spec}: importing {name} raised {describe_error(error)}.") from error
 
 
-class Product:
+class CallableResult:
     """What the callable returned. An iterator can be read once, so every pass after the first calls again.
 
     Raises DataError if the call raises, or returns nothing that could hold batches.
@@ -60,7 +60,7 @@ class Product:
         self.latest: Any = self._call()
         self._unread = True
 
-    def fresh(self) -> Iterable[object]:
+    def unread_iterable(self) -> Iterable[object]:
         """An iterable that no pass has used up."""
         if not self._unread and isinstance(self.latest, Iterator):
             self.latest = self._call()
@@ -69,7 +69,7 @@ class Product:
         return product
 
     def _call(self) -> object:
-        with blamed(f"{self._spec}: the call without arguments"), user_code_for_children():
+        with convert_to_data_error(f"{self._spec}: the call without arguments"), user_code_for_children():
             product = self._function()
         readable = isinstance(product, Iterable) or hasattr(product, "__getitem__")
         if not readable or isinstance(product, Tensor | Mapping | str | bytes):

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from ckpt_tools.errors import DataError
 from ckpt_tools.redaction import without_fragments
 
-__all__ = ["blamed", "named"]
+__all__ = ["convert_to_data_error", "describe_error"]
 
 
 @contextmanager
-def blamed(what: str) -> Iterator[None]:
+def convert_to_data_error(what: str) -> Iterator[None]:
     """Turns any exception inside into a DataError that says ``what`` raised it, with the original as cause."""
     try:
         yield
     except DataError:
         raise
     except (Exception, SystemExit) as error:
-        raise DataError(f"{what} raised {named(error)}.") from error
+        raise DataError(f"{what} raised {describe_error(error)}.") from error
 
 
-def named(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Type and message of an exception, without the secrets of the URLs that it may quote."""
     text = without_fragments(str(error)).strip()
     if "Original Traceback" in text:  # torch ships a worker's traceback as the message

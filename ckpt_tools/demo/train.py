@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ckpt_tools.demo.densenet import DenseNet, digits_densenet
 from ckpt_tools.demo.digits import Digits
 from ckpt_tools.errors import UsageError
-from ckpt_tools.model.preserving import evaluating
+from ckpt_tools.model.preserving import preserved_evaluation_mode
 
 DROP_RATE = 0.3  # of the rates that Hendrycks & Gimpel tried (0.2 and 0.3), the one that shows more
 EPOCHS = 15
@@ -63,7 +63,7 @@ def train(
 
 def score(model: nn.Module, images: Tensor, labels: Tensor) -> Score:
     """Score in evaluation mode. Images (N, 1, 8, 8) as in `Digits`, labels (N,)."""
-    with evaluating(model), torch.no_grad():
+    with preserved_evaluation_mode(model), torch.no_grad():
         logits = model(images)
     wrong = (logits.argmax(dim=1) != labels).double().mean().item()
     return Score(error=100 * wrong, nll=F.cross_entropy(logits.double(), labels).item())

@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.model.batch import Batch
-from ckpt_tools.model.calling import Forward, call, eager, unwrap
-from ckpt_tools.model.preserving import evaluating
-from ckpt_tools.model.randomness import seeded
+from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
+from ckpt_tools.model.preserving import preserved_evaluation_mode
+from ckpt_tools.model.randomness import seed_temporarily
 from ckpt_tools.reestimate.guards import check_input
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer, batch_only, stored
@@ -30,7 +30,7 @@ from ckpt_tools.results import BatchNormLayer, Walk
 
 Normalise = Literal["stored", "batch"]
 
-CLEARLY = 0.8  # a candidate wins if its score is below this share of the next one's
+CLEAR_WIN_RATIO = 0.8  # a candidate wins if its score is below this share of the next one's
 _FEWEST = 2  # images
 
 
@@ -76,13 +76,13 @@ class Agreement:
         return max(self.layers, key=lambda layer: layer.distance, default=None)
 
 
-def measure(
+def measure_agreement(
     model: nn.Module,
     batches: Iterable[Batch],
     walk: Walk,
     *,
     rates_known: bool,
-    forward: Forward = call,
+    forward: Forward = call_model,
     layers: int | None = None,
     normalise: Normalise = "stored",
     counted: bool = True,
@@ -110,7 +110,7 @@ def measure(
         DataError: NaN in a batch, a batch of one value per channel.
         ModelError: the model cannot run on a batch.
     """
-    model = unwrap(model)
+    model = unwrap_model(model)
     usable = _usable(model, walk, counted)[:layers]
     if not usable:
         return Agreement((), 0, normalise, None, _reason(walk))
@@ -123,7 +123,7 @@ def measure(
         observed[found.name] = Layer(found.name, module, rewritten=True)
         observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
     runner = Runner(model, forward, Interception(dropout=rates_known))
-    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
+    with kept_heap(), preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
         images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))
@@ -141,7 +141,7 @@ def best_candidate(agreements: Mapping[str, Agreement]) -> str | None:
     if len(ranked) < 2 or len(ranked) < len(agreements):
         return None
     (best, name), (second, _) = ranked[:2]
-    return name if best < CLEARLY * second else None
+    return name if best < CLEAR_WIN_RATIO * second else None
 
 
 def _usable(model: nn.Module, walk: Walk, counted: bool) -> list[BatchNormLayer]:
@@ -179,13 +179,13 @@ def _summary(seen: Mapping[str, Layer], masked: set[str], images: int, normalise
     if not seen or images < _FEWEST:
         why = "the data reaches no BN layer" if not seen else f"{images} image(s) cannot show a variance"
         return Agreement((), images, normalise, None, why)
-    layers = tuple(_compared(layer, variance=name not in masked) for name, layer in seen.items())
+    layers = tuple(_compare_layer(layer, variance=name not in masked) for name, layer in seen.items())
     score = sum(layer.distance for layer in layers) / len(layers)
     counts = [count for layer in seen.values() if (count := batches_seen(layer.module))]
     return Agreement(layers, images, normalise, score, batches=min(counts, default=None))
 
 
-def _compared(layer: Layer, *, variance: bool) -> LayerAgreement:
+def _compare_layer(layer: Layer, *, variance: bool) -> LayerAgreement:
     assert layer.moments is not None
     assert layer.clusters is not None
     # Of a dead channel, the rest of the initial variance may be all there is.

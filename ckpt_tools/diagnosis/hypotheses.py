@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 
-SCALE_ENOUGH = 0.65
+MAX_SCALE_SCORE_RATIO = 0.65
 _NOISE = 0.3  # 256 photographs are up to 0.2 away from the mean and deviation of all
-SIZE_ENOUGH = 0.4  # random crops in training look like larger, smoother images than those of evaluation
+MAX_SIZE_SCORE_RATIO = 0.4  # random crops in training look like larger, smoother images than those of evaluation
 
-Values = tuple[float, ...]
-Change = Callable[[Tensor], Tensor]
+ChannelValues = tuple[float, ...]
+BatchChange = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Hypothesis:
 
     title: str
     advice: str
-    change: Change
+    change: BatchChange
     enough: float
 
 
 @dataclass(frozen=True)
 class _Norm:
     title: str
-    mean: Values
-    std: Values
+    mean: ChannelValues
+    std: ChannelValues
 
 
 _CAFFE = tuple(value / 255 for value in (123.675, 116.28, 103.53))
@@ -72,7 +72,7 @@ class _Affine:
         shape = (1, -1, *[1] * (x.ndim - 2))
         return x * self.scale.to(x).reshape(shape) + self.offset.to(x).reshape(shape)
 
-    def then(self, other: _Affine) -> _Affine:
+    def followed_by(self, other: _Affine) -> _Affine:
         """First this, then the other."""
         return _Affine(self.scale * other.scale, self.offset * other.scale + other.offset)
 
@@ -80,27 +80,27 @@ class _Affine:
         """What undoes this."""
         return _Affine(1 / self.scale, -self.offset / self.scale)
 
-    def reversed(self) -> _Affine:
+    def with_channels_reversed(self) -> _Affine:
         """The same for a batch whose channels stand in reverse order."""
         return _Affine(self.scale.flip(0), self.offset.flip(0))
 
-    def length(self) -> float:
+    def fisher_length(self) -> float:
         """How far it moves what becomes standard normal: Fisher's metric, averaged over channels."""
         return float((self.offset.square() + 2 * self.scale.log().square()).sqrt().mean())
 
-    def near(self, other: _Affine) -> bool:
+    def is_close_to(self, other: _Affine) -> bool:
         """Whether both do the same, to a thousandth of what goes in."""
         return bool(((self.scale / other.scale - 1).abs() < 1e-3).all()) and bool(
             ((self.offset - other.offset).abs() < 1e-3 * self.scale.abs().clamp_min(1)).all()
         )
 
 
-def _affine(mean: Values | Tensor, std: Values | Tensor, channels: int) -> _Affine:
+def _affine(mean: ChannelValues | Tensor, std: ChannelValues | Tensor, channels: int) -> _Affine:
     centre, spread = (torch.as_tensor(v, dtype=torch.float64).expand(channels) for v in (mean, std))
     return _Affine(1 / spread, -centre / spread)
 
 
-def hypotheses(batch: Tensor, spec: InputSpec | None, *, preprocessed: bool) -> list[Hypothesis]:
+def preprocessing_hypotheses(batch: Tensor, spec: InputSpec | None, *, preprocessed: bool) -> list[Hypothesis]:
     """Every usual preprocessing but the one in force, and the other order of channels with all of them.
 
     ``batch`` (N, C, …) as it goes into the model; ``spec`` in force, None or meaningless for preprocessed data.
@@ -111,11 +111,11 @@ def hypotheses(batch: Tensor, spec: InputSpec | None, *, preprocessed: bool) -> 
     found: list[Hypothesis] = []
     for reading in _readings(batch, spec, preprocessed=preprocessed):
         norms = [*_norms(channels), *_own(reading, batch)]
-        for swapped in (False, True) if _coloured(batch) else (False,):
+        for swapped in (False, True) if _is_coloured(batch) else (False,):
             for norm in [None, *norms]:  # None: as the batch is, but for the order
                 target = reading.inverse() if norm is None else _affine(norm.mean, norm.std, channels)
-                change = (reading.reversed() if swapped else reading).then(target)
-                if any(change.near(other) and swapped == before for other, before in tried):
+                change = (reading.with_channels_reversed() if swapped else reading).followed_by(target)
+                if any(change.is_close_to(other) and swapped == before for other, before in tried):
                     continue
                 tried.append((change, swapped))
                 found.append(_hypothesis(norm, change, swapped=swapped, preprocessed=preprocessed))
@@ -152,12 +152,12 @@ def _range(batch: Tensor) -> tuple[Tensor, Tensor]:
 
 def _own(reading: _Affine, batch: Tensor) -> list[_Norm]:
     """Mean and deviation of these very images, unless they are so near that any few images would have others."""
-    norm = _normalising(reading(batch))
-    change = reading.then(_affine(norm.mean, norm.std, batch.shape[1]))
-    return [norm] if change.length() > _NOISE else []
+    norm = _norm_from_pixels(reading(batch))
+    change = reading.followed_by(_affine(norm.mean, norm.std, batch.shape[1]))
+    return [norm] if change.fisher_length() > _NOISE else []
 
 
-def _normalising(pixels: Tensor) -> _Norm:
+def _norm_from_pixels(pixels: Tensor) -> _Norm:
     rows = pixels.transpose(0, 1).reshape(pixels.shape[1], -1).double()
     if pixels.ndim == 2 or pixels.shape[1] > 4:  # features: one constant one must not blow up
         mean, std = rows.mean().reshape(1), rows.std().reshape(1)
@@ -167,7 +167,7 @@ def _normalising(pixels: Tensor) -> _Norm:
     return _Norm("the data's own mean and standard deviation", tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def _coloured(batch: Tensor) -> bool:
+def _is_coloured(batch: Tensor) -> bool:
     if batch.ndim < 4 or batch.shape[1] != 3:
         return False
     return float((batch[:, 0] - batch[:, 2]).abs().mean()) > 1e-3 * float(batch.abs().mean())
@@ -176,7 +176,7 @@ def _coloured(batch: Tensor) -> bool:
 def _hypothesis(norm: _Norm | None, change: _Affine, *, swapped: bool, preprocessed: bool) -> Hypothesis:
     order = "the channels in reverse order (BGR)"
     if norm is None:
-        return Hypothesis(order, _ORDER, _Reordered(change, swapped), SCALE_ENOUGH)
+        return Hypothesis(order, _ORDER, _Reordered(change, swapped), MAX_SCALE_SCORE_RATIO)
     title = f"{norm.title}, {order}" if swapped else norm.title
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (norm.mean, norm.std))
     if preprocessed:
@@ -184,7 +184,7 @@ def _hypothesis(norm: _Norm | None, change: _Affine, *, swapped: bool, preproces
     else:
         advice = f"pass --mean {mean} --std {std}"
     advice = f"{advice}, and {_ORDER}" if swapped else advice
-    return Hypothesis(title, advice, _Reordered(change, swapped), SCALE_ENOUGH)
+    return Hypothesis(title, advice, _Reordered(change, swapped), MAX_SCALE_SCORE_RATIO)
 
 
 _ORDER = "give the data as an array whose channels are reversed"
@@ -199,7 +199,7 @@ class _Reordered:
         return self.change(x.flip(1) if self.swapped else x)
 
 
-def sizes(batch: Tensor, usual: tuple[int, ...] | None) -> list[Hypothesis]:
+def size_hypotheses(batch: Tensor, usual: tuple[int, ...] | None) -> list[Hypothesis]:
     """The batch (N, C, H, W) at other sizes, and smoothed: half, double, and what the architecture usually takes."""
     if batch.ndim != 4:
         return []
@@ -212,7 +212,7 @@ def sizes(batch: Tensor, usual: tuple[int, ...] | None) -> list[Hypothesis]:
             f"images of {h}×{w} rather than {height}×{width}",
             f"pass --input-size {batch.shape[1]},{h},{w}",
             _Resized(h, w),
-            SIZE_ENOUGH,
+            MAX_SIZE_SCORE_RATIO,
         )
         for h, w in sorted(wanted - {(height, width)})
         if min(h, w) >= 8 and max(h, w) <= 4 * max(height, width)
@@ -220,7 +220,7 @@ def sizes(batch: Tensor, usual: tuple[int, ...] | None) -> list[Hypothesis]:
     if min(height, width) < 16:
         return found
     advice = "resize with --interpolation bilinear, or start from larger images"
-    return [*found, Hypothesis("smoother images", advice, _smoothed, SIZE_ENOUGH)]
+    return [*found, Hypothesis("smoother images", advice, _smooth_images, MAX_SIZE_SCORE_RATIO)]
 
 
 @dataclass(frozen=True)
@@ -235,21 +235,27 @@ class _Resized:
         return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _smoothed(x: Tensor) -> Tensor:
+def _smooth_images(x: Tensor) -> Tensor:
     height, width = x.shape[2:]
     small = F.interpolate(x, size=(height // 2, width // 2), mode="bilinear", antialias=True, align_corners=False)
     return F.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def augmentations(batch: Tensor, black: Tensor) -> list[Change]:
+def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
     """What training may have done to the same images: shifts over black or zeros, crops, mixing, brightness.
 
     ``black`` (C,): the value of a black pixel. The random ones draw from torch's global generator.
     """
     if batch.ndim != 4:
-        return [_mixed] if batch.ndim == 2 else []
+        return [_mix_samples] if batch.ndim == 2 else []
     shifted = [_Shifted(black), _Shifted(torch.zeros_like(black))]
-    return [*shifted, _cropped, _mixed, lambda x: _mixed(_cropped(x)), lambda x: _mixed(shifted[0](x))]
+    return [
+        *shifted,
+        _crop_randomly,
+        _mix_samples,
+        lambda x: _mix_samples(_crop_randomly(x)),
+        lambda x: _mix_samples(shifted[0](x)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -268,7 +274,7 @@ class _Shifted:
         return torch.stack(windows)
 
 
-def _cropped(x: Tensor) -> Tensor:
+def _crop_randomly(x: Tensor) -> Tensor:
     """A window of 8–100 % of every image's area at the image's size, as in training on ImageNet."""
     height, width = x.shape[2:]
     windows = []
@@ -282,6 +288,6 @@ def _cropped(x: Tensor) -> Tensor:
     return torch.cat(windows)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _mix_samples(x: Tensor) -> Tensor:
     """Every sample averaged with another one."""
     return (x + x[torch.randperm(len(x))]) / 2

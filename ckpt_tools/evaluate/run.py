@@ -12,9 +12,9 @@ from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.evaluate.outcomes import Outcomes
 from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.model.batch import Batch
-from ckpt_tools.model.calling import Forward, call, eager, unwrap
-from ckpt_tools.model.preserving import evaluating
-from ckpt_tools.model.randomness import seeded
+from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
+from ckpt_tools.model.preserving import preserved_evaluation_mode
+from ckpt_tools.model.randomness import seed_temporarily
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.running import Runner
 
@@ -35,7 +35,7 @@ def evaluate(
     *,
     check: Callable[[Tensor, int], None] | None = None,
     keep_logits: bool = False,
-    forward: Forward = call,
+    forward: Forward = call_model,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -55,14 +55,14 @@ def evaluate(
         DataError: no image.
         ModelError: no logits, NaN among them, or a model that cannot be run.
     """
-    model = unwrap(model)
+    model = unwrap_model(model)
     outputs = _Outputs(forward)
     runner = Runner(model, outputs, Interception(dropout=True))
     parts: list[Outcomes] = []
     labels: list[Tensor] = []
     logits: list[Tensor] = []
     classes = done = 0
-    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
+    with kept_heap(), preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
         for number, (inputs, wanted) in enumerate(batches):
             for _ in runner.run(inputs, number, []):
                 pass

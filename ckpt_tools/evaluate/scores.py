@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ckpt_tools.data.stream import Skipped
+from ckpt_tools.data.stream import SkippedSample
 from ckpt_tools.errors import CheckFailed, DataError, ModelError
 from ckpt_tools.evaluate.metrics import Estimate, Metric, changes, measure
-from ckpt_tools.evaluate.validation import Judged, Validation
+from ckpt_tools.evaluate.validation import ModelEvaluation, Validation
 
-CALIBRATED: tuple[Metric, ...] = ("nll", "ece")  # what a temperature changes
+CALIBRATED_METRICS: tuple[Metric, ...] = ("nll", "ece")  # what a temperature changes
 
 
 @dataclass(frozen=True)
-class Scores:
+class ModelScores:
     """One model: its metrics with standard errors; with a temperature, NLL and ECE of held-out halves as well."""
 
     metrics: Mapping[Metric, Estimate]
@@ -33,13 +33,13 @@ class Metrics:
     kind: str
     images: int
     classes: int
-    after: Scores
-    before: Scores | None = None
+    after: ModelScores
+    before: ModelScores | None = None
     change: Mapping[Metric, Estimate] = field(default_factory=dict)
     calibrated_change: Mapping[Metric, Estimate] = field(default_factory=dict)
     gate: str | None = None
     failures: tuple[str, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedSample, ...] = ()
 
     @property
     def provenance(self) -> dict[str, object]:
@@ -57,7 +57,7 @@ class GateFailed(CheckFailed):
         self.metrics = metrics
 
 
-def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> Metrics:
+def compute_metrics(validation: Validation, before: ModelEvaluation | None, after: ModelEvaluation) -> Metrics:
     """Metrics of one or two models on the same images.
 
     Raises DataError if the images were not the same, ModelError if the heads do not have the same size.
@@ -86,41 +86,45 @@ def metrics_of(validation: Validation, before: Judged | None, after: Judged) -> 
         calibrated_change=_calibrated_change(before, after),
         gate=gate.text if gate else None,
         failures=gate.failures(_values(was), _values(now)) if gate else (),
-        skipped=validation.stream.skipped,
+        skipped=validation.stream.skipped_samples,
     )
 
 
-def compared(validation: Validation | None, before: Judged | None, after: Judged | None) -> Metrics | None:
+def compute_gated_metrics(
+    validation: Validation | None, before: ModelEvaluation | None, after: ModelEvaluation | None
+) -> Metrics | None:
     """The metrics, if there is labelled data. Raises GateFailed, before anything is written, if the gate says no."""
     if validation is None or after is None:
         return None
-    metrics = metrics_of(validation, before, after)
-    refuse_failed(metrics, " Nothing was written.")
+    metrics = compute_metrics(validation, before, after)
+    refuse_failed_gate(metrics, " Nothing was written.")
     return metrics
 
 
-def refuse_failed(metrics: Metrics, consequence: str = "") -> None:
+def refuse_failed_gate(metrics: Metrics, consequence: str = "") -> None:
     """Raise GateFailed if the gate did not hold."""
     if metrics.failures:
         raise GateFailed(f"the gate is not passed: {'; '.join(metrics.failures)}.{consequence}", metrics)
 
 
-def _scores(judged: Judged) -> Scores:
+def _scores(judged: ModelEvaluation) -> ModelScores:
     found, calibration = measure(judged.outcomes), judged.calibration
     if calibration is None:
-        return Scores(found)
-    return Scores(found, calibration.temperature, calibration.halves, _calibrated(measure(calibration.held_out)))
+        return ModelScores(found)
+    return ModelScores(
+        found, calibration.temperature, calibration.halves, _select_calibrated(measure(calibration.held_out))
+    )
 
 
-def _calibrated_change(before: Judged | None, after: Judged) -> Mapping[Metric, Estimate]:
+def _calibrated_change(before: ModelEvaluation | None, after: ModelEvaluation) -> Mapping[Metric, Estimate]:
     if before is None or before.calibration is None or after.calibration is None:
         return {}
-    return _calibrated(changes(before.calibration.held_out, after.calibration.held_out))
+    return _select_calibrated(changes(before.calibration.held_out, after.calibration.held_out))
 
 
-def _calibrated(found: Mapping[Metric, Estimate]) -> dict[Metric, Estimate]:
-    return {name: found[name] for name in CALIBRATED}
+def _select_calibrated(found: Mapping[Metric, Estimate]) -> dict[Metric, Estimate]:
+    return {name: found[name] for name in CALIBRATED_METRICS}
 
 
-def _values(scores: Scores | None) -> dict[str, float]:
+def _values(scores: ModelScores | None) -> dict[str, float]:
     return {name: estimate.value for name, estimate in scores.metrics.items()} if scores else {}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ckpt_tools.contract import LoadedModel
 from ckpt_tools.data.labelled_stream import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import ClassMap, read_class_map
-from ckpt_tools.data.preprocessing import Preprocessing, input_spec_for
-from ckpt_tools.data.source import Source, words_for
+from ckpt_tools.data.preprocessing import Preprocessing, resolve_input_spec
+from ckpt_tools.data.source import Source, describe_source
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.evaluate.gate import Gate, parse_gate
 from ckpt_tools.evaluate.metrics import require_torchmetrics
@@ -24,7 +24,7 @@ from ckpt_tools.evaluate.temperature import Calibration, calibrate
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluationSettings:
     """What is asked of an evaluation: the data, which output each class is, a temperature, a gate."""
 
     data: str
@@ -33,7 +33,9 @@ class Question:
     gate: Gate | None = None
 
 
-def question(data: str, class_map: Path | None, calibrate: bool, gate: str | None, *, compared: bool) -> Question:
+def parse_evaluation_settings(
+    data: str, class_map: Path | None, calibrate: bool, gate: str | None, *, compared: bool
+) -> EvaluationSettings:
     """Checks what can be checked without data. ``compared``: whether there will be metrics before.
 
     Raises UsageError for a gate that does not parse or needs a before that there is none; DataError for a class map
@@ -43,13 +45,15 @@ def question(data: str, class_map: Path | None, calibrate: bool, gate: str | Non
     if parsed is not None and parsed.needs_before and not compared:
         raise UsageError(f"--gate {gate!r}: there is no 'before' in this evaluation. Give --before CHECKPOINT.")
     require_torchmetrics()
-    return Question(data, None if class_map is None else read_class_map(class_map), calibrate, parsed)
+    return EvaluationSettings(data, None if class_map is None else read_class_map(class_map), calibrate, parsed)
 
 
-def optional_question(data: str | None, class_map: Path | None, calibrate: bool, gate: str | None) -> Question | None:
+def parse_optional_settings(
+    data: str | None, class_map: Path | None, calibrate: bool, gate: str | None
+) -> EvaluationSettings | None:
     """The same where there need be no data; None if there is none. Raises UsageError if only the rest was said."""
     if data is not None:
-        return question(data, class_map, calibrate, gate, compared=True)
+        return parse_evaluation_settings(data, class_map, calibrate, gate, compared=True)
     for option, said in (("--gate", gate is not None), ("--calibrate", calibrate), ("--class-map", class_map)):
         if said:
             raise UsageError(f"{option} needs labelled data to evaluate on. Give --eval-data SPEC.")
@@ -57,7 +61,7 @@ def optional_question(data: str | None, class_map: Path | None, calibrate: bool,
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class ModelEvaluation:
     """One model on all images: their outcomes, and with ``--calibrate`` its temperature."""
 
     outcomes: Outcomes
@@ -70,12 +74,14 @@ class Judged:
 class Validation:
     """The labelled data, found and counted but not read, as one model takes it."""
 
-    question: Question
+    question: EvaluationSettings
     source: Source
     stream: LabelledStream
     seed: int = 0
 
-    def judge(self, model: nn.Module, name: str, progress: Callable[[str, int], None] | None = None) -> Judged:
+    def evaluate_model(
+        self, model: nn.Module, name: str, progress: Callable[[str, int], None] | None = None
+    ) -> ModelEvaluation:
         """A pass over the images; ``progress`` is told ``name`` and the number of images so far.
 
         Raises DataError if the classes are not those of the head, ModelError for a model that is no classifier.
@@ -89,12 +95,12 @@ class Validation:
             progress=progress and partial(progress, name),
         )
         calibration = None if found.logits is None else calibrate(found.logits, found.labels, seed=self.seed)
-        return Judged(found.outcomes, found.labels, found.classes, calibration)
+        return ModelEvaluation(found.outcomes, found.labels, found.classes, calibration)
 
     @property
     def kind(self) -> str:
         """What the data is, in words."""
-        return "dataset, test split" if self.source.kind == "dataset" else words_for(self.source)
+        return "dataset, test split" if self.source.kind == "dataset" else describe_source(self.source)
 
     def _check(self, labels: Tensor, outputs: int) -> None:
         self.stream.check(labels, outputs)
@@ -106,7 +112,7 @@ class Validation:
 
 
 def open_validation(
-    asked: Question,
+    asked: EvaluationSettings,
     source: Source,
     loaded: LoadedModel,
     said: Preprocessing,
@@ -121,7 +127,7 @@ def open_validation(
     _require_head(loaded)
     stream = labelled_batches(
         source,
-        input_spec_for(loaded.input_spec, said, source),
+        resolve_input_spec(loaded.input_spec, said, source),
         class_map=asked.class_map,
         batch_size=batch_size,
         workers=workers,

@@ -14,11 +14,23 @@ from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.admission import admit_recipe, bound_construction
-from ckpt_tools.identify.key_matching import common_prefix, compare, computed, fill, misfit
+from ckpt_tools.identify.key_matching import (
+    common_prefix,
+    compare_shapes,
+    fill_model,
+    misfit_error,
+    unsaved_buffer_keys,
+)
 from ckpt_tools.identify.recorded_rates import recorded_rates, set_rates
-from ckpt_tools.identify.shape_digest import LOSSES, tops
-from ckpt_tools.identify.skeleton import CLASSES, UndrawnParameters, following, shapes_of, skeleton
-from ckpt_tools.storage.reading import under
+from ckpt_tools.identify.shape_digest import LOSS_ATTRIBUTES, top_attributes
+from ckpt_tools.identify.skeleton import (
+    CLASS_KEYWORDS,
+    SkipRandomInitialisation,
+    build_skeleton,
+    keys_depending_on,
+    state_dict_shapes,
+)
+from ckpt_tools.storage.reading import select_prefix
 
 _PROBE_RATE = 0.2  # any rate strictly between 0 and 1 brings a hidden dropout site to life
 
@@ -50,7 +62,7 @@ class Candidate:
         return (self.architecture, *self.twins)
 
 
-def settle(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, object]) -> Candidate:
+def fit_candidate(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, object]) -> Candidate:
     """The candidate with prefix and arguments as the checkpoint's shapes and the user have them.
 
     Its keys and shapes are compared on a model without weights. Raises ArchitectureError if they do not fit, and
@@ -63,24 +75,24 @@ def settle(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, obj
 
 def _fit_to_shapes(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, object]) -> Candidate:
     adapter, name, prefix = candidate.adapter, candidate.recipe.name, candidate.prefix
-    part = under(checkpoint, prefix) if prefix else checkpoint
-    recipe = _sized(part, adapter, candidate.recipe, given)
-    model = skeleton(adapter, name, recipe.kwargs)
-    wanted = shapes_of(model)
+    part = select_prefix(checkpoint, prefix) if prefix else checkpoint
+    recipe = _add_size_arguments(part, adapter, candidate.recipe, given)
+    model = build_skeleton(adapter, name, recipe.kwargs)
+    wanted = state_dict_shapes(model)
     if prefix is None and (prefix := common_prefix(wanted, part.tensors)):
-        part = under(checkpoint, prefix)
-        recipe = _sized(part, adapter, candidate.recipe, given)
-        model = skeleton(adapter, name, recipe.kwargs)
-        wanted = shapes_of(model)
-    found = compare(wanted, part.shapes, computed(model))
+        part = select_prefix(checkpoint, prefix)
+        recipe = _add_size_arguments(part, adapter, candidate.recipe, given)
+        model = build_skeleton(adapter, name, recipe.kwargs)
+        wanted = state_dict_shapes(model)
+    found = compare_shapes(wanted, part.shapes, unsaved_buffer_keys(model))
     head: tuple[str, ...] = ()
     if found.keys:
-        head = tops(following(adapter, name, recipe.kwargs, CLASSES))
-        if len(head) == len(tops(wanted)):
+        head = top_attributes(keys_depending_on(adapter, name, recipe.kwargs, CLASS_KEYWORDS))
+        if len(head) == len(top_attributes(wanted)):
             head = ()
-        head = (*head, *sorted(LOSSES - set(tops(wanted))))
+        head = (*head, *sorted(LOSS_ATTRIBUTES - set(top_attributes(wanted))))
         if not found.only_under(head):
-            raise misfit(found, wanted, part, recipe.architecture)
+            raise misfit_error(found, wanted, part, recipe.architecture)
     return replace(
         candidate,
         recipe=recipe,
@@ -100,25 +112,25 @@ def load_candidate(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel:
 
 def _build_and_fill(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel:
     adapter, recipe = candidate.adapter, candidate.recipe
-    part = under(checkpoint, candidate.prefix) if candidate.prefix else checkpoint
+    part = select_prefix(checkpoint, candidate.prefix) if candidate.prefix else checkpoint
     rates = recorded_rates(part) if recipe.rates == "unknown" else {}
     filled_by_file = not candidate.as_built  # then no initial value survives
-    model = _built(adapter, recipe, initialise=not filled_by_file)
+    model = _build_model(adapter, recipe, initialise=not filled_by_file)
     if rates:
         recipe = replace(recipe, rates="recorded")
         if hidden := set_rates(model, rates):
             taken = {name: rate for name, rate in hidden.items() if name in adapter.rate_kwargs(recipe.name)}
             recipe = replace(recipe, kwargs={**recipe.kwargs, **taken})
-            model = _built(adapter, recipe, initialise=not filled_by_file)
+            model = _build_model(adapter, recipe, initialise=not filled_by_file)
             if set_rates(model, rates):  # of layers that this architecture has not, whatever its arguments
                 recipe = replace(recipe, rates="unknown")
-    fill(model, part, recipe.architecture, candidate.as_built)
+    fill_model(model, part, recipe.architecture, candidate.as_built)
     return LoadedModel(
         model=model,
         checkpoint=part,
         recipe=recipe,
         input_spec=adapter.input_spec(model, recipe.name, part.words),
-        probe=probe(adapter, recipe),
+        probe=build_probe(adapter, recipe),
         recognised_by=candidate.recognised_by,
         twins=candidate.twins,
         as_built=candidate.as_built,
@@ -127,8 +139,8 @@ def _build_and_fill(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel
 
 def load_recipe(adapter: Adapter, recipe: Recipe) -> LoadedModel:
     """An architecture without a checkpoint: the library's own initialisation."""
-    model = _built(adapter, recipe)
-    return LoadedModel(model, None, recipe, adapter.input_spec(model, recipe.name, {}), probe(adapter, recipe))
+    model = _build_model(adapter, recipe)
+    return LoadedModel(model, None, recipe, adapter.input_spec(model, recipe.name, {}), build_probe(adapter, recipe))
 
 
 def module_candidate(checkpoint: Checkpoint) -> Candidate:
@@ -137,26 +149,28 @@ def module_candidate(checkpoint: Checkpoint) -> Candidate:
     return Candidate(plugins.adapter("factory"), recipe, "module")
 
 
-def probe(adapter: Adapter, recipe: Recipe) -> nn.Module | None:
+def build_probe(adapter: Adapter, recipe: Recipe) -> nn.Module | None:
     """The architecture with every drop rate above zero; None if it has none or cannot be built so."""
     rates = adapter.rate_kwargs(recipe.name)
     if not rates:
         return None
     try:
-        return skeleton(adapter, recipe.name, {**recipe.kwargs, **dict.fromkeys(rates, _PROBE_RATE)})
+        return build_skeleton(adapter, recipe.name, {**recipe.kwargs, **dict.fromkeys(rates, _PROBE_RATE)})
     except (ArchitectureError, RuntimeError):
         return None
 
 
-def _sized(checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+def _add_size_arguments(
+    checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, given: Mapping[str, object]
+) -> Recipe:
     """The recipe with what the shapes say (over the words) and what the user says (over everything)."""
     sizes = adapter.class_kwargs(checkpoint.shapes, recipe.name, {**recipe.kwargs, **given})
     told = any(name in given for name in adapter.rate_kwargs(recipe.name))
     return replace(recipe, kwargs={**recipe.kwargs, **sizes, **given}, rates="given" if told else recipe.rates)
 
 
-def _built(adapter: Adapter, recipe: Recipe, *, initialise: bool = True) -> nn.Module:
-    with torch.device("cpu"), contextlib.nullcontext() if initialise else UndrawnParameters():
+def _build_model(adapter: Adapter, recipe: Recipe, *, initialise: bool = True) -> nn.Module:
+    with torch.device("cpu"), contextlib.nullcontext() if initialise else SkipRandomInitialisation():
         return adapter.build(recipe.name, recipe.kwargs).float().eval()
 
 
@@ -172,7 +186,7 @@ def _inner(checkpoint: Checkpoint) -> nn.Module:
 def _whole_module(checkpoint: Checkpoint, recipe: Recipe) -> LoadedModel:
     # A copy: the checkpoint's tensors are the module's own, and must stay what the file holds.
     model = copy.deepcopy(_inner(checkpoint)).cpu().float().eval()
-    fill(model, checkpoint, recipe.architecture)
+    fill_model(model, checkpoint, recipe.architecture)
     return LoadedModel(model, checkpoint, recipe, _own_spec(model), recognised_by="module")
 
 

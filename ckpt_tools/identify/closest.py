@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.index import Entry, Near, shipped
-from ckpt_tools.identify.key_matching import compare
-from ckpt_tools.identify.recipe import plain
+from ckpt_tools.identify.index import IndexEntry, SketchMatch, load_shipped_index
+from ckpt_tools.identify.key_matching import compare_shapes
+from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.shape_digest import Shape, Shapes
-from ckpt_tools.identify.skeleton import shapes_of, skeleton
+from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
 
 _SHORTLIST = 8  # architectures that are built to see what really differs
 _LIKELY = 0.2  # of a sketch: what chance gives once in a hundred models
@@ -19,7 +19,7 @@ _RESEMBLES = 0.1  # share of common tensors below which a name would only mislea
 
 
 @dataclass(frozen=True)
-class Close:
+class SimilarArchitecture:
     """``fitting`` of the architecture's ``total`` tensors are there; ``share`` is that of all tensors of both."""
 
     architecture: str
@@ -32,44 +32,44 @@ class Close:
         return f"{self.architecture} ({self.fitting} of {self.total} tensors fit; first difference {self.difference})"
 
 
-def closest(shapes: Shapes, count: int = 3) -> list[Close]:
+def find_closest_architectures(shapes: Shapes, count: int = 3) -> list[SimilarArchitecture]:
     """The most similar architectures by exact comparison of a shortlist, the closest first.
 
     Neither the class count nor the input channels make a difference.
     """
-    likely = [near for near in shipped().nearest(shapes, _SHORTLIST) if near.likeness >= _LIKELY]
-    found = [close for near in likely if (close := _compared(shapes, near)) is not None]
+    likely = [near for near in load_shipped_index().nearest_entries(shapes, _SHORTLIST) if near.likeness >= _LIKELY]
+    found = [close for near in likely if (close := _compare_entry(shapes, near)) is not None]
     found = [close for close in found if close.architecture.replace(_QUANTISABLE, "") not in _names(found, close)]
     found.sort(key=lambda close: -close.share)
     return [close for close in found[:count] if close.share >= _RESEMBLES]
 
 
-def closest_lines(shapes: Shapes) -> str:
+def describe_closest(shapes: Shapes) -> str:
     """For a message: the closest three and what differs, or that nothing resembles the tensors."""
-    found = closest(shapes)
+    found = find_closest_architectures(shapes)
     if not found:
-        libraries = " or ".join(f"{name} {version}" for name, version in shipped().versions.items())
+        libraries = " or ".join(f"{name} {version}" for name, version in load_shipped_index().versions.items())
         return f"No architecture of {libraries} resembles it."
     return "Closest by its tensors:\n  " + "\n  ".join(map(str, found))
 
 
-def _compared(shapes: Shapes, near: Near) -> Close | None:
+def _compare_entry(shapes: Shapes, near: SketchMatch) -> SimilarArchitecture | None:
     try:
-        adapter, recipe = plain(near.entry.architecture)
-        wanted = shapes_of(skeleton(adapter, recipe.name, {}))
+        adapter, recipe = recipe_without_arguments(near.entry.architecture)
+        wanted = state_dict_shapes(build_skeleton(adapter, recipe.name, {}))
     except ArchitectureError:  # the library's version has it no more
         return None
     inner = {key.removeprefix(near.prefix): s for key, s in shapes.items() if key.startswith(near.prefix)}
     outer = tuple(key for key in shapes if not key.startswith(near.prefix))
-    present = _adapted(inner, wanted, near.entry)
-    found = compare(wanted, present)
+    present = _ignore_size_differences(inner, wanted, near.entry)
+    found = compare_shapes(wanted, present)
     fitting = len(wanted) - len(found.reshaped) - len(found.missing)
     share = fitting / max(1, len(wanted) + len(found.unexpected) + len(outer))
     difference = _first(found.keys, wanted, present) or (f"{outer[0]}: only in the checkpoint" if outer else _SIZES)
-    return Close(near.entry.architecture, fitting, len(wanted), share, difference)
+    return SimilarArchitecture(near.entry.architecture, fitting, len(wanted), share, difference)
 
 
-def _adapted(shapes: Shapes, wanted: Shapes, entry: Entry) -> dict[str, tuple[int, ...]]:
+def _ignore_size_differences(shapes: Shapes, wanted: Shapes, entry: IndexEntry) -> dict[str, tuple[int, ...]]:
     """The shapes with the architecture's own class count and input channels, so that these count for nothing."""
     free = {*entry.head, *entry.stem}
     return {
@@ -83,7 +83,7 @@ def _alike(one: Shape, other: Shape) -> bool:
     return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) <= 1
 
 
-def _names(found: list[Close], without: Close) -> set[str]:
+def _names(found: list[SimilarArchitecture], without: SimilarArchitecture) -> set[str]:
     return {close.architecture for close in found if close is not without}
 
 

@@ -11,20 +11,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.identify.candidate import Candidate
-from ckpt_tools.identify.naming import preference
-from ckpt_tools.identify.skeleton import UndrawnParameters
+from ckpt_tools.identify.naming import name_preference
+from ckpt_tools.identify.skeleton import SkipRandomInitialisation
 
 _SIDE = 96  # pixels; models of a fixed size are run at theirs
 _LARGEST = 250_000_000  # values; a larger model is not run to be told from its like: that takes a minute
 _SAME = 1e-4  # relative difference of the outputs; other padding or pooling gives 0.1 to 1
 
 
-def one_of_each(checkpoint: Checkpoint, candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+def merge_equivalent_candidates(checkpoint: Checkpoint, candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """One candidate a function, the others as its ``twins``: same output, same input shape, mean and deviation.
 
     The first is what the file is called after, else timm's, else the one with the shortest name.
     """
-    ordered = sorted(candidates, key=lambda one: preference(checkpoint.path, one.architecture))
+    ordered = sorted(candidates, key=lambda one: name_preference(checkpoint.path, one.architecture))
     if len(ordered) < 2:
         return tuple(ordered)
     groups: list[list[Candidate]] = []
@@ -65,7 +65,7 @@ def _functions(candidates: Sequence[Candidate], shape: Sequence[int]) -> list[in
     distinct: list[Tensor | None] = []
     numbers = []
     for candidate in candidates:
-        answer = response(candidate, shape, weights)
+        answer = output_on_random_input(candidate, shape, weights)
         number = next((number for number, known in enumerate(distinct) if _same(known, answer)), len(distinct))
         if number == len(distinct):
             distinct.append(answer)
@@ -73,13 +73,13 @@ def _functions(candidates: Sequence[Candidate], shape: Sequence[int]) -> list[in
     return numbers
 
 
-def response(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]) -> Tensor | None:
+def output_on_random_input(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]) -> Tensor | None:
     """The model's output, flattened, for two random inputs under random weights; None if it cannot be run.
 
     ``weights`` by key are what earlier candidates were given; what is missing there is drawn and added.
     """
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        with UndrawnParameters():
+        with SkipRandomInitialisation():
             model = candidate.adapter.build(candidate.recipe.name, candidate.recipe.kwargs).float().eval()
         _randomise(model, weights)
         small = (*shape[:-2], *(min(side, _SIDE) for side in shape[-2:]))
@@ -100,14 +100,14 @@ def _randomise(model: nn.Module, known: dict[str, Tensor]) -> None:
         if key in parameters and tensor.is_floating_point():
             drawn = known.get(key)
             if drawn is None or drawn.shape != tensor.shape:
-                drawn = known[key] = _drawn(key, tensor, generator)
+                drawn = known[key] = _random_weight(key, tensor, generator)
             tensor.copy_(drawn)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.training = True
 
 
-def _drawn(key: str, like: Tensor, generator: torch.Generator) -> Tensor:
+def _random_weight(key: str, like: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(like.shape, generator=generator)
     if like.dim() > 1:
         return noise.mul_(max(1, like[0].numel()) ** -0.5)

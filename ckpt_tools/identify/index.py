@@ -18,19 +18,19 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Literal
 
-from ckpt_tools.identify.shape_digest import BUCKETS, Part, Shapes, parts, tops
+from ckpt_tools.identify.shape_digest import SKETCH_BUCKETS, ModelPart, Shapes, split_into_parts, top_attributes
 
 Level = Literal["full", "body", "trunk", "frame"]
 Keys = tuple[str, ...]
 
-LEVELS: tuple[Level, ...] = ("full", "body", "trunk", "frame")
+DIGEST_LEVELS: tuple[Level, ...] = ("full", "body", "trunk", "frame")
 _FILE = "index.json.gz"
 _MASK = 2**32 - 1  # the half of a digest that is kept: among 1,500 models a chance match is one in three million
 _SIZE_WEIGHT = 2.0  # buckets that a factor of two in size counts for
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """One architecture: its digests, and the keys that follow the class count and the input channels."""
 
     architecture: str
@@ -42,7 +42,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Match:
+class DigestMatch:
     """Architectures whose digest is that of the tensors under ``prefix``."""
 
     prefix: str
@@ -51,41 +51,41 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Near:
+class SketchMatch:
     """An architecture whose sketch resembles that of the tensors under ``prefix``; 1 is as near as can be."""
 
     prefix: str
-    entry: Entry
+    entry: IndexEntry
     likeness: float
 
 
 @dataclass(frozen=True)
-class Index:
+class ArchitectureIndex:
     """Every entry, and the versions of the libraries they were taken from."""
 
     versions: Mapping[str, str]
-    entries: tuple[Entry, ...]
+    entries: tuple[IndexEntry, ...]
 
-    def matches(self, shapes: Shapes) -> Iterator[Match]:
+    def find_matches(self, shapes: Shapes) -> Iterator[DigestMatch]:
         """What the digests say: the whole before parts of it, and of each the surest first."""
-        for part in parts(shapes):
-            for level in LEVELS:
+        for part in split_into_parts(shapes):
+            for level in DIGEST_LEVELS:
                 names = dict.fromkeys(self._names(part, level))
                 if names:
-                    yield Match(part.prefix, level, tuple(names))
+                    yield DigestMatch(part.prefix, level, tuple(names))
 
-    def nearest(self, shapes: Shapes, count: int) -> list[Near]:
+    def nearest_entries(self, shapes: Shapes, count: int) -> list[SketchMatch]:
         """The ``count`` entries with the likest sketches, the likest first."""
-        best: dict[str, Near] = {}
-        for part in parts(shapes):
+        best: dict[str, SketchMatch] = {}
+        for part in split_into_parts(shapes):
             for entry in self.entries:
-                near = Near(part.prefix, entry, _likeness(part, entry))
+                near = SketchMatch(part.prefix, entry, _likeness(part, entry))
                 known = best.get(entry.architecture)
                 if known is None or known.likeness < near.likeness:
                     best[entry.architecture] = near
         return sorted(best.values(), key=lambda near: -near.likeness)[:count]
 
-    def _names(self, part: Part, level: Level) -> Iterator[str]:
+    def _names(self, part: ModelPart, level: Level) -> Iterator[str]:
         for (head, stem), table in self._tables[level].items():
             yield from table.get(_digest(part, level, head, stem) & _MASK, ())
 
@@ -97,28 +97,33 @@ class Index:
             cuts: dict[Level, tuple[Keys, Keys]] = {
                 "full": ((), ()),
                 "body": (entry.head, ()),
-                "trunk": (tops(entry.head), ()),
-                "frame": (tops(entry.head), entry.stem),
+                "trunk": (top_attributes(entry.head), ()),
+                "frame": (top_attributes(entry.head), entry.stem),
             }
-            for level, digest in zip(LEVELS, entry.digests, strict=True):
+            for level, digest in zip(DIGEST_LEVELS, entry.digests, strict=True):
                 tables[level].setdefault(cuts[level], defaultdict(list))[digest].append(entry.architecture)
         return tables
 
 
-def entry_for(architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]) -> Entry:
+def make_index_entry(architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]) -> IndexEntry:
     """The entry of one architecture, from the shapes of its default build."""
-    part, heads, stems = Part("", shapes), tuple(sorted(head)), tuple(sorted(stem))
-    whole = (part.full, part.body(heads), part.trunk(tops(heads)), part.frame(tops(heads), stems))
-    return Entry(architecture, tuple(one & _MASK for one in whole), heads, stems, part.sketch, part.size(heads))
+    part, heads, stems = ModelPart("", shapes), tuple(sorted(head)), tuple(sorted(stem))
+    whole = (
+        part.full_digest,
+        part.body_digest(heads),
+        part.trunk_digest(top_attributes(heads)),
+        part.frame_digest(top_attributes(heads), stems),
+    )
+    return IndexEntry(architecture, tuple(one & _MASK for one in whole), heads, stems, part.sketch, part.size(heads))
 
 
 @functools.cache
-def shipped() -> Index:
+def load_shipped_index() -> ArchitectureIndex:
     """The index that comes with this package."""
-    return decode(files("ckpt_tools.identify").joinpath(_FILE).read_bytes())
+    return decode_index(files("ckpt_tools.identify").joinpath(_FILE).read_bytes())
 
 
-def encode(index: Index) -> bytes:
+def encode_index(index: ArchitectureIndex) -> bytes:
     """Gzipped JSON, the same bytes for the same index: names as text, numbers in columns, in base64."""
     heads = sorted({entry.head for entry in index.entries})
     stems = sorted({entry.stem for entry in index.entries})
@@ -131,52 +136,52 @@ def encode(index: Index) -> bytes:
         "head": [heads.index(entry.head) for entry in index.entries],
         "stem": [stems.index(entry.stem) for entry in index.entries],
         "size": [entry.size for entry in index.entries],
-        "sketch": _text(b"".join(_halved(entry.sketch) for entry in index.entries)),
+        "sketch": _text(b"".join(_pack_sketch(entry.sketch) for entry in index.entries)),
     }
-    for i, level in enumerate(LEVELS):
+    for i, level in enumerate(DIGEST_LEVELS):
         content[level] = _text(struct.pack(f"<{count}I", *(entry.digests[i] for entry in index.entries)))
     return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
 
 
-def decode(data: bytes) -> Index:
-    """The index that ``encode`` wrote."""
+def decode_index(data: bytes) -> ArchitectureIndex:
+    """The index that ``encode_index`` wrote."""
     content = json.loads(gzip.decompress(data))
     names: Sequence[str] = content["architectures"]
     heads, stems = [[tuple(keys) for keys in content[name]] for name in ("heads", "stems")]
-    columns = (struct.unpack(f"<{len(names)}I", base64.b64decode(content[level])) for level in LEVELS)
-    sketches, width = base64.b64decode(content["sketch"]), BUCKETS // 2
+    columns = (struct.unpack(f"<{len(names)}I", base64.b64decode(content[level])) for level in DIGEST_LEVELS)
+    sketches, width = base64.b64decode(content["sketch"]), SKETCH_BUCKETS // 2
     rows = zip(names, zip(*columns, strict=True), content["head"], content["stem"], content["size"], strict=True)
     entries = (
-        Entry(name, own, heads[head], stems[stem], _doubled(sketches[i * width : (i + 1) * width]), size)
+        IndexEntry(name, own, heads[head], stems[stem], _unpack_sketch(sketches[i * width : (i + 1) * width]), size)
         for i, (name, own, head, stem, size) in enumerate(rows)
     )
-    return Index(content["versions"], tuple(entries))
+    return ArchitectureIndex(content["versions"], tuple(entries))
 
 
-def _digest(part: Part, level: Level, head: Keys, stem: Keys) -> int:
+def _digest(part: ModelPart, level: Level, head: Keys, stem: Keys) -> int:
     match level:
         case "full":
-            return part.full
+            return part.full_digest
         case "body":
-            return part.body(head)
+            return part.body_digest(head)
         case "trunk":
-            return part.trunk(head)
+            return part.trunk_digest(head)
         case "frame":
-            return part.frame(head, stem)
+            return part.frame_digest(head, stem)
 
 
-def _likeness(part: Part, entry: Entry) -> float:
+def _likeness(part: ModelPart, entry: IndexEntry) -> float:
     alike = sum(a == b for a, b in zip(part.sketch, entry.sketch, strict=True))
     apart = abs(math.log2((1 + part.size(entry.head)) / (1 + entry.size)))
-    return (alike - _SIZE_WEIGHT * min(apart, 2.0)) / BUCKETS
+    return (alike - _SIZE_WEIGHT * min(apart, 2.0)) / SKETCH_BUCKETS
 
 
-def _halved(sketch: bytes) -> bytes:
+def _pack_sketch(sketch: bytes) -> bytes:
     """Two buckets of four bits a byte."""
     return bytes(high << 4 | low for high, low in zip(sketch[::2], sketch[1::2], strict=True))
 
 
-def _doubled(packed: bytes) -> bytes:
+def _unpack_sketch(packed: bytes) -> bytes:
     return bytes(half for byte in packed for half in (byte >> 4, byte & 15))
 
 

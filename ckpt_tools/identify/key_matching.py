@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import ArchitectureError, CheckpointError
-from ckpt_tools.identify.shape_digest import COUNTER, Shapes, top
+from ckpt_tools.identify.shape_digest import BATCH_COUNTER, Shapes, top_attribute
 
 _VARIANCE = "running_var"
 _SHOWN = 3  # differences of a kind in a message
@@ -19,7 +19,7 @@ _SHOWN = 3  # differences of a kind in a message
 
 def common_prefix(wanted: Iterable[str], keys: Iterable[str]) -> str:
     """``model.`` where most of a model's keys stand under that attribute, "" where they stand as they are."""
-    names = {key for key in wanted if not key.endswith(COUNTER)}
+    names = {key for key in wanted if not key.endswith(BATCH_COUNTER)}
     hits: Counter[str] = Counter()
     for key in keys:
         parts = key.split(".")
@@ -49,34 +49,34 @@ class Differences:
 
     def only_under(self, attributes: Collection[str]) -> bool:
         """Whether all of them lie under these top attributes, no BatchNorm among them."""
-        return all(top(key) in attributes and not key.endswith(_VARIANCE) for key in self.keys)
+        return all(top_attribute(key) in attributes and not key.endswith(_VARIANCE) for key in self.keys)
 
     def touches(self, attribute: str) -> bool:
         """Whether one of them lies under this top attribute."""
-        return any(top(key) == attribute for key in self.keys)
+        return any(top_attribute(key) == attribute for key in self.keys)
 
 
 def has_counters(checkpoint: Checkpoint) -> bool:
     """Whether the file says how many batches its BN layers have seen; if not, a model's zeros say nothing."""
-    return any(key.endswith(COUNTER) for key in checkpoint.tensors)
+    return any(key.endswith(BATCH_COUNTER) for key in checkpoint.tensors)
 
 
-def computed(model: nn.Module) -> frozenset[str]:
+def unsaved_buffer_keys(model: nn.Module) -> frozenset[str]:
     """Keys of the buffers that a model computes for itself and does not save; TorchScript archives hold them."""
     own = model.state_dict()
     return frozenset(name for name, _ in model.named_buffers(remove_duplicate=False) if name not in own)
 
 
-def compare(wanted: Shapes, shapes: Shapes, spare: Collection[str] = ()) -> Differences:
+def compare_shapes(wanted: Shapes, shapes: Shapes, spare: Collection[str] = ()) -> Differences:
     """Compare key by key. What a state dict may lack, it may lack: counters; ``spare`` keys it may have."""
     return Differences(
         tuple(key for key, shape in wanted.items() if key in shapes and shapes[key] != shape),
-        tuple(key for key in wanted if key not in shapes and not key.endswith(COUNTER)),
+        tuple(key for key in wanted if key not in shapes and not key.endswith(BATCH_COUNTER)),
         tuple(key for key in shapes if key not in wanted and key not in spare),
     )
 
 
-def misfit(found: Differences, wanted: Shapes, checkpoint: Checkpoint, architecture: str) -> ArchitectureError:
+def misfit_error(found: Differences, wanted: Shapes, checkpoint: Checkpoint, architecture: str) -> ArchitectureError:
     """The error that names the first differences of each kind."""
     shapes = checkpoint.shapes
     expects = {key: f"{key}: {architecture} expects {shape}" for key, shape in wanted.items()}
@@ -100,7 +100,7 @@ def misfit(found: Differences, wanted: Shapes, checkpoint: Checkpoint, architect
     )
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()) -> None:
+def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()) -> None:
     """Load every tensor, in the model's own precision. Raises ArchitectureError or CheckpointError.
 
     Strict, but for what differs under the top attributes ``as_built``: a head of somebody's own.
@@ -108,9 +108,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: 
     own = model.state_dict()
     wanted = {key: value for key, value in own.items() if isinstance(value, Tensor)}
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    found = compare(shapes, checkpoint.shapes, computed(model))
+    found = compare_shapes(shapes, checkpoint.shapes, unsaved_buffer_keys(model))
     if not found.only_under(as_built):
-        raise misfit(found, shapes, checkpoint, architecture)
+        raise misfit_error(found, shapes, checkpoint, architecture)
     where = f"{checkpoint.path}: "
     left = {*found.reshaped, *(key for key in checkpoint.tensors if key not in wanted)}
     state = {key: _cast(where + key, t, wanted[key].dtype) for key, t in checkpoint.tensors.items() if key not in left}

@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint, LoadedModel, Recipe
 from ckpt_tools.identify.candidate import load_candidate, load_recipe
-from ckpt_tools.identify.resolution import candidates, the_only
+from ckpt_tools.identify.resolution import find_candidates, require_single_candidate
 from ckpt_tools.storage.reading import read_checkpoint
 
 
@@ -27,10 +27,10 @@ def load(
     raw and averaged weights. Raises CheckpointError for a file that cannot be read, ArchitectureError for one that
     does not fit, AmbiguousArchitecture for one that fits several.
     """
-    return identify(read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs)
+    return identify_model(read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs)
 
 
-def identify(
+def identify_model(
     checkpoint: Checkpoint,
     architecture: str | None = None,
     model_kwargs: Mapping[str, object] | None = None,
@@ -39,8 +39,8 @@ def identify(
 
     Raises ArchitectureError, and its subclass AmbiguousArchitecture.
     """
-    found = candidates(checkpoint, architecture, model_kwargs)
-    return load_candidate(checkpoint, the_only(checkpoint, found))
+    found = find_candidates(checkpoint, architecture, model_kwargs)
+    return load_candidate(checkpoint, require_single_candidate(checkpoint, found))
 
 
 def load_architecture(architecture: str, model_kwargs: Mapping[str, object] | None = None) -> LoadedModel:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import ArchitectureError, NothingToDo
-from ckpt_tools.identify.index import shipped
-from ckpt_tools.identify.recipe import plain
-from ckpt_tools.identify.skeleton import shapes_of, skeleton
+from ckpt_tools.identify.index import load_shipped_index
+from ckpt_tools.identify.recipe import recipe_without_arguments
+from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
 from ckpt_tools.storage.contents.quantized import missing_batch_norm
 
 _VARIANCE = "running_var"
@@ -17,12 +17,12 @@ def require_batch_norm(checkpoint: Checkpoint) -> None:
     """Raise NothingToDo, in one sentence, for a checkpoint that holds no running variance."""
     if any(key.endswith(_VARIANCE) for key in checkpoint.tensors):
         return
-    why = missing_batch_norm(checkpoint.tensors) or _folded(checkpoint) or _NONE
+    why = missing_batch_norm(checkpoint.tensors) or _describe_folded(checkpoint) or _NONE
     raise NothingToDo(f"{checkpoint.path}: {why}")
 
 
-def _folded(checkpoint: Checkpoint) -> str | None:
-    for match in shipped().matches(checkpoint.shapes):
+def _describe_folded(checkpoint: Checkpoint) -> str | None:
+    for match in load_shipped_index().find_matches(checkpoint.shapes):
         name = next((name for name in match.architectures if _has_batch_norm(name)), None)
         if name is not None:
             return (
@@ -34,7 +34,7 @@ def _folded(checkpoint: Checkpoint) -> str | None:
 
 def _has_batch_norm(architecture: str) -> bool:
     try:
-        adapter, recipe = plain(architecture)
-        return any(key.endswith(_VARIANCE) for key in shapes_of(skeleton(adapter, recipe.name, {})))
+        adapter, recipe = recipe_without_arguments(architecture)
+        return any(key.endswith(_VARIANCE) for key in state_dict_shapes(build_skeleton(adapter, recipe.name, {})))
     except ArchitectureError:
         return False

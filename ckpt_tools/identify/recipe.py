@@ -9,19 +9,19 @@ from ckpt_tools import plugins
 from ckpt_tools.construction import without_standard_input
 from ckpt_tools.contract import Adapter, Checkpoint, Recipe
 
-Choice = tuple[Adapter, Recipe]
+AdapterAndRecipe = tuple[Adapter, Recipe]
 
 _ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 
 
-def spoken(checkpoint: Checkpoint) -> list[Choice]:
+def recorded_recipes(checkpoint: Checkpoint) -> list[AdapterAndRecipe]:
     """The recipes that the checkpoint's words describe, the likeliest first; they may be wrong."""
     with without_standard_input():  # adapters load their libraries here, and make configurations
         said = [(adapter, adapter.recognise(checkpoint.words)) for adapter in _readers(checkpoint)]
     return [(adapter, recipe) for adapter, recipe in said if recipe is not None]
 
 
-def named(words: Mapping[str, object], architecture: str) -> Choice:
+def recipe_with_recorded_arguments(words: Mapping[str, object], architecture: str) -> AdapterAndRecipe:
     """An architecture by name, with the arguments that the words hold for it. Raises ArchitectureError."""
     adapter, name = plugins.resolve(architecture)
     said = adapter.recognise(words)
@@ -32,13 +32,13 @@ def named(words: Mapping[str, object], architecture: str) -> Choice:
     return adapter, Recipe(adapter.prefix, name, rates, "recorded" if rates else "unknown")
 
 
-def plain(architecture: str) -> Choice:
+def recipe_without_arguments(architecture: str) -> AdapterAndRecipe:
     """An architecture by name alone. Raises ArchitectureError."""
     adapter, name = plugins.resolve(architecture)
     return adapter, Recipe(adapter.prefix, name)
 
 
-def unsaid(checkpoint: Checkpoint) -> str:
+def describe_recorded_name(checkpoint: Checkpoint) -> str:
     """What the words say about the architecture, for a message: a name nobody knows, or nothing."""
     names = (checkpoint.words.get(key) for key in ("arch", "architecture", "model"))
     name = next((name for name in names if isinstance(name, str)), None)

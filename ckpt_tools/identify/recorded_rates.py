@@ -10,7 +10,7 @@ from ckpt_tools.contract import Checkpoint
 
 _PATH_RATE, _BLOCK_RATE = "drop_path_rate", "drop_block_rate"
 
-Rates = Mapping[str, Mapping[str, float]]
+RatesByModule = Mapping[str, Mapping[str, float]]
 
 
 def recorded_rates(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
@@ -27,14 +27,14 @@ def recorded_rates(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     return found
 
 
-def class_of(checkpoint: Checkpoint) -> str:
+def recorded_class(checkpoint: Checkpoint) -> str:
     """The dotted name of the pickled module's class, "" where the file held none."""
     module = checkpoint.words.get("module")
     name = module.get("class") if isinstance(module, Mapping) else None
     return name if isinstance(name, str) else ""
 
 
-def set_rates(model: nn.Module, rates: Rates) -> dict[str, float]:
+def set_rates(model: nn.Module, rates: RatesByModule) -> dict[str, float]:
     """Set what the model has a place for. Returns the largest rate it has none for, by the constructor's keyword.
 
     Only ``drop_prob`` counts: drop paths and drop blocks are built where their rate is above zero.

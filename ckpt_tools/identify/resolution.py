@@ -7,18 +7,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from ckpt_tools.contract import Checkpoint, RecognisedBy
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
 from ckpt_tools.identify.admission import ArgumentRefused
-from ckpt_tools.identify.candidate import Candidate, module_candidate, settle
-from ckpt_tools.identify.closest import closest_lines
-from ckpt_tools.identify.equivalents import one_of_each
-from ckpt_tools.identify.index import Match, shipped
-from ckpt_tools.identify.naming import by_file_name
-from ckpt_tools.identify.recipe import Choice, named, plain, spoken, unsaid
-from ckpt_tools.identify.recorded_rates import class_of
+from ckpt_tools.identify.candidate import Candidate, fit_candidate, module_candidate
+from ckpt_tools.identify.closest import describe_closest
+from ckpt_tools.identify.equivalents import merge_equivalent_candidates
+from ckpt_tools.identify.index import DigestMatch, load_shipped_index
+from ckpt_tools.identify.naming import guess_by_file_name
+from ckpt_tools.identify.recipe import (
+    AdapterAndRecipe,
+    describe_recorded_name,
+    recipe_with_recorded_arguments,
+    recipe_without_arguments,
+    recorded_recipes,
+)
+from ckpt_tools.identify.recorded_rates import recorded_class
 
 _BY: dict[str, RecognisedBy] = {"full": "shapes"}
 
 
-def candidates(
+def find_candidates(
     checkpoint: Checkpoint,
     architecture: str | None = None,
     model_kwargs: Mapping[str, object] | None = None,
@@ -30,32 +36,34 @@ def candidates(
     """
     given = dict(model_kwargs or {})
     if architecture is not None:
-        asked = Candidate(*named(checkpoint.words, architecture), "user")
-        return (settle(checkpoint, asked, given),)
+        asked = Candidate(*recipe_with_recorded_arguments(checkpoint.words, architecture), "user")
+        return (fit_candidate(checkpoint, asked, given),)
     if checkpoint.module is not None:
         return (module_candidate(checkpoint),)
     refusals: list[ArchitectureError] = []
-    said = list(_fitting(checkpoint, _spoken(checkpoint), given, refusals))
+    said = list(_fitting_candidates(checkpoint, _recorded_candidates(checkpoint), given, refusals))
     if said:
         _require_one_meaning(checkpoint, said)
         return (said[0],)
-    for match in shipped().matches(checkpoint.shapes):
+    for match in load_shipped_index().find_matches(checkpoint.shapes):
         if _is_a_part(checkpoint, match.prefix):
             continue
-        found = list(_fitting(checkpoint, _proposed(checkpoint, match), given, refusals if given else []))
+        found = list(
+            _fitting_candidates(checkpoint, _propose_candidates(checkpoint, match), given, refusals if given else [])
+        )
         if found:
-            distinct = one_of_each(checkpoint, _narrowed(checkpoint, found))
+            distinct = merge_equivalent_candidates(checkpoint, _narrow_candidates(checkpoint, found))
             _require_one_meaning(checkpoint, found if len(distinct) == 1 else distinct)
             return distinct
     raise _unknown(checkpoint, refusals)
 
 
-def the_only(checkpoint: Checkpoint, found: tuple[Candidate, ...]) -> Candidate:
+def require_single_candidate(checkpoint: Checkpoint, found: tuple[Candidate, ...]) -> Candidate:
     """The candidate if there is one. Raises AmbiguousArchitecture, which lists them, if there are several."""
     if len(found) == 1:
         return found[0]
     lines = [one.architecture + (f" (same as {', '.join(one.twins)})" if one.twins else "") for one in found]
-    guess = by_file_name(checkpoint.path, found)
+    guess = guess_by_file_name(checkpoint.path, found)
     hint = f"The file's name suggests {guess.architecture}. " if guess else ""
     raise AmbiguousArchitecture(
         f"{checkpoint.path}: its tensors fit {len(found)} architectures that differ in function or in the input they "
@@ -64,19 +72,19 @@ def the_only(checkpoint: Checkpoint, found: tuple[Candidate, ...]) -> Candidate:
     )
 
 
-def _spoken(checkpoint: Checkpoint) -> Iterator[Candidate]:
-    for adapter, recipe in spoken(checkpoint):
+def _recorded_candidates(checkpoint: Checkpoint) -> Iterator[Candidate]:
+    for adapter, recipe in recorded_recipes(checkpoint):
         yield Candidate(adapter, recipe, "checkpoint")
 
 
-def _proposed(checkpoint: Checkpoint, match: Match) -> Iterator[Candidate]:
+def _propose_candidates(checkpoint: Checkpoint, match: DigestMatch) -> Iterator[Candidate]:
     """What a digest names, with the arguments that the checkpoint's words hold for it."""
     by = _BY.get(match.level, "shapes without head")
     for architecture in match.architectures:
         if (choice := _in_library(checkpoint, architecture)) is not None:
             yield Candidate(*choice, by, prefix=match.prefix)
             if choice[1].kwargs:  # the words may be wrong about these
-                yield Candidate(*plain(architecture), by, prefix=match.prefix)
+                yield Candidate(*recipe_without_arguments(architecture), by, prefix=match.prefix)
 
 
 def _is_a_part(checkpoint: Checkpoint, prefix: str) -> bool:
@@ -86,15 +94,15 @@ def _is_a_part(checkpoint: Checkpoint, prefix: str) -> bool:
     return any(inner.isdisjoint(key.split(".", depth)[-1] for depth in range(1, 4)) for key in outer)
 
 
-def _in_library(checkpoint: Checkpoint, architecture: str) -> Choice | None:
+def _in_library(checkpoint: Checkpoint, architecture: str) -> AdapterAndRecipe | None:
     """None for what the installed library does not have."""
     try:
-        return named(checkpoint.words, architecture)
+        return recipe_with_recorded_arguments(checkpoint.words, architecture)
     except ArchitectureError:
         return None
 
 
-def _fitting(
+def _fitting_candidates(
     checkpoint: Checkpoint,
     proposed: Iterable[Candidate],
     given: Mapping[str, object],
@@ -106,7 +114,7 @@ def _fitting(
         if candidate.architecture in seen:
             continue
         try:
-            yield settle(checkpoint, candidate, given)
+            yield fit_candidate(checkpoint, candidate, given)
         except ArgumentRefused:
             # The same architecture without the argument may fit the tensors and compute something else.
             raise
@@ -116,9 +124,9 @@ def _fitting(
             seen.add(candidate.architecture)
 
 
-def _narrowed(checkpoint: Checkpoint, found: list[Candidate]) -> list[Candidate]:
+def _narrow_candidates(checkpoint: Checkpoint, found: list[Candidate]) -> list[Candidate]:
     """The pickled class's library before others, those that fit to the last key before those with a foreign head."""
-    library = class_of(checkpoint).partition(".")[0]
+    library = recorded_class(checkpoint).partition(".")[0]
     for wanted in (lambda one: one.adapter.prefix == library, lambda one: not one.as_built):
         found = [one for one in found if wanted(one)] or found
     return found
@@ -137,8 +145,8 @@ def _require_one_meaning(checkpoint: Checkpoint, found: Iterable[Candidate]) -> 
 
 
 def _unknown(checkpoint: Checkpoint, refusals: list[ArchitectureError]) -> ArchitectureError:
-    told = str(refusals[0]) if refusals else f"{checkpoint.path}: {unsaid(checkpoint)}."
+    told = str(refusals[0]) if refusals else f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
     return ArchitectureError(
-        f"{told}\n{closest_lines(checkpoint.shapes)}\n"
+        f"{told}\n{describe_closest(checkpoint.shapes)}\n"
         "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or --arch package.module:factory."
     )

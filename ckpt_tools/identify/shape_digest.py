@@ -16,29 +16,31 @@ from hashlib import blake2b
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-COUNTER = "num_batches_tracked"  # not saved before PyTorch 1.0
-BUCKETS = 32  # of a sketch; the first half looks at keys and shapes, the second at keys alone
+BATCH_COUNTER = "num_batches_tracked"  # not saved before PyTorch 1.0
+SKETCH_BUCKETS = 32  # of a sketch; the first half looks at keys and shapes, the second at keys alone
 
-LOSSES = frozenset({"criterion.", "criterions.", "loss.", "losses.", "loss_fn.", "loss_func.", "loss_function."})
+LOSS_ATTRIBUTES = frozenset(
+    {"criterion.", "criterions.", "loss.", "losses.", "loss_fn.", "loss_func.", "loss_function."}
+)
 
 _MODULUS = 2**64
 _MAIN_SHARE = 0.25  # of all tensors: what stands under a prefix is a model of its own, not one of its layers
 _DEEPEST = 3  # attributes in front of a model
 
 
-def top(key: str) -> str:
+def top_attribute(key: str) -> str:
     """The attribute of the outermost module that a key lies under, with its dot: ``head.`` for ``head.fc.weight``."""
     first, dot, _ = key.partition(".")
     return first + dot
 
 
-def tops(keys: Iterable[str]) -> tuple[str, ...]:
-    """The distinct ones of ``top``, sorted."""
-    return tuple(sorted({top(key) for key in keys}))
+def top_attributes(keys: Iterable[str]) -> tuple[str, ...]:
+    """The distinct ones of ``top_attribute``, sorted."""
+    return tuple(sorted({top_attribute(key) for key in keys}))
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """The keys and shapes that stand under one prefix, without it."""
 
     prefix: str
@@ -47,35 +49,35 @@ class Part:
     @cached_property
     def hashes(self) -> dict[str, int]:
         """The hash of every key with its shape."""
-        return {key: _hash(key, shape) for key, shape in self.shapes.items() if not key.endswith(COUNTER)}
+        return {key: _hash(key, shape) for key, shape in self.shapes.items() if not key.endswith(BATCH_COUNTER)}
 
     @cached_property
-    def full(self) -> int:
+    def full_digest(self) -> int:
         """The digest of everything."""
         return sum(self.hashes.values()) % _MODULUS
 
-    def body(self, head: Iterable[str]) -> int:
+    def body_digest(self, head: Iterable[str]) -> int:
         """The digest without the keys ``head``, which may be absent."""
-        return (self.full - sum(self.hashes.get(key, 0) for key in head)) % _MODULUS
+        return (self.full_digest - sum(self.hashes.get(key, 0) for key in head)) % _MODULUS
 
-    def trunk(self, tops: Iterable[str]) -> int:
+    def trunk_digest(self, tops: Iterable[str]) -> int:
         """The digest without everything under the attributes ``tops``."""
-        return (self.full - sum(self._under_tops[0].get(top, 0) for top in tops)) % _MODULUS
+        return (self.full_digest - sum(self._under_tops[0].get(top, 0) for top in tops)) % _MODULUS
 
-    def frame(self, tops: Collection[str], stem: Iterable[str]) -> int:
+    def frame_digest(self, tops: Collection[str], stem: Iterable[str]) -> int:
         """The digest of the tensors with two dimensions and more, without ``tops`` and the keys ``stem``.
 
         It survives another number of input channels, and BatchNorm folded into convolutions.
         """
-        inner = (key for key in stem if top(key) not in tops and len(self.shapes.get(key, ())) > 1)
+        inner = (key for key in stem if top_attribute(key) not in tops and len(self.shapes.get(key, ())) > 1)
         less = sum(self._under_tops[1].get(top, 0) for top in tops) + sum(self.hashes[key] for key in inner)
         return (self._wide - less) % _MODULUS
 
     @cached_property
     def sketch(self) -> bytes:
-        """``BUCKETS`` small numbers that mostly agree between similar state dicts (one-permutation min-hash)."""
-        half = BUCKETS // 2
-        least = [_MODULUS] * BUCKETS
+        """``SKETCH_BUCKETS`` small numbers that mostly agree between similar state dicts (one-permutation min-hash)."""
+        half = SKETCH_BUCKETS // 2
+        least = [_MODULUS] * SKETCH_BUCKETS
         for key, value in self.hashes.items():
             for number, offset in ((value, 0), (_hash(key, ()), half)):
                 bucket = offset + number % half
@@ -100,22 +102,24 @@ class Part:
         every: Counter[str] = Counter()
         wide: Counter[str] = Counter()
         for key, value in self.hashes.items():
-            every[top(key)] += value
+            every[top_attribute(key)] += value
             if len(self.shapes[key]) > 1:
-                wide[top(key)] += value
+                wide[top_attribute(key)] += value
         return every, wide
 
 
-def parts(shapes: Shapes) -> Iterator[Part]:
+def split_into_parts(shapes: Shapes) -> Iterator[ModelPart]:
     """The whole, and what stands under each prefix that may hold a model of its own, the largest first."""
-    yield Part("", {key: shape for key, shape in shapes.items() if top(key) not in LOSSES})
+    yield ModelPart("", {key: shape for key, shape in shapes.items() if top_attribute(key) not in LOSS_ATTRIBUTES})
     counts: Counter[str] = Counter()
     for key in shapes:
         for prefix in _prefixes(key):
             counts[prefix] += 1
     for prefix, count in counts.most_common():
         if count >= _MAIN_SHARE * len(shapes):
-            yield Part(prefix, {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)})
+            yield ModelPart(
+                prefix, {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
+            )
 
 
 def _prefixes(key: str) -> Iterator[str]:

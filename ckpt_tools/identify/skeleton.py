@@ -13,13 +13,13 @@ from ckpt_tools.contract import Adapter
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.shape_digest import Shape
 
-CLASSES = ("num_classes", "n_classes", "num_labels")
-CHANNELS = ("in_chans", "in_channels")
+CLASS_KEYWORDS = ("num_classes", "n_classes", "num_labels")
+CHANNEL_KEYWORDS = ("in_chans", "in_channels")
 
 _UNUSUAL = 7919  # a number that no library uses of its own accord
 
 
-class UndrawnParameters(TorchFunctionMode):
+class SkipRandomInitialisation(TorchFunctionMode):
     """Random initial values of parameters are not drawn, which takes half the time of building a model.
 
     For models whose parameters are all overwritten afterwards. Buffers get their values: a file need not hold them.
@@ -33,7 +33,7 @@ class UndrawnParameters(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def skeleton(adapter: Adapter, name: str, kwargs: Mapping[str, object]) -> nn.Module:
+def build_skeleton(adapter: Adapter, name: str, kwargs: Mapping[str, object]) -> nn.Module:
     """The model on the meta device, or on the CPU where its constructor needs values. Raises ArchitectureError."""
     try:
         with torch.device("meta"):
@@ -43,12 +43,12 @@ def skeleton(adapter: Adapter, name: str, kwargs: Mapping[str, object]) -> nn.Mo
             return adapter.build(name, kwargs).eval()
 
 
-def shapes_of(model: nn.Module) -> dict[str, Shape]:
+def state_dict_shapes(model: nn.Module) -> dict[str, Shape]:
     """Shape of every tensor of a model's state dict by key."""
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def following(
+def keys_depending_on(
     adapter: Adapter,
     name: str,
     kwargs: Mapping[str, object],
@@ -60,10 +60,10 @@ def following(
     ``own`` are the shapes of the model without any of them, if known. Raises ArchitectureError if it cannot be built.
     """
     plain = {key: value for key, value in kwargs.items() if key not in keywords}
-    own = shapes_of(skeleton(adapter, name, plain)) if own is None else own
+    own = state_dict_shapes(build_skeleton(adapter, name, plain)) if own is None else own
     for keyword in keywords:
         try:
-            other = shapes_of(skeleton(adapter, name, {**plain, keyword: _UNUSUAL}))
+            other = state_dict_shapes(build_skeleton(adapter, name, {**plain, keyword: _UNUSUAL}))
         except ArchitectureError:
             continue
         return frozenset(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ckpt_tools.initialize.signal import Signal
 from ckpt_tools.walker.graph import Graph, Node, Operand
-from ckpt_tools.walker.sites import value_free
+from ckpt_tools.walker.sites import ignores_input_values
 
 _MASKED = -50.0  # added to logits, it means minus infinity
 _UNKNOWN = Signal(0.0, 1.0, 1.0)
@@ -86,7 +86,7 @@ class Constants:
 
     def _run(self, node: Node) -> list[Tensor | None]:
         with torch.no_grad():
-            given = _empty if value_free(node.op) else self._fresh
+            given = _empty if ignores_input_values(node.op) else self._fresh
             args, kwargs = pytree.tree_map_only(Operand, given, (node.args, dict(node.kwargs)))
             if "device" in kwargs:
                 kwargs["device"] = "cpu"

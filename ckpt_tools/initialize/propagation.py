@@ -26,7 +26,7 @@ from ckpt_tools.initialize.signal import (
     softmaxed,
 )
 from ckpt_tools.initialize.state import State
-from ckpt_tools.walker.contractions import contraction, geometry
+from ckpt_tools.walker.contractions import contraction, weight_geometry
 from ckpt_tools.walker.graph import Node, Operand
 from ckpt_tools.walker.weights import WeightUse
 
@@ -131,7 +131,7 @@ class Propagation(Flow):
         values = self.constants.tensor(weight)
         if values is None:
             return super()._fixed_weight(index, node, factors)
-        layout = geometry(node.op, node.args)
+        layout = weight_geometry(node.op, node.args)
         if layout.kind == "linear":
             values = (values if swapped else values.transpose(-1, -2)).reshape(
                 -1, values.shape[-1 if swapped else -2], 1

@@ -24,11 +24,11 @@ from ckpt_tools.initialize.rule import check_choice, divisor, fan_ratio
 from ckpt_tools.initialize.scheme import fans, fill
 from ckpt_tools.initialize.state import State
 from ckpt_tools.model.batch import Batch
-from ckpt_tools.model.calling import Forward, call, unwrap
-from ckpt_tools.model.overwriting import overwrite_all
-from ckpt_tools.walker.downstream import trained_record
+from ckpt_tools.model.calling import Forward, call_model, unwrap_model
+from ckpt_tools.model.overwriting import overwrite_tensors
+from ckpt_tools.walker.downstream import record_training_forward
 from ckpt_tools.walker.graph import Graph
-from ckpt_tools.walker.weights import WeightUse, layer_name, reason_left, weight_uses
+from ckpt_tools.walker.weights import WeightUse, layer_name, reason_not_rewritten, weight_uses
 
 _MOST_USES = 2
 _DEAD = 1e-12  # E[x²] of a layer behind a scale that starts at zero
@@ -51,7 +51,7 @@ def rewrite_init(
     backward_term: BackwardTerm = "auto",
     backward_factor: BackwardFactor = "paper",
     seed: int = 0,
-    forward: Forward = call,
+    forward: Forward = call_model,
 ) -> InitRewrite:
     """Rewrite the weights of linear layers and convolutions in place, and set their biases to zero.
 
@@ -76,9 +76,9 @@ def rewrite_init(
     """
     method = _Method(scheme, rule, backward_term, backward_factor)
     _check(method)
-    model = unwrap(model)
+    model = unwrap_model(model)
     parameters = dict(model.named_parameters())
-    record = trained_record(model, example_input, forward)
+    record = record_training_forward(model, example_input, forward)
     for site in record.sites.values():
         if site.rate is not None and site.rate >= 1:
             raise ModelError(
@@ -224,7 +224,7 @@ def _write(
         part = new[use.parameter].as_strided(view.shape, view.stride, view.offset)
         fill(part, use.geometry, method.scheme, generators[use.parameter], divisor=factors.divisor)
     biases = [parameters[layer.bias] for layer in layers.values() if layer.bias]
-    overwrite_all(
+    overwrite_tensors(
         [(parameters[name], value) for name, value in new.items()] + [(bias, torch.zeros_like(bias)) for bias in biases]
     )
 
@@ -238,7 +238,9 @@ def _generator(seed: int, parameter: str) -> torch.Generator:
 def _left_alone(graph: Graph, parameters: dict[str, nn.Parameter], rewritten: set[str]) -> list[InitLayer]:
     """Every other parameter with two dimensions or more, and why it stays."""
     return [
-        InitLayer(layer_name(name), name, None, tuple(parameter.shape), False, reason_left(graph, name, parameter))
+        InitLayer(
+            layer_name(name), name, None, tuple(parameter.shape), False, reason_not_rewritten(graph, name, parameter)
+        )
         for name, parameter in parameters.items()
         if parameter.ndim >= 2 and name not in rewritten
     ]

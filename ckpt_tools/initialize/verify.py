@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.model.batch import Batch, to_device
-from ckpt_tools.model.calling import Forward, call, device_of, eager, unwrap
-from ckpt_tools.model.preserving import preserved
-from ckpt_tools.model.randomness import saved_randomness, seed_all
-from ckpt_tools.model.twin import Mode, copy_of, set_mode
+from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
+from ckpt_tools.model.preserving import preserve_models
+from ckpt_tools.model.randomness import preserve_random_generators, seed_random_generators
+from ckpt_tools.model.twin import RecordingMode, copy_model, set_mode
 from ckpt_tools.moments import Moments
 from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.weights import layer_name
@@ -37,7 +37,7 @@ _SHOWN = 2_000
 
 
 def measure_signals(
-    model: nn.Module, batches: Iterable[Batch], *, forward: Forward = call, seed: int = 0
+    model: nn.Module, batches: Iterable[Batch], *, forward: Forward = call_model, seed: int = 0
 ) -> tuple[LayerSignal, ...]:
     """Variances of outputs z and error signals δ = ∂L/∂z of all weight layers, in order of execution.
 
@@ -61,7 +61,7 @@ def measure_signals(
     batches = list(batches)
     if not batches:
         raise DataError("no batch to measure signals on; expected at least one. Check the data.")
-    model = unwrap(model)
+    model = unwrap_model(model)
     try:
         return _measured(model, batches, forward, seed, "training")
     except CkptToolsError:
@@ -80,10 +80,16 @@ def measure_signals(
 
 
 def _measured(
-    model: nn.Module, batches: Sequence[Batch], forward: Forward, seed: int, mode: Mode
+    model: nn.Module, batches: Sequence[Batch], forward: Forward, seed: int, mode: RecordingMode
 ) -> tuple[LayerSignal, ...]:
     device = device_of(model)
-    with preserved(model, forward), _isolated(seed), eager(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        preserve_models(model, forward),
+        _isolated(seed),
+        force_eager(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         twin = _trainable(model, mode)
         signals = _Signals(twin, torch.Generator().manual_seed(seed))
         noise = torch.Generator().manual_seed(seed)
@@ -100,14 +106,14 @@ def _measured(
 @contextmanager
 def _isolated(seed: int) -> Iterator[None]:
     """All global generators start at ``seed`` and come back as they were, as do the warning filters."""
-    with warnings.catch_warnings(), saved_randomness():
+    with warnings.catch_warnings(), preserve_random_generators():
         warnings.simplefilter("ignore")
-        seed_all(seed)
+        seed_random_generators(seed)
         yield
 
 
-def _trainable(model: nn.Module, mode: Mode) -> nn.Module:
-    twin = copy_of(model, meta=False)
+def _trainable(model: nn.Module, mode: RecordingMode) -> nn.Module:
+    twin = copy_model(model, meta=False)
     set_mode(twin, mode)
     for module in twin.modules():
         if isinstance(module, _BatchNorm):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import OutputError
-from ckpt_tools.jobs.outputs import default_output
+from ckpt_tools.jobs.outputs import default_output_path
 from ckpt_tools.storage.output.checkpoint_writer import check_output, replace_tensors
 from ckpt_tools.storage.reading import read_checkpoint
 
@@ -37,7 +37,7 @@ class Conversion:
     shared: tuple[tuple[str, ...], ...]
 
 
-def convert(request: ConvertRequest) -> Conversion:
+def convert_checkpoint(request: ConvertRequest) -> Conversion:
     """Write one state dict of a checkpoint as a safetensors file: every tensor bit for bit, in the same order.
 
     Wrapper prefixes are removed from the keys. Raises any CkptToolsError; then no output is left behind.
@@ -46,10 +46,10 @@ def convert(request: ConvertRequest) -> Conversion:
     check_output(output, request.checkpoint, overwrite=request.overwrite)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     digests = replace_tensors(output, checkpoint, {}, provenance={"expect": "nothing"}, overwrite=request.overwrite)
-    return Conversion(checkpoint, output, digests.source, digests.output, shared_memory(checkpoint.tensors))
+    return Conversion(checkpoint, output, digests.source, digests.output, keys_sharing_memory(checkpoint.tensors))
 
 
-def shared_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
+def keys_sharing_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
     """Groups of keys whose tensors lie in the same memory, wholly or in part, in the order of the keys."""
     order = {key: place for place, key in enumerate(tensors)}
     extents = sorted((tensor.data_ptr(), _end(tensor), key) for key, tensor in tensors.items() if tensor.numel())
@@ -72,7 +72,7 @@ def _end(tensor: Tensor) -> int:
 
 
 def _default(checkpoint: Path) -> Path:
-    output = default_output(checkpoint)
+    output = default_output_path(checkpoint)
     if output == checkpoint.absolute():
         raise OutputError(
             f"{checkpoint}: expected another name for the copy, found a .safetensors file already. "

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.storage.files.stamps import Stamp, stamp_of
+from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
 from ckpt_tools.storage.output.integrity import FileDigest, measure_output
-from ckpt_tools.storage.provenance import recorded, seal_of
-from ckpt_tools.storage.reading import sha256
+from ckpt_tools.storage.provenance import read_provenance_entry, read_seal
+from ckpt_tools.storage.reading import checkpoint_sha256
 
-__all__ = ["Damaged", "Made", "find_earlier_output"]
+__all__ = ["DamagedOutput", "EarlierOutput", "find_earlier_output"]
 
 
 @dataclass(frozen=True)
-class Made:
+class EarlierOutput:
     """What an output was made of, and how, as its metadata say; and what its file is, as far as that is known."""
 
     source_sha256: str
@@ -25,14 +25,16 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Damaged:
+class DamagedOutput:
     """An output of an earlier run that is not what was written any more: why, and the file as it was looked at."""
 
     why: str
-    stamp: Stamp
+    stamp: FileStamp
 
 
-def find_earlier_output(output: Path, request: Request, in_manifest: Made | None) -> Made | Damaged | None:
+def find_earlier_output(
+    output: Path, request: Request, in_manifest: EarlierOutput | None
+) -> EarlierOutput | DamagedOutput | None:
     """What an earlier run made of the request's checkpoint with the same settings, if it is there: whole, or damaged.
 
     An output counts as whole if its data has the SHA-256 that the output itself holds, and its file the one that the
@@ -41,20 +43,20 @@ def find_earlier_output(output: Path, request: Request, in_manifest: Made | None
 
     Raises OutputError for an output of version 0.1.0, which holds no digests, CheckpointError, RemoteError.
     """
-    entry = None if request.overwrite else recorded(output)
-    if entry is None or entry.get("settings") != request.settings():
+    entry = None if request.overwrite else read_provenance_entry(output)
+    if entry is None or entry.get("settings") != request.settings_digest():
         return None
-    made = Made(sha256(request.checkpoint), request.settings())
+    made = EarlierOutput(checkpoint_sha256(request.checkpoint), request.settings_digest())
     if entry.get("source_sha256") != made.source_sha256:
         return None
-    seal = seal_of(entry)
+    seal = read_seal(entry)
     if seal is None:
         raise OutputError(
             f"{output}: expected an output that holds its own SHA-256, found one of version {entry['version']}, which "
             "cannot prove to be whole. Pass --overwrite to make it again, or give another --output-dir."
         )
     try:
-        stamp = stamp_of(output)
+        stamp = stamp_file(output)
         measured = measure_output(output)
     except OSError as error:
         raise OutputError(
@@ -63,5 +65,5 @@ def find_earlier_output(output: Path, request: Request, in_manifest: Made | None
         ) from error
     # A record of an output that was made of other bytes, or with other settings, says nothing of this one.
     tells_of_this = in_manifest is not None and replace(in_manifest, file=None) == made
-    why = measured.damage(seal, in_manifest.file if in_manifest is not None and tells_of_this else None)
-    return Damaged(why, stamp) if why else replace(made, file=measured.whole)
+    why = measured.describe_damage(seal, in_manifest.file if in_manifest is not None and tells_of_this else None)
+    return DamagedOutput(why, stamp) if why else replace(made, file=measured.whole)

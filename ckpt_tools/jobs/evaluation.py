@@ -9,15 +9,21 @@ from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.labelled_stream import labelled_batches
-from ckpt_tools.data.preprocessing import Preprocessing, example_input, input_spec_for
+from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import Batch
-from ckpt_tools.evaluate.scores import Metrics, metrics_of
-from ckpt_tools.evaluate.validation import Judged, Question, Validation, open_validation, question
-from ckpt_tools.jobs.recognition import recognise
-from ckpt_tools.machine.device import placed, usable_device
+from ckpt_tools.evaluate.scores import Metrics, compute_metrics
+from ckpt_tools.evaluate.validation import (
+    EvaluationSettings,
+    ModelEvaluation,
+    Validation,
+    open_validation,
+    parse_evaluation_settings,
+)
+from ckpt_tools.jobs.recognition import recognise_architecture
+from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
-from ckpt_tools.storage.reading import read_checkpoint, sha256
+from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
 from ckpt_tools.walker.downstream import walk
 
 
@@ -44,7 +50,7 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class EvaluatedCheckpoint:
     """A checkpoint in its model, with the data as this model takes it."""
 
     checkpoint: Checkpoint
@@ -57,8 +63,8 @@ class EvaluationPlan:
     """What is about to be evaluated."""
 
     request: EvaluationRequest
-    after: Contestant
-    before: Contestant | None
+    after: EvaluatedCheckpoint
+    before: EvaluatedCheckpoint | None
     device: str
 
     @property
@@ -78,38 +84,42 @@ class EvaluationOutcome:
     seconds: float
 
 
-def prepare(request: EvaluationRequest) -> EvaluationPlan:
+def prepare_evaluation(request: EvaluationRequest) -> EvaluationPlan:
     """Load and check everything that can be checked before an image is read. Raises any CkptToolsError."""
     compared = request.before is not None
-    asked = question(request.data, request.class_map, request.calibrate, request.gate, compared=compared)
-    device = usable_device(request.device)
+    asked = parse_evaluation_settings(
+        request.data, request.class_map, request.calibrate, request.gate, compared=compared
+    )
+    device = resolve_device(request.device)
     before = None if request.before is None else _contestant(request.before, asked, request, device)
     return EvaluationPlan(request, _contestant(request.checkpoint, asked, request, device), before, device)
 
 
-def execute(plan: EvaluationPlan, progress: Callable[[str, int], None] | None = None) -> EvaluationOutcome:
+def execute_evaluation(plan: EvaluationPlan, progress: Callable[[str, int], None] | None = None) -> EvaluationOutcome:
     """Run the models. ``progress`` is called with which one and the number of images so far."""
     started = time.perf_counter()
-    before = None if plan.before is None else _judged(plan.before, "before", plan.device, progress)
-    after = _judged(plan.after, "after" if plan.before else "evaluate", plan.device, progress)
+    before = None if plan.before is None else _evaluate_checkpoint(plan.before, "before", plan.device, progress)
+    after = _evaluate_checkpoint(plan.after, "after" if plan.before else "evaluate", plan.device, progress)
     return EvaluationOutcome(
         plan,
-        metrics_of(plan.after.validation, before, after),
-        sha256(plan.request.checkpoint),
-        None if plan.request.before is None else sha256(plan.request.before),
+        compute_metrics(plan.after.validation, before, after),
+        checkpoint_sha256(plan.request.checkpoint),
+        None if plan.request.before is None else checkpoint_sha256(plan.request.before),
         time.perf_counter() - started,
     )
 
 
-def _contestant(path: Path, asked: Question, request: EvaluationRequest, device: str) -> Contestant:
+def _contestant(path: Path, asked: EvaluationSettings, request: EvaluationRequest, device: str) -> EvaluatedCheckpoint:
     source = open_source(request.data, limit=request.limit, seed=request.seed, split="test")
     checkpoint = read_checkpoint(path, weights=request.weights, trust=request.trust)
-    loaded = recognise(checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing).loaded
+    loaded = recognise_architecture(
+        checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing
+    ).loaded
     assert loaded.checkpoint is not None
     batch_size = request.batch_size
     if batch_size is None:
-        spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
-        example = example_input(spec, source) if spec is not None else _unlabelled(source, asked)
+        spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
+        example = example_input(spec, source) if spec is not None else _first_unlabelled_batch(source, asked)
         batch_size = fitting_batch_size(walk(loaded.model, example).bytes_per_sample, device)
     validation = open_validation(
         asked,
@@ -121,13 +131,15 @@ def _contestant(path: Path, asked: Question, request: EvaluationRequest, device:
         device=device,
         seed=request.seed,
     )
-    return Contestant(loaded.checkpoint, loaded, validation)
+    return EvaluatedCheckpoint(loaded.checkpoint, loaded, validation)
 
 
-def _unlabelled(source: Source, asked: Question) -> Batch:
+def _first_unlabelled_batch(source: Source, asked: EvaluationSettings) -> Batch:
     """The first input of the data, for a model that takes it as it is."""
     return next(iter(labelled_batches(source, None, class_map=asked.class_map, batch_size=2, workers=0)))[0]
 
 
-def _judged(contestant: Contestant, name: str, device: str, progress: Callable[[str, int], None] | None) -> Judged:
-    return contestant.validation.judge(placed(contestant.loaded.model, device), name, progress)
+def _evaluate_checkpoint(
+    contestant: EvaluatedCheckpoint, name: str, device: str, progress: Callable[[str, int], None] | None
+) -> ModelEvaluation:
+    return contestant.validation.evaluate_model(move_to_device(contestant.loaded.model, device), name, progress)

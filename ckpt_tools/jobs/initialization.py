@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, LoadedModel, Scheme
-from ckpt_tools.data.preprocessing import Preprocessing, example_input, input_spec_for
+from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import ArchitectureError, CheckFailed, UsageError
-from ckpt_tools.identify.loading import identify, load_architecture
+from ckpt_tools.identify.loading import identify_model, load_architecture
 from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
-from ckpt_tools.jobs.outputs import default_output, refuse_data
-from ckpt_tools.jobs.verification import Trial, new_trial
-from ckpt_tools.machine.device import usable_device
-from ckpt_tools.model.calling import unwrap
-from ckpt_tools.storage.output.checkpoint_writer import Digests, check_output, replace_tensors, write_safetensors
+from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
+from ckpt_tools.jobs.verification import VerificationBatches, make_verification_batches
+from ckpt_tools.machine.device import resolve_device
+from ckpt_tools.model.calling import unwrap_model
+from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, check_output, replace_tensors, write_safetensors
 from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.reading import read_checkpoint
 
-Draw = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], None]
+SignalsCallback = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class InitRequest:
     force: bool = False
 
     @property
-    def verifies(self) -> bool:
+    def needs_verification(self) -> bool:
         """Whether signals are measured: data and a picture make no sense without."""
         return self.verify or self.data is not None or self.report is not None
 
@@ -70,12 +70,12 @@ class InitOutcome:
     output: Path
     output_sha256: str
     source_sha256: str | None = None
-    trial: Trial | None = None
+    trial: VerificationBatches | None = None
     before: tuple[LayerSignal, ...] = ()
     after: tuple[LayerSignal, ...] = ()
 
 
-def initialize(request: InitRequest, draw: Draw | None = None) -> InitOutcome:
+def initialize_checkpoint(request: InitRequest, draw: SignalsCallback | None = None) -> InitOutcome:
     """Give a model new weights by the rule and write it as a safetensors file.
 
     From a checkpoint file, every tensor but the new ones comes out bit for bit. From an architecture alone, the rest
@@ -83,8 +83,8 @@ def initialize(request: InitRequest, draw: Draw | None = None) -> InitOutcome:
     just before the output is written. Raises any CkptToolsError; then nothing is written.
     """
     output = _checked_output(request)
-    loaded, example, trial = _prepared(request)
-    before = trial.measure(loaded.model, request.seed) if trial else ()
+    loaded, example, trial = _prepare_model(request)
+    before = trial.measure_layer_signals(loaded.model, request.seed) if trial else ()
     result = rewrite_init(
         loaded.model,
         example,
@@ -94,14 +94,14 @@ def initialize(request: InitRequest, draw: Draw | None = None) -> InitOutcome:
         backward_factor=request.backward_factor,
         seed=request.seed,
     )
-    after = trial.measure(loaded.model, request.seed) if trial else ()
+    after = trial.measure_layer_signals(loaded.model, request.seed) if trial else ()
     if draw is not None and trial is not None:
         draw(before, after)
     digests = write_initialized(output, loaded, result, overwrite=request.overwrite)
     return InitOutcome(request, loaded, result, output, digests.output, digests.source or None, trial, before, after)
 
 
-def refuse_trained(tensors: Mapping[str, Tensor]) -> None:
+def refuse_trained_checkpoint(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckFailed for a state dict whose BatchNorm layers have seen data: an init throws training away.
 
     Counters tell; where a file has none, running means that moved away from zero do.
@@ -122,7 +122,7 @@ def _checked_output(request: InitRequest) -> Path:
     if request.checkpoint is None and request.architecture is None:
         raise UsageError("Give a fresh checkpoint, or an architecture with --arch.")
     if request.checkpoint is not None:
-        output = request.output or default_output(request.checkpoint, "init")
+        output = request.output or default_output_path(request.checkpoint, "init")
         check_output(output, request.checkpoint, overwrite=request.overwrite)
     elif request.output is not None:
         output = request.output
@@ -132,7 +132,7 @@ def _checked_output(request: InitRequest) -> Path:
             f"--arch {request.architecture} alone names no output. Give one with -o, e.g. -o init.safetensors."
         )
     if request.data is not None:
-        refuse_data(output, request.data)
+        refuse_overwriting_data(output, request.data)
     if request.report is not None and request.report.absolute() == output.absolute():
         raise UsageError(
             f"--report {request.report}: expected a file of its own, found the output's name. Choose another."
@@ -140,32 +140,34 @@ def _checked_output(request: InitRequest) -> Path:
     return output
 
 
-def _prepared(request: InitRequest) -> tuple[LoadedModel, object, Trial | None]:
+def _prepare_model(request: InitRequest) -> tuple[LoadedModel, object, VerificationBatches | None]:
     """The model as it is, an input to walk it with, and what to try it on."""
-    if request.data is None and (said := request.preprocessing.transform):
+    if request.data is None and (said := request.preprocessing.transform_options):
         option = next(iter(said)).replace("_", "-")
         raise UsageError(
             f"--{option}: says how images become inputs, but there are none. Give --data, or leave it out."
         )
     source = None if request.data is None else open_source(request.data, limit=request.samples, seed=request.seed)
-    device = usable_device(request.device) if request.verifies else "cpu"
-    loaded = _loaded(request)
-    spec = input_spec_for(loaded.input_spec, request.preprocessing, source)
+    device = resolve_device(request.device) if request.needs_verification else "cpu"
+    loaded = _load_fresh_model(request)
+    spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
     example = example_input(spec, source)
-    if not request.verifies:
+    if not request.needs_verification:
         return loaded, example, None
-    trial = new_trial(loaded, example, spec, source, samples=request.samples, seed=request.seed, device=device)
+    trial = make_verification_batches(
+        loaded, example, spec, source, samples=request.samples, seed=request.seed, device=device
+    )
     return loaded, example, trial
 
 
-def _loaded(request: InitRequest) -> LoadedModel:
+def _load_fresh_model(request: InitRequest) -> LoadedModel:
     if request.checkpoint is None:
-        with seeded(request.seed):
+        with seed_constructors(request.seed):
             return load_architecture(str(request.architecture), request.model_kwargs)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     if not request.force:
-        refuse_trained(checkpoint.tensors)
-    loaded = identify(checkpoint, request.architecture, request.model_kwargs)
+        refuse_trained_checkpoint(checkpoint.tensors)
+    loaded = identify_model(checkpoint, request.architecture, request.model_kwargs)
     if loaded.as_built:
         raise ArchitectureError(
             f"{request.checkpoint}: expected every weight of {loaded.recipe.architecture}, found another head under "
@@ -176,7 +178,7 @@ def _loaded(request: InitRequest) -> LoadedModel:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seed_constructors(seed: int) -> Iterator[None]:
     """Every generator that a constructor may draw from on the CPU starts at ``seed``; afterwards it is as before."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -190,12 +192,14 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def write_initialized(output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False) -> Digests:
+def write_initialized(
+    output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False
+) -> OutputDigests:
     """Write a model whose weights were rewritten; the source's digest is empty if there is none. Raises OutputError.
 
     With a checkpoint, its tensors with the new ones in their place, in its dtypes; else the state dict as it stands.
     """
-    state = {key: value for key, value in unwrap(loaded.model).state_dict().items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in unwrap_model(loaded.model).state_dict().items() if isinstance(value, Tensor)}
     rewritten = _every_name(state, [layer.parameter for layer in result.rewritten])
     zeroed = _every_name(state, [layer.bias for layer in result.rewritten if layer.bias])
     said = _provenance(loaded, result) | {"rewritten": rewritten, "zeroed": zeroed}

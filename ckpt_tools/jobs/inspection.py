@@ -9,14 +9,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
-from ckpt_tools.data.preprocessing import Preprocessing, example_input, input_spec_for
+from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
-from ckpt_tools.identify.loading import identify, load_architecture
+from ckpt_tools.identify.loading import identify_model, load_architecture
 from ckpt_tools.identify.normless import require_batch_norm
-from ckpt_tools.model.calling import unwrap
+from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.results import Walk
-from ckpt_tools.storage.files.checkpoint_files import find_source
+from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.walker.downstream import walk
 
@@ -36,7 +36,7 @@ class InspectRequest:
 
 
 @dataclass(frozen=True)
-class Tally:
+class TensorTotals:
     """How many tensors of one type there are, the numbers in them, and their size in bytes."""
 
     tensors: int = 0
@@ -66,7 +66,7 @@ class Inspection:
     request: InspectRequest
     checkpoint: Checkpoint | None
     size: int | None  # of the checkpoint's files in bytes
-    types: Mapping[str, Tally]
+    types: Mapping[str, TensorTotals]
     parameters: int
     loaded: LoadedModel | None = None
     input_spec: InputSpec | None = None
@@ -77,7 +77,7 @@ class Inspection:
     error: CkptToolsError | None = None
 
 
-def inspect(request: InspectRequest) -> Inspection:
+def inspect_checkpoint(request: InspectRequest) -> Inspection:
     """Read, identify and walk as far as that goes; what stops it is in the result, not raised.
 
     Raises CheckpointError for a file that cannot be read at all; UsageError and ArchitectureError where there is
@@ -87,10 +87,10 @@ def inspect(request: InspectRequest) -> Inspection:
         return _architecture(request)
     found = _file(request)
     try:
-        found = _identified(found)
-        return _walked(found)
+        found = _add_loaded_model(found)
+        return _add_walk(found)
     except CkptToolsError as error:
-        return _stopped(found, error)
+        return _add_error(found, error)
 
 
 def _architecture(request: InspectRequest) -> Inspection:
@@ -98,7 +98,7 @@ def _architecture(request: InspectRequest) -> Inspection:
         raise UsageError("Give a checkpoint, or an architecture with --arch.")
     loaded = load_architecture(request.architecture, request.model_kwargs)
     state = {key: value for key, value in loaded.model.state_dict().items() if isinstance(value, Tensor)}
-    return _walked(Inspection(request, None, None, _types(state), _count(loaded.model), loaded))
+    return _add_walk(Inspection(request, None, None, _types(state), _count(loaded.model), loaded))
 
 
 def _file(request: InspectRequest) -> Inspection:
@@ -109,27 +109,27 @@ def _file(request: InspectRequest) -> Inspection:
         for key, tensor in checkpoint.tensors.items()
         if tensor.is_floating_point() and not key.endswith(_STATISTICS)
     )
-    size = sum(file.stat().st_size for file in find_source(request.checkpoint).files)
+    size = sum(file.stat().st_size for file in find_checkpoint_files(request.checkpoint).files)
     return Inspection(request, checkpoint, size, _types(checkpoint.tensors), numbers)
 
 
-def _identified(found: Inspection) -> Inspection:
+def _add_loaded_model(found: Inspection) -> Inspection:
     assert found.checkpoint is not None
-    loaded = identify(found.checkpoint, found.request.architecture, found.request.model_kwargs)
+    loaded = identify_model(found.checkpoint, found.request.architecture, found.request.model_kwargs)
     known = replace(found, checkpoint=loaded.checkpoint, loaded=loaded, input_spec=loaded.input_spec)
     return replace(known, parameters=_count(loaded.model))
 
 
-def _walked(found: Inspection) -> Inspection:
+def _add_walk(found: Inspection) -> Inspection:
     loaded = found.loaded
     assert loaded is not None
-    spec = input_spec_for(loaded.input_spec, Preprocessing(input_size=found.request.input_size), None)
+    spec = resolve_input_spec(loaded.input_spec, Preprocessing(input_size=found.request.input_size), None)
     seen = walk(loaded.model, example_input(spec, None), probe=loaded.probe)
     found = replace(found, input_spec=spec, walk=seen, steps=_steps(seen, loaded))
     return found if loaded.checkpoint is None else replace(found, prospect=_prospect(seen, loaded))
 
 
-def _stopped(found: Inspection, error: CkptToolsError) -> Inspection:
+def _add_error(found: Inspection, error: CkptToolsError) -> Inspection:
     """A file without BatchNorm needs no architecture to be told that there is nothing to do."""
     checkpoint = found.checkpoint
     assert checkpoint is not None
@@ -170,14 +170,14 @@ def _steps(seen: Walk, loaded: LoadedModel) -> dict[str, int | None]:
     return steps
 
 
-def _types(tensors: Mapping[str, Tensor]) -> dict[str, Tally]:
-    found: dict[str, Tally] = {}
+def _types(tensors: Mapping[str, Tensor]) -> dict[str, TensorTotals]:
+    found: dict[str, TensorTotals] = {}
     for tensor in tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
-        old = found.get(name, Tally())
-        found[name] = Tally(old.tensors + 1, old.numbers + tensor.numel(), old.bytes + tensor.nbytes)
+        old = found.get(name, TensorTotals())
+        found[name] = TensorTotals(old.tensors + 1, old.numbers + tensor.numel(), old.bytes + tensor.nbytes)
     return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
 
 
 def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in unwrap(model).parameters())
+    return sum(parameter.numel() for parameter in unwrap_model(model).parameters())

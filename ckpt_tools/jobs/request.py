@@ -17,8 +17,8 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing
-from ckpt_tools.remote.address import is_url, shown_url
-from ckpt_tools.remote.mirror import as_urls
+from ckpt_tools.remote.address import is_url, redact_url
+from ckpt_tools.remote.mirror import restore_urls
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Request:
     calibrate: bool = False
     gate: str | None = None
 
-    def settings(self) -> str:
+    def settings_digest(self) -> str:
         """A digest of all that decides what comes out, but for the checkpoint: equal for equal results.
 
         Of the data it tells the place, of a class map the content. Raises DataError if that cannot be read.
@@ -64,7 +64,7 @@ class Request:
         said["data"] = _place(self.data)
         said["eval_data"] = self.eval_data and _place(self.eval_data)
         said["class_map"] = self.class_map and _outputs(self.class_map)
-        text = as_urls(json.dumps(said, sort_keys=True, default=repr))
+        text = restore_urls(json.dumps(said, sort_keys=True, default=repr))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -72,7 +72,7 @@ def _place(data: str) -> str:
     """The same for every way to name it."""
     if Path(data).exists():
         return os.path.abspath(data)  # noqa: PTH100 - without ..
-    return shown_url(data) if is_url(data) else data
+    return redact_url(data) if is_url(data) else data
 
 
 def _outputs(class_map: Path) -> object:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ckpt_tools.contract import InputSpec, LoadedModel
-from ckpt_tools.data.sample_order import balanced
+from ckpt_tools.data.sample_order import balanced_batch_sizes
 from ckpt_tools.data.source import Source
 from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
@@ -18,11 +18,11 @@ from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.model.batch import batch_size, to_device
 from ckpt_tools.walker.downstream import walk
 
-HEALTHY = (0.5, 2.0)  # a variance between these counts as kept
+HEALTHY_VARIANCES = (0.5, 2.0)  # a variance between these counts as kept
 
 
 @dataclass(frozen=True)
-class Trial:
+class VerificationBatches:
     """What a model is tried on: batches on a device, and where they come from, in words."""
 
     batches: Sequence[object]
@@ -39,7 +39,7 @@ class Trial:
         """How many the largest batch holds."""
         return max(map(batch_size, self.batches), default=0)
 
-    def measure(self, model: nn.Module, seed: int) -> tuple[LayerSignal, ...]:
+    def measure_layer_signals(self, model: nn.Module, seed: int) -> tuple[LayerSignal, ...]:
         """The signals of every weight layer in training mode; the model comes back to the CPU as it was."""
         try:
             return measure_signals(model.to(self.device), self.batches, seed=seed)
@@ -47,12 +47,12 @@ class Trial:
             model.cpu()
 
 
-def healthy(signals: Sequence[LayerSignal]) -> int:
+def count_healthy_layers(signals: Sequence[LayerSignal]) -> int:
     """How many layers have an output variance between 0.5 and 2."""
-    return sum(HEALTHY[0] <= signal.variance <= HEALTHY[1] for signal in signals)
+    return sum(HEALTHY_VARIANCES[0] <= signal.variance <= HEALTHY_VARIANCES[1] for signal in signals)
 
 
-def new_trial(
+def make_verification_batches(
     loaded: LoadedModel,
     example: object,
     spec: InputSpec | None,
@@ -61,7 +61,7 @@ def new_trial(
     samples: int,
     seed: int,
     device: str,
-) -> Trial:
+) -> VerificationBatches:
     """Standard normal inputs, or the first samples of the data, in batches that fit into memory with gradients.
 
     Raises DataError for data that cannot be read, ModelError for a model that cannot be walked.
@@ -72,10 +72,12 @@ def new_trial(
     if source is None:
         assert spec is not None
         g = torch.Generator().manual_seed(seed)
-        made = [torch.randn(count, *spec.shape, generator=g) for count in balanced(samples, size)]
-        return Trial([batch.to(device) for batch in made], "N(0, 1)", device)
+        made = [torch.randn(count, *spec.shape, generator=g) for count in balanced_batch_sizes(samples, size)]
+        return VerificationBatches([batch.to(device) for batch in made], "N(0, 1)", device)
     stream = source.batches(spec, batch_size=size, workers=0)
-    return Trial([to_device(batch, device) for batch in stream], f"{source.spec} ({stream.transform})", device)
+    return VerificationBatches(
+        [to_device(batch, device) for batch in stream], f"{source.spec} ({stream.transform})", device
+    )
 
 
 def _size_with_gradients(loaded: LoadedModel, example: object, device: str) -> int:

@@ -8,16 +8,16 @@ from ckpt_tools.data.source import Source
 from ckpt_tools.results import Walk
 from ckpt_tools.walker.downstream import walk
 
-__all__ = ["Walks"]
+__all__ = ["WalkCache"]
 
 
-class Walks:
+class WalkCache:
     """What is known of the architectures that were walked so far, on the data of one run."""
 
     def __init__(self) -> None:
         self._known: dict[object, Walk] = {}
 
-    def of(self, loaded: LoadedModel, spec: InputSpec | None, source: Source) -> Walk:
+    def walk_for(self, loaded: LoadedModel, spec: InputSpec | None, source: Source) -> Walk:
         """The walk of a model, done now or for an earlier one. Raises ModelError."""
         key = _key(loaded, spec)
         if key in self._known:

@@ -9,7 +9,7 @@ from ckpt_tools.distributed import Ranks
 from ckpt_tools.errors import ModelError, UsageError
 
 
-def placed(model: nn.Module, device: str) -> nn.Module:
+def move_to_device(model: nn.Module, device: str) -> nn.Module:
     """The model on its device, channels last where its weights have no more than two spatial dimensions."""
     model = model.to(device)
     if any(tensor.ndim > 4 for tensor in (*model.parameters(), *model.buffers())):  # torch refuses those
@@ -17,7 +17,7 @@ def placed(model: nn.Module, device: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def usable_device(said: str, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
+def resolve_device(said: str, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
     """What ``--device`` means on this machine: of several ranks each gets the GPU with its number.
 
     Raises UsageError, ModelError for a device that is not there.

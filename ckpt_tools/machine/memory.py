@@ -42,7 +42,7 @@ def _of_the_container() -> int:
         return 2**62  # no limit is set
 
 
-LARGEST = 512  # the bias of `pooled` falls like 1/batch; beyond this, sampling error dominates
+LARGEST_BATCH_SIZE = 512  # the bias of `pooled` falls like 1/batch; beyond this, sampling error dominates
 
 
 _SHARE = 0.25  # of the free memory; convolution workspaces and allocator slack come on top of activations
@@ -55,9 +55,9 @@ def fitting_batch_size(bytes_per_sample: int, device: str, sharing: int = 1) -> 
     ``sharing``: processes with such a batch each on that device; together they take half of it at most.
     """
     if bytes_per_sample <= 0:
-        return LARGEST
+        return LARGEST_BATCH_SIZE
     share = min(_SHARE, 0.5 / sharing)
-    fitting = min(LARGEST, int(share * free_bytes(device)) // bytes_per_sample)
+    fitting = min(LARGEST_BATCH_SIZE, int(share * free_bytes(device)) // bytes_per_sample)
     return 1 << max(2, fitting).bit_length() - 1
 
 

@@ -20,7 +20,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextlib.contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+def compute_in_precision(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matrix products and convolutions in ``precision``; afterwards the process computes as it did before.
 
     "fp32" is IEEE float32, also where torch allows TF32 by itself (cuDNN's convolutions); "tf32" rounds their inputs
@@ -32,7 +32,7 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        with autocast(precision, device):
+        with autocast_context(precision, device):
             yield
     finally:
         for backend, value in zip(backends, before, strict=True):
@@ -40,7 +40,7 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
     """Kernels of CUDA that add in one order alone; afterwards the process chooses as it did before. CPUs need nothing.
 
     torch raises RuntimeError where an operation has no such kernel. The setting belongs to the process: where models
@@ -86,7 +86,7 @@ def _one_order() -> Iterator[None]:
             os.environ.pop(_WORKSPACE, None)
 
 
-def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:
+def autocast_context(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """torch.autocast for the two half-width types, nothing for the others."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -100,7 +100,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         raise UsageError(f"precision tf32 is arithmetic of NVIDIA GPUs; the model is on {device}. Use fp32 or bf16.")
 
 
-def deviation(exact: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Spread:
+def relative_deviation(exact: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Spread:
     """|found / exact − 1| of variances (C,) by layer, over the channels of all layers; dead ones are left out."""
     pairs = [(exact[name], found[name]) for name in exact if name in found]
     relative = torch.cat([((b - a).abs() / a)[a > 0] for a, b in pairs])

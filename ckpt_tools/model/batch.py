@@ -52,7 +52,7 @@ def _are_images(given: object) -> TypeGuard[Sequence[Tensor]]:
 _CHANNELS = 4  # of an image, at most
 
 
-def samples(batch: Batch, start: int, stop: int) -> Batch:
+def slice_samples(batch: Batch, start: int, stop: int) -> Batch:
     """The input of a batch cut to some of its samples, as a batch."""
     given, size = _input(batch), batch_size(batch)
     if _are_images(given):
@@ -64,7 +64,7 @@ def samples(batch: Batch, start: int, stop: int) -> Batch:
     return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
 
 
-def chosen(batch: Batch, rows: Sequence[int]) -> Batch:
+def select_samples(batch: Batch, rows: Sequence[int]) -> Batch:
     """Some samples of a batch, given by their numbers, as a batch of copies."""
     given, size = _input(batch), batch_size(batch)
     if _are_images(given):
@@ -76,7 +76,7 @@ def chosen(batch: Batch, rows: Sequence[int]) -> Batch:
     return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
 
 
-def each_input(batch: Batch) -> Iterator[tuple[int | None, Tensor]]:
+def iterate_inputs(batch: Batch) -> Iterator[tuple[int | None, Tensor]]:
     """The floating-point tensors that go into the model, each with its sample if it is one of a list of images."""
     tensors = input_tensors(batch)
     listed = _are_images(_input(batch)) and len(tensors) == batch_size(batch)
@@ -88,9 +88,9 @@ def to_device(batch: Batch, device: torch.device | str, memory_format: torch.mem
     """Every tensor of a batch on ``device``; those with four dimensions in ``memory_format``, if there is one."""
     overlap = torch.device(device).type == "cuda"  # towards the CPU, a copy under way could be read too early
 
-    def moved(leaf: Tensor) -> Tensor:
+    def move_tensor(leaf: Tensor) -> Tensor:
         format_ = memory_format if memory_format is not None and leaf.ndim == 4 else torch.preserve_format
         return leaf.to(device, non_blocking=overlap, memory_format=format_)
 
     plain = dict(batch) if isinstance(batch, Mapping) else batch
-    return pytree.tree_map_only(Tensor, moved, plain)
+    return pytree.tree_map_only(Tensor, move_tensor, plain)

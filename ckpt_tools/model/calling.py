@@ -18,7 +18,7 @@ from ckpt_tools.model.batch import Batch
 Forward: TypeAlias = Callable[[nn.Module, Batch], object]
 
 
-def call(model: nn.Module, batch: Batch) -> object:
+def call_model(model: nn.Module, batch: Batch) -> object:
     """Run ``model`` on the input part of a batch; the labels that a loader may add are ignored."""
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -32,7 +32,7 @@ def call(model: nn.Module, batch: Batch) -> object:
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The module inside any nesting of DataParallel, DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -59,7 +59,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def eager() -> Iterator[None]:
+def force_eager() -> Iterator[None]:
     """Compiled submodules run uncompiled: our modes see operations, not graphs.
 
     The stance belongs to the process: where models take turns in several threads, the last to leave restores it.

@@ -16,12 +16,12 @@ from ckpt_tools.model.object_state import (
     GeneratorState,
     ModuleState,
     bound_modules,
-    elements,
+    container_elements,
+    holds_model_state,
     is_generator,
-    is_state,
 )
 from ckpt_tools.model.tensor_state import StorageState, TensorState
-from ckpt_tools.model.undoing import carry_out
+from ckpt_tools.model.undoing import run_all_steps
 
 
 class ModelState:
@@ -71,7 +71,7 @@ class ModelState:
         steps += [state.put_back_autograd for state in self._tensors]  # a gradient must fit its tensor
         try:
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                carry_out(steps)
+                run_all_steps(steps)
         except Exception as error:
             raise ModelError(
                 f"{self._name()}: expected to leave the model as it was, but its forward has changed a tensor in a way "
@@ -90,15 +90,15 @@ class ModelState:
             state = TensorState(thing)
             self._tensors.append(state)
             yield from (state.grad, vars(thing), *state.hooks.values(), *state.inner.values())
-        elif is_state(thing):
+        elif holds_model_state(thing):
             self._objects.append(ContainerState(thing))
-            yield from elements(thing)
+            yield from container_elements(thing)
         elif type(thing) is np.ndarray and thing.flags.writeable:
             self._objects.append(ArrayState(thing))
         elif is_generator(thing):
             self._objects.append(GeneratorState(thing))
         else:
-            yield from elements(thing)
+            yield from container_elements(thing)
             yield from bound_modules(thing)
 
     def _refuse_lazy(self, tensor: Tensor) -> None:

@@ -48,7 +48,7 @@ class ContainerState:
         (container.update if hasattr(container, "update") else container.extend)(content)
 
 
-def is_state(container: Any) -> bool:
+def holds_model_state(container: Any) -> bool:
     """Whether the elements of a container belong to the state of a model, so that it is to have them back.
 
     Those of dicts and sets do: a module may remember there what it has built. A list or deque does where it holds
@@ -60,7 +60,7 @@ def is_state(container: Any) -> bool:
     return type(container) in _MAPPINGS
 
 
-def elements(thing: object) -> Iterator[object]:
+def container_elements(thing: object) -> Iterator[object]:
     """The elements of a container of any class, read past overridden methods; the values of a dict."""
     if isinstance(thing, dict):
         yield from dict.values(thing)

@@ -10,28 +10,28 @@ from torch import Tensor
 from ckpt_tools.model.model_state import ModelState
 
 
-def overwrite(buffer: Tensor, value: Tensor) -> None:
+def overwrite_tensor(buffer: Tensor, value: Tensor) -> None:
     """Copy ``value`` into ``buffer``, wherever the buffer was made."""
     # What was made in inference mode can only be written there; leaving that mode switches gradients on.
     with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-        for dim in _expanded(buffer):
+        for dim in _expanded_dimensions(buffer):
             buffer, value = buffer.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
         buffer.copy_(value)
 
 
-def _expanded(tensor: Tensor) -> list[int]:
+def _expanded_dimensions(tensor: Tensor) -> list[int]:
     """Dimensions along which all elements are one place in memory, which cannot be written as many."""
     if tensor.layout is not torch.strided:
         return []
     return [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
 
 
-def overwrite_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+def overwrite_tensors(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy the second of each pair into the first: into all of them, or, if that is interrupted, into none."""
     state = ModelState([target for target, _ in writes])
     try:
         for target, value in writes:
-            overwrite(target, value)
+            overwrite_tensor(target, value)
     except BaseException:
         state.put_back()
         raise

@@ -9,13 +9,13 @@ from functools import partial
 from torch import nn
 
 from ckpt_tools.model.model_state import ModelState
-from ckpt_tools.model.randomness import saved_randomness
-from ckpt_tools.model.torch_settings import torch_settings_kept
-from ckpt_tools.model.undoing import carry_out
+from ckpt_tools.model.randomness import preserve_random_generators
+from ckpt_tools.model.torch_settings import preserve_torch_settings
+from ckpt_tools.model.undoing import run_all_steps
 
 
 @contextmanager
-def preserved(*roots: object) -> Iterator[ModelState]:
+def preserve_models(*roots: object) -> Iterator[ModelState]:
     """Afterwards models, torch's settings and the global random generators are as they were, also if it raises.
 
     Everything that runs code of a caller's model runs within this.
@@ -30,7 +30,7 @@ def preserved(*roots: object) -> Iterator[ModelState]:
     Raises:
         ModelError: a model is not initialised yet, or could not be put back.
     """
-    with saved_randomness(), torch_settings_kept():
+    with preserve_random_generators(), preserve_torch_settings():
         state = ModelState(*roots)
         try:
             yield state
@@ -39,9 +39,9 @@ def preserved(*roots: object) -> Iterator[ModelState]:
 
 
 @contextmanager
-def evaluating(model: nn.Module, *others: object) -> Iterator[None]:
+def preserved_evaluation_mode(model: nn.Module, *others: object) -> Iterator[None]:
     """Evaluation mode for every module of a model; it is preserved, as are the ``others``."""
-    with preserved(model, *others), evaluation_mode(model):
+    with preserve_models(model, *others), evaluation_mode(model):
         yield
 
 
@@ -57,4 +57,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = False
         yield
     finally:
-        carry_out(partial(setattr, module, "training", flag) for module, flag in flags)
+        run_all_steps(partial(setattr, module, "training", flag) for module, flag in flags)

@@ -11,7 +11,7 @@ import torch
 
 
 @contextmanager
-def saved_randomness() -> Iterator[None]:
+def preserve_random_generators() -> Iterator[None]:
     """All global generators come back as they were: Python's, numpy's, and torch's on every device in use."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -22,7 +22,7 @@ def saved_randomness() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def seed_all(seed: int) -> None:
+def seed_random_generators(seed: int) -> None:
     """Start every global generator at ``seed``. torch.manual_seed would also seed devices not in use yet, for good."""
     torch.default_generator.manual_seed(seed)
     if _devices_in_use():
@@ -36,8 +36,8 @@ def _devices_in_use() -> list[int]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seed_temporarily(seed: int) -> Iterator[None]:
     """Every global generator starts from ``seed``, and afterwards stands where it stood."""
-    with saved_randomness():
-        seed_all(seed)
+    with preserve_random_generators():
+        seed_random_generators(seed)
         yield

@@ -13,7 +13,7 @@ from torch import nn
 _CALLABLES = (FunctionType, MethodType, partial)
 
 
-def rebind(twin: nn.Module, copies: dict[int, Any]) -> None:
+def rebind_functions(twin: nn.Module, copies: dict[int, Any]) -> None:
     """Let functions in a copy's attributes and hooks close over ``copies``, which are by the original's identity."""
     bound, own = _Bound(copies), {id(copied) for copied in copies.values()}  # what cannot be copied is shared
     for module in twin.modules():

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ckpt_tools.errors import ModelError
-from ckpt_tools.model.undoing import carry_out
+from ckpt_tools.model.undoing import run_all_steps
 
 
 @dataclass(frozen=True)
-class Setting:
+class TorchSetting:
     """A setting of torch: how its value is read, and how it is set."""
 
     name: str
@@ -26,7 +26,7 @@ class Setting:
 
 
 @contextmanager
-def torch_settings_kept() -> Iterator[None]:
+def preserve_torch_settings() -> Iterator[None]:
     """Afterwards torch is set as it was before: dtypes, devices, precision, determinism, kernels, autocast, threads.
 
     Settings of the process are shared by its threads: where models take turns in several of them, the first to enter
@@ -43,7 +43,7 @@ def torch_settings_kept() -> Iterator[None]:
             _restore(own)
 
 
-Values = Sequence[tuple[Setting, object]]
+SettingValues = Sequence[tuple[TorchSetting, object]]
 
 _UNREADABLE = object()
 """Of a setting that torch refuses to tell: it raises where its old and its new names for TF32 contradict each other.
@@ -51,23 +51,23 @@ _UNREADABLE = object()
 The new names, which decide how torch computes, can be read even then."""
 
 
-def _value(setting: Setting) -> object:
+def _value(setting: TorchSetting) -> object:
     try:
         return setting.read()
     except (AttributeError, RuntimeError, Warning):
         return _UNREADABLE
 
 
-def _read(kept: Sequence[Setting]) -> Values:
+def _read(kept: Sequence[TorchSetting]) -> SettingValues:
     return [(setting, _value(setting)) for setting in kept]
 
 
-def _restore(values: Values) -> None:
+def _restore(values: SettingValues) -> None:
     """Write the settings that have changed. The order counts: one setting of a precision changes others."""
-    carry_out(partial(_restore_one, setting, value) for setting, value in values)
+    run_all_steps(partial(_restore_one, setting, value) for setting, value in values)
 
 
-def _restore_one(setting: Setting, value: object) -> None:
+def _restore_one(setting: TorchSetting, value: object) -> None:
     if value is _UNREADABLE or _value(setting) == value:
         return
     with warnings.catch_warnings():
@@ -86,7 +86,7 @@ class _ProcessSettings:
 
     def __init__(self) -> None:
         self._lock, self._users = threading.Lock(), 0
-        self._before: Values = ()
+        self._before: SettingValues = ()
 
     def enter(self) -> None:
         with self._lock:
@@ -106,48 +106,48 @@ class _ProcessSettings:
 _PROCESS = _ProcessSettings()
 
 
-def _attribute(path: str) -> Setting:
+def _attribute(path: str) -> TorchSetting:
     """An attribute of a module of torch, such as ``backends.cudnn.benchmark``."""
     *parents, name = path.split(".")
 
     def owner() -> Any:
         return reduce(getattr, parents, torch)
 
-    return Setting(path, lambda: getattr(owner(), name), lambda value: setattr(owner(), name, value))
+    return TorchSetting(path, lambda: getattr(owner(), name), lambda value: setattr(owner(), name, value))
 
 
-def _pair(getter: str, setter: str) -> Setting:
+def _pair(getter: str, setter: str) -> TorchSetting:
     """Two functions of torch, given by their paths; they may be missing."""
 
     def function(path: str) -> Any:
         return reduce(getattr, path.split("."), torch)
 
-    return Setting(getter, lambda: function(getter)(), lambda value: function(setter)(value))
+    return TorchSetting(getter, lambda: function(getter)(), lambda value: function(setter)(value))
 
 
-def _pair_of_tuples(name: str, getters: Sequence[Callable[[], object]], setter: Callable[..., object]) -> Setting:
+def _pair_of_tuples(name: str, getters: Sequence[Callable[[], object]], setter: Callable[..., object]) -> TorchSetting:
     """A setting of several values, which one function sets together."""
-    return Setting(name, lambda: tuple(getter() for getter in getters), lambda values: setter(*values))
+    return TorchSetting(name, lambda: tuple(getter() for getter in getters), lambda values: setter(*values))
 
 
-def _reductions(dtype: str) -> Setting:
+def _reductions(dtype: str) -> TorchSetting:
     """Whether matrix products may add up in ``dtype``: in newer torch a pair, of which the attribute tells one."""
     name = f"allow_{dtype}_reduced_precision_reduction"
-    return Setting(
+    return TorchSetting(
         f"backends.cuda.matmul.{name}",
         lambda: getattr(torch._C, f"_get_cublas_{name}")(),
         lambda value: setattr(torch.backends.cuda.matmul, name, value),
     )
 
 
-def _autocast(device: str) -> tuple[Setting, Setting]:
+def _autocast(device: str) -> tuple[TorchSetting, TorchSetting]:
     return (
-        Setting(
+        TorchSetting(
             f"autocast of {device}",
             partial(torch.is_autocast_enabled, device),
             partial(torch.set_autocast_enabled, device),
         ),
-        Setting(
+        TorchSetting(
             f"dtype of autocast of {device}",
             partial(torch.get_autocast_dtype, device),
             partial(torch.set_autocast_dtype, device),
@@ -190,7 +190,9 @@ _OF_THE_PROCESS = (
         torch.set_anomaly_enabled,
     ),
     _pair("is_warn_always_enabled", "set_warn_always"),
-    Setting("checks of sparse tensors", torch.sparse.check_sparse_tensor_invariants.is_enabled, _set_sparse_checks),
+    TorchSetting(
+        "checks of sparse tensors", torch.sparse.check_sparse_tensor_invariants.is_enabled, _set_sparse_checks
+    ),
     _pair(
         "__future__.get_overwrite_module_params_on_conversion", "__future__.set_overwrite_module_params_on_conversion"
     ),
@@ -236,6 +238,6 @@ _OF_THE_THREAD = (
     _pair("get_num_threads", "set_num_threads"),
     _pair("is_autocast_cache_enabled", "set_autocast_cache_enabled"),
     *(setting for device in ("cpu", "cuda", "xpu", "mps") for setting in _autocast(device)),
-    Setting("default device", _default_device, torch.set_default_device),
-    Setting("device of CUDA", _current_device, _set_current_device),
+    TorchSetting("default device", _default_device, torch.set_default_device),
+    TorchSetting("device of CUDA", _current_device, _set_current_device),
 )

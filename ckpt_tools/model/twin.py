@@ -8,12 +8,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.model.rebinding import rebind
+from ckpt_tools.model.rebinding import rebind_functions
 
-Mode = Literal["training", "leaves", "evaluation"]
+RecordingMode = Literal["training", "leaves", "evaluation"]
 
 
-def copy_of(model: nn.Module, *, meta: bool) -> nn.Module:
+def copy_model(model: nn.Module, *, meta: bool) -> nn.Module:
     """A copy of the model for one forward, on meta or for real: training mode may write to anything it holds."""
 
     def copied(tensor: Tensor) -> Tensor:
@@ -32,12 +32,12 @@ def copy_of(model: nn.Module, *, meta: bool) -> nn.Module:
         twin = copy.deepcopy(model, known)
     except Exception:  # noqa: BLE001 - a lock or an open file among the attributes; they can be shared
         known = memo
-        twin = _copied_by_attribute(model, known)
-    rebind(twin, known)
+        twin = _copy_by_attribute(model, known)
+    rebind_functions(twin, known)
     return twin
 
 
-def _copied_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copy_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy that shares the attributes that cannot be copied."""
     modules = list(model.modules())
     for module in modules:
@@ -54,7 +54,7 @@ def _copied_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def set_mode(model: nn.Module, mode: Mode) -> dict[int, str]:
+def set_mode(model: nn.Module, mode: RecordingMode) -> dict[int, str]:
     """Set every module's train flag; BN layers by the identity of their running_var."""
     layers: dict[int, str] = {}
     for name, module in model.named_modules():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 _MOST_TRIES = 3  # an interrupt can hit a step in its midst, and a second one its repetition
 
 
-def carry_out(steps: Iterable[Callable[[], object]]) -> None:
+def run_all_steps(steps: Iterable[Callable[[], object]]) -> None:
     """Call every step, and call one again that was interrupted; a step must bear being called twice.
 
     Raises:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from ckpt_tools.model.calling import batch_norm_arguments
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.operator import current, observed_batch_norm
-from ckpt_tools.walker.sites import dropout_call, without_dropout
+from ckpt_tools.walker.sites import disable_attention_dropout, parse_dropout_call
 
 
 class SeenEnough(BaseException):
@@ -52,10 +52,10 @@ class Interception(TorchFunctionMode):
             return self._batch_norm(batch_norm_arguments(args, kwargs))
         if self._dropout:
             return func(*args, **kwargs)
-        drop = dropout_call(func, args, kwargs)
+        drop = parse_dropout_call(func, args, kwargs)
         if drop is not None:
             return drop.input
-        args, kwargs = without_dropout(func, args, kwargs)
+        args, kwargs = disable_attention_dropout(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _batch_norm(self, given: dict[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.errors import DataError
-from ckpt_tools.model.batch import Batch, batch_size, chosen, each_input, input_tensors
+from ckpt_tools.model.batch import Batch, batch_size, input_tensors, iterate_inputs, select_samples
 
 FEWEST = 8  # samples that can tell what is usual
 ENOUGH = 4 * FEWEST  # that need no others to tell it
@@ -136,7 +136,7 @@ def not_finite(batch: Batch, number: int) -> list[int]:
     if all(math.isfinite(tensor.sum()) for tensor in input_tensors(batch)):  # as is no sum with NaN or infinity in it
         return []
     bad: set[int] = set()
-    for row, tensor in each_input(batch):
+    for row, tensor in iterate_inputs(batch):
         wrong = tensor.isnan() if isinstance(batch, Mapping) else ~tensor.isfinite()
         if row is not None:
             bad |= {row} if bool(wrong.any()) else set()
@@ -217,12 +217,12 @@ class Look:
         finite = [row for row in range(batch_size(batch)) if row not in bad]
         if not finite:
             return batch
-        rest = chosen(batch, finite) if bad else batch
+        rest = select_samples(batch, finite) if bad else batch
         odd = set(unusual(rest, self._gauge))
         kept = [row for row in range(len(finite)) if row not in odd]
         if not kept or len(odd) > max(3, len(finite) // 16):  # so many are no outliers
             return rest
-        return chosen(rest, kept) if odd else rest
+        return select_samples(rest, kept) if odd else rest
 
 
 def unusual(batch: Batch, gauge: Gauge, ignored: Collection[OutlierReason] = ()) -> dict[int, Suspect]:

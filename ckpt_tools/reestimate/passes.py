@@ -14,8 +14,8 @@ from torch import nn
 from ckpt_tools.contract import Estimator, OutlierReason, Statistics
 from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError, ModelError
-from ckpt_tools.machine.precision import deviation
-from ckpt_tools.model.batch import Batch, batch_size, chosen, samples
+from ckpt_tools.machine.precision import relative_deviation
+from ckpt_tools.model.batch import Batch, batch_size, select_samples, slice_samples
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.guards import check_activations, check_input
 from ckpt_tools.reestimate.layer import (
@@ -133,7 +133,7 @@ class Passes:
         ahead = self.source.ahead(1)
         if not ahead:
             return None
-        batch = Look().usual(samples(ahead[0], 0, _COMPARED), 0)
+        batch = Look().usual(slice_samples(ahead[0], 0, _COMPARED), 0)
         check_input(batch, 0)
         precision = self.runner.precision
         found = []
@@ -145,7 +145,7 @@ class Passes:
                 seen = {name: layer.end_batch() for name, layer in self.layers.items()}
                 check_activations(self.model, seen, 0)
             found.append({layer.name: layer.moments.variance() for layer in self._chosen() if layer.moments})
-        return deviation(*found)
+        return relative_deviation(*found)
 
     def _chosen(self) -> list[Layer]:
         """Rewritten layers that the data reached; the others keep what they have."""
@@ -265,7 +265,7 @@ class Passes:
         common = frozenset() if self.source.one_shot else self.screening.too_common
         total = 0.0
         if self.repeats and rows:
-            total = checksum(batch if len(rows) == batch_size(batch) else chosen(batch, rows))
+            total = checksum(batch if len(rows) == batch_size(batch) else select_samples(batch, rows))
         return Read(len(rows), 1, total, found, common)
 
     def _tell_read(self, images: int, new: int) -> None:

@@ -17,9 +17,9 @@ from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.model.batch import Batch
-from ckpt_tools.model.calling import Forward, call, device_of, eager, unwrap
-from ckpt_tools.model.overwriting import overwrite_all
-from ckpt_tools.model.preserving import evaluation_mode, preserved
+from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
+from ckpt_tools.model.overwriting import overwrite_tensors
+from ckpt_tools.model.preserving import evaluation_mode, preserve_models
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.interception import CompiledInterception, Interception
 from ckpt_tools.reestimate.layer import Layer
@@ -31,7 +31,7 @@ from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.results import Reestimation, Walk
-from ckpt_tools.walker.downstream import walk_preserved
+from ckpt_tools.walker.downstream import walk_preserved_model
 
 
 def reestimate_bn(
@@ -47,7 +47,7 @@ def reestimate_bn(
     momentum: float = 0.1,
     epochs: int = 1,
     rates: Rates = "model",
-    forward: Forward = call,
+    forward: Forward = call_model,
     walk: Walk | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -106,14 +106,19 @@ def reestimate_bn(
             f"estimator {estimator!r} reads the data several times, but batches is a one-shot iterator "
             f"({type(batches).__name__}). Pass a list or a DataLoader."
         )
-    model = unwrap(model)
+    model = unwrap_model(model)
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
-    with preserved(model, forward) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
+    with preserve_models(model, forward) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
         check_team(estimator, team)
-        found = walk or team.first(lambda: walk_preserved(model, source.first(), state, forward=forward))
+        found = walk or team.first(lambda: walk_preserved_model(model, source.first(), state, forward=forward))
         choice = choose(found, layers, rates=rates, statistics=statistics)
-        with kept_heap(), evaluation_mode(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
+        with (
+            kept_heap(),
+            evaluation_mode(model),
+            torch.no_grad(),
+            contextlib.nullcontext() if compile else force_eager(),
+        ):
             share_buffers(model, team)
             screening = Screening(model, _names(batches, team), keep=keep_outliers)
             run = Passes(model, source, runner, _observed(model, found, choice), progress, screening, team)
@@ -215,4 +220,4 @@ def _write(layers: dict[str, Layer], statistics: Statistics) -> None:
                     f"{buffer.dtype}. Convert the model to float32 first."
                 )
             writes.append((buffer, cast))
-    overwrite_all(writes)
+    overwrite_tensors(writes)

@@ -11,8 +11,8 @@ from torch import nn
 
 from ckpt_tools.contract import Precision
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError, is_short_of_memory
-from ckpt_tools.machine.precision import arithmetic
-from ckpt_tools.model.batch import Batch, batch_size, samples, to_device
+from ckpt_tools.machine.precision import compute_in_precision
+from ckpt_tools.model.batch import Batch, batch_size, slice_samples, to_device
 from ckpt_tools.model.calling import Forward, device_of
 from ckpt_tools.reestimate.interception import Interception, SeenEnough
 from ckpt_tools.reestimate.layer import Layer
@@ -66,7 +66,7 @@ class Runner:
             return [batch]
         parts = -(-size // self.largest)
         bounds = [size * part // parts for part in range(parts + 1)]
-        return [samples(batch, start, stop) for start, stop in itertools.pairwise(bounds)]
+        return [slice_samples(batch, start, stop) for start, stop in itertools.pairwise(bounds)]
 
     def _fits(self, batch: Batch, number: int, watched: Sequence[Layer], *, stop: bool) -> bool:
         """Run a batch. False if memory ran short; then it has left nothing behind."""
@@ -98,7 +98,7 @@ class Runner:
     def _call(self, batch: Batch, watched: Sequence[Layer], *, stop: bool) -> None:
         self._interception.begin(batch_size(batch), watched, stop=stop)
         try:
-            with arithmetic(self.precision, self._device), self._interception:
+            with compute_in_precision(self.precision, self._device), self._interception:
                 self._forward(self._model, to_device(batch, self._device, self._layout))
         except SeenEnough:
             pass

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.errors import DataError
-from ckpt_tools.model.batch import Batch, batch_size, chosen
+from ckpt_tools.model.batch import Batch, batch_size, select_samples
 from ckpt_tools.reestimate.guards import check_activations
 from ckpt_tools.reestimate.layer import Seen
 from ckpt_tools.reestimate.outliers import (
@@ -108,7 +108,7 @@ class Screening:
             return
         for number, batch in enumerate(batches):
             finite = sorted(set(range(batch_size(batch))) - set(not_finite(batch, number)))
-            values = energies(chosen(batch, finite)) if finite else None
+            values = energies(select_samples(batch, finite)) if finite else None
             if values is not None:
                 self._gauges["input"].remember(values)
 
@@ -140,7 +140,7 @@ class Screening:
             task, start = tasks.pop(0), 0
             if not task.rows:
                 continue
-            part = batch if len(task.rows) == batch_size(batch) else chosen(batch, task.rows)
+            part = batch if len(task.rows) == batch_size(batch) else select_samples(batch, task.rows)
             for count, shown in run(part, task.closely):
                 rows, start = task.rows[start : start + count], start + count
                 again = self._again(task.of(rows), shown, number, found)
@@ -166,12 +166,12 @@ class Screening:
             return _Task([row for row in rows if marks[row] not in self._known])
         if not rows:
             return _Task(rows)
-        odd = unusual(chosen(batch, rows) if found else batch, self._gauges["input"], self.common)
+        odd = unusual(select_samples(batch, rows) if found else batch, self._gauges["input"], self.common)
         return _Task(rows, {rows[place]: one for place, one in odd.items()}, closely=bool(odd))
 
     def _found(self, batch: Batch, own: int, number: int, row: int, one: Suspect) -> Found:
         outlier = Outlier(self._name(own, row), one.reason, one.leverage, one.where)
-        return Found(outlier, _marks(chosen(batch, [row]), number, row)[0])
+        return Found(outlier, _marks(select_samples(batch, [row]), number, row)[0])
 
     def _again(self, task: _Task, shown: Shown, number: int, found: dict[int, Suspect]) -> _Task | None:
         """What to run in place of this; None if it may count."""

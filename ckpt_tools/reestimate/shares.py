@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_tools.distributed import Team
-from ckpt_tools.model.overwriting import overwrite
+from ckpt_tools.model.overwriting import overwrite_tensor
 from ckpt_tools.moments import Clusters, Evidence, Moments, merged
 from ckpt_tools.reestimate.layer import Layer
 
@@ -34,7 +34,7 @@ def share_buffers(model: nn.Module, team: Team) -> None:
     flat = torch.cat([buffer.detach().double().flatten() for buffer in buffers])
     pieces = team.gather(flat)[0].split([buffer.numel() for buffer in buffers])
     for buffer, piece in zip(buffers, pieces, strict=True):
-        overwrite(buffer, piece.view(buffer.shape))
+        overwrite_tensor(buffer, piece.view(buffer.shape))
 
 
 def packed(parts: Sequence[Evidence | None], channels: Sequence[int]) -> Tensor:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statistics
 from ckpt_tools.model.batch import Batch, batch_size, to_device
-from ckpt_tools.model.calling import Forward, device_of, unwrap
+from ckpt_tools.model.calling import Forward, device_of, unwrap_model
 from ckpt_tools.model.model_state import ModelState
-from ckpt_tools.model.randomness import seed_all, seeded
+from ckpt_tools.model.randomness import seed_random_generators, seed_temporarily
 from ckpt_tools.reestimate.run import reestimate_bn
 from ckpt_tools.reestimate.source import Batches
 from ckpt_tools.reestimate.stopping import Progress
@@ -75,9 +75,9 @@ def corrected_state_dict(
 
     Raises: what ``reestimate_bn`` raises.
     """
-    inside = unwrap(model)
+    inside = unwrap_model(model)
     reading = _Reading(batches, prepare or _mover(inside), limit_batches, max_images, seed)
-    with seeded(seed), reading.beside(), _kept(inside) as kept:
+    with seed_temporarily(seed), reading.beside(), _kept(inside) as kept:
         again = iter(reading) if isinstance(batches, Iterator) else reading
         options.setdefault("force", True)
         result = reestimate_bn(model, again, **options)
@@ -108,7 +108,7 @@ class _Reading:
         self._limit_batches, self._max_images = limit_batches, max_images
 
     def __iter__(self) -> Iterator[Batch]:
-        seed_all(self._seed)
+        seed_random_generators(self._seed)
         for generator in self._generators:
             generator.manual_seed(self._seed)
         images = 0

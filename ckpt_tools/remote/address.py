@@ -18,8 +18,17 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.redaction import remember_secret
 
 __all__ = [
-    "Address", "Origin", "check_url", "is_url", "local_path", "parted", "remember_options", "remember_url",
-    "remember_urls", "scheme_of", "shown_url",
+    "RemoteAddress",
+    "UrlOrigin",
+    "check_url",
+    "is_url",
+    "local_path_of_url",
+    "parse_url",
+    "redact_url",
+    "remember_storage_options",
+    "remember_url",
+    "remember_urls",
+    "scheme_of",
 ]  # fmt: skip
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -78,13 +87,13 @@ def scheme_of(url: str) -> str:
     return url.partition("://")[0].lower()
 
 
-def local_path(url: str) -> Path | None:
+def local_path_of_url(url: str) -> Path | None:
     """The path behind ``file:///path``; None for a URL of another store."""
     return Path(unquote(url.partition("://")[2])) if scheme_of(url) in _LOCAL else None
 
 
 @dataclass(frozen=True)
-class Origin:
+class UrlOrigin:
     """What stands before the path in a URL: with credentials, and as it may be shown."""
 
     said: str = field(repr=False)
@@ -92,10 +101,10 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Address:
+class RemoteAddress:
     """A URL in three parts. ``path`` begins with the host or bucket; ``query`` is all that follows it."""
 
-    origin: Origin
+    origin: UrlOrigin
     path: str
     query: str = field(repr=False)
 
@@ -110,7 +119,7 @@ class _Pieces:
     query: str
 
     @property
-    def shown(self) -> str:
+    def without_credentials(self) -> str:
         return f"{self.scheme}://{self.place}"
 
 
@@ -118,7 +127,7 @@ class _UnreadableError(ValueError):
     """A URL that can be read in no way, or in two. The message says why, without the URL."""
 
 
-def parted(url: str) -> Address:
+def parse_url(url: str) -> RemoteAddress:
     """Take a URL apart and remember its secrets.
 
     Raises UsageError for a URL that can be read in two ways, and for one whose path no folder could mirror.
@@ -133,7 +142,7 @@ def parted(url: str) -> Address:
     start = f"{pieces.scheme}://"
     slashes = pieces.place[: len(pieces.place) - len(pieces.place.lstrip("/"))]
     user = f"{pieces.userinfo}@" if pieces.userinfo else ""
-    return Address(Origin(f"{start}{user}{slashes}", f"{start}{slashes}"), path, pieces.query)
+    return RemoteAddress(UrlOrigin(f"{start}{user}{slashes}", f"{start}{slashes}"), path, pieces.query)
 
 
 def check_url(url: str) -> str:
@@ -149,10 +158,10 @@ def check_url(url: str) -> str:
     return shown
 
 
-def shown_url(text: str) -> str:
+def redact_url(text: str) -> str:
     """What may be shown of a URL: ``scheme://host/path``, or ``scheme://…`` of one that cannot be read for sure."""
     try:
-        return _split(text).shown
+        return _split(text).without_credentials
     except _UnreadableError:
         match = _LIKE_URL.match(text)
         return f"{match[1] if match else ''}://…"
@@ -160,7 +169,7 @@ def shown_url(text: str) -> str:
 
 def remember_url(url: str) -> str:
     """Remember a URL and the secrets in it, so that no text shows them, and return what may be shown of it."""
-    shown = shown_url(url)
+    shown = redact_url(url)
     for secret in _secrets(url, shown):
         remember_secret(secret)
     if url != shown:
@@ -183,7 +192,7 @@ def remember_urls(texts: Iterable[str]) -> None:
             remember_secret("".join(filter(None, credentials.groups())))
 
 
-def remember_options(options: Any) -> None:
+def remember_storage_options(options: Any) -> None:
     """Remember what fsspec itself took for credentials in a URL: ``storage_options`` of a file system."""
     for name, value in dict(options).items():
         if isinstance(value, str) and re.search("pass|secret|token|key|sas|sig", name, re.IGNORECASE):

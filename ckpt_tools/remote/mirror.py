@@ -2,7 +2,7 @@
 
 A mirror is a temporary folder: ``s3://bucket/runs/model.pt`` has its place at ``MIRROR/0/bucket/runs/model.pt``.
 Whoever reads calls ``fetch`` on a path first, whoever writes delivers what stands at a place, and all others work with
-paths as ever. ``as_urls`` turns places in a text back into URLs, without their secrets.
+paths as ever. ``restore_urls`` turns places in a text back into URLs, without their secrets.
 """
 
 from __future__ import annotations
@@ -17,19 +17,25 @@ from typing import Any
 from ckpt_tools.errors import RemoteError, UsageError
 from ckpt_tools.paths import path_below
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.remote.address import Origin, is_url, local_path, parted, scheme_of
-from ckpt_tools.remote.scratch import Claim, claim, new_name, roomy_folder, sweep
-from ckpt_tools.remote.store import Remote, open_remote
+from ckpt_tools.remote.address import UrlOrigin, is_url, local_path_of_url, parse_url, scheme_of
+from ckpt_tools.remote.scratch import (
+    LockedFolder,
+    create_locked_folder,
+    large_temporary_folder,
+    new_temporary_name,
+    remove_abandoned_folders,
+)
+from ckpt_tools.remote.store import RemotePath, open_remote
 
-__all__ = ["Mirror", "as_urls", "is_remote", "located", "mirror_of", "mirroring", "store_of"]
+__all__ = ["Mirror", "find_mirror", "is_remote", "open_mirror", "resolve_location", "restore_urls", "store_folder"]
 
-Watch = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], object]]]
+TransferWatch = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], object]]]
 """Told the URL and the bytes of a transfer, if they are known; what comes out of it is told the bytes so far."""
 
 _LIVING: list[Mirror] = []
 
 
-def _unseen(name: str, size: int | None) -> contextlib.AbstractContextManager[Callable[[int], object]]:
+def _ignore_transfer(name: str, size: int | None) -> contextlib.AbstractContextManager[Callable[[int], object]]:
     return contextlib.nullcontext(lambda seen: None)
 
 
@@ -40,29 +46,31 @@ class Mirror:
     have places; ``writable``: those of folders that have proved to be.
     """
 
-    def __init__(self, watch: Watch = _unseen) -> None:
+    def __init__(self, watch: TransferWatch = _ignore_transfer) -> None:
         self.watch = watch
         self.present: set[Path] = set()
         self.surveyed: set[Path] = set()
         self.writable: set[Path] = set()
         self._folder: Path | None = None
-        self._claim: Claim | None = None  # of the folder, once it is made
-        self._origins: list[Origin] = []  # a subfolder for each
+        self._claim: LockedFolder | None = None  # of the folder, once it is made
+        self._origins: list[UrlOrigin] = []  # a subfolder for each
         self._queries: dict[Path, str] = {}
 
     @property
     def folder(self) -> Path:
         """The temporary folder, which need not be there yet."""
         if self._folder is None:
-            self._folder = roomy_folder().resolve() / new_name()
+            self._folder = large_temporary_folder().resolve() / new_temporary_name()
         return self._folder
 
-    def make(self, folder: Path) -> None:
+    def make_folder(self, folder: Path) -> None:
         """Make a folder among the places, and all above it. Raises RemoteError."""
         try:
             if self._claim is None:
-                sweep(self.folder.parent)
-                self._claim = claim(self.folder)  # which only we may enter: copies are nobody else's business
+                remove_abandoned_folders(self.folder.parent)
+                self._claim = create_locked_folder(
+                    self.folder
+                )  # which only we may enter: copies are nobody else's business
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RemoteError(
@@ -70,22 +78,22 @@ class Mirror:
                 "folder that can be written."
             ) from error
 
-    def place(self, url: str) -> Path:
+    def path_for_url(self, url: str) -> Path:
         """Where a remote file stands once it is fetched. Raises UsageError for a URL that means no place."""
-        address = parted(url)
+        address = parse_url(url)
         for number, origin in enumerate(self._origins):
             store = self.folder / str(number)
             place = path_below(store, address.path, origin=address.origin.shown, error=UsageError, nested=True)
             if origin == address.origin and self._queries.setdefault(place, address.query) == address.query:
                 return place
         self._origins.append(address.origin)
-        return self.place(url)
+        return self.path_for_url(url)
 
     def holds(self, path: Path) -> bool:
         """Whether a path is a place in this mirror."""
         return self._folder is not None and path.is_relative_to(self._folder)
 
-    def remote(self, path: Path) -> Remote:
+    def remote(self, path: Path) -> RemotePath:
         """What a place stands for. Raises UsageError, RemoteError where its store cannot be opened."""
         number, _, rest = path.relative_to(self.folder).as_posix().partition("/")
         return open_remote(f"{self._origins[int(number)].said}{rest}{self.query(path)}")
@@ -98,7 +106,7 @@ class Mirror:
         """What follows the path in the URL of a place; below a folder, what follows the folder's."""
         return next((self._queries[place] for place in (path, *path.parents) if self._queries.get(place)), "")
 
-    def told(self, text: str) -> str:
+    def restore_urls_in_text(self, text: str) -> str:
         """A text with URLs in the stead of places."""
         if self._folder is None or str(self._folder) not in text:
             return text
@@ -108,13 +116,13 @@ class Mirror:
     def close(self) -> None:
         """Remove everything."""
         if self._claim is not None:
-            self._claim.release()
+            self._claim.remove_folder()
         self._folder = self._claim = None
         self.present.clear()
 
 
 @contextlib.contextmanager
-def mirroring(watch: Watch = _unseen) -> Iterator[Mirror]:
+def open_mirror(watch: TransferWatch = _ignore_transfer) -> Iterator[Mirror]:
     """A mirror for the URLs that are met within; ``watch`` is told of every transfer, the URL and its bytes."""
     mirror = Mirror(watch)
     _LIVING.append(mirror)
@@ -125,39 +133,39 @@ def mirroring(watch: Watch = _unseen) -> Iterator[Mirror]:
         mirror.close()
 
 
-def located(path: Path | str) -> Path:
+def resolve_location(path: Path | str) -> Path:
     """The path that a user means: the place of a URL, and any other as it is. Asks no network. Raises UsageError."""
     if not isinstance(path, str) or not is_url(path):
         return Path(path)
-    return local_path(path) or _current().place(path)
+    return local_path_of_url(path) or _current().path_for_url(path)
 
 
-def mirror_of(path: Path) -> Mirror | None:
+def find_mirror(path: Path) -> Mirror | None:
     """The mirror in which a path is a place; None for a path that only stands for itself."""
     return next((mirror for mirror in _LIVING if mirror.holds(path)), None)
 
 
 def is_remote(path: Path) -> bool:
     """Whether a path is the place of a remote file."""
-    return mirror_of(path) is not None
+    return find_mirror(path) is not None
 
 
-def store_of(path: Path) -> Path | None:
+def store_folder(path: Path) -> Path | None:
     """The folder in which all places of a path's store are; None for a path that only stands for itself."""
-    mirror = mirror_of(path)
+    mirror = find_mirror(path)
     return None if mirror is None else mirror.folder / path.relative_to(mirror.folder).parts[0]
 
 
-def as_urls(value: Any) -> Any:
+def restore_urls(value: Any) -> Any:
     """The same plain value (text, mapping, list, …) with URLs instead of places, and without secrets in any URL."""
     if isinstance(value, str):
         for mirror in _LIVING:
-            value = mirror.told(value)
+            value = mirror.restore_urls_in_text(value)
         return without_secrets(value)
     if isinstance(value, Mapping):
-        return {as_urls(key): as_urls(item) for key, item in value.items()}
+        return {restore_urls(key): restore_urls(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_urls(item) for item in value]
+        return [restore_urls(item) for item in value]
     return value
 
 

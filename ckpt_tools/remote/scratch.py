@@ -31,9 +31,15 @@ try:
 except ImportError:  # Windows has no flock: nothing is ever swept there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Claim", "claim", "new_name", "roomy_folder", "sweep"]
+__all__ = [
+    "LockedFolder",
+    "create_locked_folder",
+    "large_temporary_folder",
+    "new_temporary_name",
+    "remove_abandoned_folders",
+]
 
-LOCK = "lock"  # the locked file in a temporary folder
+LOCK_NAME = "lock"  # the locked file in a temporary folder
 _NAME = re.compile(r"\.?ckpt-tools-([0-9a-f]{16})-[0-9a-f]{16}(\.tmp)?")
 _WEEK = 7 * 24 * 3600.0  # seconds
 _ATTEMPTS = 100  # at a folder that a sweeper takes for abandoned before it is locked
@@ -56,20 +62,20 @@ def _kernel_identity() -> str:
 _KERNEL = _kernel_identity()
 
 
-def roomy_folder() -> Path:
+def large_temporary_folder() -> Path:
     """Where large temporary files go: /tmp often is memory, of which there is none left by then."""
     large = Path("/var/tmp")
     usable = "TMPDIR" not in os.environ and os.access(large, os.W_OK)
     return large if usable else Path(tempfile.gettempdir())
 
 
-def new_name() -> str:
-    """A name that nothing else has, by which ``sweep`` knows a temporary folder of this tool."""
+def new_temporary_name() -> str:
+    """A name that nothing else has, by which ``remove_abandoned_folders`` knows a temporary folder of this tool."""
     return f"ckpt-tools-{_KERNEL}-{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True)
-class Claim:
+class LockedFolder:
     """A temporary folder that no sweeper touches as long as this process, or a fork of it, holds its lock."""
 
     folder: Path
@@ -80,7 +86,7 @@ class Claim:
         """The permissions that the umask, or the default access list of the place, leaves to new files."""
         return stat.S_IMODE(os.fstat(self.descriptor).st_mode)
 
-    def release(self) -> None:
+    def remove_folder(self) -> None:
         """Remove the folder with everything in it, as far as the system allows, and let go of the lock.
 
         In a forked child this does nothing: the folder is its parent's, who may be alive.
@@ -89,7 +95,7 @@ class Claim:
             _remove(self.folder, self.descriptor)
 
 
-def claim(folder: Path) -> Claim:
+def create_locked_folder(folder: Path) -> LockedFolder:
     """Make a folder that only this user can enter, and lock it before anything is put into it.
 
     Raises OSError, also if there is something of that name. Where the file system knows no locks the folder is made
@@ -97,10 +103,10 @@ def claim(folder: Path) -> Claim:
     """
     folder.mkdir(mode=0o700)
     try:
-        return Claim(folder, _lock_or_make_again(folder), os.getpid())
+        return LockedFolder(folder, _lock_or_make_again(folder), os.getpid())
     except BaseException:  # an interrupt, too
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
+            (folder / LOCK_NAME).unlink(missing_ok=True)
             folder.rmdir()
         raise
 
@@ -122,7 +128,7 @@ def _lock_or_make_again(folder: Path) -> int:
 
 def _lock_new(folder: Path) -> int | None:
     """Open and lock a new folder's lock file; None if a sweeper holds the lock or has removed the file."""
-    lock = folder / LOCK
+    lock = folder / LOCK_NAME
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except (FileNotFoundError, PermissionError):  # removed, or made by a sweeper of another user
@@ -155,7 +161,7 @@ def _take_lock(descriptor: int) -> bool | None:
     return True
 
 
-def sweep(folder: Path) -> None:
+def remove_abandoned_folders(folder: Path) -> None:
     """Remove the temporary folders in ``folder`` whose processes are no more, as far as the system allows.
 
     A folder of a living process is never removed. Links, and files of these names, are left alone.
@@ -177,8 +183,8 @@ def _sweep_one(path: Path, kernel: str) -> None:
     within = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         # The lock file is made where it is missing: the owner, if there is one, finds it locked and starts anew.
-        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=within)
-        there = os.stat(LOCK, dir_fd=within, follow_symlinks=False)
+        descriptor = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=within)
+        there = os.stat(LOCK_NAME, dir_fd=within, follow_symlinks=False)
         if _take_lock(descriptor) and os.path.samestat(os.fstat(descriptor), there):
             _remove(path, descriptor, within)
         else:
@@ -203,14 +209,14 @@ def _remove(folder: Path, descriptor: int, within: int | None = None) -> None:
     try:
         with contextlib.suppress(OSError):
             for name in os.listdir(folder if within is None else within):  # noqa: PTH208 - of an open folder
-                if name != LOCK:
+                if name != LOCK_NAME:
                     _remove_entry(place / name, within)
-            os.unlink(place / LOCK, dir_fd=within)
+            os.unlink(place / LOCK_NAME, dir_fd=within)
     finally:
         os.close(descriptor)
     with contextlib.suppress(OSError):
         if fcntl is None:  # Windows removes no file that is open
-            (folder / LOCK).unlink(missing_ok=True)
+            (folder / LOCK_NAME).unlink(missing_ok=True)
         folder.rmdir()
 
 

@@ -13,12 +13,21 @@ from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
 from ckpt_tools.paths import shown_name, spelling_fault
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.address import remember_options, remember_url, scheme_of, shown_url
+from ckpt_tools.remote.address import redact_url, remember_storage_options, remember_url, scheme_of
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["Remote", "counting", "is_missing", "is_refusal", "open_remote", "open_url", "reaching", "reason"]
+__all__ = [
+    "RemotePath",
+    "describe_store_error",
+    "is_access_refused_error",
+    "is_missing_file_error",
+    "open_remote",
+    "open_url",
+    "transfer_callback",
+    "translate_store_errors",
+]
 
 _PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp",
@@ -31,7 +40,7 @@ _LARGEST = 1 << 60  # bytes: no store holds such a file, and no file system such
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemotePath:
     """A file or a folder behind a URL: the file system of its store, and the name it has there."""
 
     url: str = field(repr=False)
@@ -39,25 +48,25 @@ class Remote:
     path: str
 
     def __str__(self) -> str:
-        return shown_url(self.url)
+        return redact_url(self.url)
 
     @property
     def scheme(self) -> str:
         """``s3`` and the like."""
         return scheme_of(self.url)
 
-    def child(self, name: str) -> str:
+    def child_path(self, name: str) -> str:
         """What the store calls the file ``name``, a path with slashes, below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
 
     def is_folder(self) -> bool:
         """Raises RemoteError if there is nothing, or nobody can tell."""
-        with reaching(self.url):
+        with translate_store_errors(self.url):
             return bool(self.fs.info(self.path)["type"] == "directory")
 
     def size(self) -> int | None:
         """Bytes of a file, None where the store does not tell before. Raises RemoteError."""
-        with reaching(self.url):
+        with translate_store_errors(self.url):
             return _size(self.fs.info(self.path))
 
     def names(self, wanted: Callable[[str], bool]) -> list[str]:
@@ -73,8 +82,8 @@ class Remote:
 
         Raises RemoteError.
         """
-        start = self.child("")
-        with reaching(self.url):
+        start = self.child_path("")
+        with translate_store_errors(self.url):
             listing = self.fs.find(self.path, maxdepth=depth, detail=True)
             sizes = {
                 name.removeprefix(start): _size(entry)
@@ -88,7 +97,7 @@ class Remote:
         """URLs of what ``path`` matches as a pattern, sorted, checked as by ``sizes``. Raises RemoteError."""
         before, slash, _ = re.split(r"[*?\[]", self.path, maxsplit=1)[0].rpartition("/")
         start = before + slash
-        with reaching(self.url):
+        with translate_store_errors(self.url):
             listed = sorted(name for name in self.fs.glob(self.path) if name.startswith(start))
             safe = [name for name in listed if self._is_safe(name.removeprefix(start), wanted)]
             return [self.fs.unstrip_protocol(name) for name in safe if wanted(name)]
@@ -112,27 +121,27 @@ def _size(entry: Mapping[str, Any]) -> int | None:
     return None if size is None or not 0 <= int(size) < _LARGEST else int(size)
 
 
-def open_remote(url: str) -> Remote:
+def open_remote(url: str) -> RemotePath:
     """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without a package."""
     from fsspec.core import url_to_fs
 
     remember_url(url)
     _require_known(url)
-    with reaching(url):
+    with translate_store_errors(url):
         fs, path = url_to_fs(url)
-    remember_options(fs.storage_options)
-    return Remote(url, fs, path)
+    remember_storage_options(fs.storage_options)
+    return RemotePath(url, fs, path)
 
 
 def open_url(url: str) -> IO[bytes]:
     """A file behind a URL, to be read from beginning to end. Raises RemoteError; reading raises what the store does."""
     remote = open_remote(url)
-    with reaching(url):
+    with translate_store_errors(url):
         return cast("IO[bytes]", remote.fs.open(remote.path, "rb"))
 
 
 @contextlib.contextmanager
-def reaching(url: str) -> Iterator[None]:
+def translate_store_errors(url: str) -> Iterator[None]:
     """Whatever a store's client raises within becomes a RemoteError that says what to do."""
     try:
         yield
@@ -151,33 +160,33 @@ def _require_known(url: str) -> None:
         near = get_close_matches(scheme, sorted(known), 1, 0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"{shown_url(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found {scheme}.{hint}"
+            f"{redact_url(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found {scheme}.{hint}"
         )
 
 
 def _sentence(url: str, error: Exception) -> str:
-    shown, scheme = shown_url(url), scheme_of(url)
+    shown, scheme = redact_url(url), scheme_of(url)
     package = _PACKAGES.get(scheme)
     if isinstance(error, ImportError):
         install = f"Run: pip install {package}" if package else one_line(without_fragments(str(error)))
         return f"{shown}: reading {scheme}:// needs {package or 'a package'}, which is not installed. {install}"
-    if is_missing(error):
+    if is_missing_file_error(error):
         return f"{shown}: expected a file or folder there, found nothing. Check the URL."
-    said = reason(error)
-    if is_refusal(error):
+    said = describe_store_error(error)
+    if is_access_refused_error(error):
         taken = f"that {package} takes " if package and package != "aiohttp" else ""
         return f"{shown}: access is refused ({said}). Check the name, and the credentials {taken}from the environment."
     return f"{shown}: cannot be reached ({said}). Check the network and the URL, and run again."
 
 
-def reason(error: BaseException) -> str:
+def describe_store_error(error: BaseException) -> str:
     """What a store's client says, on one line and without secrets."""
     told = _causes(error)[-1] if isinstance(error, FileNotFoundError) else error
     text = " ".join(without_fragments(str(told)[:_READ]).split())[:_LONGEST]
     return f"{type(told).__name__}: {text}" if text else type(told).__name__
 
 
-def is_missing(error: BaseException) -> bool:
+def is_missing_file_error(error: BaseException) -> bool:
     """Whether an error means that there is no such file: some clients say so of every failure, but name its cause."""
     if not isinstance(error, FileNotFoundError):
         return False
@@ -187,7 +196,7 @@ def is_missing(error: BaseException) -> bool:
     return all(isinstance(cause, (FileNotFoundError, KeyError)) for cause in _causes(error))
 
 
-def is_refusal(error: BaseException) -> bool:
+def is_access_refused_error(error: BaseException) -> bool:
     """Whether an error means that the credentials do not suffice, or that there are none."""
     names = [type(cause).__name__.lower() for cause in _causes(error)]
     return _status(error) in (401, 403) or any(word in name for name in names for word in _REFUSED)
@@ -210,7 +219,7 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def counting(seen: Callable[[int], object]) -> Any:
+def transfer_callback(seen: Callable[[int], object]) -> Any:
     """What a transfer takes as ``callback``, to tell how many bytes have passed so far."""
     from fsspec.callbacks import Callback
 

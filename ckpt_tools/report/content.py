@@ -47,7 +47,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
+class KeyFigure:
     """A number that belongs at the top, and what it is."""
 
     label: str
@@ -77,7 +77,7 @@ class Page:
     subtitle: str
     headline: str
     tone: Tone = ""
-    figures: tuple[Figure, ...] = ()
+    figures: tuple[KeyFigure, ...] = ()
     sections: tuple[Section, ...] = ()
 
 
@@ -91,7 +91,7 @@ class FolderPage:
     title: str
     subtitle: str
     headline: str
-    figures: tuple[Figure, ...]
+    figures: tuple[KeyFigure, ...]
     failures: tuple[tuple[str, str, str], ...]
     table: Table
     pages: tuple[tuple[str, Page], ...] = field(default=())

@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 
-from ckpt_tools.storage.output.own_files import Kind
+from ckpt_tools.storage.output.own_files import OwnFileKind
 
 __all__ = ["REPORT_KEYS", "add_mark", "is_own_report", "report_kind"]
 
@@ -31,9 +31,9 @@ REPORT_KEYS = frozenset({
 _FOLDER_KEYS = frozenset({"tool", "checkpoints"})
 
 
-def report_kind(suffix: str) -> Kind:
+def report_kind(suffix: str) -> OwnFileKind:
     """Reports of a suffix, as a kind of file that this tool replaces."""
-    return Kind("an earlier report", "--report", lambda content: is_own_report(content, suffix))
+    return OwnFileKind("an earlier report", "--report", lambda content: is_own_report(content, suffix))
 
 
 def add_mark(content: bytes, suffix: str) -> bytes:

@@ -9,7 +9,7 @@ from ckpt_tools.report.content import Cell, Tone
 UNKNOWN = "–"
 
 
-def number(value: object) -> float | None:
+def finite_number(value: object) -> float | None:
     """A finite number, or None for whatever else stands in the facts."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -22,7 +22,7 @@ def number(value: object) -> float | None:
 
 def ratio_text(value: object) -> str:
     """``1.039``, ``0.0021``, ``12,400``."""
-    found = number(value)
+    found = finite_number(value)
     if found is None:
         return UNKNOWN
     if found == 0 or 0.1 <= abs(found) < 100:
@@ -32,7 +32,7 @@ def ratio_text(value: object) -> str:
 
 def percent_text(value: object) -> str:
     """``4.4 %`` of 0.044."""
-    found = number(value)
+    found = finite_number(value)
     if found is None:
         return UNKNOWN
     return f"{100 * found:,.1f} %" if 0.01 <= abs(found) < 1e6 else f"{100 * found:.2g} %"
@@ -40,13 +40,13 @@ def percent_text(value: object) -> str:
 
 def deviation_text(logarithm: object) -> str:
     """``4.4 %`` of the logarithm of 1.044."""
-    found = number(logarithm)
+    found = finite_number(logarithm)
     return UNKNOWN if found is None else percent_text(math.expm1(min(found, 700)))  # e^710 is no float
 
 
 def seconds_text(value: object) -> str:
     """``2.6 s``, ``4 min 10 s``, ``3 h 5 min``."""
-    found = number(value)
+    found = finite_number(value)
     if found is None:
         return UNKNOWN
     if found < 99.5:
@@ -55,9 +55,9 @@ def seconds_text(value: object) -> str:
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def measured_text(entry: object, *, signed: bool = False) -> str:
+def value_with_error_text(entry: object, *, signed: bool = False) -> str:
     """``3.20 ± 0.10`` of ``{"value": 3.2, "standard_error": 0.1}`` or of a plain number; two digits of the error."""
-    value, error = measured(entry)
+    value, error = value_and_error(entry)
     if value is None:
         return UNKNOWN
     sign = "+" if signed else ""
@@ -67,20 +67,20 @@ def measured_text(entry: object, *, signed: bool = False) -> str:
     return f"{value:{sign},.{digits}f}".replace("-", "−") + f" ± {error:,.{digits}f}"
 
 
-def measured(entry: object) -> tuple[float | None, float | None]:
+def value_and_error(entry: object) -> tuple[float | None, float | None]:
     """Value and standard error of a metric."""
     if isinstance(entry, dict):
-        return number(entry.get("value")), number(entry.get("standard_error"))
-    return number(entry), None
+        return finite_number(entry.get("value")), finite_number(entry.get("standard_error"))
+    return finite_number(entry), None
 
 
 def number_cell(value: object, text: str | None = None, tone: Tone = "") -> Cell:
     """A cell that sorts by its value and shows it as text."""
-    found = number(value)
-    return Cell(text if text is not None else whole_text(value), found, tone if found is not None else "quiet")
+    found = finite_number(value)
+    return Cell(text if text is not None else integer_text(value), found, tone if found is not None else "quiet")
 
 
-def whole_text(value: object) -> str:
+def integer_text(value: object) -> str:
     """``1,024``."""
-    found = number(value)
+    found = finite_number(value)
     return UNKNOWN if found is None else f"{found:,.0f}"

@@ -12,14 +12,14 @@ from ckpt_tools.redaction import without_secrets
 from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.report.pages.html_page import checkpoint_html, folder_html, require_templates
 from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, folder_markdown
-from ckpt_tools.storage.output.atomic import check_target, new_file
-from ckpt_tools.storage.output.own_files import read_own_file, require_apart
+from ckpt_tools.storage.output.atomic import check_target, write_atomically
+from ckpt_tools.storage.output.own_files import read_own_file, require_distinct_file
 from ckpt_tools.version import VERSION
 
 __all__ = ["check_reports", "write_report"]
 
 _SUFFIXES = (".html", ".md", ".json")
-Facts = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+ReportFacts = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 def check_reports(paths: Sequence[Path], others: Iterable[Path | None] = (), *, new_folder: Path | None = None) -> None:
@@ -42,14 +42,14 @@ def check_reports(paths: Sequence[Path], others: Iterable[Path | None] = (), *, 
             )
         if suffix == ".html":
             require_templates()
-        require_apart(path, report_kind(suffix), taken)
+        require_distinct_file(path, report_kind(suffix), taken)
         taken.append(path)
         read_own_file(path, report_kind(suffix))
         if new_folder is None or new_folder.exists() or path.absolute().parent != new_folder.absolute():
             check_target(path, overwrite=True)
 
 
-def write_report(path: Path, facts: Facts) -> None:
+def write_report(path: Path, facts: ReportFacts) -> None:
     """Write a report in one step: of one checkpoint (``outcome_json``), or of a folder (a sequence of its records).
 
     Credentials and query strings of URLs are left out. An existing report is replaced, a file that is none is not.
@@ -66,7 +66,7 @@ def write_report(path: Path, facts: Facts) -> None:
         return read_own_file(path, report_kind(path.suffix.lower())) is not None
 
     try:
-        with new_file(path, overwrite=True, may_replace=may_replace) as temporary:
+        with write_atomically(path, overwrite=True, may_replace=may_replace) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
         raise OutputError(
@@ -74,12 +74,12 @@ def write_report(path: Path, facts: Facts) -> None:
         ) from error
 
 
-def _content(suffix: str, facts: Facts) -> bytes:
+def _content(suffix: str, facts: ReportFacts) -> bytes:
     content = _text(suffix, facts).encode("utf-8", errors="replace")  # a file name may hold lone surrogates
     return add_mark(content, suffix) if suffix == ".md" else content
 
 
-def _text(suffix: str, facts: Facts) -> str:
+def _text(suffix: str, facts: ReportFacts) -> str:
     if isinstance(facts, Mapping):
         if suffix == ".json":
             return json.dumps(without_secrets(facts), indent=2) + "\n"

@@ -15,9 +15,9 @@ def failure_markdown(message: str, code: int) -> str:
     return f"### ckpt-fix: {_OUTCOMES.get(code, 'failed')} (exit code {code})\n\n{_cell(message)}\n"
 
 
-def worries(facts: Mapping[str, Any]) -> tuple[str, ...]:
+def checkpoint_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """What went well enough to be written, and should be looked at all the same."""
-    found = [*_skipped(facts["data"]["skipped"], "sample"), *skipped_worries(facts)]
+    found = [*_skipped_warnings(facts["data"]["skipped"], "sample"), *skipped_image_warnings(facts)]
     data, controls = facts["data"]["agreement"], facts["controls"]
     if data["verdict"] == "disagree":
         found.append(f"the data does not look like the training data and was used all the same: {data['cause']}")
@@ -28,30 +28,32 @@ def worries(facts: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def folder_worries(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def folder_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The same of all checkpoints of a run that were done in it, each with its name."""
     done = [record for record in records if record["status"] == "done"]
-    return tuple(f"{record['checkpoint']}: {worry}" for record in done for worry in worries(record["report"]))
+    return tuple(
+        f"{record['checkpoint']}: {worry}" for record in done for worry in checkpoint_warnings(record["report"])
+    )
 
 
-def without_name(record: Mapping[str, Any]) -> str:
+def error_without_path(record: Mapping[str, Any]) -> str:
     """What went wrong with a checkpoint of many, without its path, with which most messages begin."""
     return str(record.get("error")).removeprefix(f"{record.get('checkpoint')}: ")
 
 
-def skipped_worries(facts: Mapping[str, Any]) -> tuple[str, ...]:
+def skipped_image_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Labelled images that no metric has seen."""
-    return _skipped((facts.get("metrics") or {}).get("skipped") or (), "labelled image")
+    return _skipped_warnings((facts.get("metrics") or {}).get("skipped") or (), "labelled image")
 
 
-def _skipped(skipped: Sequence[Mapping[str, Any]], noun: str) -> tuple[str, ...]:
+def _skipped_warnings(skipped: Sequence[Mapping[str, Any]], noun: str) -> tuple[str, ...]:
     if not skipped:
         return ()
-    names = _listed(f"{item['name']} ({item['reason']})" for item in skipped)
+    names = _list_items(f"{item['name']} ({item['reason']})" for item in skipped)
     return (f"{len(skipped)} unreadable {noun}(s) skipped: {names}",)
 
 
-def _listed(items: Iterable[str]) -> str:
+def _list_items(items: Iterable[str]) -> str:
     every = list(items)
     return ", ".join(every[:_NAMED]) + (", …" if len(every) > _NAMED else "")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ckpt_tools.contract import RecognisedBy
 
-RATES = {
+DROP_RATE_SOURCES = {
     "given": "given by --model-kwargs",
     "recorded": "recorded in the checkpoint",
     "model": "those of the model",
@@ -14,7 +14,7 @@ RATES = {
 }
 
 
-TOLD_BY: Mapping[RecognisedBy, str] = {
+RECOGNISED_BY_TEXT: Mapping[RecognisedBy, str] = {
     "user": "you (--arch); its tensors fit",
     "checkpoint": "the checkpoint itself; its tensors fit",
     "module": "the module that the file holds",

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.provenance import provenance
-from ckpt_tools.storage.reading import read_checkpoint, read_part
-from ckpt_tools.storage.tensor_bytes import raw_bytes, same_raw
+from ckpt_tools.storage.provenance import checkpoint_provenance
+from ckpt_tools.storage.reading import read_checkpoint, reread_checkpoint
+from ckpt_tools.storage.tensor_bytes import equal_bytes, raw_bytes
 
-__all__ = ["Change", "Comparison", "Expectation", "compare", "compare_files", "provenance", "same_bytes"]
+__all__ = ["Comparison", "Expectation", "TensorChange", "compare_checkpoints", "compare_files", "same_bytes"]
 
 Expectation = Literal["nothing", "variance", "mean+variance", "init", "any"]
 
@@ -28,7 +28,7 @@ _MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """One tensor that differs. ``before`` and ``after`` describe its type and shape.
 
     ``relative`` is the largest |after − before| / |before| over its elements, infinite where ``before`` is 0 or
@@ -48,11 +48,11 @@ class Comparison:
 
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[TensorChange, ...]
     identical: int
     same_order: bool  # of the keys that both have
 
-    def unexpected(self, expect: Expectation, keys: Collection[str] = ()) -> tuple[str, ...]:
+    def unexpected_differences(self, expect: Expectation, keys: Collection[str] = ()) -> tuple[str, ...]:
         """One sentence for each difference that ``expect`` does not allow; empty if all is as expected.
 
         "variance" allows new values of ``running_var``, "mean+variance" those of ``running_mean`` too, "init" those
@@ -63,12 +63,12 @@ class Comparison:
         return (
             *(f"{key}: missing from the second" for key in self.only_before),
             *(f"{key}: only in the second" for key in self.only_after),
-            *(_sentence(change) for change in self.changes if not _allowed(change, expect, keys)),
+            *(_sentence(change) for change in self.changes if not _is_allowed(change, expect, keys)),
             *(() if self.same_order else ("the keys stand in another order",)),
         )
 
 
-def compare(before: Checkpoint, after: Checkpoint) -> Comparison:
+def compare_checkpoints(before: Checkpoint, after: Checkpoint) -> Comparison:
     """Compare the state dicts of two checkpoints tensor by tensor, in the order of the first."""
     common = [key for key in before.tensors if key in after.tensors]
     found = [_change(key, before.tensors[key], after.tensors[key]) for key in common]
@@ -92,15 +92,15 @@ def compare_files(
     in the biases that it lists as zeroed. Raises CheckpointError.
     """
     new = read_checkpoint(after, trust=trust)
-    said = provenance(new) or {}
-    expectation = _expected(said) if expect == "auto" else cast("Expectation", expect)
-    rewritten, zeroed = _listed(said, after) if expectation == "init" else ((), ())
-    comparison = compare(_source_of(before, said, weights, trust), new)
-    unfounded = _unfounded(new.tensors, rewritten, zeroed)
-    return comparison, expectation, (*unfounded, *comparison.unexpected(expectation, {*rewritten, *zeroed}))
+    said = checkpoint_provenance(new) or {}
+    expectation = _read_expectation(said) if expect == "auto" else cast("Expectation", expect)
+    rewritten, zeroed = _listed_keys(said, after) if expectation == "init" else ((), ())
+    comparison = compare_checkpoints(_source_of(before, said, weights, trust), new)
+    unfounded = _describe_wrong_entries(new.tensors, rewritten, zeroed)
+    return comparison, expectation, (*unfounded, *comparison.unexpected_differences(expectation, {*rewritten, *zeroed}))
 
 
-def _expected(said: Mapping[str, object]) -> Expectation:
+def _read_expectation(said: Mapping[str, object]) -> Expectation:
     """What may differ from its source in a file that says this of itself."""
     if said.get("expect") in ("init", "nothing"):
         return cast("Expectation", said["expect"])
@@ -108,7 +108,7 @@ def _expected(said: Mapping[str, object]) -> Expectation:
     return cast("Expectation", statistics) if statistics in _MAY_CHANGE else "variance"
 
 
-def _listed(said: Mapping[str, object], path: Path) -> tuple[list[str], list[str]]:
+def _listed_keys(said: Mapping[str, object], path: Path) -> tuple[list[str], list[str]]:
     """The keys of the new weights and of the biases set to zero."""
     rewritten, zeroed = said.get("rewritten"), said.get("zeroed")
     if said.get("expect") != "init" or not isinstance(rewritten, list) or not isinstance(zeroed, list):
@@ -119,7 +119,9 @@ def _listed(said: Mapping[str, object], path: Path) -> tuple[list[str], list[str
     return [str(key) for key in rewritten], [str(key) for key in zeroed]
 
 
-def _unfounded(tensors: Mapping[str, Tensor], rewritten: Collection[str], zeroed: Collection[str]) -> tuple[str, ...]:
+def _describe_wrong_entries(
+    tensors: Mapping[str, Tensor], rewritten: Collection[str], zeroed: Collection[str]
+) -> tuple[str, ...]:
     """One sentence for each entry of the lists that is not what an initialisation makes."""
     vectors = [key for key in rewritten if key in tensors and tensors[key].ndim < 2]
     filled = [key for key in zeroed if key in tensors and bool(tensors[key].any())]
@@ -132,7 +134,9 @@ def _unfounded(tensors: Mapping[str, Tensor], rewritten: Collection[str], zeroed
 def _source_of(path: Path, said: Mapping[str, object], weights: str, trust: bool) -> Checkpoint:
     if weights == "auto" and "weights" in said:
         try:
-            return read_part(path, weights=str(said["weights"]), prefix=str(said.get("prefix", "")), trust=trust)
+            return reread_checkpoint(
+                path, weights=str(said["weights"]), prefix=str(said.get("prefix", "")), trust=trust
+            )
         except CheckpointError:
             pass  # not the source that ``after`` speaks of
     return read_checkpoint(path, weights=weights, trust=trust)
@@ -140,18 +144,18 @@ def _source_of(path: Path, said: Mapping[str, object], weights: str, trust: bool
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits."""
-    return one.dtype == other.dtype and one.shape == other.shape and same_raw(raw_bytes(one), raw_bytes(other))
+    return one.dtype == other.dtype and one.shape == other.shape and equal_bytes(raw_bytes(one), raw_bytes(other))
 
 
-def _change(key: str, one: Tensor, other: Tensor) -> Change | None:
+def _change(key: str, one: Tensor, other: Tensor) -> TensorChange | None:
     before, after = _describe(one), _describe(other)
     if one.dtype != other.dtype:
-        return Change(key, "dtype", before, after)
+        return TensorChange(key, "dtype", before, after)
     if one.shape != other.shape:
-        return Change(key, "shape", before, after)
+        return TensorChange(key, "shape", before, after)
     if same_bytes(one, other):
         return None
-    return Change(key, "values", before, after, _relative(one, other))
+    return TensorChange(key, "values", before, after, _relative(one, other))
 
 
 def _relative(one: Tensor, other: Tensor) -> float:
@@ -165,13 +169,13 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _allowed(change: Change, expect: Expectation, keys: Collection[str]) -> bool:
+def _is_allowed(change: TensorChange, expect: Expectation, keys: Collection[str]) -> bool:
     if change.what != "values":
         return False
     return change.key in keys if expect == "init" else change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
 
 
-def _sentence(change: Change) -> str:
+def _sentence(change: TensorChange) -> str:
     if change.what == "values":
         return f"{change.key}: values differ by up to {change.relative:.3g} relative"
     return f"{change.key}: {change.what} differs: {change.before} in the first, {change.after} in the second"

@@ -12,20 +12,20 @@ from pathlib import Path, PurePath
 
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.paths import identity, is_deep, is_file, is_folder, is_link, matching_paths
-from ckpt_tools.remote.mirror import is_remote, store_of
+from ckpt_tools.remote.mirror import is_remote, store_folder
 from ckpt_tools.storage.dcp.assembly import is_rank_file
-from ckpt_tools.storage.dcp.dcp_folder import METADATA
-from ckpt_tools.storage.files.checkpoint_files import find_source
-from ckpt_tools.storage.files.fetching import survey
-from ckpt_tools.storage.files.members import INDEX, SUFFIXES, shard_names
-from ckpt_tools.storage.files.sidecar import hub_weights, is_trainer_file
-from ckpt_tools.storage.provenance import recorded
+from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME
+from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
+from ckpt_tools.storage.files.fetching import outline_remote_folder
+from ckpt_tools.storage.files.members import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, read_shard_names
+from ckpt_tools.storage.files.sidecar import find_hub_weights, is_trainer_file
+from ckpt_tools.storage.provenance import read_provenance_entry
 
-__all__ = ["Found", "find_checkpoints", "is_one_checkpoint"]
+__all__ = ["DiscoveredCheckpoint", "find_checkpoints", "is_one_checkpoint"]
 
 
 @dataclass(frozen=True)
-class Found:
+class DiscoveredCheckpoint:
     """A checkpoint, and its place below the folder that was searched, or that all searched folders lie in.
 
     ``also_named``: further paths that lead to the same file or folder, by links of either kind.
@@ -38,13 +38,13 @@ class Found:
 
 def is_one_checkpoint(path: Path) -> bool:
     """Whether a path that the user gave stands for one checkpoint and not for a folder of them."""
-    survey(path)
+    outline_remote_folder(path)
     if not is_folder(path):
         return _exists(path) or not _is_pattern(path)
     below = 0
     try:
         below = len(list(_below(path, _Search(_absolute(path)))))
-        find_source(path)
+        find_checkpoint_files(path)
     except CheckpointError:
         return not below  # the reader says best what is wrong with it
     return _is_whole(path) or below < 2
@@ -52,7 +52,7 @@ def is_one_checkpoint(path: Path) -> bool:
 
 def find_checkpoints(
     paths: Sequence[Path], include: Sequence[str] = (), exclude: Sequence[str] = (), *, outside: Sequence[Path] = ()
-) -> tuple[Found, ...]:
+) -> tuple[DiscoveredCheckpoint, ...]:
     """Checkpoints named by files, glob patterns and folders, these searched to the bottom; each once, in order.
 
     A file with several names is found once, as training scripts that keep their best checkpoint as a hard link
@@ -72,34 +72,34 @@ def find_checkpoints(
     """
     _require_one_store(paths)
     for path in paths:
-        survey(path)
+        outline_remote_folder(path)
     bases = [_base(path) for path in paths]
     root = Path(os.path.commonpath(bases))
-    found: dict[Path, Found] = {}
+    found: dict[Path, DiscoveredCheckpoint] = {}
     for path, base in zip(paths, bases, strict=True):
-        named = list(_named(path, _Search(base, frozenset(map(os.path.realpath, outside)))))
+        named = list(_iterate_checkpoints(path, _Search(base, frozenset(map(os.path.realpath, outside)))))
         if not named:
             raise CheckpointError(_nothing(path))
         for one in named:
             place = _absolute(one)
             inside = _weights_in(one) if is_folder(one) else ()
             # Nobody knows what an unreadable folder would have matched.
-            if _wanted(place.relative_to(base), include if inside is not None else (), exclude, inside or ()):
-                found.setdefault(place, Found(one, place.relative_to(root)))
+            if _is_selected(place.relative_to(base), include if inside is not None else (), exclude, inside or ()):
+                found.setdefault(place, DiscoveredCheckpoint(one, place.relative_to(root)))
     if not found:
         raise CheckpointError(_nothing(paths[0], " that --include and --exclude leave"))
-    return _united(found.values())
+    return _merge_aliases(found.values())
 
 
-def _united(found: Iterable[Found]) -> tuple[Found, ...]:
+def _merge_aliases(found: Iterable[DiscoveredCheckpoint]) -> tuple[DiscoveredCheckpoint, ...]:
     """Checkpoints, each of which stands for all of those that are the same file or folder."""
-    groups: dict[object, list[Found]] = {}
+    groups: dict[object, list[DiscoveredCheckpoint]] = {}
     for one in found:
         groups.setdefault(identity(one.path) or one.path, []).append(one)
     return tuple(map(_first, groups.values()))
 
 
-def _first(same: Sequence[Found]) -> Found:
+def _first(same: Sequence[DiscoveredCheckpoint]) -> DiscoveredCheckpoint:
     chosen = next((one for one in same if not is_link(one.path)), same[0])
     return replace(chosen, also_named=tuple(one.path for one in same if one is not chosen))
 
@@ -118,7 +118,7 @@ class _Search:
 
 
 def _require_one_store(paths: Sequence[Path]) -> None:
-    stores = sorted({str(store_of(path) or "this machine") for path in paths})
+    stores = sorted({str(store_folder(path) or "this machine") for path in paths})
     if len(stores) > 1:
         raise UsageError(
             f"{paths[-1]}: expected checkpoints of one store in a run, found those of {' and '.join(stores)}. "
@@ -142,7 +142,7 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - without .., and without following links
 
 
-def _named(path: Path, search: _Search) -> Iterator[Path]:
+def _iterate_checkpoints(path: Path, search: _Search) -> Iterator[Path]:
     if is_folder(path) and not _is_whole(path):
         yield from _below(path, search)
     elif _exists(path) or not _is_pattern(path):
@@ -155,7 +155,7 @@ def _named(path: Path, search: _Search) -> Iterator[Path]:
         usual = {match for match in files if _is_weights(match.name, match.parent)}
         for match in matches:
             if match in folders:
-                yield from _named(match, search)
+                yield from _iterate_checkpoints(match, search)
             elif match in usual or (not usual and match in files):  # *.weights names whatever ends so
                 yield match
 
@@ -200,18 +200,20 @@ def _is_whole(folder: Path) -> bool:
         names = [path.name for path in folder.iterdir() if is_file(path)]
     except OSError:
         return False
-    indexed = any(name.endswith(INDEX) and (is_remote(folder) or shard_names(folder / name)) for name in names)
-    return indexed or METADATA in names or any(map(is_rank_file, names)) or _is_hub_folder(names)
+    indexed = any(
+        name.endswith(INDEX_SUFFIX) and (is_remote(folder) or read_shard_names(folder / name)) for name in names
+    )
+    return indexed or METADATA_NAME in names or any(map(is_rank_file, names)) or _is_hub_folder(names)
 
 
 def _is_hub_folder(names: list[str]) -> bool:
-    return "config.json" in names and hub_weights(names) is not None
+    return "config.json" in names and find_hub_weights(names) is not None
 
 
 def _weights_in(folder: Path) -> list[str] | None:
     """The files of a whole folder that may be meant by their names; None if it cannot be listed."""
     try:
-        return [path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)]
+        return [path.name for path in folder.iterdir() if path.name.lower().endswith(CHECKPOINT_SUFFIXES)]
     except OSError:
         return None
 
@@ -225,12 +227,12 @@ def _exists(path: Path) -> bool:
 
 
 def _is_weights(name: str, folder: Path) -> bool:
-    if name.startswith(".") or is_trainer_file(name) or not name.lower().endswith(SUFFIXES):
+    if name.startswith(".") or is_trainer_file(name) or not name.lower().endswith(CHECKPOINT_SUFFIXES):
         return False
-    return not (name.endswith(".safetensors") and recorded(folder / name) is not None)
+    return not (name.endswith(".safetensors") and read_provenance_entry(folder / name) is not None)
 
 
-def _wanted(place: PurePath, include: Sequence[str], exclude: Sequence[str], within: Sequence[str] = ()) -> bool:
+def _is_selected(place: PurePath, include: Sequence[str], exclude: Sequence[str], within: Sequence[str] = ()) -> bool:
     """Whether the patterns leave a place below the searched folder; ``within``: the files that it stands for."""
     places = [place, *(parent for parent in place.parents if parent.name)]
     names = [name for one in places for name in (one.name, one.as_posix())]
@@ -248,7 +250,7 @@ def _is_pattern(path: Path) -> bool:
 
 
 def _nothing(path: Path, filtered: str = "") -> str:
-    kinds = " ".join(SUFFIXES)
+    kinds = " ".join(CHECKPOINT_SUFFIXES)
     if is_folder(path):
         return (
             f"{path}: expected checkpoints ({kinds}){filtered} in it or below, found none. What ckpt-fix wrote itself "

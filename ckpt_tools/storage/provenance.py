@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.contract import Checkpoint
-from ckpt_tools.storage.files.fetching import peek_header
-from ckpt_tools.storage.formats.safetensors_file import raw_header
+from ckpt_tools.storage.files.fetching import fetch_header
+from ckpt_tools.storage.formats.safetensors_file import read_header_bytes
 from ckpt_tools.version import VERSION
 
 __all__ = [
-    "UNKNOWN",
+    "BLANK_DIGEST",
     "Seal",
+    "add_seal",
+    "checkpoint_provenance",
     "output_metadata",
-    "provenance",
-    "recorded",
+    "read_provenance_entry",
+    "read_seal",
     "seal_header",
-    "seal_of",
-    "sealed",
 ]
 
-UNKNOWN = "0" * 64  # holds the place of a SHA-256
+BLANK_DIGEST = "0" * 64  # holds the place of a SHA-256
 _ENTRY = "ckpt_tools"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNSEALED = "0.1.0"  # the only version that wrote outputs without digests
@@ -47,23 +47,23 @@ class Seal:
 
     data_sha256: str
     data_bytes: int
-    header_sha256: str = UNKNOWN
+    header_sha256: str = BLANK_DIGEST
 
 
 _SEAL = tuple(Seal.__dataclass_fields__)
 
 
-def provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
+def checkpoint_provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     """What a checkpoint's entry says about where it comes from; None without one.
 
     ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken, if one was; ``earlier`` is
     the source's own provenance if that was an output as well. The digests of the file itself are left out.
     """
-    entry = _parsed(checkpoint.metadata)
+    entry = _parse_entry(checkpoint.metadata)
     return None if entry is None else _without_seal(entry)
 
 
-def recorded(path: Path) -> dict[str, object] | None:
+def read_provenance_entry(path: Path) -> dict[str, object] | None:
     """The entry of a safetensors file that this tool wrote, from its header alone; None for any other file.
 
     The entry must have the structure that this tool writes, and the header must be the very bytes that it wrote. Of
@@ -71,27 +71,27 @@ def recorded(path: Path) -> dict[str, object] | None:
     """
     try:
         if not path.exists():
-            peek_header(path)
+            fetch_header(path)
         if not path.is_file():  # a pipe would be waited for
             return None
-        text = raw_header(path)
+        text = read_header_bytes(path)
         metadata = json.loads(text).get("__metadata__")
     except (OSError, ValueError, AttributeError, RecursionError, MemoryError):
         return None
     entry = _own_entry(metadata) if isinstance(metadata, dict) else None
     if entry is None:
         return None
-    seal = seal_of(entry)
+    seal = read_seal(entry)
     return entry if seal is None or _header_digest(text, seal) == seal.header_sha256 else None
 
 
 def _header_digest(text: bytes, seal: Seal) -> str:
     """The SHA-256 of a header with its padding, 64 zeros standing in the place of this digest."""
-    return hashlib.sha256(text.replace(seal.header_sha256.encode(), UNKNOWN.encode())).hexdigest()
+    return hashlib.sha256(text.replace(seal.header_sha256.encode(), BLANK_DIGEST.encode())).hexdigest()
 
 
-def seal_of(entry: Mapping[str, Any]) -> Seal | None:
-    """The seal in an entry that ``recorded`` has found; None for an output of version 0.1.0, which has none."""
+def read_seal(entry: Mapping[str, Any]) -> Seal | None:
+    """The seal in an entry that ``read_provenance_entry`` has found; None for an output of version 0.1.0, which has none."""
     return Seal(**{name: entry[name] for name in _SEAL}) if "header_sha256" in entry else None
 
 
@@ -102,15 +102,15 @@ def seal_header(
 
     They begin with the header's length, which has eight bytes.
     """
-    blank = header(sealed(metadata, Seal(data_sha256, data_bytes)))
+    blank = header(add_seal(metadata, Seal(data_sha256, data_bytes)))
     seal = Seal(data_sha256, data_bytes, hashlib.sha256(blank[8:]).hexdigest())
-    complete = sealed(metadata, seal)
+    complete = add_seal(metadata, seal)
     return header(complete), complete
 
 
-def sealed(metadata: Mapping[str, str], seal: Seal) -> dict[str, str]:
+def add_seal(metadata: Mapping[str, str], seal: Seal) -> dict[str, str]:
     """The metadata with a seal in this tool's entry; without an entry, the metadata as it is."""
-    entry = _parsed(metadata)
+    entry = _parse_entry(metadata)
     if entry is None:
         return dict(metadata)
     return {**metadata, _ENTRY: json.dumps({**entry, **asdict(seal)}, ensure_ascii=False)}
@@ -141,7 +141,7 @@ def output_metadata(
     return {**kept, "format": "pt", _ENTRY: json.dumps(clean, ensure_ascii=False)}
 
 
-def _parsed(metadata: Mapping[str, str]) -> dict[str, object] | None:
+def _parse_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
     """The object of JSON in the entry, whoever wrote it."""
     try:
         entry = json.loads(metadata.get(_ENTRY, ""))
@@ -156,7 +156,7 @@ def _without_seal(entry: Mapping[str, object]) -> dict[str, object]:
 
 def _own_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
     """The entry if it has the structure of those that this tool writes; None for anything else."""
-    entry = _parsed(metadata)
+    entry = _parse_entry(metadata)
     if entry is None or not isinstance(entry.get("version"), str) or not _is_shallow(entry):
         return None
     if not isinstance(entry.get("settings", ""), str) or not _names_source(entry):

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: ``read_checkpoint`` for the state dict in it, ``sha256`` for its identity."""
+"""Reading a checkpoint: ``read_checkpoint`` for the state dict in it, ``checkpoint_sha256`` for its identity."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.remote.mirror import located
-from ckpt_tools.storage.contents.entries import Entry, as_mapping, choose_entry, sort_remainder
+from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.storage.contents.entries import StateDictEntry, as_mapping, choose_entry, separate_remaining_entries
 from ckpt_tools.storage.contents.quantized import missing_batch_norm
 from ckpt_tools.storage.contents.recorded_values import plain_words
 from ckpt_tools.storage.contents.state_dict_keys import plain_tensors, strip_wrappers
-from ckpt_tools.storage.files.checkpoint_files import Source, find_source, load_source, sha256
-from ckpt_tools.storage.files.stamps import Stamp, StoredCheckpoint, take_stamps
-from ckpt_tools.storage.formats.module_trees import module_class, module_rates
-from ckpt_tools.storage.formats.pickles import Opaque
-from ckpt_tools.storage.formats.sniff import Content
+from ckpt_tools.storage.files.checkpoint_files import (
+    CheckpointFiles,
+    checkpoint_sha256,
+    find_checkpoint_files,
+    load_checkpoint_files,
+)
+from ckpt_tools.storage.files.stamps import FileStamp, StoredCheckpoint, stamp_checkpoint_files
+from ckpt_tools.storage.formats.module_trees import module_class_name, module_drop_rates
+from ckpt_tools.storage.formats.pickles import OpaqueObject
+from ckpt_tools.storage.formats.sniff import FileContent
 
-__all__ = ["read_checkpoint", "read_part", "sha256", "under"]
+__all__ = ["checkpoint_sha256", "read_checkpoint", "reread_checkpoint", "select_prefix"]
 
 
 def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = False) -> Checkpoint:
@@ -37,9 +42,9 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
 
     Raises CheckpointError, RemoteError.
     """
-    source = find_source(located(path))
-    stamps = take_stamps(source)
-    content = load_source(source, trust=trust)
+    source = find_checkpoint_files(resolve_location(path))
+    stamps = stamp_checkpoint_files(source)
+    content = load_checkpoint_files(source, trust=trust)
     try:
         return _extract(source, content, weights, stamps)
     except CheckpointError:
@@ -51,17 +56,17 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
         ) from error
 
 
-def read_part(path: Path | str, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
+def reread_checkpoint(path: Path | str, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
     """The part of a file that an earlier reading took: the entry ``weights``, without ``prefix`` before its keys.
 
     Raises CheckpointError if it is not there any more.
     """
     found = read_checkpoint(path, weights=weights or "model", trust=trust)
     inner = prefix.removeprefix(found.prefix)
-    return under(found, inner) if inner else found
+    return select_prefix(found, inner) if inner else found
 
 
-def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+def select_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     """Only the tensors that stand under ``prefix``, without it; the others are counted as left out."""
     kept = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
     others = Counter(key.partition(".")[0] for key in checkpoint.tensors if not key.startswith(prefix))
@@ -73,14 +78,14 @@ def under(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     )
 
 
-def _extract(source: Source, content: Content, weights: str, stamps: tuple[Stamp, ...]) -> Checkpoint:
+def _extract(source: CheckpointFiles, content: FileContent, weights: str, stamps: tuple[FileStamp, ...]) -> Checkpoint:
     root = as_mapping(content.root)
     try:
         entry = choose_entry(root, weights, source.path)
     except CheckpointError as error:
         _require_unquantised(root, source.path, error)
         raise
-    words, beside = sort_remainder(root, entry)
+    words, beside = separate_remaining_entries(root, entry)
     state = content.load(entry.state)
     wrapped, odd = _plain(state, source.path)
     tensors, prefix, counters = strip_wrappers(wrapped)
@@ -92,7 +97,7 @@ def _extract(source: Source, content: Content, weights: str, stamps: tuple[Stamp
         tensors=tensors,
         weights=entry.name,
         prefix=prefix,
-        words=plain_words({**content.words, **content.load(words), **_recorded(entry, prefix)}),
+        words=plain_words({**content.words, **content.load(words), **_module_words(entry, prefix)}),
         metadata=content.metadata,
         left_out=(*beside, *_other_parts(entry), *odd, *counters),
         module=_module(entry, prefix),
@@ -115,23 +120,23 @@ def _require_unquantised(state: object, where: object, error: CheckpointError) -
         raise CheckpointError(f"{where}: expected dense tensors, found {found}") from error
 
 
-def _recorded(entry: Entry, prefix: str) -> dict[str, object]:
+def _module_words(entry: StateDictEntry, prefix: str) -> dict[str, object]:
     """What a pickled module says about itself: its class, and the drop rates of its submodules."""
     module = entry.source
     if module is None or isinstance(module, nn.Module):
         return {}
     for name in prefix.split(".")[:-1]:  # out of the wrappers whose prefix the keys lost
-        module = module.state["_modules"][name] if isinstance(module, Opaque) else None  # type: ignore[index]
-    rates = {f"{prefix}{path}".removesuffix("."): found for path, found in module_rates(module).items()}
-    return {"module": {"class": module_class(module), "rates": rates}}
+        module = module.state["_modules"][name] if isinstance(module, OpaqueObject) else None  # type: ignore[index]
+    rates = {f"{prefix}{path}".removesuffix("."): found for path, found in module_drop_rates(module).items()}
+    return {"module": {"class": module_class_name(module), "rates": rates}}
 
 
-def _module(entry: Entry, prefix: str) -> nn.Module | None:
+def _module(entry: StateDictEntry, prefix: str) -> nn.Module | None:
     """The trusted model itself, out of the wrappers whose prefix its keys lost."""
     return entry.source.get_submodule(prefix.rstrip(".")) if isinstance(entry.source, nn.Module) else None
 
 
-def _other_parts(entry: Entry) -> list[str]:
+def _other_parts(entry: StateDictEntry) -> list[str]:
     """The parts of a larger state dict of which the entry is one."""
     others = [key for key in entry.whole or () if key not in entry.state]
     return [f"{name} ({count} tensors)" for name, count in Counter(key.partition(".")[0] for key in others).items()]

@@ -7,27 +7,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["PIECE", "Bytes", "raw_bytes", "same_raw"]
+__all__ = ["PIECE_BYTES", "ByteArray", "equal_bytes", "raw_bytes"]
 
-PIECE = 1 << 20  # bytes handled at a time: what two of them need stays in a core's own cache
+PIECE_BYTES = 1 << 20  # bytes handled at a time: what two of them need stays in a core's own cache
 
-Bytes = npt.NDArray[np.uint8]
+ByteArray = npt.NDArray[np.uint8]
 
 
-def raw_bytes(tensor: Tensor) -> Bytes:
+def raw_bytes(tensor: Tensor) -> ByteArray:
     """A tensor's bytes in row-major order, shape (nbytes,): a view where it lies in memory like that, else a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     # A tensor of one number counts as contiguous with any stride, but is no row of bytes then.
-    found: Bytes = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
+    found: ByteArray = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
     return found
 
 
-def same_raw(one: Bytes, other: Bytes) -> bool:
+def equal_bytes(one: ByteArray, other: ByteArray) -> bool:
     """Whether two arrays of bytes are equal.
 
     Piece by piece: numpy's answer for each byte takes as much memory as the bytes. (``torch.equal`` waits for threads
     that a busy machine does not give it.)
     """
     return len(one) == len(other) and all(
-        np.array_equal(one[i : i + PIECE], other[i : i + PIECE]) for i in range(0, len(one), PIECE)
+        np.array_equal(one[i : i + PIECE_BYTES], other[i : i + PIECE_BYTES]) for i in range(0, len(one), PIECE_BYTES)
     )

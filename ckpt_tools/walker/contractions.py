@@ -42,7 +42,7 @@ def contraction(func: OpOverload) -> Contraction | None:
     return None
 
 
-def geometry(func: OpOverload, args: Sequence[Any]) -> Geometry:
+def weight_geometry(func: OpOverload, args: Sequence[Any]) -> Geometry:
     """How the weight of a contraction maps inputs to units."""
     if func is not _ATEN.convolution.default:
         return Geometry()

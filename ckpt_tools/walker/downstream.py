@@ -11,16 +11,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.model.batch import Batch, batch_size
-from ckpt_tools.model.calling import Forward, call, unwrap
+from ckpt_tools.model.calling import Forward, call_model, unwrap_model
 from ckpt_tools.model.model_state import ModelState
-from ckpt_tools.model.preserving import preserved
-from ckpt_tools.model.twin import Mode
+from ckpt_tools.model.preserving import preserve_models
+from ckpt_tools.model.twin import RecordingMode
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
-from ckpt_tools.walker.record import Rates, Record, record
+from ckpt_tools.walker.record import ForwardRecord, InactiveSitePolicy, record_forward
 from ckpt_tools.walker.weights import weight_layers
 
 
-def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call) -> Walk:
+def walk(
+    model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call_model
+) -> Walk:
     """Find the dropout sites and BN layers of a model, and which BN layers lie behind which site.
 
     A BN layer is downstream of a site if its input changes when the site injects noise: one recorded forward
@@ -38,18 +40,18 @@ def walk(model: nn.Module, example_input: Batch, *, probe: nn.Module | None = No
     Raises:
         ModelError: if the model can be run neither on meta tensors nor for real.
     """
-    model = unwrap(model)
-    with preserved(model, probe, forward) as state:
-        return walk_preserved(model, example_input, state, probe=probe, forward=forward)
+    model = unwrap_model(model)
+    with preserve_models(model, probe, forward) as state:
+        return walk_preserved_model(model, example_input, state, probe=probe, forward=forward)
 
 
-def walk_preserved(
+def walk_preserved_model(
     model: nn.Module,
     example_input: Batch,
     state: ModelState,
     *,
     probe: nn.Module | None = None,
-    forward: Forward = call,
+    forward: Forward = call_model,
 ) -> Walk:
     """The walk of a model that a caller preserves already, whose ``state`` each recorded forward starts from.
 
@@ -57,7 +59,7 @@ def walk_preserved(
     """
     _refuse_scripted(model)
     evaluated = _record(model, example_input, forward, "evaluation", state)
-    mode, trained = _trained(model, example_input, forward, state)
+    mode, trained = _record_training(model, example_input, forward, state)
     possible = _possible([probe, model], example_input, forward, mode, state) or trained
 
     active = trained.sites
@@ -80,18 +82,22 @@ def walk_preserved(
     )
 
 
-def trained_record(model: nn.Module, example_input: Batch, forward: Forward = call) -> Record:
+def record_training_forward(model: nn.Module, example_input: Batch, forward: Forward = call_model) -> ForwardRecord:
     """One recorded forward with dropout on; of the leaf modules only where the whole model cannot be in training mode.
 
     Raises ModelError.
     """
     _refuse_scripted(model)
-    with preserved(model, forward) as state:
-        return _trained(model, example_input, forward, state)[1]
+    with preserve_models(model, forward) as state:
+        return _record_training(model, example_input, forward, state)[1]
 
 
 def _layer(
-    name: str, modules: tuple[_BatchNorm, list[str]], trained: Record, possible: Record, evaluated: Record
+    name: str,
+    modules: tuple[_BatchNorm, list[str]],
+    trained: ForwardRecord,
+    possible: ForwardRecord,
+    evaluated: ForwardRecord,
 ) -> BatchNormLayer:
     module, aliases = modules
     behind = trained.inputs.get(name, frozenset())
@@ -114,7 +120,9 @@ def _refuse_scripted(model: nn.Module) -> None:
             raise ModelError(f"{name or type(module).__name__}: TorchScript cannot be walked. Load the Python model.")
 
 
-def _trained(model: nn.Module, batch: Batch, forward: Forward, state: ModelState) -> tuple[Mode, Record]:
+def _record_training(
+    model: nn.Module, batch: Batch, forward: Forward, state: ModelState
+) -> tuple[RecordingMode, ForwardRecord]:
     """The record with dropout on, and in which mode the model could be run."""
     try:
         return "training", _record(model, batch, forward, "training", state)
@@ -124,9 +132,9 @@ def _trained(model: nn.Module, batch: Batch, forward: Forward, state: ModelState
         raise
 
 
-def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state: ModelState) -> Record:
+def _record(model: nn.Module, batch: Batch, forward: Forward, mode: RecordingMode, state: ModelState) -> ForwardRecord:
     try:
-        return record(model, batch, forward, mode, state)
+        return record_forward(model, batch, forward, mode, state)
     except CkptToolsError:
         raise
     except Exception as error:
@@ -137,19 +145,26 @@ def _record(model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state:
 
 
 def _possible(
-    models: Sequence[nn.Module | None], batch: Batch, forward: Forward, mode: Mode, state: ModelState
-) -> Record | None:
+    models: Sequence[nn.Module | None], batch: Batch, forward: Forward, mode: RecordingMode, state: ModelState
+) -> ForwardRecord | None:
     """The record with every rate above zero, of the first model that runs like that; None if none does."""
     for model in models:
         for attributes in (True, False):  # a zero that is no rate may stand under a name like drop_tokens
             if model is None:
                 continue
             with contextlib.suppress(Exception):
-                return record(unwrap(model), batch, forward, mode, state, Rates(alive=True, attributes=attributes))
+                return record_forward(
+                    unwrap_model(model),
+                    batch,
+                    forward,
+                    mode,
+                    state,
+                    InactiveSitePolicy(alive=True, attributes=attributes),
+                )
     return None
 
 
-def _bytes_per_sample(evaluated: Record, batch: Batch) -> int:
+def _bytes_per_sample(evaluated: ForwardRecord, batch: Batch) -> int:
     samples = batch_size(batch) if evaluated.device == "meta" else min(2, batch_size(batch))
     return evaluated.peak_bytes // max(1, samples)
 

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from ckpt_tools.walker.sites import draws, value_free
+from ckpt_tools.walker.sites import draws_random_numbers, ignores_input_values
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class Recorder:
         for tensor in inputs:
             self._leaf(tensor, Node(None))
 
-    def read(self, tree: Any) -> Any:
+    def to_operands(self, tree: Any) -> Any:
         """The arguments of an operation with Operands in place of tensors; call it before the operation runs."""
         return pytree.tree_map_only(Tensor, self._operand, tree)
 
-    def made(
+    def add_operation(
         self, func: OpOverload, read: Any, outputs: Sequence[Tensor], written: Sequence[Tensor], module: str
     ) -> None:
         """Note an operation that has run: ``read`` are its arguments as ``read`` gave them."""
@@ -120,9 +120,9 @@ class Recorder:
             return  # a view
         in_place = bool(written) and not new
         base = self._operand(written[0]) if in_place else None
-        random = draws(func, args, kwargs)
+        random = draws_random_numbers(func, args, kwargs)
         sources = {leaf.node for leaf in pytree.tree_leaves(read) if isinstance(leaf, Operand)}
-        static = not random and (value_free(func) or all(self.graph[index].static for index in sources))
+        static = not random and (ignores_input_values(func) or all(self.graph[index].static for index in sources))
         shapes = tuple(tuple(tensor.shape) for tensor in changed)
         coverage = _coverage(written[0]) if in_place else 1.0
         node = Node(func, args, kwargs, shapes, module, static=static, random=random, base=base, coverage=coverage)

@@ -29,30 +29,30 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.model.batch import Batch, samples, to_device
-from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, eager
+from ckpt_tools.model.batch import Batch, slice_samples, to_device
+from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, force_eager
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import evaluation_mode
-from ckpt_tools.model.randomness import saved_randomness
-from ckpt_tools.model.twin import Mode, copy_of, set_mode
+from ckpt_tools.model.randomness import preserve_random_generators
+from ckpt_tools.model.twin import RecordingMode, copy_model, set_mode
 from ckpt_tools.results import DropoutSite
 from ckpt_tools.walker.graph import Graph, Recorder
 from ckpt_tools.walker.sites import (
-    ALIVE,
+    PROBE_RATE,
     HostRandomness,
-    draws,
-    dropout_call,
-    enliven,
-    keep_rate,
-    module_rate,
-    value_free,
+    activate_dropout,
+    bernoulli_drop_rate,
+    draws_random_numbers,
+    ignores_input_values,
+    module_drop_rate,
+    parse_dropout_call,
 )
 
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
 
 @dataclass
-class Record:
+class ForwardRecord:
     """What one forward showed. ``inputs``: BN layer → sites that reach its input, in order of execution."""
 
     device: str
@@ -76,7 +76,7 @@ class _Frame:
 class _Tape:
     """The state that the two modes and the module hooks share during one forward."""
 
-    def __init__(self, model: nn.Module, record: Record, recorder: Recorder, *, training: bool) -> None:
+    def __init__(self, model: nn.Module, record: ForwardRecord, recorder: Recorder, *, training: bool) -> None:
         self.record, self.recorder, self.training = record, recorder, training
         self.names = {id(module): name for name, module in model.named_modules()}
         self.frames = [_Frame("", model)]
@@ -86,19 +86,19 @@ class _Tape:
         self._taint: dict[StorageWeakRef, frozenset[str]] = {}
         self._sizes: dict[StorageWeakRef, int] = {}
 
-    def taint(self, tensors: Sequence[Tensor]) -> frozenset[str]:
+    def taint_of(self, tensors: Sequence[Tensor]) -> frozenset[str]:
         found: frozenset[str] = frozenset()
         for tensor in tensors:
             found |= self._taint.get(StorageWeakRef(tensor.untyped_storage()), frozenset())
         return found
 
-    def mark(self, tensors: Sequence[Tensor], taint: frozenset[str]) -> None:
+    def add_taint(self, tensors: Sequence[Tensor], taint: frozenset[str]) -> None:
         for tensor in tensors:
             key = StorageWeakRef(tensor.untyped_storage())
             if taint:
                 self._taint[key] = self._taint.get(key, frozenset()) | taint
 
-    def weigh(self, tensors: Sequence[Tensor]) -> None:
+    def track_memory(self, tensors: Sequence[Tensor]) -> None:
         """Keep account of the bytes alive after an operation."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -106,10 +106,10 @@ class _Tape:
         self._sizes = {key: size for key, size in self._sizes.items() if not key.expired()}
         self.record.peak_bytes = max(self.record.peak_bytes, sum(self._sizes.values()))
 
-    def decisions(self) -> frozenset[str]:
+    def decision_taint(self) -> frozenset[str]:
         return frozenset().union(*(frame.decided_by for frame in self.frames))
 
-    def new_site(self, op: str, rate: float | None) -> str:
+    def add_site(self, op: str, rate: float | None) -> str:
         frame = self.frames[-1]
         frame.sites += 1
         place = frame.name or "(root)"
@@ -117,40 +117,40 @@ class _Tape:
         self.record.sites.setdefault(name, DropoutSite(name, op, rate))
         return name
 
-    def site_of(self, func: OpOverload, args: Sequence[object]) -> str:
+    def add_site_of_operation(self, func: OpOverload, args: Sequence[object]) -> str:
         if self.declared is not None:
-            return self.new_site(*self.declared)
+            return self.add_site(*self.declared)
         module = self.frames[-1].module
         is_noise_module = module is not None and not module._modules and not module._parameters
         op = type(module).__name__ if is_noise_module else func._schema.name.replace("::", ".")
-        rate = module_rate(module)
-        return self.new_site(op, keep_rate(func, args) if rate is None else rate)
+        rate = module_drop_rate(module)
+        return self.add_site(op, bernoulli_drop_rate(func, args) if rate is None else rate)
 
-    def notice_host_draws(self) -> None:
+    def taint_by_host_randomness(self) -> None:
         """A draw that no operation shows taints whatever the running module does next."""
-        if self.training and self.host.drawn():
+        if self.training and self.host.has_advanced():
             frame = self.frames[-1]
-            frame.decided_by |= {self.new_site("random", module_rate(frame.module))}
+            frame.decided_by |= {self.add_site("random", module_drop_rate(frame.module))}
 
-    def enter(self, module: nn.Module, args: object) -> None:
-        self.notice_host_draws()
+    def enter_module(self, module: nn.Module, args: object) -> None:
+        self.taint_by_host_randomness()
         self.others_ran |= id(module) not in self.names
         name = self.names.get(id(module), self.frames[-1].name)
         self.frames.append(_Frame(name, module))
         if isinstance(module, _BatchNorm):
             self.record.called.add(name)
 
-    def leave(self, module: nn.Module, args: object, output: object) -> None:
-        self.notice_host_draws()
+    def leave_module(self, module: nn.Module, args: object, output: object) -> None:
+        self.taint_by_host_randomness()
         frame = self.frames.pop()
         if frame.decided_by:
-            self.mark(_tensors(output), frame.decided_by)
+            self.add_taint(_tensors(output), frame.decided_by)
 
 
 class _Dataflow(TorchDispatchMode):
     def __init__(self, tape: _Tape, *, meta: bool, weigh: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape, self.meta, self.weigh = tape, meta, weigh
+        self.tape, self.meta, self.track_memory = tape, meta, weigh
 
     def __torch_dispatch__(
         self,
@@ -160,24 +160,24 @@ class _Dataflow(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         tape, kwargs = self.tape, kwargs or {}
-        tape.notice_host_draws()
-        read, written = _tensors((args, kwargs)), _written(func, args, kwargs)
-        taint = tape.decisions()
-        if not value_free(func):
-            taint |= tape.taint(read)
-        operands = tape.recorder.read((args, kwargs))
+        tape.taint_by_host_randomness()
+        read, written = _tensors((args, kwargs)), _written_tensors(func, args, kwargs)
+        taint = tape.decision_taint()
+        if not ignores_input_values(func):
+            taint |= tape.taint_of(read)
+        operands = tape.recorder.to_operands((args, kwargs))
         if self.meta and any(tensor.is_meta for tensor in read):
             args, kwargs = _all_meta(args, kwargs, written)
         output = func(*args, **kwargs)
-        if draws(func, args, kwargs):
-            taint |= {tape.site_of(func, args)}
+        if draws_random_numbers(func, args, kwargs):
+            taint |= {tape.add_site_of_operation(func, args)}
         made = _tensors(output)
-        tape.recorder.made(func, operands, made, written, tape.frames[-1].name)
-        tape.mark([*made, *written], taint)
+        tape.recorder.add_operation(func, operands, made, written, tape.frames[-1].name)
+        tape.add_taint([*made, *written], taint)
         if func in _DECISIONS and taint:
             tape.frames[-1].decided_by |= taint
-        if self.weigh:
-            tape.weigh(made)
+        if self.track_memory:
+            tape.track_memory(made)
         return output
 
 
@@ -198,7 +198,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             self._reach(args, kwargs)
-        drop = dropout_call(func, args, kwargs)
+        drop = parse_dropout_call(func, args, kwargs)
         if drop is None or not drop.training:
             return func(*args, **kwargs)
         if drop.rate == 0 and not self.alive:
@@ -209,7 +209,7 @@ class _Calls(TorchFunctionMode):
             if 0 < drop.rate < 1:
                 return func(*args, **kwargs)
             # At rate 0 or 1 nothing random runs; any other rate shows what the site reaches.
-            return F.dropout(drop.input, ALIVE, True, bool(kwargs.get("inplace", func.__name__.endswith("_"))))
+            return F.dropout(drop.input, PROBE_RATE, True, bool(kwargs.get("inplace", func.__name__.endswith("_"))))
         finally:
             self.tape.declared = None
 
@@ -218,12 +218,12 @@ class _Calls(TorchFunctionMode):
         name = self.layers.get(id(given["running_var"]))
         if name is not None:
             inputs = self.tape.record.inputs
-            taint = self.tape.taint([given["input"]]) | self.tape.decisions()
+            taint = self.tape.taint_of([given["input"]]) | self.tape.decision_taint()
             inputs[name] = inputs.get(name, frozenset()) | taint
 
 
 @dataclass(frozen=True)
-class Rates:
+class InactiveSitePolicy:
     """What becomes of sites at rate zero: left off, or run at ALIVE to see what they could reach.
 
     ``attributes``: also set attributes of modules, for sites hidden behind ``if self.drop_rate > 0``.
@@ -233,9 +233,14 @@ class Rates:
     attributes: bool = False
 
 
-def record(
-    model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state: ModelState, rates: Rates = Rates()
-) -> Record:
+def record_forward(
+    model: nn.Module,
+    batch: Batch,
+    forward: Forward,
+    mode: RecordingMode,
+    state: ModelState,
+    rates: InactiveSitePolicy = InactiveSitePolicy(),
+) -> ForwardRecord:
     """Run ``forward(model, batch)`` once on a copy and record it.
 
     mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for modules without
@@ -249,19 +254,26 @@ def record(
         except CkptToolsError:
             raise
         except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
-            few = to_device(samples(batch, 0, 2), device_of(model))
+            few = to_device(slice_samples(batch, 0, 2), device_of(model))
             return _run(model, few, forward, mode, state, rates, meta=False)
 
 
 def _run(
-    model: nn.Module, batch: Batch, forward: Forward, mode: Mode, state: ModelState, rates: Rates, *, meta: bool
-) -> Record:
-    twin = copy_of(model, meta=meta)
+    model: nn.Module,
+    batch: Batch,
+    forward: Forward,
+    mode: RecordingMode,
+    state: ModelState,
+    rates: InactiveSitePolicy,
+    *,
+    meta: bool,
+) -> ForwardRecord:
+    twin = copy_model(model, meta=meta)
     if rates.attributes:
-        enliven(twin)
+        activate_dropout(twin)
     layers = set_mode(twin, mode)
     recorder = Recorder(twin, _tensors(dict(batch) if isinstance(batch, Mapping) else batch))
-    result = Record("meta" if meta else "cpu", recorder.graph)
+    result = ForwardRecord("meta" if meta else "cpu", recorder.graph)
     tape = _Tape(twin, result, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
         # Comparing takes a quarter of a ResNet-18's recorded forward, so it is left out where nothing can have changed.
@@ -269,9 +281,9 @@ def _run(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(eager())
-        stack.callback(register_module_forward_pre_hook(tape.enter).remove)
-        stack.callback(register_module_forward_hook(tape.leave, always_call=True).remove)
+        stack.enter_context(force_eager())
+        stack.callback(register_module_forward_pre_hook(tape.enter_module).remove)
+        stack.callback(register_module_forward_hook(tape.leave_module, always_call=True).remove)
         stack.enter_context(_Calls(tape, layers, alive=rates.alive))
         stack.enter_context(_Dataflow(tape, meta=meta, weigh=mode == "evaluation"))
         forward(twin, batch)
@@ -281,7 +293,7 @@ def _run(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Random generators and warning filters come back as they were."""
-    with warnings.catch_warnings(), saved_randomness():
+    with warnings.catch_warnings(), preserve_random_generators():
         warnings.simplefilter("ignore")
         yield
 
@@ -290,7 +302,7 @@ def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _written(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+def _written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     written = []
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

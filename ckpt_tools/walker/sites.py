@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverload
 
-DROPOUT_CALLS: dict[Callable[..., object], str] = {
+DROPOUT_FUNCTIONS: dict[Callable[..., object], str] = {
     F.dropout: "dropout",
     F.dropout1d: "dropout1d",
     F.dropout2d: "dropout2d",
@@ -36,7 +36,7 @@ DROPOUT_CALLS: dict[Callable[..., object], str] = {
 }
 """Functions with arguments (input, p, training, …) that return their input when not training."""
 
-ALIVE = 0.5  # the rate given to sites that are switched off, to see what they would reach
+PROBE_RATE = 0.5  # the rate given to sites that are switched off, to see what they would reach
 _RATE_ATTRIBUTES = ("p", "drop_prob", "drop_rate", "dropout", "prob")
 _PROBABILITY_ARGUMENTS = ("p", "dropout_p")
 
@@ -51,11 +51,11 @@ class DropoutCall:
     training: bool
 
 
-def dropout_call(
+def parse_dropout_call(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> DropoutCall | None:
     """Read a call of the dropout family; None if ``func`` is something else."""
-    op = DROPOUT_CALLS.get(func)
+    op = DROPOUT_FUNCTIONS.get(func)
     if op is None:
         return None
     defaults = {"p": 0.5, "training": func not in (F.alpha_dropout, F.feature_alpha_dropout)}
@@ -67,7 +67,7 @@ def dropout_call(
     return DropoutCall(op, tensor, float(given["p"]), bool(given["training"]))  # type: ignore[arg-type]
 
 
-def without_dropout(
+def disable_attention_dropout(
     func: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with which attention drops nothing; those of any other function as they are."""
@@ -82,7 +82,7 @@ _ATTENTION = ("dropout_p", "is_causal")  # positional arguments behind query, ke
 _MHA_TRAINING = list(inspect.signature(F.multi_head_attention_forward).parameters).index("training")
 
 
-def draws(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+def draws_random_numbers(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """Whether this operation, called like this, makes random numbers."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
@@ -93,7 +93,7 @@ def draws(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
     return all(arguments.get(name) not in certain for name in _PROBABILITY_ARGUMENTS if name in arguments)
 
 
-def module_rate(module: nn.Module | None) -> float | None:
+def module_drop_rate(module: nn.Module | None) -> float | None:
     """The drop rate that a module keeps among its attributes; None if it keeps none above zero."""
     for attribute in _RATE_ATTRIBUTES:
         value = getattr(module, attribute, None)
@@ -102,14 +102,14 @@ def module_rate(module: nn.Module | None) -> float | None:
     return None
 
 
-def keep_rate(func: OpOverload, args: Sequence[object]) -> float | None:
+def bernoulli_drop_rate(func: OpOverload, args: Sequence[object]) -> float | None:
     """The drop rate that follows from the keep probability of a Bernoulli draw; None for any other operation."""
     if "bernoulli" in func._schema.name and len(args) > 1 and isinstance(args[1], float):
         return 1.0 - args[1]
     return None
 
 
-def enliven(model: nn.Module) -> None:
+def activate_dropout(model: nn.Module) -> None:
     """Give every drop rate that is zero, wherever a module of ``model`` keeps one, the value ALIVE.
 
     Brings to life sites that a forward hides behind ``if self.drop_rate > 0``. Changes ``model``.
@@ -119,10 +119,10 @@ def enliven(model: nn.Module) -> None:
         for name, value in vars(module).items():
             is_rate = "drop" in name or (leaf and name == "p")
             if is_rate and type(value) in (int, float) and value == 0:
-                object.__setattr__(module, name, ALIVE)
+                object.__setattr__(module, name, PROBE_RATE)
 
 
-def value_free(func: OpOverload) -> bool:
+def ignores_input_values(func: OpOverload) -> bool:
     """Whether the output depends on the shape of the input alone, as with ``zeros_like`` and ``new_empty``."""
     name = func._schema.name.removeprefix("aten::")
     return name.endswith("_like") or name.startswith("new_")
@@ -134,7 +134,7 @@ class HostRandomness:
     def __init__(self) -> None:
         self._seen = self._position()
 
-    def drawn(self) -> bool:
+    def has_advanced(self) -> bool:
         """Whether anything was drawn since the last call."""
         before, self._seen = self._seen, self._position()
         return before != self._seen

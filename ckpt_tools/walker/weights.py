@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ckpt_tools.results import Geometry, WeightLayer
-from ckpt_tools.walker.contractions import contraction, geometry
+from ckpt_tools.walker.contractions import contraction, weight_geometry
 from ckpt_tools.walker.graph import Graph, Node, Operand
 
 _TABLE_WORDS = {"pos", "position", "positional", "rel", "relative"}
@@ -17,7 +17,7 @@ _TABLE_WORDS = {"pos", "position", "positional", "rel", "relative"}
 
 @dataclass(frozen=True)
 class WeightUse:
-    """One use of a weight. ``view`` is the part of the parameter used, laid out as ``geometry`` says."""
+    """One use of a weight. ``view`` is the part of the parameter used, laid out as ``weight_geometry`` says."""
 
     node: int
     parameter: str
@@ -57,7 +57,7 @@ def weight_layers(graph: Graph, model: nn.Module) -> tuple[WeightLayer, ...]:
     )
 
 
-def reason_left(graph: Graph, parameter: str, tensor: Tensor) -> str:
+def reason_not_rewritten(graph: Graph, parameter: str, tensor: Tensor) -> str:
     """Why a parameter is no weight that an init rewrite sets."""
     readers = [index for index, node in enumerate(graph.nodes) if node.parameter == parameter and node.func is None]
     operations = [graph[reader] for index in readers for reader in graph.readers[index]]
@@ -108,7 +108,7 @@ def _use(graph: Graph, index: int, names: frozenset[str]) -> WeightUse | None:
         name = graph[weight.node].parameter
         if name not in names or graph[given.node].static:
             continue
-        layout = geometry(node.op, node.args)
+        layout = weight_geometry(node.op, node.args)
         view = weight if layout.kind != "linear" else _units_first(weight, transposed=weight_at == found.factors[1])
         bias = node.args[found.bias] if found.bias is not None and len(node.args) > found.bias else None
         return WeightUse(index, name, layout, view, given, _parameter(graph, bias))
@@ -129,7 +129,11 @@ def _weight_makers(graph: Graph) -> set[int]:
     """Operations whose result is the weight of a convolution: a mixture of kernels by the input."""
     found: set[int] = set()
     for node in graph.nodes:
-        if node.func is None or contraction(node.func) is None or geometry(node.func, node.args).kind == "linear":
+        if (
+            node.func is None
+            or contraction(node.func) is None
+            or weight_geometry(node.func, node.args).kind == "linear"
+        ):
             continue
         at = node.args[1].node
         while not graph[at].static and at not in found:
@@ -143,7 +147,7 @@ def _roles(node: Node, factors: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """Which factor may be the weight and which the input; of a matrix product, either."""
     first, second = factors
     yield second, first
-    if geometry(node.op, node.args).kind == "linear":
+    if weight_geometry(node.op, node.args).kind == "linear":
         yield first, second
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckpt_adapters.construct import construct, skeleton
+from ckpt_adapters.construct import construct, construct_skeleton
 from ckpt_tools.cli import main
 from ckpt_tools.construction import ConstructionBudget, count_construction, limited_construction
 from ckpt_tools.errors import ArchitectureError
@@ -102,7 +102,7 @@ def test_memory_is_not_taken_before_it_is_counted() -> None:
 def test_what_stays_within_is_built_again_and_again() -> None:
     with limited_construction(SMALL, "good.pt"):
         for _ in range(20):  # each construction counts for itself
-            assert len(list(skeleton(Deep, {"depth": 40}).modules())) == 42
+            assert len(list(construct_skeleton(Deep, {"depth": 40}).modules())) == 42
 
 
 def test_a_construction_counts_its_own_thread_alone() -> None:

@@ -19,7 +19,7 @@ from ckpt_adapters.from_torchvision import TorchvisionAdapter
 from ckpt_tools.contract import Checkpoint, Recipe
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.admission import ArgumentRefused, admit_recipe
-from ckpt_tools.identify.loading import identify, load
+from ckpt_tools.identify.loading import identify_model, load
 
 transformers = pytest.importorskip("transformers")
 
@@ -148,23 +148,23 @@ def test_a_refusal_names_the_file_the_argument_and_the_way_out() -> None:
     model = timm.create_model("test_resnet")
     words = {"arch": "test_resnet", "model_kwargs": {"act_layer": "/tmp/act.py"}}
     with pytest.raises(ArgumentRefused, match=r"stranger\.pt: .*act_layer='/tmp/act\.py'.*--model-kwargs act_layer="):
-        identify(checkpoint(words, model.state_dict()))
+        identify_model(checkpoint(words, model.state_dict()))
     # The user may give any argument, and then it is no matter what the file says of it.
-    loaded = identify(checkpoint(words, model.state_dict()), None, {"act_layer": "relu"})
+    loaded = identify_model(checkpoint(words, model.state_dict()), None, {"act_layer": "relu"})
     assert loaded.recipe.architecture == "timm:test_resnet"
 
 
 def test_wishes_for_published_weights_are_passed_over() -> None:
     model = timm.create_model("test_resnet", num_classes=5)
     wishes = {"pretrained": True, "checkpoint_path": "/etc/passwd", "pretrained_cfg": {"file": "/etc/passwd"}}
-    loaded = identify(checkpoint({"arch": "test_resnet", "model_kwargs": wishes}, model.state_dict()))
+    loaded = identify_model(checkpoint({"arch": "test_resnet", "model_kwargs": wishes}, model.state_dict()))
     assert (loaded.recipe.kwargs["num_classes"], loaded.recognised_by) == (5, "checkpoint")
 
 
 def test_classes_that_the_tensors_do_not_justify_are_read_off_the_shapes() -> None:
     model = timm.create_model("test_resnet", num_classes=0)
     args = {"model": "test_resnet", "drop": 0.2, "num_classes": 10**6}
-    loaded = identify(checkpoint({"args": args}, model.state_dict()))
+    loaded = identify_model(checkpoint({"args": args}, model.state_dict()))
     assert (loaded.recipe.kwargs["num_classes"], loaded.rates) == (0, "recorded")
 
 

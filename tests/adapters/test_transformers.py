@@ -25,7 +25,7 @@ from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec, LoadedModel
 from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.loading import identify
+from ckpt_tools.identify.loading import identify_model
 from ckpt_tools.storage.reading import read_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def read_folder(folder: Path) -> dict[str, object]:
 
 def loaded(folder: Path, **changes: object) -> LoadedModel:
     checkpoint = read_checkpoint(folder)
-    return identify(replace(checkpoint, words={**read_folder(folder), **changes}))
+    return identify_model(replace(checkpoint, words={**read_folder(folder), **changes}))
 
 
 # Segmentation and detection models are left out: the library saves their tensors under older names than it uses.
@@ -312,10 +312,10 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     adapter = plugins.adapter("transformers")
     words = read_folder(tmp_path)
     recipe = adapter.recognise(words)
-    assert recipe.name == "ResNetModel"
+    assert recipe.resolve_global == "ResNetModel"
     monkeypatch.setattr("ckpt_adapters.from_transformers._model_class", _uncached())
     with pytest.raises(ArchitectureError, match=r"ckpt-tools\[transformers\]"):
-        adapter.build(recipe.name, recipe.kwargs)
+        adapter.build(recipe.resolve_global, recipe.kwargs)
 
 
 def _uncached():

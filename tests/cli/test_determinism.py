@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from ckpt_tools.cli import main
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.machine.precision import deterministic
+from ckpt_tools.machine.precision import deterministic_kernels
 
 SHAPE = (3, 8, 8)
 
@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     batches = nets.batches(SHAPE)
     torch.save(nets.trained(nets.DenseNet(), batches).state_dict(), root / "model.pt")
-    pixels = torch.cat(batches).mul(40).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = torch.cat(batches).mul(40).add(128).clamp(0, 255).take_byte().permute(0, 2, 3, 1).numpy()
     for number, image in enumerate(pixels):
         folder = root / "images" / "ab"[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,17 +153,17 @@ def test_deterministic_kernels_are_asked_for_and_settings_come_back() -> None:
     """Settings alone: they can be made without a GPU."""
     before = settings()
     within: tuple[object, ...] = ()
-    with contextlib.suppress(KeyboardInterrupt), deterministic(torch.device("cuda")):
+    with contextlib.suppress(KeyboardInterrupt), deterministic_kernels(torch.device("cuda")):
         within = settings()
         raise KeyboardInterrupt
     assert within[:4] == (True, False, False, True)
     assert within[4]
     assert settings() == before
-    with deterministic(torch.device("cpu")):
+    with deterministic_kernels(torch.device("cpu")):
         assert settings() == before
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:  # models that take turns
-        first.enter_context(deterministic(torch.device("cuda")))
-        second.enter_context(deterministic(torch.device("cuda")))
+        first.enter_context(deterministic_kernels(torch.device("cuda")))
+        second.enter_context(deterministic_kernels(torch.device("cuda")))
         first.close()
         assert settings() == within
     assert settings() == before

@@ -27,7 +27,7 @@ from ckpt_tools.data.sample_order import Share
 from ckpt_tools.data.source import open_source
 from ckpt_tools.distributed import ALONE, Ranks
 from ckpt_tools.errors import UsageError
-from ckpt_tools.machine.device import usable_device
+from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.moments import Clusters, Evidence, batch_moments, merged
 from ckpt_tools.reestimate.shares import packed, unpacked
@@ -82,7 +82,7 @@ def test_the_exchange_loses_no_bit() -> None:
 
 @given(st.integers(0, 50), st.integers(1, 9))
 def test_shares_are_a_partition(batches: int, world: int) -> None:
-    shares = [list(Share(rank, world).of(range(batches))) for rank in range(world)]
+    shares = [list(Share(rank, world).select_items(range(batches))) for rank in range(world)]
     assert sorted(number for share in shares for number in share) == list(range(batches))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -121,10 +121,10 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [usable_device(said, Ranks(5, 8, 1, 4)) for said in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
-    assert usable_device("auto") == "cuda"
+    assert [resolve_device(said, Ranks(5, 8, 1, 4)) for said in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert resolve_device("auto") == "cuda"
     with pytest.raises(UsageError, match="its own GPU"):
-        usable_device("cuda:0", Ranks(1, 2, 1, 2))
+        resolve_device("cuda:0", Ranks(1, 2, 1, 2))
 
 
 def test_ranks_on_one_cpu_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

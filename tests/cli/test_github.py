@@ -18,9 +18,9 @@ from PIL import Image
 from torch import nn
 
 from ckpt_tools.cli import main
-from ckpt_tools.cli.github import annotate, summarise
+from ckpt_tools.cli.github import annotate, append_step_summary
 from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, evaluation_markdown
-from ckpt_tools.report.summary import failure_markdown, worries
+from ckpt_tools.report.summary import checkpoint_warnings, failure_markdown
 
 ARCH = ["--arch", "nets:DenseNet"]
 
@@ -153,7 +153,7 @@ def test_a_folder_names_what_failed_and_what_to_look_at(files: Path, summary: Pa
     assert "1 of 2 checkpoints failed" in errors[1]
     (done,) = [record for record in json.loads(result.stdout)["checkpoints"] if record["status"] == "done"]
     warnings = [message for kind, _, message in found if kind == "warning"]
-    assert warnings == [f"{runs / 'good.pt'}: {worry}" for worry in worries(done["report"])]
+    assert warnings == [f"{runs / 'good.pt'}: {worry}" for worry in checkpoint_warnings(done["report"])]
     for number in range(30):
         (runs / f"bad{number}.pt").write_bytes(b"nonsense")
     many = run("bn-reestimate", runs, "--data", files / "data.npy", *ARCH, "-q", "--json", "--force")
@@ -191,7 +191,7 @@ def test_skipped_labelled_images_are_a_warning(files: Path, summary: Path) -> No
 
 
 def test_a_name_that_is_no_text_is_summarised(summary: Path) -> None:
-    summarise("a\udcff.pt")
+    append_step_summary("a\udcff.pt")
     assert summary.read_text() == "before\na?.pt\n"
 
 
@@ -269,6 +269,8 @@ def test_data_that_nothing_vouches_for() -> None:
         "data": {"skipped": [], "agreement": {"verdict": "none", "cause": "no counters"}},
         "controls": {"verdict": "none", "reason": "every layer is rewritten"},
     }
-    assert worries(facts) == ("nothing vouches for the data: no counters; no control layer (every layer is rewritten)",)
+    assert checkpoint_warnings(facts) == (
+        "nothing vouches for the data: no counters; no control layer (every layer is rewritten)",
+    )
     facts["controls"] = {"verdict": "agree", "reason": ""}
-    assert worries(facts) == ()
+    assert checkpoint_warnings(facts) == ()

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import ckpt_tools.report
 from ckpt_tools.cli import boundary, github, main
 from ckpt_tools.cli.printing import GuardedStream, guarded_streams, print_json, print_message, print_result
-from ckpt_tools.cli.progress import Bar, EvaluationBar, progress_bar, write_above_bars
+from ckpt_tools.cli.progress import EvaluationBar, ReestimationBar, progress_bar, write_above_bars
 from ckpt_tools.plain_text import LONGEST_NAME, LONGEST_VALUE, harmless, one_line, shorten, shorten_message
 
 IN_GITHUB = {"GITHUB_ACTIONS": "true"}
@@ -119,7 +119,7 @@ def test_progress_bars_have_harmless_names(name: str) -> None:
         with progress_bar(name, 2) as bar:
             bar.update()
             write_above_bars(name)
-        for kind, shown in ((Bar(2, hidden=False), None), (EvaluationBar(2, hidden=False), name)):
+        for kind, shown in ((ReestimationBar(2, hidden=False), None), (EvaluationBar(2, hidden=False), name)):
             with kind as made:
                 if shown is not None:
                     made(shown, 1)

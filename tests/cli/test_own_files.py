@@ -23,7 +23,7 @@ from report_facts import facts, records
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CkptToolsError, OutputError, UsageError
-from ckpt_tools.remote.mirror import located, mirroring
+from ckpt_tools.remote.mirror import open_mirror, resolve_location
 from ckpt_tools.report.marks import add_mark, is_own_report
 from ckpt_tools.report.pages import figure
 from ckpt_tools.report.records.manifest import Manifest, check_manifest
@@ -212,7 +212,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch
 def test_earlier_manifests_are_appended_to(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(content)
-    Manifest(path).add({**RECORD, **NEWER})
+    Manifest(path).add_record({**RECORD, **NEWER})
     assert path.read_bytes().startswith(content)
     assert path.read_bytes().removeprefix(content).lstrip(b"\n") == line()
     check_manifest(path)
@@ -264,11 +264,11 @@ def test_a_manifest_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
         path.rename(tmp_path / "moved")
         exchange()
         with pytest.raises(OutputError):
-            log.add(RECORD)
+            log.add_record(RECORD)
         assert other.read_text() == "precious"
     path.unlink()
-    log.add(RECORD)  # somebody has removed it: it begins anew
-    log.add(RECORD)
+    log.add_record(RECORD)  # somebody has removed it: it begins anew
+    log.add_record(RECORD)
     assert len(path.read_bytes().splitlines()) == 2
 
 
@@ -338,7 +338,7 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def savefig(self, path: Path, format: str, dpi: int) -> None:
             path.write_bytes(content[f".{format}"])
 
-    monkeypatch.setattr(figure, "_drawn", lambda before, after: Drawing())
+    monkeypatch.setattr(figure, "_draw_figure", lambda before, after: Drawing())
     for suffix in content:
         path = tmp_path / f"own{suffix}"
         for _ in range(2):
@@ -371,19 +371,19 @@ def test_behind_urls() -> None:
     store.store.clear()
     store.pipe_file("/bucket/notes.md", b"Made with ckpt-tools.\n")
     store.pipe_file("/bucket/m.jsonl", b'{"checkpoint": "a.pt"}\n')
-    with mirroring():
+    with open_mirror():
         with pytest.raises(OutputError, match="another file"):
-            write_report(located("memory://bucket/notes.md"), facts())
+            write_report(resolve_location("memory://bucket/notes.md"), facts())
         with pytest.raises(OutputError, match="another file"):
-            Manifest(located("memory://bucket/m.jsonl"))
+            Manifest(resolve_location("memory://bucket/m.jsonl"))
         for _ in range(2):
-            write_report(located("memory://bucket/own.md"), facts())
-            log = Manifest(located("memory://bucket/own.jsonl"))
-            log.add({**RECORD, **NEWER})
+            write_report(resolve_location("memory://bucket/own.md"), facts())
+            log = Manifest(resolve_location("memory://bucket/own.jsonl"))
+            log.add_record({**RECORD, **NEWER})
             log.publish()
-        log = Manifest(located("memory://bucket/own.jsonl"))
+        log = Manifest(resolve_location("memory://bucket/own.jsonl"))
         store.pipe_file("/bucket/own.jsonl", b"notes")
-        log.add({**RECORD, **NEWER})
+        log.add_record({**RECORD, **NEWER})
         with pytest.raises(CkptToolsError, match="another file"):
             log.publish()
     assert store.cat_file("/bucket/notes.md") == b"Made with ckpt-tools.\n"
@@ -398,9 +398,9 @@ def test_no_system_calls_are_needed_that_others_lack() -> None:
         "import os, sys; [delattr(os, name) for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC', 'getxattr')]; "
         "sys.modules['fcntl'] = None; "
         "import ckpt_tools.storage.output.own_files, ckpt_tools.storage.output.permissions; "
-        "from pathlib import Path; from ckpt_tools.storage.output.atomic import new_file; import tempfile; "
+        "from pathlib import Path; from ckpt_tools.storage.output.atomic import write_atomically; import tempfile; "
         "folder = Path(tempfile.mkdtemp()); target = folder / 'x'\n"
-        "with new_file(target, overwrite=False) as path: path.touch()\n"
+        "with write_atomically(target, overwrite=False) as path: path.touch()\n"
         "print([one.name for one in folder.iterdir()])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools.cli import main
-from ckpt_tools.storage.output.atomic import new_file
+from ckpt_tools.storage.output.atomic import write_atomically
 from ckpt_tools.storage.output.checkpoint_writer import save
 from ckpt_tools.storage.output.permissions import _shared_bits
 from ckpt_tools.storage.reading import read_checkpoint
@@ -114,7 +114,7 @@ def test_a_group_that_cannot_be_handed_on_is_left_out(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "chown", refuse)
     monkeypatch.setattr(Path, "stat", other_group)
-    with new_file(tmp_path / "out", overwrite=False, sources=[source]) as temporary:
+    with write_atomically(tmp_path / "out", overwrite=False, sources=[source]) as temporary:
         temporary.touch()
     assert mode(tmp_path / "out") == 0o600
 

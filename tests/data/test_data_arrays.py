@@ -49,7 +49,7 @@ def test_floats_are_taken_as_they_are(tmp_path, suffix, dtype):
     array = RNG.normal(size=(12, 3, 8, 8)).astype(dtype)
     spec = write(tmp_path / f"a{suffix}", array)
     source = open_source(spec)
-    assert (source.kind, source.count, source.sample_shape, source.preprocessed) == ("array", 12, (3, 8, 8), True)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("array", 12, (3, 8, 8), True)
     assert source.batches(None, batch_size=4).transform == "floats, taken as they are"
     assert torch.equal(read(spec), torch.from_numpy(array).float())
     assert torch.equal(read(spec, None), torch.from_numpy(array).float())
@@ -59,7 +59,7 @@ def test_floats_are_taken_as_they_are(tmp_path, suffix, dtype):
 def test_uint8_of_the_models_size_is_only_scaled_and_normalised(tmp_path, suffix):
     spec = write(tmp_path / f"a{suffix}", PIXELS)
     source = open_source(spec)
-    assert (source.count, source.sample_shape, source.preprocessed) == (12, (3, 8, 8), False)
+    assert (source.count, source.sample_shape, source.is_preprocessed) == (12, (3, 8, 8), False)
     torch.testing.assert_close(read(spec), normalised(PIXELS))
 
 

@@ -9,7 +9,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
 from ckpt_tools.data.sample_cache import PixelCache
 from ckpt_tools.data.sample_order import random_order
-from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped
+from ckpt_tools.data.stream import Chunk, IndexedStream, SkippedSample
 from ckpt_tools.machine.memory import available_bytes
 
 RNG = np.random.default_rng(0)
@@ -25,7 +25,7 @@ class Counted:
 
     def __getitem__(self, indices):
         self.read += indices
-        skipped = {index: Skipped(f"#{index}", "torn") for index in indices if index in self.unreadable}
+        skipped = {index: SkippedSample(f"#{index}", "torn") for index in indices if index in self.unreadable}
         left = [index for index in indices if index not in skipped]
         return Chunk(PIXELS[left] if left else None, skipped)
 

@@ -74,13 +74,13 @@ def first_column(batches):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_dataset_is_batched_in_random_order_without_labels(workers):
     source = open_source("my_batches:pairs", seed=1)
-    assert (source.kind, source.count, source.sample_shape, source.preprocessed) == ("callable", 40, None, True)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("callable", 40, None, True)
     batches = source.batches(None, batch_size=16, workers=workers)
     first, second = list(batches), list(batches)
     assert [len(batch) for batch in first] == [14, 13, 13]
     assert sorted(first_column(first)) == list(range(40)) != first_column(first)
     assert first_column(first) == first_column(second)
-    assert (batches.count, batches.batch_count, batches.skipped) == (40, 3, ())
+    assert (batches.count, batches.batch_count, batches.skipped_samples) == (40, 3, ())
     assert first_column(stream("pairs", seed=1, limit=10)) == first_column(first)[:10]
 
 

@@ -39,7 +39,7 @@ def test_any_structure_any_case_no_hidden_files(tmp_path):
         "cat/a.png", "cat/b.Bmp", "dog/d.tif", "dog/deep/er/c.webp", "e.gif", "f.ppm", "flat.JPG", "g.pgm",
     )  # fmt: skip
     source = open_source(str(tmp_path))
-    assert (source.kind, source.count, source.sample_shape, source.preprocessed) == ("folder", 8, None, False)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("folder", 8, None, False)
     assert samples(source).shape == (8, 3, 16, 16)
 
 
@@ -99,7 +99,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path, workers):
     stream = open_source(str(tmp_path)).batches(SPEC, batch_size=100, workers=workers)
     for _ in range(2):
         assert sum(map(len, stream)) == 297
-    reasons = {what.name: what.reason for what in stream.skipped}
+    reasons = {what.name: what.reason for what in stream.skipped_samples}
     assert set(reasons) == {"007.png", "100.png", "299.png"}
     assert (reasons["100.png"], reasons["299.png"]) == ("empty file", "no image")
     assert stream.count == 300
@@ -111,7 +111,7 @@ def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     stream = open_source(str(tmp_path)).batches(SPEC, batch_size=100, workers=0)
     list(stream)
-    assert [what.name for what in stream.skipped] == ["050.png"]
+    assert [what.name for what in stream.skipped_samples] == ["050.png"]
 
 
 def test_over_one_percent_unreadable_is_refused(tmp_path):
@@ -157,7 +157,7 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path):
     (tmp_path / b"\xff.png".decode("utf-8", "surrogateescape")).write_bytes(b"")
     stream = open_source(str(tmp_path)).batches(SPEC, batch_size=200, workers=0)
     list(stream)
-    stream.skipped[0].name.encode("utf-8")
+    stream.skipped_samples[0].name.encode("utf-8")
 
 
 @pytest.mark.parametrize(

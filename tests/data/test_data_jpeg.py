@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.decoder_warnings import quiet_decoders
+from ckpt_tools.data.decoder_warnings import silence_decoder_warnings
 from ckpt_tools.data.images import image_files, image_folder, jpeg
 from ckpt_tools.data.images.transforms import ImageTransform
 
@@ -32,15 +32,15 @@ def saved(image, **options):
 
 def read(root, monkeypatch, content, *, pil=False):
     (root / "a.jpg").write_bytes(content)
-    with monkeypatch.context() as patch, quiet_decoders():
+    with monkeypatch.context() as patch, silence_decoder_warnings():
         if pil:
-            patch.setattr(image_files, "decoded", lambda *_: None)
+            patch.setattr(image_files, "decode_jpeg", lambda *_: None)
         return image_folder.FolderImages(root, ("a.jpg",), TRANSFORM)[[0]]
 
 
 def fast(path):
-    with Image.open(path) as image, quiet_decoders():
-        return jpeg.decoded(path, image.size)
+    with Image.open(path) as image, silence_decoder_warnings():
+        return jpeg.decode_jpeg(path, image.size)
 
 
 VARIANTS = [
@@ -108,7 +108,7 @@ def test_without_torchvisions_decoder_pil_reads(tmp_path, monkeypatch, why):
 def test_only_decoders_are_quiet_and_only_meanwhile():
     before = list(warnings.filters)
     for order in (1, -1):
-        passes = [quiet_decoders(), quiet_decoders()]
+        passes = [silence_decoder_warnings(), silence_decoder_warnings()]
         for one in passes:
             one.__enter__()
         warnings.warn_explicit("odd EXIF", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")

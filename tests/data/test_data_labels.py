@@ -63,7 +63,7 @@ def test_folders_in_alphabetical_order_are_the_classes(folder: Path, workers: in
     for _ in range(2):
         greys, labels = read(labelled)
         assert greys == [10 * label for label in labels]
-        assert (len(labels), len(labelled.skipped), labelled.count) == (199, 1, 200)
+        assert (len(labels), len(labelled.skipped_samples), labelled.count) == (199, 1, 200)
     assert sorted(set(labels)) == [0, 2, 3]
     labelled.check(torch.tensor(labels), 4)
     with pytest.raises(DataError, match=r"head with 4 outputs .* this one has 1000.*--class-map"):

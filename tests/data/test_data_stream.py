@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_tools.data.sample_order import balanced, default_workers, random_order
-from ckpt_tools.data.stream import Chunk, IndexedStream, Skipped, first_not_finite
+from ckpt_tools.data.sample_order import balanced_batch_sizes, default_workers, random_order
+from ckpt_tools.data.stream import Chunk, IndexedStream, SkippedSample, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 
 
@@ -21,7 +21,7 @@ class Numbers:
         if self.broken in indices:
             raise RuntimeError("a bug")
         read = [float(i) for i in indices if i not in self.unreadable]
-        skipped = {i: Skipped(f"#{i}", "torn") for i in indices if i in self.unreadable}
+        skipped = {i: SkippedSample(f"#{i}", "torn") for i in indices if i in self.unreadable}
         return Chunk(torch.tensor(read) if read else None, skipped)
 
 
@@ -35,7 +35,7 @@ def stream(samples=Numbers(), count=100, *, batch_size=32, workers=0, limit=None
 
 @given(st.integers(1, 2000), st.integers(1, 300))
 def test_balanced_batches_are_few_full_and_alike(count, size):
-    sizes = balanced(count, size)
+    sizes = balanced_batch_sizes(count, size)
     assert sum(sizes) == count
     assert len(sizes) == -(-count // size)
     assert max(sizes) <= size

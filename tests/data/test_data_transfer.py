@@ -7,7 +7,7 @@ from PIL import Image
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.device_transfer import sent_ahead
+from ckpt_tools.data.device_transfer import prefetch_to_device
 from ckpt_tools.data.images.transforms import PixelScale
 
 SPEC = InputSpec((3, 6, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -45,13 +45,13 @@ def test_the_cpu_needs_no_cuda(tmp_path, monkeypatch):
 def test_batches_arrive_as_they_were_in_order():
     batches = [RNG.integers(0, 256, (n, 3, 40, 50), dtype=np.uint8) for n in (9, 1, 30, 30, 30, 2)]
     pixels = [torch.from_numpy(batch).contiguous(memory_format=torch.channels_last) for batch in batches]
-    arrived = sent_ahead(pixels, torch.device("cuda"))
+    arrived = prefetch_to_device(pixels, torch.device("cuda"))
     for here, there in zip(pixels, arrived, strict=True):
         busy = torch.randn(2000, 2000, device="cuda")
         busy @ busy  # work under way on the stream that uses the batch
         assert there.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(there.cpu(), here)
-    assert list(sent_ahead([], torch.device("cuda"))) == []
+    assert list(prefetch_to_device([], torch.device("cuda"))) == []
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.images.resampling import INTERPOLATIONS, agrees
+from ckpt_tools.data.images.resampling import INTERPOLATIONS, matches_pil
 from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.errors import DataError, UsageError
 
@@ -93,7 +93,7 @@ def test_resizing_is_pils(interpolation):
         spec = InputSpec((3, goal[1], goal[0]), interpolation=interpolation, crop_mode="squash", crop_pct=1.0)
         theirs = torch.from_numpy(np.array(image.resize(goal, INTERPOLATIONS[interpolation]))).permute(2, 0, 1)
         difference = ImageTransform(spec)(image).int() - theirs.int()
-        if not agrees((width, height), goal, interpolation):
+        if not matches_pil((width, height), goal, interpolation):
             assert not difference.any()
         assert difference.abs().max() <= 2
         off.append(difference.float().abs().mean().item())
@@ -105,7 +105,7 @@ def test_the_resized_side_never_falls_a_pixel_short():
     for resize in range(33, 600):
         for crop in range(32, resize + 1, 7):
             transform = ImageTransform(InputSpec((3, crop, crop), crop_pct=crop / resize))
-            assert transform.resized((700, 700)) == (resize, resize)
+            assert transform.size_before_crop((700, 700)) == (resize, resize)
 
 
 def test_grey_models_get_one_channel():

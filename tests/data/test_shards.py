@@ -22,13 +22,13 @@ from PIL import Image
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.images.image_files import EXTENSIONS
+from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS
 from ckpt_tools.data.labelled_stream import labelled_batches
-from ckpt_tools.data.sample_order import WHOLE, Share
+from ckpt_tools.data.sample_order import FULL_SHARE, Share
 from ckpt_tools.data.shards import shard_index
-from ckpt_tools.data.shards.mixing import evenly, shuffled, taken_in_turn
-from ckpt_tools.data.shards.sample_grouping import grouped, image_extension
-from ckpt_tools.data.shards.shard_names import expanded
+from ckpt_tools.data.shards.mixing import batch_evenly, interleave_sources, shuffle_within_buffer
+from ckpt_tools.data.shards.sample_grouping import group_members, image_extension
+from ckpt_tools.data.shards.shard_names import expand_braces
 from ckpt_tools.data.shards.tar_members import TarReader
 from ckpt_tools.errors import CkptToolsError, DataError, RemoteError, UsageError
 
@@ -104,7 +104,9 @@ def samples(spec: object, seed: int = 0, limit: int | None = None, **options: ob
     return torch.cat(list(open_source(str(spec), seed=seed, limit=limit).batches(SPEC, **reading)))  # type: ignore[arg-type]
 
 
-def seen(spec: object, share: Share = WHOLE, limit: int | None = None, seed: int = 0, workers: int = 0) -> list[int]:
+def seen(
+    spec: object, share: Share = FULL_SHARE, limit: int | None = None, seed: int = 0, workers: int = 0
+) -> list[int]:
     source = open_source(str(spec), limit=limit, seed=seed)
     batches = source.batches(EVEN, batch_size=5, workers=workers, share=share)
     return [level for batch in batches for level in batch[:, 0, 0, 0].mul(255).round().int().tolist()]
@@ -113,7 +115,7 @@ def seen(spec: object, share: Share = WHOLE, limit: int | None = None, seed: int
 def test_they_are_the_images_of_a_folder(folder: Path) -> None:
     wanted = samples(folder / "images", seed=3)
     source = open_source(str(folder / "shards"))
-    assert (source.kind, source.count, source.sample_shape, source.preprocessed) == ("shards", 90, None, False)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("shards", 90, None, False)
     for name in (
         "shards",
         "shards/train-{000..002}.tar",
@@ -150,7 +152,7 @@ def test_a_folder_of_images_and_shards_is_one_of_images(folder: Path) -> None:
 def test_of_several_images_in_a_sample_one_is_taken(tmp_path: Path) -> None:
     assert image_extension(["png", "cls", "jpg"]) == "jpg"
     assert image_extension(["mask.png", "txt"]) is None
-    assert all(image_extension([extension[1:]]) for extension in EXTENSIONS)
+    assert all(image_extension([extension[1:]]) for extension in IMAGE_EXTENSIONS)
     members = [("a.mask.png", grey(1)), ("a.PNG", grey(2)), ("a.bmp", grey(3)), ("deep/er/b.png", grey(4))]
     members += [(".hidden.png", b""), ("c/._b.png", b""), ("__meta__/d.png", b""), ("none", b""), ("words.txt", b"")]
     (tmp_path / "a.tar").write_bytes(packed(members))
@@ -181,7 +183,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path, remote: str, wo
     for _ in range(2):
         assert sum(map(len, stream)) == 198
     shard = "train-00.tar" if far else "a.tar"
-    assert sorted((what.name, what.reason) for what in stream.skipped) == [
+    assert sorted((what.name, what.reason) for what in stream.skipped_samples) == [
         (f"{shard}/007.png", "no image"), (f"{shard}/150.png", "no image"),
     ]  # fmt: skip
     members[3] = ("003.png", b"")
@@ -193,8 +195,8 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path, remote: str, wo
 
 @pytest.mark.parametrize("far", [False, True])
 def test_absurd_sizes_and_names(tmp_path: Path, remote: str, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_index, "LARGEST", 1000)
-    monkeypatch.setattr("ckpt_tools.data.shards.raw_shards.LARGEST", 1000)
+    monkeypatch.setattr(shard_index, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr("ckpt_tools.data.shards.raw_shards.MAX_IMAGE_BYTES", 1000)
     members = [(f"{number}.png", grey(1)) for number in range(99)] + [("\x1b[31m" + "x" * 999 + ".png", b"." * 1001)]
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
@@ -202,7 +204,7 @@ def test_absurd_sizes_and_names(tmp_path: Path, remote: str, far: bool, monkeypa
         EVEN, batch_size=9, workers=0
     )
     assert sum(map(len, stream)) == 99
-    (what,) = stream.skipped
+    (what,) = stream.skipped_samples
     assert what.reason == "1,001 bytes, more than an image has"
     assert what.name.isprintable()
     assert len(what.name) <= 300
@@ -346,7 +348,7 @@ def test_groups_are_webdatasets(names: list[str]) -> None:
         (sample["__key__"], {part: int(data) for part, data in sample.items() if not part.startswith("__")})
         for sample in tariterators.group_by_keys(files)
     )
-    ours = ((sample.key, sample.parts) for sample in grouped(zip(names, range(len(names)), strict=True), "shard"))
+    ours = ((sample.key, sample.parts) for sample in group_members(zip(names, range(len(names)), strict=True), "shard"))
     assert outcome(ours) == outcome(theirs)
 
 
@@ -364,18 +366,18 @@ PATTERN = st.recursive(
 @given(PATTERN)
 def test_braces_are_braceexpands(pattern: str) -> None:
     braceexpand = pytest.importorskip("braceexpand")
-    assert expanded(pattern) == list(braceexpand.braceexpand(pattern, escape=False))
+    assert expand_braces(pattern) == list(braceexpand.braceexpand(pattern, escape=False))
 
 
 @given(st.lists(st.lists(st.integers(), max_size=40), max_size=9), st.integers(1, 4), st.integers(1, 9))
 def test_mixing_loses_nothing(shards: list[list[int]], together: int, size: int) -> None:
-    items = list(taken_in_turn(map(iter, shards), together))
+    items = list(interleave_sources(map(iter, shards), together))
     everything = Counter(item for shard in shards for item in shard)
     assert Counter(items) == everything
-    mixed = list(shuffled(items, 0, most=5, weight=lambda _: 1, heaviest=99))
+    mixed = list(shuffle_within_buffer(items, 0, most=5, weight=lambda _: 1, heaviest=99))
     assert Counter(mixed) == everything
-    assert mixed == list(shuffled(items, 0, most=5, weight=lambda _: 1, heaviest=99))
-    batches = list(evenly(mixed, size))
+    assert mixed == list(shuffle_within_buffer(items, 0, most=5, weight=lambda _: 1, heaviest=99))
+    batches = list(batch_evenly(mixed, size))
     assert [item for batch in batches for item in batch] == mixed
     sizes = [len(batch) for batch in batches]
     assert sizes[:-2] == [size] * len(sizes[:-2])
@@ -385,11 +387,11 @@ def test_mixing_loses_nothing(shards: list[list[int]], together: int, size: int)
 
 def test_shuffling_holds_back_what_it_may() -> None:
     drawn = []
-    for item in shuffled(iter(range(100)), 1, most=10, weight=lambda _: 1, heaviest=1000):
+    for item in shuffle_within_buffer(iter(range(100)), 1, most=10, weight=lambda _: 1, heaviest=1000):
         drawn.append(item)
     assert all(item <= place + 10 for place, item in enumerate(drawn))
     assert drawn != list(range(100))
-    heavy = list(shuffled(iter(range(100)), 1, most=50, weight=lambda _: 10, heaviest=10))
+    heavy = list(shuffle_within_buffer(iter(range(100)), 1, most=50, weight=lambda _: 10, heaviest=10))
     assert all(item <= place + 1 for place, item in enumerate(heavy))
 
 
@@ -464,7 +466,7 @@ def test_labels_stay_with_their_images(tmp_path: Path, remote: str, far: bool, w
         images, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
         assert torch.equal(images.long(), labels)
         assert len(labels) == 199
-    assert [what.name.rpartition("/")[2] for what in stream.skipped] == ["1-111.png"]
+    assert [what.name.rpartition("/")[2] for what in stream.skipped_samples] == ["1-111.png"]
     with pytest.raises(DataError, match="no class of a head with 100 outputs"):
         stream.check(labels, 100)
 
@@ -477,7 +479,7 @@ def test_labels_stay_with_batches_that_are_sent_ahead(remote: str, monkeypatch: 
             next(after, None)
             yield batch
 
-    monkeypatch.setattr("ckpt_tools.data.shards.shard_stream.sent_ahead", one_ahead)
+    monkeypatch.setattr("ckpt_tools.data.shards.shard_stream.prefetch_to_device", one_ahead)
     source = open_source(put(remote, levels([range(50)])))
     for batch, labels in labelled_batches(source, EVEN, batch_size=7, device="cuda", workers=0):
         assert torch.equal(batch[:, 0, 0, 0].mul(255).round().long(), labels)  # type: ignore[call-overload,index]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_tools import walk
-from ckpt_tools.diagnosis.agreement import Agreement, best_candidate, measure
+from ckpt_tools.diagnosis.agreement import Agreement, best_candidate, measure_agreement
 from ckpt_tools.errors import DataError, ModelError
 
 
@@ -55,7 +55,7 @@ def test_distances_on_stored_statistics(model: nn.Module, shape: tuple[int, ...]
     data = nets.batches(shape)
     nets.trained(model, data)
     other = [1.3 * batch + 0.2 for batch in data]
-    found = measure(model, other, walk(model, data[0]), rates_known=True)
+    found = measure_agreement(model, other, walk(model, data[0]), rates_known=True)
     assert {layer.name: pytest.approx(layer.distance, rel=1e-3) for layer in found.layers} == expected(
         model, torch.cat(other)
     )
@@ -66,7 +66,7 @@ def test_distances_on_stored_statistics(model: nn.Module, shape: tuple[int, ...]
 def test_batch_statistics_judge_every_layer_by_itself() -> None:
     data = nets.batches((10,))
     model = nets.trained(nets.mlp(0.0), data)
-    found = measure(model, [100 * torch.cat(data)], walk(model, data[0]), rates_known=True, normalise="batch")
+    found = measure_agreement(model, [100 * torch.cat(data)], walk(model, data[0]), rates_known=True, normalise="batch")
     first, *rest = (layer.distance for layer in found.layers)
     assert first > 0.9
     assert max(rest) < 0.1
@@ -76,8 +76,8 @@ def test_dropout_at_its_rates_is_what_the_statistics_remember() -> None:
     data = nets.batches((10,), count=8, size=128)
     model = nets.trained(nets.mlp(0.5), data, 100)
     found = walk(model, data[0])
-    known = measure(model, data, found, rates_known=True)
-    unknown = measure(model, data, found, rates_known=False)
+    known = measure_agreement(model, data, found, rates_known=True)
+    unknown = measure_agreement(model, data, found, rates_known=False)
     assert known.score is not None
     assert known.score < 0.1
     assert [layer.deviation is None for layer in unknown.layers] == [False, True, True]
@@ -92,12 +92,12 @@ def test_everything_comes_back() -> None:
     before, flags = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     found = walk(model, data[0])
-    first = measure(model, data, found, rates_known=True, seed=3)
+    first = measure_agreement(model, data, found, rates_known=True, seed=3)
     with pytest.raises(ModelError, match="batch 1"):
-        measure(model, [data[0], data[1][:, :2]], found, rates_known=True)
+        measure_agreement(model, [data[0], data[1][:, :2]], found, rates_known=True)
     with pytest.raises(DataError, match="NaN"):
-        measure(model, [data[0] * float("nan")], found, rates_known=True)
-    assert measure(model, data, found, rates_known=True, seed=3) == first
+        measure_agreement(model, [data[0] * float("nan")], found, rates_known=True)
+    assert measure_agreement(model, data, found, rates_known=True, seed=3) == first
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
     assert flags == [module.training for module in model.modules()]
@@ -125,9 +125,9 @@ def test_a_forward_ends_at_the_last_layer_of_interest() -> None:
     model = Wary(nets.trained(nets.DenseNet(0.0), data)).eval()
     found = walk(model, data[0])
     model.calls.clear()
-    whole = measure(model, data, found, rates_known=True)
+    whole = measure_agreement(model, data, found, rates_known=True)
     assert model.calls == {"ended": len(data)}
-    early = measure(model, data, found, rates_known=True, layers=2)
+    early = measure_agreement(model, data, found, rates_known=True, layers=2)
     assert model.calls == {"ended": len(data)}
     assert early.layers == whole.layers[:2]
 
@@ -136,7 +136,7 @@ def test_reused_layers_and_layers_that_no_forward_reaches() -> None:
     data = nets.batches((3, 8, 8))
     model = nets.trained(nets.Reused(), data)
     for layers in (None, 2):
-        found = measure(model, data, walk(model, data[0]), rates_known=True, layers=layers)
+        found = measure_agreement(model, data, walk(model, data[0]), rates_known=True, layers=layers)
         assert [layer.name for layer in found.layers] == ["first", "shared"]
 
 
@@ -150,7 +150,7 @@ def test_statistics_that_training_has_not_made_cannot_serve(steps: int, counted:
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked") and not counted:
             buffer.zero_()
-    found = measure(model.eval(), data, walk(model, data[0]), rates_known=True, counted=counted)
+    found = measure_agreement(model.eval(), data, walk(model, data[0]), rates_known=True, counted=counted)
     assert (found.score is not None) == usable
     assert usable or "counters" in found.reason
 
@@ -161,8 +161,8 @@ def test_dead_channels_and_overflow_stay_finite() -> None:
     model[0].weight.data[:4] = 0
     model = nets.trained(model, data)
     found = walk(model, data[0])
-    assert measure(model, data, found, rates_known=True).layers[0].distance < 0.1
-    far = measure(model, [1e30 * batch for batch in data], found, rates_known=True)
+    assert measure_agreement(model, data, found, rates_known=True).layers[0].distance < 0.1
+    far = measure_agreement(model, [1e30 * batch for batch in data], found, rates_known=True)
     assert far.score is not None
     assert 0.7 < far.score <= 1
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ckpt_tools import walk
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse
-from ckpt_tools.diagnosis.hypotheses import hypotheses
+from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse_unlike_training_data
+from ckpt_tools.diagnosis.hypotheses import preprocessing_hypotheses
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.results import Walk
 
@@ -80,7 +80,7 @@ def judged(trained: Norm, given: Tensor, norm: Norm | None, channels: int = 3) -
 def test_the_right_data_passes_and_nothing_is_tried(norm: Norm, from_file: bool) -> None:
     verdict = judged(norm, normalised(pixels("warm"), norm), None if from_file else norm)
     assert (verdict.verdict, verdict.images, verdict.tried) == ("agree", 256, ())
-    refuse(verdict)
+    refuse_unlike_training_data(verdict)
 
 
 @pytest.mark.parametrize(("right", "wrong"), list(itertools.permutations([IMAGENET, HALF, RAW, BYTES], 2)))
@@ -92,7 +92,7 @@ def test_another_normalisation_is_named(right: Norm, wrong: Norm, from_file: boo
     expected = f"mean {mean} and std {std}" if from_file else f"--mean {mean} --std {std}"
     assert expected in verdict.cause
     with pytest.raises(CheckFailed, match="--force"):
-        refuse(verdict)
+        refuse_unlike_training_data(verdict)
 
 
 @pytest.mark.parametrize("from_file", [True, False])
@@ -100,8 +100,8 @@ def test_swapped_channels_are_named(from_file: bool) -> None:
     verdict = judged(IMAGENET, normalised(pixels("warm").flip(1), IMAGENET), None if from_file else IMAGENET)
     assert verdict.verdict == "disagree"
     assert "BGR" in verdict.cause
-    assert verdict.best is not None
-    assert verdict.best.score < 0.1
+    assert verdict.best_hypothesis is not None
+    assert verdict.best_hypothesis.score < 0.1
 
 
 def test_another_data_set_fits_no_preprocessing() -> None:
@@ -182,7 +182,7 @@ def test_untrained_statistics_say_nothing() -> None:
     x = pixels("warm")
     verdict = check_data(model, [x], walk(model, x[:2]), None, preprocessed=True, rates_known=True)
     assert (verdict.verdict, verdict.scores) == ("none", None)
-    refuse(verdict)
+    refuse_unlike_training_data(verdict)
 
 
 @pytest.mark.parametrize(("right", "wrong"), list(itertools.permutations([IMAGENET, HALF, RAW, BYTES], 2)))
@@ -192,7 +192,7 @@ def test_some_hypothesis_undoes_any_usual_mistake(right: Norm, wrong: Norm, swap
     x = pixels("warm")[:64]
     given = normalised(x.flip(1) if swapped else x, wrong)
     wanted = normalised(x, right)
-    found = hypotheses(given, None if from_file else spec(wrong), preprocessed=from_file)
+    found = preprocessing_hypotheses(given, None if from_file else spec(wrong), preprocessed=from_file)
     best = min(float((one.change(given) - wanted).abs().max() / wanted.std()) for one in found)
     assert best < 1e-3
 

@@ -11,9 +11,21 @@ from torch import nn
 
 from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.index import Index, decode, encode, entry_for, shipped
-from ckpt_tools.identify.shape_digest import Part, parts, tops
-from ckpt_tools.identify.skeleton import CHANNELS, CLASSES, following, shapes_of, skeleton
+from ckpt_tools.identify.index import (
+    ArchitectureIndex,
+    decode_index,
+    encode_index,
+    load_shipped_index,
+    make_index_entry,
+)
+from ckpt_tools.identify.shape_digest import ModelPart, split_into_parts, top_attributes
+from ckpt_tools.identify.skeleton import (
+    CHANNEL_KEYWORDS,
+    CLASS_KEYWORDS,
+    build_skeleton,
+    keys_depending_on,
+    state_dict_shapes,
+)
 
 SMALL = [
     "timm:resnet10t",
@@ -33,60 +45,63 @@ shapes = st.dictionaries(keys, st.lists(st.integers(0, 9), max_size=4).map(tuple
 
 def built(architecture, **kwargs):
     adapter, name = plugins.resolve(architecture)
-    return shapes_of(skeleton(adapter, name, kwargs))
+    return state_dict_shapes(build_skeleton(adapter, name, kwargs))
 
 
 @given(shapes, st.randoms())
 def test_a_digest_knows_no_order_and_no_counters(some, random):
     shuffled = list(some.items())
     random.shuffle(shuffled)
-    assert Part("", dict(shuffled)).full == Part("", some).full
-    assert Part("", {**some, "x.num_batches_tracked": ()}).full == Part("", some).full
+    assert ModelPart("", dict(shuffled)).full_digest == ModelPart("", some).full_digest
+    assert ModelPart("", {**some, "x.num_batches_tracked": ()}).full_digest == ModelPart("", some).full_digest
 
 
 @given(shapes, st.sets(keys))
 def test_a_part_is_what_the_rest_adds_up_to(some, head):
-    part = Part("", some)
-    assert part.body(head) == Part("", {key: s for key, s in some.items() if key not in head}).full
-    attributes = tops(head)
-    assert part.trunk(attributes) == Part("", {k: s for k, s in some.items() if tops([k])[0] not in attributes}).full
-    wide = {k: s for k, s in some.items() if tops([k])[0] not in attributes and k not in head and len(s) > 1}
-    assert part.frame(attributes, head) == Part("", wide).full
+    part = ModelPart("", some)
+    assert part.body_digest(head) == ModelPart("", {key: s for key, s in some.items() if key not in head}).full_digest
+    attributes = top_attributes(head)
+    assert (
+        part.trunk_digest(attributes)
+        == ModelPart("", {k: s for k, s in some.items() if top_attributes([k])[0] not in attributes}).full_digest
+    )
+    wide = {k: s for k, s in some.items() if top_attributes([k])[0] not in attributes and k not in head and len(s) > 1}
+    assert part.frame_digest(attributes, head) == ModelPart("", wide).full_digest
 
 
 @given(shapes)
 def test_another_shape_or_key_is_another_digest(some):
     key = next(iter(some))
-    assert Part("", {**some, key: (*some[key], 10)}).full != Part("", some).full
-    assert Part("", {(k + "x" if k == key else k): s for k, s in some.items()}).full != Part("", some).full
+    assert ModelPart("", {**some, key: (*some[key], 10)}).full_digest != ModelPart("", some).full_digest
+    assert ModelPart("", {(k + "x" if k == key else k): s for k, s in some.items()}).full_digest != ModelPart("", some).full_digest
 
 
 @settings(max_examples=30)
 @given(st.lists(shapes, min_size=1, max_size=5))
 def test_an_index_comes_back_as_it_was(many):
-    entries = tuple(entry_for(f"lib:{i}", one, list(one)[:2], list(one)[2:3]) for i, one in enumerate(many))
-    index = Index({"lib": "1.0"}, entries)
-    assert decode(encode(index)) == index
-    assert encode(index) == encode(decode(encode(index)))
+    entries = tuple(make_index_entry(f"lib:{i}", one, list(one)[:2], list(one)[2:3]) for i, one in enumerate(many))
+    index = ArchitectureIndex({"lib": "1.0"}, entries)
+    assert decode_index(encode_index(index)) == index
+    assert encode_index(index) == encode_index(decode_index(encode_index(index)))
 
 
 def test_the_shipped_index_is_small_and_says_what_it_was_made_of():
     assert files("ckpt_tools.identify").joinpath("index.json.gz").stat().st_size < 60_000
-    assert shipped().versions.keys() == {"timm", "torchvision"}
-    assert len(shipped().entries) > 1400
-    assert len({entry.architecture for entry in shipped().entries}) == len(shipped().entries)
+    assert load_shipped_index().versions.keys() == {"timm", "torchvision"}
+    assert len(load_shipped_index().entries) > 1400
+    assert len({entry.architecture for entry in load_shipped_index().entries}) == len(load_shipped_index().entries)
 
 
 @pytest.mark.parametrize("architecture", SMALL)
 def test_the_shipped_index_says_what_the_libraries_build(architecture):
     library = architecture.partition(":")[0]
-    if shipped().versions[library] != version(library):
+    if load_shipped_index().versions[library] != version(library):
         pytest.skip("built with another version; scripts/build_index makes a new one")
     adapter, name = plugins.resolve(architecture)
     own = built(architecture)
-    head, stem = (following(adapter, name, {}, words, own) for words in (CLASSES, CHANNELS))
-    known = next(entry for entry in shipped().entries if entry.architecture == architecture)
-    assert known == entry_for(architecture, own, head, stem)
+    head, stem = (keys_depending_on(adapter, name, {}, words, own) for words in (CLASS_KEYWORDS, CHANNEL_KEYWORDS))
+    known = next(entry for entry in load_shipped_index().entries if entry.architecture == architecture)
+    assert known == make_index_entry(architecture, own, head, stem)
 
 
 @pytest.mark.parametrize("architecture", SMALL)
@@ -94,14 +109,14 @@ def test_the_shipped_index_says_what_the_libraries_build(architecture):
 def test_a_model_is_found_in_any_order_under_any_prefix(architecture, prefix):
     own = built(architecture)
     backwards = {prefix + key: own[key] for key in reversed(own)}
-    first = next(shipped().matches(backwards))
+    first = next(load_shipped_index().find_matches(backwards))
     assert (first.prefix, first.level) == (prefix, "full")
     assert architecture in first.architectures
 
 
 @pytest.mark.parametrize("architecture", SMALL)
 def test_another_class_count_is_found_without_the_head(architecture):
-    first = next(shipped().matches(built(architecture, num_classes=7)))
+    first = next(load_shipped_index().find_matches(built(architecture, num_classes=7)))
     assert first.level in ("body", "trunk")
     assert architecture in first.architectures
 
@@ -109,14 +124,16 @@ def test_another_class_count_is_found_without_the_head(architecture):
 @pytest.mark.parametrize("architecture", [name for name in SMALL if name.startswith("timm")])
 @pytest.mark.parametrize("kwargs", [{"num_classes": 0}, {"in_chans": 1}, {"in_chans": 5, "num_classes": 3}], ids=str)
 def test_headless_and_other_channels_are_found(architecture, kwargs):
-    assert any(architecture in match.architectures for match in shipped().matches(built(architecture, **kwargs)))
+    assert any(
+        architecture in match.architectures for match in load_shipped_index().find_matches(built(architecture, **kwargs))
+    )
 
 
 def test_folded_batch_norm_leaves_the_frame():
     own = built("timm:resnet10t")
     folded = {key: s for key, s in own.items() if len(s) > 1 or key.startswith("fc.")}
     folded |= {key.replace("weight", "bias"): s[:1] for key, s in folded.items() if len(s) == 4}
-    first = next(shipped().matches(folded))
+    first = next(load_shipped_index().find_matches(folded))
     assert (first.level, first.architectures) == ("frame", ("timm:resnet10t",))
 
 
@@ -125,7 +142,7 @@ def test_the_nearest_of_a_changed_model_is_the_model(architecture):
     own = built(architecture)
     some = list(own)[len(own) // 2]
     changed = {(f"{key}.inner" if key == some else key): s for key, s in own.items()}
-    near = shipped().nearest(changed, 3)
+    near = load_shipped_index().nearest_entries(changed, 3)
     assert architecture in [one.entry.architecture for one in near]
     assert near[0].likeness > 0.7
 
@@ -145,22 +162,22 @@ def test_the_nearest_of_a_changed_model_is_the_model(architecture):
     ids=lambda some: f"{len(some)} keys",
 )
 def test_odd_shapes_match_nothing_and_break_nothing(some):
-    assert list(shipped().matches(some)) == []
-    shipped().nearest(some, 3)
+    assert list(load_shipped_index().find_matches(some)) == []
+    load_shipped_index().nearest_entries(some, 3)
 
 
 def test_prefixes_are_tried_only_where_much_stands():
     own = {f"{name}.{i}.w": (i,) for name in "abcdefgh" for i in range(4)}
-    assert [part.prefix for part in parts(own)] == [""]
+    assert [part.prefix for part in split_into_parts(own)] == [""]
 
 
 def test_what_follows_the_class_count_needs_no_list_of_heads():
     adapter, name = plugins.resolve("torchvision:inception_v3")
-    assert tops(following(adapter, name, {}, CLASSES)) == ("AuxLogits.", "fc.")
+    assert top_attributes(keys_depending_on(adapter, name, {}, CLASS_KEYWORDS)) == ("AuxLogits.", "fc.")
     adapter, name = plugins.resolve("test_index:Headless")
-    assert following(adapter, name, {}, CLASSES) == frozenset()
+    assert keys_depending_on(adapter, name, {}, CLASS_KEYWORDS) == frozenset()
     adapter, name = plugins.resolve("timm:resnet10t")
-    assert following(adapter, name, {"num_classes": 5}, CHANNELS) == {"conv1.0.weight"}
+    assert keys_depending_on(adapter, name, {"num_classes": 5}, CHANNEL_KEYWORDS) == {"conv1.0.weight"}
 
 
 class Headless(nn.Module):
@@ -171,9 +188,9 @@ class Headless(nn.Module):
 
 def test_a_skeleton_that_needs_values_is_built_on_the_cpu():
     adapter, name = plugins.resolve("test_index:needs_values")
-    assert not skeleton(adapter, name, {}).weight.is_meta
+    assert not build_skeleton(adapter, name, {}).weight.is_meta
     with pytest.raises(ArchitectureError):
-        skeleton(adapter, name, {"nonsense": 1})
+        build_skeleton(adapter, name, {"nonsense": 1})
 
 
 def needs_values():

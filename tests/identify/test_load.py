@@ -13,7 +13,7 @@ from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import ArchitectureError, CheckpointError, UsageError
 from ckpt_tools.identify.key_matching import common_prefix
 from ckpt_tools.identify.kwargs import parse_model_kwargs
-from ckpt_tools.identify.loading import identify, load, load_architecture
+from ckpt_tools.identify.loading import identify_model, load, load_architecture
 
 HERE = "test_load:Small"
 
@@ -86,26 +86,26 @@ def test_a_timm_train_py_checkpoint_needs_nothing_said(tmp_path):
 
 def test_another_architecture_than_the_recorded_one_ignores_its_arguments():
     words = {"arch": "resnet34", "args": {"model": "resnet34", "drop": 0.1, "num_classes": 5}}
-    loaded = identify(checkpoint(timm.create_model("resnet18"), **words), "timm:resnet18")
+    loaded = identify_model(checkpoint(timm.create_model("resnet18"), **words), "timm:resnet18")
     assert loaded.rates == "unknown"
     assert loaded.recipe.kwargs["num_classes"] == 1000
 
 
 @pytest.mark.parametrize("key", ["args", "hyper_parameters"])
 def test_a_scripts_own_rates_count_for_a_factory(key):
-    loaded = identify(checkpoint(Small(), **{key: {"drop_rate": 0.3, "lr": 0.1}}), HERE)
+    loaded = identify_model(checkpoint(Small(), **{key: {"drop_rate": 0.3, "lr": 0.1}}), HERE)
     assert loaded.rates == "recorded"
     assert loaded.model.drop.p == 0.3
 
 
 def test_the_users_word_goes_before_the_checkpoints():
-    loaded = identify(checkpoint(Small(), args={"drop_rate": 0.3}), HERE, {"drop_rate": 0.0})
+    loaded = identify_model(checkpoint(Small(), args={"drop_rate": 0.3}), HERE, {"drop_rate": 0.0})
     assert loaded.rates == "given"
     assert loaded.model.drop.p == 0.0
 
 
 def test_the_probe_has_every_rate_switched_on():
-    loaded = identify(checkpoint(Small(num_classes=2)), HERE)
+    loaded = identify_model(checkpoint(Small(num_classes=2)), HERE)
     assert loaded.probe.drop.p == 0.2
     assert loaded.probe.head.weight.is_meta
     assert loaded.probe.head.out_features == 2
@@ -113,28 +113,28 @@ def test_the_probe_has_every_rate_switched_on():
 
 
 def test_no_probe_where_there_is_no_rate_or_it_cannot_be_built():
-    assert identify(checkpoint(torchvision.models.resnet18()), "torchvision:resnet18").probe is None
-    assert identify(checkpoint(ZeroToThree()), "test_load:ZeroToThree").probe is None
+    assert identify_model(checkpoint(torchvision.models.resnet18()), "torchvision:resnet18").probe is None
+    assert identify_model(checkpoint(ZeroToThree()), "test_load:ZeroToThree").probe is None
 
 
 def test_the_keys_decide_between_libraries():
     words = {"arch": "mobilenetv3_small_050"}
-    assert identify(checkpoint(timm.create_model(words["arch"]), **words)).recipe.adapter == "timm"
+    assert identify_model(checkpoint(timm.create_model(words["arch"]), **words)).recipe.adapter == "timm"
     twin = {"arch": "densenet121", "model_kwargs": {"memory_efficient": False}}
     model = torchvision.models.densenet121(num_classes=2)
-    assert identify(checkpoint(model, **twin)).recipe.adapter == "timm"  # both fit: the first
+    assert identify_model(checkpoint(model, **twin)).recipe.adapter == "timm"  # both fit: the first
     with pytest.raises(ArchitectureError, match=r"--arch timm:densenet121 or --arch torchvision:densenet121"):
-        identify(checkpoint(model, arch="densenet121", args={"drop_rate": 0.2}))
+        identify_model(checkpoint(model, arch="densenet121", args={"drop_rate": 0.2}))
 
 
 @pytest.mark.parametrize("prefix", ["model.", "net.inner."])
 def test_a_model_inside_a_larger_one_is_found(prefix):
     model = trained(Small(num_classes=3))
     tensors = {"loss.weight": torch.ones(3)} | {prefix + key: t for key, t in model.state_dict().items()}
-    loaded = identify(checkpoint(tensors), HERE)
+    loaded = identify_model(checkpoint(tensors), HERE)
     assert same_function(loaded, model)
     assert loaded.checkpoint.prefix == prefix
-    assert list(loaded.checkpoint.tensors) == list(model.state_dict())
+    assert list(loaded.checkpoint.batch_tensors) == list(model.state_dict())
     assert loaded.checkpoint.left_out == ("loss (1 tensors)",)
 
 
@@ -146,15 +146,15 @@ def test_a_prefix_is_not_seen_where_there_is_none():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(dtype):
     model = trained(Small()).to(dtype)
-    loaded = identify(checkpoint(model), HERE)
+    loaded = identify_model(checkpoint(model), HERE)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     assert torch.equal(loaded.model.head.weight, model.head.weight.float())
-    assert loaded.checkpoint.tensors["head.weight"].dtype == dtype
+    assert loaded.checkpoint.batch_tensors["head.weight"].dtype == dtype
 
 
 def test_checkpoints_from_before_num_batches_tracked_load():
     tensors = {key: t for key, t in Small().state_dict().items() if not key.endswith("num_batches_tracked")}
-    assert identify(checkpoint(tensors), HERE).model.norm.num_batches_tracked == 0
+    assert identify_model(checkpoint(tensors), HERE).model.norm.num_batches_tracked == 0
 
 
 def test_a_misfit_names_the_first_differences_and_both_shapes():
@@ -162,7 +162,7 @@ def test_a_misfit_names_the_first_differences_and_both_shapes():
     del tensors["norm.running_var"]
     tensors["extra.bias"] = torch.zeros(5)
     with pytest.raises(ArchitectureError) as raised:
-        identify(checkpoint(tensors), HERE)
+        identify_model(checkpoint(tensors), HERE)
     said = str(raised.value)
     assert f"conv.weight: {HERE} expects (4, 3, 3, 3), the checkpoint holds (8, 3, 3, 3)" in said
     assert f"norm.running_var: {HERE} expects (4,), the checkpoint lacks it" in said
@@ -173,9 +173,9 @@ def test_a_misfit_names_the_first_differences_and_both_shapes():
 
 def test_a_file_without_words_asks_for_an_architecture():
     with pytest.raises(ArchitectureError, match=r"(?s)does not say which architecture it holds\..*Give --arch"):
-        identify(checkpoint(Small(), epoch=3))
+        identify_model(checkpoint(Small(), epoch=3))
     with pytest.raises(ArchitectureError, match=r"(?s)'my_net', which no adapter.*--arch"):
-        identify(checkpoint(Small(), arch="my_net"))
+        identify_model(checkpoint(Small(), arch="my_net"))
 
 
 @pytest.mark.parametrize("key", ["head.weight", "norm.running_var"])
@@ -184,7 +184,7 @@ def test_numbers_that_are_none_are_refused(key, value):
     tensors = Small().state_dict()
     tensors[key].view(-1)[1] = value
     with pytest.raises(CheckpointError, match=rf"some\.pt: {key}: expected finite numbers, found 1 NaN"):
-        identify(checkpoint(tensors), HERE)
+        identify_model(checkpoint(tensors), HERE)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8])
@@ -192,7 +192,7 @@ def test_weights_that_are_no_floats_are_refused(dtype):
     tensors = Small().state_dict()
     tensors["head.bias"] = tensors["head.bias"].to(dtype)
     with pytest.raises(CheckpointError, match=f"head.bias: expected floating-point numbers.*{dtype}"):
-        identify(checkpoint(tensors), HERE)
+        identify_model(checkpoint(tensors), HERE)
 
 
 def test_an_architecture_alone():

@@ -13,14 +13,14 @@ from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError, NothingToDo
 from ckpt_tools.identify import resolution
 from ckpt_tools.identify.candidate import load_candidate
-from ckpt_tools.identify.closest import closest
-from ckpt_tools.identify.equivalents import response
-from ckpt_tools.identify.index import Index, entry_for, shipped
-from ckpt_tools.identify.loading import identify, load
-from ckpt_tools.identify.naming import by_file_name
+from ckpt_tools.identify.closest import find_closest_architectures
+from ckpt_tools.identify.equivalents import output_on_random_input
+from ckpt_tools.identify.index import ArchitectureIndex, load_shipped_index, make_index_entry
+from ckpt_tools.identify.loading import identify_model, load
+from ckpt_tools.identify.naming import guess_by_file_name
 from ckpt_tools.identify.normless import require_batch_norm
-from ckpt_tools.identify.resolution import candidates
-from ckpt_tools.identify.skeleton import shapes_of
+from ckpt_tools.identify.resolution import find_candidates
+from ckpt_tools.identify.skeleton import state_dict_shapes
 
 
 def meta(architecture, **kwargs):
@@ -65,12 +65,12 @@ def test_a_bare_state_dict_says_what_it_is(tmp_path, prefix, dtype):
 @pytest.mark.parametrize("architecture", [None, "timm:test_efficientnet"])
 def test_a_loss_with_weights_of_its_own_is_no_part_of_the_model(architecture):
     model = trained(timm.create_model("test_efficientnet", num_classes=7))
-    loaded = identify(checkpoint(model.state_dict() | {"criterion.weight": torch.ones(7)}), architecture)
+    loaded = identify_model(checkpoint(model.state_dict() | {"criterion.weight": torch.ones(7)}), architecture)
     assert (loaded.recipe.architecture, loaded.as_built) == ("timm:test_efficientnet", ("criterion.",))
-    assert "criterion.weight" in loaded.checkpoint.tensors
+    assert "criterion.weight" in loaded.checkpoint.batch_tensors
     assert same_function(loaded, model)
     with pytest.raises(ArchitectureError, match=r"attention\.weight"):
-        identify(checkpoint(model.state_dict() | {"attention.weight": torch.ones(7)}), architecture)
+        identify_model(checkpoint(model.state_dict() | {"attention.weight": torch.ones(7)}), architecture)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_loss_with_weights_of_its_own_is_no_part_of_the_model(architecture):
 def test_small_models_of_both_libraries_are_told(architecture, kwargs):
     adapter, name = plugins.resolve(architecture)
     model = trained(adapter.build(name, kwargs))
-    loaded = identify(checkpoint(model))
+    loaded = identify_model(checkpoint(model))
     assert architecture in (loaded.recipe.architecture, *loaded.twins)
     assert same_function(loaded, model, kwargs.get("in_chans", 3))
 
@@ -96,7 +96,7 @@ def test_small_models_of_both_libraries_are_told(architecture, kwargs):
 def test_files_from_before_the_counters_are_told():
     state = timm.create_model("resnet10t").state_dict()
     old = {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
-    assert identify(checkpoint(old)).recipe.architecture == "timm:resnet10t"
+    assert identify_model(checkpoint(old)).recipe.architecture == "timm:resnet10t"
 
 
 @pytest.mark.parametrize(
@@ -113,103 +113,103 @@ def test_a_head_of_ones_own_is_left_aside(architecture, attribute, head):
     model = adapter.build(name, {})
     setattr(model, attribute, head)
     trained(model)
-    loaded = identify(checkpoint(model))
+    loaded = identify_model(checkpoint(model))
     assert (loaded.recipe.architecture, loaded.as_built) == (architecture, (f"{attribute}.",))
     own, theirs = loaded.model.state_dict(), model.state_dict()
     assert all(torch.equal(own[key], t) for key, t in theirs.items() if not key.startswith(attribute))
-    assert loaded.checkpoint.tensors.keys() == theirs.keys()
+    assert loaded.checkpoint.batch_tensors.keys() == theirs.keys()
     # The same where the user says which architecture it is.
-    assert identify(checkpoint(model), architecture).as_built == loaded.as_built
+    assert identify_model(checkpoint(model), architecture).as_built == loaded.as_built
 
 
 def test_a_head_with_batch_norm_is_not_left_aside():
     model = timm.create_model("resnet10t")
     model.fc = nn.Sequential(nn.Linear(512, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     with pytest.raises(ArchitectureError, match=r"Closest by its tensors:\n  timm:resnet10t"):
-        identify(checkpoint(model))
+        identify_model(checkpoint(model))
 
 
 def test_auxiliary_heads_may_be_there_or_not():
     without = meta("torchvision:googlenet", aux_logits=False, num_classes=3)
-    found = candidates(checkpoint(without))
+    found = find_candidates(checkpoint(without))
     assert [dict(one.recipe.kwargs) for one in found] == [{"aux_logits": False, "num_classes": 3}]
     with_aux = meta("torchvision:fcn_resnet50", aux_loss=True, num_classes=3)
-    (found,) = candidates(checkpoint(with_aux))
+    (found,) = find_candidates(checkpoint(with_aux))
     assert (found.architecture, found.prefix) == ("torchvision:fcn_resnet50", "")
     assert found.recipe.kwargs["aux_loss"] is True
 
 
 def test_words_that_lie_are_overruled_by_the_tensors():
     model = timm.create_model("resnet10t", num_classes=4)
-    loaded = identify(checkpoint(model, arch="resnet18", args={"drop_rate": 0.3}))
+    loaded = identify_model(checkpoint(model, arch="resnet18", args={"drop_rate": 0.3}))
     assert (loaded.recipe.architecture, loaded.recognised_by) == ("timm:resnet10t", "shapes without head")
     assert (loaded.rates, loaded.recipe.kwargs["drop_rate"]) == ("recorded", 0.3)
     wrong = {"model": "resnet10t", "model_kwargs": {"stem_width": 64}}
-    assert identify(checkpoint(model, args=wrong)).recipe.kwargs == {"num_classes": 4, "in_chans": 3}
-    true = identify(checkpoint(model, arch="resnet10t"))
+    assert identify_model(checkpoint(model, args=wrong)).recipe.kwargs == {"num_classes": 4, "in_chans": 3}
+    true = identify_model(checkpoint(model, arch="resnet10t"))
     assert (true.recipe.architecture, true.recognised_by) == ("timm:resnet10t", "checkpoint")
 
 
 def test_the_users_arguments_hold_for_what_the_tensors_tell():
     state = timm.create_model("resnet10t").state_dict()
-    assert identify(checkpoint(state), None, {"drop_rate": 0.2}).rates == "given"
+    assert identify_model(checkpoint(state), None, {"drop_rate": 0.2}).rates == "given"
     with pytest.raises(ArchitectureError, match="found 'no_such_thing'"):
-        identify(checkpoint(state), None, {"no_such_thing": 1})
+        identify_model(checkpoint(state), None, {"no_such_thing": 1})
 
 
 def test_a_backbone_in_a_larger_model_is_no_answer():
     neck = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).state_dict()
     state = {f"backbone.{key}": t for key, t in timm.create_model("test_efficientnet").state_dict().items()} | neck
     with pytest.raises(ArchitectureError, match=r"timm:test_efficientnet \(.*first difference 0\.weight: only in"):
-        identify(checkpoint(state))
+        identify_model(checkpoint(state))
     copies = {
         p + key: t for p in ("a.", "b.") for key, t in timm.create_model("test_efficientnet").state_dict().items()
     }
-    assert identify(checkpoint(copies)).checkpoint.prefix == "a."
+    assert identify_model(checkpoint(copies)).checkpoint.prefix == "a."
 
 
 def test_twins_of_one_function_are_one_answer():
     model = trained(torchvision.models.densenet121(num_classes=2))
-    loaded = identify(checkpoint(model))
+    loaded = identify_model(checkpoint(model))
     assert (loaded.recipe.architecture, loaded.twins) == ("timm:densenet121", ("torchvision:densenet121",))
     assert same_function(loaded, model)
-    published = identify(checkpoint(model, "densenet121-a639ec97.pth"))
+    published = identify_model(checkpoint(model, "densenet121-a639ec97.pth"))
     assert (published.recipe.architecture, published.twins) == ("torchvision:densenet121", ("timm:densenet121",))
-    pickled = identify(checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}}))
+    pickled = identify_model(checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}}))
     assert pickled.recipe.adapter == "torchvision"
 
 
 def test_the_class_of_a_pickled_module_goes_before_a_library_whose_headless_model_fits_better():
     model = torchvision.models.densenet121(num_classes=2)
     model.classifier = nn.Sequential(nn.Dropout(0.3), nn.Linear(1024, 2))
-    pickled = identify(checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}}))
+    pickled = identify_model(checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}}))
     assert (pickled.recipe.adapter, pickled.as_built) == ("torchvision", ("classifier.",))
 
 
 def test_rates_that_mean_different_layers_in_twins_are_no_answer():
     model = torchvision.models.densenet121(num_classes=2)
     with pytest.raises(AmbiguousArchitecture, match="may mean different layers") as raised:
-        identify(checkpoint(model, args={"drop_rate": 0.2}))
+        identify_model(checkpoint(model, args={"drop_rate": 0.2}))
     assert raised.value.candidates == ("timm:densenet121", "torchvision:densenet121")
 
 
 @pytest.fixture(scope="module")
 def resnets():
-    return candidates(checkpoint(meta("timm:resnet18")))
+    return find_candidates(checkpoint(meta("timm:resnet18")))
 
 
 def test_several_functions_are_all_listed():
     some = checkpoint(timm.create_model("resnet18", num_classes=3), "runs/resnetblur18/best.pt")
-    found = candidates(some)
+    found = find_candidates(some)
     assert [one.architecture for one in found] == ["timm:resnet18", "timm:resnetblur18"]
     assert "torchvision:resnet18" in found[0].twins
     assert [load_candidate(some, one).recipe.kwargs["num_classes"] for one in found] == [3, 3]
     with pytest.raises(
         AmbiguousArchitecture, match=r"suggests timm:resnetblur18\. Choose.*--arch timm:resnetb"
     ) as raised:
-        identify(some)
+        identify_model(some)
     assert raised.value.candidates == ("timm:resnet18", "timm:resnetblur18")
-    assert identify(some, "timm:resnetblur18").recognised_by == "user"
+    assert identify_model(some, "timm:resnetblur18").recognised_by == "user"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_several_functions_are_all_listed():
     ],
 )
 def test_a_file_name_suggests(resnets, path, expected):
-    found = by_file_name(Path("/data") / path, resnets)
+    found = guess_by_file_name(Path("/data") / path, resnets)
     assert (found and found.architecture) == expected
 
 
@@ -233,7 +233,10 @@ def test_other_padding_is_another_function_and_pruning_is_none():
     weights: dict[str, torch.Tensor] = {}
 
     def answers(*names):
-        return [response(candidates(checkpoint(meta(name)), name)[0], (3, 64, 64), weights) for name in names]
+        return [
+            output_on_random_input(find_candidates(checkpoint(meta(name)), name)[0], (3, 64, 64), weights)
+            for name in names
+        ]
 
     plain, pruned, same = answers("timm:efficientnet_es", "timm:efficientnet_es_pruned", "timm:tf_efficientnet_es")
     assert torch.equal(plain, pruned)
@@ -241,12 +244,14 @@ def test_other_padding_is_another_function_and_pruning_is_none():
 
 
 def test_a_stale_index_names_nothing_that_is_not_there(monkeypatch):
-    own = shapes_of(meta("timm:resnet10t"))
-    gone = entry_for("timm:resnet10_gone", own, (), ())
-    changed = entry_for("timm:resnet14t", own, (), ())  # the library's has other tensors by now
-    right = entry_for("timm:resnet10t", own, ("fc.weight", "fc.bias"), ())
-    monkeypatch.setattr(resolution, "shipped", lambda: Index({"timm": "0.0"}, (gone, changed, right)))
-    (found,) = candidates(checkpoint(meta("timm:resnet10t")))
+    own = state_dict_shapes(meta("timm:resnet10t"))
+    gone = make_index_entry("timm:resnet10_gone", own, (), ())
+    changed = make_index_entry("timm:resnet14t", own, (), ())  # the library's has other tensors by now
+    right = make_index_entry("timm:resnet10t", own, ("fc.weight", "fc.bias"), ())
+    monkeypatch.setattr(
+        resolution, "load_shipped_index", lambda: ArchitectureIndex({"timm": "0.0"}, (gone, changed, right))
+    )
+    (found,) = find_candidates(checkpoint(meta("timm:resnet10t")))
     assert found.architecture == "timm:resnet10t"
 
 
@@ -254,7 +259,7 @@ def test_the_closest_three_and_what_differs():
     state = timm.create_model("resnet10t").state_dict()
     state["layer3.0.se.fc1.weight"] = torch.ones(16, 256, 1, 1)
     with pytest.raises(ArchitectureError) as raised:
-        identify(checkpoint(state))
+        identify_model(checkpoint(state))
     said = str(raised.value).splitlines()
     assert said[1:3] == [
         "Closest by its tensors:",
@@ -265,16 +270,19 @@ def test_the_closest_three_and_what_differs():
 
 
 def test_another_kernel_size_of_the_stem_is_named():
-    own = shapes_of(meta("torchvision:resnet18")) | {"conv1.weight": (64, 3, 3, 3)}
-    found = closest(own)
+    own = state_dict_shapes(meta("torchvision:resnet18")) | {"conv1.weight": (64, 3, 3, 3)}
+    found = find_closest_architectures(own)
     assert found[0].difference == "conv1.weight: (64, 3, 7, 7) there, (64, 3, 3, 3) in the checkpoint"
     assert not any("quantized_" in close.architecture for close in found)
 
 
 def test_the_closest_is_found_whatever_the_head_and_the_prefix():
-    own = {f"model.{key}": s for key, s in shapes_of(meta("timm:test_efficientnet", num_classes=3, in_chans=1)).items()}
+    own = {
+        f"model.{key}": s
+        for key, s in state_dict_shapes(meta("timm:test_efficientnet", num_classes=3, in_chans=1)).items()
+    }
     own["model.blocks.1.0.conv_exp.weight"] = (9, 9, 9, 9)
-    first = closest(own)[0]
+    first = find_closest_architectures(own)[0]
     assert first.architecture == "timm:test_efficientnet"
     assert first.total - first.fitting == 1
     assert first.difference.endswith("there, (9, 9, 9, 9) in the checkpoint")
@@ -294,7 +302,7 @@ def test_what_resembles_nothing_is_said_so(tensors):
     with pytest.raises(
         ArchitectureError, match=r"(?s)No architecture of timm .* or torchvision .* resembles it.*--arch"
     ):
-        identify(checkpoint(tensors))
+        identify_model(checkpoint(tensors))
 
 
 def folded(model):
@@ -335,12 +343,12 @@ def test_the_rates_of_a_pickled_module_are_set_where_they_belong():
     }
     state = timm.create_model("test_efficientnet").state_dict()
     words = {"class": "timm.models.efficientnet.EfficientNet", "rates": rates | {"gone": {"p": 0.5, "odd": "x"}}}
-    loaded = identify(checkpoint(state, module=words))
+    loaded = identify_model(checkpoint(state, module=words))
     assert (loaded.rates, loaded.recipe.kwargs["drop_path_rate"]) == ("recorded", 0.3)
     assert loaded.model.drop_rate == 0.1
     assert loaded.model.blocks[1][0].drop_path.drop_prob == 0.1
     assert loaded.model.blocks[2][0].drop_path.drop_prob == 0.3
-    assert identify(checkpoint(state, module=words), None, {"drop_rate": 0.4}).rates == "given"
+    assert identify_model(checkpoint(state, module=words), None, {"drop_rate": 0.4}).rates == "given"
 
 
 @pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel, lambda model: nn.DataParallel(nn.Sequential(model))])
@@ -366,18 +374,18 @@ def test_drop_blocks_are_no_drop_paths(tmp_path, rates):
 
 def test_rates_of_layers_that_the_architecture_has_not_leave_the_others_unknown():
     words = {"class": "mine.Net", "rates": {"features.drop_path": {"drop_prob": 0.3}}}
-    assert identify(checkpoint(torchvision.models.shufflenet_v2_x0_5(), module=words)).rates == "unknown"
+    assert identify_model(checkpoint(torchvision.models.shufflenet_v2_x0_5(), module=words)).rates == "unknown"
 
 
 @pytest.mark.parametrize("words", [None, 3, {"rates": [1]}, {"class": 5, "rates": {"a": 3, 4: {"p": 1}}}], ids=str)
 def test_hostile_words_about_a_module_are_no_words(words):
-    assert identify(checkpoint(timm.create_model("resnet10t"), module=words)).rates == "unknown"
+    assert identify_model(checkpoint(timm.create_model("resnet10t"), module=words)).rates == "unknown"
 
 
 def test_a_trusted_module_is_the_model_itself():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3)))
     some = Checkpoint(Path("m.pt"), "pickle", model.state_dict(), module=nn.DataParallel(model), prefix="module.")
-    loaded = identify(some)
+    loaded = identify_model(some)
     assert (loaded.recognised_by, loaded.rates, loaded.recipe.name) == ("module", "model", "Sequential")
     assert same_function(loaded, model)
     loaded.model[1].running_var.zero_()
@@ -385,4 +393,4 @@ def test_a_trusted_module_is_the_model_itself():
 
 
 def test_the_shipped_index_is_read_once():
-    assert shipped() is shipped()
+    assert load_shipped_index() is load_shipped_index()

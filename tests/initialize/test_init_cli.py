@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckFailed
-from ckpt_tools.jobs.initialization import refuse_trained, seeded
+from ckpt_tools.jobs.initialization import refuse_trained_checkpoint, seed_constructors
 from ckpt_tools.storage.output.checkpoint_writer import write_safetensors
 
 DENSE = ("--arch", "nets:DenseNet", "--input-size", "3,8,8")
@@ -156,10 +156,10 @@ def test_seeding_a_build_leaves_every_generator_as_it_was() -> None:
     restart()
     undisturbed = draws()
     restart()
-    with seeded(2**40):
+    with seed_constructors(2**40):
         inside = draws()
     assert draws() == undisturbed
-    with seeded(2**40):
+    with seed_constructors(2**40):
         assert draws() == inside != undisturbed
 
 
@@ -358,12 +358,12 @@ def test_a_trained_checkpoint_is_refused_without_force(
 
 def test_a_counter_of_zero_speaks_for_a_mean_that_is_not() -> None:
     mean, counter = torch.tensor([0.0, 0.5]), torch.tensor(0)
-    refuse_trained({"bn.running_mean": mean, "bn.num_batches_tracked": counter})
-    refuse_trained({"bn.running_mean": torch.zeros(2)})
+    refuse_trained_checkpoint({"bn.running_mean": mean, "bn.num_batches_tracked": counter})
+    refuse_trained_checkpoint({"bn.running_mean": torch.zeros(2)})
     with pytest.raises(CheckFailed, match=r"bn\.running_mean.*found 0\.5"):
-        refuse_trained({"bn.running_mean": mean})
+        refuse_trained_checkpoint({"bn.running_mean": mean})
     with pytest.raises(CheckFailed, match=r"bn\.num_batches_tracked.*found 12"):
-        refuse_trained({"bn.running_mean": mean, "bn.num_batches_tracked": torch.tensor(12)})
+        refuse_trained_checkpoint({"bn.running_mean": mean, "bn.num_batches_tracked": torch.tensor(12)})
 
 
 def test_a_failing_write_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

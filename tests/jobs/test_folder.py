@@ -20,9 +20,9 @@ from ckpt_tools.cli.many_checkpoints import _data_files
 from ckpt_tools.data.arrays.array_files import StoredArray
 from ckpt_tools.data.shared_stream import read_together
 from ckpt_tools.errors import OutputError
-from ckpt_tools.jobs.many.folder_run import items_for, run
+from ckpt_tools.jobs.many.folder_run import plan_items, reestimate_items
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.report.records.manifest import Manifest, record_of, records_in
+from ckpt_tools.report.records.manifest import Manifest, make_record, parse_records
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.walker.downstream import walk
 
@@ -149,7 +149,7 @@ def test_what_has_changed_is_refused_or_with_overwrite_done_again(root: Path) ->
 def test_two_that_would_share_an_output_keep_their_suffix(root: Path) -> None:
     first = root / "runs" / "0" / "0.pt"
     first.with_suffix(".pth").write_bytes(first.read_bytes())
-    items = items_for(find_checkpoints([root / "runs" / "0"]), root / "fixed")
+    items = plan_items(find_checkpoints([root / "runs" / "0"]), root / "fixed")
     assert [item.output.name for item in items] == ["0.pt.bn.safetensors", "0.pth.bn.safetensors", "2.bn.safetensors"]
 
 
@@ -274,11 +274,11 @@ def _killed_run(root: Path, seconds: float) -> None:
 
 
 def whole_run(root: Path) -> list[str]:
-    items = items_for(find_checkpoints([root / "runs"]), root / "fixed")
+    items = plan_items(find_checkpoints([root / "runs"]), root / "fixed")
     log = Manifest(root / "fixed" / "ckpt-fix.jsonl")
     request = Request(Path(), str(root / "data.npy"), architecture="nets:DenseNet", batch_size=16)
     seen: list[str] = []
-    run(items, request, lambda result: seen.append(log.add(record_of(result))["status"]))
+    reestimate_items(items, request, lambda result: seen.append(log.add_record(make_record(result))["status"]))
     return seen
 
 
@@ -420,11 +420,11 @@ def test_settings_are_equal_however_data_is_named(root: Path, monkeypatch: pytes
     (root / "map.json").write_text('["a", "b"]')
     (root / "copy.txt").write_text("a\nb\n")
     said = {"checkpoint": Path("x.pt"), "data": "data.npy", "eval_data": "val.npz", "class_map": Path("map.json")}
-    asked = Request(**said).settings()
+    asked = Request(**said).settings_digest()
     for more in ({"data": "./data.npy"}, {"eval_data": f"{root}/sub/../val.npz"}, {"class_map": Path("copy.txt")}):
-        assert Request(**{**said, **more}).settings() == asked
+        assert Request(**{**said, **more}).settings_digest() == asked
     (root / "map.json").write_text('["b", "a"]')
-    assert Request(**said).settings() != asked
+    assert Request(**said).settings_digest() != asked
 
 
 def test_a_manifest_has_a_file_of_its_own(root: Path) -> None:
@@ -444,6 +444,6 @@ def test_a_manifest_is_not_appended_to_other_files(tmp_path: Path) -> None:
             Manifest(tmp_path / name)
         assert (tmp_path / name).read_bytes() == content
     (tmp_path / "killed.jsonl").write_bytes(b'{"checkpoint": "a.p')
-    Manifest(tmp_path / "killed.jsonl").add({"checkpoint": "b\udcff.pt", "status": "failed"})
-    names = [record["checkpoint"] for record in records_in((tmp_path / "killed.jsonl").read_bytes())]
+    Manifest(tmp_path / "killed.jsonl").add_record({"checkpoint": "b\udcff.pt", "status": "failed"})
+    names = [record["checkpoint"] for record in parse_records((tmp_path / "killed.jsonl").read_bytes())]
     assert names == ["b\udcff.pt"]

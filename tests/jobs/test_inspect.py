@@ -1,4 +1,4 @@
-"""``inspect``: what the page says is what the file holds, and what ``bn-reestimate`` then really does."""
+"""``inspect_checkpoint``: what the page says is what the file holds, and what ``bn-reestimate`` then really does."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_candidates_are_listed(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def torn(*arguments: object) -> None:
         raise AmbiguousArchitecture("several fit; choose with --arch", ("timm:one", "timm:other"))
 
-    monkeypatch.setattr(inspection, "identify", torn)
+    monkeypatch.setattr(inspection, "identify_model", torn)
     assert facts(file, code=1)["candidates"] == ["timm:one", "timm:other"]
     text = page(file, code=1)
     for said in ("one of timm:one, timm:other", "running variances of 5 layers", "let the data choose"):

@@ -27,12 +27,12 @@ from click.testing import CliRunner, Result
 from ckpt_tools.cli import main
 from ckpt_tools.errors import ClusterError, UsageError
 from ckpt_tools.jobs.many import ray_loopback
-from ckpt_tools.jobs.many.folder_run import Item, items_for
-from ckpt_tools.jobs.many.ray_cluster import Size, connected, measured
+from ckpt_tools.jobs.many.folder_run import CheckpointItem, plan_items
+from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, measure_capacity
 from ckpt_tools.jobs.many.ray_engine import RayEngine, _Part
 from ckpt_tools.jobs.many.ray_loopback import require_loopback
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.remote.mirror import located, mirroring
+from ckpt_tools.remote.mirror import open_mirror, resolve_location
 from ckpt_tools.storage.discovery import find_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         variables = dict(os.environ)
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         patch.chdir(tmp_path_factory.mktemp("start"))
-        with connected(None) as ray:
+        with connect_to_ray(None) as ray:
             signal.signal(signal.SIGINT, before)
             yield ray
         assert dict(os.environ) == variables
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatc
 
 @pytest.mark.usefixtures("ray")
 def test_what_a_lost_worker_could_not_say_is_done_and_not_done_again(root: Path) -> None:
-    items = items_for(find_checkpoints([root / "runs"]), root / "fixed")
+    items = plan_items(find_checkpoints([root / "runs"]), root / "fixed")
     request = Request(Path(), "data.npy", architecture="nets:DenseNet", batch_size=16)
     records: list[Any] = []
     RayEngine(cpus=2).run(items, request, lethal.described, records.append)
@@ -142,11 +142,11 @@ def test_what_a_lost_worker_could_not_say_is_done_and_not_done_again(root: Path)
 
 
 def test_after_a_second_loss_items_stand_alone() -> None:
-    whole = _Part((0, 1, 2)).without(1)
-    (again,) = whole.again()
+    whole = _Part((0, 1, 2)).without_item(1)
+    (again,) = whole.split_for_retry()
     assert again == _Part((0, 2), 2)
-    assert list(again.again()) == [_Part((0,), 3), _Part((2,), 3)]
-    assert not list(again.without(0).without(2).again())
+    assert list(again.split_for_retry()) == [_Part((0,), 3), _Part((2,), 3)]
+    assert not list(again.without_item(0).without_item(2).split_for_retry())
 
 
 def test_an_interrupt_leaves_nothing_half_done(ray: Any, root: Path) -> None:
@@ -295,8 +295,8 @@ def _greeted(server: socket.socket, greeting: bytes) -> None:
 
 
 def test_a_checkpoint_behind_a_url_is_refused(tmp_path: Path) -> None:
-    with mirroring():
-        item = Item(located("memory://bucket/a.pt"), tmp_path / "a.safetensors")
+    with open_mirror():
+        item = CheckpointItem(resolve_location("memory://bucket/a.pt"), tmp_path / "a.safetensors")
         with pytest.raises(UsageError, match=r"memory://bucket/a\.pt: expected a path"):
             RayEngine().run([item], Request(Path(), "data.npy"), lethal.described, print)
 
@@ -309,24 +309,26 @@ def test_an_address_is_for_ray() -> None:
 @pytest.mark.parametrize(
     ("nodes", "device", "cpus", "expected"),
     [
-        ([{"CPU": 2}], "auto", None, Size(2, 0, 1, 1)),
-        ([{"CPU": 2}], "auto", 1, Size(1, 0, 2, 2)),
-        ([{"CPU": 64}, {"CPU": 16}, {"CPU": 0}], "cpu", None, Size(8, 0, 10, 8)),
-        ([{"CPU": 4}, {"CPU": 32, "GPU": 8}], "auto", None, Size(4, 1, 8, 8)),
-        ([{"CPU": 4}, {"CPU": 32, "GPU": 8}], "cpu", None, Size(4, 0, 9, 8)),
-        ([{"CPU": 4, "GPU": 8}], "cuda", None, Size(1, 1, 4, 4)),
+        ([{"CPU": 2}], "auto", None, ClusterCapacity(2, 0, 1, 1)),
+        ([{"CPU": 2}], "auto", 1, ClusterCapacity(1, 0, 2, 2)),
+        ([{"CPU": 64}, {"CPU": 16}, {"CPU": 0}], "cpu", None, ClusterCapacity(8, 0, 10, 8)),
+        ([{"CPU": 4}, {"CPU": 32, "GPU": 8}], "auto", None, ClusterCapacity(4, 1, 8, 8)),
+        ([{"CPU": 4}, {"CPU": 32, "GPU": 8}], "cpu", None, ClusterCapacity(4, 0, 9, 8)),
+        ([{"CPU": 4, "GPU": 8}], "cuda", None, ClusterCapacity(1, 1, 4, 4)),
     ],
 )
-def test_tasks_fill_the_cluster(nodes: list[dict[str, float]], device: str, cpus: int | None, expected: Size) -> None:
-    assert measured(nodes, device, cpus) == expected
+def test_tasks_fill_the_cluster(
+    nodes: list[dict[str, float]], device: str, cpus: int | None, expected: ClusterCapacity
+) -> None:
+    assert measure_capacity(nodes, device, cpus) == expected
 
 
 def test_tasks_that_no_node_could_run() -> None:
     with pytest.raises(UsageError, match="at most 4"):
-        measured([{"CPU": 4}], "cpu", 5)
+        measure_capacity([{"CPU": 4}], "cpu", 5)
     with pytest.raises(ClusterError, match="GPU"):
-        measured([{"CPU": 4}], "cuda")
+        measure_capacity([{"CPU": 4}], "cuda")
     with pytest.raises(ClusterError, match="CPU"):
-        measured([{"CPU": 0}], "auto")
+        measure_capacity([{"CPU": 0}], "auto")
     with pytest.raises(UsageError, match="cuda:1"):
-        measured([{"CPU": 4, "GPU": 2}], "cuda:1")
+        measure_capacity([{"CPU": 4, "GPU": 2}], "cuda:1")

@@ -18,7 +18,7 @@ from torch.ao import quantization
 from torch.ao.quantization import fake_quantize, observer
 
 import ckpt_tools
-from ckpt_tools.diagnosis.agreement import measure
+from ckpt_tools.diagnosis.agreement import measure_agreement
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.initialize.verify import measure_signals
@@ -99,7 +99,7 @@ ENTRIES: dict[str, Call] = {
     "without a walk": lambda model, more: ckpt_tools.reestimate_bn(model, DATA, force=True, **more),
     "beside a training": lambda model, more: ckpt_tools.corrected_state_dict(model, DATA, **more),
     "walk": lambda model, more: ckpt_tools.walk(model, DATA[0], **more),
-    "agreement": lambda model, more: measure(model, DATA, known_walk(), rates_known=True, **more),
+    "agreement": lambda model, more: measure_agreement(model, DATA, known_walk(), rates_known=True, **more),
     "signals": lambda model, more: measure_signals(model, DATA, **more),
     "evaluation": lambda model, more: evaluate(
         model, labelled(), forward=lambda net, batch: more.get("forward", lambda net, batch: net(batch))(net, batch)
@@ -203,9 +203,9 @@ class Filling(nn.Module):
         self.register_buffer("least", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.least.numel():
-            self.least.resize_(x.shape[1])
-        self.least.copy_(x.detach().amin((0, 2, 3)))
+        if not self.elementwise_minimum.numel():
+            self.elementwise_minimum.resize_(x.shape[1])
+        self.elementwise_minimum.copy_(x.detach().amin((0, 2, 3)))
         return x
 
 

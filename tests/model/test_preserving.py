@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import ModelError
 from ckpt_tools.model import torch_settings
-from ckpt_tools.model.preserving import evaluating, preserved
+from ckpt_tools.model.preserving import preserve_models, preserved_evaluation_mode
 from ckpt_tools.model.tensor_state import _copy_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -35,7 +35,7 @@ def test_every_kind_of_change_is_undone(name: str) -> None:
     attic = Attic()
     before = photograph.of_model(attic)
     for error in OUTCOMES:
-        with unchanged(attic), suppress(Injected, KeyboardInterrupt), preserved(attic), torch.no_grad():
+        with unchanged(attic), suppress(Injected, KeyboardInterrupt), preserve_models(attic), torch.no_grad():
             MUTATIONS[name](attic)
             assert photograph.differences(before, photograph.of_model(attic))  # or the oracle is blind
             fail(error)
@@ -45,7 +45,7 @@ def test_every_kind_of_change_is_undone(name: str) -> None:
 @given(st.lists(st.sampled_from(sorted(MUTATIONS)), min_size=2, max_size=8), st.sampled_from(OUTCOMES))
 def test_any_sequence_of_changes_is_undone(program: list[str], error: type[BaseException] | None) -> None:
     attic = Attic()
-    with unchanged(attic), suppress(Injected, KeyboardInterrupt), preserved(attic), torch.no_grad():
+    with unchanged(attic), suppress(Injected, KeyboardInterrupt), preserve_models(attic), torch.no_grad():
         for name in program:
             with suppress(AttributeError, RuntimeError, TypeError, KeyError, ValueError):  # on what is gone by now
                 MUTATIONS[name](attic)
@@ -58,7 +58,7 @@ def test_an_error_while_things_are_put_back_keeps_nothing_from_it(error: type[Ba
     program = ["data_replaced", "overlapping", "gradients_zeroed", "resized", "converted", "requires_grad"]
 
     def run(mode: Faulty) -> None:
-        with suppress(error), preserved(attic):
+        with suppress(error), preserve_models(attic):
             for name in program:
                 MUTATIONS[name](attic)
             mode.__enter__()
@@ -80,7 +80,7 @@ def test_what_cannot_be_put_back_is_said_and_the_rest_is_put_back() -> None:
     weight = attic.weight.detach().clone()
 
     def join_graph() -> None:  # of a view, which torch cannot take out of a graph again
-        with preserved(attic), torch.enable_grad():
+        with preserve_models(attic), torch.enable_grad():
             attic.weight.data.zero_()
             attic.row.add_(attic.zeros)
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_put_back_is_said_and_the_rest_is_put_back() -> None:
 def test_a_storage_that_has_grown_comes_back_but_for_its_address() -> None:
     attic = Attic()
     before = photograph.of_model(attic)
-    with preserved(attic):
+    with preserve_models(attic):
         attic.counter.resize_(1000).fill_(1)
     (place,) = photograph.differences(before, photograph.of_model(attic))
     assert place == "_buffers[counter]"
@@ -106,7 +106,7 @@ def test_nothing_is_written_where_nothing_has_changed() -> None:
     versions = [tensor._version for tensor in attic.parameters()]
     loss = (attic.weight * attic.weight).sum()
     for change in (lambda: None, lambda: attic.weight.data.add_(1)):
-        with preserved(attic), torch.no_grad():
+        with preserve_models(attic), torch.no_grad():
             change()
     loss.backward()
     assert [tensor._version for tensor in attic.parameters()] == versions
@@ -115,7 +115,7 @@ def test_nothing_is_written_where_nothing_has_changed() -> None:
 @pytest.mark.parametrize("ambient", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
 def test_within_modes_of_the_caller(ambient: Callable[[], Any]) -> None:
     attic = Attic()
-    with ambient(), unchanged(attic), preserved(attic):
+    with ambient(), unchanged(attic), preserve_models(attic):
         for name in ("data_in_place", "data_replaced", "overlapping", "resized", "gradients_zeroed", "inferred"):
             MUTATIONS[name](attic)
 
@@ -124,12 +124,12 @@ def test_within_modes_of_the_caller(ambient: Callable[[], Any]) -> None:
 def test_quantised_and_scripted_models() -> None:
     quantised = nn.Module()
     quantised.register_buffer("q", torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8))
-    with unchanged(quantised), preserved(quantised):
+    with unchanged(quantised), preserve_models(quantised):
         quantised.q.copy_(torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8))
         quantised.q.data = torch.quantize_per_tensor(torch.ones(5), 0.5, 0, torch.qint8)
     scripted = torch.jit.script(nn.BatchNorm1d(3))
     before = {key: value.clone() for key, value in scripted.state_dict().items()}
-    with evaluating(scripted), torch.no_grad():
+    with preserved_evaluation_mode(scripted), torch.no_grad():
         assert not scripted.training
         scripted.weight.data.add_(1)
         scripted.running_var.add_(1)
@@ -146,7 +146,7 @@ def test_modules_that_functions_run_come_back() -> None:
     model.register_forward_hook(lambda module, args, output, norm=default: norm(output))
     model.forward_again = norms[2].forward
     before = [photograph.of_model(norm) for norm in norms]
-    with unchanged(model), preserved(model):
+    with unchanged(model), preserve_models(model):
         model(x)
         model.forward_again(x)
     assert [photograph.of_model(norm) for norm in norms] == before
@@ -154,7 +154,7 @@ def test_modules_that_functions_run_come_back() -> None:
 
 def test_a_log_keeps_what_a_forward_has_told() -> None:
     attic = Attic()
-    with preserved(attic):
+    with preserve_models(attic):
         attic.log.append(2)
         attic.log = []
     assert attic.log == [1, 2]
@@ -162,7 +162,7 @@ def test_a_log_keeps_what_a_forward_has_told() -> None:
 
 def test_flat_weights_of_an_rnn_come_back_with_its_weights() -> None:
     rnn = nn.LSTM(3, 4)
-    with unchanged(rnn), preserved(rnn):
+    with unchanged(rnn), preserve_models(rnn):
         rnn.weight_ih_l0 = nn.Parameter(torch.zeros(16, 3))
         assert rnn._flat_weights[0] is rnn.weight_ih_l0
 
@@ -188,7 +188,7 @@ def test_copies_go_to_main_memory_where_the_device_is_full() -> None:
 def test_every_setting_comes_back(name: str) -> None:
     for error in OUTCOMES:
         before = photograph.of_process()
-        with unchanged(), suppress(Injected, KeyboardInterrupt), preserved():
+        with unchanged(), suppress(Injected, KeyboardInterrupt), preserve_models():
             SETTINGS[name]()
             assert photograph.differences(before, photograph.of_process())
             fail(error)
@@ -210,7 +210,7 @@ def test_any_mixture_of_settings_comes_back(own: list[str], changes: list[str]) 
         for name in own:
             SETTINGS[name]()
         assume(RuntimeError not in dict(photograph.of_process()["switches"]).values())  # names of TF32 contradict
-        with unchanged(), preserved():
+        with unchanged(), preserve_models():
             for name in changes:
                 SETTINGS[name]()
     finally:
@@ -222,13 +222,13 @@ def test_threads_that_take_turns_leave_the_settings_of_the_process() -> None:
     first, second = threading.Event(), threading.Event()
 
     def inner() -> None:
-        with preserved():
+        with preserve_models():
             first.set()
             second.wait()
 
     with unchanged():
         thread = threading.Thread(target=inner)
-        with preserved():
+        with preserve_models():
             torch.set_default_dtype(torch.float64)
             thread.start()
             first.wait()

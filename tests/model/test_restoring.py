@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import ckpt_tools
-from ckpt_tools.diagnosis.agreement import measure
+from ckpt_tools.diagnosis.agreement import measure_agreement
 from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.initialize.verify import measure_signals
 
@@ -125,7 +125,7 @@ CALLS: dict[str, Call] = {
     "precise": reestimate(statistics="mean+variance", tolerance=0.9),
     "bf16": reestimate(precision="bf16"),
     "beside a training": lambda model, data, walk: ckpt_tools.corrected_state_dict(model, data, walk=walk),
-    "agreement": lambda model, data, walk: measure(model, data, walk, rates_known=True),
+    "agreement": lambda model, data, walk: measure_agreement(model, data, walk, rates_known=True),
     "walk": lambda model, data, walk: ckpt_tools.walk(model, data[0]),
     "signals": lambda model, data, walk: measure_signals(model, data),
     "evaluation": lambda model, data, walk: evaluate(model, labelled(data)),

@@ -23,7 +23,7 @@ from ckpt_tools import reestimate_bn
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.images.image_folder import FolderSource
-from ckpt_tools.diagnosis.data_sample import drawn
+from ckpt_tools.diagnosis.data_sample import draw_sample
 from ckpt_tools.distributed import ALONE
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.reestimate.outliers import Gauge, apart, energies, not_finite, one_colour, unusual
@@ -153,7 +153,7 @@ def test_values_whose_squares_are_not_finite(value: float) -> None:
         result, found = run(model, bad)
         assert [one.name for one in result.outliers] == [f"sample {place % 128} of batch {place // 128}"]
         assert farthest(found, run(model, x)[1]) < 0.02
-        (first, *_) = drawn(list(bad.split(128)), 256)
+        (first, *_) = draw_sample(list(bad.split(128)), 256)
         assert len(first) == 128 - (place < 128)
 
 
@@ -357,7 +357,7 @@ def test_a_first_look_is_not_spoilt() -> None:
     x = net()[1][:64]
     bad = x.clone()
     bad[5], bad[6], bad[7] = bad[5] * 100, 3.0, math.nan
-    (look,) = drawn([bad], 256)
+    (look,) = draw_sample([bad], 256)
     assert torch.equal(torch.as_tensor(look), torch.cat([x[:5], x[8:]]))
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ckpt_tools.cli import main
 from ckpt_tools.errors import UsageError
 from ckpt_tools.redaction import presentable, remember_secret, remembering, without_fragments, without_secrets
-from ckpt_tools.remote.address import is_url, parted, remember_url, remember_urls, shown_url
+from ckpt_tools.remote.address import is_url, parse_url, redact_url, remember_url, remember_urls
 from ckpt_tools.storage.contents.recorded_values import plain_words
 
 FRAGMENT = 6  # characters in a row that tell something of a secret
@@ -162,7 +162,7 @@ def test_no_command_shows_a_secret(
 def test_what_is_shown_of_a_url(secret: str, shape: str) -> None:
     url = SHAPES[shape].format(secret)
     assume(is_url(url))
-    assert not leaked(secret, shown_url(url).partition("://")[2].replace("127.0.0.1:1/x.pt", ""))
+    assert not leaked(secret, redact_url(url).partition("://")[2].replace("127.0.0.1:1/x.pt", ""))
 
 
 @settings(max_examples=300, deadline=None)
@@ -194,8 +194,8 @@ def test_what_a_client_says(secret: str, shape: str, before: str, after: str) ->
     ],
 )
 def test_urls_that_can_be_read(url: str, shown: str, path: str, query: str) -> None:
-    address = parted(url)
-    assert (shown_url(url), address.path, address.query) == (shown, path, query)
+    address = parse_url(url)
+    assert (redact_url(url), address.path, address.query) == (shown, path, query)
     assert f"{address.origin.said}{address.path}{address.query}".lower() == url.lower()
     assert f"{address.origin.shown}{address.path}" == shown
 
@@ -218,9 +218,9 @@ def test_urls_that_can_be_read(url: str, shown: str, path: str, query: str) -> N
 )
 def test_urls_that_can_be_read_in_two_ways_are_refused(url: str) -> None:
     assert is_url(url)
-    assert shown_url(url) == f"{url.split(':')[0]}://…"
+    assert redact_url(url) == f"{url.split(':')[0]}://…"
     with pytest.raises(UsageError, match=rf"^{url.split(':')[0]}://…: expected "):
-        parted(url)
+        parse_url(url)
 
 
 @pytest.mark.parametrize(

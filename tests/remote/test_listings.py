@@ -25,8 +25,8 @@ from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.data.labels import folder_labels
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
-from ckpt_tools.remote.copies import fetch, peek
-from ckpt_tools.remote.mirror import located, mirroring
+from ckpt_tools.remote.copies import fetch_beginning, fetch_file
+from ckpt_tools.remote.mirror import open_mirror, resolve_location
 from ckpt_tools.remote.store import open_remote
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
@@ -113,33 +113,33 @@ def test_a_hostile_name_is_refused_in_one_line(here: Path, weights: bytes, name:
 @pytest.mark.parametrize("name", ["a::b.txt", "../x.log", "x\n.md", "/x", "..\\y", "", "nul"], ids=ascii)
 def test_hostile_names_that_nobody_wants_do_not_matter(weights: bytes, name: str) -> None:
     Lying.tell(["a.pt", name], weights)
-    with mirroring():
+    with open_mirror():
         assert read_checkpoint(URL).tensors
-        assert [found.place.as_posix() for found in find_checkpoints([located(URL)])] == ["a.pt"]
+        assert [found.place.as_posix() for found in find_checkpoints([resolve_location(URL)])] == ["a.pt"]
 
 
 def test_what_is_listed_outside_of_the_folder_is_not_in_it(weights: bytes) -> None:
     Lying.tell(["a.pt"], weights)
     for name in ("vault/runs2/b.pt", "vault/b.pt", "b.pt", "/vault/runs/b.pt", "lying://vault/runs/b.pt", "vault/runs"):
         Lying.entries.append({"name": name, "size": 1, "type": "file"})
-    with mirroring():
-        assert [found.place.as_posix() for found in find_checkpoints([located(URL)])] == ["a.pt"]
+    with open_mirror():
+        assert [found.place.as_posix() for found in find_checkpoints([resolve_location(URL)])] == ["a.pt"]
 
 
 def test_a_name_that_is_a_file_and_a_folder(weights: bytes) -> None:
     Lying.tell(["a.pt", "a.pt/b.pt"], weights)
-    with mirroring(), pytest.raises(RemoteError, match=r"'a\.pt' to be a file or a folder, found both"):
-        find_checkpoints([located(URL)])
+    with open_mirror(), pytest.raises(RemoteError, match=r"'a\.pt' to be a file or a folder, found both"):
+        find_checkpoints([resolve_location(URL)])
     Lying.tell(["a.pt", "a.pt/notes.txt"], weights)
-    with mirroring():
-        assert len(find_checkpoints([located(URL)])) == 1
+    with open_mirror():
+        assert len(find_checkpoints([resolve_location(URL)])) == 1
 
 
 @pytest.mark.parametrize("size", [None, 0, -1, 1 << 50, 1 << 59, 1 << 70, -(1 << 70), "8", "x", 1.5, [1], True])
 def test_sizes_that_are_not_true(weights: bytes, size: object) -> None:
     Lying.tell(["a.pt"], weights, size=size)
-    with mirroring():
-        places = attempt(lambda: find_checkpoints([located(URL)]))
+    with open_mirror():
+        places = attempt(lambda: find_checkpoints([resolve_location(URL)]))
         assert isinstance(places, RemoteError) or len(places) == 1
         content = attempt(lambda: read_checkpoint(f"{URL}/a.pt").tensors)
         assert isinstance(content, RemoteError) or content
@@ -156,7 +156,7 @@ def attempt(use: Callable[[], Any]) -> Any:
 @pytest.mark.parametrize("kind", ["directory", "link", "other", None, 3, ["file"]])
 def test_types_that_are_not_true(weights: bytes, kind: object) -> None:
     Lying.tell(["a.pt"], weights, type=kind)
-    with mirroring(), pytest.raises(CkptToolsError, match=r"lying://|ckpt-tools-"):
+    with open_mirror(), pytest.raises(CkptToolsError, match=r"lying://|ckpt-tools-"):
         read_checkpoint(URL)
 
 
@@ -166,8 +166,12 @@ def test_types_that_are_not_true(weights: bytes, kind: object) -> None:
 def test_entries_that_are_none(weights: bytes, entry: object) -> None:
     Lying.tell(["a.pt"], weights)
     Lying.entries.append(entry)
-    with mirroring():
-        for use in (lambda: read_checkpoint(URL), lambda: find_checkpoints([located(URL)]), lambda: open_source(URL)):
+    with open_mirror():
+        for use in (
+            lambda: read_checkpoint(URL),
+            lambda: find_checkpoints([resolve_location(URL)]),
+            lambda: open_source(URL),
+        ):
             with pytest.raises(CkptToolsError):
                 use()
 
@@ -182,8 +186,8 @@ parts = st.sampled_from(
 def test_nothing_is_written_elsewhere(tmp_path: Path, names: list[tuple[str, list[str]]]) -> None:
     Lying.tell([start + "/".join([*inner, "x.pt"]) for start, inner in names], b"content")
     outside = tmp_path / "temporary"
-    for use in (lambda: find_checkpoints([located(URL)]), lambda: read_checkpoint(URL)):
-        with mirroring() as mirror:
+    for use in (lambda: find_checkpoints([resolve_location(URL)]), lambda: read_checkpoint(URL)):
+        with open_mirror() as mirror:
             assert "\n" not in str(attempt(use))
             assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(mirror.folder)} == {outside}
             for path in mirror.folder.rglob("*"):
@@ -198,19 +202,19 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, names: list[tuple[str, lis
     "path", ["b/C:/x.pt", "b/nul", "b/x\n.pt", "b/x\u202e.pt", "b\\x.pt", "b/" + "x" * 300, "d/" * 80 + "x"]
 )
 def test_urls_that_have_no_place(path: str) -> None:
-    with mirroring(), pytest.raises(UsageError, match="expected the name of a file below it"):
-        located(f"lying://{path}")
+    with open_mirror(), pytest.raises(UsageError, match="expected the name of a file below it"):
+        resolve_location(f"lying://{path}")
 
 
 def test_copies_are_new_files_that_nobody_else_reads(weights: bytes, tmp_path: Path) -> None:
     Lying.tell(["a.pt"], weights)
     precious = tmp_path / "precious.pt"
     precious.write_bytes(b"my only checkpoint")
-    with mirroring() as mirror:
-        place = located(f"{URL}/a.pt")
-        mirror.make(place.parent)
+    with open_mirror() as mirror:
+        place = resolve_location(f"{URL}/a.pt")
+        mirror.make_folder(place.parent)
         assert mirror.folder.stat().st_mode & 0o077 == 0
-        for copy in (lambda: peek(place, 4), lambda: fetch(place)):
+        for copy in (lambda: fetch_beginning(place, 4), lambda: fetch_file(place)):
             place.unlink(missing_ok=True)
             place.symlink_to(precious)  # as nobody can put it there but ourselves
             copy()
@@ -226,8 +230,8 @@ def test_a_file_system_that_refuses_a_name(weights: bytes, monkeypatch: pytest.M
         raise OSError(36, "File name too long")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with mirroring():
-        for use in (lambda: read_checkpoint(f"{URL}/a.pt"), lambda: find_checkpoints([located(URL)])):
+    with open_mirror():
+        for use in (lambda: read_checkpoint(f"{URL}/a.pt"), lambda: find_checkpoints([resolve_location(URL)])):
             with pytest.raises(RemoteError, match=r"lying://vault/runs/a\.pt: its copy .* \(File name too long\)"):
                 use()
 

@@ -35,12 +35,12 @@ from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.source import open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
-from ckpt_tools.jobs.outputs import default_output
-from ckpt_tools.remote.copies import fetch
-from ckpt_tools.remote.mirror import as_urls, located, mirroring
-from ckpt_tools.remote.scratch import new_name
+from ckpt_tools.jobs.outputs import default_output_path
+from ckpt_tools.remote.copies import fetch_file
+from ckpt_tools.remote.mirror import open_mirror, resolve_location, restore_urls
+from ckpt_tools.remote.scratch import new_temporary_name
 from ckpt_tools.storage.discovery import find_checkpoints
-from ckpt_tools.storage.provenance import recorded
+from ckpt_tools.storage.provenance import read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint
 
 ARCH = ["--arch", "nets:DenseNet", "--batch-size", 16]
@@ -187,7 +187,7 @@ NEW = "fresh.init.safetensors"
 
 def test_python_reads_and_writes_urls(files: Path) -> None:
     url = upload(files / "model.pt", "memory://bucket/model.pt")
-    with mirroring():
+    with open_mirror():
         loaded = ckpt_tools.load(url, "nets:DenseNet")
         ckpt_tools.save("memory://bucket/copy.safetensors", loaded.checkpoint, {}, provenance={"expect": "nothing"})
     assert set(load(content("memory://bucket/copy.safetensors"))) == set(torch.load(files / "model.pt"))
@@ -306,13 +306,13 @@ def test_an_existing_output_stays_without_overwrite(files: Path) -> None:
 
 def recorded_of(output: bytes, folder: Path) -> dict:
     (folder / "output").write_bytes(output)
-    found = recorded(folder / "output")
+    found = read_provenance_entry(folder / "output")
     assert found is not None
     return found
 
 
 def test_the_source_is_never_written_to(files: Path) -> None:
-    with mirroring():
+    with open_mirror():
         torch.save({"running_var": torch.ones(2)}, files / "x.pt")
         url = upload(files / "x.pt", "memory://bucket/x.safetensors")
         with pytest.raises(OutputError, match="never written to"):
@@ -352,21 +352,24 @@ def test_secrets_are_shown_nowhere(files: Path) -> None:
 
 
 def test_places_are_told_as_urls() -> None:
-    with mirroring():
-        one, other = located("https://me:pw@host/a/b.pt?sig=1"), located("https://me:pw@host/a/b.pt?sig=2")
+    with open_mirror():
+        one, other = (
+            resolve_location("https://me:pw@host/a/b.pt?sig=1"),
+            resolve_location("https://me:pw@host/a/b.pt?sig=2"),
+        )
         assert one != other
-        assert one == located("https://me:pw@host/a/b.pt?sig=1")
-        assert as_urls({str(one): [f"{other}: bad", one.parent.as_posix()]}) == {
+        assert one == resolve_location("https://me:pw@host/a/b.pt?sig=1")
+        assert restore_urls({str(one): [f"{other}: bad", one.parent.as_posix()]}) == {
             "https://host/a/b.pt": ["https://host/a/b.pt: bad", "https://host/a"]
         }
-        assert as_urls("see https://me:pw@host/x?sig=1") == "see https://host/x"
-    assert located("plain/path") == Path("plain/path")
+        assert restore_urls("see https://me:pw@host/x?sig=1") == "see https://host/x"
+    assert resolve_location("plain/path") == Path("plain/path")
 
 
 @pytest.mark.parametrize("url", ["s3://b//x", "s3://b/./x", "https://host/../../etc/passwd", "s3://"])
 def test_places_stay_in_the_mirror(url: str) -> None:
-    with mirroring(), pytest.raises(UsageError, match="without empty parts"):
-        located(url)
+    with open_mirror(), pytest.raises(UsageError, match="without empty parts"):
+        resolve_location(url)
 
 
 # Checkpoints of several files
@@ -396,7 +399,7 @@ def upload_all(folder: Path, url: str) -> str:
 def test_a_folder_and_an_index_with_its_shards(tmp_path: Path, model: nn.Module, name: str) -> None:
     folder = sharded(tmp_path / "hub", model)
     url = upload_all(folder, "fragile://bucket/hub")
-    with mirroring():
+    with open_mirror():
         found, local = read_checkpoint(f"{url}{name}"), read_checkpoint(f"{folder}{name}")
         assert {key: tensor.tolist() for key, tensor in found.tensors.items()} == {
             key: tensor.tolist() for key, tensor in local.tensors.items()
@@ -408,7 +411,7 @@ def test_a_folder_and_an_index_with_its_shards(tmp_path: Path, model: nn.Module,
 def test_a_distributed_checkpoint(tmp_path: Path, model: nn.Module) -> None:
     folder = format_files.distributed(model, tmp_path)
     url = upload_all(folder, "memory://bucket/step")
-    with mirroring():
+    with open_mirror():
         local = read_checkpoint(folder)
         for found in (read_checkpoint(url), read_checkpoint(f"{url}/.metadata")):
             assert all(torch.equal(found.tensors[key], local.tensors[key]) for key in local.tensors)
@@ -479,11 +482,11 @@ def test_copies_go_when_their_checkpoint_is_done(runs: Path, temporary: Path, mo
     most = []
 
     def counted(path: Path, **more: object) -> Path:
-        found = fetch(path, **more)
+        found = fetch_file(path, **more)
         most.append(len([path for path in temporary.rglob("*.pt") if path.is_file() and path.stat().st_blocks]))
         return found
 
-    monkeypatch.setattr("ckpt_tools.storage.files.fetching.fetch", counted)
+    monkeypatch.setattr("ckpt_tools.storage.files.fetching.fetch_file", counted)
     monkeypatch.setattr("ckpt_tools.jobs.many.folder_run._SHARE", 0)
     ok(*job(runs, upload_all(runs / "runs", "memory://bucket/runs")))
     assert max(most) == 1
@@ -492,8 +495,8 @@ def test_copies_go_when_their_checkpoint_is_done(runs: Path, temporary: Path, mo
 def test_names_that_lead_out_of_a_folder_are_no_checkpoints(files: Path, temporary: Path) -> None:
     upload(files / "model.pt", "fragile://bucket/runs/a.pt")
     Fragile.files["bucket/runs/../../evil.pt"] = Fragile.files["bucket/runs/a.pt"]
-    with mirroring():
-        (found,) = find_checkpoints([located("fragile://bucket/runs")])
+    with open_mirror():
+        (found,) = find_checkpoints([resolve_location("fragile://bucket/runs")])
         assert found.place.as_posix() == "a.pt"
         assert not list(temporary.rglob("evil*"))
 
@@ -527,8 +530,8 @@ def test_images_of_a_remote_folder_are_those_of_a_local_one(images: Path, scheme
         streams = [batches(str(where), workers) for where in (images, url)]
         for one, other in zip(*streams, strict=True):
             assert torch.equal(one, other)
-        assert streams[0].skipped == streams[1].skipped
-        assert [item.name for item in streams[1].skipped] == ["0/broken.png"]
+        assert streams[0].skipped_samples == streams[1].skipped_samples
+        assert [item.name for item in streams[1].skipped_samples] == ["0/broken.png"]
 
 
 def batches(spec: str, workers: int) -> BatchStream:
@@ -555,7 +558,7 @@ def test_a_network_that_drops_out_is_no_damaged_image(images: Path, monkeypatch:
     Fragile.read_limit, Fragile.faults = 0, 2
     stream = batches(url, 0)
     assert sum(len(batch) for batch in stream) == 128
-    assert stream.skipped == ()
+    assert stream.skipped_samples == ()
     Fragile.faults = -1
     with pytest.raises(RemoteError, match="the store went away"):
         list(batches(url, 2))
@@ -564,7 +567,7 @@ def test_a_network_that_drops_out_is_no_damaged_image(images: Path, monkeypatch:
 def test_remote_arrays(files: Path) -> None:
     url = upload(files / "data.npy", "memory://bucket/data.npy")
     local = open_source(str(files / "data.npy"))
-    with mirroring():
+    with open_mirror():
         assert torch.equal(*(torch.cat(list(one.batches(None, batch_size=32))) for one in (local, open_source(url))))
     for spec, said in [
         (url.replace("data", "nothing"), "found nothing"),
@@ -577,8 +580,8 @@ def test_remote_arrays(files: Path) -> None:
 
 def test_remote_class_maps(files: Path) -> None:
     (files / "classes.txt").write_text("cat\ndog\n")
-    with mirroring():
-        found = read_class_map(located(upload(files / "classes.txt", "memory://bucket/classes.txt")))
+    with open_mirror():
+        found = read_class_map(resolve_location(upload(files / "classes.txt", "memory://bucket/classes.txt")))
         assert found.numbers == {"cat": 0, "dog": 1}
 
 
@@ -651,14 +654,17 @@ def test_nothing_is_written_unasked_over_http_or_into_a_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with mirroring():
+    with open_mirror():
         for url in ("http://host/a/model.pt", "hf://org/repo/model.pt"):
-            assert default_output(located(url), "bn") == tmp_path / "model.bn.safetensors"
-        assert as_urls(str(default_output(located("s3://bucket/model.pt")))) == "s3://bucket/model.safetensors"
+            assert default_output_path(resolve_location(url), "bn") == tmp_path / "model.bn.safetensors"
+        assert (
+            restore_urls(str(default_output_path(resolve_location("s3://bucket/model.pt"))))
+            == "s3://bucket/model.safetensors"
+        )
 
 
 def test_copies_of_killed_processes_are_removed(files: Path, temporary: Path) -> None:
-    killed = temporary / new_name().replace(str(os.getpid()), "999999999")
+    killed = temporary / new_temporary_name().replace(str(os.getpid()), "999999999")
     killed.mkdir()
     ok(
         "inspect",

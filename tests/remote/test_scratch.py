@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.remote import scratch
-from ckpt_tools.remote.scratch import claim, new_name, sweep
-from ckpt_tools.storage.output.atomic import new_file
+from ckpt_tools.remote.scratch import create_locked_folder, new_temporary_name, remove_abandoned_folders
+from ckpt_tools.storage.output.atomic import write_atomically
 
 pytestmark = pytest.mark.skipif(scratch.fcntl is None, reason="no locks on this system")
 
@@ -47,10 +47,10 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_lock_of_a_process_decides(tmp_path: Path, stopped: bool) -> None:
-    place = tmp_path / f".{new_name()}.tmp"
+    place = tmp_path / f".{new_temporary_name()}.tmp"
 
     def work() -> None:
-        claim(place)
+        create_locked_folder(place)
         (place / "output").write_text("half")
         (place / "sub").mkdir()
 
@@ -58,47 +58,47 @@ def test_the_lock_of_a_process_decides(tmp_path: Path, stopped: bool) -> None:
     if stopped:
         os.kill(child, signal.SIGSTOP)
     os.utime(place, (0, 0))  # age tells nothing of a process on this kernel
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(place) == ["lock", "output", "sub"]
     ended(child)
     os.close(pipe)
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(tmp_path) == []
 
 
 def test_a_fork_keeps_the_folder_of_its_parent(tmp_path: Path) -> None:
-    claimed = claim(tmp_path / new_name())
-    child, pipe = in_child(claimed.release)  # as a child that leaves its parent's blocks does
+    claimed = create_locked_folder(tmp_path / new_temporary_name())
+    child, pipe = in_child(claimed.remove_folder)  # as a child that leaves its parent's blocks does
     assert names(claimed.folder) == ["lock"]
     ended(child)
     os.close(pipe)
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(claimed.folder) == ["lock"]
-    claimed.release()
+    claimed.remove_folder()
     assert names(tmp_path) == []
 
 
 def test_programs_that_a_run_starts_do_not_keep_its_folder(tmp_path: Path) -> None:
-    place = tmp_path / new_name()
+    place = tmp_path / new_temporary_name()
 
     def work() -> None:
-        claim(place)
+        create_locked_folder(place)
         subprocess.Popen([sys.executable, "-c", "input()"], stdin=keep[0], close_fds=False)
 
     keep = os.pipe()
     child, pipe = in_child(work)
     ended(child)
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(tmp_path) == []
     for descriptor in (*keep, pipe):
         os.close(descriptor)
 
 
 def test_a_process_that_is_killed_before_it_has_its_lock_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / new_name()).mkdir()
-    (tmp_path / new_name()).mkdir()
+    (tmp_path / new_temporary_name()).mkdir()
+    (tmp_path / new_temporary_name()).mkdir()
     (tmp_path / names(tmp_path)[0] / "lock").touch()
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -109,15 +109,15 @@ def test_a_sweeper_that_comes_before_the_lock(tmp_path: Path, monkeypatch: pytes
     def late(folder: Path) -> int | None:
         if len(times) < 3:
             times.append(1)
-            sweep(tmp_path)
+            remove_abandoned_folders(tmp_path)
         return lock_new(folder)
 
     monkeypatch.setattr(scratch, "_lock_new", late)
     monkeypatch.setattr(scratch, "_PAUSE", 0.0)
-    claimed = claim(tmp_path / new_name())
-    sweep(tmp_path)
+    claimed = create_locked_folder(tmp_path / new_temporary_name())
+    remove_abandoned_folders(tmp_path)
     assert names(claimed.folder) == ["lock"]
-    claimed.release()
+    claimed.remove_folder()
 
 
 def test_a_sweeper_that_comes_between_the_opening_of_the_lock_and_its_taking(
@@ -128,27 +128,27 @@ def test_a_sweeper_that_comes_between_the_opening_of_the_lock_and_its_taking(
     def late(descriptor: int) -> bool | None:
         times.append(1)
         if len(times) == 1:  # the second call is the sweeper's own
-            sweep(tmp_path)
+            remove_abandoned_folders(tmp_path)
         return take_lock(descriptor)
 
     monkeypatch.setattr(scratch, "_take_lock", late)
     monkeypatch.setattr(scratch, "_PAUSE", 0.0)
-    claimed = claim(tmp_path / new_name())
+    claimed = create_locked_folder(tmp_path / new_temporary_name())
     assert names(claimed.folder) == ["lock"], "a lock on a file that is gone would protect nothing"
-    claimed.release()
+    claimed.remove_folder()
 
 
 def test_many_that_claim_and_sweep_at_once(tmp_path: Path) -> None:
     def work(seed: int) -> None:
         source = random.Random(seed)
         for _ in range(60):
-            claimed = claim(tmp_path / new_name())
+            claimed = create_locked_folder(tmp_path / new_temporary_name())
             (claimed.folder / "output").write_text("mine")
             for _ in range(source.randrange(3)):
-                sweep(tmp_path)
+                remove_abandoned_folders(tmp_path)
             assert (claimed.folder / "output").read_text() == "mine"
             if source.random() < 0.8:
-                claimed.release()
+                claimed.remove_folder()
             else:
                 os.close(claimed.descriptor)  # as if killed
 
@@ -163,7 +163,7 @@ def test_many_that_claim_and_sweep_at_once(tmp_path: Path) -> None:
             os._exit(0)
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -172,21 +172,21 @@ def test_another_kernel_has_a_week(tmp_path: Path, days: int, kept: bool, monkey
     """Its locks may not be seen here; this machine has another identity after each start."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(scratch, "_KERNEL", "f" * 16)
-        place = tmp_path / new_name()
+        place = tmp_path / new_temporary_name()
     place.mkdir()
     (place / "output").touch()
     for path in (place / "output", place):
         os.utime(path, (scratch.time.time() - days * 86400,) * 2)
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert place.exists() == kept
 
 
 def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "_take_lock", lambda descriptor: None)
-    claimed = claim(tmp_path / new_name())
-    sweep(tmp_path)
+    claimed = create_locked_folder(tmp_path / new_temporary_name())
+    remove_abandoned_folders(tmp_path)
     assert names(claimed.folder) == ["lock"]
-    claimed.release()
+    claimed.remove_folder()
     assert names(tmp_path) == []
 
 
@@ -194,12 +194,18 @@ def test_nothing_else_is_swept(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").touch()
-    found = [f".{new_name()}.tmp", new_name(), ".ckpt-tools-x.tmp", f"{new_name()}.pt", "ckpt-tools-1-2-3-4"]
+    found = [
+        f".{new_temporary_name()}.tmp",
+        new_temporary_name(),
+        ".ckpt-tools-x.tmp",
+        f"{new_temporary_name()}.pt",
+        "ckpt-tools-1-2-3-4",
+    ]
     (tmp_path / found[0]).symlink_to(precious)
     (tmp_path / found[1]).touch()
     for name in found[2:]:
         (tmp_path / name).mkdir()
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(tmp_path) == sorted([*found, "precious"])
     assert names(precious) == ["file"]
 
@@ -208,23 +214,23 @@ def test_links_in_an_abandoned_folder_are_not_followed(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").touch()
-    place = tmp_path / new_name()
+    place = tmp_path / new_temporary_name()
     place.mkdir()
     (place / "link").symlink_to(precious)
     (place / "lock").symlink_to(precious / "file")
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(precious) == ["file"]
     (place / "lock").unlink()
-    sweep(tmp_path)
+    remove_abandoned_folders(tmp_path)
     assert names(tmp_path) == ["precious"]
     assert names(precious) == ["file"]
 
 
 def test_an_output_cannot_be_reached_before_it_is_whole(tmp_path: Path) -> None:
-    with new_file(tmp_path / "x", overwrite=False) as temporary:
+    with write_atomically(tmp_path / "x", overwrite=False) as temporary:
         temporary.write_text("half")
         temporary.chmod(0o666)
         assert temporary.parent.parent == tmp_path
         assert temporary.parent.stat().st_mode & 0o777 == 0o700
-        sweep(tmp_path)
+        remove_abandoned_folders(tmp_path)
     assert names(tmp_path) == ["x"]

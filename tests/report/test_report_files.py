@@ -130,7 +130,7 @@ def test_labelled_data_is_reported(files: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out.txt", "out", "out.html.gz"])
 def test_other_suffixes_are_refused_before_any_work(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt_tools.jobs.plan.prepare", lambda _: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr("ckpt_tools.jobs.plan.prepare_reestimation", lambda _: pytest.fail("nothing may be loaded"))
     result = run(*job(files, "--report", files / name))
     assert result.exit_code == 2
     assert ".html, .md or .json" in result.stderr

@@ -11,7 +11,7 @@ from report_facts import HOSTILE, facts, records, with_metrics
 
 from ckpt_tools.report.pages.checkpoint_page import checkpoint_page
 from ckpt_tools.report.pages.folder_page import folder_page
-from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, escaped, folder_markdown
+from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, escape_markdown, folder_markdown
 
 TEXTS = {
     "one": lambda: checkpoint_markdown(with_metrics(facts())),
@@ -62,13 +62,13 @@ def test_secrets_stay_at_home(text: str) -> None:
 
 @pytest.mark.parametrize("name", [*HOSTILE[:4], "_a_b_", "1. a", "# a", "- a", "a\\", "x_y_z", "a`b``c", "&lt;"])
 def test_escaping_is_read_back(name: str) -> None:
-    assert read(escaped(name)) == " ".join(name.split())
-    assert "\n" not in escaped(name)
-    assert not re.search(r"(?<!\\)[`*|\[<>]", escaped(name))
+    assert read(escape_markdown(name)) == " ".join(name.split())
+    assert "\n" not in escape_markdown(name)
+    assert not re.search(r"(?<!\\)[`*|\[<>]", escape_markdown(name))
 
 
 def test_plain_names_stay_readable() -> None:
-    assert escaped("features.denseblock1.norm_1 1.039") == "features.denseblock1.norm_1 1.039"
+    assert escape_markdown("features.denseblock1.norm_1 1.039") == "features.denseblock1.norm_1 1.039"
 
 
 def test_the_same_facts_as_the_page() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.compare import Change, compare, compare_files, provenance, same_bytes
+from ckpt_tools.storage.compare import TensorChange, compare_checkpoints, compare_files, same_bytes
 from ckpt_tools.storage.output.checkpoint_writer import write_safetensors
-from ckpt_tools.storage.provenance import output_metadata
+from ckpt_tools.storage.provenance import checkpoint_provenance, output_metadata
 
 STATE = {
     "conv.weight": torch.arange(6.0).view(2, 3),
@@ -34,10 +34,10 @@ def against(**changed: Tensor) -> dict[str, Tensor]:
 
 
 def test_identical() -> None:
-    found = compare(checkpoint(STATE), checkpoint(against()))
+    found = compare_checkpoints(checkpoint(STATE), checkpoint(against()))
     assert (found.changes, found.only_before, found.only_after, found.identical) == ((), (), (), 4)
     assert found.same_order
-    assert found.unexpected("nothing") == ()
+    assert found.unexpected_differences("nothing") == ()
 
 
 def test_each_kind_of_difference() -> None:
@@ -47,17 +47,17 @@ def test_each_kind_of_difference() -> None:
         bn_running_var=torch.tensor([1.0, 5.0]),
     )
     del other["bn.num_batches_tracked"]
-    found = compare(checkpoint(STATE), checkpoint({**other, "new": torch.ones(1)}))
+    found = compare_checkpoints(checkpoint(STATE), checkpoint({**other, "new": torch.ones(1)}))
     assert found.only_before == ("bn.num_batches_tracked",)
     assert found.only_after == ("new",)
     assert found.identical == 0
     assert found.changes == (
-        Change("conv.weight", "shape", "float32 (2, 3)", "float32 (3, 2)"),
-        Change("bn.running_mean", "dtype", "float32 (2,)", "float16 (2,)"),
-        Change("bn.running_var", "values", "float32 (2,)", "float32 (2,)", 0.25),
+        TensorChange("conv.weight", "shape", "float32 (2, 3)", "float32 (3, 2)"),
+        TensorChange("bn.running_mean", "dtype", "float32 (2,)", "float16 (2,)"),
+        TensorChange("bn.running_var", "values", "float32 (2,)", "float32 (2,)", 0.25),
     )
-    assert len(found.unexpected("variance")) == 4
-    assert found.unexpected("any") == ()
+    assert len(found.unexpected_differences("variance")) == 4
+    assert found.unexpected_differences("any") == ()
 
 
 @pytest.mark.parametrize(
@@ -70,21 +70,21 @@ def test_each_kind_of_difference() -> None:
     ],
 )
 def test_expectations(changed: dict[str, Tensor], allowed: set[str]) -> None:
-    found = compare(checkpoint(STATE), checkpoint(against(**changed)))
+    found = compare_checkpoints(checkpoint(STATE), checkpoint(against(**changed)))
     for expect in ("nothing", "variance", "mean+variance", "any"):
-        violations = found.unexpected(expect)
+        violations = found.unexpected_differences(expect)
         assert (violations == ()) == (expect in allowed)
         assert all(next(iter(changed)).partition("_")[2] in line for line in violations)
 
 
 def test_an_initialisation_may_change_the_keys_it_names() -> None:
-    found = compare(checkpoint(STATE), checkpoint(against(conv_weight=torch.ones(2, 3))))
-    assert found.unexpected("init", {"conv.weight"}) == ()
-    assert len(found.unexpected("init", {"bn.running_var"})) == 1
-    assert len(found.unexpected("init")) == 1
+    found = compare_checkpoints(checkpoint(STATE), checkpoint(against(conv_weight=torch.ones(2, 3))))
+    assert found.unexpected_differences("init", {"conv.weight"}) == ()
+    assert len(found.unexpected_differences("init", {"bn.running_var"})) == 1
+    assert len(found.unexpected_differences("init")) == 1
     for other in (torch.ones(3, 2), torch.ones(2, 3).half()):
-        reshaped = compare(checkpoint(STATE), checkpoint(against(conv_weight=other)))
-        assert len(reshaped.unexpected("init", {"conv.weight"})) == 1
+        reshaped = compare_checkpoints(checkpoint(STATE), checkpoint(against(conv_weight=other)))
+        assert len(reshaped.unexpected_differences("init", {"conv.weight"})) == 1
 
 
 def test_a_file_says_itself_what_may_differ(tmp_path: Path) -> None:
@@ -103,14 +103,14 @@ def test_a_file_says_itself_what_may_differ(tmp_path: Path) -> None:
 
 
 def test_another_order_of_keys() -> None:
-    found = compare(checkpoint(STATE), checkpoint(dict(reversed(STATE.items()))))
+    found = compare_checkpoints(checkpoint(STATE), checkpoint(dict(reversed(STATE.items()))))
     assert not found.same_order
-    assert found.unexpected("variance") == ("the keys stand in another order",)
+    assert found.unexpected_differences("variance") == ("the keys stand in another order",)
 
 
 def test_relative_change_at_zero_infinity_and_nan() -> None:
     def change(before: list[float], after: list[float]) -> float | None:
-        return compare(*(checkpoint({"a": torch.tensor(x)}) for x in (before, after))).changes[0].relative
+        return compare_checkpoints(*(checkpoint({"a": torch.tensor(x)}) for x in (before, after))).changes[0].relative
 
     assert change([2.0, math.inf], [1.0, math.inf]) == 0.5
     assert change([0.0], [1e-9]) == math.inf
@@ -135,7 +135,7 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_provenance_of_other_files() -> None:
-    assert provenance(checkpoint(STATE)) is None
+    assert checkpoint_provenance(checkpoint(STATE)) is None
     for text in ("", "{", "[1]", "null"):
-        assert provenance(checkpoint(STATE, ckpt_tools=text)) is None
-    assert provenance(checkpoint(STATE, ckpt_tools='{"images": 3}')) == {"images": 3}
+        assert checkpoint_provenance(checkpoint(STATE, ckpt_tools=text)) is None
+    assert checkpoint_provenance(checkpoint(STATE, ckpt_tools='{"images": 3}')) == {"images": 3}

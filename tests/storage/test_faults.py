@@ -28,7 +28,7 @@ from ckpt_tools.cli import boundary, main
 from ckpt_tools.data import prefetch
 from ckpt_tools.data.images import image_files
 from ckpt_tools.data.images.image_folder import FolderSource
-from ckpt_tools.data.prefetch import read_ahead, reading
+from ckpt_tools.data.prefetch import read_ahead, track_reading
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote import scratch
 from ckpt_tools.storage.output import atomic, checkpoint_writer, patching
@@ -57,13 +57,13 @@ def files(folder: Path) -> set[str]:
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Have something happen after the pass and the checks, while the output is written."""
-    verified = patching.verified
+    verified = patching.verify_and_hash
 
     def late(*arguments: object) -> str:
         act()
         return verified(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(patching, "verified", late)
+    monkeypatch.setattr(patching, "verify_and_hash", late)
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -77,16 +77,16 @@ def test_twenty_kills(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_a_living_run_is_kept_and_that_of_a_killed_one_goes(root: Path) -> None:
-    living = scratch.claim(root / f".{scratch.new_name()}.tmp")
-    (root / f".{scratch.new_name()}.tmp").mkdir()
+    living = scratch.create_locked_folder(root / f".{scratch.new_temporary_name()}.tmp")
+    (root / f".{scratch.new_temporary_name()}.tmp").mkdir()
     assert cli().exit_code == 0
     assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors", living.folder.name}
-    living.release()
+    living.remove_folder()
 
 
 def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors has a temporary file of its own, under a name that says nothing of whose it is."""
-    killed = root / f".{scratch.new_name()}.tmp"
+    killed = root / f".{scratch.new_temporary_name()}.tmp"
     killed.mkdir()
     (killed / ".tmpAbCdEf").touch()
     torch.save(load_file(root / "m.safetensors"), root / "m.pt")
@@ -176,7 +176,7 @@ def test_source_that_is_modified_meanwhile(root: Path, monkeypatch: pytest.Monke
                 file.write(content[:-1] + b"x")
 
     # while the pass runs: nothing of the source is mapped any more when the output is begun
-    monkeypatch.setattr("ckpt_tools.jobs.reestimation._skipped", lambda plan: modify() or ())
+    monkeypatch.setattr("ckpt_tools.jobs.reestimation._collect_skipped", lambda plan: modify() or ())
     result = cli()
     assert result.exit_code == 1
     assert "m.safetensors" in result.stderr
@@ -205,7 +205,7 @@ def test_two_runs_race_for_one_output(root: Path, overwrite: bool) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr(prefetch, "PATIENCE", 2.0)
+    monkeypatch.setattr(prefetch, "READ_TIMEOUT_SECONDS", 2.0)
     monkeypatch.setattr(prefetch, "_GLANCE", 0.1)
     monkeypatch.setattr(prefetch, "_GRACE", 0.01)
     for number in range(40):
@@ -236,7 +236,7 @@ def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wo
 
 def test_a_reader_that_dies() -> None:
     def die() -> None:
-        with reading("x.png"):
+        with track_reading("x.png"):
             raise SystemExit(3)
 
     with pytest.raises(SystemExit):
@@ -360,7 +360,7 @@ def test_an_interrupt_as_the_command_ends(root: Path, monkeypatch: pytest.Monkey
         yield
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(boundary, "mirroring", late)
+    monkeypatch.setattr(boundary, "open_mirror", late)
     assert cli().exit_code == 130
     assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors"}
 
@@ -369,5 +369,5 @@ def test_an_interrupt_behind_the_command_is_an_interrupt(monkeypatch: pytest.Mon
     def interrupt(*arguments: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(boundary.Boundary, "invoke", interrupt)
+    monkeypatch.setattr(boundary.ErrorBoundary, "invoke", interrupt)
     assert CliRunner().invoke(main, ["inspect", "x.pt"]).exit_code == 130

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.contents.averaged_copies import averaged_copies
+from ckpt_tools.storage.contents.averaged_copies import find_averaged_copies
 from ckpt_tools.storage.output.checkpoint_writer import save
-from ckpt_tools.storage.reading import read_checkpoint, sha256
+from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def test_the_state_dict_bit_for_bit(tmp_path: Path, model: nn.Module, maker: Mak
     assert_holds(checkpoint, model.state_dict())
     if maker in ORDERED:
         assert list(checkpoint.tensors) == list(model.state_dict())
-    assert len(sha256(path)) == 64
+    assert len(checkpoint_sha256(path)) == 64
     digest = save(tmp_path / "copy.safetensors", checkpoint, {}, provenance={})
-    assert digest == sha256(tmp_path / "copy.safetensors")
+    assert digest == checkpoint_sha256(tmp_path / "copy.safetensors")
     assert_holds(read_checkpoint(tmp_path / "copy.safetensors"), model.state_dict())
 
 
@@ -194,9 +194,9 @@ def test_averaged_copy_within_a_state_dict(tmp_path: Path, model: nn.Module, nam
 def test_branches_with_similar_names_are_no_copies() -> None:
     branch = {"0.weight": torch.ones(2, 2), "1.running_var": torch.ones(2)}
     state = {f"{name}.{key}": tensor for name in ("avg_branch", "max_branch") for key, tensor in branch.items()}
-    assert averaged_copies(state) == []
+    assert find_averaged_copies(state) == []
     without_statistics = {"ema.0.weight": torch.ones(2, 2), **branch}
-    assert averaged_copies(without_statistics) == []
+    assert find_averaged_copies(without_statistics) == []
 
 
 def test_timm_saver_after_reestimation_of_its_average(tmp_path: Path) -> None:

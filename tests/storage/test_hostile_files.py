@@ -36,7 +36,7 @@ from ckpt_tools.errors import CheckpointError, CkptToolsError, DataError
 from ckpt_tools.report.pages.html_page import folder_html
 from ckpt_tools.report.pages.markdown_page import folder_markdown
 from ckpt_tools.report.text.folder_text import folder_text
-from ckpt_tools.storage.contents.averaged_copies import averaged_copies
+from ckpt_tools.storage.contents.averaged_copies import find_averaged_copies
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.storage.tensor_bytes import raw_bytes
@@ -57,7 +57,7 @@ def test_keys_that_all_sound_like_averages() -> None:
     nested = {f"ema.{i}.w": one for i in range(20_000)} | {f"a{i}.w": one for i in range(20_000)}
     for state in (flat, nested):
         with limited():
-            assert averaged_copies(state) == []
+            assert find_averaged_copies(state) == []
 
 
 def test_a_setting_that_sounds_like_an_average(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ckpt_tools.errors import OutputError
 from ckpt_tools.storage.output import atomic, byte_transfer, checkpoint_writer, hashing, layout, patching, unchanged
 from ckpt_tools.storage.output.checkpoint_writer import replace_tensors, save, write_safetensors
-from ckpt_tools.storage.output.mappings import file_mappings
+from ckpt_tools.storage.output.mappings import read_file_mappings
 from ckpt_tools.storage.reading import read_checkpoint
 
 NAMES = {
@@ -119,7 +119,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def piecemeal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are handled as large ones are: in pieces, with blocks, by mappings."""
-    monkeypatch.setattr(hashing, "PIECE", 96)
+    monkeypatch.setattr(hashing, "PIECE_BYTES", 96)
     monkeypatch.setattr(patching, "_STEP", 128)
     monkeypatch.setattr(patching, "_SMALL", 64)
     monkeypatch.setattr(patching, "_LARGE", 0)
@@ -202,7 +202,7 @@ def test_any_file(
     new = {key: torch.ones_like(checkpoint.tensors[key]) for key in chosen}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoint_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
-        patched.setattr(hashing, "PIECE", choices.draw(st.sampled_from([24, 1 << 20])))
+        patched.setattr(hashing, "PIECE_BYTES", choices.draw(st.sampled_from([24, 1 << 20])))
         patched.setattr(patching, "_LARGE", choices.draw(st.sampled_from([0, 1 << 26])))
         patched.setattr(patching, "_SMALL", choices.draw(st.sampled_from([-1, 0, 8, 1 << 20])))
         save(folder / "out.safetensors", checkpoint, new, provenance={})
@@ -242,7 +242,7 @@ def test_replaced_tensors_of_half_width(tmp_path: Path, dtype: torch.dtype) -> N
 def test_what_is_no_copy_is_written_from_memory(tmp_path: Path, keys: list[str]) -> None:
     path = lay(tmp_path / "in.safetensors", {key: torch.rand(4) for key in keys})
     checkpoint = read_checkpoint(path)
-    assert patching.find_original(checkpoint) is None
+    assert patching.find_copyable_source(checkpoint) is None
     save(tmp_path / "out.safetensors", checkpoint, {}, provenance={})
     before, after = raw(path), raw(tmp_path / "out.safetensors")
     for key, name in zip(keys, checkpoint.tensors, strict=False):
@@ -377,7 +377,7 @@ def test_a_byte_that_reads_back_differently(
 ) -> None:
     before = raw(source)
     begin = 0 if key is None else before.entries[key]["data_offsets"][0]
-    real = patching.verified
+    real = patching.verify_and_hash
 
     def spoiled(file: int, size: int, wanted: layout.Layout) -> str:
         at = 20 if key is None else size - len(before.data) + begin
@@ -385,13 +385,13 @@ def test_a_byte_that_reads_back_differently(
         os.pwrite(file, bytes([old ^ 1]), at)
         return real(file, size, wanted)
 
-    monkeypatch.setattr(patching, "verified", spoiled)
+    monkeypatch.setattr(patching, "verify_and_hash", spoiled)
     refused(tmp_path, source, f"{name} reading back differently")
 
 
 def test_a_longer_file_reads_back_differently(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = patching.verified
-    monkeypatch.setattr(patching, "verified", lambda file, size, wanted: real(file, size + 1, wanted))
+    real = patching.verify_and_hash
+    monkeypatch.setattr(patching, "verify_and_hash", lambda file, size, wanted: real(file, size + 1, wanted))
     refused(tmp_path, source, "bytes instead of")
 
 
@@ -468,7 +468,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     lay(tmp_path / "a", {"x": torch.ones(5000), "y": torch.ones(5000), "z": torch.ones(5000)})
     (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes())
     one, again, other = (read_checkpoint(tmp_path / name).tensors for name in "aab")
-    mappings = file_mappings()
+    mappings = read_file_mappings()
     assert mappings.same_place(one["x"], again["x"])
     assert not mappings.same_place(one["x"], one["y"])
     assert not mappings.same_place(one["x"], other["x"])
@@ -476,7 +476,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     assert not mappings.same_place(one["x"][::2], again["x"][::2])
     assert not mappings.same_place(one["x"].clone(), one["x"].clone())
     one["z"][0] = 2
-    assert not file_mappings().same_place(one["x"], again["x"])
+    assert not read_file_mappings().same_place(one["x"], again["x"])
 
 
 @LINUX

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.contents.recorded_values import plain_words
-from ckpt_tools.storage.formats.module_trees import module_class, module_rates, module_state
-from ckpt_tools.storage.formats.pickles import Opaque, load_archive, load_pickle, load_stream
+from ckpt_tools.storage.formats.module_trees import module_class_name, module_drop_rates, module_state
+from ckpt_tools.storage.formats.pickles import OpaqueObject, load_archive, load_pickle, load_stream
 
 DTYPES = [
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool,
@@ -244,8 +244,8 @@ def test_arrays_beside_tensors_and_odd_arrays_stay_opaque() -> None:
     for content in (odd, {"w": torch.ones(2), "a": np.ones(2)}):
         found = read(pickle.dumps(content))
         assert isinstance(found, dict)
-        assert {key for key, value in found.items() if type(value) is Opaque} == set(content) - {"w"}
-        assert repr(next(value for value in found.values() if type(value) is Opaque)) == "<numpy.ndarray>"
+        assert {key for key, value in found.items() if type(value) is OpaqueObject} == set(content) - {"w"}
+        assert repr(next(value for value in found.values() if type(value) is OpaqueObject)) == "<numpy.ndarray>"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_foreign_classes_are_opaque_but_readable(how: str) -> None:
     }
     found = read(written(words, how))
     assert isinstance(found, dict)
-    assert type(found["config"]) is Opaque
+    assert type(found["config"]) is OpaqueObject
     assert found["config"].name == f"{__name__}.Config"
     plain = {"lr": 0.1, "inner": {"a": 1}, "colour": "red", "items": "shadows nothing"}
     assert plain_words(found) == {
@@ -327,8 +327,8 @@ def test_a_pickled_module_yields_its_state_dict(how: str) -> None:
     model[2].tied = model[2].weight
     found = read(written(model, how))
     assert_module(found, model)
-    assert module_class(found) == "torch.nn.modules.container.Sequential"
-    assert module_rates(found) == {"0.2": {"p": 0.25}}
+    assert module_class_name(found) == "torch.nn.modules.container.Sequential"
+    assert module_drop_rates(found) == {"0.2": {"p": 0.25}}
     state = module_state(found) or {}
     assert state["2.tied"] is state["2.weight"]
 
@@ -339,7 +339,7 @@ def test_wrapped_modules_come_with_their_prefixes() -> None:
         found = read(written(model, "zip"))
         assert_module(found, model)
         if wrap is not torch.fx.symbolic_trace:
-            assert module_class(found) == "torch.nn.modules.container.Sequential"
+            assert module_class_name(found) == "torch.nn.modules.container.Sequential"
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript
@@ -353,15 +353,15 @@ def test_torchscript_archives(tmp_path: Path, how: str) -> None:
     expected = script.state_dict()
     assert [key for key in state if key in expected] == list(expected)
     assert all(torch.equal(state[key], expected[key]) for key in expected)  # type: ignore[arg-type]
-    assert module_class(found).endswith("Sequential")
+    assert module_class_name(found).endswith("Sequential")
     assert isinstance(load_archive(tmp_path / "x.pt", "constants.pkl"), tuple)
 
 
 def test_what_is_no_module() -> None:
-    for value in (None, {}, torch.ones(2), Opaque("a.b"), Opaque("a.b", ())):
+    for value in (None, {}, torch.ones(2), OpaqueObject("a.b"), OpaqueObject("a.b", ())):
         assert module_state(value) is None
-        assert module_rates(value) == {}
-        assert module_class(value) == ""
+        assert module_drop_rates(value) == {}
+        assert module_class_name(value) == ""
 
 
 # --- errors and trust ----------------------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.cli import main
-from ckpt_tools.jobs.earlier_output import Damaged, Made, find_earlier_output
+from ckpt_tools.jobs.earlier_output import DamagedOutput, EarlierOutput, find_earlier_output
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.output.checkpoint_writer import save, write_safetensors
 from ckpt_tools.storage.output.integrity import FileDigest
-from ckpt_tools.storage.provenance import output_metadata, recorded
+from ckpt_tools.storage.provenance import output_metadata, read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint
 
 STATE = {"weight": torch.arange(40.0), "bn.running_var": torch.ones(40), "bn.num_batches_tracked": torch.tensor(3)}
@@ -39,11 +39,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     asked = Request(source, "data.npy")
     checkpoint = read_checkpoint(source)
     new = {"bn.running_var": torch.full((40,), 2.0)}
-    save(folder / "out.safetensors", checkpoint, new, provenance={"settings": asked.settings()})
+    save(folder / "out.safetensors", checkpoint, new, provenance={"settings": asked.settings_digest()})
     return asked, folder / "out.safetensors"
 
 
-def found(made: tuple[Request, Path], content: bytes, **more: Any) -> Made | Damaged | None:
+def found(made: tuple[Request, Path], content: bytes, **more: Any) -> EarlierOutput | DamagedOutput | None:
     asked, output = made
     changed = output.with_name("changed.safetensors")
     changed.write_bytes(content)
@@ -60,9 +60,9 @@ def header_of(content: bytes) -> int:
 def test_a_whole_output_is_done(made: tuple[Request, Path]) -> None:
     content = made[1].read_bytes()
     before = found(made, content)
-    assert isinstance(before, Made)
+    assert isinstance(before, EarlierOutput)
     assert before.file == FileDigest(digest(content), len(content))
-    assert recorded(made[1]) is not None
+    assert read_provenance_entry(made[1]) is not None
 
 
 def digest(content: bytes) -> str:
@@ -89,22 +89,22 @@ def test_no_change_passes(made: tuple[Request, Path], data: st.DataObject) -> No
     changed = changes[data.draw(st.sampled_from(sorted(changes)))]
     assume(changed != content)
     answer = found(made, changed)
-    assert not isinstance(answer, Made)
+    assert not isinstance(answer, EarlierOutput)
     # Only what has the very header that was written may be replaced without being told to.
-    assert isinstance(answer, Damaged) == (changed[:start] == content[:start])
+    assert isinstance(answer, DamagedOutput) == (changed[:start] == content[:start])
 
 
 def test_the_manifest_counts_as_well(made: tuple[Request, Path]) -> None:
     content = made[1].read_bytes()
     whole = found(made, content)
-    assert isinstance(whole, Made)
+    assert isinstance(whole, EarlierOutput)
     source, asked, file = whole.source_sha256, whole.settings, whole.file
     assert found(made, content, in_manifest=whole) == whole
-    assert found(made, content, in_manifest=Made(source, asked)) == whole  # version 0.1.0 recorded no digest
+    assert found(made, content, in_manifest=EarlierOutput(source, asked)) == whole  # version 0.1.0 recorded no digest
     for other in (FileDigest("0" * 64, file.size), FileDigest(file.sha256, 1)):
-        assert isinstance(found(made, content, in_manifest=Made(source, asked, other)), Damaged)
-        assert found(made, content, in_manifest=Made(source, "other settings", other)) == whole
-        assert found(made, content, in_manifest=Made("0" * 64, asked, other)) == whole
+        assert isinstance(found(made, content, in_manifest=EarlierOutput(source, asked, other)), DamagedOutput)
+        assert found(made, content, in_manifest=EarlierOutput(source, "other settings", other)) == whole
+        assert found(made, content, in_manifest=EarlierOutput("0" * 64, asked, other)) == whole
 
 
 def test_digests_are_those_of_the_bytes(made: tuple[Request, Path]) -> None:
@@ -185,16 +185,16 @@ def test_no_entry_hides_a_checkpoint(tmp_path_factory: pytest.TempPathFactory, e
 )
 def test_entries_that_are_nearly_ours(tmp_path: Path, entry: object) -> None:
     save_file(STATE, tmp_path / "a.safetensors", {"ckpt_tools": json.dumps(entry)})
-    assert recorded(tmp_path / "a.safetensors") is None
+    assert read_provenance_entry(tmp_path / "a.safetensors") is None
 
 
 def test_deep_entries(tmp_path: Path) -> None:
     deep = "[" * 500 + "]" * 500
     entry = json.dumps({**SOURCE, "version": "0.1.0"})[:-1] + f', "x": {deep}}}'
     save_file(STATE, tmp_path / "a.safetensors", {"ckpt_tools": entry})
-    assert recorded(tmp_path / "a.safetensors") is None
+    assert read_provenance_entry(tmp_path / "a.safetensors") is None
     save(tmp_path / "b.safetensors", read_checkpoint(tmp_path / "a.safetensors"), {}, provenance={})
-    assert "earlier" not in recorded(tmp_path / "b.safetensors")
+    assert "earlier" not in read_provenance_entry(tmp_path / "b.safetensors")
 
 
 def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(tmp_path: Path, monkeypat
     torch.save(STATE, "a.pt")
     asked = Request(Path("a.pt"), "data.npy")
     metadata = output_metadata(
-        read_checkpoint("a.pt"), {"settings": asked.settings()}, digest(Path("a.pt").read_bytes())
+        read_checkpoint("a.pt"), {"settings": asked.settings_digest()}, digest(Path("a.pt").read_bytes())
     )
     save_file(STATE, "a.bn.safetensors", metadata)
     save_file(STATE, "init.safetensors", output_metadata(None, {"expect": "init", "scheme": "normal"}))
@@ -279,6 +279,6 @@ def test_a_damaged_output_that_is_exchanged_meanwhile(runs: Path, monkeypatch: p
         output.unlink()
         output.write_text("precious")
 
-    monkeypatch.setattr("ckpt_tools.storage.output.checkpoint_writer.require_stamps", late)
+    monkeypatch.setattr("ckpt_tools.storage.output.checkpoint_writer.require_same_stamps", late)
     assert run("--output-dir", "fixed").exit_code == 1
     assert output.read_text() == "precious"

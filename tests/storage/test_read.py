@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.contents.state_dict_keys import strip_wrappers
-from ckpt_tools.storage.reading import read_checkpoint, sha256
+from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
 
 Tensors = dict[str, Tensor]
 
@@ -171,10 +171,10 @@ def test_damaged_index(tmp_path: Path, text: str) -> None:
 def test_sha256_of_a_file_and_of_shards(tmp_path: Path) -> None:
     shard(tmp_path)
     one = tmp_path / "model-0.safetensors"
-    assert sha256(one) == hashlib.sha256(one.read_bytes()).hexdigest()
+    assert checkpoint_sha256(one) == hashlib.sha256(one.read_bytes()).hexdigest()
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(tmp_path.glob("model-*"))]
-    assert sha256(tmp_path) == hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert sha256(tmp_path) == sha256(tmp_path / "model.safetensors.index.json")
+    assert checkpoint_sha256(tmp_path) == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert checkpoint_sha256(tmp_path) == checkpoint_sha256(tmp_path / "model.safetensors.index.json")
 
 
 # --- where the state dict stands ---------------------------------------------------------------------------------

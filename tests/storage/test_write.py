@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
-from ckpt_tools.storage.compare import compare, provenance
+from ckpt_tools.storage.compare import compare_checkpoints
 from ckpt_tools.storage.output import atomic, checkpoint_writer
 from ckpt_tools.storage.output.checkpoint_writer import save, write_safetensors
-from ckpt_tools.storage.provenance import output_metadata
-from ckpt_tools.storage.reading import read_checkpoint, sha256
+from ckpt_tools.storage.provenance import checkpoint_provenance, output_metadata
+from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
 
 VARIANCE = "1.running_var"
 
@@ -91,7 +91,7 @@ def test_returns_the_digest_and_says_where_it_comes_from(tmp_path: Path, source:
     assert digest == hashlib.sha256(target.read_bytes()).hexdigest()
     written = read_checkpoint(target)
     assert written.metadata["format"] == "pt"
-    found = provenance(written)
+    found = checkpoint_provenance(written)
     assert found is not None
     assert found.pop("version")
     assert found == {
@@ -99,7 +99,7 @@ def test_returns_the_digest_and_says_where_it_comes_from(tmp_path: Path, source:
         "bad": None,
         "path": str(tmp_path),
         "source": "source.pt",
-        "source_sha256": sha256(tmp_path / "source.pt"),
+        "source_sha256": checkpoint_sha256(tmp_path / "source.pt"),
         "weights": "state_dict",
         "prefix": "",
     }
@@ -111,7 +111,7 @@ def test_an_output_as_source_keeps_metadata_and_history(tmp_path: Path) -> None:
     save(tmp_path / "c.safetensors", read_checkpoint(tmp_path / "b.safetensors"), {}, provenance={"step": 2})
     last = read_checkpoint(tmp_path / "c.safetensors")
     assert last.metadata["licence"] == "MIT"
-    found = provenance(last)
+    found = checkpoint_provenance(last)
     assert found is not None
     assert (found["step"], found["source_sha256"]) == (2, digest)
     assert isinstance(found["earlier"], dict)
@@ -123,7 +123,7 @@ def test_an_output_without_a_source_names_none(tmp_path: Path) -> None:
     write_safetensors(target, model().state_dict(), metadata=output_metadata(None, {"seed": 0}))
     written = read_checkpoint(target)
     assert written.metadata["format"] == "pt"
-    found = provenance(written)
+    found = checkpoint_provenance(written)
     assert found is not None
     assert found.keys() == {"seed", "version"}
 
@@ -154,7 +154,7 @@ def test_tied_strided_and_odd_tensors(tmp_path: Path) -> None:
     assert list(after.tensors) == list(state)
     for key, tensor in load_file(tmp_path / "y.safetensors").items():
         torch.testing.assert_close(tensor, state[key].resolve_conj(), rtol=0, atol=0, equal_nan=True)
-    assert not compare(read_checkpoint(tmp_path / "x.pt"), after).unexpected("nothing")
+    assert not compare_checkpoints(read_checkpoint(tmp_path / "x.pt"), after).unexpected_differences("nothing")
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
@@ -212,7 +212,7 @@ def test_a_trusted_source_is_not_executed_again(tmp_path: Path) -> None:
     torch.save(model(), tmp_path / "whole.pt")
     source = read_checkpoint(tmp_path / "whole.pt", trust=True)
     save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
-    assert compare(source, read_checkpoint(tmp_path / "out.safetensors")).unexpected("variance") == ()
+    assert compare_checkpoints(source, read_checkpoint(tmp_path / "out.safetensors")).unexpected_differences("variance") == ()
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_output_that_appears_meanwhile(
     def late(path: Path) -> None:
         target.write_text("precious")
 
-    monkeypatch.setattr(atomic, "sync", late)
+    monkeypatch.setattr(atomic, "sync_to_disk", late)
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(OutputError, match="--overwrite"):

@@ -12,8 +12,8 @@ import nets
 from torch import Tensor
 
 from ckpt_tools.jobs.many.engine import Record
-from ckpt_tools.jobs.many.folder_run import Result
-from ckpt_tools.report.records.manifest import record_of
+from ckpt_tools.jobs.many.folder_run import ItemResult
+from ckpt_tools.report.records.manifest import make_record
 
 SHAPE = (3, 8, 8)
 
@@ -61,8 +61,8 @@ class Fragile(nets.DenseNet):
         return super().to(*args, **kwargs)
 
 
-def described(result: Result) -> Record:
+def described(result: ItemResult) -> Record:
     """The record of a result; the first process of all that has an output dies before it can say so."""
     if result.status == "done" and not _marked("described"):
         killed()
-    return record_of(result)
+    return make_record(result)

@@ -17,8 +17,8 @@ from torch import Tensor
 from ckpt_tools import reestimate_bn, walk
 from ckpt_tools.distributed import Ranks, Team, connected
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.jobs.plan import prepare
-from ckpt_tools.jobs.reestimation import execute
+from ckpt_tools.jobs.plan import prepare_reestimation
+from ckpt_tools.jobs.reestimation import execute_reestimation
 from ckpt_tools.jobs.request import Request
 
 JOBS: dict[str, dict[str, object]] = {
@@ -52,8 +52,8 @@ def requested(name: str, options: dict[str, object]) -> Request:
 
 def summary(name: str, team: Team) -> dict[str, object]:
     """Everything in a result that several processes must share with one."""
-    plan = prepare(requested(name, JOBS[name]), team=team)
-    outcome = execute(plan)
+    plan = prepare_reestimation(requested(name, JOBS[name]), team=team)
+    outcome = execute_reestimation(plan)
     result = outcome.result
     return {
         "read": [result.images, result.batches, result.passes, result.stopped_early, plan.batch_size],
@@ -104,7 +104,7 @@ def main(folder: str) -> None:
         told["late"] = [late.images, late.batches]
         for name, options in BROKEN.items():
             try:
-                execute(prepare(requested(name, options), team=team))
+                execute_reestimation(prepare_reestimation(requested(name, options), team=team))
             except CkptToolsError as error:
                 told[name] = [type(error).__name__, str(error)]
         Path(f"rank{team.rank}.json").write_text(json.dumps(told))

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError, DataError
-from ckpt_tools.storage.formats.pickles import Opaque, load_pickle
+from ckpt_tools.storage.formats.pickles import OpaqueObject, load_pickle
 
-__all__ = ["ARRAY_SUFFIXES", "Split", "StoredArray", "find_array", "most_inflated"]
+__all__ = ["ARRAY_SUFFIXES", "Split", "StoredArray", "find_array", "max_decompressed_bytes"]
 
 Split = Literal["train", "test"]
 
@@ -33,7 +33,7 @@ _HEADER = 1024  # bytes in front of an array; numpy's second look at a longer on
 _INFLATED, _SLACK = 100, 1 << 26  # a compressed file may hold so many times its size, and some bytes
 
 
-def most_inflated(path: Path) -> int:
+def max_decompressed_bytes(path: Path) -> int:
     """Bytes that a compressed file may unfold to before it counts as an attack on the memory."""
     return _INFLATED * path.stat().st_size + _SLACK
 
@@ -54,7 +54,7 @@ class StoredArray:
     name: str = ""  # in a file of several
 
     @property
-    def pixels(self) -> bool:
+    def holds_pixels(self) -> bool:
         """Whether the values are image bytes, not yet preprocessed."""
         return self.dtype == "uint8"
 
@@ -66,7 +66,7 @@ class StoredArray:
             raise DataError(f"{self.label}: the values cannot be read: {error}. Check file and disk.") from error
         except Exception as error:  # readers of damaged files raise whatever the damage leads them to
             raise DataError(f"{self.label}: the values cannot be read: {error}. The file is damaged.") from error
-        if tuple(found.shape) != self.shape or (found.dtype == torch.uint8) != self.pixels:
+        if tuple(found.shape) != self.shape or (found.dtype == torch.uint8) != self.holds_pixels:
             raise DataError(
                 f"{self.label}: expected {self.dtype} {self.shape}, found {found.dtype} {tuple(found.shape)}. "
                 "The file is damaged, or has changed meanwhile."
@@ -124,7 +124,7 @@ def _choose(path: Path, arrays: Mapping[str, StoredArray], split: Split) -> str:
 def _check(array: StoredArray) -> None:
     if 0 in array.shape:
         raise DataError(f"{array.label}: the array is empty, shape {array.shape}. Expected samples (N, …).")
-    if not (array.pixels or array.dtype.startswith(("float", "bfloat"))):
+    if not (array.holds_pixels or array.dtype.startswith(("float", "bfloat"))):
         raise DataError(
             f"{array.label}: expected floats (preprocessed samples) or uint8 (pixels 0–255), found "
             f"{array.dtype}. Convert the array, to uint8 if it holds pixels."
@@ -133,7 +133,7 @@ def _check(array: StoredArray) -> None:
 
 def _in_npy(path: Path) -> dict[str, StoredArray]:
     with path.open("rb") as stream:
-        shape, dtype = _header(stream, most_inflated(path))
+        shape, dtype = _header(stream, max_decompressed_bytes(path))
         start = stream.tell()
 
     def read() -> Tensor:
@@ -150,14 +150,14 @@ def _in_npz(path: Path) -> dict[str, StoredArray]:
         for entry in archive.infolist():
             name = entry.filename.removesuffix(".npy")
             with _entry(archive, entry) as stream:
-                shape, dtype = _header(stream, most_inflated(path))
+                shape, dtype = _header(stream, max_decompressed_bytes(path))
             arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, _npz_reader(path, entry))
     return arrays
 
 
 def _npz_reader(path: Path, entry: zipfile.ZipInfo) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        if entry.file_size > most_inflated(path):
+        if entry.file_size > max_decompressed_bytes(path):
             raise ValueError(f"it claims to hold {entry.file_size:,} bytes, which is out of all proportion")
         with zipfile.ZipFile(path) as archive:
             with _entry(archive, entry) as stream:
@@ -212,22 +212,22 @@ def _in_pt(path: Path) -> dict[str, StoredArray]:
             f"{path}: it cannot be read: {found} Save a plain tensor with torch.save(images, path)."
         ) from error
     if isinstance(content, tuple | list) and len(content) == 2:
-        content = [content[0], _listed(content[1])]
+        content = [content[0], _list_to_tensor(content[1])]
     if isinstance(content, tuple | list) and len(content) == 2 and _is_labels(content[1], content[0]):
         images, labels = content
         return {"": _of_tensor(str(path), images), "labels": _of_tensor(f"{path}[1]", labels)}
     if isinstance(content, tuple | list):
-        content = _joined(path, content)
+        content = _join_batches(path, content)
     if isinstance(content, Tensor):
         return {"": _of_tensor(str(path), content)}
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a tensor or a dict of tensors, found {_kind(content)}.")
-    values = {str(name): _listed(value) for name, value in content.items()}
+    values = {str(name): _list_to_tensor(value) for name, value in content.items()}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     return {name: _of_tensor(f"{path}[{name}]", value) for name, value in tensors.items()}
 
 
-def _listed(value: object) -> object:
+def _list_to_tensor(value: object) -> object:
     """A list of whole numbers as a tensor, for labels may be one."""
     if isinstance(value, (list, tuple)) and value and all(type(one) is int and abs(one) < 2**31 for one in value):
         return torch.tensor(value)
@@ -240,19 +240,19 @@ def _is_labels(labels: object, images: object) -> bool:
     return labels.ndim == 1 and labels.shape == images.shape[:1]
 
 
-def _joined(path: Path, content: Sequence[object]) -> object:
+def _join_batches(path: Path, content: Sequence[object]) -> object:
     """(images, labels) is its first part; a list of batches, which all look alike, is all of them."""
     shapes = {part.shape[1:] if isinstance(part, Tensor) and part.ndim > 1 else None for part in content}
     if len(content) > 1 and len(shapes) == 1 and None not in shapes:
         batches = [part for part in content if isinstance(part, Tensor)]
-        if sum(batch.nbytes for batch in batches) > most_inflated(path):
+        if sum(batch.nbytes for batch in batches) > max_decompressed_bytes(path):
             raise DataError(f"{path}: expected batches, found the same few over and over again. Do not use this file.")
         return torch.cat(batches)
     return content[0] if content else None
 
 
 def _kind(value: object) -> str:
-    return value.name if type(value) is Opaque else type(value).__name__
+    return value.name if type(value) is OpaqueObject else type(value).__name__
 
 
 def _of_tensor(label: str, tensor: Tensor) -> StoredArray:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.arrays.array_files import Split, StoredArray, most_inflated
+from ckpt_tools.data.arrays.array_files import Split, StoredArray, max_decompressed_bytes
 from ckpt_tools.data.arrays.matlab import matlab_arrays
 from ckpt_tools.errors import CheckpointError, DataError
-from ckpt_tools.storage.formats.pickles import Opaque, load_pickle
+from ckpt_tools.storage.formats.pickles import OpaqueObject, load_pickle
 
-__all__ = ["DATASETS", "find_dataset", "recognise"]
+__all__ = ["DATASETS", "find_dataset", "recognise_dataset"]
 
 
 def find_dataset(name: str, root: Path, split: Split = "train") -> StoredArray:
@@ -37,7 +37,7 @@ def find_dataset(name: str, root: Path, split: Split = "train") -> StoredArray:
         ) from error
 
 
-def recognise(root: Path) -> str | None:
+def recognise_dataset(root: Path) -> str | None:
     """The name of the data set that lies in this folder, if it is one of ours."""
     for name, marks in _MARKS.items():
         if any((root / mark).exists() for mark in marks):
@@ -67,7 +67,7 @@ def _cifar(root: Path, files: list[Path], key: str, classes: int) -> StoredArray
     # a pickle tells its size only when it is read; 150 MB once
     entries = [_cifar_entry(file) for file in files]
     images = torch.cat([_cifar_images(file, entry) for file, entry in zip(files, entries, strict=True)])
-    told = [label for entry in entries for label in _told(entry, key)]
+    told = [label for entry in entries for label in _entry_labels(entry, key)]
     labels = StoredArray(f"{root}[{key}]", (len(told),), "int64", lambda: torch.tensor(told))
     return _pixels(str(root), tuple(images.shape), lambda: images, labels, classes)
 
@@ -83,12 +83,12 @@ def _cifar_entry(file: Path) -> dict[Any, Any]:
 def _cifar_images(file: Path, entry: dict[Any, Any]) -> Tensor:
     data = entry.get("data", entry.get(b"data"))
     if not isinstance(data, Tensor) or data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        found = f"; it holds {data!r:.200}" if isinstance(data, Opaque) else ""
+        found = f"; it holds {data!r:.200}" if isinstance(data, OpaqueObject) else ""
         raise DataError(f"{file}: expected CIFAR's 'data' of shape (N, 3072) uint8; found another pickle{found}.")
     return data.reshape(-1, 3, 32, 32)
 
 
-def _told(entry: dict[Any, Any], key: str) -> list[int]:
+def _entry_labels(entry: dict[Any, Any], key: str) -> list[int]:
     told = entry.get(key, entry.get(key.encode())) or []
     if not isinstance(told, list) or not all(type(label) is int and abs(label) < 1 << 31 for label in told):
         raise ValueError(f"{key} that are no numbers of classes")
@@ -102,7 +102,7 @@ def _svhn(root: Path, split: Split) -> StoredArray:
     if pixels is None or len(pixels.shape) != 4 or pixels.kind != "uint8":
         held = {name: (array.shape, array.kind) for name, array in found.items()}
         raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N) uint8, found {held!r:.300}.")
-    if pixels.nbytes + (digits.nbytes if digits else 0) > most_inflated(file):
+    if pixels.nbytes + (digits.nbytes if digits else 0) > max_decompressed_bytes(file):
         raise ValueError(f"it claims to hold an array of shape {pixels.shape}, which is out of all proportion")
 
     def read() -> Tensor:
@@ -134,23 +134,23 @@ def _mnist(root: Path, split: Split) -> StoredArray:
 def _idx(root: Path, name: str, dimensions: int) -> tuple[Path, tuple[int, ...]]:
     """An idx file of MNIST, plain or gzipped, and the shape of its bytes."""
     file = _locate("mnist", root, ("MNIST/raw/", "raw/", ""), (name, f"{name}.gz"))
-    with _opened(file) as stream:
+    with _open_idx_file(file) as stream:
         magic, *shape = np.frombuffer(stream.read(4 + 4 * dimensions), dtype=">u4").tolist()
     if magic != 0x0800 + dimensions or len(shape) != dimensions:
         raise DataError(f"{file}: expected an idx file (magic number {0x0800 + dimensions}), found {magic}.")
-    held = most_inflated(file) if file.suffix == ".gz" else file.stat().st_size - 4 - 4 * dimensions
+    held = max_decompressed_bytes(file) if file.suffix == ".gz" else file.stat().st_size - 4 - 4 * dimensions
     if math.prod(shape) > held:
         raise ValueError(f"{file.name} announces {tuple(shape)}, which is more than it holds")
     return file, tuple(shape)
 
 
 def _idx_values(file: Path, shape: tuple[int, ...]) -> Tensor:
-    with _opened(file) as stream:
+    with _open_idx_file(file) as stream:
         stream.read(4 + 4 * len(shape))
         return torch.frombuffer(bytearray(stream.read(math.prod(shape))), dtype=torch.uint8).reshape(shape)
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _open_idx_file(file: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
 
 

@@ -71,14 +71,14 @@ def matlab_arrays(file: Path) -> dict[str, MatlabArray]:
             if code in (_MATRIX, _COMPRESSED):
                 start = at if code == _MATRIX else at + 8
                 held = length + 8 if code == _MATRIX else length
-                array = _described(MatlabArray(file, "", (), "", order, start, held, code == _COMPRESSED))
+                array = _read_description(MatlabArray(file, "", (), "", order, start, held, code == _COMPRESSED))
                 if array is not None:
                     found[array.name] = array
             at += 8 + length
     return found
 
 
-def _described(blank: MatlabArray) -> MatlabArray | None:
+def _read_description(blank: MatlabArray) -> MatlabArray | None:
     """The array with what its first bytes say; None for text, cells and the like."""
     (_, flags), (_, dimensions), (_, name) = _elements(_content(blank, _START), blank.order, 3)
     kind = _CLASSES.get(int.from_bytes(flags[:4], "little" if blank.order == "<" else "big") & 0xFF)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays.array_files import StoredArray
-from ckpt_tools.data.images.transforms import ImageTransform, PixelScale, stacked
+from ckpt_tools.data.images.transforms import ImageTransform, PixelScale, stack_images
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import WHOLE, Share, default_workers, random_order
+from ckpt_tools.data.sample_order import FULL_SHARE, Share, default_workers, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream
 from ckpt_tools.errors import DataError
 
@@ -47,14 +47,14 @@ class ArraySource:
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one stored sample, channels first."""
-        if not self.preprocessed:
+        if not self.is_preprocessed:
             return tuple(_channels_first(torch.empty(self.array.shape, device="meta")).shape[1:])
         return self.array.shape[1:]
 
     @property
-    def preprocessed(self) -> bool:
+    def is_preprocessed(self) -> bool:
         """Whether the samples are taken as they are."""
-        return not self.array.pixels
+        return not self.array.holds_pixels
 
     def batches(
         self,
@@ -64,7 +64,7 @@ class ArraySource:
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
-        share: Share = WHOLE,
+        share: Share = FULL_SHARE,
     ) -> IndexedStream:
         """Float32 batches (n, …). Workers and a cache are used only where images are resampled.
 
@@ -72,7 +72,7 @@ class ArraySource:
         """
         image: ImageTransform | None
         finish: Callable[[Tensor], Tensor]
-        if self.preprocessed:
+        if self.is_preprocessed:
             self._check_floats(input_spec)
             image, finish, words = None, _as_float32, "floats, taken as they are"
         else:
@@ -98,7 +98,7 @@ class ArraySource:
     def _rows(self) -> Tensor:
         """Read once, however many models they are for."""
         rows = self.array.load()
-        return rows if self.preprocessed else _channels_first(rows)
+        return rows if self.is_preprocessed else _channels_first(rows)
 
     def _check_floats(self, input_spec: InputSpec | None) -> None:
         found = self.sample_shape
@@ -108,7 +108,7 @@ class ArraySource:
         if len(found) != len(want) or (len(want) > 1 and found[0] != want[0]):
             raise DataError(
                 f"{self.array.label}: samples have shape {found}, the model takes {want} (says "
-                f"{input_spec.origin}). Floats are not rearranged: save them as (N, {_joined(want)})."
+                f"{input_spec.origin}). Floats are not rearranged: save them as (N, {_format_shape(want)})."
             )
 
     def _pixels(self, input_spec: InputSpec | None) -> tuple[ImageTransform | None, PixelScale, str]:
@@ -116,7 +116,7 @@ class ArraySource:
         if input_spec is None:
             raise DataError(
                 f"{self.array.label}: uint8 pixels {found}; how they become an input of this model is unknown. "
-                f"Give --input-size {_joined(found)} with --mean and --std as in training, or save floats."
+                f"Give --input-size {_format_shape(found)} with --mean and --std as in training, or save floats."
             )
         scale = PixelScale(input_spec)
         if found == input_spec.shape:
@@ -141,7 +141,7 @@ class ArrayRows:
         """The rows (n, …) in this order; an array has no unreadable ones."""
         rows = self.rows[torch.tensor(indices)]
         if self.transform is not None:
-            rows = stacked([_fitted(_to_image(row), self.transform) for row in rows])
+            rows = stack_images([_fit_image(_to_image(row), self.transform) for row in rows])
         return Chunk(rows, {})
 
     def name(self, index: int) -> str:
@@ -149,9 +149,9 @@ class ArrayRows:
         return f"row {index}"
 
 
-def _fitted(image: Image.Image, transform: ImageTransform) -> Tensor:
+def _fit_image(image: Image.Image, transform: ImageTransform) -> Tensor:
     # at the model's size only the channels differ: blurring the pixels would change the data
-    return transform.recoloured(image) if image.size == transform.size else transform(image)
+    return transform.convert_colours(image) if image.size == transform.size else transform(image)
 
 
 def _to_image(row: Tensor) -> Image.Image:
@@ -172,5 +172,5 @@ def _as_float32(batch: Tensor) -> Tensor:
     return batch.float()
 
 
-def _joined(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return ",".join(map(str, shape))

@@ -16,17 +16,17 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.images.jpeg import decoded
-from ckpt_tools.data.images.transforms import LARGEST, ImageTransform, PixelScale, stacked
-from ckpt_tools.data.prefetch import reading
+from ckpt_tools.data.images.jpeg import decode_jpeg
+from ckpt_tools.data.images.transforms import MAX_PIXELS, ImageTransform, PixelScale, stack_images
+from ckpt_tools.data.prefetch import track_reading
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import WHOLE, Share, default_workers, random_order
-from ckpt_tools.data.stream import Chunk, IndexedStream, Samples, Skipped
+from ckpt_tools.data.sample_order import FULL_SHARE, Share, default_workers, random_order
+from ckpt_tools.data.stream import Chunk, IndexedStream, Samples, SkippedSample
 from ckpt_tools.errors import DataError
 
-__all__ = ["EXTENSIONS", "ImageSource", "image_transforms", "read_images"]
+__all__ = ["IMAGE_EXTENSIONS", "ImageSource", "image_transforms", "read_images"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 # By content, not by name. PIL knows more formats, and hands some of them (EPS) to other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
@@ -39,7 +39,7 @@ class ImageSource(ABC):
     spec: str
     limit: int | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
-    preprocessed: bool = field(default=False, init=False)
+    is_preprocessed: bool = field(default=False, init=False)
     sample_shape: None = field(default=None, init=False)
 
     @property
@@ -64,7 +64,7 @@ class ImageSource(ABC):
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
-        share: Share = WHOLE,
+        share: Share = FULL_SHARE,
     ) -> IndexedStream:
         """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
         image, scale = image_transforms(self.spec, input_spec)
@@ -105,12 +105,12 @@ def read_images(
     images, skipped = [], {}
     for number, file in zip(numbers, files, strict=True):
         try:
-            with reading(name(number)):
+            with track_reading(name(number)):
                 images.append(_read(file, transform))
         # PIL's plugins raise whatever a broken header leads them to
         except Exception as error:  # noqa: BLE001
-            skipped[number] = Skipped(name(number), _reason(error, file))
-    return Chunk(stacked(images) if images else None, skipped)
+            skipped[number] = SkippedSample(name(number), _reason(error, file))
+    return Chunk(stack_images(images) if images else None, skipped)
 
 
 def _read(file: Path | BytesIO | Exception, transform: ImageTransform) -> Tensor:
@@ -120,17 +120,17 @@ def _read(file: Path | BytesIO | Exception, transform: ImageTransform) -> Tensor
         raise OSError("no regular file")
     with Image.open(file, formats=_FORMATS) as image, _one_at_a_time(image.size):  # opening reads the header alone
         if image.format == "JPEG" and image.mode == transform.mode == "RGB":
-            pixels = decoded(file, image.size) if transform.takes_pixels(image.size) else None
+            pixels = decode_jpeg(file, image.size) if transform.accepts_pixels(image.size) else None
             if pixels is not None:
-                return transform.of_pixels(pixels)
+                return transform.transform_pixels(pixels)
         return transform(image)
 
 
 def _one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
     """Several threads with an image of 300 MB each are more than a small machine has."""
     pixels = size[0] * size[1]
-    if pixels > LARGEST:
-        raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels, more than {LARGEST:,}")
+    if pixels > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels, more than {MAX_PIXELS:,}")
     return _LARGE if pixels > _ALONE else nullcontext()
 
 

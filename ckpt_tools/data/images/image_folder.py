@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Literal
 
-from ckpt_tools.data.images.image_files import EXTENSIONS, ImageSource, read_images
+from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS, ImageSource, read_images
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.data.images.transforms import ImageTransform
 from ckpt_tools.data.stream import Chunk
@@ -79,9 +79,9 @@ def find_images(root: Path | RemoteFolder) -> tuple[str, ...]:
     """
     images: list[str] = []
     others: Counter[str] = Counter()
-    for name in root.names(EXTENSIONS) if isinstance(root, RemoteFolder) else _names(root):
+    for name in root.names(IMAGE_EXTENSIONS) if isinstance(root, RemoteFolder) else _names(root):
         suffix = PurePath(name).suffix.lower()
-        if suffix in EXTENSIONS:
+        if suffix in IMAGE_EXTENSIONS:
             images.append(name)
         else:
             others[suffix or "no extension"] += 1
@@ -121,4 +121,4 @@ def _no_images(root: Path | RemoteFolder, others: Counter[str]) -> str:
         found = f"{others.total()} other files ({listed})"
     else:
         found = "no files at all"
-    return f"{root}: no image ({' '.join(sorted(EXTENSIONS))}) in this folder or below it; found {found}."
+    return f"{root}: no image ({' '.join(sorted(IMAGE_EXTENSIONS))}) in this folder or below it; found {found}."

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["decoded"]
+__all__ = ["decode_jpeg"]
 
 
-def decoded(file: Path | BytesIO, size: tuple[int, int]) -> Tensor | None:
+def decode_jpeg(file: Path | BytesIO, size: tuple[int, int]) -> Tensor | None:
     """Uint8 (3, H, W) of a colour JPEG of this width and height, unrotated; None where PIL has to read it.
 
     Torchvision is used only if something else, say the model, has imported it: that takes as long as decoding

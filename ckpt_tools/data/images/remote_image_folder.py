@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import PurePosixPath
 
-from ckpt_tools.remote.store import Remote, is_missing, reaching
+from ckpt_tools.remote.store import RemotePath, is_missing_file_error, translate_store_errors
 
 __all__ = ["RemoteFolder"]
 
@@ -23,7 +23,7 @@ def _is_visible(name: str) -> bool:
 class RemoteFolder:
     """What takes the place of a path where the folder is remote."""
 
-    remote: Remote
+    remote: RemotePath
 
     def __str__(self) -> str:
         return str(self.remote)
@@ -41,7 +41,7 @@ class RemoteFolder:
 
     def folders(self) -> list[str]:
         """Names of the folders directly in it, sorted. Raises RemoteError."""
-        with reaching(self.remote.url):
+        with translate_store_errors(self.remote.url):
             entries = self.remote.fs.ls(self.remote.path, detail=True)
             names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
         return sorted({name for name in names if name and not name.startswith(".")})
@@ -60,19 +60,19 @@ class RemoteFolder:
             if failure is None:
                 break
             if pause is None:
-                with reaching(self.remote.url):
+                with translate_store_errors(self.remote.url):
                     raise failure
             time.sleep(pause)
         return [found[name] for name in names]
 
     def _read_into(self, found: dict[str, BytesIO | Exception], names: Sequence[str]) -> Exception | None:
         """One try for files; an error that another try may mend."""
-        paths = [self.remote.child(name) for name in names]
+        paths = [self.remote.child_path(name) for name in names]
         failure = None
         for name, content in zip(names, self.remote.fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
             if not isinstance(content, Exception):
                 found[name] = BytesIO(content)
-            elif is_missing(content):
+            elif is_missing_file_error(content):
                 found[name] = content
             else:
                 failure = content

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["INTERPOLATIONS", "agrees", "resampled"]
+__all__ = ["INTERPOLATIONS", "matches_pil", "resize_like_pil"]
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -21,8 +21,8 @@ INTERPOLATIONS = {
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
-def agrees(size: tuple[int, int], goal: tuple[int, int], interpolation: str) -> bool:
-    """Whether ``resampled`` gives PIL's pixels for images of this width and height: to 0.01 levels on average.
+def matches_pil(size: tuple[int, int], goal: tuple[int, int], interpolation: str) -> bool:
+    """Whether ``resize_like_pil`` gives PIL's pixels for images of this width and height: to 0.01 levels on average.
 
     PIL's weights have 22 bits, torch's about 15, so a pixel in a few hundred is rounded to the other side.
     """
@@ -33,7 +33,7 @@ def agrees(size: tuple[int, int], goal: tuple[int, int], interpolation: str) -> 
     return INTERPOLATIONS[interpolation] in _MODES and rows_first
 
 
-def resampled(pixels: Tensor, goal: tuple[int, int], interpolation: str) -> Tensor:
+def resize_like_pil(pixels: Tensor, goal: tuple[int, int], interpolation: str) -> Tensor:
     """Uint8 (C, height, width) of ``goal`` = (width, height) from uint8 (C, H, W), channels last in memory.
 
     ``interpolation`` is one for which the two agree, that is bilinear, bicubic or random.

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.images.resampling import INTERPOLATIONS, agrees, resampled
+from ckpt_tools.data.images.resampling import INTERPOLATIONS, matches_pil, resize_like_pil
 from ckpt_tools.errors import DataError, UsageError
 
-__all__ = ["LARGEST", "ImageTransform", "PixelScale", "stacked"]
+__all__ = ["MAX_PIXELS", "ImageTransform", "PixelScale", "stack_images"]
 
-LARGEST = 1 << 26
+MAX_PIXELS = 1 << 26
 """Pixels of an image, before and after resizing: PIL and torch hold it two or three times, with 3 or 4 bytes each."""
 
 _CROP_MODES = ("center", "squash", "border")
@@ -66,35 +66,37 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """A uint8 tensor (C, H, W). Raises PIL's DecompressionBombError for absurd strips."""
-        image = self._converted(image)
-        if self.takes_pixels(image.size):
-            return self.of_pixels(to_tensor(image))
+        image = self._convert_mode(image)
+        if self.accepts_pixels(image.size):
+            return self.transform_pixels(to_tensor(image))
         return self._crop(to_tensor(image.resize(self._goal(image.size), INTERPOLATIONS[self.spec.interpolation])))
 
-    def takes_pixels(self, size: tuple[int, int]) -> bool:
+    def accepts_pixels(self, size: tuple[int, int]) -> bool:
         """Whether ``of_pixels`` makes the same of an image of this width and height."""
         # one channel takes torch longer than PIL
-        return self.mode == "RGB" and agrees(size, self._goal(size), self.spec.interpolation)
+        return self.mode == "RGB" and matches_pil(size, self._goal(size), self.spec.interpolation)
 
-    def of_pixels(self, pixels: Tensor) -> Tensor:
+    def transform_pixels(self, pixels: Tensor) -> Tensor:
         """A uint8 tensor (3, H, W) of a decoded image, uint8 (3, H, W) and channels last in memory."""
-        return self._crop(resampled(pixels, self._goal((pixels.shape[2], pixels.shape[1])), self.spec.interpolation))
+        return self._crop(
+            resize_like_pil(pixels, self._goal((pixels.shape[2], pixels.shape[1])), self.spec.interpolation)
+        )
 
     def _goal(self, size: tuple[int, int]) -> tuple[int, int]:
-        goal = self.resized(size)
+        goal = self.size_before_crop(size)
         # A strip of 1×60000 pixels is no large image, and would grow to gigabytes here.
-        if goal[0] * goal[1] > LARGEST:
+        if goal[0] * goal[1] > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels would be resized to {goal[0]}×{goal[1]}")
         return goal
 
-    def recoloured(self, image: Image.Image) -> Tensor:
+    def convert_colours(self, image: Image.Image) -> Tensor:
         """A uint8 tensor (C, H, W) of the image at its own size."""
-        return to_tensor(self._converted(image))
+        return to_tensor(self._convert_mode(image))
 
-    def _converted(self, image: Image.Image) -> Image.Image:
+    def _convert_mode(self, image: Image.Image) -> Image.Image:
         return image if image.mode == self.mode else image.convert(self.mode)
 
-    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+    def size_before_crop(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height, before the crop, of an image of this width and height."""
         width, height = size
         # crop_pct often is crop / resize of torchvision: 224 / (224 / 232) must not fall short of 232.
@@ -136,7 +138,7 @@ class ImageTransform:
         return f"{self.mode}, {how[self.spec.crop_mode]} {resized} ({self.spec.interpolation}), centre {height}×{width}"
 
 
-def stacked(images: Sequence[Tensor]) -> Tensor:
+def stack_images(images: Sequence[Tensor]) -> Tensor:
     """A uint8 batch (n, C, H, W) of the tensors that ``to_tensor`` made, channels last in memory like them."""
     channels, height, width = images[0].shape
     batch = np.empty((len(images), height, width, channels), np.uint8)
@@ -183,8 +185,8 @@ class PixelScale:
             # constants as long as a row of pixels: three at a time would keep vector units idle
             rows = pixels.permute(0, 2, 3, 1).reshape(count, height, -1)
             along = (constant.expand(pixels.shape[1], 1, 1).flatten().repeat(width) for constant in (scale, shift))
-            return _scaled(rows, *along).reshape(count, height, width, -1).permute(0, 3, 1, 2)
-        return _scaled(pixels, scale, shift)
+            return _scale_and_shift(rows, *along).reshape(count, height, width, -1).permute(0, 3, 1, 2)
+        return _scale_and_shift(pixels, scale, shift)
 
     def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._constants:  # sent once: every such copy waits for the device
@@ -197,7 +199,7 @@ class PixelScale:
         return f"/255, mean {mean}, std {std}"
 
 
-def _scaled(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _scale_and_shift(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # numpy stays in this thread, where torch would wait for cores that are busy decoding, and asks for
     # large memory pages: a batch in small ones takes longer to allocate than to compute
     values = np.empty(pixels.shape, np.float32)

@@ -13,7 +13,7 @@ import torch
 
 from ckpt_tools.data.images.image_files import ImageSource, read_images
 from ckpt_tools.data.images.transforms import ImageTransform
-from ckpt_tools.data.labels import Labels, class_number
+from ckpt_tools.data.labels import Labels, parse_class_number
 from ckpt_tools.data.shards.shard_index import ShardIndex, index_shards
 from ckpt_tools.data.stream import Chunk
 from ckpt_tools.errors import DataError
@@ -72,7 +72,9 @@ def shard_labels(source: ShardSource) -> Labels:
     values = []
     for shard in source.index.shards:
         try:
-            values += [class_number(shard.label(row), partial(shard.name, row)) for row in range(len(shard.places))]
+            values += [
+                parse_class_number(shard.label(row), partial(shard.name, row)) for row in range(len(shard.places))
+            ]
         except OSError as error:
             raise DataError(f"{shard.path}: the shard cannot be read: {error.strerror or error}.") from error
     return Labels(torch.tensor(values), None, "", "")

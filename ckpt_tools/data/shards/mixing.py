@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
-from ckpt_tools.data.sample_order import balanced
+from ckpt_tools.data.sample_order import balanced_batch_sizes
 
-__all__ = ["evenly", "shuffled", "taken_in_turn"]
+__all__ = ["batch_evenly", "interleave_sources", "shuffle_within_buffer"]
 
 T = TypeVar("T")
 
 
-def taken_in_turn(
+def interleave_sources(
     sources: Iterable[Iterator[T]],
     together: int,
     pool: Executor | None = None,
@@ -26,7 +26,7 @@ def taken_in_turn(
     With a ``pool``, every source is read ahead by a lot in a thread; the order is the same. ``weight`` bounds a lot.
     """
     waiting = iter(sources)
-    open_ = deque(_begun(source, pool, weight) for _, source in zip(range(together), waiting, strict=False))
+    open_ = deque(_start_reading(source, pool, weight) for _, source in zip(range(together), waiting, strict=False))
     while open_:
         items = open_.popleft()
         for item in items:
@@ -35,11 +35,13 @@ def taken_in_turn(
             break
         else:
             for source in waiting:
-                open_.appendleft(_begun(source, pool, weight))
+                open_.appendleft(_start_reading(source, pool, weight))
                 break
 
 
-def shuffled(items: Iterable[T], seed: int, *, most: int, weight: Callable[[T], int], heaviest: int) -> Iterator[T]:
+def shuffle_within_buffer(
+    items: Iterable[T], seed: int, *, most: int, weight: Callable[[T], int], heaviest: int
+) -> Iterator[T]:
     """The items, each in place of a random one of up to ``most`` that are held back, or ``heaviest`` in weight."""
     dice = random.Random(seed)
     held: list[T] = []
@@ -56,7 +58,7 @@ def shuffled(items: Iterable[T], seed: int, *, most: int, weight: Callable[[T], 
     yield from held
 
 
-def evenly(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batch_evenly(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Batches of ``size``, of which the last two differ by at most one: a small one would distort its variance."""
     held: list[T] = []
     for item in items:
@@ -65,7 +67,7 @@ def evenly(items: Iterable[T], size: int) -> Iterator[list[T]]:
             yield held[:size]
             held = held[size:]
     start = 0
-    for count in balanced(len(held), size):
+    for count in balanced_batch_sizes(len(held), size):
         yield held[start : start + count]
         start += count
 
@@ -74,7 +76,7 @@ _LOT = 16  # items
 _WEIGHT = 2**24
 
 
-def _begun(source: Iterator[T], pool: Executor | None, weight: Callable[[T], int]) -> Iterator[T]:
+def _start_reading(source: Iterator[T], pool: Executor | None, weight: Callable[[T], int]) -> Iterator[T]:
     if pool is None:
         return source
     return _lots(source, pool, weight, pool.submit(_lot, source, weight))

@@ -12,14 +12,20 @@ from itertools import islice
 from urllib.parse import urlsplit
 
 from ckpt_tools.data.sample_order import Share, random_order
-from ckpt_tools.data.shards.mixing import shuffled, taken_in_turn
-from ckpt_tools.data.shards.sample_grouping import LABEL, grouped, image_extension, printable, split_name
-from ckpt_tools.data.shards.shard_index import LARGEST, LONGEST
-from ckpt_tools.data.shards.tar_members import Member, TarReader
-from ckpt_tools.remote.address import shown_url
-from ckpt_tools.remote.store import open_url, reaching
+from ckpt_tools.data.shards.mixing import interleave_sources, shuffle_within_buffer
+from ckpt_tools.data.shards.sample_grouping import (
+    LABEL_EXTENSION,
+    group_members,
+    image_extension,
+    printable_name,
+    split_name,
+)
+from ckpt_tools.data.shards.shard_index import MAX_IMAGE_BYTES, MAX_LABEL_BYTES
+from ckpt_tools.data.shards.tar_members import TarMember, TarReader
+from ckpt_tools.remote.address import redact_url
+from ckpt_tools.remote.store import open_url, translate_store_errors
 
-__all__ = ["Raw", "mixed_samples"]
+__all__ = ["RawSample", "mixed_samples"]
 
 _TOGETHER = 8  # shards that are read at the same time
 _HELD_BACK = 1000  # samples among which the next one is drawn, as is usual with WebDataset
@@ -27,7 +33,7 @@ _HELD_BYTES = 2**28
 
 
 @dataclass(frozen=True, eq=False)
-class Raw:
+class RawSample:
     """A sample with an image: the file, or why it is not taken, and the beginning of its label."""
 
     url: str
@@ -48,7 +54,7 @@ class Raw:
 
 def mixed_samples(
     urls: Sequence[str], seed: int, share: Share, limit: int | None, others: Counter[str], *, threads: bool
-) -> Generator[Raw]:
+) -> Generator[RawSample]:
     """One pass over the samples of a rank, in the order that ``seed`` says, with or without threads.
 
     Ranks divide the shards or, if there is a ``limit`` or fewer shards than ranks, the samples: then together they take
@@ -58,44 +64,46 @@ def mixed_samples(
     order = [urls[number] for number in random_order(len(urls), limit=None, seed=seed).tolist()]
     by_shard = limit is None and len(order) >= share.world
     with ExitStack() as stack:
-        sources = [_samples(url, others) for url in (share.of(order) if by_shard else order)]
+        sources = [_samples(url, others) for url in (share.select_items(order) if by_shard else order)]
         for source in sources:
             stack.callback(source.close)
         pool = stack.enter_context(ThreadPoolExecutor(_TOGETHER, "ckpt-tools-shard")) if threads else None
         if pool is not None:
             stack.callback(pool.shutdown, cancel_futures=True)
-        samples: Iterator[Raw] = taken_in_turn(sources, _TOGETHER, pool, _weight)
-        samples = shuffled(samples, seed, most=_HELD_BACK, weight=_weight, heaviest=_HELD_BYTES)
+        samples: Iterator[RawSample] = interleave_sources(sources, _TOGETHER, pool, _weight)
+        samples = shuffle_within_buffer(samples, seed, most=_HELD_BACK, weight=_weight, heaviest=_HELD_BYTES)
         yield from samples if by_shard else islice(samples, share.rank, limit, share.world)
 
 
-def _weight(sample: Raw) -> int:
+def _weight(sample: RawSample) -> int:
     return sample.weight
 
 
-def _samples(url: str, others: Counter[str]) -> Generator[Raw]:
-    shown = shown_url(url)
+def _samples(url: str, others: Counter[str]) -> Generator[RawSample]:
+    shown = redact_url(url)
     shard = urlsplit(shown).path.rpartition("/")[2]
-    with reaching(url), open_url(url) as file:
+    with translate_store_errors(url), open_url(url) as file:
         tar = TarReader(file, shown)
         members = ((member.name, (member.name, _content(tar, member))) for member in tar)
-        for sample in grouped(members, shown):
+        for sample in group_members(members, shown):
             extension = image_extension(sample.parts)
             if extension is None:
                 others.update(sample.parts.keys())
                 continue
             name, image = sample.parts[extension]
-            label = sample.parts[LABEL][1] if LABEL in sample.parts else None
-            yield Raw(url, printable(f"{shard}/{name}"), image or b"", label if isinstance(label, bytes) else None)
+            label = sample.parts[LABEL_EXTENSION][1] if LABEL_EXTENSION in sample.parts else None
+            yield RawSample(
+                url, printable_name(f"{shard}/{name}"), image or b"", label if isinstance(label, bytes) else None
+            )
 
 
-def _content(tar: TarReader, member: Member) -> bytes | Exception | None:
+def _content(tar: TarReader, member: TarMember) -> bytes | Exception | None:
     """What is needed of a member: an image, the beginning of a label."""
     extension = (split_name(member.name) or ("", ""))[1]
-    if extension == LABEL:
-        return bytes(tar.read(min(member.size, LONGEST)))
+    if extension == LABEL_EXTENSION:
+        return bytes(tar.read(min(member.size, MAX_LABEL_BYTES)))
     if image_extension((extension,)) is None:
         return None
-    if member.size > LARGEST:
+    if member.size > MAX_IMAGE_BYTES:
         return ValueError(f"{member.size:,} bytes, more than an image has")
     return bytes(tar.read(member.size))

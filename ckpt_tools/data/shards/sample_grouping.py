@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ckpt_tools.data.images.image_files import EXTENSIONS
+from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS
 from ckpt_tools.errors import DataError
 
-__all__ = ["LABEL", "Sample", "grouped", "image_extension", "printable", "split_name"]
+__all__ = ["LABEL_EXTENSION", "Sample", "group_members", "image_extension", "printable_name", "split_name"]
 
 T = TypeVar("T")
 
-LABEL = "cls"
+LABEL_EXTENSION = "cls"
 """Extension of a member that holds a class number as text."""
 
-_IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
+_IMAGES = tuple(extension[1:] for extension in IMAGE_EXTENSIONS)
 _SHOWN = 300  # characters
 _ABOUT_THE_SHARD = re.compile(r"__[^/]*__(/|$)")
 
@@ -42,7 +42,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def grouped(members: Iterable[tuple[str, T]], shard: str) -> Iterator[Sample[T]]:
+def group_members(members: Iterable[tuple[str, T]], shard: str) -> Iterator[Sample[T]]:
     """The samples of the named members of a shard. Raises DataError for two members of the same name in a sample."""
     key, parts = "", dict[str, T]()
     for name, member in members:
@@ -55,7 +55,7 @@ def grouped(members: Iterable[tuple[str, T]], shard: str) -> Iterator[Sample[T]]
             key, parts = split[0], {}
         if split[1] in parts:
             raise DataError(
-                f"{shard}: expected every member of a sample once, found {printable(name)} again. Write it anew."
+                f"{shard}: expected every member of a sample once, found {printable_name(name)} again. Write it anew."
             )
         parts[split[1]] = member
     if parts:
@@ -63,12 +63,12 @@ def grouped(members: Iterable[tuple[str, T]], shard: str) -> Iterator[Sample[T]]
 
 
 def image_extension(extensions: Iterable[str]) -> str | None:
-    """The extension of the image of a sample; of several, the first in the order of ``EXTENSIONS``."""
+    """The extension of the image of a sample; of several, the first in the order of ``IMAGE_EXTENSIONS``."""
     found = set(extensions)
     return next((extension for extension in _IMAGES if extension in found), None)
 
 
-def printable(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name in a shard as it can be shown: it may hold anything, also what steers a terminal."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return "".join(character if character.isprintable() else "�" for character in text)[:_SHOWN]

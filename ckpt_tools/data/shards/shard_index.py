@@ -14,21 +14,21 @@ import numpy.typing as npt
 
 from ckpt_tools.data.prefetch import read_ahead
 from ckpt_tools.data.sample_order import default_workers
-from ckpt_tools.data.shards.sample_grouping import LABEL, grouped, image_extension, printable
+from ckpt_tools.data.shards.sample_grouping import LABEL_EXTENSION, group_members, image_extension, printable_name
 from ckpt_tools.data.shards.tar_members import TarReader
 from ckpt_tools.errors import DataError
 
-__all__ = ["LARGEST", "LONGEST", "ShardIndex", "index_shards", "no_images"]
+__all__ = ["MAX_IMAGE_BYTES", "MAX_LABEL_BYTES", "ShardIndex", "index_shards", "no_images_error"]
 
-LARGEST = 2**28
+MAX_IMAGE_BYTES = 2**28
 """Bytes of an image file that are read into memory at most."""
 
-LONGEST = 64
+MAX_LABEL_BYTES = 64
 """Bytes of a label that are read at most: a number has fewer."""
 
 
 @dataclass(frozen=True, eq=False)
-class Indexed:
+class IndexedShard:
     """One shard: (n, 5) offset and size of every image and of its label (−1 if it has none), and where its name begins.
 
     Each of the ``names`` ends in a NUL. ``extensions`` counts those of samples without an image.
@@ -43,17 +43,17 @@ class Indexed:
         """What to call an image."""
         start = int(self.places[row, 4])
         name = self.names[start : self.names.index(b"\0", start)].decode("utf-8", "surrogateescape")
-        return printable(f"{self.path.name}/{name}")
+        return printable_name(f"{self.path.name}/{name}")
 
     def label(self, row: int) -> bytes | None:
         """The beginning of the label of an image. Raises OSError."""
         offset, size = self.places[row, 2:4].tolist()
-        return None if size < 0 else self._read(offset, min(size, LONGEST))
+        return None if size < 0 else self._read(offset, min(size, MAX_LABEL_BYTES))
 
     def image(self, row: int) -> bytes:
         """The file. Raises OSError, ValueError if it is too large."""
         offset, size = self.places[row, :2].tolist()
-        if size > LARGEST:
+        if size > MAX_IMAGE_BYTES:
             raise ValueError(f"{size:,} bytes, more than an image has")
         return self._read(offset, size)
 
@@ -71,13 +71,13 @@ class Indexed:
 class ShardIndex:
     """The images of several shards, numbered in the order in which they lie there."""
 
-    shards: Sequence[Indexed]
+    shards: Sequence[IndexedShard]
     ends: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def find(self, number: int) -> tuple[Indexed, int]:
+    def find(self, number: int) -> tuple[IndexedShard, int]:
         """The shard of an image, and its row there."""
         shard = int(np.searchsorted(self.ends, number, "right"))
         return self.shards[shard], number - (int(self.ends[shard - 1]) if shard else 0)
@@ -85,14 +85,14 @@ class ShardIndex:
 
 def index_shards(spec: str, paths: Sequence[Path]) -> ShardIndex:
     """Reads the headers of all shards. Raises DataError for one that is no complete tar, and if there is no image."""
-    jobs = ([partial(_indexed, path)] for path in paths)
+    jobs = ([partial(_index_shard, path)] for path in paths)
     shards = [shard for group in read_ahead(jobs, default_workers()) for shard in group]
     if not any(len(shard.places) for shard in shards):
-        raise no_images(spec, sum((shard.extensions for shard in shards), Counter()))
+        raise no_images_error(spec, sum((shard.extensions for shard in shards), Counter()))
     return ShardIndex(shards, np.cumsum([len(shard.places) for shard in shards]))
 
 
-def no_images(spec: str, extensions: Counter[str]) -> DataError:
+def no_images_error(spec: str, extensions: Counter[str]) -> DataError:
     """What to say of shards without images."""
     listed = ", ".join(f"{number:,} × .{extension}" for extension, number in extensions.most_common(5))
     return DataError(
@@ -101,17 +101,17 @@ def no_images(spec: str, extensions: Counter[str]) -> DataError:
     )
 
 
-def _indexed(path: Path) -> Indexed:
+def _index_shard(path: Path) -> IndexedShard:
     places, names, extensions = array("q"), bytearray(), Counter[str]()
     try:
         with path.open("rb") as file:
             members = ((member.name, member) for member in TarReader(file, str(path), path.stat().st_size))
-            for sample in grouped(members, str(path)):
+            for sample in group_members(members, str(path)):
                 extension = image_extension(sample.parts)
                 if extension is None:
                     extensions.update(sample.parts.keys())
                     continue
-                image, label = sample.parts[extension], sample.parts.get(LABEL)
+                image, label = sample.parts[extension], sample.parts.get(LABEL_EXTENSION)
                 places.extend((image.offset, image.size))
                 places.extend((0, -1) if label is None else (label.offset, label.size))
                 places.append(len(names))
@@ -119,4 +119,4 @@ def _indexed(path: Path) -> Indexed:
     except OSError as error:
         raise DataError(f"{path}: the shard cannot be read: {error.strerror or error}.") from error
     table = np.frombuffer(places, np.int64).reshape(-1, 5)
-    return Indexed(path, table, bytes(names), extensions)
+    return IndexedShard(path, table, bytes(names), extensions)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.paths import is_folder, matching_paths
-from ckpt_tools.remote.address import shown_url
+from ckpt_tools.remote.address import redact_url
 from ckpt_tools.remote.store import open_remote
 
-__all__ = ["expanded", "is_pattern", "is_shard", "local_shards", "names_shards", "remote_shards", "shards_in"]
+__all__ = ["expand_braces", "is_pattern", "is_shard", "is_shard_url", "list_shards", "local_shards", "remote_shards"]
 
 _MOST = 100_000  # shards of one spec
 _SHOWN = 100  # characters of one that cannot be read
@@ -33,12 +33,12 @@ def is_pattern(text: str) -> bool:
     return "{" in text or glob.has_magic(text)
 
 
-def names_shards(url: str) -> bool:
+def is_shard_url(url: str) -> bool:
     """Whether a URL names shards by itself, as a pattern or by its extension: a folder does not."""
-    return "{" in url or "*" in url or is_shard(shown_url(url))
+    return "{" in url or "*" in url or is_shard(redact_url(url))
 
 
-def shards_in(folder: Path) -> tuple[Path, ...]:
+def list_shards(folder: Path) -> tuple[Path, ...]:
     """The shards directly in a folder, sorted by name. Raises DataError if it cannot be listed."""
     try:
         return tuple(sorted(one for one in folder.iterdir() if is_shard(one.name) and not one.name.startswith(".")))
@@ -48,7 +48,7 @@ def shards_in(folder: Path) -> tuple[Path, ...]:
 
 def local_shards(spec: str, pattern: str) -> tuple[Path, ...]:
     """The files that a pattern with braces or ``* ? []`` names, each once. Raises DataError if one is not there."""
-    names = _expanded(spec, pattern)
+    names = _expand_pattern(spec, pattern)
     try:
         found = {name: _local(name) for name in names}
     except OSError as error:
@@ -68,7 +68,7 @@ def local_shards(spec: str, pattern: str) -> tuple[Path, ...]:
 def _local(name: str) -> Sequence[Path]:
     path = Path(name)
     if is_folder(path):
-        return shards_in(path)
+        return list_shards(path)
     if os.path.lexists(path):
         return [path]
     if not glob.has_magic(name):
@@ -82,8 +82,8 @@ def remote_shards(url: str) -> tuple[str, ...]:
 
     Of a list that is spelled out, the first and the last are looked for. Raises DataError, RemoteError, UsageError.
     """
-    shown = shown_url(url)
-    urls = _expanded(shown, url)
+    shown = redact_url(url)
+    urls = _expand_pattern(shown, url)
     found = list(dict.fromkeys(itertools.chain.from_iterable(map(_remote, urls))))
     if not found:
         raise DataError(f"{shown}: expected .tar shards behind this URL, found none. Check the URL.")
@@ -96,21 +96,21 @@ def remote_shards(url: str) -> tuple[str, ...]:
 def _remote(url: str) -> Sequence[str]:
     if "*" in url:
         return open_remote(url).matches(is_shard)
-    if is_shard(shown_url(url)):
+    if is_shard(redact_url(url)):
         return [url]
     return [f"{url.rstrip('/')}/{name}" for name in open_remote(url).names(is_shard) if is_shard(name)]
 
 
-def _expanded(spec: str, pattern: str) -> Sequence[str]:
+def _expand_pattern(spec: str, pattern: str) -> Sequence[str]:
     try:
-        return list(dict.fromkeys(expanded(pattern)))
+        return list(dict.fromkeys(expand_braces(pattern)))
     except OverflowError:
         raise DataError(f"{spec[:_SHOWN]}: more than {_MOST:,} shards. Check the numbers in braces.") from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"{spec[:_SHOWN]}: these braces cannot be read. Write train-{{000..146}}.tar.") from error
 
 
-def expanded(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """What a shell makes of a pattern with braces: ``{000..146}``, ``{0..9..3}``, ``{a..e}``, ``{train,val}``, nested.
 
     Braces that mean nothing stay as they are. Raises OverflowError for too many.
@@ -164,7 +164,7 @@ def _choices(group: str) -> Sequence[str] | None:
         return None
     found: list[str] = []
     for part in parts:
-        found += expanded(part)
+        found += expand_braces(part)
         if len(found) > _MOST:
             raise OverflowError
     return found

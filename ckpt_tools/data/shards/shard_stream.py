@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.decoder_warnings import quiet_decoders
-from ckpt_tools.data.device_transfer import sent_ahead
+from ckpt_tools.data.decoder_warnings import silence_decoder_warnings
+from ckpt_tools.data.device_transfer import prefetch_to_device
 from ckpt_tools.data.images.image_files import image_transforms, read_images
 from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
-from ckpt_tools.data.labels import class_number
-from ckpt_tools.data.prefetch import Stuck, read_ahead
+from ckpt_tools.data.labels import parse_class_number
+from ckpt_tools.data.prefetch import ReadTimeoutError, read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import WHOLE, Share, balanced, default_workers
-from ckpt_tools.data.shards.mixing import evenly
-from ckpt_tools.data.shards.raw_shards import Raw, mixed_samples
-from ckpt_tools.data.shards.shard_index import no_images
+from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes, default_workers
+from ckpt_tools.data.shards.mixing import batch_evenly
+from ckpt_tools.data.shards.raw_shards import RawSample, mixed_samples
+from ckpt_tools.data.shards.shard_index import no_images_error
 from ckpt_tools.data.shards.shard_names import remote_shards
-from ckpt_tools.data.stream import Batch, Skipped, joined, refuse_unreadable
-from ckpt_tools.data.user_errors import named
+from ckpt_tools.data.stream import Batch, SkippedSample, concatenate_parts, refuse_unreadable
+from ckpt_tools.data.user_errors import describe_error
 from ckpt_tools.errors import CkptToolsError, DataError, UsageError
-from ckpt_tools.remote.address import shown_url
+from ckpt_tools.remote.address import redact_url
 
 __all__ = ["ShardStream", "ShardStreamSource"]
 
 _CHUNK = 16  # samples that one thread decodes at a time
 _NAMED = 4  # batches whose samples' names are remembered
-_ENOUGH = 1000  # samples after which the share of unreadable ones means something before all are read
+_MIN_SAMPLES_TO_JUDGE = 1000  # samples after which the share of unreadable ones means something before all are read
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class ShardStreamSource:
     limit: int | None = None
     seed: int = 0
     kind: Literal["shards"] = "shards"
-    preprocessed: bool = False
+    is_preprocessed: bool = False
     sample_shape: None = None
     count: None = None
 
     @classmethod
     def open(cls, url: str, *, limit: int | None, seed: int) -> ShardStreamSource:
         """Finds the shards. Raises DataError, RemoteError, UsageError."""
-        return cls(shown_url(url), remote_shards(url), limit, seed)
+        return cls(redact_url(url), remote_shards(url), limit, seed)
 
     def batches(
         self,
@@ -67,7 +67,7 @@ class ShardStreamSource:
         workers: int | None = None,
         cached: bool = False,
         device: str | torch.device = "cpu",
-        share: Share = WHOLE,
+        share: Share = FULL_SHARE,
         labelled: bool = False,
     ) -> ShardStream:
         """Float32 batches (n, C, H, W), normalised; ``labelled``: pairs with class numbers (n,).
@@ -88,7 +88,7 @@ class _Decoded:
 
     pixels: Tensor | None
     labels: Sequence[int]
-    skipped: Mapping[tuple[str, str], Skipped]  # by URL and name
+    skipped: Mapping[tuple[str, str], SkippedSample]  # by URL and name
     count: int
     names: Sequence[str]  # of what could be read
 
@@ -115,18 +115,18 @@ class ShardStream:
         share: Share,
         labelled: bool,
     ) -> None:
-        balanced(1, batch_size)  # raises for a size below 1
+        balanced_batch_sizes(1, batch_size)  # raises for a size below 1
         self.transform = f"{image}, {scale}"
         self._source, self._image, self._finish = source, image, scale
         self._batch_size, self._workers, self._device, self._share = batch_size, workers, device, share
         self._labelled, self._cache = labelled, cache
-        self._skipped: dict[tuple[str, str], Skipped] = {}
+        self._skipped: dict[tuple[str, str], SkippedSample] = {}
         self._kept: list[list[int]] | None = None  # labels of the batches in the cache, if all are there
         self._names: dict[int, list[str]] = {}  # of the samples in the batches that were read last
         self._passed = False
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
         """Samples that no pass so far could read, each once."""
         return tuple(self._skipped.values())
 
@@ -140,7 +140,7 @@ class ShardStream:
         labels: deque[list[int]] = deque()
         batches = self._pixels(labels)
         if self._device.type == "cuda":
-            batches = sent_ahead(batches, self._device)
+            batches = prefetch_to_device(batches, self._device)
         for batch in batches:
             known = labels.popleft()
             yield (self._finish(batch), torch.tensor(known)) if self._labelled else self._finish(batch)
@@ -157,7 +157,7 @@ class ShardStream:
         for parts in self._parts():
             read = [part.pixels for part in parts if part.pixels is not None]
             if read:
-                batch = joined(read)
+                batch = concatenate_parts(read)
                 if self._cache is not None:
                     self._cache.keep(len(seen), batch)
                 self._names[len(seen)] = [name for part in parts for name in part.names]
@@ -176,46 +176,46 @@ class ShardStream:
             count += sum(part.count for part in parts)
             for part in parts:
                 self._note(part.skipped)
-            if count >= _ENOUGH:
-                refuse_unreadable(self._source.spec, self.skipped, count)
+            if count >= _MIN_SAMPLES_TO_JUDGE:
+                refuse_unreadable(self._source.spec, self.skipped_samples, count)
             yield parts
-        refuse_unreadable(self._source.spec, self.skipped, count)
+        refuse_unreadable(self._source.spec, self.skipped_samples, count)
         if not count and self._share.world == 1:
-            raise no_images(self._source.spec, others)
+            raise no_images_error(self._source.spec, others)
 
     def _read(self, others: Counter[str]) -> Iterator[list[_Decoded]]:
         source = self._source
         samples = mixed_samples(source.urls, source.seed, self._share, source.limit, others, threads=self._workers > 0)
         try:
-            with closing(samples), quiet_decoders():
-                groups = map(self._jobs, evenly(samples, self._batch_size))
+            with closing(samples), silence_decoder_warnings():
+                groups = map(self._jobs, batch_evenly(samples, self._batch_size))
                 yield from read_ahead(groups, self._workers)
         except CkptToolsError:
             raise
-        except Stuck as error:
+        except ReadTimeoutError as error:
             raise DataError(
                 f"{source.spec}: {error}. Look at that file, and at the disk or network it comes from; leave it "
                 "out, or run again."
             ) from error
         except Exception as error:  # whatever reading raised
             raise DataError(
-                f"{source.spec}: reading failed with {named(error)}. If memory ran out, try fewer --workers, "
+                f"{source.spec}: reading failed with {describe_error(error)}. If memory ran out, try fewer --workers, "
                 f"--workers 0, or a smaller --batch-size."
             ) from error
 
-    def _jobs(self, samples: list[Raw]) -> list[Callable[[], _Decoded]]:
+    def _jobs(self, samples: list[RawSample]) -> list[Callable[[], _Decoded]]:
         jobs: list[Callable[[], _Decoded]] = []
         start = 0
-        for size in balanced(len(samples), _CHUNK):
-            jobs.append(partial(self._decoded, samples[start : start + size]))
+        for size in balanced_batch_sizes(len(samples), _CHUNK):
+            jobs.append(partial(self._decode_samples, samples[start : start + size]))
             start += size
         return jobs
 
-    def _decoded(self, samples: list[Raw]) -> _Decoded:
+    def _decode_samples(self, samples: list[RawSample]) -> _Decoded:
         names = [sample.name for sample in samples]
         chunk = read_images(range(len(samples)), (sample.file for sample in samples), names.__getitem__, self._image)
         labels = [
-            class_number(sample.label, partial(names.__getitem__, number))
+            parse_class_number(sample.label, partial(names.__getitem__, number))
             for number, sample in enumerate(samples if self._labelled else ())
             if number not in chunk.skipped
         ]
@@ -223,7 +223,7 @@ class ShardStream:
         read = [name for number, name in enumerate(names) if number not in chunk.skipped]
         return _Decoded(chunk.samples, labels, skipped, len(samples), read)
 
-    def _note(self, skipped: Mapping[tuple[str, str], Skipped]) -> None:
+    def _note(self, skipped: Mapping[tuple[str, str], SkippedSample]) -> None:
         for place, what in skipped.items():
             if self._passed and place not in self._skipped:
                 raise DataError(

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 from ckpt_tools.errors import DataError
 
-__all__ = ["Member", "TarReader"]
+__all__ = ["TarMember", "TarReader"]
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -25,7 +25,7 @@ _COMPRESSED = {
 }  # fmt: skip
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A regular file in a tar: its name, where its content begins, how long it is."""
 
     name: str
@@ -44,13 +44,13 @@ class TarReader:
         self._file, self._name, self._length = file, name, length
         self._at = 0
 
-    def __iter__(self) -> Iterator[Member]:
+    def __iter__(self) -> Iterator[TarMember]:
         """While a member is the current one, ``read`` gives its content."""
         said: dict[str, bytes] = {}  # by extended headers, about the next member
         while (block := self._header()) is not None:
             kind, size = block[156:157], self._number(block[124:136])
             if kind in (b"L", b"K", b"x", b"X", b"g"):
-                said |= self._extended(kind, size)
+                said |= self._read_extended_header(kind, size)
                 continue
             if "size" in said:
                 size = self._number(said["size"], 10)
@@ -59,13 +59,13 @@ class TarReader:
             said = {}
             end = self._at if kind in _WITHOUT_DATA else self._at + size + -size % _BLOCK
             if self._length is not None and end > self._length:
-                raise self._cut_off()
+                raise self._cut_off_error()
             if sparse:
                 raise DataError(
                     f"{self._name}: {_text(name)!r:.300} is stored as a sparse file. Write the shard without -S."
                 )
             if kind in _REGULAR:
-                yield Member(_text(name), self._at, size)
+                yield TarMember(_text(name), self._at, size)
             self._go(end)
 
     def read(self, count: int) -> bytearray:
@@ -74,7 +74,7 @@ class TarReader:
         while len(content) < count:
             lot = self._file.read(min(_LOT, count - len(content)))
             if not lot:
-                raise self._cut_off()
+                raise self._cut_off_error()
             content += lot
             self._at += len(lot)
         return content
@@ -103,12 +103,12 @@ class TarReader:
                 f"or, if it is whole, add the mark: head -c 1024 /dev/zero >> FILE."
             )
         if start and len(block) < _BLOCK:
-            raise self._cut_off()
-        if len(block) < _BLOCK or not _checked(block):
-            raise self._damaged(start) if start else self._no_tar(block)
+            raise self._cut_off_error()
+        if len(block) < _BLOCK or not _has_valid_checksum(block):
+            raise self._damaged_error(start) if start else self._no_tar_error(block)
         return block
 
-    def _extended(self, kind: bytes, size: int) -> dict[str, bytes]:
+    def _read_extended_header(self, kind: bytes, size: int) -> dict[str, bytes]:
         """What a header says that precedes a member's own: its name, its size; of all others, nothing."""
         start = self._at - _BLOCK
         if size > _LONGEST:
@@ -120,7 +120,7 @@ class TarReader:
         try:
             return dict(_records(content)) if kind in (b"x", b"X") else {}
         except ValueError:
-            raise self._damaged(start) from None
+            raise self._damaged_error(start) from None
 
     def _number(self, field: bytes, base: int = 8) -> int:
         try:
@@ -130,19 +130,19 @@ class TarReader:
         except ValueError:
             number = -1
         if number < 0:
-            raise self._damaged(self._at - _BLOCK)
+            raise self._damaged_error(self._at - _BLOCK)
         return number
 
-    def _cut_off(self) -> DataError:
+    def _cut_off_error(self) -> DataError:
         length = self._at if self._length is None else self._length
         return DataError(f"{self._name}: this tar is cut off after {length:,} bytes. Copy or write it again.")
 
-    def _damaged(self, start: int) -> DataError:
+    def _damaged_error(self, start: int) -> DataError:
         return DataError(
             f"{self._name}: expected a tar, found no header at byte {start:,}: it is damaged. Copy it again."
         )
 
-    def _no_tar(self, block: bytes) -> DataError:
+    def _no_tar_error(self, block: bytes) -> DataError:
         kind = next((kind for magic, kind in _COMPRESSED.items() if block.startswith(magic)), None)
         if kind is not None:
             advice = "samples are drawn at random, which compression does not allow. Unpack it to a plain .tar"
@@ -150,7 +150,7 @@ class TarReader:
         return DataError(f"{self._name}: expected a tar, found {'something else' if block else 'an empty file'}.")
 
 
-def _checked(block: bytes) -> bool:
+def _has_valid_checksum(block: bytes) -> bool:
     try:
         said = int(block[148:156].partition(b"\0")[0].strip() or b"0", 8)
     except ValueError:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ckpt_tools.jobs.many.folder_run import Item, Result, Watch, run
+from ckpt_tools.jobs.many.folder_run import CheckpointItem, ItemResult, ProgressCallback, reestimate_items
 from ckpt_tools.jobs.request import Request
 
-__all__ = ["Describe", "Engine", "LocalEngine", "Record"]
+__all__ = ["Engine", "LocalEngine", "Record", "RecordBuilder"]
 
 Record = Mapping[str, Any]
 """What became of a checkpoint as plain data, fit for JSON and for another machine."""
 
-Describe = Callable[[Result], Record]
+RecordBuilder = Callable[[ItemResult], Record]
 """Makes a record where the result is, for a result holds a whole model. A function of a module, not a lambda."""
 
 
@@ -22,11 +22,11 @@ class Engine(Protocol):
 
     def run(
         self,
-        items: Sequence[Item],
+        items: Sequence[CheckpointItem],
         request: Request,
-        describe: Describe,
+        describe: RecordBuilder,
         record: Callable[[Record], None],
-        watch: Watch | None = None,
+        watch: ProgressCallback | None = None,
     ) -> None:
         """Re-estimate every item; ``record`` gets one record of each, as soon as its output stands.
 
@@ -41,11 +41,11 @@ class LocalEngine:
 
     def run(
         self,
-        items: Sequence[Item],
+        items: Sequence[CheckpointItem],
         request: Request,
-        describe: Describe,
+        describe: RecordBuilder,
         record: Callable[[Record], None],
-        watch: Watch | None = None,
+        watch: ProgressCallback | None = None,
     ) -> None:
         """One group after the other."""
-        run(items, request, lambda result: record(describe(result)), watch)
+        reestimate_items(items, request, lambda result: record(describe(result)), watch)

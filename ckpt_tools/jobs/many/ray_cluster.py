@@ -24,7 +24,7 @@ from ckpt_tools.jobs.many.ray_loopback import (
 )
 from ckpt_tools.redaction import remember_secret
 
-__all__ = ["Size", "connected", "measured", "require"]
+__all__ = ["ClusterCapacity", "connect_to_ray", "measure_capacity", "require_ray"]
 
 _ANSWER = 10.0  # seconds in which an address must accept a connection and greet
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # of HTTP/2, with settings (RFC 9113, 3.4)
@@ -33,7 +33,7 @@ _THREADS = 8  # CPUs of a task where the nodes have them: as many as decode imag
 
 
 @dataclass(frozen=True)
-class Size:
+class ClusterCapacity:
     """What a task takes, and how many such tasks fit at once: into the cluster, and into its largest node."""
 
     cpus: int
@@ -43,13 +43,13 @@ class Size:
 
 
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[Any]:
+def connect_to_ray(address: str | None) -> Iterator[Any]:
     """Ray, connected to ``address``, else to RAY_ADDRESS, else to a cluster of this machine's own, started here.
 
     A connection that the process has already is used and left alone; ours is closed at the end, and what was started
-    is ended. Raises as ``require`` does, and ClusterError if Ray does not start or is not what answers.
+    is ended. Raises as ``require_ray`` does, and ClusterError if Ray does not start or is not what answers.
     """
-    ray = require(address)
+    ray = require_ray(address)
     if ray.is_initialized():
         yield ray
         return
@@ -67,19 +67,19 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
 
 
-def require(address: str | None) -> Any:
+def require_ray(address: str | None) -> Any:
     """Ray, without a connection yet.
 
     Raises UsageError if it is not installed or ``address`` is of another form, ClusterError if nobody answers there.
     """
-    ray = _imported()
+    ray = _import_ray()
     if address := address or os.environ.get("RAY_ADDRESS"):
         remember_secret(address.rpartition("@")[0])  # there is none in an address of Ray, but somebody may think so
         _reach(address)
     return ray
 
 
-def _imported() -> Any:
+def _import_ray() -> Any:
     try:
         with temporary_environment():
             return importlib.import_module("ray")
@@ -156,7 +156,7 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def measured(nodes: Sequence[Mapping[str, float]], device: str, cpus: int | None = None) -> Size:
+def measure_capacity(nodes: Sequence[Mapping[str, float]], device: str, cpus: int | None = None) -> ClusterCapacity:
     """What a task takes of a cluster whose nodes have these resources: one GPU if ``device`` wants one, else none.
 
     ``cpus``: default 8, or what the smallest node has (for each of its GPUs). Raises UsageError, and ClusterError for
@@ -180,4 +180,4 @@ def measured(nodes: Sequence[Mapping[str, float]], device: str, cpus: int | None
     if not any(fitting):
         largest = max(int(node["CPU"]) for node in working)
         raise UsageError(f"--ray-cpus {cpus}: expected at most {largest}, the CPUs of the cluster's largest node.")
-    return Size(cpus, gpus, sum(fitting), max(fitting))
+    return ClusterCapacity(cpus, gpus, sum(fitting), max(fitting))

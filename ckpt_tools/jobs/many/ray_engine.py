@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import CkptToolsError, ClusterError, UsageError
-from ckpt_tools.jobs.many.engine import Describe, Record
-from ckpt_tools.jobs.many.folder_run import Item, Reading, Result, Watch
-from ckpt_tools.jobs.many.ray_cluster import Size, connected, measured
-from ckpt_tools.jobs.many.ray_worker import Site, looked_at, worked_on
-from ckpt_tools.jobs.plan import checked
+from ckpt_tools.jobs.many.engine import Record, RecordBuilder
+from ckpt_tools.jobs.many.folder_run import CheckpointItem, ItemResult, ProgressCallback, StreamKey
+from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, measure_capacity
+from ckpt_tools.jobs.many.ray_worker import TaskEnvironment, inspect_items_in_worker, reestimate_items_in_worker
+from ckpt_tools.jobs.plan import check_request
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.remote.mirror import as_urls, is_remote
+from ckpt_tools.remote.mirror import is_remote, restore_urls
 
 __all__ = ["RayEngine"]
 
@@ -29,7 +29,7 @@ class RayEngine:
     """Every checkpoint is looked at first, in a task of its own; those that read the same are divided into as many
     tasks as the cluster runs at once, each of which is a local run.
 
-    ``address``: see ``connected``. ``cpus`` of a task: see ``measured``. Paths must mean the same on every node.
+    ``address``: see ``connect_to_ray``. ``cpus`` of a task: see ``measure_capacity``. Paths must mean the same on every node.
     """
 
     address: str | None = None
@@ -37,29 +37,29 @@ class RayEngine:
 
     def run(
         self,
-        items: Sequence[Item],
+        items: Sequence[CheckpointItem],
         request: Request,
-        describe: Describe,
+        describe: RecordBuilder,
         record: Callable[[Record], None],
-        watch: Watch | None = None,
+        watch: ProgressCallback | None = None,
     ) -> None:
         """As any engine; ``watch`` is not used, for batches stay in their workers.
 
         A checkpoint whose workers were lost four times has failed, and the others go on.
         """
         _refuse_remote(items, request)
-        checked(request)
-        with connected(self.address) as ray:
+        check_request(request)
+        with connect_to_ray(self.address) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            cluster = _Cluster(ray, measured(nodes, request.device, self.cpus), items, request, describe)
-            groups: dict[Reading, list[int]] = {}
-            with contextlib.closing(cluster.look()) as looks:
+            cluster = _Cluster(ray, measure_capacity(nodes, request.device, self.cpus), items, request, describe)
+            groups: dict[StreamKey, list[int]] = {}
+            with contextlib.closing(cluster.inspect_all_items()) as looks:
                 for number, found in looks:
                     if isinstance(found, Mapping):
                         record(found)
                     else:
                         groups.setdefault(found, []).append(number)
-            with contextlib.closing(cluster.work(map(sorted, groups.values()))) as records:
+            with contextlib.closing(cluster.reestimate_groups(map(sorted, groups.values()))) as records:
                 for _, found in records:
                     record(found)
 
@@ -71,10 +71,10 @@ class _Part:
     numbers: tuple[int, ...]
     attempt: int = 1
 
-    def without(self, number: int) -> _Part:
+    def without_item(self, number: int) -> _Part:
         return _Part(tuple(other for other in self.numbers if other != number), self.attempt)
 
-    def again(self) -> Iterator[_Part]:
+    def split_for_retry(self) -> Iterator[_Part]:
         """After a loss: all that is left once more, then one by one, so that an item that kills stands alone."""
         if self.attempt == 1 and self.numbers:
             yield _Part(self.numbers, 2)
@@ -87,29 +87,29 @@ class _Cluster:
     """A run on a cluster: starts its tasks, takes what they hand over, and replaces those that are lost."""
 
     ray: Any
-    size: Size
-    items: Sequence[Item]
+    size: ClusterCapacity
+    items: Sequence[CheckpointItem]
     request: Request
-    describe: Describe
+    describe: RecordBuilder
 
-    def look(self) -> Generator[tuple[int, Record | Reading], None, None]:
+    def inspect_all_items(self) -> Generator[tuple[int, Record | StreamKey], None, None]:
         """A task for every item, none with a GPU."""
         parts = [_Part((number,)) for number in range(len(self.items))]
-        for _, number, found in self._supervised(looked_at, 0, parts):
+        for _, number, found in self._supervise_tasks(inspect_items_in_worker, 0, parts):
             yield number, found
 
-    def work(self, groups: Iterable[Sequence[int]]) -> Generator[tuple[int, Record], None, None]:
+    def reestimate_groups(self, groups: Iterable[Sequence[int]]) -> Generator[tuple[int, Record], None, None]:
         """The groups in parts of equal size, one for each task that fits; large ones first."""
         groups = list(groups)
         largest = -(-sum(map(len, groups)) // self.size.tasks) or 1
-        parts = [_Part(part) for group in groups for part in _divided(group, largest)]
+        parts = [_Part(part) for group in groups for part in _divide_group(group, largest)]
         parts.sort(key=lambda part: -len(part.numbers))
-        for attempt, number, record in self._supervised(worked_on, self.size.gpus, parts):
+        for attempt, number, record in self._supervise_tasks(reestimate_items_in_worker, self.size.gpus, parts):
             if attempt > 1 and record["status"] == "done before":  # by a worker that was lost before it could say so
                 record = {**record, "status": "done"}
             yield number, record
 
-    def _supervised(
+    def _supervise_tasks(
         self, function: Callable[..., Any], gpus: int, parts: Iterable[_Part]
     ) -> Iterator[tuple[int, int, Any]]:
         """What the tasks hand over, as they do: the attempt, an item's number, what was found.
@@ -132,11 +132,13 @@ class _Cluster:
                 except errors.RayError as error:
                     del running[task]
                     if part.attempt < _ATTEMPTS:
-                        running.update({start(again): again for again in part.again()})
+                        running.update({start(again): again for again in part.split_for_retry()})
                     else:
-                        yield from ((part.attempt, number, self._lost(number, error)) for number in part.numbers)
+                        yield from (
+                            (part.attempt, number, self._describe_lost_item(number, error)) for number in part.numbers
+                        )
                 else:
-                    running[task] = part.without(number)
+                    running[task] = part.without_item(number)
                     yield part.attempt, number, found
         finally:
             self._cancel(running)
@@ -146,15 +148,15 @@ class _Cluster:
         remote = self.ray.remote(
             num_cpus=self.size.cpus, num_gpus=gpus, num_returns="streaming", max_retries=0, name=function.__name__
         )(function)
-        site = Site(Path.cwd(), socket.gethostname(), self.size.cpus, gpus, self.size.tasks_of_a_node)
+        site = TaskEnvironment(Path.cwd(), socket.gethostname(), self.size.cpus, gpus, self.size.tasks_of_a_node)
         shared = [self.ray.put(value) for value in (self.request, self.describe, site)]
         return lambda part: remote.remote({number: self.items[number] for number in part.numbers}, *shared)
 
-    def _lost(self, number: int, error: Exception) -> Record:
+    def _describe_lost_item(self, number: int, error: Exception) -> Record:
         item = self.items[number]
         said = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return self.describe(
-            Result(
+            ItemResult(
                 item,
                 "failed",
                 error=ClusterError(
@@ -175,18 +177,18 @@ class _Cluster:
                 self.ray.wait(ends, num_returns=len(ends), timeout=_GRACE)
 
 
-def _refuse_remote(items: Sequence[Item], request: Request) -> None:
+def _refuse_remote(items: Sequence[CheckpointItem], request: Request) -> None:
     """A remote file has its place on this machine only; data is opened by each worker itself."""
     paths = [path for item in items for path in (item.checkpoint, item.output)]
     for path in (*paths, *([request.class_map] if request.class_map else [])):
         if is_remote(path):
             raise UsageError(
-                f"{as_urls(str(path))}: expected a path on a file system that all nodes share, found a URL. With "
+                f"{restore_urls(str(path))}: expected a path on a file system that all nodes share, found a URL. With "
                 "--engine ray, only --data and --eval-data may be one."
             )
 
 
-def _divided(group: Sequence[int], largest: int) -> Iterator[tuple[int, ...]]:
+def _divide_group(group: Sequence[int], largest: int) -> Iterator[tuple[int, ...]]:
     parts = -(-len(group) // largest)
     return (tuple(group[part::parts]) for part in range(parts))
 

@@ -15,18 +15,26 @@ from pathlib import Path
 import torch
 
 from ckpt_tools.errors import ClusterError, DataError
-from ckpt_tools.jobs.many.engine import Describe, Record
-from ckpt_tools.jobs.many.folder_run import Item, Reading, Result, Watch, look, opened, run
+from ckpt_tools.jobs.many.engine import Record, RecordBuilder
+from ckpt_tools.jobs.many.folder_run import (
+    CheckpointItem,
+    ItemResult,
+    ProgressCallback,
+    StreamKey,
+    inspect_item,
+    open_data_sources,
+    reestimate_items,
+)
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.machine.memory import share_memory
 
-__all__ = ["Site", "looked_at", "worked_on"]
+__all__ = ["TaskEnvironment", "inspect_items_in_worker", "reestimate_items_in_worker"]
 
 _PATIENCE = 0.2  # seconds; Ray's interrupt gets through between two waits
 
 
 @dataclass(frozen=True)
-class Site:
+class TaskEnvironment:
     """What a task has: the folder and the host that the run was started from, its CPUs and GPUs.
 
     ``tasks_of_a_node``: how many such tasks share the machine.
@@ -39,38 +47,38 @@ class Site:
     tasks_of_a_node: int
 
 
-def looked_at(
-    items: Mapping[int, Item], request: Request, describe: Describe, site: Site
-) -> Iterator[tuple[int, Record | Reading]]:
+def inspect_items_in_worker(
+    items: Mapping[int, CheckpointItem], request: Request, describe: RecordBuilder, site: TaskEnvironment
+) -> Iterator[tuple[int, Record | StreamKey]]:
     """By number, what each item reads in its pass, or its record if it needs none."""
     _settle(site)
     try:
-        source = opened(request)
+        source = open_data_sources(request)
     except DataError as error:
-        raise _seen_here(error, site) from error
+        raise _add_host_name(error, site) from error
     for number, item in items.items():
-        found = look(item, request, source)
-        yield number, describe(found) if isinstance(found, Result) else found
+        found = inspect_item(item, request, source)
+        yield number, describe(found) if isinstance(found, ItemResult) else found
 
 
-def worked_on(
-    items: Mapping[int, Item], request: Request, describe: Describe, site: Site
+def reestimate_items_in_worker(
+    items: Mapping[int, CheckpointItem], request: Request, describe: RecordBuilder, site: TaskEnvironment
 ) -> Iterator[tuple[int, Record]]:
     """The local job on some items: by number, the record of each as soon as its output stands."""
     _settle(site)
     numbers = {item: number for number, item in items.items()}
 
-    def job(record: Callable[[tuple[int, Record]], None], watch: Watch) -> None:
-        run(list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch)
+    def job(record: Callable[[tuple[int, Record]], None], watch: ProgressCallback) -> None:
+        reestimate_items(list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch)
 
     try:
-        yield from _streamed(job)
+        yield from _stream_records(job)
     except DataError as error:
-        raise _seen_here(error, site) from error
+        raise _add_host_name(error, site) from error
 
 
-def _streamed(
-    job: Callable[[Callable[[tuple[int, Record]], None], Watch], None],
+def _stream_records(
+    job: Callable[[Callable[[tuple[int, Record]], None], ProgressCallback], None],
 ) -> Iterator[tuple[int, Record]]:
     """What a job in another thread hands over, as it does. If the iteration ends early, the job ends at a batch."""
     handed: queue.SimpleQueue[tuple[int, Record] | None] = queue.SimpleQueue()
@@ -99,7 +107,7 @@ def _next(handed: queue.SimpleQueue[tuple[int, Record] | None]) -> tuple[int, Re
             continue
 
 
-def _settle(site: Site) -> None:
+def _settle(site: TaskEnvironment) -> None:
     """Make this process what the local one is: in the same folder, with its share of the machine.
 
     Raises ClusterError where the folder is not there.
@@ -120,6 +128,6 @@ def _settle(site: Site) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(site.tasks_of_a_node)  # by which decoding threads divide the cores
 
 
-def _seen_here(error: DataError, site: Site) -> DataError:
+def _add_host_name(error: DataError, site: TaskEnvironment) -> DataError:
     here = socket.gethostname()
     return error if here == site.host else DataError(f"{error} So it is on {here}, a node of the Ray cluster.")

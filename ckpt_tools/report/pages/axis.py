@@ -25,7 +25,7 @@ class LogAxis:
     start: float
     end: float
 
-    def at(self, value: float) -> float:
+    def pixel_of(self, value: float) -> float:
         """The pixel of a value; what lies beyond the range is put at its edge."""
         value = min(max(value, self.low), self.high)
         share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -37,10 +37,10 @@ class LogAxis:
         for ladder in _LADDERS if not best else ():
             found = _ladder(self.low, self.high, ladder)
             best = found if len(found) <= _MOST else best
-        return best or _thinned(_ladder(self.low, self.high, (1.0,)))
+        return best or _thin_out(_ladder(self.low, self.high, (1.0,)))
 
 
-def covering(values: Sequence[float], extremes: Sequence[float]) -> tuple[float, float]:
+def covering_range(values: Sequence[float], extremes: Sequence[float]) -> tuple[float, float]:
     """A range that holds all ``values`` and 1, and of the ``extremes`` what is no more than tenfold beyond."""
     low, high = min([*values, 1.0]), max([*values, 1.0])
     reach = [value for value in extremes if low / 10 <= value <= high * 10]
@@ -52,7 +52,7 @@ def covering(values: Sequence[float], extremes: Sequence[float]) -> tuple[float,
     return low / margin, high * margin
 
 
-def whole_ticks(most: int, count: int) -> list[int]:
+def integer_ticks(most: int, count: int) -> list[int]:
     """1, and round numbers up to ``most``: about ``count`` of them, without one that crowds the first."""
     step = next(
         step for power in range(12) for step in (10**power, 2 * 10**power, 5 * 10**power) if most / step <= count
@@ -75,5 +75,5 @@ def _steps(low: float, high: float) -> list[float]:
     return []
 
 
-def _thinned(values: list[float]) -> list[float]:
+def _thin_out(values: list[float]) -> list[float]:
     return values[:: math.ceil(len(values) / _MOST)] if values else []

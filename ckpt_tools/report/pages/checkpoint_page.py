@@ -7,23 +7,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from ckpt_tools.redaction import presentable
-from ckpt_tools.report.columns import count, listed
-from ckpt_tools.report.content import Figure, Page, Section, Tone
-from ckpt_tools.report.facts import Facts, furthest, medians, part, parts, rewritten_layers
-from ckpt_tools.report.number_format import deviation_text, number, percent_text, ratio_text, seconds_text, whole_text
+from ckpt_tools.report.columns import count_text, list_names
+from ckpt_tools.report.content import KeyFigure, Page, Section, Tone
+from ckpt_tools.report.facts import (
+    Facts,
+    get_mapping,
+    get_mappings,
+    median_ratios,
+    most_changed_layer,
+    rewritten_layers,
+)
+from ckpt_tools.report.number_format import (
+    deviation_text,
+    finite_number,
+    integer_text,
+    percent_text,
+    ratio_text,
+    seconds_text,
+)
 from ckpt_tools.report.pages.chart import measured_points
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.layer_tables import layers_section, sites_section
 from ckpt_tools.report.pages.metric_tables import metrics_section
-from ckpt_tools.report.wording import RATES, TOLD_BY
+from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT
 
-VERDICTS: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "quiet"}
+VERDICT_TONES: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "quiet"}
 
 
 def checkpoint_page(facts: Facts) -> Page:
     """What was done to one checkpoint, from the facts of its run."""
     facts = presentable(facts)
-    source = part(facts, "checkpoint")
+    source = get_mapping(facts, "checkpoint")
     path = str(source.get("path") or "a model")
     return Page(
         title=PurePath(path).name or path,
@@ -37,20 +51,20 @@ def checkpoint_page(facts: Facts) -> Page:
 
 def control_verdict(facts: Facts) -> str:
     """What the control layers say: agree, disagree or none."""
-    return str(part(facts, "controls").get("verdict", "none"))
+    return str(get_mapping(facts, "controls").get("verdict", "none"))
 
 
 def data_verdict(facts: Facts) -> str:
     """What the first look at the data said: agree, disagree or none."""
-    return str(part(part(facts, "data"), "agreement").get("verdict", "none"))
+    return str(get_mapping(get_mapping(facts, "data"), "agreement").get("verdict", "none"))
 
 
 def _headline(facts: Facts) -> str:
-    layers, images = parts(facts, "layers"), whole_text(part(facts, "data").get("images"))
+    layers, images = get_mappings(facts, "layers"), integer_text(get_mapping(facts, "data").get("images"))
     what = "means and variances" if facts.get("statistics") == "mean+variance" else "variances"
     doubt = "The data does not look like the training data; the run was forced. " if _doubtful(facts) else ""
     return (
-        f"{doubt}{len(rewritten_layers(facts)):,} of {count(len(layers), 'BatchNorm layer')} got new running {what}, "
+        f"{doubt}{len(rewritten_layers(facts)):,} of {count_text(len(layers), 'BatchNorm layer')} got new running {what}, "
         f"measured on {images} images with dropout off. Nothing else in the checkpoint differs."
     )
 
@@ -59,26 +73,30 @@ def _doubtful(facts: Facts) -> bool:
     return "disagree" in (control_verdict(facts), data_verdict(facts))
 
 
-def _figures(facts: Facts) -> Iterator[Figure]:
-    ratios, layers = medians(facts), parts(facts, "layers")
-    yield Figure("Layers rewritten", f"{len(rewritten_layers(facts)):,}", f"of {len(layers):,}")
+def _figures(facts: Facts) -> Iterator[KeyFigure]:
+    ratios, layers = median_ratios(facts), get_mappings(facts, "layers")
+    yield KeyFigure("Layers rewritten", f"{len(rewritten_layers(facts)):,}", f"of {len(layers):,}")
     if ratios:
-        name = furthest(ratios)
+        name = most_changed_layer(ratios)
         assert name is not None
-        yield Figure("Stored ÷ new variance", ratio_text(statistics.median(ratios.values())), "median layer")
-        yield Figure("Largest change", ratio_text(ratios[name]), name or "(root)")
-    errors = [number(part(row, "relative_standard_error").get("median")) for row in rewritten_layers(facts)]
+        yield KeyFigure("Stored ÷ new variance", ratio_text(statistics.median(ratios.values())), "median layer")
+        yield KeyFigure("Largest change", ratio_text(ratios[name]), name or "(root)")
+    errors = [
+        finite_number(get_mapping(row, "relative_standard_error").get("median")) for row in rewritten_layers(facts)
+    ]
     known = [error for error in errors if error is not None]
     if known:
-        yield Figure("Standard error", percent_text(max(known)), "median channel, least certain layer")
-    yield Figure("Images", whole_text(part(facts, "data").get("images")), f"in {seconds_text(facts.get('seconds'))}")
+        yield KeyFigure("Standard error", percent_text(max(known)), "median channel, least certain layer")
+    yield KeyFigure(
+        "Images", integer_text(get_mapping(facts, "data").get("images")), f"in {seconds_text(facts.get('seconds'))}"
+    )
 
 
 def _sections(facts: Facts) -> Iterator[Section | None]:
     yield _chart(facts)
     yield metrics_section(facts)
-    yield _controls(part(facts, "controls"))
-    yield _data(part(facts, "data"))
+    yield _controls(get_mapping(facts, "controls"))
+    yield _data(get_mapping(facts, "data"))
     yield flagged_section(facts)
     yield _provenance(facts)
     command = facts.get("command")
@@ -105,13 +123,13 @@ def _controls(controls: Facts) -> Section:
     found = controls.get("names")
     names = [str(name) for name in found] if isinstance(found, list | tuple) else []
     verdict = str(controls.get("verdict", "none"))
-    deviation, worst, shift = (number(controls.get(key)) for key in ("deviation", "worst", "shift"))
+    deviation, worst, shift = (finite_number(controls.get(key)) for key in ("deviation", "worst", "shift"))
     if verdict == "none" or deviation is None or worst is None:
         return Section("Control layers", (f"No verdict: {controls.get('reason') or 'there are none'}.",), "quiet")
     word = verdict + ("s" if len(names) == 1 else "")
     forced = "" if verdict == "agree" else "; it was used all the same (--force)"
     rows = [
-        ("Layers", listed(names, 12)),
+        ("Layers", list_names(names, 12)),
         ("Stored and measured variance differ by", f"{deviation_text(deviation)} in the median channel"),
         ("In the worst layer", deviation_text(worst)),
     ]
@@ -119,8 +137,8 @@ def _controls(controls: Facts) -> Section:
         rows.append(("Means differ by", f"{shift:.2g} standard deviations"))
     return Section(
         "Control layers",
-        (f"{count(len(names), 'layer')} that no dropout reaches {word} with the data{forced}.", _CONTROLS),
-        VERDICTS.get(verdict, ""),
+        (f"{count_text(len(names), 'layer')} that no dropout reaches {word} with the data{forced}.", _CONTROLS),
+        VERDICT_TONES.get(verdict, ""),
         pairs=tuple(rows),
     )
 
@@ -129,8 +147,8 @@ _CONTROLS = "On the training data their variance is the stored one; what is off 
 
 
 def _data(data: Facts) -> Section:
-    agreement = part(data, "agreement")
-    scores, verdict = part(agreement, "scores"), str(agreement.get("verdict", "none"))
+    agreement = get_mapping(data, "agreement")
+    scores, verdict = get_mapping(agreement, "scores"), str(agreement.get("verdict", "none"))
     said = {
         "agree": "It agrees with what the BatchNorm layers remember of the training data.",
         "disagree": f"It does not look like the training data: {agreement.get('cause')}. It was used all the same "
@@ -138,22 +156,24 @@ def _data(data: Facts) -> Section:
     }.get(verdict, f"It was not compared with the training data: {agreement.get('cause') or 'nobody can tell'}.")
     rows = [
         ("Data", f"{data.get('spec')} ({data.get('kind')})"),
-        ("Images", f"{whole_text(data.get('images'))} in {whole_text(data.get('batches'))} batches of "
-         f"{whole_text(data.get('cut_to') or data.get('batch_size'))}"),
+        ("Images", f"{integer_text(data.get('images'))} in {integer_text(data.get('batches'))} batches of "
+         f"{integer_text(data.get('cut_to') or data.get('batch_size'))}"),
         ("Preprocessing", str(data.get("transform") or "none")),
-        ("Taken from", str(part(data, "input").get("origin") or "")),
+        ("Taken from", str(get_mapping(data, "input").get("origin") or "")),
     ]  # fmt: skip
     if scores:
-        told = ", ".join(f"{name} layers {value:.2f}" for name, value in scores.items() if number(value) is not None)
-        rows.append(("Distance, 0 is perfect", f"{told}; on {whole_text(agreement.get('images'))} samples"))
-    return Section("Data", (said,), VERDICTS.get(verdict, ""), pairs=_said(rows))
+        told = ", ".join(
+            f"{name} layers {value:.2f}" for name, value in scores.items() if finite_number(value) is not None
+        )
+        rows.append(("Distance, 0 is perfect", f"{told}; on {integer_text(agreement.get('images'))} samples"))
+    return Section("Data", (said,), VERDICT_TONES.get(verdict, ""), pairs=_nonempty_rows(rows))
 
 
 def _provenance(facts: Facts) -> Section:
-    source, output, tool = part(facts, "checkpoint"), part(facts, "output"), part(facts, "tool")
-    libraries = part(facts, "libraries")
-    told = TOLD_BY.get(str(facts.get("recognised_by")), "")  # type: ignore[call-overload]
-    passes = number(facts.get("passes")) or 1
+    source, output, tool = get_mapping(facts, "checkpoint"), get_mapping(facts, "output"), get_mapping(facts, "tool")
+    libraries = get_mapping(facts, "libraries")
+    told = RECOGNISED_BY_TEXT.get(str(facts.get("recognised_by")), "")  # type: ignore[call-overload]
+    passes = finite_number(facts.get("passes")) or 1
     method = [facts.get("estimator"), facts.get("statistics"), facts.get("precision")]
     rows = [
         ("Checkpoint", str(source.get("path") or "")),
@@ -162,19 +182,19 @@ def _provenance(facts: Facts) -> Section:
         ("Output", str(output.get("path") or "")),
         ("SHA-256 of the output", str(output.get("sha256") or "")),
         ("Architecture", str(facts.get("architecture") or "") + (f", told by {told}" if told else "")),
-        ("Arguments", ", ".join(f"{name}={value!r}" for name, value in part(facts, "model_kwargs").items())),
-        ("Drop rates", RATES.get(str(facts.get("rates")), str(facts.get("rates") or ""))),
+        ("Arguments", ", ".join(f"{name}={value!r}" for name, value in get_mapping(facts, "model_kwargs").items())),
+        ("Drop rates", DROP_RATE_SOURCES.get(str(facts.get("rates")), str(facts.get("rates") or ""))),
         ("Layers chosen", str(facts.get("why") or "")),
         ("Estimator", ", ".join(str(word) for word in method if word)),
         ("Passes", f"{passes:,.0f}" if passes > 1 else ""),
         ("Stopped", "at the tolerance" if facts.get("stopped_early") else ""),
-        ("Left alone", listed(f"{row.get('name')} ({row.get('reason')})" for row in parts(facts, "left_alone"))),
+        ("Left alone", list_names(f"{row.get('name')} ({row.get('reason')})" for row in get_mappings(facts, "left_alone"))),
         ("Device", str(facts.get("device") or "")),
         ("Tool", f"{tool.get('name', 'ckpt-tools')} {tool.get('version', '')}"),
         ("Libraries", ", ".join(f"{name} {version}" for name, version in libraries.items())),
     ]  # fmt: skip
-    return Section("Provenance", pairs=_said(rows))
+    return Section("Provenance", pairs=_nonempty_rows(rows))
 
 
-def _said(rows: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def _nonempty_rows(rows: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     return tuple((name, text) for name, text in rows if text)

@@ -6,8 +6,8 @@ from pathlib import PurePath
 
 from ckpt_tools.redaction import presentable
 from ckpt_tools.report.content import Page
-from ckpt_tools.report.facts import Facts, part
-from ckpt_tools.report.number_format import whole_text
+from ckpt_tools.report.facts import Facts, get_mapping
+from ckpt_tools.report.number_format import integer_text
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.metric_tables import metrics_section
 
@@ -15,7 +15,11 @@ from ckpt_tools.report.pages.metric_tables import metrics_section
 def evaluation_page(facts: Facts) -> Page:
     """How good a checkpoint is, from the facts of ``evaluation_json`` or ``refusal_json``."""
     facts = presentable(facts)
-    found, source, before = part(facts, "metrics"), part(facts, "checkpoint"), part(facts, "before")
+    found, source, before = (
+        get_mapping(facts, "metrics"),
+        get_mapping(facts, "checkpoint"),
+        get_mapping(facts, "before"),
+    )
     path = str(source.get("path") or "a model")
     architecture = facts.get("architecture") or source.get("architecture")
     than = f", and {before['path']} before" if before.get("path") else ""
@@ -23,7 +27,7 @@ def evaluation_page(facts: Facts) -> Page:
     return Page(
         title=PurePath(path).name or path,
         subtitle=" · ".join(str(said) for said in (architecture, source.get("format")) if said),
-        headline=f"Evaluated on {whole_text(found.get('images'))} labelled images{than}.",
-        tone="bad" if part(found, "gate").get("passed") is False else "",
+        headline=f"Evaluated on {integer_text(found.get('images'))} labelled images{than}.",
+        tone="bad" if get_mapping(found, "gate").get("passed") is False else "",
         sections=tuple(section for section in sections if section is not None),
     )

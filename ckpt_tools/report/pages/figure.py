@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.report.marks import add_mark, report_kind
-from ckpt_tools.storage.output.atomic import check_target, new_file
-from ckpt_tools.storage.output.own_files import read_own_file, require_apart
+from ckpt_tools.storage.output.atomic import check_target, write_atomically
+from ckpt_tools.storage.output.own_files import read_own_file, require_distinct_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def check_earlier_figure(path: Path, others: Iterable[Path | None]) -> None:
     Raises UsageError for the name of another file of the job, OutputError for a file that something else wrote, or that
     was changed since.
     """
-    require_apart(path, report_kind(path.suffix.lower()), others)
+    require_distinct_file(path, report_kind(path.suffix.lower()), others)
     read_own_file(path, report_kind(path.suffix.lower()))
 
 
@@ -113,8 +113,8 @@ def write_signals_figure(
             # The settings may be those of a `matplotlibrc` in the current folder, which need not be the user's: with
             # text.usetex they would run LaTeX.
             rcdefaults()
-            figure = _drawn(before, after)
-            with new_file(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
+            figure = _draw_figure(before, after)
+            with write_atomically(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
                 figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
@@ -123,7 +123,7 @@ def write_signals_figure(
         ) from error
 
 
-def _drawn(before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> Figure:
+def _draw_figure(before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> Figure:
     from matplotlib.figure import Figure
 
     colours = _colours()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpt_tools.report.columns import count
+from ckpt_tools.report.columns import count_text
 from ckpt_tools.report.content import Cell, Column, Section, Table
-from ckpt_tools.report.facts import Facts, part
-from ckpt_tools.report.number_format import number
+from ckpt_tools.report.facts import Facts, get_mapping
+from ckpt_tools.report.number_format import finite_number
 
 _FLAGGED = ("outliers", "flagged", "flagged_images")
 _LISTED = 10  # of those that stand out
@@ -16,7 +16,7 @@ _ALL_READ = "None: every image could be read"
 
 def flagged_section(facts: Facts) -> Section:
     """Samples that could not be read, of the labelled data too, and those that stand out, in one table."""
-    data, labelled = part(facts, "data"), part(facts, "metrics")
+    data, labelled = get_mapping(facts, "data"), get_mapping(facts, "metrics")
     skipped = [("skipped", entry) for entry in _entries(data.get("skipped"))]
     skipped += [("skipped (labelled data)", entry) for entry in _entries(labelled.get("skipped"))]
     flagged = [("flagged", entry) for place in (facts, data) for key in _FLAGGED for entry in _entries(place.get(key))]
@@ -24,7 +24,7 @@ def flagged_section(facts: Facts) -> Section:
         looked = any(key in place for place in (facts, data) for key in _FLAGGED)
         return Section("Flagged images", (_ALL_READ + (", and none stood out." if looked else "."),), "quiet")
     rows = tuple(_flag(what, entry) for what, entry in [*skipped, *flagged[:_LISTED]])
-    said = f"{count(len(skipped), 'sample')} skipped as unreadable, {len(flagged):,} flagged and not counted."
+    said = f"{count_text(len(skipped), 'sample')} skipped as unreadable, {len(flagged):,} flagged and not counted."
     if len(flagged) > _LISTED:
         said += f" The first {_LISTED} are listed; --json names all."
     columns = (Column("Image", "code"), Column("What"), Column("Why"))
@@ -47,5 +47,5 @@ def _flag(what: str, entry: object) -> tuple[Cell, ...]:
 
 
 def _short(value: object) -> str:
-    found = number(value)
+    found = finite_number(value)
     return str(value) if found is None else f"{found:.4g}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_tools.errors import UsageError
 from ckpt_tools.report.content import Page
 from ckpt_tools.report.marks import add_mark
-from ckpt_tools.report.pages.chart import Drawing, draw
+from ckpt_tools.report.pages.chart import Drawing, draw_chart
 from ckpt_tools.report.pages.checkpoint_page import checkpoint_page
 from ckpt_tools.report.pages.folder_page import folder_page
 from ckpt_tools.version import VERSION
@@ -37,7 +37,7 @@ _ICON = (  # a dot above a line, 16 × 16
 def checkpoint_html(facts: Mapping[str, Any]) -> str:
     """The report of one checkpoint, from the facts of ``outcome_json``. Raises UsageError without jinja2."""
     page = checkpoint_page(facts)
-    return _rendered("page.html", page=page, drawings=_drawings(page, hits=True))
+    return _render_template("page.html", page=page, drawings=_drawings(page, hits=True))
 
 
 def folder_html(records: Sequence[Mapping[str, Any]], title: str = "") -> str:
@@ -48,7 +48,7 @@ def folder_html(records: Sequence[Mapping[str, Any]], title: str = "") -> str:
     """
     page = folder_page(records, title)
     pages = [(ident, item, _drawings(item, hits=False)) for ident, item in page.pages]
-    return _rendered("folder.html", page=page, pages=pages)
+    return _render_template("folder.html", page=page, pages=pages)
 
 
 def require_templates() -> None:
@@ -59,11 +59,11 @@ def require_templates() -> None:
 def _drawings(page: Page, *, hits: bool) -> list[Drawing]:
     """The page's chart for a screen and for a phone."""
     facts = next((section.chart for section in page.sections if section.chart is not None), None)
-    drawn = [draw(facts, width=w, height=h, hits=hits) for w, h in (_WIDE, _NARROW)] if facts is not None else []
+    drawn = [draw_chart(facts, width=w, height=h, hits=hits) for w, h in (_WIDE, _NARROW)] if facts is not None else []
     return [drawing for drawing in drawn if drawing is not None]
 
 
-def _rendered(name: str, **said: object) -> str:
+def _render_template(name: str, **said: object) -> str:
     from markupsafe import Markup
 
     style, script = _text("style.css").strip(), _text("sort.js").strip()  # ours: nothing to escape

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from ckpt_tools.report.columns import count
+from ckpt_tools.report.columns import count_text
 from ckpt_tools.report.content import Cell, Column, Section, Table
-from ckpt_tools.report.facts import Facts, part, parts, role_of
-from ckpt_tools.report.number_format import number, number_cell, percent_text, ratio_text
+from ckpt_tools.report.facts import Facts, get_mapping, get_mappings, layer_role
+from ckpt_tools.report.number_format import finite_number, number_cell, percent_text, ratio_text
 
 
 def sites_section(facts: Facts) -> Section:
     """Where dropout stands, and from which layer on it is felt."""
-    sites, layers = parts(facts, "dropout_sites"), parts(facts, "layers")
+    sites, layers = get_mappings(facts, "dropout_sites"), get_mappings(facts, "layers")
     if not sites:
         return Section("Dropout sites", ("The walk found none.",), "quiet")
     active = sum(bool(site.get("active")) for site in sites)
@@ -23,12 +23,12 @@ def sites_section(facts: Facts) -> Section:
         )
         for site in sites
     ]
-    said = f"{count(len(sites), 'site')}, {active:,} of them active."
+    said = f"{count_text(len(sites), 'site')}, {active:,} of them active."
     return Section("Dropout sites", (said,), table=Table("Dropout sites", _SITE_COLUMNS, tuple(rows)))
 
 
 def _rate(site: Facts) -> str:
-    rate = number(site.get("rate"))
+    rate = finite_number(site.get("rate"))
     return "not known" if rate is None else f"{rate:g}"
 
 
@@ -38,7 +38,7 @@ _SITE_COLUMNS = (
 
 
 def _behind(site: Facts, layers: int) -> Cell:
-    depth = number(site.get("depth"))
+    depth = finite_number(site.get("depth"))
     return Cell("none", layers + 1, "quiet") if depth is None else Cell(f"{depth + 1:.0f}", depth + 1)
 
 
@@ -51,7 +51,7 @@ _LAYER_COLUMNS = (
 
 def layers_section(facts: Facts) -> Section:
     """Every BN layer with its ratio and how sure that is."""
-    rows = tuple(_layer(depth, row) for depth, row in enumerate(parts(facts, "layers"), 1))
+    rows = tuple(_layer(depth, row) for depth, row in enumerate(get_mappings(facts, "layers"), 1))
     said = (
         "Stored variance over new variance: the median channel, the smallest and the largest; the relative standard "
         "error of the new variance: median and worst channel."
@@ -60,7 +60,7 @@ def layers_section(facts: Facts) -> Section:
 
 
 def _layer(depth: int, row: Facts) -> tuple[Cell, ...]:
-    ratio, error, role = part(row, "ratio"), part(row, "relative_standard_error"), role_of(row)
+    ratio, error, role = get_mapping(row, "ratio"), get_mapping(row, "relative_standard_error"), layer_role(row)
     return (
         Cell(str(row.get("name") or "(root)"), str(row.get("name"))),
         number_cell(depth),

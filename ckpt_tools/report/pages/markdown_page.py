@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ckpt_tools.report.content import Column, Figure, FolderPage, Page, Section, Table, Tone
-from ckpt_tools.report.pages.chart import described, measured_points
+from ckpt_tools.report.content import Column, FolderPage, KeyFigure, Page, Section, Table, Tone
+from ckpt_tools.report.pages.chart import describe_chart, measured_points
 from ckpt_tools.report.pages.checkpoint_page import checkpoint_page
 from ckpt_tools.report.pages.evaluation_page import evaluation_page
 from ckpt_tools.report.pages.folder_page import folder_page
@@ -33,7 +33,7 @@ def evaluation_markdown(facts: Mapping[str, Any]) -> str:
 
 
 def _whole(page: Page) -> str:
-    head = [_MARK, "", f"# {escaped(page.title)}", "", escaped(page.subtitle), ""]
+    head = [_MARK, "", f"# {escape_markdown(page.title)}", "", escape_markdown(page.subtitle), ""]
     return "\n".join([*head, *_body(page, 2), _FOOT, ""])
 
 
@@ -56,10 +56,18 @@ def folder_markdown(records: Sequence[Mapping[str, Any]], title: str = "") -> st
 
 
 def _folder(page: FolderPage, pages: Iterable[tuple[str, Page]], note: str) -> str:
-    lines = [_MARK, "", f"# {escaped(page.title)}", "", escaped(page.headline), "", *_figures(page.figures)]
-    lines += ["## Checkpoints", "", *_table(page.table), *([escaped(note), ""] if note else [])]
+    lines = [
+        _MARK,
+        "",
+        f"# {escape_markdown(page.title)}",
+        "",
+        escape_markdown(page.headline),
+        "",
+        *_figures(page.figures),
+    ]
+    lines += ["## Checkpoints", "", *_table(page.table), *([escape_markdown(note), ""] if note else [])]
     for _, item in pages:
-        lines += _folded(f"{item.title}: {item.subtitle}", _body(item, 3))
+        lines += _fold_details(f"{item.title}: {item.subtitle}", _body(item, 3))
     return "\n".join([*lines, _FOOT, ""])
 
 
@@ -73,7 +81,7 @@ _FITS = 1_000_000  # bytes
 _FOOT = f"Made by ckpt-tools {VERSION}."
 
 
-def escaped(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that shows as it is: no markup, no HTML, no line of a table broken."""
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -81,35 +89,35 @@ def escaped(text: str) -> str:
 
 
 def _body(page: Page, level: int) -> Iterator[str]:
-    yield from (f"{_SIGNS[page.tone]}**{escaped(page.headline)}**", "")
+    yield from (f"{_SIGNS[page.tone]}**{escape_markdown(page.headline)}**", "")
     yield from _figures(page.figures)
     for section in page.sections:
         yield from _section(section, level)
 
 
-def _figures(figures: Iterable[Figure]) -> Iterator[str]:
+def _figures(figures: Iterable[KeyFigure]) -> Iterator[str]:
     rows = [(figure.label, " ".join(part for part in (figure.value, figure.note) if part)) for figure in figures]
     yield from _pairs(rows)
 
 
 def _section(section: Section, level: int) -> Iterator[str]:
-    yield from ("#" * level + f" {escaped(section.title)}", "")
+    yield from ("#" * level + f" {escape_markdown(section.title)}", "")
     for place, sentence in enumerate(section.sentences):
-        yield from ((_SIGNS[section.tone] if place == 0 else "") + escaped(sentence), "")
+        yield from ((_SIGNS[section.tone] if place == 0 else "") + escape_markdown(sentence), "")
     if section.chart is not None:
-        yield from (escaped(described(section.chart, measured_points(section.chart))), "")
+        yield from (escape_markdown(describe_chart(section.chart, measured_points(section.chart))), "")
     yield from _pairs(section.pairs)
     if section.code:
-        yield from _fenced(section.code)
+        yield from _fence_code(section.code)
     if section.table is not None:
         table = _table(section.table)
-        yield from _folded(f"{len(section.table.rows)} rows", table) if section.table.long else table
+        yield from _fold_details(f"{len(section.table.rows)} rows", table) if section.table.long else table
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
     if rows:
         yield from ("| | |", "|---|---|")
-        yield from (f"| {escaped(name)} | {escaped(text)} |" for name, text in rows)
+        yield from (f"| {escape_markdown(name)} | {escape_markdown(text)} |" for name, text in rows)
         yield ""
 
 
@@ -126,15 +134,15 @@ def _rule(column: Column) -> str:
 
 
 def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
+    return "| " + " | ".join(escape_markdown(cell) for cell in cells) + " |"
 
 
-def _folded(title: str, lines: Iterable[str]) -> Iterator[str]:
+def _fold_details(title: str, lines: Iterable[str]) -> Iterator[str]:
     """HTML that GitHub renders; the blank lines let Markdown go on inside."""
     yield from (f"<details><summary>{html.escape(' '.join(title.split()))}</summary>", "", *lines, "</details>", "")
 
 
-def _fenced(code: str) -> Iterator[str]:
+def _fence_code(code: str) -> Iterator[str]:
     """A block whose fence is longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.jobs.initialization import InitOutcome
-from ckpt_tools.jobs.verification import HEALTHY, Trial, healthy
-from ckpt_tools.report.records.reestimation_json import checkpoint_json, libraries, plain, plain_dict
+from ckpt_tools.jobs.verification import HEALTHY_VARIANCES, VerificationBatches, count_healthy_layers
+from ckpt_tools.report.records.reestimation_json import (
+    checkpoint_json,
+    dataclass_to_dict,
+    library_versions,
+    to_plain_values,
+)
 from ckpt_tools.version import VERSION
 
 
@@ -15,14 +20,14 @@ def init_json(outcome: InitOutcome) -> dict[str, object]:
     """The whole of an ``init-rewrite``: settings, every weight with its factors or why it was left, the signals."""
     loaded, result, trial = outcome.loaded, outcome.result, outcome.trial
     checkpoint = loaded.checkpoint and {**checkpoint_json(loaded.checkpoint), "sha256": outcome.source_sha256}
-    found = plain_dict(result)
+    found = dataclass_to_dict(result)
     layers = found.pop("layers")
     return {
         "tool": {"name": "ckpt-tools", "version": VERSION},
-        "libraries": libraries(),
+        "libraries": library_versions(),
         "checkpoint": checkpoint,
         "architecture": loaded.recipe.architecture,
-        "model_kwargs": plain(loaded.recipe.kwargs),
+        "model_kwargs": to_plain_values(loaded.recipe.kwargs),
         "rates": loaded.rates,
         **found,
         "layers": [layer for layer in layers if layer["rewritten"]],
@@ -33,7 +38,9 @@ def init_json(outcome: InitOutcome) -> dict[str, object]:
     }
 
 
-def _verification(trial: Trial, before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> dict[str, object]:
+def _verification(
+    trial: VerificationBatches, before: Sequence[LayerSignal], after: Sequence[LayerSignal]
+) -> dict[str, object]:
     then = {signal.parameter: _signal(signal) for signal in before}
     return {
         "inputs": trial.inputs,
@@ -41,8 +48,8 @@ def _verification(trial: Trial, before: Sequence[LayerSignal], after: Sequence[L
         "batches": len(trial.batches),
         "batch_size": trial.batch_size,
         "device": trial.device,
-        "range": list(HEALTHY),
-        "within_range": {"before": healthy(before), "after": healthy(after)},
+        "range": list(HEALTHY_VARIANCES),
+        "within_range": {"before": count_healthy_layers(before), "after": count_healthy_layers(after)},
         "layers": [
             {"name": now.name, "parameter": now.parameter, "before": then.get(now.parameter), "after": _signal(now)}
             for now in after
@@ -51,4 +58,4 @@ def _verification(trial: Trial, before: Sequence[LayerSignal], after: Sequence[L
 
 
 def _signal(signal: LayerSignal) -> object:
-    return plain({"variance": signal.variance, "error_variance": signal.error_variance})
+    return to_plain_values({"variance": signal.variance, "error_variance": signal.error_variance})

@@ -16,21 +16,27 @@ from typing import Any, BinaryIO
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.evaluate.scores import GateFailed
-from ckpt_tools.jobs.earlier_output import Made
+from ckpt_tools.jobs.earlier_output import EarlierOutput
 from ckpt_tools.jobs.many.engine import Record
-from ckpt_tools.jobs.many.folder_run import Result
+from ckpt_tools.jobs.many.folder_run import ItemResult
 from ckpt_tools.plain_text import shorten_message
 from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.delivery import deliver
-from ckpt_tools.remote.mirror import as_urls, is_remote
+from ckpt_tools.remote.delivery import upload_file
+from ckpt_tools.remote.mirror import is_remote, restore_urls
 from ckpt_tools.report.records.metrics_json import metrics_json
 from ckpt_tools.report.records.reestimation_json import outcome_json
 from ckpt_tools.storage.output.atomic import check_target
 from ckpt_tools.storage.output.integrity import FileDigest
-from ckpt_tools.storage.output.own_files import Kind, open_own_file, read_own_file, require_apart, require_own
+from ckpt_tools.storage.output.own_files import (
+    OwnFileKind,
+    open_own_file,
+    read_own_file,
+    require_distinct_file,
+    require_own_content,
+)
 
-__all__ = ["Manifest", "check_manifest", "record_of", "records_in"]
+__all__ = ["Manifest", "check_manifest", "make_record", "parse_records"]
 
 _BEGINNING = b'{"checkpoint": '  # of every record
 _Types = type | tuple[type, ...]
@@ -61,7 +67,7 @@ def check_manifest(path: Path, others: Iterable[Path | None] = ()) -> None:
     Raises UsageError if it is one of the others, OutputError if it is another file, or none that may be written to,
     RemoteError.
     """
-    require_apart(path, _KIND, others)
+    require_distinct_file(path, _KIND, others)
     read_own_file(path, _KIND)
 
 
@@ -87,7 +93,7 @@ class Manifest:
             content, self._file = self._begin(new=found is None and not is_remote(path))
         except OSError as error:
             raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
-        for record in records_in(content):
+        for record in parse_records(content):
             self._keep(record)
 
     def _begin(self, *, new: bool) -> tuple[bytes, tuple[int, int]]:
@@ -95,7 +101,7 @@ class Manifest:
         with self._open(new=new) as file:
             file.seek(0)
             content = file.read()
-            require_own(self.path, _KIND, content)
+            require_own_content(self.path, _KIND, content)
             if content and not content.endswith(b"\n"):  # killed while writing
                 file.write(b"\n")
             return content, _device_and_inode(file)
@@ -110,18 +116,18 @@ class Manifest:
             self.path.unlink(missing_ok=True)
         elif is_remote(self.path):
             read_own_file(self.path, _KIND)  # once more: the job may have taken hours
-            deliver(self.path, self.path, overwrite=True)
+            upload_file(self.path, self.path, overwrite=True)
 
-    def in_manifest(self, output: Path) -> Made | None:
+    def recorded_output(self, output: Path) -> EarlierOutput | None:
         """What the latest record of an output says of it."""
-        record = self._latest.get(_place(as_urls(str(output))))
+        record = self._latest.get(_place(restore_urls(str(output))))
         if record is None or not record.get("source_sha256") or not record.get("settings"):
             return None
         sha256, size = record.get("output_sha256"), record.get("output_bytes")
         file = FileDigest(sha256, size) if sha256 is not None and size is not None else None
-        return Made(record["source_sha256"], record["settings"], file)
+        return EarlierOutput(record["source_sha256"], record["settings"], file)
 
-    def add(self, record: Record) -> Record:
+    def add_record(self, record: Record) -> Record:
         """Add a line and return what is known of its checkpoint.
 
         What was done before has its earlier line, if that tells of the same output: made of the same bytes with the
@@ -164,23 +170,23 @@ class Manifest:
 _OF_THIS_RUN = ("checkpoint", "also_named", "output", "status", "output_sha256", "output_bytes", "replaced")
 
 
-def record_of(result: Result) -> Record:
+def make_record(result: ItemResult) -> Record:
     """A result as a line of the manifest.
 
-    ``report`` is what ``--json`` says of a single checkpoint; ``metrics``, what a gate said no to. ``source_sha256``
+    ``report`` is what ``--json`` says of a single checkpoint; ``metrics_by_name``, what a gate said no to. ``source_sha256``
     and ``settings`` are those that stand in the output, ``output_sha256`` and ``output_bytes`` those of its file.
     ``replaced`` says what was wrong with an earlier output that this one took the place of. ``also_named`` are further
     paths to the checkpoint's file.
     """
     error = result.error
     written = result.made.file if result.made else None
-    record: Record = as_urls(
+    record: Record = restore_urls(
         {
             "checkpoint": str(result.item.checkpoint),
             "also_named": [str(path) for path in result.item.also_named],
             "status": result.status,
             "output": str(result.item.output) if result.status in ("done", "done before") else None,
-            "error": None if error is None else _message(error, known=result.known),
+            "error": None if error is None else _message(error, known=result.error_is_expected),
             "exit_code": getattr(error, "exit_code", 1) if error else 0,
             "seconds": round(result.seconds, 3),
             "source_sha256": result.made.source_sha256 if result.made else None,
@@ -203,7 +209,7 @@ def _device_and_inode(file: BinaryIO) -> tuple[int, int]:
 def _message(error: BaseException, *, known: bool) -> str:
     """What went wrong, without secrets and of bounded size; with its kind where it is none of our own errors."""
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    return shorten_message(without_fragments(as_urls(text)))
+    return shorten_message(without_fragments(restore_urls(text)))
 
 
 def _maker(record: Record) -> tuple[str, str, str]:
@@ -222,7 +228,7 @@ def _is_manifest(content: bytes) -> bool:
 
 def _is_record(line: bytes) -> bool:
     """Whether a line has the fields of a record of this or of an earlier version, in the right types, and no others."""
-    record = _parsed(line)
+    record = _parse_line(line)
     if record is None or not _FIELDS.keys() <= record.keys():
         return False
     kinds = {**_FIELDS, **_NEWER_FIELDS}
@@ -231,10 +237,10 @@ def _is_record(line: bytes) -> bool:
 
 def _is_unfinished(line: bytes) -> bool:
     """Whether a line is a record whose end is missing."""
-    return (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)) and _parsed(line) is None
+    return (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)) and _parse_line(line) is None
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -242,12 +248,12 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def records_in(content: bytes) -> Iterator[dict[str, Any]]:
+def parse_records(content: bytes) -> Iterator[dict[str, Any]]:
     """The records in a manifest, in order; lines that are none are passed over."""
     for line in content.splitlines():
-        record = _parsed(line)
+        record = _parse_line(line)
         if record is not None and isinstance(record.get("checkpoint"), str):
             yield record
 
 
-_KIND = Kind("a manifest", "--manifest", _is_manifest)
+_KIND = OwnFileKind("a manifest", "--manifest", _is_manifest)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from ckpt_tools.evaluate.metrics import BINS, Estimate, Metric
-from ckpt_tools.evaluate.scores import Metrics, Scores
+from ckpt_tools.evaluate.scores import Metrics, ModelScores
 
 
 def metrics_json(metrics: Metrics) -> dict[str, object]:
@@ -27,7 +27,7 @@ def metrics_json(metrics: Metrics) -> dict[str, object]:
     }
 
 
-def _scores(scores: Scores) -> dict[str, object]:
+def _scores(scores: ModelScores) -> dict[str, object]:
     found: dict[str, object] = {**_estimates(scores.metrics)}
     if scores.temperature is not None:
         assert scores.halves is not None

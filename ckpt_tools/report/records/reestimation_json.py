@@ -11,33 +11,33 @@ from typing import Any
 from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.jobs.conversion import Conversion
-from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome
+from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationOutcome
 from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.plan import Plan
-from ckpt_tools.jobs.reestimation import Outcome
+from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.plain_text import LONGEST_VALUE, shorten
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.records.metrics_json import metrics_json
-from ckpt_tools.report.text.inspection_text import command
+from ckpt_tools.report.text.inspection_text import reestimate_command
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LayerResult, Walk
 from ckpt_tools.storage.compare import Comparison
 from ckpt_tools.version import VERSION
 
 
-def outcome_json(outcome: Outcome) -> dict[str, object]:
+def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
     """The whole of a ``bn-reestimate``: what was in force, every layer, the controls, the output."""
     plan, result = outcome.plan, outcome.result
     return {
         "tool": {"name": "ckpt-tools", "version": VERSION},
-        "libraries": libraries(),
+        "libraries": library_versions(),
         "checkpoint": {**checkpoint_json(plan.checkpoint), "sha256": outcome.source_sha256},
-        "architecture": plan.loaded.recipe.architecture,
-        "model_kwargs": plain(plan.loaded.recipe.kwargs),
-        "recognised_by": plan.loaded.recognised_by,
-        "twins": list(plan.loaded.twins),
+        "architecture": plan.loaded_model.recipe.architecture,
+        "model_kwargs": to_plain_values(plan.loaded_model.recipe.kwargs),
+        "recognised_by": plan.loaded_model.recognised_by,
+        "twins": list(plan.loaded_model.twins),
         "scores": dict(plan.recognised.scores),
-        "rates": plan.loaded.rates,
+        "rates": plan.loaded_model.rates,
         "data": {
             "spec": without_secrets(plan.request.data),
             "kind": plan.source.kind,
@@ -48,7 +48,7 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
             "transform": plan.stream.transform,
             "input": _input(plan.input_spec),
             "skipped": [dataclasses.asdict(item) for item in outcome.skipped],
-            "agreement": plain_dict(outcome.verdict),
+            "agreement": dataclass_to_dict(outcome.verdict),
         },
         "estimator": result.estimator,
         "statistics": result.statistics,
@@ -59,8 +59,8 @@ def outcome_json(outcome: Outcome) -> dict[str, object]:
         "deviation": result.deviation and dataclasses.asdict(result.deviation),
         "why": result.why,
         "layers": [_layer(layer) for layer in result.layers],
-        "controls": plain_dict(result.controls),
-        "outliers": [plain_dict(one) for one in result.outliers],
+        "controls": dataclass_to_dict(result.controls),
+        "outliers": [dataclass_to_dict(one) for one in result.outliers],
         "common_outliers": list(result.common),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
         "dropout_sites": [_site(site, plan.walk) for site in plan.walk.dropout_sites],
@@ -78,10 +78,10 @@ def refusal_json(plan: Plan, metrics: Metrics) -> dict[str, object]:
     """What is left of a ``bn-reestimate`` whose gate said no: the metrics, and no output."""
     return {
         "tool": {"name": "ckpt-tools", "version": VERSION},
-        "libraries": libraries(),
+        "libraries": library_versions(),
         "checkpoint": checkpoint_json(plan.checkpoint),
-        "architecture": plan.loaded.recipe.architecture,
-        "model_kwargs": plain(plan.loaded.recipe.kwargs),
+        "architecture": plan.loaded_model.recipe.architecture,
+        "model_kwargs": to_plain_values(plan.loaded_model.recipe.kwargs),
         "metrics": metrics_json(metrics),
         "output": None,
         "device": plan.device,
@@ -93,7 +93,7 @@ def evaluation_json(outcome: EvaluationOutcome) -> dict[str, object]:
     plan = outcome.plan
     return {
         "tool": {"name": "ckpt-tools", "version": VERSION},
-        "libraries": libraries(),
+        "libraries": library_versions(),
         "checkpoint": _contestant(plan.after, outcome.sha256),
         "before": plan.before and _contestant(plan.before, outcome.before_sha256),
         "metrics": metrics_json(outcome.metrics),
@@ -102,28 +102,28 @@ def evaluation_json(outcome: EvaluationOutcome) -> dict[str, object]:
     }
 
 
-def _contestant(contestant: Contestant, sha256: str | None) -> dict[str, object]:
+def _contestant(contestant: EvaluatedCheckpoint, sha256: str | None) -> dict[str, object]:
     return {
         **checkpoint_json(contestant.checkpoint),
         "sha256": sha256,
         "architecture": contestant.loaded.recipe.architecture,
-        "model_kwargs": plain(contestant.loaded.recipe.kwargs),
+        "model_kwargs": to_plain_values(contestant.loaded.recipe.kwargs),
         "transform": contestant.validation.stream.transform,
     }
 
 
 def inspection_json(found: Inspection) -> dict[str, object]:
-    """All that ``inspect`` found; what it could not find out is null, with the error that says why."""
+    """All that ``inspect_checkpoint`` found; what it could not find out is null, with the error that says why."""
     loaded, walk = found.loaded, found.walk
     return {
         "architecture": loaded and loaded.recipe.architecture,
-        "model_kwargs": loaded and plain(loaded.recipe.kwargs),
+        "model_kwargs": loaded and to_plain_values(loaded.recipe.kwargs),
         "recognised_by": loaded and loaded.recognised_by,
         "twins": list(loaded.twins) if loaded else [],
         "candidates": list(found.candidates),
         "error": found.error and str(found.error),
         "rates": loaded and loaded.rates,
-        "checkpoint": found.checkpoint and _inspected(found.checkpoint, found.size),
+        "checkpoint": found.checkpoint and _inspected_checkpoint_json(found.checkpoint, found.size),
         "parameters": found.parameters,
         "tensors": sum(tally.tensors for tally in found.types.values()),
         "dtypes": {name: dataclasses.asdict(tally) for name, tally in found.types.items()},
@@ -136,8 +136,8 @@ def inspection_json(found: Inspection) -> dict[str, object]:
     }
 
 
-def _inspected(checkpoint: Checkpoint, size: int | None) -> dict[str, object]:
-    return {**checkpoint_json(checkpoint), "bytes": size, "words": plain(checkpoint.words)}
+def _inspected_checkpoint_json(checkpoint: Checkpoint, size: int | None) -> dict[str, object]:
+    return {**checkpoint_json(checkpoint), "bytes": size, "words": to_plain_values(checkpoint.words)}
 
 
 def _batch_norm(layer: BatchNormLayer, steps: Mapping[str, int | None]) -> dict[str, object]:
@@ -154,12 +154,12 @@ def _plan(found: Inspection) -> dict[str, object] | None:
         "why": prospect.why,
         "rewrite": list(prospect.rewrite),
         "controls": list(prospect.controls),
-        "command": command(found) if prospect.rewrite else None,
+        "command": reestimate_command(found) if prospect.rewrite else None,
     }
 
 
 def conversion_json(conversion: Conversion) -> dict[str, object]:
-    """What ``convert`` read and wrote."""
+    """What ``convert_checkpoint`` read and wrote."""
     return {
         "tool": {"name": "ckpt-tools", "version": VERSION},
         "checkpoint": {**checkpoint_json(conversion.checkpoint), "sha256": conversion.source_sha256},
@@ -170,7 +170,7 @@ def conversion_json(conversion: Conversion) -> dict[str, object]:
 
 def comparison_json(comparison: Comparison, expect: str, violations: tuple[str, ...]) -> dict[str, object]:
     """What ``diff`` found."""
-    return {**plain_dict(comparison), "expect": expect, "unexpected": list(violations), "ok": not violations}
+    return {**dataclass_to_dict(comparison), "expect": expect, "unexpected": list(violations), "ok": not violations}
 
 
 def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
@@ -186,7 +186,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _layer(layer: LayerResult) -> dict[str, object]:
-    found = plain_dict(layer)
+    found = dataclass_to_dict(layer)
     ratio, error = found.pop("ratio"), found.pop("error")
     return {
         **found,
@@ -203,10 +203,10 @@ def _site(site: DropoutSite, walk: Walk) -> dict[str, object]:
 
 
 def _input(spec: InputSpec | None) -> dict[str, object] | None:
-    return None if spec is None else plain_dict(spec)
+    return None if spec is None else dataclass_to_dict(spec)
 
 
-def libraries() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of what made the numbers."""
     found = {}
     for name in ("torch", "torchvision", "timm", "safetensors", "numpy"):
@@ -217,19 +217,19 @@ def libraries() -> dict[str, str]:
     return found
 
 
-def plain(value: object) -> object:
+def to_plain_values(value: object) -> object:
     """What JSON can hold: infinities become null, and what it does not know its representation; no endless texts."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_plain_values(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (int, bool, type(None))) else shorten(str(value), LONGEST_VALUE)
 
 
-def plain_dict(value: Any) -> dict[str, Any]:
+def dataclass_to_dict(value: Any) -> dict[str, Any]:
     """A dataclass as plain values."""
-    found = plain(dataclasses.asdict(value))
+    found = to_plain_values(dataclasses.asdict(value))
     assert isinstance(found, dict)
     return found

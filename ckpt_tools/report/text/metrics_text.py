@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST
-from ckpt_tools.jobs.evaluation import Contestant, EvaluationOutcome, EvaluationPlan
+from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationOutcome, EvaluationPlan
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.report.columns import columns, count, listed
+from ckpt_tools.report.columns import align_columns, count_text, list_names
 
 Estimates = Mapping[Metric, Estimate]
 
@@ -26,14 +26,14 @@ def metrics_text(metrics: Metrics) -> str:
     """The table, what it was measured on, what a temperature does, and whether the gate is passed."""
     data = f"{one_line(metrics.data)} ({one_line(metrics.kind)})"
     parts = [
-        f"evaluated on {data}: {count(metrics.images, 'image')}, {metrics.classes:,} classes",
-        columns(_rows(metrics)),
+        f"evaluated on {data}: {count_text(metrics.images, 'image')}, {metrics.classes:,} classes",
+        align_columns(_rows(metrics)),
     ]
     if metrics.before is not None:
         parts.append("± standard error; that of the change is paired, image by image")
     if metrics.skipped:
-        names = listed(f"{item.name} ({item.reason})" for item in metrics.skipped)
-        parts.append(f"skipped: {count(len(metrics.skipped), 'unreadable image')}: {names}")
+        names = list_names(f"{item.name} ({item.reason})" for item in metrics.skipped)
+        parts.append(f"skipped: {count_text(len(metrics.skipped), 'unreadable image')}: {names}")
     if metrics.after.temperature is not None:
         parts.append(_temperatures(metrics))
     if metrics.gate is not None:
@@ -54,13 +54,13 @@ def _rows(metrics: Metrics) -> list[tuple[str, ...]]:
 
 def _row(name: Metric, suffix: str, before: Estimates | None, after: Estimates, change: Estimates) -> tuple[str, ...]:
     words, unit, digits = _NAMES[name]
-    label, now = f"{words}{suffix}, {unit}", _shown(after[name], digits)
+    label, now = f"{words}{suffix}, {unit}", _estimate_text(after[name], digits)
     if before is None:
         return label, now
-    return label, _shown(before[name], digits), now, _shown(change[name], digits, "+")
+    return label, _estimate_text(before[name], digits), now, _estimate_text(change[name], digits, "+")
 
 
-def _shown(estimate: Estimate, digits: int, sign: str = "") -> str:
+def _estimate_text(estimate: Estimate, digits: int, sign: str = "") -> str:
     sure = f"{estimate.error:.{digits}f}" if math.isfinite(estimate.error) else "unknown"
     return f"{estimate.value:{sign}.{digits}f} ± {sure}".replace("-", "−")
 
@@ -83,13 +83,13 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
     rows = [] if plan.before is None else [("before", _contestant(plan.before))]
     rows.append(("checkpoint" if plan.before is None else "after", _contestant(plan.after)))
     stream = plan.after.validation.stream
-    known = "an unknown number of images" if stream.count is None else count(stream.count, "image")
+    known = "an unknown number of images" if stream.count is None else count_text(stream.count, "image")
     rows += [("data", f"{plan.request.data} ({plan.after.validation.kind}), {known}")]
     rows += [("input", stream.transform), ("device", plan.device)]
-    return columns(rows)
+    return align_columns(rows)
 
 
-def _contestant(contestant: Contestant) -> str:
+def _contestant(contestant: EvaluatedCheckpoint) -> str:
     return f"{contestant.checkpoint.path} ({contestant.loaded.recipe.architecture})"
 
 

@@ -7,19 +7,19 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
-from ckpt_tools.data.source import words_for
+from ckpt_tools.data.source import describe_source
 from ckpt_tools.demo.train import Score
 from ckpt_tools.diagnosis.data_check import DataVerdict
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.plan import Plan
-from ckpt_tools.jobs.reestimation import Outcome
+from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.report.columns import columns, count, listed
+from ckpt_tools.report.columns import align_columns, count_text, list_names
 from ckpt_tools.report.number_format import deviation_text
 from ckpt_tools.report.text.metrics_text import metrics_text
-from ckpt_tools.report.wording import RATES, TOLD_BY
+from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT
 from ckpt_tools.results import Controls, LayerResult, Outlier, Reestimation
-from ckpt_tools.storage.compare import Change, Comparison
+from ckpt_tools.storage.compare import Comparison, TensorChange
 
 _SHOWN = 8  # rows of a table before it is cut
 _UNEXPECTED = 100  # of the tensors that should not differ
@@ -34,24 +34,30 @@ def plan_text(plan: Plan) -> str:
     active = [site for site in plan.walk.dropout_sites if site.active]
     rows = [
         ("checkpoint", checkpoint_line(plan.checkpoint)),
-        ("architecture", f"{architecture_line(plan.loaded)} (told by {TOLD_BY[plan.loaded.recognised_by]})"),
+        (
+            "architecture",
+            f"{architecture_line(plan.loaded_model)} (told by {RECOGNISED_BY_TEXT[plan.loaded_model.recognised_by]})",
+        ),
         *([("scores", _scores(plan.recognised.scores))] if plan.recognised.scores else []),
-        ("drop rates", f"{RATES[plan.loaded.rates]}; {count(len(active), 'active dropout site')}"),
-        ("layers", f"{plan.choice.why}; {count(len(plan.choice.controls), 'control layer')}"),
-        ("data", f"{plan.source.spec} ({words_for(plan.source)}), {_amount(plan.stream.count)}"),
+        (
+            "drop rates",
+            f"{DROP_RATE_SOURCES[plan.loaded_model.rates]}; {count_text(len(active), 'active dropout site')}",
+        ),
+        ("layers", f"{plan.choice.why}; {count_text(len(plan.choice.controls), 'control layer')}"),
+        ("data", f"{plan.source.spec} ({describe_source(plan.source)}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
-        ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.preprocessed else "none"),
+        ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.is_preprocessed else "none"),
         ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {where}"),
         ("output", str(plan.output)),
         *([("runs code", ", ".join(own))] if (own := _own_code(plan)) else []),
     ]
-    return columns(rows)
+    return align_columns(rows)
 
 
 def _own_code(plan: Plan) -> list[str]:
     """What is imported and executed beside this tool and its libraries, as the user named it."""
     sources = [plan.source, *([plan.validation.source] if plan.validation else [])]
-    own = [plan.loaded.recipe.name] if plan.loaded.recipe.adapter == "factory" else []
+    own = [plan.loaded_model.recipe.name] if plan.loaded_model.recipe.adapter == "factory" else []
     own += [source.spec for source in sources if source.kind == "callable"]
     return [*own, *(["what the checkpoint names (--trust)"] if plan.request.trust else [])]
 
@@ -74,11 +80,11 @@ def architecture_line(loaded: LoadedModel) -> str:
     """The architecture with its keyword arguments, as many as fit on a line."""
     said = [f"{name}={value}" for name, value in loaded.recipe.kwargs.items()]
     shown = [text for text in said if len(text) <= _LONGEST][:_ARGUMENTS]
-    more = [f"and {count(len(said) - len(shown), 'more argument')}"] if len(said) > len(shown) else []
+    more = [f"and {count_text(len(said) - len(shown), 'more argument')}"] if len(said) > len(shown) else []
     return one_line(" ".join([loaded.recipe.architecture, *shown, *more]))
 
 
-def memory(size: int) -> str:
+def size_text(size: int) -> str:
     """Bytes in the unit that people use: ``97.8 MB``."""
     value, unit = float(size), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007 - the last one stays
@@ -88,7 +94,7 @@ def memory(size: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def outcome_text(outcome: Outcome) -> str:
+def outcome_text(outcome: ReestimationOutcome) -> str:
     """What was done: the largest changes with their error bars, the controls, the output."""
     result = outcome.result
     parts = [_headline(result), _changes(result.rewritten), ""]
@@ -100,13 +106,13 @@ def outcome_text(outcome: Outcome) -> str:
         low, high = result.deviation.median, result.deviation.high
         parts.append(f"{result.precision}: variances of the first images within {low:.2g} (median), {high:.2g} of fp32")
     if result.cut_to is not None:
-        parts.append(f"memory was short: batches were cut to {count(result.cut_to, 'sample')} at a time")
+        parts.append(f"memory was short: batches were cut to {count_text(result.cut_to, 'sample')} at a time")
     parts += _unrewritten(result.layers)
     if result.left_alone:
-        parts.append(f"left alone: {listed(f'{item.name} ({item.reason})' for item in result.left_alone)}")
+        parts.append(f"left alone: {list_names(f'{item.name} ({item.reason})' for item in result.left_alone)}")
     if outcome.skipped:
-        names = listed(f"{item.name} ({item.reason})" for item in outcome.skipped)
-        parts.append(f"skipped: {count(len(outcome.skipped), 'unreadable sample')}: {names}")
+        names = list_names(f"{item.name} ({item.reason})" for item in outcome.skipped)
+        parts.append(f"skipped: {count_text(len(outcome.skipped), 'unreadable sample')}: {names}")
     parts += outliers_text(result)
     parts.append(f"written: {one_line(outcome.plan.output)}")
     parts.append(f"         sha256 {outcome.output_sha256}; only {_buffers(result)} differ from the source")
@@ -117,9 +123,9 @@ def outliers_text(result: Reestimation) -> list[str]:
     """Which samples were left out, ten at most, and which kinds were not because they are common."""
     parts = []
     if result.outliers:
-        parts.append(f"outliers: {count(len(result.outliers), 'sample')} left out (--keep-outliers includes them)")
+        parts.append(f"outliers: {count_text(len(result.outliers), 'sample')} left out (--keep-outliers includes them)")
         rows = [(f"  {one.name}", one.reason, leverage_text(one)) for one in result.outliers[:_NAMED]]
-        parts.append(columns(rows))
+        parts.append(align_columns(rows))
     if len(result.outliers) > _NAMED:
         parts.append(f"  … and {len(result.outliers) - _NAMED} more (--json lists all)")
     if result.common:
@@ -142,7 +148,7 @@ def _headline(result: Reestimation) -> str:
     residual = "" if result.residual is None else f", last change {result.residual:.1g}"
     stopped = ", stopped at the tolerance" if result.stopped_early else ""
     return (
-        f"{len(result.rewritten)} of {count(len(result.layers), 'BN layer')} rewritten from {result.images:,} samples "
+        f"{len(result.rewritten)} of {count_text(len(result.layers), 'BN layer')} rewritten from {result.images:,} samples "
         f"in {result.seconds:.1f} s ({result.estimator}{passes}{residual}{stopped})"
     )
 
@@ -158,14 +164,16 @@ def _changes(layers: Sequence[LayerResult]) -> str:
         rows.append((name or "(root)", f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", sure))
     if len(largest) > _SHOWN:
         rows.append((f"… and {len(largest) - _SHOWN} more (--json lists all)", "", "", ""))
-    return columns(rows)
+    return align_columns(rows)
 
 
 def verdict_text(verdict: DataVerdict) -> str:
     """What the first look at the data said."""
-    if verdict.verdict == "none" or verdict.early is None or verdict.deep is None:
+    if verdict.verdict == "none" or verdict.early_score is None or verdict.deep_score is None:
         return f"data: not compared with the training data ({one_line(verdict.cause)})"
-    scores = f"distance {verdict.early:.2f} in the first BN layers, {verdict.deep:.2f} over all, 0 is perfect"
+    scores = (
+        f"distance {verdict.early_score:.2f} in the first BN layers, {verdict.deep_score:.2f} over all, 0 is perfect"
+    )
     if verdict.verdict == "agree":
         return f"data: {verdict.images:,} samples agree with what the BN layers remember ({scores})"
     return (
@@ -178,7 +186,7 @@ def controls_text(controls: Controls) -> str:
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({one_line(controls.reason)})"
     return (
-        f"controls: {count(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
+        f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
         f"data; stored and measured variance differ by {deviation_text(controls.deviation)} in the median channel "
         f"({deviation_text(controls.worst)} in the worst layer), means by {controls.shift:.2f} standard deviations"
     )
@@ -186,7 +194,7 @@ def controls_text(controls: Controls) -> str:
 
 def _unrewritten(layers: Iterable[LayerResult]) -> list[str]:
     missed = [layer.name for layer in layers if layer.reason.startswith("never reached")]
-    return [f"never reached, left as they are: {listed(missed)}"] if missed else []
+    return [f"never reached, left as they are: {list_names(missed)}"] if missed else []
 
 
 def _buffers(result: Reestimation) -> str:
@@ -196,14 +204,16 @@ def _buffers(result: Reestimation) -> str:
 def conversion_text(conversion: Conversion) -> str:
     """What was read, what was written, and which tensors it now holds more than once."""
     tensors = conversion.checkpoint.tensors
-    size = memory(sum(tensor.nbytes for tensor in tensors.values()))
+    size = size_text(sum(tensor.nbytes for tensor in tensors.values()))
     parts = [f"read: {checkpoint_line(conversion.checkpoint)}"]
     if conversion.checkpoint.left_out:
-        parts.append(f"left out: {listed(conversion.checkpoint.left_out)}")
+        parts.append(f"left out: {list_names(conversion.checkpoint.left_out)}")
     for group in conversion.shared:
-        parts.append(f"share memory in the source, written once each: {listed(group)}")
+        parts.append(f"share memory in the source, written once each: {list_names(group)}")
     parts.append(f"written: {one_line(conversion.output)}")
-    parts.append(f"         {count(len(tensors), 'tensor')}, {size}, bit for bit; sha256 {conversion.output_sha256}")
+    parts.append(
+        f"         {count_text(len(tensors), 'tensor')}, {size}, bit for bit; sha256 {conversion.output_sha256}"
+    )
     return "\n".join(parts)
 
 
@@ -213,9 +223,9 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
     rows += [(change.key, _difference(change)) for change in comparison.changes[:_SHOWN]]
     if len(comparison.changes) > _SHOWN:
         rows.append((f"… and {len(comparison.changes) - _SHOWN} more", ""))
-    parts = [f"{count(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
+    parts = [f"{count_text(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
     if comparison.changes:
-        parts.append(columns(rows))
+        parts.append(align_columns(rows))
     parts += [f"unexpected: {one_line(violation)}" for violation in violations[:_UNEXPECTED]]
     if len(violations) > _UNEXPECTED:
         parts.append(f"… and {len(violations) - _UNEXPECTED} more (--json lists all)")
@@ -231,7 +241,7 @@ def demo_text(pairs: Sequence[tuple[Score, Score]]) -> str:
         )
     errors = [after.error - before.error for before, after in pairs]
     nlls = [after.nll - before.nll for before, after in pairs]
-    return f"{columns(rows)}\n\nchange of test error: {_mean(errors, 2)} points; of NLL: {_mean(nlls, 3)} nats"
+    return f"{align_columns(rows)}\n\nchange of test error: {_mean(errors, 2)} points; of NLL: {_mean(nlls, 3)} nats"
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
@@ -241,7 +251,7 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def _difference(change: Change) -> str:
+def _difference(change: TensorChange) -> str:
     if change.relative is None:
         return f"{change.what}: {change.before} → {change.after}"
     return f"values, up to {change.relative:.3g} relative"

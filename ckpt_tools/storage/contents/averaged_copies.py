@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Copy", "averaged_copies"]
+__all__ = ["AveragedCopy", "find_averaged_copies"]
 
 _AVERAGED = frozenset({"ema", "swa", "averaged", "polyak"})
 _MODELS = frozenset({"model", "module", "net", "network", "weights"})
@@ -18,21 +18,21 @@ _MOST = 64  # attributes that sound like averages, and places of a copy; a hosti
 
 
 @dataclass(frozen=True)
-class Copy:
+class AveragedCopy:
     """``root`` is the attribute that holds the averaging, ``prefix`` what stands before the copy's keys in it."""
 
     root: str
     prefix: str
 
 
-def averaged_copies(state: Mapping[str, object]) -> list[Copy]:
+def find_averaged_copies(state: Mapping[str, object]) -> list[AveragedCopy]:
     """The parts of a state dict whose name speaks of averages and whose keys and shapes occur once more elsewhere."""
     attributes = {tuple(key.split(".")[:-1][:2]) for key in state}
     roots = sorted({root for parts in attributes for root in _roots(parts)})
     if not roots or len(roots) > _MOST:
         return []
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-    found = [Copy(root, prefix) for root in roots if (prefix := _copy_in(root, shapes)) is not None]
+    found = [AveragedCopy(root, prefix) for root in roots if (prefix := _copy_in(root, shapes)) is not None]
     return [copy for copy in found if not any(copy.root != x.root and copy.root.startswith(x.root) for x in found)]
 
 

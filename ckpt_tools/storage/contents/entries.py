@@ -11,11 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.contents.averaged_copies import averaged_copies
-from ckpt_tools.storage.formats.module_trees import Allowance, module_state
-from ckpt_tools.storage.formats.pickles import Opaque
+from ckpt_tools.storage.contents.averaged_copies import find_averaged_copies
+from ckpt_tools.storage.formats.module_trees import TreeBudget, module_state
+from ckpt_tools.storage.formats.pickles import OpaqueObject
 
-__all__ = ["Entry", "as_mapping", "choose_entry", "is_trainer_state", "list_entries", "sort_remainder"]
+__all__ = [
+    "StateDictEntry",
+    "as_mapping",
+    "choose_entry",
+    "is_trainer_state",
+    "list_entries",
+    "separate_remaining_entries",
+]
 
 # Entries that timm, torchvision references, Lightning, BasicSR, DeepSpeed and plain scripts save weights under.
 _WEIGHTS = frozenset(
@@ -33,7 +40,7 @@ _UNFOLDED = 300_000  # modules and tensors in all of them
 
 
 @dataclass(frozen=True)
-class Seen:
+class SearchMemory:
     """What a search has met, by identity: a pickle can hold one value in many places, and each is searched once.
 
     ``barren`` has the mappings without any state dict, and how many levels of them were searched; ``states`` the state
@@ -42,7 +49,7 @@ class Seen:
 
     barren: dict[int, int] = field(default_factory=dict)
     states: dict[int, Mapping[str, object] | None] = field(default_factory=dict)
-    allowance: Allowance = field(default_factory=lambda: Allowance(_UNFOLDED))
+    allowance: TreeBudget = field(default_factory=lambda: TreeBudget(_UNFOLDED))
 
     def state_of(self, value: object) -> Mapping[str, object] | None:
         """The state dict of a whole module, trusted and alive or read as a tree of placeholders."""
@@ -54,7 +61,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StateDictEntry:
     """A state dict and where it stands: ``path`` is () for the top level.
 
     ``copy`` is the prefix of an averaged copy within a larger state dict, which ``whole`` then is; ``source`` is the
@@ -80,12 +87,12 @@ class Entry:
         return (not known, max(1, len(self.path)))
 
 
-def list_entries(root: object, seen: Seen | None = None) -> list[Entry]:
+def list_entries(root: object, seen: SearchMemory | None = None) -> list[StateDictEntry]:
     """Every state dict at the top level and up to two levels down; optimizer states are none.
 
     ``seen``: what earlier searches of the same file have met.
     """
-    searched = _search(root, (), False, seen or Seen())
+    searched = _search(root, (), False, seen or SearchMemory())
     return [entry for found in islice(searched, _MOST) for entry in _split(found)]
 
 
@@ -93,12 +100,12 @@ def as_mapping(root: object) -> object:
     """What stands at the top of a file as a mapping, where it has parts: a pair by index, an object by attribute."""
     if isinstance(root, list | tuple) and len(root) <= _FEW:
         return {str(i): value for i, value in enumerate(root)}
-    if isinstance(root, Opaque) and isinstance(root.state, Mapping) and module_state(root) is None:
+    if isinstance(root, OpaqueObject) and isinstance(root.state, Mapping) and module_state(root) is None:
         return root.state
     return root
 
 
-def choose_entry(root: object, weights: str, where: object) -> Entry:
+def choose_entry(root: object, weights: str, where: object) -> StateDictEntry:
     """The entry that ``weights`` asks for: "auto" (averaged ones if there are any), "model", "ema" or a name.
 
     Raises CheckpointError if there is none, or more than one.
@@ -126,14 +133,14 @@ def choose_entry(root: object, weights: str, where: object) -> Entry:
     return best[0]
 
 
-def sort_remainder(root: object, chosen: Entry) -> tuple[dict[str, object], list[str]]:
+def separate_remaining_entries(root: object, chosen: StateDictEntry) -> tuple[dict[str, object], list[str]]:
     """Split what stands beside the chosen state dict into words and the names of what is left out.
 
     Left out: optimizer and other trainer state, further state dicts, loose tensors with dimensions.
     """
     words: dict[str, object] = {}
     left_out: list[str] = []
-    seen = Seen()
+    seen = SearchMemory()
     holder = root
     for depth, step in enumerate(chosen.path):
         if not isinstance(holder, Mapping):
@@ -157,25 +164,25 @@ def is_trainer_state(key: str) -> bool:
 def _trust(root: object) -> str:
     """Advice for a file with objects that only their own code can open."""
     values = list(root.values()) if isinstance(root, Mapping) else [root]
-    names = [value.name for value in values if isinstance(value, Opaque)]
+    names = [value.name for value in values if isinstance(value, OpaqueObject)]
     shown = "".join(c for c in names[0][:100] if c.isprintable()) if names else ""
     return f", or pass --trust if you trust the file: {shown} in it can then run any code" if shown else ""
 
 
-def _pool(entries: list[Entry], weights: str) -> list[Entry]:
+def _pool(entries: list[StateDictEntry], weights: str) -> list[StateDictEntry]:
     averaged = [entry for entry in entries if entry.averaged]
     plain = [entry for entry in entries if not entry.averaged]
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(value: object, path: tuple[str, ...], averaged: bool, seen: Seen) -> Iterator[Entry]:
+def _search(value: object, path: tuple[str, ...], averaged: bool, seen: SearchMemory) -> Iterator[StateDictEntry]:
     state = value if isinstance(value, Mapping) else seen.state_of(value)
     levels = 2 - len(path)
     if state is None or seen.barren.get(id(value), -1) >= levels:
         return
     found = any_inside = _holds_weights(state)
     if found:
-        yield Entry(path, state, averaged, source=None if state is value else value)
+        yield StateDictEntry(path, state, averaged, source=None if state is value else value)
     # The top level may hold a stray tensor beside the state dict; deeper down a state dict ends the search.
     if state is value and len(path) < 2 and not (found and path):
         swapped = state.keys() >= _SWAPPED
@@ -189,9 +196,9 @@ def _search(value: object, path: tuple[str, ...], averaged: bool, seen: Seen) ->
         seen.barren[id(value)] = levels
 
 
-def _split(entry: Entry) -> list[Entry]:
+def _split(entry: StateDictEntry) -> list[StateDictEntry]:
     """A state dict in which a training module kept an averaged copy of its model is two entries."""
-    copies = [] if entry.averaged else averaged_copies(entry.state)
+    copies = [] if entry.averaged else find_averaged_copies(entry.state)
     if not copies:
         return [entry]
     roots = tuple(copy.root for copy in copies)
@@ -213,7 +220,7 @@ def _holds_weights(value: Mapping[Any, object]) -> bool:
     return any(isinstance(x, Tensor) and x.dim() > 0 and not _is_aside(str(key)) for key, x in value.items())
 
 
-def _is_word(key: str, value: object, seen: Seen) -> bool:
+def _is_word(key: str, value: object, seen: SearchMemory) -> bool:
     if is_trainer_state(key) or (isinstance(value, Mapping) and "param_groups" in value):
         return False
     if any(isinstance(x, Tensor) and x.dim() > 0 for x in (value if isinstance(value, list) else [value])):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.remote.address import shown_url
-from ckpt_tools.storage.formats.module_trees import module_class
-from ckpt_tools.storage.formats.pickles import Opaque
+from ckpt_tools.remote.address import redact_url
+from ckpt_tools.storage.formats.module_trees import module_class_name
+from ckpt_tools.storage.formats.pickles import OpaqueObject
 
 __all__ = ["plain_words"]
 
@@ -53,7 +53,7 @@ class _Copy:
 
     def plain(self, value: object, depth: int) -> tuple[object, int]:
         """A plain copy of a value, and its size."""
-        value = _opened(value)
+        value = _unwrap_value(value)
         if isinstance(value, Mapping | list | tuple | set | frozenset):
             return self._container(value, depth)
         return _leaf(value), 1
@@ -75,23 +75,23 @@ class _Copy:
         return [plain for plain, _ in items], 1 + sum(size for _, size in items)
 
 
-def _opened(value: object) -> object:
+def _unwrap_value(value: object) -> object:
     """What an object holds, for those that are mere holders."""
     for _ in range(_DEEPEST):
         if isinstance(value, argparse.Namespace | types.SimpleNamespace):
             return vars(value)
-        if type(value) is not Opaque:
+        if type(value) is not OpaqueObject:
             return value.value if isinstance(value, enum.Enum) else value
-        held = _held(value)
+        held = _unwrap_opaque(value)
         if held is value:
             return value
         value = held
     return value
 
 
-def _held(value: Opaque) -> object:
+def _unwrap_opaque(value: OpaqueObject) -> object:
     state = value.state
-    if value.args is None or module_class(value):  # a class; a network
+    if value.args is None or module_class_name(value):  # a class; a network
         return value
     if isinstance(state, dict) and value.name.startswith("omegaconf."):
         return state.get("_content", state.get("_val", value))
@@ -132,7 +132,7 @@ def _leaf(value: object) -> object:
         return value.total_seconds()
     if isinstance(value, Tensor | numpy.ndarray | numpy.generic) and value.ndim == 0 and _has_value(value):
         return value.item()
-    if type(value) is Opaque:
+    if type(value) is OpaqueObject:
         return _text(repr(value))
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
@@ -146,7 +146,7 @@ def _text(value: str) -> str:
     text = str(value).encode("utf-8", "backslashreplace").decode()
     if ":/" not in text and "::" not in text:
         return text
-    return shown_url(text) if _A_URL.match(text) else str(without_secrets(text))
+    return redact_url(text) if _A_URL.match(text) else str(without_secrets(text))
 
 
 def _has_value(value: object) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.formats.pickles import NOT_DENSE, Opaque
+from ckpt_tools.storage.formats.pickles import NOT_DENSE, OpaqueObject
 
 __all__ = ["plain_tensors", "strip_wrappers"]
 
@@ -59,7 +59,7 @@ def _wrapper_of_all(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _refuse(key: str, value: object, where: object) -> None:
     """Raise CheckpointError for what no safetensors file can hold: a tensor of another kind, a broken name."""
-    if type(value) is Opaque and value.args is not None and value.name in NOT_DENSE:
+    if type(value) is OpaqueObject and value.args is not None and value.name in NOT_DENSE:
         raise _not_dense(key, NOT_DENSE[value.name], where)
     try:
         key.encode()

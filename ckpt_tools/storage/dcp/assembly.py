@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
 
-__all__ = ["assembled", "is_rank_file", "load_rank_files"]
+__all__ = ["assemble_tensor", "is_rank_file", "load_rank_files"]
 
 _RANK_FILE = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _OFFSETS = "DCP_SHARDING_INFO"  # torch/distributed/checkpoint/_hf_utils.py
@@ -22,7 +22,7 @@ _OFFSETS = "DCP_SHARDING_INFO"  # torch/distributed/checkpoint/_hf_utils.py
 Ints = tuple[int, ...]
 
 
-def assembled(where: object, name: str, size: Ints, parts: Mapping[Ints, Tensor]) -> Tensor:
+def assemble_tensor(where: object, name: str, size: Ints, parts: Mapping[Ints, Tensor]) -> Tensor:
     """The tensor of shape ``size`` whose chunks start at the keys of ``parts``. Raises CheckpointError for gaps."""
     types = {part.dtype for part in parts.values()}
     fits = all(
@@ -59,7 +59,7 @@ def load_rank_files(files: tuple[Path, ...]) -> dict[str, Tensor]:
     for file in files:
         for key, (start, tensor) in _parts(file).items():
             found.setdefault(key, {})[start] = tensor
-    return {key: assembled(files[0].parent, key, _size(parts), parts) for key, parts in found.items()}
+    return {key: assemble_tensor(files[0].parent, key, _size(parts), parts) for key, parts in found.items()}
 
 
 def _parts(file: Path) -> dict[str, tuple[Ints, Tensor]]:

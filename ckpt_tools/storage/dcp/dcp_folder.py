@@ -17,19 +17,19 @@ from torch import Tensor
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.paths import path_below, require_below
 from ckpt_tools.storage.contents.entries import is_trainer_state
-from ckpt_tools.storage.dcp.assembly import assembled
-from ckpt_tools.storage.dcp.dcp_metadata import Metadata, Piece, TensorEntry, read_metadata
+from ckpt_tools.storage.dcp.assembly import assemble_tensor
+from ckpt_tools.storage.dcp.dcp_metadata import DistributedMetadata, ShardPiece, TensorEntry, parse_distributed_metadata
 from ckpt_tools.storage.formats.pickles import load_pickle, load_stream
 
-__all__ = ["METADATA", "SHARD", "Distributed", "load_distributed"]
+__all__ = ["METADATA_NAME", "SHARD_SUFFIX", "DistributedCheckpoint", "load_distributed"]
 
-METADATA = ".metadata"
-SHARD = ".distcp"
+METADATA_NAME = ".metadata"
+SHARD_SUFFIX = ".distcp"
 _TRAINER = "meta.pt"  # where Lightning keeps what stands beside the weights
 
 
 @dataclass(frozen=True)
-class Distributed:
+class DistributedCheckpoint:
     """What a folder holds: ``root`` nests words and stand-ins of tensors as they were saved.
 
     ``shards``: the paths of the shards, by the names that the metadata has for them.
@@ -49,14 +49,14 @@ class Distributed:
         if entry is None:
             return value
         parts = {start: _part(self.folder, self.shards, entry, start) for start in entry.pieces}
-        return assembled(self.folder, entry.name, entry.size, parts)
+        return assemble_tensor(self.folder, entry.name, entry.size, parts)
 
 
-def load_distributed(folder: Path) -> Distributed:
+def load_distributed(folder: Path) -> DistributedCheckpoint:
     """Read the metadata and the words of a distributed checkpoint. Raises CheckpointError."""
-    path = require_below(folder, folder / METADATA, origin=folder)
+    path = require_below(folder, folder / METADATA_NAME, origin=folder)
     try:
-        metadata = read_metadata(load_pickle(path))
+        metadata = parse_distributed_metadata(load_pickle(path))
     except (ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: expected the metadata of torch.distributed.checkpoint, found {error}. Fetch the folder again."
@@ -73,19 +73,19 @@ def load_distributed(folder: Path) -> Distributed:
         # Settings of optimizers are hundreds of tiny pickles that nobody asks for.
         if not any(isinstance(part, str) and is_trainer_state(part) for part in place):
             leaves[place] = _read(shards[piece.file], name, piece)
-    root = _nested(path, {place: leaves[place] for place in metadata.paths.values() if place in leaves})
-    return Distributed(folder, shards, {**_beside(folder), **root}, stand_ins)
+    root = _nest_entries(path, {place: leaves[place] for place in metadata.paths.values() if place in leaves})
+    return DistributedCheckpoint(folder, shards, {**_beside(folder), **root}, stand_ins)
 
 
-def _find_shards(folder: Path, metadata: Metadata) -> dict[str, Path]:
+def _find_shards(folder: Path, metadata: DistributedMetadata) -> dict[str, Path]:
     """The shards that the metadata names, if they have all the bytes that it claims. Raises CheckpointError."""
     pieces = [*metadata.words.values(), *(piece for entry in metadata.tensors for piece in entry.pieces.values())]
     shards, sizes = {}, {}
     for name in sorted({piece.file for piece in pieces}):
-        file = shards[name] = path_below(folder, name, origin=folder / METADATA)
+        file = shards[name] = path_below(folder, name, origin=folder / METADATA_NAME)
         if not file.is_file():
             raise CheckpointError(
-                f"{folder}: expected the shard {name}, which {METADATA} names, found no such file. "
+                f"{folder}: expected the shard {name}, which {METADATA_NAME} names, found no such file. "
                 "Fetch the whole folder again: every rank writes shards of its own."
             )
         sizes[name] = file.stat().st_size
@@ -98,7 +98,7 @@ def _find_shards(folder: Path, metadata: Metadata) -> dict[str, Path]:
     # Entries that claim the same bytes many times over could fill any memory.
     if sum(piece.length for piece in pieces) > sum(sizes.values()):
         raise CheckpointError(
-            f"{folder / METADATA}: expected entries that share no bytes, found more bytes claimed than the shards "
+            f"{folder / METADATA_NAME}: expected entries that share no bytes, found more bytes claimed than the shards "
             "hold. Do not use this file."
         )
     return shards
@@ -110,7 +110,7 @@ def _beside(folder: Path) -> Mapping[str, object]:
     return {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
 
 
-def _read(shard: Path, name: str, piece: Piece) -> object:
+def _read(shard: Path, name: str, piece: ShardPiece) -> object:
     if piece.transformed:
         raise CheckpointError(
             f"{shard.parent}: {name}: expected plain bytes, found an entry that was saved through extensions "
@@ -137,7 +137,7 @@ def _part(folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: t
     return part.detach()
 
 
-def _nested(path: Path, leaves: Mapping[tuple[str | int, ...], object]) -> dict[str, object]:
+def _nest_entries(path: Path, leaves: Mapping[tuple[str | int, ...], object]) -> dict[str, object]:
     root: dict[str | int, object] = {}
     holders: dict[tuple[str | int, ...], dict[str | int, object]] = {(): root}
     for place, value in leaves.items():
@@ -148,14 +148,14 @@ def _nested(path: Path, leaves: Mapping[tuple[str | int, ...], object]) -> dict[
         holders[place[:-1]][place[-1]] = value
     if any(place in leaves for place in holders):
         raise CheckpointError(f"{path}: expected entries that are values or containers, found one that is both.")
-    return {str(key): _listed(value, 0) for key, value in root.items()}
+    return {str(key): _restore_lists(value, 0) for key, value in root.items()}
 
 
-def _listed(value: object, depth: int) -> object:
+def _restore_lists(value: object, depth: int) -> object:
     """The containers whose keys are all numbers were lists."""
     if not isinstance(value, dict):
         return value
-    inner = {key: _listed(item, depth + 1) for key, item in value.items()}
+    inner = {key: _restore_lists(item, depth + 1) for key, item in value.items()}
     if inner and all(isinstance(key, int) for key in inner):
         return [inner[key] for key in sorted(inner)]
     return {str(key): item for key, item in inner.items()}

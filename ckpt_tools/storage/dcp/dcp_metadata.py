@@ -14,9 +14,9 @@ from reprlib import repr as shown  # of foreign values: short, and shallow
 import torch
 
 from ckpt_tools.paths import name_fault, shown_name
-from ckpt_tools.storage.formats.pickles import Opaque
+from ckpt_tools.storage.formats.pickles import OpaqueObject
 
-__all__ = ["Metadata", "Piece", "TensorEntry", "read_metadata"]
+__all__ = ["DistributedMetadata", "ShardPiece", "TensorEntry", "parse_distributed_metadata"]
 
 _DEEPEST = 64  # containers within containers
 _LARGEST = 2**62
@@ -25,7 +25,7 @@ Ints = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """Some bytes of a shard: what torch.save wrote for one chunk or one word."""
 
     file: str
@@ -42,19 +42,19 @@ class TensorEntry:
     dtype: torch.dtype
     size: Ints
     chunks: Mapping[Ints, Ints]
-    pieces: Mapping[Ints, Piece]
+    pieces: Mapping[Ints, ShardPiece]
 
 
 @dataclass(frozen=True)
-class Metadata:
+class DistributedMetadata:
     """All entries by their flat names; ``paths`` says where each stood, in the order it was saved."""
 
     tensors: tuple[TensorEntry, ...]
-    words: Mapping[str, Piece]
+    words: Mapping[str, ShardPiece]
     paths: Mapping[str, tuple[str | int, ...]]
 
 
-def read_metadata(content: object) -> Metadata:
+def parse_distributed_metadata(content: object) -> DistributedMetadata:
     """What a ``.metadata`` file says. Raises ValueError, with a phrase for what was found instead."""
     state = _state(content, "Metadata")
     entries = _mapping(state.get("state_dict_metadata"), "state_dict_metadata")
@@ -69,10 +69,12 @@ def read_metadata(content: object) -> Metadata:
             words[name] = _piece_of(pieces, name, None)
         else:
             raise ValueError(f"{name} described by {shown(entries[name])}")
-    return Metadata(tuple(tensors), words, paths)
+    return DistributedMetadata(tuple(tensors), words, paths)
 
 
-def _tensor(name: str, state: Mapping[str, object], pieces: Mapping[tuple[str, Ints | None], Piece]) -> TensorEntry:
+def _tensor(
+    name: str, state: Mapping[str, object], pieces: Mapping[tuple[str, Ints | None], ShardPiece]
+) -> TensorEntry:
     dtype, size = _dtype(state.get("properties")), _ints(state.get("size"), name)
     chunks: dict[Ints, Ints] = {}
     for chunk in _sequence(state.get("chunks"), f"chunks of {name}"):
@@ -94,8 +96,8 @@ def _tensor(name: str, state: Mapping[str, object], pieces: Mapping[tuple[str, I
     return TensorEntry(name, dtype, size, chunks, found)
 
 
-def _pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | None], Piece]:
-    found: dict[tuple[str, Ints | None], Piece] = {}
+def _pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | None], ShardPiece]:
+    found: dict[tuple[str, Ints | None], ShardPiece] = {}
     for key, value in storage.items():
         index, info = _state(key, "MetadataIndex"), _state(value, "_StorageInfo")
         name = _text(index.get("fqn"), "fqn")
@@ -103,11 +105,11 @@ def _pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | None], P
         offset, length = _ints((info.get("offset"), info.get("length")), name)
         extensions = info.get("transform_descriptors") or ()
         transformed = ", ".join(shown(x) for x in _sequence(extensions, "transform_descriptors")[:8])
-        found[name, start] = Piece(_file(info.get("relative_path")), offset, length, transformed)
+        found[name, start] = ShardPiece(_file(info.get("relative_path")), offset, length, transformed)
     return found
 
 
-def _piece_of(pieces: Mapping[tuple[str, Ints | None], Piece], name: str, start: Ints | None) -> Piece:
+def _piece_of(pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None) -> ShardPiece:
     piece = pieces.get((name, start))
     if piece is None and not any(start or ()):  # whole tensors may be filed without an offset, scalars with one
         piece = pieces.get((name, None)) or pieces.get((name, ()))
@@ -139,7 +141,7 @@ def _file(name: object) -> str:
 
 
 def _dtype(properties: object) -> torch.dtype:
-    state = properties.state if isinstance(properties, Opaque) else None
+    state = properties.state if isinstance(properties, OpaqueObject) else None
     said = state[0] if isinstance(state, tuple | list) and state else None
     if not isinstance(said, torch.dtype):
         raise ValueError(f"the type {shown(said)} of a tensor")
@@ -147,11 +149,11 @@ def _dtype(properties: object) -> torch.dtype:
 
 
 def _class(value: object) -> str:
-    return value.name.rpartition(".")[2] if isinstance(value, Opaque) else type(value).__name__
+    return value.name.rpartition(".")[2] if isinstance(value, OpaqueObject) else type(value).__name__
 
 
 def _state(value: object, kind: str) -> Mapping[str, object]:
-    state = value.state if isinstance(value, Opaque) and _class(value) == kind else None
+    state = value.state if isinstance(value, OpaqueObject) and _class(value) == kind else None
     if not isinstance(state, Mapping):
         raise ValueError(f"{shown(value)} in place of {kind}")
     return state

@@ -12,20 +12,26 @@ from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.paths import is_link, path_below, require_below
-from ckpt_tools.remote.mirror import located
+from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.dcp.assembly import is_rank_file, load_rank_files
-from ckpt_tools.storage.dcp.dcp_folder import METADATA, SHARD, load_distributed
+from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX, load_distributed
 from ckpt_tools.storage.files.fetching import fetch_checkpoint
-from ckpt_tools.storage.files.members import INDEX, SUFFIXES, candidates
-from ckpt_tools.storage.files.sidecar import is_trainer_file, sidecar_words
-from ckpt_tools.storage.formats.foreign_formats import foreign_folder
-from ckpt_tools.storage.formats.sniff import Content, load_content
+from ckpt_tools.storage.files.members import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, find_weight_candidates
+from ckpt_tools.storage.files.sidecar import is_trainer_file, read_sidecar_words
+from ckpt_tools.storage.formats.foreign_formats import foreign_folder_error
+from ckpt_tools.storage.formats.sniff import FileContent, load_file_content
 
-__all__ = ["SUFFIXES", "Source", "find_source", "load_source", "sha256"]
+__all__ = [
+    "CHECKPOINT_SUFFIXES",
+    "CheckpointFiles",
+    "checkpoint_sha256",
+    "find_checkpoint_files",
+    "load_checkpoint_files",
+]
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointFiles:
     """The files of one checkpoint.
 
     ``shard_of`` maps each key to its shard's name, as an index says; None for a single file and for a distributed
@@ -38,7 +44,7 @@ class Source:
     shard_of: Mapping[str, str] | None = None
 
 
-def find_source(path: Path) -> Source:
+def find_checkpoint_files(path: Path) -> CheckpointFiles:
     """The files behind a path that the user gave: a file, an index, or a folder; those behind a URL are fetched.
 
     Raises CheckpointError, RemoteError.
@@ -47,12 +53,12 @@ def find_source(path: Path) -> Source:
     try:
         if path.is_dir():
             return _in_folder(path)
-        if path.suffix == SHARD:
+        if path.suffix == SHARD_SUFFIX:
             raise _part_alone(path)
         if path.is_file():
-            if path.name == METADATA:
-                return _distributed(path.parent, sorted(file.name for file in path.parent.iterdir()))
-            return _indexed(path, path) if path.name.endswith(INDEX) else Source(path, (path,))
+            if path.name == METADATA_NAME:
+                return _distributed_files(path.parent, sorted(file.name for file in path.parent.iterdir()))
+            return _sharded_files(path, path) if path.name.endswith(INDEX_SUFFIX) else CheckpointFiles(path, (path,))
         path.stat()
     except FileNotFoundError as error:
         found = f"a link to {path.readlink()}, which is not there" if is_link(path) else "nothing there"
@@ -65,33 +71,33 @@ def find_source(path: Path) -> Source:
     )
 
 
-def load_source(source: Source, *, trust: bool = False) -> Content:
+def load_checkpoint_files(source: CheckpointFiles, *, trust: bool = False) -> FileContent:
     """Read all files of a checkpoint; shards become one mapping in the index's order. Raises CheckpointError."""
     content = _weights(source, trust)
-    return replace(content, words={**content.words, **sidecar_words(source.path)})
+    return replace(content, words={**content.words, **read_sidecar_words(source.path)})
 
 
-def _weights(source: Source, trust: bool) -> Content:
+def _weights(source: CheckpointFiles, trust: bool) -> FileContent:
     if source.shard_of is None and source.index is not None:
         found = load_distributed(source.index.parent)
-        return Content("torch.distributed.checkpoint", found.root, load=found.load)
+        return FileContent("torch.distributed.checkpoint", found.root, load=found.load)
     if len(source.files) > 1 and source.shard_of is None:
-        return Content(f"safetensors, {len(source.files)} ranks", load_rank_files(source.files))
+        return FileContent(f"safetensors, {len(source.files)} ranks", load_rank_files(source.files))
     if source.shard_of is None:
-        return load_content(source.files[0], trust=trust)
-    shards = {file.name: load_content(file, trust=trust) for file in source.files}
+        return load_file_content(source.files[0], trust=trust)
+    shards = {file.name: load_file_content(file, trust=trust) for file in source.files}
     tensors = {key: _from_shard(source, shards[name], key, name) for key, name in source.shard_of.items()}
     metadata = {key: text for shard in shards.values() for key, text in shard.metadata.items()}
     formats = sorted({shard.format for shard in shards.values()})
-    return Content(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
+    return FileContent(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
 
 
-def sha256(path: Path | str) -> str:
+def checkpoint_sha256(path: Path | str) -> str:
     """SHA-256 of a checkpoint as lower-case hex. Raises CheckpointError.
 
     Of shards: what ``sha256sum`` prints for them in the order of their names, hashed once more.
     """
-    source = find_source(located(path))
+    source = find_checkpoint_files(resolve_location(path))
     try:
         digests = [(_file_digest(file), file.name) for file in source.files]
     except OSError as error:
@@ -106,21 +112,21 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _in_folder(folder: Path) -> Source:
+def _in_folder(folder: Path) -> CheckpointFiles:
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name))
-    if METADATA in names:
-        return _distributed(folder, names)
+    if METADATA_NAME in names:
+        return _distributed_files(folder, names)
     if ranks := [_member(folder, name) for name in names if is_rank_file(name)]:
-        return Source(folder, tuple(ranks))
-    single = candidates(names)
+        return CheckpointFiles(folder, tuple(ranks))
+    single = find_weight_candidates(names)
     if len(single) == 1:
         file = _member(folder, single[0])
-        return _indexed(folder, file) if file.name.endswith(INDEX) else Source(folder, (file,))
-    if not single and (foreign := foreign_folder(folder, names)):
+        return _sharded_files(folder, file) if file.name.endswith(INDEX_SUFFIX) else CheckpointFiles(folder, (file,))
+    if not single and (foreign := foreign_folder_error(folder, names)):
         raise foreign
     found = f"{len(single)} candidates ({', '.join(single[:5])})" if single else "no checkpoint in it"
     raise CheckpointError(
-        f"{folder}: expected a folder with one *{INDEX} or one checkpoint file, found {found}. Give the file itself."
+        f"{folder}: expected a folder with one *{INDEX_SUFFIX} or one checkpoint file, found {found}. Give the file itself."
     )
 
 
@@ -129,20 +135,20 @@ def _member(folder: Path, name: str) -> Path:
     return require_below(folder, folder / name, origin=folder)
 
 
-def _distributed(folder: Path, names: list[str]) -> Source:
-    files = [_member(folder, name) for name in names if name == METADATA or name.endswith(SHARD)]
-    return Source(folder, tuple(files), folder / METADATA)
+def _distributed_files(folder: Path, names: list[str]) -> CheckpointFiles:
+    files = [_member(folder, name) for name in names if name == METADATA_NAME or name.endswith(SHARD_SUFFIX)]
+    return CheckpointFiles(folder, tuple(files), folder / METADATA_NAME)
 
 
 def _part_alone(path: Path) -> CheckpointError:
     """The error for a shard of a distributed checkpoint; only the metadata can speak for the others."""
     return CheckpointError(
         f"{path}: expected a checkpoint, found one shard of a distributed checkpoint. "
-        f"Give the folder that also holds its {METADATA} file."
+        f"Give the folder that also holds its {METADATA_NAME} file."
     )
 
 
-def _indexed(path: Path, index: Path) -> Source:
+def _sharded_files(path: Path, index: Path) -> CheckpointFiles:
     try:
         content = json.loads(index.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -159,7 +165,7 @@ def _indexed(path: Path, index: Path) -> Source:
         if not isinstance(name, str) or name not in files:
             file = _shard(index, key, name)
             files[file.name] = file
-    return Source(path, tuple(files[name] for name in sorted(files)), index, shard_of)
+    return CheckpointFiles(path, tuple(files[name] for name in sorted(files)), index, shard_of)
 
 
 def _shard(index: Path, key: str, name: object) -> Path:
@@ -173,7 +179,7 @@ def _shard(index: Path, key: str, name: object) -> Path:
     return file
 
 
-def _from_shard(source: Source, shard: Content, key: str, name: str) -> Tensor:
+def _from_shard(source: CheckpointFiles, shard: FileContent, key: str, name: str) -> Tensor:
     tensor = shard.root.get(key) if isinstance(shard.root, Mapping) else None
     if not isinstance(tensor, Tensor):
         raise CheckpointError(

@@ -10,14 +10,19 @@ from pathlib import Path
 
 from ckpt_tools.errors import RemoteError
 from ckpt_tools.paths import folds_case, path_below, require_distinct
-from ckpt_tools.remote.copies import fetch, peek, release
-from ckpt_tools.remote.mirror import mirror_of
-from ckpt_tools.remote.store import Remote
-from ckpt_tools.storage.dcp.dcp_folder import METADATA, SHARD
-from ckpt_tools.storage.files.members import INDEX, is_of_interest, members, shard_names
-from ckpt_tools.storage.files.sidecar import SIDECARS, has_sidecars
+from ckpt_tools.remote.copies import fetch_beginning, fetch_file, remove_copy
+from ckpt_tools.remote.mirror import find_mirror
+from ckpt_tools.remote.store import RemotePath
+from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX
+from ckpt_tools.storage.files.members import (
+    INDEX_SUFFIX,
+    is_checkpoint_related,
+    list_checkpoint_members,
+    read_shard_names,
+)
+from ckpt_tools.storage.files.sidecar import SIDECAR_NAMES, has_sidecars
 
-__all__ = ["fetch_checkpoint", "peek_header", "release_checkpoint", "survey"]
+__all__ = ["fetch_checkpoint", "fetch_header", "outline_remote_folder", "remove_checkpoint_copies"]
 
 _HEADER = 1 << 16  # bytes; the header of a safetensors file seldom is longer
 _LONGEST = 100_000_000  # bytes of a header, from the format's specification
@@ -29,60 +34,64 @@ def fetch_checkpoint(path: Path) -> None:
 
     ``path`` is the place of a file, an index, or a folder. Raises RemoteError.
     """
-    mirror = mirror_of(path)
+    mirror = find_mirror(path)
     if mirror is None or path in mirror.present:
         return
     remote = mirror.remote(path)
     if remote.is_folder():
         sizes = remote.sizes(_is_interesting, depth=1)
-        mirror.make(path)
-        places = _places(remote, path, [name for name in sizes if is_of_interest(name)])
+        mirror.make_folder(path)
+        places = _places(remote, path, [name for name in sizes if is_checkpoint_related(name)])
         for name in (name for name, place in places.items() if not place.exists()):
-            peek(places[name], size=sizes[name])  # whoever looks for the checkpoint sees all of them
-        _fetch(path, members(list(places)), described=True)
+            fetch_beginning(places[name], size=sizes[name])  # whoever looks for the checkpoint sees all of them
+        _fetch(path, list_checkpoint_members(list(places)), described=True)
         mirror.present.add(path)
-    elif path.name == METADATA:
+    elif path.name == METADATA_NAME:
         folder = mirror.remote(path.parent)
-        _fetch(path.parent, members(list(_places(folder, path.parent, folder.names(_is_interesting)))), described=False)
-    elif path.suffix != SHARD:  # which nobody reads without its metadata
+        _fetch(
+            path.parent,
+            list_checkpoint_members(list(_places(folder, path.parent, folder.names(_is_interesting)))),
+            described=False,
+        )
+    elif path.suffix != SHARD_SUFFIX:  # which nobody reads without its metadata
         _fetch(path.parent, [path.name], described=has_sidecars(path.name))
 
 
 def _fetch(folder: Path, names: list[str], *, described: bool) -> None:
     for name in names:
-        fetch(folder / name)
-        for shard in shard_names(folder / name) if name.endswith(INDEX) else ():
-            fetch(folder / shard, optional=True)  # the reader says best what misses it
-    for name in SIDECARS if described else ():
-        fetch(folder / name, optional=True)
+        fetch_file(folder / name)
+        for shard in read_shard_names(folder / name) if name.endswith(INDEX_SUFFIX) else ():
+            fetch_file(folder / shard, optional=True)  # the reader says best what misses it
+    for name in SIDECAR_NAMES if described else ():
+        fetch_file(folder / name, optional=True)
 
 
-def release_checkpoint(path: Path) -> None:
+def remove_checkpoint_copies(path: Path) -> None:
     """Remove the copies of a remote checkpoint's files; a local one is left alone."""
-    mirror = mirror_of(path)
+    mirror = find_mirror(path)
     if mirror is None:
         return
-    beside = shard_names(path) if path.name.endswith(INDEX) else ()
+    beside = read_shard_names(path) if path.name.endswith(INDEX_SUFFIX) else ()
     files = {path, *(path.parent / name for name in beside)}
     for file in [file for file in mirror.present if file in files or file.is_relative_to(path)]:
         mirror.present.discard(file)
         if not file.is_dir():
-            release(file)
+            remove_copy(file)
 
 
-def survey(path: Path) -> None:
+def outline_remote_folder(path: Path) -> None:
     """Give places to the files below a remote folder, or below the one that a pattern searches, without fetching them.
 
     Files get their size, safetensors files also their header, which says who wrote them. Nothing for local paths.
     Raises RemoteError, also if there is no such folder.
     """
     base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    mirror = mirror_of(base)
+    mirror = find_mirror(base)
     if mirror is None or base in mirror.surveyed:
         return
     remote = mirror.remote(base)
     if remote.is_folder():
-        mirror.make(base)
+        mirror.make_folder(base)
         sizes = remote.sizes(_is_visible)
         places = _places(remote, base, [name for name in sizes if _is_visible(name)])
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -90,7 +99,7 @@ def survey(path: Path) -> None:
     mirror.surveyed.add(base)
 
 
-def _places(remote: Remote, folder: Path, names: Sequence[str]) -> dict[str, Path]:
+def _places(remote: RemotePath, folder: Path, names: Sequence[str]) -> dict[str, Path]:
     """The places of files of a remote folder, whose own place is ``folder``, by the names that its store lists.
 
     Raises RemoteError for names that cannot be those of files here, each by itself or all together.
@@ -101,7 +110,7 @@ def _places(remote: Remote, folder: Path, names: Sequence[str]) -> dict[str, Pat
 
 
 def _is_interesting(name: str) -> bool:
-    return is_of_interest(name.rpartition("/")[2])
+    return is_checkpoint_related(name.rpartition("/")[2])
 
 
 def _is_visible(name: str) -> bool:
@@ -111,16 +120,16 @@ def _is_visible(name: str) -> bool:
 
 def _outline(path: Path, size: int | None) -> None:
     if path.name.lower().endswith(".safetensors"):
-        peek_header(path, size)
+        fetch_header(path, size)
     else:
-        peek(path, size=size)
+        fetch_beginning(path, size=size)
 
 
-def peek_header(path: Path, size: int | None = None) -> None:
+def fetch_header(path: Path, size: int | None = None) -> None:
     """Have the header of a remote safetensors file at its place, if there is such a file; nothing for a local one."""
-    if mirror_of(path) is None:
+    if find_mirror(path) is None:
         return
-    head = peek(path, _HEADER, size)
+    head = fetch_beginning(path, _HEADER, size)
     length = 8 + int.from_bytes((head or b"")[:8], "little")
     if head is not None and len(head) == _HEADER and _HEADER < length <= _LONGEST:
-        peek(path, length, size)
+        fetch_beginning(path, length, size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt_tools.remote.mirror import is_remote
-from ckpt_tools.storage.files.members import INDEX, is_of_interest, shard_names
-from ckpt_tools.storage.files.sidecar import SIDECARS, has_sidecars
+from ckpt_tools.storage.files.members import INDEX_SUFFIX, is_checkpoint_related, read_shard_names
+from ckpt_tools.storage.files.sidecar import SIDECAR_NAMES, has_sidecars
 
 __all__ = ["files_of_checkpoint"]
 
@@ -20,8 +20,11 @@ def files_of_checkpoint(path: Path) -> tuple[Path, ...]:
         if is_remote(path) or not path.exists():
             return (path,)
         if path.is_dir():
-            return (path, *(file for file in path.iterdir() if is_of_interest(file.name)))
+            return (path, *(file for file in path.iterdir() if is_checkpoint_related(file.name)))
     except OSError:
         return (path,)
-    names = [*(shard_names(path) if path.name.endswith(INDEX) else ()), *(SIDECARS if has_sidecars(path.name) else ())]
+    names = [
+        *(read_shard_names(path) if path.name.endswith(INDEX_SUFFIX) else ()),
+        *(SIDECAR_NAMES if has_sidecars(path.name) else ()),
+    ]
     return (path, *(path.parent / name for name in names))

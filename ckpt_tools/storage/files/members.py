@@ -8,43 +8,53 @@ from pathlib import Path
 
 from ckpt_tools.paths import name_fault
 from ckpt_tools.storage.dcp.assembly import is_rank_file
-from ckpt_tools.storage.dcp.dcp_folder import METADATA, SHARD
-from ckpt_tools.storage.files.sidecar import SIDECARS, hub_weights, is_trainer_file
+from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX
+from ckpt_tools.storage.files.sidecar import SIDECAR_NAMES, find_hub_weights, is_trainer_file
 
-__all__ = ["INDEX", "SUFFIXES", "candidates", "is_of_interest", "members", "shard_names"]
+__all__ = [
+    "CHECKPOINT_SUFFIXES",
+    "INDEX_SUFFIX",
+    "find_weight_candidates",
+    "is_checkpoint_related",
+    "list_checkpoint_members",
+    "read_shard_names",
+]
 
-INDEX = ".index.json"
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
+INDEX_SUFFIX = ".index.json"
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2", ".pkl")
 
 
-def candidates(names: Sequence[str]) -> list[str]:
+def find_weight_candidates(names: Sequence[str]) -> list[str]:
     """The files that may stand for the checkpoint of a folder: its weights or the index of its shards. One if it is
     clear, none if there is no checkpoint.
     """
-    if hub := hub_weights(list(names)):
+    if hub := find_hub_weights(list(names)):
         return [hub]
-    indices = [name for name in names if name.endswith(INDEX)]
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if len(indices) > 1:  # Hugging Face repositories often hold the same weights in both formats
         indices = [name for name in indices if "safetensors" in name] or indices
-    return indices or [name for name in names if name.endswith(SUFFIXES) and not is_trainer_file(name)]
+    return indices or [name for name in names if name.endswith(CHECKPOINT_SUFFIXES) and not is_trainer_file(name)]
 
 
-def members(names: Sequence[str]) -> list[str]:
+def list_checkpoint_members(names: Sequence[str]) -> list[str]:
     """The files of a folder's checkpoint that its names tell: all of a distributed one, all ranks, the weights, or the
     index, whose content names the shards. None where the choice is not clear.
     """
-    if METADATA in names:
-        return [name for name in names if name == METADATA or name.endswith(SHARD)]
-    found = candidates(names)
+    if METADATA_NAME in names:
+        return [name for name in names if name == METADATA_NAME or name.endswith(SHARD_SUFFIX)]
+    found = find_weight_candidates(names)
     return [name for name in names if is_rank_file(name)] or (found if len(found) == 1 else [])
 
 
-def is_of_interest(name: str) -> bool:
+def is_checkpoint_related(name: str) -> bool:
     """Whether a file can be a checkpoint, a part of one, or what describes it."""
-    return name.lower().endswith((*SUFFIXES, INDEX, SHARD)) or name in (METADATA, *SIDECARS)
+    return name.lower().endswith((*CHECKPOINT_SUFFIXES, INDEX_SUFFIX, SHARD_SUFFIX)) or name in (
+        METADATA_NAME,
+        *SIDECAR_NAMES,
+    )
 
 
-def shard_names(index: Path) -> list[str]:
+def read_shard_names(index: Path) -> list[str]:
     """The files beside an index of shards that it names, sorted; what is no name of a file there is left out."""
     try:
         content = json.loads(index.read_text("utf-8"))

@@ -10,10 +10,10 @@ from pathlib import Path
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.paths import is_file, require_below
 
-__all__ = ["SIDECARS", "has_sidecars", "hub_weights", "is_trainer_file", "sidecar_words"]
+__all__ = ["SIDECAR_NAMES", "find_hub_weights", "has_sidecars", "is_trainer_file", "read_sidecar_words"]
 
 _SIDECARS = {"config": "config.json", "preprocessor": "preprocessor_config.json"}
-SIDECARS = tuple(_SIDECARS.values())
+SIDECAR_NAMES = tuple(_SIDECARS.values())
 _LIMIT = 32 * 2**20  # bytes; label names of 20,000 classes take one
 # In the order in which transformers looks for them.
 _HUB_WEIGHTS = (
@@ -31,7 +31,7 @@ _TRAINER = re.compile(r"(optimizer|scheduler|scaler|rng_state(_\d+)?|training_ar
 _MARKS = frozenset({"architecture", "architectures", "model_type", "pretrained_cfg", "model_cfg"})
 
 
-def hub_weights(names: list[str]) -> str | None:
+def find_hub_weights(names: list[str]) -> str | None:
     """The weights among the names in a folder in Hugging Face's layout, safetensors before pickles; None without."""
     return next((name for name in _HUB_WEIGHTS if name in names), None)
 
@@ -46,28 +46,30 @@ def has_sidecars(name: str) -> bool:
     return name in _HUB_WEIGHTS or _SHARD.fullmatch(name) is not None
 
 
-def sidecar_words(path: Path) -> dict[str, object]:
+def read_sidecar_words(path: Path) -> dict[str, object]:
     """What the JSON files beside a checkpoint say, under "config" and "preprocessor"; empty if there are none.
 
     ``path`` is the folder or the file that the user gave; beside a file they count only if it is named as weights of
     the Hugging Face hub are and the config is one of a model. Raises CheckpointError for a damaged one.
     """
     if path.is_dir():
-        return _said(path)
+        return _read_folder_sidecars(path)
     if not has_sidecars(path.name):
         return {}
-    words = _said(path.absolute().parent)
+    words = _read_folder_sidecars(path.absolute().parent)
     config = words.get("config")
     return words if isinstance(config, Mapping) and not _MARKS.isdisjoint(config) else {}
 
 
-def _said(folder: Path) -> dict[str, object]:
+def _read_folder_sidecars(folder: Path) -> dict[str, object]:
     files = {word: folder / name for word, name in _SIDECARS.items()}
-    found = {word: _parsed(require_below(folder, file, origin=file)) for word, file in files.items() if is_file(file)}
+    found = {
+        word: _parse_sidecar(require_below(folder, file, origin=file)) for word, file in files.items() if is_file(file)
+    }
     return {word: content for word, content in found.items() if content}
 
 
-def _parsed(file: Path) -> dict[str, object]:
+def _parse_sidecar(file: Path) -> dict[str, object]:
     try:
         size = file.stat().st_size
         if size > _LIMIT:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.files.checkpoint_files import Source
+from ckpt_tools.storage.files.checkpoint_files import CheckpointFiles
 
-__all__ = ["Stamp", "StoredCheckpoint", "stamp_of", "take_stamps"]
+__all__ = ["FileStamp", "StoredCheckpoint", "stamp_checkpoint_files", "stamp_file"]
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FileStamp:
     """One file's identity. A file written anew has another inode, one written in place another time."""
 
     device: int
@@ -29,18 +29,18 @@ class StoredCheckpoint(Checkpoint):
     Its tensors cannot tell of a change: mapped ones show whatever the file holds now.
     """
 
-    stamps: tuple[Stamp, ...] = ()
+    stamps: tuple[FileStamp, ...] = ()
 
 
-def take_stamps(source: Source) -> tuple[Stamp, ...]:
+def stamp_checkpoint_files(source: CheckpointFiles) -> tuple[FileStamp, ...]:
     """The stamps of a checkpoint's files, its index's last. Raises CheckpointError."""
     try:
-        return tuple(map(stamp_of, (*source.files, *([source.index] if source.index else []))))
+        return tuple(map(stamp_file, (*source.files, *([source.index] if source.index else []))))
     except OSError as error:
         raise CheckpointError(f"{source.path}: cannot be opened ({error.strerror}). Check its permissions.") from error
 
 
-def stamp_of(path: Path) -> Stamp:
+def stamp_file(path: Path) -> FileStamp:
     """The stamp of one file. Raises OSError."""
     stat = path.stat()
-    return Stamp(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return FileStamp(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -20,9 +20,9 @@ from torch import Tensor
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.formats.pickles import load_stream
 from ckpt_tools.storage.formats.pickles.archive import Archive
-from ckpt_tools.storage.formats.zip_records import open_archive
+from ckpt_tools.storage.formats.zip_records import open_zip_archive
 
-__all__ = ["is_exported", "load_exported"]
+__all__ = ["is_torch_export", "load_torch_export"]
 
 _LEGACY = "serialized_state_dict"
 _PROGRAM = "serialized_exported_program.json"
@@ -41,17 +41,17 @@ _DTYPES = {
 }
 
 
-def is_exported(names: set[str]) -> bool:
+def is_torch_export(names: set[str]) -> bool:
     """Whether the names of an archive's records, without their common folder, are those of a ``.pt2`` file."""
     return "archive_format" in names or f"{_LEGACY}.pt" in names or f"{_LEGACY}.json" in names
 
 
-def load_exported(path: Path) -> dict[str, object]:
+def load_torch_export(path: Path) -> dict[str, object]:
     """Parameters and persistent buffers, memory-mapped where they are stored raw; several models by their names.
 
     Raises CheckpointError.
     """
-    with open_archive(path, "the archive of torch.export.save") as archive:
+    with open_zip_archive(path, "the archive of torch.export.save") as archive:
         models = _models(path, archive)
     return next(iter(models.values())) if len(models) == 1 else dict(models)
 
@@ -59,8 +59,12 @@ def load_exported(path: Path) -> dict[str, object]:
 def _models(path: Path, archive: Archive) -> dict[str, dict[str, object]]:
     if f"{_LEGACY}.pt" in archive.records or f"{_LEGACY}.json" in archive.records:
         return {"model": _legacy(path, archive)}
-    raw = {m[1]: _described(path, archive, m[0]) for name in archive.records if (m := _CONFIG.fullmatch(name))}
-    pickled = {m[1]: _pickled(path, archive, m[0]) for name in archive.records if (m := _PICKLED.fullmatch(name))}
+    raw = {
+        m[1]: _load_described_state(path, archive, m[0]) for name in archive.records if (m := _CONFIG.fullmatch(name))
+    }
+    pickled = {
+        m[1]: _load_pickled_state(path, archive, m[0]) for name in archive.records if (m := _PICKLED.fullmatch(name))
+    }
     if not raw and not pickled:
         compiled = any(name.startswith(_COMPILED) for name in archive.records)
         found = "a package that AOTInductor compiled to machine code" if compiled else "none"
@@ -74,7 +78,7 @@ def _models(path: Path, archive: Archive) -> dict[str, dict[str, object]]:
 def _legacy(path: Path, archive: Archive) -> dict[str, object]:
     """Before torch 2.3 buffers that are not persistent stood in the state dict too; the signature tells them."""
     name = f"{_LEGACY}.pt" if f"{_LEGACY}.pt" in archive.records else f"{_LEGACY}.json"
-    state = _pickled(path, archive, name)
+    state = _load_pickled_state(path, archive, name)
     program = json.loads(archive.read(_PROGRAM)) if _PROGRAM in archive.records else {}
     specs = program.get("graph_module", {}).get("signature", {}).get("input_specs", [])
     buffers = [spec["buffer"] for spec in specs if isinstance(spec, dict) and "buffer" in spec]
@@ -82,14 +86,14 @@ def _legacy(path: Path, archive: Archive) -> dict[str, object]:
     return {key: value for key, value in state.items() if key not in passing}
 
 
-def _pickled(path: Path, archive: Archive, name: str) -> dict[str, object]:
+def _load_pickled_state(path: Path, archive: Archive, name: str) -> dict[str, object]:
     state = load_stream(io.BytesIO(archive.read(name)), f"{path}: {name}")
     if not isinstance(state, Mapping):
         raise ValueError(f"{name} holds no state dict")
     return {str(key): value for key, value in state.items()}
 
 
-def _described(path: Path, archive: Archive, name: str) -> dict[str, object]:
+def _load_described_state(path: Path, archive: Archive, name: str) -> dict[str, object]:
     entries = json.loads(archive.read(name))["config"]
     if not isinstance(entries, dict):
         raise ValueError(f"{name} describes no tensors")

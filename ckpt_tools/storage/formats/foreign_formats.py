@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import CheckpointError
 
-__all__ = ["foreign_archive", "foreign_file", "foreign_folder"]
+__all__ = ["foreign_archive_error", "foreign_file_error", "foreign_folder_error"]
 
 _FRESH = "The download gave an error page; fetch the file again."
 _UNPACK = "Unpack it first."
@@ -69,7 +69,7 @@ _FOLDERS = (
 )
 
 
-def foreign_file(path: Path, head: bytes) -> CheckpointError:
+def foreign_file_error(path: Path, head: bytes) -> CheckpointError:
     """The error for a file that is no checkpoint, from its first bytes (about 512)."""
     known = [(what, advice) for signature, what, advice in _SIGNATURES if re.match(signature, head)]
     what, advice = known[0] if known else (_tar_text_or_bytes(head), "")
@@ -79,22 +79,22 @@ def foreign_file(path: Path, head: bytes) -> CheckpointError:
     )
 
 
-def foreign_archive(path: Path, names: Collection[str]) -> CheckpointError:
+def foreign_archive_error(path: Path, names: Collection[str]) -> CheckpointError:
     """The error for a zip archive that is no checkpoint, from the names of its records."""
-    what, advice = _named(_ARCHIVES, names) or (
+    what, advice = _match_names(_ARCHIVES, names) or (
         "a zip archive that torch.save did not write",
         "If it holds a checkpoint, unpack it and give the file inside.",
     )
     return CheckpointError(f"{path}: expected a checkpoint, found {what}. {advice}")
 
 
-def foreign_folder(folder: Path, names: Collection[str]) -> CheckpointError | None:
+def foreign_folder_error(folder: Path, names: Collection[str]) -> CheckpointError | None:
     """The error for a folder in another library's layout, from the names in it; None for any other folder."""
-    known = _named(_FOLDERS, names)
+    known = _match_names(_FOLDERS, names)
     return CheckpointError(f"{folder}: expected a checkpoint, found {known[0]}. {known[1]}") if known else None
 
 
-def _named(table: tuple[tuple[str, str, str], ...], names: Collection[str]) -> tuple[str, str] | None:
+def _match_names(table: tuple[tuple[str, str, str], ...], names: Collection[str]) -> tuple[str, str] | None:
     for pattern, what, advice in table:
         if any(re.search(pattern, name) for name in names):
             return what, advice

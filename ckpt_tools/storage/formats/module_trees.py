@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.formats.pickles import NOT_DENSE, Opaque
+from ckpt_tools.storage.formats.pickles import NOT_DENSE, OpaqueObject
 
-__all__ = ["Allowance", "module_class", "module_rates", "module_state"]
+__all__ = ["TreeBudget", "module_class_name", "module_drop_rates", "module_state"]
 
 _PARTS = ("_parameters", "_buffers", "_modules")
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"  # pickled as the call (module, settings)
@@ -25,7 +25,7 @@ _MOST = 100_000  # modules and tensors
 
 
 @dataclass
-class Allowance:
+class TreeBudget:
     """How many modules and tensors may still be met: trees that share their branches can unfold to any number."""
 
     left: int = _MOST
@@ -41,7 +41,7 @@ class _Module:
     tensors: Mapping[str, object]
 
 
-def module_state(value: object, allowance: Allowance | None = None) -> dict[str, object] | None:
+def module_state(value: object, allowance: TreeBudget | None = None) -> dict[str, object] | None:
     """What ``state_dict()`` of a pickled ``nn.Module`` or TorchScript module gives, in its order; None for others.
 
     Values are tensors, the same one for tied parameters, or an Opaque for a tensor that is not dense. Raises
@@ -50,24 +50,24 @@ def module_state(value: object, allowance: Allowance | None = None) -> dict[str,
     """
     if _children(value) is None:
         return None
-    modules = list(_walk(value, allowance or Allowance()))
+    modules = list(_walk(value, allowance or TreeBudget()))
     packed = next((module for module in modules if _QUANTISED.search(module.name)), None)
     if packed is not None:
         raise CheckpointError(
-            f"{module_class(value)}: expected a model of floating-point layers, found a quantised one "
+            f"{module_class_name(value)}: expected a model of floating-point layers, found a quantised one "
             f"({packed.path.removesuffix('.')}: {packed.name}): quantisation packs weights and folds "
             "BatchNorm into the layers before it. Give the checkpoint that was quantised."
         )
     return {module.path + key: tensor for module in modules for key, tensor in module.tensors.items()}
 
 
-def module_rates(value: object) -> dict[str, dict[str, float]]:
+def module_drop_rates(value: object) -> dict[str, dict[str, float]]:
     """The drop rates, as attributes by the paths of the modules that have them ("" for the root).
 
     A rate is a number in [0, 1] whose name contains "drop", or ``p`` of a class that does or is a StochasticDepth.
     """
     found = {}
-    for module in _walk(value, Allowance()):
+    for module in _walk(value, TreeBudget()):
         kind = module.name.rpartition(".")[2].lower()
         dropping = "drop" in kind or "stochasticdepth" in kind
         rates = {key: rate for key, rate in module.attributes.items() if _is_rate(key, rate, dropping)}
@@ -76,14 +76,14 @@ def module_rates(value: object) -> dict[str, dict[str, float]]:
     return found
 
 
-def module_class(value: object) -> str:
+def module_class_name(value: object) -> str:
     """``package.module.Class`` of a pickled module, or of the one inside DataParallel and the like; "" for others."""
     for _ in range(_WRAPPERS):
         inner = [child for name, child in (_children(value) or {}).items() if name in _WRAPPED]
         if len(inner) != 1 or len(_children(value) or {}) != 1 or _children(inner[0]) is None:
             break
         value = inner[0]
-    if type(value) is not Opaque or _children(value) is None:
+    if type(value) is not OpaqueObject or _children(value) is None:
         return ""
     return _MANGLED.sub("", value.name).removeprefix(_SCRIPT)
 
@@ -94,26 +94,26 @@ def _is_rate(key: object, rate: object, dropping: bool) -> bool:
     return "drop" in key.lower() or (key == "p" and dropping)
 
 
-def _walk(root: object, allowance: Allowance) -> Iterator[_Module]:
+def _walk(root: object, allowance: TreeBudget) -> Iterator[_Module]:
     """The modules of a tree, each before its children and as often as it is reached."""
     todo: list[tuple[str, object, int]] = [("", root, 0)]
     while todo:
         path, value, depth = todo.pop()
         children = _children(value)
-        if children is None or type(value) is not Opaque:
+        if children is None or type(value) is not OpaqueObject:
             continue
         tensors = _tensors(value)
         allowance.left -= 1 + len(tensors) + len(children)
         if allowance.left < 0 or depth > 200:
             raise CheckpointError(
-                f"{module_class(root)}: expected a tree of modules, found one that contains itself or unfolds without "
+                f"{module_class_name(root)}: expected a tree of modules, found one that contains itself or unfolds without "
                 "end. Save model.state_dict() where the model was trained."
             )
         yield _Module(path, value.name, _attributes(value), tensors)
         todo += [(f"{path}{name}.", child, depth + 1) for name, child in reversed(children.items())]
 
 
-def _attributes(value: Opaque) -> Mapping[object, object]:
+def _attributes(value: OpaqueObject) -> Mapping[object, object]:
     """Attributes by name; of a ``torch.fx`` module they are the argument of what rebuilds it."""
     for candidate in (value.state, *(value.args or ())[:1]):
         if isinstance(candidate, dict):
@@ -123,38 +123,40 @@ def _attributes(value: Opaque) -> Mapping[object, object]:
 
 def _children(value: object) -> dict[str, object] | None:
     """The modules directly inside a module; None if the value is no module."""
-    if type(value) is not Opaque:
+    if type(value) is not OpaqueObject:
         return None
     if value.name == _COMPILED and value.args and _children(value.args[0]) is not None:
         return {"_orig_mod": value.args[0]}
     attributes = _attributes(value)
     if all(isinstance(attributes.get(part), dict) for part in _PARTS):
-        return _named(attributes["_modules"])
+        return _string_keyed(attributes["_modules"])
     if value.name.startswith(_SCRIPT) and isinstance(value.state, dict):
-        return {name: inner for name, inner in _named(attributes).items() if _is_script(inner)}
+        return {name: inner for name, inner in _string_keyed(attributes).items() if _is_script(inner)}
     return None
 
 
 def _is_script(value: object) -> bool:
-    return type(value) is Opaque and value.name.startswith(_SCRIPT)
+    return type(value) is OpaqueObject and value.name.startswith(_SCRIPT)
 
 
-def _tensors(value: Opaque) -> dict[str, object]:
+def _tensors(value: OpaqueObject) -> dict[str, object]:
     attributes = _attributes(value)
     if not value.name.startswith(_SCRIPT) and "_parameters" not in attributes:
         return {}
     if value.name.startswith(_SCRIPT):
-        return {name: inner for name, inner in _named(attributes).items() if _is_tensor(inner)}
+        return {name: inner for name, inner in _string_keyed(attributes).items() if _is_tensor(inner)}
     passing = attributes.get("_non_persistent_buffers_set")
     passing = passing if isinstance(passing, set | frozenset | list | tuple) else ()
-    parameters, buffers = _named(attributes["_parameters"]), _named(attributes["_buffers"])
+    parameters, buffers = _string_keyed(attributes["_parameters"]), _string_keyed(attributes["_buffers"])
     kept = {name: buffer for name, buffer in buffers.items() if name not in passing}
     return {name: inner for name, inner in (parameters | kept).items() if _is_tensor(inner)}
 
 
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) or (type(value) is Opaque and value.args is not None and value.name in NOT_DENSE)
+    return isinstance(value, Tensor) or (
+        type(value) is OpaqueObject and value.args is not None and value.name in NOT_DENSE
+    )
 
 
-def _named(values: object) -> dict[str, object]:
+def _string_keyed(values: object) -> dict[str, object]:
     return {key: value for key, value in values.items() if isinstance(key, str)} if isinstance(values, dict) else {}

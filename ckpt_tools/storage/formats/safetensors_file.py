@@ -18,7 +18,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Memory-mapped tensors in the order of the file's header, and its metadata. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            keys = [key for key in safetensors_header(path) if key != "__metadata__"]
+            keys = [key for key in read_safetensors_header(path) if key != "__metadata__"]
             return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
     except Exception as error:
         size = path.stat().st_size
@@ -31,7 +31,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def safetensors_header(path: Path) -> dict[str, Any]:
+def read_safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header, in the order it was written. Raises ValueError if there is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -41,7 +41,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def raw_header(path: Path) -> bytes:
+def read_header_bytes(path: Path) -> bytes:
     """The bytes of a safetensors file's header, with its padding. Raises ValueError if the file has not all of it."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -51,7 +51,7 @@ def raw_header(path: Path) -> bytes:
     return text
 
 
-def data_start(path: Path) -> int:
+def data_offset(path: Path) -> int:
     """The place in a safetensors file behind its header."""
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
@@ -59,11 +59,11 @@ def data_start(path: Path) -> int:
 
 def _promised_size(path: Path) -> int:
     """Bytes a whole file would have; 0 if its header tells nothing."""
-    start = data_start(path)
+    start = data_offset(path)
     if start > path.stat().st_size:
         return start
     try:
-        entries = [entry for key, entry in safetensors_header(path).items() if key != "__metadata__"]
+        entries = [entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"]
         # Nobody has a larger file, and Python refuses to print much larger numbers.
         return start + min(max((int(entry["data_offsets"][1]) for entry in entries), default=0), 1 << 63)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError):

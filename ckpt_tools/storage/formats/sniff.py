@@ -8,20 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.formats.exported_program import is_exported, load_exported
-from ckpt_tools.storage.formats.foreign_formats import foreign_archive, foreign_file
+from ckpt_tools.storage.formats.exported_program import is_torch_export, load_torch_export
+from ckpt_tools.storage.formats.foreign_formats import foreign_archive_error, foreign_file_error
 from ckpt_tools.storage.formats.pickles import load_pickle
 from ckpt_tools.storage.formats.safetensors_file import (
     _HEADER_LIMIT,
-    data_start,
     load_safetensors,
-    raw_header,
-    safetensors_header,
 )
-from ckpt_tools.storage.formats.torchscript import is_scripted, load_torchscript
+from ckpt_tools.storage.formats.torchscript import is_torchscript, load_torchscript
 from ckpt_tools.storage.formats.zip_records import record_names
 
-__all__ = ["Content", "data_start", "load_content", "load_safetensors", "raw_header", "safetensors_header"]
+__all__ = ["FileContent", "load_file_content"]
 
 _LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER as pickle writes it
 _TAIL = 64 * 1024  # bytes of the table of contents that are looked at
@@ -32,7 +29,7 @@ _PICKLE = re.compile(  # protocols 2 to 5; protocol 0 and 1: a mark and a contai
 
 
 @dataclass(frozen=True)
-class Content:
+class FileContent:
     """The object in a file, not yet searched for a state dict."""
 
     format: str
@@ -42,7 +39,7 @@ class Content:
     load: Callable[[Mapping[str, object]], Mapping[str, object]] = dict  # reads the stand-ins in a part of ``root``
 
 
-def load_content(path: Path, *, trust: bool = False) -> Content:
+def load_file_content(path: Path, *, trust: bool = False) -> FileContent:
     """Read one checkpoint file of any format. Raises CheckpointError."""
     try:
         with path.open("rb") as file:
@@ -54,25 +51,25 @@ def load_content(path: Path, *, trust: bool = False) -> Content:
     if head.startswith(b"PK\x03\x04"):
         return _load_archive(path, head, trust=trust)
     if _LEGACY_MAGIC in head[:32] or _is_old_tar(head):
-        return Content("torch.save (legacy)", load_pickle(path, trust=trust))
+        return FileContent("torch.save (legacy)", load_pickle(path, trust=trust))
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _HEADER_LIMIT:
         tensors, metadata = load_safetensors(path)
-        return Content("safetensors", tensors, metadata)
+        return FileContent("safetensors", tensors, metadata)
     if _PICKLE.match(head):
-        return Content("pickle", load_pickle(path, trust=trust))
-    raise foreign_file(path, head)
+        return FileContent("pickle", load_pickle(path, trust=trust))
+    raise foreign_file_error(path, head)
 
 
-def _load_archive(path: Path, head: bytes, *, trust: bool) -> Content:
+def _load_archive(path: Path, head: bytes, *, trust: bool) -> FileContent:
     names = {"data.pkl"} if _is_plain(path, head) else record_names(path)
-    if is_exported(names):
-        return Content("torch.export", load_exported(path))
-    if is_scripted(names):
+    if is_torch_export(names):
+        return FileContent("torch.export", load_torch_export(path))
+    if is_torchscript(names):
         tensors, words = load_torchscript(path)
-        return Content("TorchScript", tensors, words=words)
+        return FileContent("TorchScript", tensors, words=words)
     if "data.pkl" not in names:
-        raise foreign_archive(path, names)
-    return Content("torch.save", load_pickle(path, trust=trust))
+        raise foreign_archive_error(path, names)
+    return FileContent("torch.save", load_pickle(path, trust=trust))
 
 
 def _is_plain(path: Path, head: bytes) -> bool:

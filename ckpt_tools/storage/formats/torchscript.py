@@ -14,11 +14,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.formats.module_trees import module_class, module_rates
-from ckpt_tools.storage.formats.pickles import Opaque, load_archive
-from ckpt_tools.storage.formats.zip_records import open_archive
+from ckpt_tools.storage.formats.module_trees import module_class_name, module_drop_rates
+from ckpt_tools.storage.formats.pickles import OpaqueObject, load_archive
+from ckpt_tools.storage.formats.zip_records import open_zip_archive
 
-__all__ = ["is_scripted", "load_torchscript"]
+__all__ = ["is_torchscript", "load_torchscript"]
 
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n(.*?)(?=^class |^def |\Z)", re.MULTILINE | re.DOTALL)
 _NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[([^\]\n]*)\]", re.MULTILINE)
@@ -43,7 +43,7 @@ class _Module:
     state: Mapping[object, object]
 
 
-def is_scripted(names: set[str]) -> bool:
+def is_torchscript(names: set[str]) -> bool:
     """Whether the names of an archive's records, without their common folder, are those of torch.jit.save."""
     return {"data.pkl", "constants.pkl"} <= names
 
@@ -53,7 +53,7 @@ def load_torchscript(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     root = load_archive(path)
     classes = _classes(path)
     tensors: dict[str, Tensor] = {}
-    rates: dict[str, Mapping[str, float]] = dict(module_rates(root))
+    rates: dict[str, Mapping[str, float]] = dict(module_drop_rates(root))
     for module in _modules(root, path):
         declared = classes.get(module.name)
         for key, value in module.state.items():
@@ -67,7 +67,7 @@ def load_torchscript(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             f"{path}: expected the parameters of a TorchScript module, found none: freezing turns them into constants "
             "and folds BatchNorm away. Give the archive from before torch.jit.freeze, or the training checkpoint."
         )
-    return tensors, {"module": {"class": module_class(root), "rates": rates}}
+    return tensors, {"module": {"class": module_class_name(root), "rates": rates}}
 
 
 def _modules(root: object, path: Path) -> Iterator[_Module]:
@@ -75,7 +75,7 @@ def _modules(root: object, path: Path) -> Iterator[_Module]:
     waiting, count = [("", root, 0)], 0
     while waiting:
         prefix, value, depth = waiting.pop()
-        if not isinstance(value, Opaque) or not isinstance(value.state, Mapping):
+        if not isinstance(value, OpaqueObject) or not isinstance(value.state, Mapping):
             continue
         count += 1
         if depth > _DEEPEST or count > _MOST:
@@ -88,16 +88,16 @@ def _modules(root: object, path: Path) -> Iterator[_Module]:
 def _classes(path: Path) -> dict[str, _Class]:
     """By the qualified name that the pickle uses, such as ``__torch__.torch.nn.modules.conv.Conv2d``."""
     found = {}
-    with open_archive(path, "the archive of torch.jit.save") as archive:
+    with open_zip_archive(path, "the archive of torch.jit.save") as archive:
         for record in archive.records:
             if record.startswith("code/") and record.endswith(".py"):
                 module = record.removeprefix("code/").removesuffix(".py").replace("/", ".")
                 text = archive.read(record).decode("utf-8", "replace")
-                found.update({f"{module}.{m[1]}": _declared(m[1], m[2]) for m in _CLASS.finditer(text)})
+                found.update({f"{module}.{m[1]}": _parse_class(m[1], m[2]) for m in _CLASS.finditer(text)})
     return found
 
 
-def _declared(name: str, body: str) -> _Class:
+def _parse_class(name: str, body: str) -> _Class:
     names = [quoted for listed in _NAMES.findall(body) for quoted in re.findall(r'"([^"]+)"', listed)]
     rates = {
         key: float(number)

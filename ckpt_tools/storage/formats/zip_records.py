@@ -9,13 +9,13 @@ from pathlib import Path
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.formats.pickles.archive import Archive
 from ckpt_tools.storage.formats.pickles.blob import open_blob
-from ckpt_tools.storage.formats.pickles.faults import Fault
+from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
 
-__all__ = ["open_archive", "record_names"]
+__all__ = ["open_zip_archive", "record_names"]
 
 
 @contextmanager
-def open_archive(path: Path, what: str) -> Iterator[Archive]:
+def open_zip_archive(path: Path, what: str) -> Iterator[Archive]:
     """The records of ``what``, as a message calls it.
 
     Raises CheckpointError for a damaged archive, and for whatever shows inside the ``with`` that it is none.
@@ -25,14 +25,18 @@ def open_archive(path: Path, what: str) -> Iterator[Archive]:
             archive = Archive(blob)
             # An archive cut short may end in a whole one that was a record of it; zipfile takes that.
             if min((record.header_offset for record in archive.records.values()), default=0) > 0:
-                raise Fault("one whose end belongs to another archive")
+                raise MalformedFileError("one whose end belongs to another archive")
             yield archive
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
     except Exception as error:  # zipfile and its codecs raise errors of many kinds
-        found = error if isinstance(error, Fault) else f"one that cannot be read ({type(error).__name__}: {error})"
+        found = (
+            error
+            if isinstance(error, MalformedFileError)
+            else f"one that cannot be read ({type(error).__name__}: {error})"
+        )
         raise CheckpointError(
             f"{path}: expected {what}, found {found}. The file is damaged or was cut short; copy or download it again."
         ) from error
@@ -40,5 +44,5 @@ def open_archive(path: Path, what: str) -> Iterator[Archive]:
 
 def record_names(path: Path) -> set[str]:
     """The names of a zip archive's records, without the folder that holds them all. Raises CheckpointError."""
-    with open_archive(path, f"a complete archive of {path.stat().st_size:,} bytes") as archive:
+    with open_zip_archive(path, f"a complete archive of {path.stat().st_size:,} bytes") as archive:
         return set(archive.records)

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError
-from ckpt_tools.remote.delivery import check_remote, deliver
+from ckpt_tools.remote.delivery import check_remote_target, upload_file
 from ckpt_tools.remote.mirror import is_remote
-from ckpt_tools.remote.scratch import claim, new_name, sweep
+from ckpt_tools.remote.scratch import create_locked_folder, new_temporary_name, remove_abandoned_folders
 from ckpt_tools.storage.output.permissions import set_permissions
 
-__all__ = ["check_target", "new_file", "sweep", "sync"]
+__all__ = ["check_target", "sync_to_disk", "write_atomically"]
 
 
 @contextlib.contextmanager
-def new_file(
+def write_atomically(
     target: Path,
     *,
     overwrite: bool,
@@ -36,18 +36,18 @@ def new_file(
     Raises OutputError for a target that is taken, OSError if the file system refuses.
     """
     check_target(target, overwrite=overwrite)
-    claimed = claim(target.with_name(f".{new_name()}.tmp"))
+    claimed = create_locked_folder(target.with_name(f".{new_temporary_name()}.tmp"))
     try:
         temporary = claimed.folder / "output"  # libraries take not every name
         yield temporary
         set_permissions(temporary, claimed.file_mode(), sources)
-        sync(temporary)
+        sync_to_disk(temporary)
         replace = overwrite if may_replace is None else may_replace()
-        (deliver if is_remote(target) else _move)(temporary, target, overwrite=replace)
+        (upload_file if is_remote(target) else _move)(temporary, target, overwrite=replace)
     finally:
-        claimed.release()
+        claimed.remove_folder()
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        sync(target.parent)
+        sync_to_disk(target.parent)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -56,7 +56,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     Raises OutputError, and RemoteError for a remote target.
     """
     if is_remote(target):
-        check_remote(target, overwrite=overwrite)
+        check_remote_target(target, overwrite=overwrite)
         return
     try:
         if target.is_dir():
@@ -69,14 +69,14 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
         if not os.access(target.parent, os.W_OK):
             raise OutputError(f"{target}: the folder {target.parent} is read-only. Choose another with --output.")
-        sweep(target.parent)
+        remove_abandoned_folders(target.parent)
         if not overwrite and os.path.lexists(target):
-            raise _taken(target)
+            raise _target_exists_error(target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written there ({error.strerror}). Choose another name.") from error
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Wait until a file's or a folder's content is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -85,7 +85,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _taken(target: Path) -> OutputError:
+def _target_exists_error(target: Path) -> OutputError:
     return OutputError(f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another name.")
 
 
@@ -96,9 +96,9 @@ def _move(temporary: Path, target: Path, *, overwrite: bool) -> None:
     try:
         os.link(temporary, target)  # unlike a rename, fails if the name was taken meanwhile
     except FileExistsError:
-        raise _taken(target) from None
+        raise _target_exists_error(target) from None
     except OSError:  # a file system without hard links
         # A look, then a rename: to reserve the name would leave an empty output if we are killed in between.
         if os.path.lexists(target):
-            raise _taken(target) from None
+            raise _target_exists_error(target) from None
         os.replace(temporary, target)

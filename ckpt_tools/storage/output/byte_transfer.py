@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from ckpt_tools.storage.tensor_bytes import PIECE, Bytes
+from ckpt_tools.storage.tensor_bytes import PIECE_BYTES, ByteArray
 
-__all__ = ["BLOCK", "copy_range", "flushing", "read_at", "write_at"]
+__all__ = ["BLOCK_BYTES", "copy_range", "flush_in_background", "read_at", "write_at"]
 
 # What the kernel moves at a time. Where source and target are apart by whole blocks, it fills large pages at once
 # (1.4 times as fast on ext4), and file systems that can share blocks copy nothing.
-BLOCK = 1 << 16
+BLOCK_BYTES = 1 << 16
 _MOST = 1 << 28  # bytes a call, between which an interrupt gets through
 
 # Answers that mean "not like this": other file systems, old kernels, containers that forbid a call.
@@ -31,16 +31,16 @@ def copy_range(source: int, target: int, count: int, *, at: int, to: int) -> Non
     ways = [_by_range, _by_sending, _through_memory]
     end = at + count
     while at < end:
-        step = min(end - at, -at % BLOCK or _MOST)
-        moved = _tried(ways[0], source, target, step, at, to)
+        step = min(end - at, -at % BLOCK_BYTES or _MOST)
+        moved = _try_copy(ways[0], source, target, step, at, to)
         if moved == 0 and len(ways) == 1:
-            raise _ended(at)
+            raise _truncated_file_error(at)
         if moved == 0:  # some file systems say 0 where they cannot
             ways.pop(0)
         at, to = at + moved, to + moved
 
 
-def _tried(way: Callable[..., int], source: int, target: int, step: int, at: int, to: int) -> int:
+def _try_copy(way: Callable[..., int], source: int, target: int, step: int, at: int, to: int) -> int:
     try:
         return way(source, target, step, at, to)
     except OSError as error:
@@ -61,16 +61,16 @@ def _by_sending(source: int, target: int, count: int, at: int, to: int) -> int:
 
 
 def _through_memory(source: int, target: int, count: int, at: int, to: int) -> int:
-    return os.pwrite(target, os.pread(source, min(count, PIECE), at), to)
+    return os.pwrite(target, os.pread(source, min(count, PIECE_BYTES), at), to)
 
 
-def read_at(file: int, piece: Bytes, at: int) -> None:
+def read_at(file: int, piece: ByteArray, at: int) -> None:
     """Fill ``piece`` from an open file. Raises OSError, also if the file ends before."""
     view = piece.data
     while view:
         count = os.preadv(file, [view], at)
         if count == 0:
-            raise _ended(at)
+            raise _truncated_file_error(at)
         view, at = view[count:], at + count
 
 
@@ -83,7 +83,7 @@ def write_at(file: int, data: memoryview | bytes, at: int) -> None:
 
 
 @contextmanager
-def flushing(file: int) -> Iterator[Callable[[], None]]:
+def flush_in_background(file: int) -> Iterator[Callable[[], None]]:
     """Have the disk work on what an open file has so far, in a thread, at each call of the result. Raises OSError."""
     pending: list[Future[None]] = []
     with ThreadPoolExecutor(1) as pool:
@@ -92,5 +92,5 @@ def flushing(file: int) -> Iterator[Callable[[], None]]:
             future.result()  # the system tells of a failure once: the last sync would know of none
 
 
-def _ended(at: int) -> OSError:
+def _truncated_file_error(at: int) -> OSError:
     return OSError(errno.EIO, f"a file that ends at byte {at:,}, before its header says")

@@ -19,24 +19,24 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
-from ckpt_tools.remote.mirror import located
-from ckpt_tools.storage.files.checkpoint_files import find_source
-from ckpt_tools.storage.files.stamps import Stamp, stamp_of
-from ckpt_tools.storage.formats.safetensors_file import data_start, load_safetensors, safetensors_header
-from ckpt_tools.storage.output.atomic import check_target, new_file, sync
-from ckpt_tools.storage.output.hashing import hashed
-from ckpt_tools.storage.output.layout import Layout, Part, header_text, verified
-from ckpt_tools.storage.output.patching import Digests, find_original, write_patched
-from ckpt_tools.storage.output.unchanged import require_stamps, require_unchanged
-from ckpt_tools.storage.provenance import UNKNOWN, Seal, output_metadata, seal_header, sealed
-from ckpt_tools.storage.reading import sha256
+from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
+from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
+from ckpt_tools.storage.formats.safetensors_file import data_offset, load_safetensors, read_safetensors_header
+from ckpt_tools.storage.output.atomic import check_target, sync_to_disk, write_atomically
+from ckpt_tools.storage.output.hashing import hash_in_background
+from ckpt_tools.storage.output.layout import FilePart, Layout, encode_header, verify_and_hash
+from ckpt_tools.storage.output.patching import OutputDigests, find_copyable_source, write_patched_copy
+from ckpt_tools.storage.output.unchanged import require_same_stamps, require_unchanged
+from ckpt_tools.storage.provenance import BLANK_DIGEST, Seal, add_seal, output_metadata, seal_header
+from ckpt_tools.storage.reading import checkpoint_sha256
 
-__all__ = ["Digests", "check_output", "replace_tensors", "save", "write_safetensors"]
+__all__ = ["OutputDigests", "check_output", "replace_tensors", "save", "write_safetensors"]
 
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".pt2"})
 
 # Longer than the digest that takes its place, so that the header is padded by more than the library ever does.
-_ROOMY = UNKNOWN + "0" * 8
+_ROOMY = BLANK_DIGEST + "0" * 8
 
 
 def save(
@@ -51,7 +51,7 @@ def save(
 
     ``replacements`` maps keys of the checkpoint to tensors of the same shape, which are cast to the stored dtype.
     Every other tensor comes out bit for bit as it is in the source, under the same key and in the same order.
-    ``provenance`` (anything JSON can hold) is added to the output's metadata; ``source_sha256`` in it saves hashing
+    ``checkpoint_provenance`` (anything JSON can hold) is added to the output's metadata; ``source_sha256`` in it saves hashing
     the source once more.
 
     Raises OutputError, and leaves no file behind, if the target exists and ``overwrite`` is not set, if it is
@@ -68,41 +68,41 @@ def replace_tensors(
     *,
     provenance: Mapping[str, object],
     overwrite: bool = False,
-    replaces: Stamp | None = None,
-) -> Digests:
+    replaces: FileStamp | None = None,
+) -> OutputDigests:
     """Do what ``save`` does, and return the SHA-256 of the source too, which costs least while the output is written.
 
     ``replaces``: the stamp of a damaged output of an earlier run, which is replaced without ``overwrite`` as long as
     it still is that file. Raises OutputError.
     """
-    target = located(path)
+    target = resolve_location(path)
     check_output(target, checkpoint.path, overwrite=overwrite or replaces is not None)
-    tensors = _replaced(checkpoint.tensors, replacements)
+    tensors = _apply_replacements(checkpoint.tensors, replacements)
     stamps = require_unchanged(checkpoint)
     known = str(provenance.get("source_sha256") or "")
     describe = partial(output_metadata, checkpoint, provenance)
     with _output(target, tensors, overwrite, _files_of(checkpoint.path), replaces) as temporary:
-        original = find_original(checkpoint)
+        original = find_copyable_source(checkpoint)
         if original is not None:
             new = {key: tensors[key] for key in replacements}
-            digests, metadata = write_patched(original, temporary, new, describe, known)
+            digests, metadata = write_patched_copy(original, temporary, new, describe, known)
             _check_header(temporary, tensors, metadata)
         else:
-            source_sha256 = known or sha256(checkpoint.path)
+            source_sha256 = known or checkpoint_sha256(checkpoint.path)
             digests = _write_new(temporary, tensors, describe(source_sha256), source_sha256)
-        require_stamps(checkpoint, stamps)
+        require_same_stamps(checkpoint, stamps)
     return digests
 
 
 def write_safetensors(
     target: Path | str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], overwrite: bool = False
-) -> Digests:
+) -> OutputDigests:
     """Write tensors to a safetensors file, all or nothing, and return its digest and size.
 
     Tensors may share memory and need not be contiguous. ``metadata`` of ``output_metadata`` are sealed. Raises
     OutputError.
     """
-    with _output(located(target), tensors, overwrite) as temporary:
+    with _output(resolve_location(target), tensors, overwrite) as temporary:
         return _write_new(temporary, tensors, metadata)
 
 
@@ -112,7 +112,7 @@ def _output(
     tensors: Mapping[str, Tensor],
     overwrite: bool,
     sources: Sequence[Path] = (),
-    replaces: Stamp | None = None,
+    replaces: FileStamp | None = None,
 ) -> Iterator[Path]:
     """Where to write what becomes ``target`` when all went well, readable for those who may read all ``sources``.
 
@@ -121,7 +121,7 @@ def _output(
     may_replace = partial(_is_still, target, replaces) if replaces is not None and not overwrite else None
     replace = overwrite or replaces is not None
     try:
-        with new_file(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
+        with write_atomically(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
             yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
@@ -130,10 +130,10 @@ def _output(
         ) from error
 
 
-def _is_still(target: Path, stamp: Stamp) -> bool:
+def _is_still(target: Path, stamp: FileStamp) -> bool:
     """Whether a file is the one that the stamp was taken of."""
     try:
-        return stamp_of(target) == stamp
+        return stamp_file(target) == stamp
     except OSError:
         return False
 
@@ -162,7 +162,7 @@ def _refuse_source(target: Path, source_path: Path) -> None:
 
 
 def _files_of(source_path: Path) -> tuple[Path, ...]:
-    source = find_source(source_path)
+    source = find_checkpoint_files(source_path)
     return (*source.files, source.index) if source.index else source.files
 
 
@@ -173,7 +173,7 @@ def _is_same(target: Path, file: Path) -> bool:
         return False  # no such target
 
 
-def _replaced(tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _apply_replacements(tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if unknown := [key for key in replacements if key not in tensors]:
         raise OutputError(f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the model.")
     return {
@@ -202,21 +202,21 @@ def _cast(key: str, stored: Tensor, value: Tensor) -> Tensor:
 
 def _write_new(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source_sha256: str = ""
-) -> Digests:
+) -> OutputDigests:
     """Write a file from memory, read it back and compare. Raises OSError, ValueError and the library's errors."""
     complete = _write(path, tensors, metadata)
     _check_header(path, tensors, complete)
-    start, header = data_start(path), safetensors_header(path)
+    start, header = data_offset(path), read_safetensors_header(path)
     spans = {key: header[key]["data_offsets"] for key in tensors}
-    parts = [Part(key, start + begin, end - begin, tensors[key]) for key, (begin, end) in spans.items()]
+    parts = [FilePart(key, start + begin, end - begin, tensors[key]) for key, (begin, end) in spans.items()]
     with path.open("rb", buffering=0) as file:
         size = path.stat().st_size
-        return Digests(source_sha256, verified(file.fileno(), size, Layout(file.read(start), parts)), size)
+        return OutputDigests(source_sha256, verify_and_hash(file.fileno(), size, Layout(file.read(start), parts)), size)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Write a file and put its header in order; the metadata in it, sealed if they are those of an output."""
-    copied = _overlapping(tensors)
+    copied = _keys_to_copy(tensors)
     dense = {
         key: tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         if key in copied
@@ -224,17 +224,17 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         for key, tensor in tensors.items()
     }
     try:
-        save_file(dense, path, metadata=sealed(metadata, Seal(UNKNOWN, _size(tensors), _ROOMY)))
+        save_file(dense, path, metadata=add_seal(metadata, Seal(BLANK_DIGEST, _size(tensors), _ROOMY)))
     except KeyError as error:
         raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
-    with path.open("r+b") as file, hashed(file.fileno(), start=data_start(path)) as data_digest:
-        sync(path)  # the disk works while the data is hashed
+    with path.open("r+b") as file, hash_in_background(file.fileno(), start=data_offset(path)) as data_digest:
+        sync_to_disk(path)  # the disk works while the data is hashed
         complete = _finish_header(file, path, list(tensors), metadata, data_digest())
-    sync(path)
+    sync_to_disk(path)
     return complete
 
 
-def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
+def _keys_to_copy(tensors: Mapping[str, Tensor]) -> set[str]:
     """Keys that need a copy, because safetensors takes neither gaps nor tensors that share memory."""
     copied = {
         key for key, tensor in tensors.items() if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
@@ -255,13 +255,13 @@ def _finish_header(
 
     The header keeps its length. Returns the metadata in it. Raises ValueError if it does not fit.
     """
-    stored = safetensors_header(path)
+    stored = read_safetensors_header(path)
     stored.pop("__metadata__", None)
     entries = {key: stored[key] for key in keys}
-    length = data_start(path) - 8
+    length = data_offset(path) - 8
 
     def header(said: Mapping[str, str]) -> bytes:
-        return length.to_bytes(8, "little") + header_text(entries, said).ljust(length)
+        return length.to_bytes(8, "little") + encode_header(entries, said).ljust(length)
 
     text, complete = seal_header(header, metadata, data_sha256, path.stat().st_size - 8 - length)
     if len(text) != 8 + length:

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 import numpy as np
 
 from ckpt_tools.storage.output.byte_transfer import read_at
-from ckpt_tools.storage.tensor_bytes import PIECE, Bytes
+from ckpt_tools.storage.tensor_bytes import PIECE_BYTES, ByteArray
 
-__all__ = ["hashed", "read_back"]
+__all__ = ["hash_and_check", "hash_in_background"]
 
 _BUFFERS = 4  # so that neither thread waits for the other's every step
 
 
 @contextmanager
-def hashed(file: int, known: str = "", start: int = 0) -> Iterator[Callable[[], str]]:
+def hash_in_background(file: int, known: str = "", start: int = 0) -> Iterator[Callable[[], str]]:
     """Start hashing an open file from ``start`` on, unless its digest is known; the result waits for it.
 
     Leaving early ends the work.
@@ -39,23 +39,23 @@ def hashed(file: int, known: str = "", start: int = 0) -> Iterator[Callable[[], 
 
 
 def _digest(file: int, at: int, stop: threading.Event) -> str:
-    digest, piece = hashlib.sha256(), bytearray(PIECE)
+    digest, piece = hashlib.sha256(), bytearray(PIECE_BYTES)
     while not stop.is_set() and (count := os.preadv(file, [piece], at)):
         digest.update(memoryview(piece)[:count])
         at += count
     return digest.hexdigest()
 
 
-def read_back(file: int, size: int, check: Callable[[int, Bytes], None]) -> str:
+def hash_and_check(file: int, size: int, check: Callable[[int, ByteArray], None]) -> str:
     """SHA-256 of an open file of ``size`` bytes, each piece of which, with its place, ``check`` sees meanwhile.
 
     The memory it takes does not depend on the size. Raises OSError, and whatever ``check`` raises.
     """
     digest = hashlib.sha256()
-    buffers = [np.empty(min(PIECE, size), np.uint8) for _ in range(_BUFFERS)]
+    buffers = [np.empty(min(PIECE_BYTES, size), np.uint8) for _ in range(_BUFFERS)]
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as pool:
-        for number, start in enumerate(range(0, size, PIECE)):
+        for number, start in enumerate(range(0, size, PIECE_BYTES)):
             if len(pending) == _BUFFERS - 1:
                 pending.popleft().result()
             piece = buffers[number % _BUFFERS][: size - start]

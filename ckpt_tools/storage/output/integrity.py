@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt_tools.remote.copies import remote_pieces
+from ckpt_tools.remote.copies import iterate_remote_bytes
 from ckpt_tools.remote.mirror import is_remote
-from ckpt_tools.storage.formats.safetensors_file import data_start
-from ckpt_tools.storage.output.hashing import read_back
+from ckpt_tools.storage.formats.safetensors_file import data_offset
+from ckpt_tools.storage.output.hashing import hash_and_check
 from ckpt_tools.storage.provenance import Seal
-from ckpt_tools.storage.tensor_bytes import Bytes
+from ckpt_tools.storage.tensor_bytes import ByteArray
 
-__all__ = ["FileDigest", "Measured", "measure_output"]
+__all__ = ["FileDigest", "MeasuredOutput", "measure_output"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class FileDigest:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredOutput:
     """What an output's bytes are now: of the whole file, and of the data behind its header."""
 
     whole: FileDigest
     data_sha256: str
     data_bytes: int
 
-    def damage(self, seal: Seal, recorded: FileDigest | None) -> str:
+    def describe_damage(self, seal: Seal, recorded: FileDigest | None) -> str:
         """How an output differs from what was written; empty if it does not.
 
-        ``seal`` is the output's own, ``recorded`` what a manifest says of it, if one does.
+        ``seal`` is the output's own, ``read_provenance_entry`` what a manifest says of it, if one does.
         """
         if self.data_bytes != seal.data_bytes:
             return f"it holds {self.data_bytes:,} bytes of data, of {seal.data_bytes:,} that were written"
@@ -50,31 +50,31 @@ class Measured:
         return ""
 
 
-def measure_output(path: Path) -> Measured:
+def measure_output(path: Path) -> MeasuredOutput:
     """Read a safetensors file once, for all of its digests.
 
     Of a remote file only the header needs to be at its place: the file is read in pieces, and no copy is kept. Raises
     OSError, RemoteError.
     """
-    start = data_start(path)
+    start = data_offset(path)
     data = hashlib.sha256()
 
-    def add_data(at: int, piece: Bytes) -> None:
+    def add_data(at: int, piece: ByteArray) -> None:
         data.update(piece[max(0, start - at) :].data)
 
     whole = _read_remote(path, add_data) if is_remote(path) else _read_local(path, add_data)
-    return Measured(whole, data.hexdigest(), max(0, whole.size - start))
+    return MeasuredOutput(whole, data.hexdigest(), max(0, whole.size - start))
 
 
-def _read_local(path: Path, see: Callable[[int, Bytes], None]) -> FileDigest:
+def _read_local(path: Path, see: Callable[[int, ByteArray], None]) -> FileDigest:
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        return FileDigest(read_back(file.fileno(), size, see), size)
+        return FileDigest(hash_and_check(file.fileno(), size, see), size)
 
 
-def _read_remote(path: Path, see: Callable[[int, Bytes], None]) -> FileDigest:
+def _read_remote(path: Path, see: Callable[[int, ByteArray], None]) -> FileDigest:
     digest, size = hashlib.sha256(), 0
-    for piece in remote_pieces(path):
+    for piece in iterate_remote_bytes(path):
         digest.update(piece)
         see(size, np.frombuffer(piece, np.uint8))
         size += len(piece)

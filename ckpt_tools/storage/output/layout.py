@@ -11,16 +11,16 @@ import numpy as np
 from torch import Tensor
 
 from ckpt_tools.storage.output.byte_transfer import read_at
-from ckpt_tools.storage.output.hashing import read_back
-from ckpt_tools.storage.tensor_bytes import Bytes, raw_bytes
+from ckpt_tools.storage.output.hashing import hash_and_check
+from ckpt_tools.storage.tensor_bytes import ByteArray, raw_bytes
 
-__all__ = ["Layout", "Part", "header_text", "verified"]
+__all__ = ["FilePart", "Layout", "encode_header", "verify_and_hash"]
 
 _HEADER = "the header"
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """``size`` bytes from the place ``at`` on. ``value`` None: those that the source has there."""
 
     name: str
@@ -35,15 +35,15 @@ class Layout:
     ``source``, an open file, has the parts without a value, each ``shift`` bytes before its place here.
     """
 
-    def __init__(self, header: bytes, parts: Sequence[Part], source: int = -1, shift: int = 0) -> None:
+    def __init__(self, header: bytes, parts: Sequence[FilePart], source: int = -1, shift: int = 0) -> None:
         self.size = len(header) + sum(part.size for part in parts)
         self._header = np.frombuffer(header, np.uint8)
         self._parts = sorted(parts, key=lambda part: (part.at, part.size))
         self._starts = [part.at for part in self._parts]
         self._source, self._shift = source, shift
-        self._last: tuple[Part, Bytes] | None = None
+        self._last: tuple[FilePart, ByteArray] | None = None
 
-    def fill(self, piece: Bytes, start: int) -> None:
+    def fill(self, piece: ByteArray, start: int) -> None:
         """Put into ``piece`` what belongs at the place ``start``. Raises OSError."""
         ahead = self._header[start : start + len(piece)]
         if self._source >= 0 and len(ahead) < len(piece):
@@ -59,14 +59,14 @@ class Layout:
         at = bisect_right(self._starts, place) - 1
         return self._parts[at].name if at >= 0 else _HEADER
 
-    def _within(self, start: int, stop: int) -> Iterator[Part]:
+    def _within(self, start: int, stop: int) -> Iterator[FilePart]:
         for number in range(max(0, bisect_right(self._starts, start) - 1), len(self._parts)):
             if self._starts[number] >= stop:
                 return
             if self._starts[number] + self._parts[number].size > start:
                 yield self._parts[number]
 
-    def _raw(self, part: Part) -> Bytes:
+    def _raw(self, part: FilePart) -> ByteArray:
         # A tensor that does not lie in memory as in the file is copied once, not for each piece of it.
         if self._last is None or self._last[0] is not part:
             assert part.value is not None
@@ -74,20 +74,20 @@ class Layout:
         return self._last[1]
 
 
-def header_text(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+def encode_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """The JSON of a safetensors header, entries in the given order, without padding."""
     # Sorted: the library hands metadata out in another order each time, and equal runs should give equal bytes.
     content = {"__metadata__": dict(sorted(metadata.items())), **entries}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def verified(file: int, size: int, layout: Layout) -> str:
+def verify_and_hash(file: int, size: int, layout: Layout) -> str:
     """The SHA-256 of an open file of ``size`` bytes that has exactly these. Raises ValueError for others, OSError."""
     if size != layout.size:
         raise ValueError(f"{size:,} bytes instead of {layout.size:,}")
     expected = np.empty(0, np.uint8)
 
-    def check(start: int, piece: Bytes) -> None:
+    def check(start: int, piece: ByteArray) -> None:
         nonlocal expected
         if len(expected) < len(piece):
             expected = np.empty(len(piece), np.uint8)
@@ -97,4 +97,4 @@ def verified(file: int, size: int, layout: Layout) -> str:
             name = layout.name_at(start + int(differs.argmax()))
             raise ValueError(f"{name} reading back differently from what was written")
 
-    return read_back(file, size, check)
+    return hash_and_check(file, size, check)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["Mappings", "file_mappings"]
+__all__ = ["FileMappings", "read_file_mappings"]
 
 _SMAPS = Path("/proc/self/smaps")  # Linux; elsewhere no mapping is known
 _MAPPING = re.compile(
@@ -33,7 +33,7 @@ class _Mapping:
     file: str  # device and inode
 
 
-class Mappings:
+class FileMappings:
     """The untouched mappings of files in this process's memory, as they were at one moment."""
 
     def __init__(self, found: Iterable[_Mapping] = ()) -> None:
@@ -53,13 +53,13 @@ class Mappings:
         return mapping.file, address - mapping.start + mapping.offset
 
 
-def file_mappings() -> Mappings:
+def read_file_mappings() -> FileMappings:
     """The mappings at this moment; none where the system does not tell."""
     try:
         text = _SMAPS.read_text("utf-8", "surrogateescape")
     except OSError:
-        return Mappings()
-    return Mappings(_mapping(found) for found in _MAPPING.finditer(text) if _is_untouched(found["fields"]))
+        return FileMappings()
+    return FileMappings(_mapping(found) for found in _MAPPING.finditer(text) if _is_untouched(found["fields"]))
 
 
 def _is_untouched(fields: str) -> bool:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.paths import identity
-from ckpt_tools.remote.copies import read_remote
+from ckpt_tools.remote.copies import read_remote_file
 from ckpt_tools.remote.mirror import is_remote
 
-__all__ = ["Kind", "open_own_file", "read_own_file", "require_apart", "require_own"]
+__all__ = ["OwnFileKind", "open_own_file", "read_own_file", "require_distinct_file", "require_own_content"]
 
 _LARGEST = 1 << 30  # bytes of a file that is looked at
 # O_NONBLOCK: a pipe that takes the file's place after it was looked at would be waited for.
@@ -26,7 +26,7 @@ _ALWAYS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(
 
 
 @dataclass(frozen=True)
-class Kind:
+class OwnFileKind:
     """A kind of file that this tool writes: its name in messages, its option, and how its content is recognised."""
 
     name: str
@@ -34,7 +34,7 @@ class Kind:
     is_own: Callable[[bytes], bool]
 
 
-def require_apart(path: Path, kind: Kind, others: Iterable[Path | None]) -> None:
+def require_distinct_file(path: Path, kind: OwnFileKind, others: Iterable[Path | None]) -> None:
     """Refuse a file that is also another file of the run, under whatever name.
 
     Files are compared by device and inode, those that are not there yet by their resolved paths. Raises UsageError.
@@ -53,19 +53,19 @@ def _file_behind(path: Path) -> object:
     return identity(path) or os.path.realpath(path)
 
 
-def read_own_file(path: Path, kind: Kind) -> bytes | None:
+def read_own_file(path: Path, kind: OwnFileKind) -> bytes | None:
     """The content of a file that this tool wrote, or of an empty one; None if there is no such file.
 
     Raises OutputError for a link, a file with several names, anything that is no file, one that cannot be read, and one
     that something else wrote; RemoteError.
     """
-    content = read_remote(path, _LARGEST) if is_remote(path) else _local_content(path, kind)
+    content = read_remote_file(path, _LARGEST) if is_remote(path) else _local_content(path, kind)
     if content is not None:
-        require_own(path, kind, content)
+        require_own_content(path, kind, content)
     return content
 
 
-def require_own(path: Path, kind: Kind, content: bytes) -> None:
+def require_own_content(path: Path, kind: OwnFileKind, content: bytes) -> None:
     """Raise OutputError for the content of a file that something else wrote. An empty file is nobody's."""
     if content and (len(content) > _LARGEST or not kind.is_own(content)):
         raise OutputError(
@@ -74,7 +74,7 @@ def require_own(path: Path, kind: Kind, content: bytes) -> None:
         )
 
 
-def _local_content(path: Path, kind: Kind) -> bytes | None:
+def _local_content(path: Path, kind: OwnFileKind) -> bytes | None:
     try:
         descriptor = open_own_file(path, kind, os.O_RDONLY)
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def _local_content(path: Path, kind: Kind) -> bytes | None:
             raise _unusable(path, kind, str(error.strerror)) from error
 
 
-def open_own_file(path: Path, kind: Kind, flags: int) -> int:
+def open_own_file(path: Path, kind: OwnFileKind, flags: int) -> int:
     """Open a local file that exists, or with ``O_CREAT | O_EXCL`` a new one, and return its descriptor.
 
     No link is followed. Raises OutputError for a link, a file with several names, anything that is no file, and what
@@ -109,7 +109,7 @@ def open_own_file(path: Path, kind: Kind, flags: int) -> int:
     return descriptor
 
 
-def _require_plain(path: Path, there: os.stat_result, kind: Kind) -> None:
+def _require_plain(path: Path, there: os.stat_result, kind: OwnFileKind) -> None:
     """Raise OutputError for anything but a file with a single name."""
     if stat.S_ISLNK(there.st_mode):
         raise _unusable(path, kind, "a link")
@@ -121,7 +121,7 @@ def _require_plain(path: Path, there: os.stat_result, kind: Kind) -> None:
         raise _unusable(path, kind, f"a file with {there.st_nlink} names (hard links)")
 
 
-def _unusable(path: Path, kind: Kind, found: str) -> OutputError:
+def _unusable(path: Path, kind: OwnFileKind, found: str) -> OutputError:
     return OutputError(
         f"{path}: expected no file, or {kind.name} as ckpt-fix wrote it, found: {found}. Nothing was written to it; "
         f"give another name with {kind.option}."

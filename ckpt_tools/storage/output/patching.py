@@ -15,27 +15,27 @@ from typing import Any
 from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
-from ckpt_tools.storage.files.checkpoint_files import find_source
-from ckpt_tools.storage.formats.safetensors_file import data_start, safetensors_header
-from ckpt_tools.storage.output.byte_transfer import BLOCK, copy_range, flushing, write_at
-from ckpt_tools.storage.output.hashing import hashed
-from ckpt_tools.storage.output.layout import Layout, Part, header_text, verified
-from ckpt_tools.storage.provenance import UNKNOWN, Seal, seal_header, sealed
+from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
+from ckpt_tools.storage.formats.safetensors_file import data_offset, read_safetensors_header
+from ckpt_tools.storage.output.byte_transfer import BLOCK_BYTES, copy_range, flush_in_background, write_at
+from ckpt_tools.storage.output.hashing import hash_in_background
+from ckpt_tools.storage.output.layout import FilePart, Layout, encode_header, verify_and_hash
+from ckpt_tools.storage.provenance import BLANK_DIGEST, Seal, add_seal, seal_header
 from ckpt_tools.storage.tensor_bytes import raw_bytes
 
-__all__ = ["Digests", "Original", "find_original", "write_patched"]
+__all__ = ["CopyableSource", "OutputDigests", "find_copyable_source", "write_patched_copy"]
 
 _LARGE = 1 << 26  # bytes of data, from which on a block of padding is nothing
 _STEP = 1 << 27  # bytes after which the disk is told to start
 _SMALL = 1 << 20  # a replaced tensor up to this size is copied and overwritten: gaps cost more
 _MARGIN = 8  # bytes of padding at least: the library pads by fewer, so that no other program makes equal headers
 
-Describe = Callable[[str], Mapping[str, str]]
+MakeMetadata = Callable[[str], Mapping[str, str]]
 _Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Digests:
+class OutputDigests:
     """SHA-256 of a source, "" where there is none, and of the output made from it; the output's bytes."""
 
     source: str
@@ -44,7 +44,7 @@ class Digests:
 
 
 @dataclass(frozen=True)
-class Original:
+class CopyableSource:
     """A safetensors file of which all tensors are kept; ``entries``: its header under the keys of the output."""
 
     path: Path
@@ -52,39 +52,39 @@ class Original:
     size: int  # of the data, bytes
     entries: Mapping[str, _Entry]
 
-    def parts(self, start: int, replaced: Mapping[str, Tensor]) -> list[Part]:
+    def parts(self, start: int, replaced: Mapping[str, Tensor]) -> list[FilePart]:
         """The tensors in the order of the file, where the data begins at ``start``."""
         spans = sorted((*entry["data_offsets"], key) for key, entry in self.entries.items())
-        return [Part(key, start + begin, end - begin, replaced.get(key)) for begin, end, key in spans]
+        return [FilePart(key, start + begin, end - begin, replaced.get(key)) for begin, end, key in spans]
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """The first bytes of an output: the header's length and the header, padded as the format asks."""
-        text = header_text(self.entries, metadata)
+        text = encode_header(self.entries, metadata)
         start = 8 + len(text) + _MARGIN
-        block = BLOCK if self.size >= _LARGE and self.start % 8 == 0 else 8
+        block = BLOCK_BYTES if self.size >= _LARGE and self.start % 8 == 0 else 8
         # Apart by whole blocks, source and output have their data at the same places of pages.
-        start += (self.start - start) % block if block == BLOCK else -start % 8
+        start += (self.start - start) % block if block == BLOCK_BYTES else -start % 8
         return (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
 
 
-def find_original(checkpoint: Checkpoint) -> Original | None:
+def find_copyable_source(checkpoint: Checkpoint) -> CopyableSource | None:
     """The file that a checkpoint was read from, if an output can be a copy of its data: one safetensors file, all of
     whose tensors were taken, under their own keys but for a prefix. Raises CheckpointError, OSError, ValueError.
     """
-    source = find_source(checkpoint.path)
+    source = find_checkpoint_files(checkpoint.path)
     if checkpoint.format != "safetensors" or len(source.files) != 1 or source.shard_of is not None:
         return None
-    path, start = source.files[0], data_start(source.files[0])
-    header = safetensors_header(path)
+    path, start = source.files[0], data_offset(source.files[0])
+    header = read_safetensors_header(path)
     header.pop("__metadata__", None)
     if list(header) != [checkpoint.prefix + key for key in checkpoint.tensors]:
         return None
     entries = dict(zip(checkpoint.tensors, header.values(), strict=True))
-    original = Original(path, start, path.stat().st_size - start, entries)
+    original = CopyableSource(path, start, path.stat().st_size - start, entries)
     return original if _is_whole(original, checkpoint.tensors) else None
 
 
-def _is_whole(original: Original, tensors: Mapping[str, Tensor]) -> bool:
+def _is_whole(original: CopyableSource, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the tensors follow each other over all of the data."""
     end = 0
     for part in original.parts(0, {}):
@@ -94,32 +94,32 @@ def _is_whole(original: Original, tensors: Mapping[str, Tensor]) -> bool:
     return end == original.size
 
 
-def write_patched(
-    original: Original, path: Path, replaced: Mapping[str, Tensor], describe: Describe, known: str = ""
-) -> tuple[Digests, dict[str, str]]:
+def write_patched_copy(
+    original: CopyableSource, path: Path, replaced: Mapping[str, Tensor], describe: MakeMetadata, known: str = ""
+) -> tuple[OutputDigests, dict[str, str]]:
     """Write a new file, read it back and compare it byte by byte; its digests and its metadata.
 
     ``describe`` makes the metadata from the source's SHA-256, which is computed meanwhile unless it is ``known``. The
     seal is added to them. Raises OSError, ValueError.
     """
     with original.path.open("rb", buffering=0) as source, path.open("x+b", buffering=0) as file:
-        with hashed(source.fileno(), known) as digest, flushing(file.fileno()) as flush:
+        with hash_in_background(source.fileno(), known) as digest, flush_in_background(file.fileno()) as flush:
             # All digests have the same length, so that the header's size is known before they are.
-            start = len(original.header(sealed(describe(known or UNKNOWN), Seal(UNKNOWN, original.size))))
+            start = len(original.header(add_seal(describe(known or BLANK_DIGEST), Seal(BLANK_DIGEST, original.size))))
             parts = original.parts(start, replaced)
-            write_data(parts, source.fileno(), file.fileno(), start - original.start, flush)
+            write_parts(parts, source.fileno(), file.fileno(), start - original.start, flush)
             source_sha256 = digest()
-        with hashed(file.fileno(), start=start) as data_digest:
+        with hash_in_background(file.fileno(), start=start) as data_digest:
             os.fsync(file.fileno())  # the disk works while the data is hashed
             header, metadata = seal_header(original.header, describe(source_sha256), data_digest(), original.size)
         write_at(file.fileno(), header, 0)
         os.fsync(file.fileno())
         layout = Layout(header, parts, source.fileno(), start - original.start)
         size = os.fstat(file.fileno()).st_size
-        return Digests(source_sha256, verified(file.fileno(), size, layout), size), metadata
+        return OutputDigests(source_sha256, verify_and_hash(file.fileno(), size, layout), size), metadata
 
 
-def write_data(parts: list[Part], source: int, target: int, shift: int, flush: Callable[[], None]) -> None:
+def write_parts(parts: list[FilePart], source: int, target: int, shift: int, flush: Callable[[], None]) -> None:
     """Write all parts of an output but its header into an open file; ``flush`` is called now and then.
 
     What keeps the source's bytes has them ``shift`` bytes before its place in the output. Raises OSError.
@@ -134,7 +134,7 @@ def write_data(parts: list[Part], source: int, target: int, shift: int, flush: C
             write_at(target, raw_bytes(part.value).data, part.at)
 
 
-def _runs(parts: list[Part]) -> Iterator[tuple[int, int]]:
+def _runs(parts: list[FilePart]) -> Iterator[tuple[int, int]]:
     """The stretches to copy: all but large replaced tensors."""
     for copied, run in groupby(parts, key=lambda part: part.value is None or part.size <= _SMALL):
         if copied:

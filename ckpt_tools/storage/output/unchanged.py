@@ -5,26 +5,26 @@ from __future__ import annotations
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import OutputError
 from ckpt_tools.storage.compare import same_bytes
-from ckpt_tools.storage.files.checkpoint_files import find_source
-from ckpt_tools.storage.files.stamps import Stamp, StoredCheckpoint, take_stamps
-from ckpt_tools.storage.output.mappings import Mappings, file_mappings
-from ckpt_tools.storage.reading import read_part
+from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
+from ckpt_tools.storage.files.stamps import FileStamp, StoredCheckpoint, stamp_checkpoint_files
+from ckpt_tools.storage.output.mappings import FileMappings, read_file_mappings
+from ckpt_tools.storage.reading import reread_checkpoint
 
-__all__ = ["require_stamps", "require_unchanged"]
+__all__ = ["require_same_stamps", "require_unchanged"]
 
 _LARGE = 1 << 26  # bytes, which take longer to compare than it takes the system to tell about mappings
 _AGAIN = "Run again, on a file that nobody is writing to."
 
 
-def require_unchanged(checkpoint: Checkpoint) -> tuple[Stamp, ...]:
+def require_unchanged(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
     """Refuse if a checkpoint's files or its tensors in memory are no longer what was read; the files' stamps.
 
     An output would not match its source. Raises OutputError, CheckpointError.
     """
     stamps = checkpoint.stamps if isinstance(checkpoint, StoredCheckpoint) else ()
-    stamps = stamps or take_stamps(find_source(checkpoint.path))
-    require_stamps(checkpoint, stamps)
-    if changed := _changed(checkpoint):
+    stamps = stamps or stamp_checkpoint_files(find_checkpoint_files(checkpoint.path))
+    require_same_stamps(checkpoint, stamps)
+    if changed := _find_changed_key(checkpoint):
         raise OutputError(
             f"{checkpoint.path}: expected the tensors as they were read, found {changed} changed in the file or in "
             f"memory since. {_AGAIN}"
@@ -32,21 +32,21 @@ def require_unchanged(checkpoint: Checkpoint) -> tuple[Stamp, ...]:
     return stamps
 
 
-def require_stamps(checkpoint: Checkpoint, stamps: tuple[Stamp, ...]) -> None:
+def require_same_stamps(checkpoint: Checkpoint, stamps: tuple[FileStamp, ...]) -> None:
     """Refuse if a checkpoint's files were written to after their stamps were taken. Raises OutputError."""
-    if take_stamps(find_source(checkpoint.path)) != stamps:
+    if stamp_checkpoint_files(find_checkpoint_files(checkpoint.path)) != stamps:
         raise OutputError(
             f"{checkpoint.path}: expected the file as it was read, found that it was written to since. {_AGAIN}"
         )
 
 
-def _changed(checkpoint: Checkpoint) -> str | None:
+def _find_changed_key(checkpoint: Checkpoint) -> str | None:
     """The first key whose tensor differs from a fresh reading; memory that still maps the file needs none."""
     if checkpoint.module is not None:
         return None  # read with trust; it is not executed a second time
-    stored = read_part(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
+    stored = reread_checkpoint(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
     large = sum(tensor.nbytes for tensor in stored.values()) >= _LARGE
-    mappings = file_mappings() if large else Mappings()
+    mappings = read_file_mappings() if large else FileMappings()
     for key, tensor in checkpoint.tensors.items():
         if key not in stored or not (mappings.same_place(tensor, stored[key]) or same_bytes(tensor, stored[key])):
             return key

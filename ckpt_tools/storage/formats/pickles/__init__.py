@@ -1,7 +1,7 @@
 """Tensors and plain data out of any pickle; nothing in it is imported, looked up or called."""
 
-from ckpt_tools.storage.formats.pickles.opaque import Opaque
+from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
 from ckpt_tools.storage.formats.pickles.pickle_file import load_archive, load_pickle, load_stream
 from ckpt_tools.storage.formats.pickles.tensors import NOT_DENSE
 
-__all__ = ["NOT_DENSE", "Opaque", "load_archive", "load_pickle", "load_stream"]
+__all__ = ["NOT_DENSE", "OpaqueObject", "load_archive", "load_pickle", "load_stream"]

@@ -11,15 +11,15 @@ from typing import IO, cast
 
 import torch
 
-from ckpt_tools.storage.formats.pickles.blob import Blob, copied
-from ckpt_tools.storage.formats.pickles.faults import Fault, Limits
+from ckpt_tools.storage.formats.pickles.blob import Blob, copy_tensor
+from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.instructions import read_pickle
-from ckpt_tools.storage.formats.pickles.meaning import Inert
+from ckpt_tools.storage.formats.pickles.meaning import SafeResolver
 from ckpt_tools.storage.formats.pickles.tensors import Storage, storage_dtype
 
-__all__ = ["MAGIC", "Archive", "Window", "read_archive"]
+__all__ = ["ZIP_MAGIC", "Archive", "BlobReader", "read_archive"]
 
-MAGIC = b"PK\x03\x04"
+ZIP_MAGIC = b"PK\x03\x04"
 _INFLATED = 100  # times the size of the whole archive; weights shrink to half at best
 _COPIED = 4  # times, of records that are stored as they are; nobody reads one more often
 _SLACK = 1 << 26
@@ -29,13 +29,13 @@ def read_archive(blob: Blob, limits: Limits, inner: Callable[[bytes], object], p
     """The value of one pickle of an archive, whose storages are records beside it. Raises Fault."""
     archive = Archive(blob)
     if pickle not in archive.records:
-        raise Fault(f"a zip archive that torch.save did not write (there is no {pickle} in it)")
+        raise MalformedFileError(f"a zip archive that torch.save did not write (there is no {pickle} in it)")
     data = archive.read(pickle)
     folder = pickle.removesuffix(".pkl")
     storages = _Storages(archive, folder)
     # Arrays are the weights only where nothing else is.
     arrays = not any(name.startswith(f"{folder}/") for name in archive.records)
-    return read_pickle(data, Inert(limits, inner=inner, storages=storages.load, arrays=arrays), limits)[0]
+    return read_pickle(data, SafeResolver(limits, inner=inner, storages=storages.load, arrays=arrays), limits)[0]
 
 
 class Archive:
@@ -43,7 +43,7 @@ class Archive:
 
     def __init__(self, blob: Blob) -> None:
         self._blob = blob
-        self._zip = zipfile.ZipFile(cast("IO[bytes]", Window(blob)))
+        self._zip = zipfile.ZipFile(cast("IO[bytes]", BlobReader(blob)))
         self._inflated = _INFLATED * len(blob.data) + _SLACK
         self._copied = _COPIED * len(blob.data) + _SLACK
         self._storages: dict[str, torch.UntypedStorage] = {}
@@ -51,25 +51,25 @@ class Archive:
         folder = records[0].filename.partition("/")[0] + "/" if records else ""
         self.records = {record.filename.removeprefix(folder): record for record in records}
         if len(self.records) != len(records):
-            raise Fault("an archive in which two records have one name")
+            raise MalformedFileError("an archive in which two records have one name")
         # Thousands of records over the same bytes would be copied as often.
-        if sum(_held(record) for record in records) > len(blob.data):
-            raise Fault("an archive whose records claim more bytes than it has")
+        if sum(_stored_size(record) for record in records) > len(blob.data):
+            raise MalformedFileError("an archive whose records claim more bytes than it has")
 
     def read(self, name: str) -> bytes:
         """The bytes of a record. Raises Fault if there is none, or if it inflates without measure."""
         record = self.records.get(name)
         if record is None:
-            raise Fault(f"an archive without {name[:100]}")
+            raise MalformedFileError(f"an archive without {name[:100]}")
         if record.compress_type == zipfile.ZIP_STORED:
             start = self._start(record)
             self._copied -= record.file_size
             if self._copied < 0:
-                raise Fault(f"an archive that wants its record {name[:100]} over and over again")
+                raise MalformedFileError(f"an archive that wants its record {name[:100]} over and over again")
             return cast(bytes, self._blob.data[start : start + record.file_size])
         self._inflated -= record.file_size
         if record.compress_type != zipfile.ZIP_DEFLATED or self._inflated < 0:
-            raise Fault(f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes")
+            raise MalformedFileError(f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes")
         return self._zip.read(record)
 
     def storage(self, name: str) -> torch.UntypedStorage:
@@ -77,7 +77,7 @@ class Archive:
         if name not in self._storages:
             record = self.records.get(name)
             if record is None or record.compress_type != zipfile.ZIP_STORED:
-                self._storages[name] = copied(self.read(name))
+                self._storages[name] = copy_tensor(self.read(name))
             else:
                 self._storages[name] = self._blob.storage(self._start(record), record.file_size)
         return self._storages[name]
@@ -87,12 +87,14 @@ class Archive:
         at = record.header_offset
         header = self._blob.data[at : at + 30] if at >= 0 else b""
         start = at + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        if header[:4] != MAGIC or record.flag_bits & 1 or start + record.file_size > len(self._blob.data):
-            raise Fault(f"an archive whose record {record.filename[:100]} is not where its table of contents says")
+        if header[:4] != ZIP_MAGIC or record.flag_bits & 1 or start + record.file_size > len(self._blob.data):
+            raise MalformedFileError(
+                f"an archive whose record {record.filename[:100]} is not where its table of contents says"
+            )
         return start
 
 
-def _held(record: zipfile.ZipInfo) -> int:
+def _stored_size(record: zipfile.ZipInfo) -> int:
     """Bytes of the archive that a record takes."""
     return record.file_size if record.compress_type == zipfile.ZIP_STORED else record.compress_size
 
@@ -106,20 +108,22 @@ class _Storages:
         self._read: dict[str, torch.UntypedStorage] = {}
         order = archive.read("byteorder") if "byteorder" in archive.records else b"little"
         if order not in (b"little", b"big"):
-            raise Fault("an archive with an unknown byte order")
+            raise MalformedFileError("an archive with an unknown byte order")
         self._swap = order.decode() != sys.byteorder
 
     def load(self, pid: object) -> Storage:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] not in ("storage", b"storage"):
-            raise Fault("a persistent id that names no storage")
+            raise MalformedFileError("a persistent id that names no storage")
         _, kind, key, _, count = pid
         dtype = storage_dtype(kind)
         if type(key) is not str or type(count) is not int or count < 0:
-            raise Fault("a storage without a key or a size")
+            raise MalformedFileError("a storage without a key or a size")
         if key not in self._read:
             self._read[key] = self._storage(key, dtype, count)
         if count * dtype.itemsize > self._read[key].nbytes():
-            raise Fault(f"a storage of {count:,} {dtype} in a record of {self._read[key].nbytes():,} bytes")
+            raise MalformedFileError(
+                f"a storage of {count:,} {dtype} in a record of {self._read[key].nbytes():,} bytes"
+            )
         return Storage(self._read[key], dtype)
 
     def _storage(self, key: str, dtype: torch.dtype, count: int) -> torch.UntypedStorage:
@@ -133,7 +137,7 @@ class _Storages:
         return storage
 
 
-class Window(io.RawIOBase):
+class BlobReader(io.RawIOBase):
     """A Blob's bytes as the seekable file that zipfile and tarfile want."""
 
     def __init__(self, blob: Blob) -> None:

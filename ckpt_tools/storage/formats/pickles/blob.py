@@ -10,10 +10,10 @@ from typing import cast
 
 import torch
 
-from ckpt_tools.storage.formats.pickles.faults import Fault
+from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
 from ckpt_tools.storage.formats.pickles.stack_machine import Buffer
 
-__all__ = ["Blob", "copied", "open_blob"]
+__all__ = ["Blob", "copy_tensor", "open_blob"]
 
 _ALIGNMENT = 16  # bytes, of the widest element
 
@@ -28,13 +28,15 @@ class Blob:
     def storage(self, start: int, nbytes: int) -> torch.UntypedStorage:
         """The bytes from ``start`` on. Raises Fault if the file ends before."""
         if start < 0 or nbytes < 0 or start + nbytes > len(self.data):
-            raise Fault(f"a storage of {nbytes:,} bytes from byte {start:,} on in a file of {len(self.data):,}")
+            raise MalformedFileError(
+                f"a storage of {nbytes:,} bytes from byte {start:,} on in a file of {len(self.data):,}"
+            )
         if self._mapped is None or nbytes == 0 or start % _ALIGNMENT:
-            return copied(self.data[start : start + nbytes])
+            return copy_tensor(self.data[start : start + nbytes])
         return self._mapped[start : start + nbytes]  # type: ignore[no-any-return]
 
 
-def copied(raw: bytes | bytearray) -> torch.UntypedStorage:
+def copy_tensor(raw: bytes | bytearray) -> torch.UntypedStorage:
     """A storage of its own with these bytes."""
     if not raw:
         return torch.UntypedStorage(0)
@@ -49,10 +51,10 @@ def open_blob(path: Path) -> Iterator[Blob]:
             yield Blob(b"")
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield Blob(data, _mapped(path, len(data)))
+            yield Blob(data, _map_file(path, len(data)))
 
 
-def _mapped(path: Path, nbytes: int) -> torch.UntypedStorage | None:
+def _map_file(path: Path, nbytes: int) -> torch.UntypedStorage | None:
     try:
         return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, nbytes))
     except (RuntimeError, UnicodeError):  # a name that torch cannot spell, or a file system that cannot map

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ckpt_tools.storage.formats.pickles.faults import KEY_LIMIT
-from ckpt_tools.storage.formats.pickles.numpy_arrays import ARRAY, scalar
-from ckpt_tools.storage.formats.pickles.opaque import Opaque
-from ckpt_tools.storage.formats.pickles.tensors import DTYPES, TENSORS
+from ckpt_tools.storage.formats.pickles.faults import LARGEST_INTEGER_KEY
+from ckpt_tools.storage.formats.pickles.numpy_arrays import NUMPY_ARRAY, read_numpy_scalar
+from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.tensors import DTYPES, TENSOR_REBUILDERS
 
-__all__ = ["SETS", "VALUES", "made_by"]
+__all__ = ["GLOBAL_VALUES", "SET_TYPES", "evaluate_call"]
 
 _LAYOUTS = {str(layout): layout for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr)}
 
@@ -38,7 +38,7 @@ def _dict(items: object = None, *_: object) -> dict[object, object]:
 
 
 def _is_small(key: object) -> bool:
-    return isinstance(key, int) and abs(key) <= KEY_LIMIT
+    return isinstance(key, int) and abs(key) <= LARGEST_INTEGER_KEY
 
 
 def _factory_dict(_factory: object = None, items: object = None) -> dict[object, object]:
@@ -57,20 +57,24 @@ def _bytearray(value: object = b"", *_: object) -> bytearray:
 
 def _number(kind: Callable[..., object]) -> Callable[..., object]:
     def make(*parts: object) -> object:
-        return kind(*parts) if all(isinstance(part, int | float) for part in parts) else Opaque(kind.__name__, parts)
+        return (
+            kind(*parts) if all(isinstance(part, int | float) for part in parts) else OpaqueObject(kind.__name__, parts)
+        )
 
     return make
 
 
 def _slice(*parts: object) -> object:
-    return slice(*parts) if all(isinstance(part, int | None) for part in parts) else Opaque("builtins.slice", parts)
+    return (
+        slice(*parts) if all(isinstance(part, int | None) for part in parts) else OpaqueObject("builtins.slice", parts)
+    )
 
 
 def _device(*parts: object) -> object:
     if all(isinstance(part, str | int) for part in parts):
         with suppress(RuntimeError):  # a kind of device that this torch does not know
             return torch.device(*parts)  # type: ignore[call-overload]
-    return Opaque("torch.device", parts)
+    return OpaqueObject("torch.device", parts)
 
 
 def _layout(name: object = None) -> object:
@@ -90,7 +94,7 @@ def _moment(kind: Callable[..., Any]) -> Callable[..., object]:
     def make(raw: object = b"", zone: object = None, *_: object) -> object:
         raw = raw.encode("latin-1") if isinstance(raw, str) else raw
         if not isinstance(raw, bytes) or not isinstance(zone, datetime.timezone | None):
-            return Opaque(f"datetime.{kind.__name__}", (raw, zone))
+            return OpaqueObject(f"datetime.{kind.__name__}", (raw, zone))
         return kind(raw, *([zone] if zone else [])).replace()
 
     return make
@@ -99,31 +103,36 @@ def _moment(kind: Callable[..., Any]) -> Callable[..., object]:
 def _timedelta(*parts: object) -> object:
     if all(isinstance(part, int | float) for part in parts):
         return datetime.timedelta(*parts)  # type: ignore[arg-type]
-    return Opaque("datetime.timedelta", parts)
+    return OpaqueObject("datetime.timedelta", parts)
 
 
 def _timezone(offset: object = None, name: object = None, *_: object) -> object:
     if not isinstance(offset, datetime.timedelta):
-        return Opaque("datetime.timezone", (offset, name))
+        return OpaqueObject("datetime.timezone", (offset, name))
     return datetime.timezone(offset, *([name] if isinstance(name, str) else []))
 
 
-def _attribute(owner: object = None, name: object = None, *_: object) -> Opaque:
+def _attribute(owner: object = None, name: object = None, *_: object) -> OpaqueObject:
     """``getattr`` is how nested classes and some enum members are pickled; only the name is kept."""
-    if type(owner) is Opaque and owner.args is None and isinstance(name, str) and len(owner.name) + len(name) < 2000:
-        return Opaque(f"{owner.name}.{name}")
-    return Opaque("builtins.getattr", (owner, name))
+    if (
+        type(owner) is OpaqueObject
+        and owner.args is None
+        and isinstance(name, str)
+        and len(owner.name) + len(name) < 2000
+    ):
+        return OpaqueObject(f"{owner.name}.{name}")
+    return OpaqueObject("builtins.getattr", (owner, name))
 
 
-def made_by(function: object, args: tuple[object, ...]) -> object:
+def evaluate_call(function: object, args: tuple[object, ...]) -> object:
     """What calling a value gives: data where the table below has its name, an Opaque in all other cases."""
-    if type(function) is not Opaque:
-        return Opaque(f"{type(function).__module__}.{type(function).__qualname__}", args)
-    known = CALLS.get(function.name) if function.args is None else None
+    if type(function) is not OpaqueObject:
+        return OpaqueObject(f"{type(function).__module__}.{type(function).__qualname__}", args)
+    known = GLOBAL_CALLS.get(function.name) if function.args is None else None
     if known:
         with suppress(TypeError, ValueError, ArithmeticError):  # other arguments than the class has taken so far
             return known(*args)
-    return Opaque(function.name, args)
+    return OpaqueObject(function.name, args)
 
 
 def _both(name: str, function: Callable[..., object]) -> dict[str, Callable[..., object]]:
@@ -139,16 +148,16 @@ _PATHS = {
     "PureWindowsPath": _path(PureWindowsPath),
 }
 
-VALUES: dict[str, object] = {
+GLOBAL_VALUES: dict[str, object] = {
     **DTYPES,
     **{f"{module}.Ellipsis": ... for module in ("builtins", "__builtin__")},
     **{f"{module}.NotImplemented": None for module in ("builtins", "__builtin__")},
 }
 
-SETS = frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
+SET_TYPES = frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
 
-CALLS: dict[str, Callable[..., object]] = {
-    **TENSORS,
+GLOBAL_CALLS: dict[str, Callable[..., object]] = {
+    **TENSOR_REBUILDERS,
     "collections.OrderedDict": _dict,
     "collections.Counter": _dict,
     "collections.defaultdict": _factory_dict,
@@ -164,7 +173,7 @@ CALLS: dict[str, Callable[..., object]] = {
     **_both("float", _number(float)),
     **_both("complex", _number(complex)),
     **_both("bool", _number(bool)),
-    **_both("range", lambda *parts: Opaque("builtins.range", parts)),
+    **_both("range", lambda *parts: OpaqueObject("builtins.range", parts)),
     **_both("slice", _slice),
     **_both("getattr", _attribute),
     "_codecs.encode": _bytes,
@@ -180,6 +189,9 @@ CALLS: dict[str, Callable[..., object]] = {
     "torch.Size": _tuple,
     "torch.serialization._get_layout": _layout,
     # numpy 1 and 2 keep the same functions in `core` and `_core`.
-    **{f"numpy.{core}.multiarray.scalar": scalar for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray._reconstruct": lambda *args: Opaque(ARRAY, args) for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": read_numpy_scalar for core in ("core", "_core")},
+    **{
+        f"numpy.{core}.multiarray._reconstruct": lambda *args: OpaqueObject(NUMPY_ARRAY, args)
+        for core in ("core", "_core")
+    },
 }

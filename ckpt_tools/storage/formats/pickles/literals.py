@@ -8,38 +8,38 @@ import struct
 from collections.abc import Callable
 from functools import partial
 
-from ckpt_tools.storage.formats.pickles.faults import Fault
-from ckpt_tools.storage.formats.pickles.stack_machine import Machine
+from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
+from ckpt_tools.storage.formats.pickles.stack_machine import PickleMachine
 
-__all__ = ["LITERALS", "as_text", "push"]
+__all__ = ["LITERAL_INSTRUCTIONS", "decode_text", "push_value"]
 
 
-def push(value: object, m: Machine) -> None:
+def push_value(value: object, m: PickleMachine) -> None:
     """Put a value on the stack."""
     m.stack.append(value)
 
 
-def _bytes(width: int, convert: Callable[[bytes], object], m: Machine) -> None:
-    m.stack.append(convert(m.take(m.number(width))))
+def _bytes(width: int, convert: Callable[[bytes], object], m: PickleMachine) -> None:
+    m.stack.append(convert(m.take_bytes(m.take_integer(width))))
 
 
-def _short_bytes(convert: Callable[[bytes], object], m: Machine) -> None:
-    m.stack.append(convert(m.take(m.byte())))
+def _short_bytes(convert: Callable[[bytes], object], m: PickleMachine) -> None:
+    m.stack.append(convert(m.take_bytes(m.take_byte())))
 
 
-def _byte(m: Machine) -> None:
-    m.stack.append(m.byte())
+def _byte(m: PickleMachine) -> None:
+    m.stack.append(m.take_byte())
 
 
-def _unsigned(width: int, m: Machine) -> None:
-    m.stack.append(m.number(width))
+def _push_unsigned(width: int, m: PickleMachine) -> None:
+    m.stack.append(m.take_integer(width))
 
 
-def _binint(m: Machine) -> None:
-    m.stack.append(m.number(4, signed=True))
+def _binint(m: PickleMachine) -> None:
+    m.stack.append(m.take_integer(4, signed=True))
 
 
-def as_text(raw: bytes) -> str:
+def decode_text(raw: bytes) -> str:
     """UTF-8 as pickle writes it, which may hold half characters."""
     return raw.decode("utf-8", "surrogatepass")
 
@@ -52,44 +52,44 @@ def _long(raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
 
-def _int_line(m: Machine) -> None:
-    line = m.line()
+def _int_line(m: PickleMachine) -> None:
+    line = m.take_line()
     m.stack.append(line == b"01" if line in (b"00", b"01") else int(line))
 
 
-def _long_line(m: Machine) -> None:
-    m.stack.append(int(m.line().removesuffix(b"L")))
+def _long_line(m: PickleMachine) -> None:
+    m.stack.append(int(m.take_line().removesuffix(b"L")))
 
 
-def _float_line(m: Machine) -> None:
-    m.stack.append(float(m.line()))
+def _float_line(m: PickleMachine) -> None:
+    m.stack.append(float(m.take_line()))
 
 
-def _binfloat(m: Machine) -> None:
-    m.stack.append(struct.unpack(">d", m.take(8))[0])
+def _binfloat(m: PickleMachine) -> None:
+    m.stack.append(struct.unpack(">d", m.take_bytes(8))[0])
 
 
-def _string_line(m: Machine) -> None:
-    line = m.line().strip()
+def _string_line(m: PickleMachine) -> None:
+    line = m.take_line().strip()
     if len(line) < 2 or line[:1] not in (b'"', b"'") or line[:1] != line[-1:]:
-        raise Fault("a pickle with a string without quotes")
+        raise MalformedFileError("a pickle with a string without quotes")
     m.stack.append(_old_text(codecs.escape_decode(line[1:-1])[0]))
 
 
-def _unicode_line(m: Machine) -> None:
-    m.stack.append(codecs.raw_unicode_escape_decode(m.line())[0])
+def _unicode_line(m: PickleMachine) -> None:
+    m.stack.append(codecs.raw_unicode_escape_decode(m.take_line())[0])
 
 
-LITERALS: dict[int, Callable[[Machine], None]] = {
+LITERAL_INSTRUCTIONS: dict[int, Callable[[PickleMachine], None]] = {
     code[0]: function
     for code, function in (
-        (pickle.NONE, partial(push, None)),
-        (pickle.NEWTRUE, partial(push, True)),
-        (pickle.NEWFALSE, partial(push, False)),
+        (pickle.NONE, partial(push_value, None)),
+        (pickle.NEWTRUE, partial(push_value, True)),
+        (pickle.NEWFALSE, partial(push_value, False)),
         (pickle.INT, _int_line),
         (pickle.BININT, _binint),
         (pickle.BININT1, _byte),
-        (pickle.BININT2, partial(_unsigned, 2)),
+        (pickle.BININT2, partial(_push_unsigned, 2)),
         (pickle.LONG, _long_line),
         (pickle.LONG1, partial(_short_bytes, _long)),
         (pickle.LONG4, partial(_bytes, 4, _long)),
@@ -99,9 +99,9 @@ LITERALS: dict[int, Callable[[Machine], None]] = {
         (pickle.BINSTRING, partial(_bytes, 4, _old_text)),
         (pickle.SHORT_BINSTRING, partial(_short_bytes, _old_text)),
         (pickle.UNICODE, _unicode_line),
-        (pickle.SHORT_BINUNICODE, partial(_short_bytes, as_text)),
-        (pickle.BINUNICODE, partial(_bytes, 4, as_text)),
-        (pickle.BINUNICODE8, partial(_bytes, 8, as_text)),
+        (pickle.SHORT_BINUNICODE, partial(_short_bytes, decode_text)),
+        (pickle.BINUNICODE, partial(_bytes, 4, decode_text)),
+        (pickle.BINUNICODE8, partial(_bytes, 8, decode_text)),
         (pickle.SHORT_BINBYTES, partial(_short_bytes, bytes)),
         (pickle.BINBYTES, partial(_bytes, 4, bytes)),
         (pickle.BINBYTES8, partial(_bytes, 8, bytes)),

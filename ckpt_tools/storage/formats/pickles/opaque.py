@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Opaque"]
+__all__ = ["OpaqueObject"]
 
 
-class Opaque:
+class OpaqueObject:
     """A global that a pickle names, or an object it would have made by calling one. It can do nothing.
 
     ``name`` is ``package.module.Class``. ``args`` are the arguments of the call, None for the global itself. ``state``

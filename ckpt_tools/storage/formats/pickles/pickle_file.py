@@ -11,9 +11,9 @@ from typing import BinaryIO
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.formats.pickles import archive, legacy
 from ckpt_tools.storage.formats.pickles.blob import Blob, open_blob
-from ckpt_tools.storage.formats.pickles.faults import Fault, Limits
+from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.instructions import read_pickle
-from ckpt_tools.storage.formats.pickles.meaning import Inert
+from ckpt_tools.storage.formats.pickles.meaning import SafeResolver
 from ckpt_tools.storage.formats.pickles.tarball import is_tar, read_tar
 from ckpt_tools.storage.formats.pickles.trusted import load_trusted
 
@@ -36,7 +36,7 @@ def load_pickle(path: Path, *, trust: bool = False) -> object:
 
     def read() -> object:
         with open_blob(path) as blob:
-            return _any_format(blob, Limits.of(len(blob.data)))
+            return _any_format(blob, Limits.for_file_size(len(blob.data)))
 
     return _read(path, read)
 
@@ -49,7 +49,7 @@ def load_stream(stream: BinaryIO, where: object = "the stream") -> object:
 
     def read() -> object:
         data = stream.read()
-        return _any_format(Blob(data), Limits.of(len(data)))
+        return _any_format(Blob(data), Limits.for_file_size(len(data)))
 
     return _read(where, read)
 
@@ -62,7 +62,7 @@ def load_archive(path: Path, pickle: str = "data.pkl") -> object:
 
     def read() -> object:
         with open_blob(path) as blob:
-            limits = Limits.of(len(blob.data))
+            limits = Limits.for_file_size(len(blob.data))
             return archive.read_archive(blob, limits, _inner(limits), pickle)
 
     return _read(path, read)
@@ -71,24 +71,24 @@ def load_archive(path: Path, pickle: str = "data.pkl") -> object:
 def _any_format(blob: Blob, limits: Limits) -> object:
     head = blob.data[:512]
     inner = _inner(limits)
-    if head.startswith(archive.MAGIC):
+    if head.startswith(archive.ZIP_MAGIC):
         return archive.read_archive(blob, limits, inner)
-    if legacy.MAGIC in head[:32]:
+    if legacy.LEGACY_MAGIC in head[:32]:
         return legacy.read_legacy(blob, limits, inner)
     if is_tar(head):
         return read_tar(blob, limits, inner)
     # Arrays are the weights only where nothing else is.
     arrays = blob.data.find(b"_rebuild_") < 0
-    return read_pickle(blob.data, Inert(limits, inner=inner, arrays=arrays), limits)[0]
+    return read_pickle(blob.data, SafeResolver(limits, inner=inner, arrays=arrays), limits)[0]
 
 
 def _inner(limits: Limits) -> Callable[[bytes], object]:
-    return partial(_nested, limits=limits)
+    return partial(_load_nested_pickle, limits=limits)
 
 
-def _nested(raw: bytes, limits: Limits) -> object:
+def _load_nested_pickle(raw: bytes, limits: Limits) -> object:
     if not limits.nesting:
-        raise Fault("a pickle inside a pickle inside a pickle, and so on")
+        raise MalformedFileError("a pickle inside a pickle inside a pickle, and so on")
     limits.nesting -= 1
     try:
         return _any_format(Blob(raw), limits)
@@ -103,7 +103,7 @@ def _read(where: object, read: Callable[[], object]) -> object:
         raise
     except OSError as error:
         raise CheckpointError(f"{where}: cannot be read ({error.strerror or error}). Check its permissions.") from error
-    except Fault as fault:
+    except MalformedFileError as fault:
         raise CheckpointError(f"{where}: expected a complete checkpoint, found {fault}. {_DAMAGED}") from fault
     except zipfile.BadZipFile as error:
         raise CheckpointError(

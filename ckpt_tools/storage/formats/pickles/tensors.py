@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_tools.storage.formats.pickles.faults import Fault
-from ckpt_tools.storage.formats.pickles.opaque import Opaque
+from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
+from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
 
-__all__ = ["DTYPES", "NOT_DENSE", "TENSORS", "Storage", "storage_dtype", "tensor_over"]
+__all__ = ["DTYPES", "NOT_DENSE", "TENSOR_REBUILDERS", "Storage", "storage_dtype", "tensor_over_storage"]
 
 _LARGEST = (1 << 63) - 1
 _UNFOLDED = 1 << 26  # bytes; up to here a view may be any multiple of its storage
@@ -64,48 +64,48 @@ class Storage:
 
 def storage_dtype(kind: object) -> torch.dtype:
     """The element type that a storage class names, such as ``torch.FloatStorage``. Raises Fault."""
-    name = kind.name if type(kind) is Opaque else ""
+    name = kind.name if type(kind) is OpaqueObject else ""
     found = _STORAGES.get(name.rpartition(".")[2].removesuffix("Storage")) if name.startswith("torch.") else None
     if found is None:
-        raise Fault(f"a storage of the unknown type {name or type(kind).__name__}")
+        raise MalformedFileError(f"a storage of the unknown type {name or type(kind).__name__}")
     return found
 
 
-def tensor_over(storage: object, offset: object, size: object, stride: object, dtype: torch.dtype) -> Tensor:
+def tensor_over_storage(storage: object, offset: object, size: object, stride: object, dtype: torch.dtype) -> Tensor:
     """A view of a storage; offset and strides count elements. Raises Fault for one that leaves the storage."""
     if type(storage) is not Storage:
-        raise Fault(f"a tensor over something that is no storage ({type(storage).__name__})")
+        raise MalformedFileError(f"a tensor over something that is no storage ({type(storage).__name__})")
     sizes, strides = _counts(size), _counts(stride)
     (start,) = _counts((offset,))
     if len(sizes) != len(strides):
-        raise Fault(f"a tensor with {len(sizes)} sizes and {len(strides)} strides")
+        raise MalformedFileError(f"a tensor with {len(sizes)} sizes and {len(strides)} strides")
     elements, extent = 1, start + 1
     for length, step in zip(sizes, strides, strict=True):
         elements *= length
         extent += (length - 1) * step
     held = storage.bytes.nbytes() // dtype.itemsize
     if (extent if elements else start) > held:
-        raise Fault(f"a tensor of shape {sizes} that reaches element {extent:,} of a storage of {held:,}")
+        raise MalformedFileError(f"a tensor of shape {sizes} that reaches element {extent:,} of a storage of {held:,}")
     if elements > max(_UNFOLDED // dtype.itemsize, _REPEATS * held):
-        raise Fault(f"a tensor that repeats {held:,} stored numbers to {elements:,}")
+        raise MalformedFileError(f"a tensor that repeats {held:,} stored numbers to {elements:,}")
     return torch.empty(0, dtype=dtype).set_(storage.bytes, start, sizes, strides)
 
 
 def _counts(values: object) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) > 64:
-        raise Fault("a tensor whose shape is no short tuple of integers")
+        raise MalformedFileError("a tensor whose shape is no short tuple of integers")
     for value in values:
         if type(value) is not int or not 0 <= value <= _LARGEST:
             shown = value if type(value) is int and abs(value) <= _LARGEST + 1 else type(value).__name__
-            raise Fault(f"a tensor with the size, stride or offset {shown}")
+            raise MalformedFileError(f"a tensor with the size, stride or offset {shown}")
     return tuple(values)
 
 
 def _rebuild(storage: object = None, offset: object = 0, size: object = (), stride: object = (), *_: object) -> Tensor:
     dtype = storage.dtype if type(storage) is Storage else torch.uint8
     if dtype in _QUANTISED:
-        raise Fault(f"a plain tensor over a storage of {dtype}")
-    return tensor_over(storage, offset, size, stride, dtype)
+        raise MalformedFileError(f"a plain tensor over a storage of {dtype}")
+    return tensor_over_storage(storage, offset, size, stride, dtype)
 
 
 def _rebuild_v2(*args: object) -> object:
@@ -115,8 +115,10 @@ def _rebuild_v2(*args: object) -> object:
 def _rebuild_v3(*args: object) -> object:
     dtype = args[6] if len(args) > 6 else None
     if not isinstance(dtype, torch.dtype) or dtype in _QUANTISED:
-        raise Fault("a tensor without a type")
-    return _with_metadata(tensor_over(args[0], args[1], args[2], args[3], dtype), args[7] if len(args) > 7 else None)
+        raise MalformedFileError("a tensor without a type")
+    return _with_metadata(
+        tensor_over_storage(args[0], args[1], args[2], args[3], dtype), args[7] if len(args) > 7 else None
+    )
 
 
 def _with_metadata(tensor: Tensor, metadata: object) -> Tensor:
@@ -132,16 +134,16 @@ def _first_tensor(value: object = None, *_: object) -> object:
 
 
 def _from_type(function: object = None, kind: object = None, args: object = (), *_: object) -> object:
-    name = function.name if type(function) is Opaque else ""
-    if name not in TENSORS or type(args) is not tuple:
+    name = function.name if type(function) is OpaqueObject else ""
+    if name not in TENSOR_REBUILDERS or type(args) is not tuple:
         # A subclass that keeps its values elsewhere, such as a distributed tensor.
-        return Opaque(name, args if type(args) is tuple else ())
-    return TENSORS[name](*args)
+        return OpaqueObject(name, args if type(args) is tuple else ())
+    return TENSOR_REBUILDERS[name](*args)
 
 
 _QUANTISED = frozenset({torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4})
 
-TENSORS: dict[str, Callable[..., object]] = {
+TENSOR_REBUILDERS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor": _rebuild,
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_v3,
@@ -160,4 +162,6 @@ TENSORS: dict[str, Callable[..., object]] = {
     "torch.jit._pickle.restore_type_tag": _first_tensor,
 }
 for _module in ("_tensor", "tensor"):
-    TENSORS[f"torch.{_module}._rebuild_from_type"] = TENSORS[f"torch.{_module}._rebuild_from_type_v2"] = _from_type
+    TENSOR_REBUILDERS[f"torch.{_module}._rebuild_from_type"] = TENSOR_REBUILDERS[
+        f"torch.{_module}._rebuild_from_type_v2"
+    ] = _from_type
