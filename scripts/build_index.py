@@ -23,7 +23,13 @@ from zoo_models import Checked, architectures, checked
 
 from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.index import ArchitectureIndex, IndexEntry, encode_index, load_shipped_index, make_index_entry
+from ckpt_tools.identify.architecture_index import (
+    ArchitectureIndex,
+    IndexEntry,
+    encode_index,
+    load_shipped_index,
+    make_index_entry,
+)
 from ckpt_tools.identify.skeleton import (
     CHANNEL_KEYWORDS,
     CLASS_KEYWORDS,

@@ -17,10 +17,10 @@ sys.path += [str(Path(__file__).parent.parent / "tests" / "support")]
 from stores import Lying
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.source import open_source
+from ckpt_tools.data.data_source import open_source
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.remote.mirror import open_mirror, resolve_location
-from ckpt_tools.remote.scratch import LOCK_NAME, large_temporary_folder
+from ckpt_tools.remote.temporary_folders import LOCK_NAME, large_temporary_folder
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
 

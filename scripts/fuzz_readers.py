@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint, InputSpec
+from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
-from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.errors import ArchitectureError, CkptToolsError
 from ckpt_tools.identify.candidate import Candidate, fit_candidate
 from ckpt_tools.identify.recipe import recorded_recipes

@@ -31,10 +31,10 @@ import ckpt_tools
 from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
+from ckpt_tools.identify.architecture_index import load_shipped_index
 from ckpt_tools.identify.candidate import Candidate
-from ckpt_tools.identify.closest import find_closest_architectures
+from ckpt_tools.identify.closest_architectures import find_closest_architectures
 from ckpt_tools.identify.equivalents import merge_equivalent_candidates
-from ckpt_tools.identify.index import load_shipped_index
 from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.shape_digest import Shapes
 from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
@@ -175,7 +175,9 @@ def drawn(found: list[Asked], count: int, largest: int, keep: Callable[[Asked], 
 @click.option("--saved", "files", default=0, metavar="N", help="Also save and load N models drawn at random.")
 def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
     warnings.simplefilter("ignore")
-    next(load_shipped_index().find_matches(state_dict_shapes(nn.Linear(1, 1))), None)  # read once, before the processes part
+    next(
+        load_shipped_index().find_matches(state_dict_shapes(nn.Linear(1, 1))), None
+    )  # read once, before the processes part
     everything: list[Asked] = checked(ask, list(architectures(only)), jobs, None)
     failures = [one for one in everything if one.failure]
     found = [one for one in everything if not one.failure and one.parameters <= LARGEST]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ckpt_adapters.construct import construct, keyword_parameters, rate_keywords, suggest_names
-from ckpt_adapters.sizes import infer_size_argument
+from ckpt_adapters.sizes_from_shapes import infer_size_argument
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.import_path import import_user_module

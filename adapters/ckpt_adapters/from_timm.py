@@ -16,7 +16,7 @@ from torch import nn
 
 from ckpt_adapters import recorded_arguments
 from ckpt_adapters.construct import construct, rate_keywords, suggest_names
-from ckpt_adapters.sizes import infer_size_argument
+from ckpt_adapters.sizes_from_shapes import infer_size_argument
 from ckpt_adapters.timm_arguments import ARGUMENTS
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError

@@ -20,7 +20,7 @@ from ckpt_adapters.construct import (
     suggest_names,
     unknown_keyword_message,
 )
-from ckpt_adapters.sizes import infer_size_argument
+from ckpt_adapters.sizes_from_shapes import infer_size_argument
 from ckpt_adapters.torchvision_arguments import ARGUMENTS
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError

@@ -13,7 +13,7 @@ from torch import nn
 
 from ckpt_adapters import image_processor, recorded_arguments
 from ckpt_adapters.construct import construct, suggest_names, unknown_keyword_message
-from ckpt_adapters.sizes import infer_size_argument
+from ckpt_adapters.sizes_from_shapes import infer_size_argument
 from ckpt_adapters.transformers_arguments import (
     NOT_SETTINGS,
     config_arguments,

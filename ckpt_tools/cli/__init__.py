@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from ckpt_tools.cli.bn_reestimate_command import bn_reestimate
-from ckpt_tools.cli.boundary import ErrorBoundary
 from ckpt_tools.cli.convert_command import convert
 from ckpt_tools.cli.demo_command import demo
 from ckpt_tools.cli.diff_command import diff
+from ckpt_tools.cli.error_boundary import ErrorBoundary
 from ckpt_tools.cli.evaluate_command import evaluate
 from ckpt_tools.cli.init_rewrite_command import init_rewrite
 from ckpt_tools.cli.inspect_command import inspect

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_tools.cli import github, many_checkpoints, options
-from ckpt_tools.cli.boundary import interrupt_on_sigterm
+from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar, ReestimationBar
 from ckpt_tools.cli.torchrun import join_team
@@ -151,7 +151,7 @@ def bn_reestimate(
     of the batches and, of GPUs, its own; the result is that of one process.
     """
     from ckpt_tools.evaluate.scores import GateFailed
-    from ckpt_tools.identify.kwargs import parse_model_kwargs
+    from ckpt_tools.identify.model_kwargs import parse_model_kwargs
     from ckpt_tools.jobs.plan import prepare_reestimation
     from ckpt_tools.jobs.reestimation import execute_reestimation
     from ckpt_tools.jobs.request import Request

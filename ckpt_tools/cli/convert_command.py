@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.boundary import interrupt_on_sigterm
+from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
 
 

@@ -59,7 +59,7 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
     from ckpt_tools.demo.densenet import digits_densenet
     from ckpt_tools.demo.digits import load_digits
     from ckpt_tools.demo.train import DROP_RATE, EPOCHS, score, train
-    from ckpt_tools.storage.output.atomic import write_atomically
+    from ckpt_tools.storage.output.atomic_write import write_atomically
 
     digits = load_digits(seed)
     with progress_bar(f"training network {seed}", EPOCHS, unit="epoch", leave=False) as bar:

@@ -52,7 +52,7 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
         ckpt-fix evaluate model.bn.safetensors --before model.pt --data val/ --gate 'error <= before + 0.1'
     """
     from ckpt_tools.evaluate.scores import refuse_failed_gate
-    from ckpt_tools.identify.kwargs import parse_model_kwargs
+    from ckpt_tools.identify.model_kwargs import parse_model_kwargs
     from ckpt_tools.jobs.evaluation import EvaluationRequest, execute_evaluation, prepare_evaluation
     from ckpt_tools.report.records.reestimation_json import evaluation_json
     from ckpt_tools.report.text.metrics_text import evaluation_plan_text, evaluation_text

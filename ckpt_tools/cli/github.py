@@ -44,7 +44,7 @@ def append_step_summary(markdown: str) -> None:
 
 def report_failure(message: str, code: int) -> None:
     """An error, or the answer that there is nothing to do, as annotation and in the summary."""
-    from ckpt_tools.report.summary import failure_markdown
+    from ckpt_tools.report.ci_summary import failure_markdown
 
     annotate("warning" if code == 3 else "error", message)
     append_step_summary(failure_markdown(message, code))
@@ -52,8 +52,8 @@ def report_failure(message: str, code: int) -> None:
 
 def report_reestimation(facts: Mapping[str, Any]) -> None:
     """A finished ``bn-reestimate``, from its JSON: what it was worried about, and its report."""
+    from ckpt_tools.report.ci_summary import checkpoint_warnings
     from ckpt_tools.report.pages.markdown_page import checkpoint_markdown
-    from ckpt_tools.report.summary import checkpoint_warnings
 
     for worry in checkpoint_warnings(facts):
         annotate("warning", worry)
@@ -62,8 +62,8 @@ def report_reestimation(facts: Mapping[str, Any]) -> None:
 
 def report_folder_run(records: Sequence[Mapping[str, Any]]) -> None:
     """A finished folder, from its records: which checkpoints failed, what to look at in the others, its report."""
+    from ckpt_tools.report.ci_summary import error_without_path, folder_warnings
     from ckpt_tools.report.pages.markdown_page import folder_markdown
-    from ckpt_tools.report.summary import error_without_path, folder_warnings
 
     failed = [record for record in records if record["status"] == "failed"]
     errors = [f"{one['checkpoint']}: {error_without_path(one)}" for one in failed]
@@ -76,8 +76,8 @@ def report_folder_run(records: Sequence[Mapping[str, Any]]) -> None:
 
 def report_evaluation(facts: Mapping[str, Any]) -> None:
     """A finished evaluation, or one whose gate said no, from its JSON: images that were skipped, and the metrics."""
+    from ckpt_tools.report.ci_summary import skipped_image_warnings
     from ckpt_tools.report.pages.markdown_page import evaluation_markdown
-    from ckpt_tools.report.summary import skipped_image_warnings
 
     for worry in skipped_image_warnings(facts):
         annotate("warning", worry)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.boundary import interrupt_on_sigterm
+from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.remote.mirror import resolve_location
 
@@ -99,7 +99,7 @@ def init_rewrite(
         ckpt-fix init-rewrite fresh.pt --arch torchvision:densenet121 --model-kwargs drop_rate=0.2
         ckpt-fix init-rewrite --arch timm:mixer_b16_224 --rule propagated --verify -o init.safetensors
     """
-    from ckpt_tools.identify.kwargs import parse_model_kwargs
+    from ckpt_tools.identify.model_kwargs import parse_model_kwargs
     from ckpt_tools.jobs.initialization import InitRequest, initialize_checkpoint
     from ckpt_tools.report.records.init_json import init_json
     from ckpt_tools.report.text.init_text import init_text
@@ -123,7 +123,7 @@ def _make_figure_writer(request: InitRequest) -> Any:
         return None
     from functools import partial
 
-    from ckpt_tools.report.pages.figure import check_earlier_figure, check_figure, write_signals_figure
+    from ckpt_tools.report.pages.signals_figure import check_earlier_figure, check_figure, write_signals_figure
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
     inputs = () if request.checkpoint is None else files_of_checkpoint(request.checkpoint)

@@ -33,7 +33,7 @@ def inspect(model_kwargs: tuple[str, ...], everything: bool, as_json: bool, **sa
         ckpt-fix inspect model.pt --arch torchvision:densenet121 --model-kwargs drop_rate=0.2
         ckpt-fix inspect --arch timm:resnet50 --model-kwargs drop_path_rate=0.1 --json
     """
-    from ckpt_tools.identify.kwargs import parse_model_kwargs
+    from ckpt_tools.identify.model_kwargs import parse_model_kwargs
     from ckpt_tools.jobs.inspection import InspectRequest
     from ckpt_tools.jobs.inspection import inspect_checkpoint as look
     from ckpt_tools.report.records.reestimation_json import inspection_json

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Never
 import click
 
 from ckpt_tools.cli import github
-from ckpt_tools.cli.boundary import interrupt_on_sigterm
+from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.options import combine_options, path, redirect_foreign_stdout
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.paths import matching_paths
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.remote.delivery import may_write_beside
 from ckpt_tools.remote.mirror import resolve_location, restore_urls
+from ckpt_tools.remote.uploads import may_write_beside
 
 if TYPE_CHECKING:
     from tqdm import tqdm  # noqa: TID251 - a type

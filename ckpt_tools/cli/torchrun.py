@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckpt_tools.cli.boundary import exit_code, interrupt_on_sigterm, report_error
+from ckpt_tools.cli.error_boundary import exit_code, interrupt_on_sigterm, report_error
 
 if TYPE_CHECKING:
     from ckpt_tools.distributed import Team

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.arrays.rows import ArraySource
+from ckpt_tools.data.arrays.array_source import ArraySource
 from ckpt_tools.data.callables import CallableSource, CallableStream, input_tensors
+from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.labels import ClassMap, Labels, array_labels, as_class_numbers, folder_labels
 from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
 from ckpt_tools.data.shards.shard_stream import ShardStream, ShardStreamSource
-from ckpt_tools.data.source import Source
 from ckpt_tools.data.stream import Batch, IndexedStream, SkippedSample, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 

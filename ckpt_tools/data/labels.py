@@ -14,7 +14,7 @@ from torch import Tensor
 from ckpt_tools.data.arrays.array_files import StoredArray
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
-from ckpt_tools.remote.copies import fetch_file
+from ckpt_tools.remote.local_copies import fetch_file
 
 __all__ = [
     "ClassMap",

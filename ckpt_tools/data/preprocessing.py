@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.source import Source
+from ckpt_tools.data.data_source import Source
 from ckpt_tools.errors import UsageError
 
 

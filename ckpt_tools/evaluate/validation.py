@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_tools.contract import LoadedModel
+from ckpt_tools.data.data_source import Source, describe_source
 from ckpt_tools.data.labelled_stream import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import ClassMap, read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing, resolve_input_spec
-from ckpt_tools.data.source import Source, describe_source
 from ckpt_tools.errors import ModelError, UsageError
+from ckpt_tools.evaluate.classifier import evaluate
 from ckpt_tools.evaluate.gate import Gate, parse_gate
 from ckpt_tools.evaluate.metrics import require_torchmetrics
 from ckpt_tools.evaluate.outcomes import TOP, Outcomes
-from ckpt_tools.evaluate.run import evaluate
 from ckpt_tools.evaluate.temperature import Calibration, calibrate
 
 

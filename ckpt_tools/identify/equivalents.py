@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.identify.candidate import Candidate
-from ckpt_tools.identify.naming import name_preference
+from ckpt_tools.identify.file_name_hints import name_preference
 from ckpt_tools.identify.skeleton import SkipRandomInitialisation
 
 _SIDE = 96  # pixels; models of a fixed size are run at theirs

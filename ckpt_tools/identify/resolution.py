@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from ckpt_tools.contract import Checkpoint, RecognisedBy
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
 from ckpt_tools.identify.admission import ArgumentRefused
+from ckpt_tools.identify.architecture_index import DigestMatch, load_shipped_index
 from ckpt_tools.identify.candidate import Candidate, fit_candidate, module_candidate
-from ckpt_tools.identify.closest import describe_closest
+from ckpt_tools.identify.closest_architectures import describe_closest
 from ckpt_tools.identify.equivalents import merge_equivalent_candidates
-from ckpt_tools.identify.index import DigestMatch, load_shipped_index
-from ckpt_tools.identify.naming import guess_by_file_name
+from ckpt_tools.identify.file_name_hints import guess_by_file_name
 from ckpt_tools.identify.recipe import (
     AdapterAndRecipe,
     describe_recorded_name,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ckpt_tools.initialize.signal import Signal
+from ckpt_tools.walker.dropout_sites import ignores_input_values
 from ckpt_tools.walker.graph import Graph, Node, Operand
-from ckpt_tools.walker.sites import ignores_input_values
 
 _MASKED = -50.0  # added to logits, it means minus infinity
 _UNKNOWN = Signal(0.0, 1.0, 1.0)

@@ -24,9 +24,9 @@ from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.model.batch import Batch, to_device
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
+from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.model.randomness import preserve_random_generators, seed_random_generators
-from ckpt_tools.model.twin import RecordingMode, copy_model, set_mode
 from ckpt_tools.moments import Moments
 from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.weights import layer_name

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
+from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
-from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import Batch
 from ckpt_tools.evaluate.scores import Metrics, compute_metrics
 from ckpt_tools.evaluate.validation import (

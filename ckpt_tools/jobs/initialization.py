@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, LoadedModel, Scheme
+from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
-from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import ArchitectureError, CheckFailed, UsageError
 from ckpt_tools.identify.loading import identify_model, load_architecture
 from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal

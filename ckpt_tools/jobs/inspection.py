@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.loading import identify_model, load_architecture
-from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.results import Walk

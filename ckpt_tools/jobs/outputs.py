@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.paths import identity
-from ckpt_tools.remote.delivery import may_write_beside
 from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.remote.uploads import may_write_beside
 
 _SUFFIXES = (".tar", ".index.json", ".safetensors", ".pt", ".pth", ".pt2", ".bin", ".ckpt", ".pkl")
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
+from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.preprocessing import resolve_input_spec
 from ckpt_tools.data.sample_order import Share
-from ckpt_tools.data.source import Source, open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.distributed import ALONE, Ranks, Team
 from ckpt_tools.evaluate.validation import EvaluationSettings, Validation, open_validation, parse_optional_settings
-from ckpt_tools.identify.normless import require_batch_norm
+from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.jobs.walks import WalkCache
+from ckpt_tools.jobs.walk_cache import WalkCache
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision

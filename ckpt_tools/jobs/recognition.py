@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
+from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
-from ckpt_tools.data.source import Source
 from ckpt_tools.diagnosis.agreement import Agreement, best_candidate, measure_agreement
 from ckpt_tools.errors import AmbiguousArchitecture
 from ckpt_tools.identify.candidate import Candidate, load_candidate
+from ckpt_tools.identify.file_name_hints import guess_by_file_name
 from ckpt_tools.identify.key_matching import has_counters
-from ckpt_tools.identify.naming import guess_by_file_name
 from ckpt_tools.identify.resolution import find_candidates
 from ckpt_tools.walker.downstream import walk
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ckpt_tools.contract import InputSpec, LoadedModel
+from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.sample_order import balanced_batch_sizes
-from ckpt_tools.data.source import Source
 from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals

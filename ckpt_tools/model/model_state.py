@@ -20,8 +20,8 @@ from ckpt_tools.model.object_state import (
     holds_model_state,
     is_generator,
 )
+from ckpt_tools.model.restoring import run_all_steps
 from ckpt_tools.model.tensor_state import StorageState, TensorState
-from ckpt_tools.model.undoing import run_all_steps
 
 
 class ModelState:

@@ -10,8 +10,8 @@ from torch import nn
 
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.randomness import preserve_random_generators
+from ckpt_tools.model.restoring import run_all_steps
 from ckpt_tools.model.torch_settings import preserve_torch_settings
-from ckpt_tools.model.undoing import run_all_steps
 
 
 @contextmanager

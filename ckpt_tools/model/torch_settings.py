@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ckpt_tools.errors import ModelError
-from ckpt_tools.model.undoing import run_all_steps
+from ckpt_tools.model.restoring import run_all_steps
 
 
 @dataclass(frozen=True)

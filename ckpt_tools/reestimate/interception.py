@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from ckpt_tools.model.calling import batch_norm_arguments
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.operator import current, observed_batch_norm
-from ckpt_tools.walker.sites import disable_attention_dropout, parse_dropout_call
+from ckpt_tools.walker.dropout_sites import disable_attention_dropout, parse_dropout_call
 
 
 class SeenEnough(BaseException):

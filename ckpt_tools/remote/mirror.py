@@ -18,14 +18,14 @@ from ckpt_tools.errors import RemoteError, UsageError
 from ckpt_tools.paths import path_below
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.address import UrlOrigin, is_url, local_path_of_url, parse_url, scheme_of
-from ckpt_tools.remote.scratch import (
+from ckpt_tools.remote.remote_store import RemotePath, open_remote
+from ckpt_tools.remote.temporary_folders import (
     LockedFolder,
     create_locked_folder,
     large_temporary_folder,
     new_temporary_name,
     remove_abandoned_folders,
 )
-from ckpt_tools.remote.store import RemotePath, open_remote
 
 __all__ = ["Mirror", "find_mirror", "is_remote", "open_mirror", "resolve_location", "restore_urls", "store_folder"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ckpt_tools.report.content import Cell, Tone
+from ckpt_tools.report.page_content import Cell, Tone
 
 UNKNOWN = "–"
 

@@ -12,7 +12,7 @@ from ckpt_tools.redaction import without_secrets
 from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.report.pages.html_page import checkpoint_html, folder_html, require_templates
 from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, folder_markdown
-from ckpt_tools.storage.output.atomic import check_target, write_atomically
+from ckpt_tools.storage.output.atomic_write import check_target, write_atomically
 from ckpt_tools.storage.output.own_files import read_own_file, require_distinct_file
 from ckpt_tools.version import VERSION
 

@@ -17,7 +17,7 @@ from ckpt_tools.storage.dcp.assembly import is_rank_file
 from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.files.fetching import outline_remote_folder
-from ckpt_tools.storage.files.members import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, read_shard_names
+from ckpt_tools.storage.files.folder_members import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, read_shard_names
 from ckpt_tools.storage.files.sidecar import find_hub_weights, is_trainer_file
 from ckpt_tools.storage.provenance import read_provenance_entry
 

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.remote.mirror import resolve_location
-from ckpt_tools.storage.contents.entries import StateDictEntry, as_mapping, choose_entry, separate_remaining_entries
 from ckpt_tools.storage.contents.quantized import missing_batch_norm
 from ckpt_tools.storage.contents.recorded_values import plain_words
 from ckpt_tools.storage.contents.state_dict_keys import plain_tensors, strip_wrappers
+from ckpt_tools.storage.contents.state_dict_search import (
+    StateDictEntry,
+    as_mapping,
+    choose_entry,
+    separate_remaining_entries,
+)
 from ckpt_tools.storage.files.checkpoint_files import (
     CheckpointFiles,
     checkpoint_sha256,
@@ -23,9 +28,9 @@ from ckpt_tools.storage.files.checkpoint_files import (
     load_checkpoint_files,
 )
 from ckpt_tools.storage.files.stamps import FileStamp, StoredCheckpoint, stamp_checkpoint_files
+from ckpt_tools.storage.formats.file_formats import FileContent
 from ckpt_tools.storage.formats.module_trees import module_class_name, module_drop_rates
 from ckpt_tools.storage.formats.pickles import OpaqueObject
-from ckpt_tools.storage.formats.sniff import FileContent
 
 __all__ = ["checkpoint_sha256", "read_checkpoint", "reread_checkpoint", "select_prefix"]
 

@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.model.batch import Batch, batch_size
 from ckpt_tools.model.calling import Forward, call_model, unwrap_model
+from ckpt_tools.model.model_copy import RecordingMode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import preserve_models
-from ckpt_tools.model.twin import RecordingMode
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
-from ckpt_tools.walker.record import ForwardRecord, InactiveSitePolicy, record_forward
+from ckpt_tools.walker.forward_recording import ForwardRecord, InactiveSitePolicy, record_forward
 from ckpt_tools.walker.weights import weight_layers
 
 

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from ckpt_tools.walker.sites import draws_random_numbers, ignores_input_values
+from ckpt_tools.walker.dropout_sites import draws_random_numbers, ignores_input_values
 
 
 @dataclass(frozen=True)

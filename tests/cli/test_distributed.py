@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 from ckpt_tools import reestimate_bn
 from ckpt_tools.cli import main
+from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.sample_order import Share
-from ckpt_tools.data.source import open_source
 from ckpt_tools.distributed import ALONE, Ranks
 from ckpt_tools.errors import UsageError
 from ckpt_tools.machine.device import resolve_device

@@ -19,8 +19,8 @@ from torch import nn
 
 from ckpt_tools.cli import main
 from ckpt_tools.cli.github import annotate, append_step_summary
+from ckpt_tools.report.ci_summary import checkpoint_warnings, failure_markdown
 from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, evaluation_markdown
-from ckpt_tools.report.summary import checkpoint_warnings, failure_markdown
 
 ARCH = ["--arch", "nets:DenseNet"]
 

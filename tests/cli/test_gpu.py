@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import ckpt_tools
 from ckpt_tools.cli import main
-from ckpt_tools.evaluate.run import evaluate
+from ckpt_tools.evaluate.classifier import evaluate
 from ckpt_tools.initialize.verify import measure_signals
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

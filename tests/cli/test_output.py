@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import ckpt_tools.report
-from ckpt_tools.cli import boundary, github, main
+from ckpt_tools.cli import error_boundary, github, main
 from ckpt_tools.cli.printing import GuardedStream, guarded_streams, print_json, print_message, print_result
 from ckpt_tools.cli.progress import EvaluationBar, ReestimationBar, progress_bar, write_above_bars
 from ckpt_tools.plain_text import LONGEST_NAME, LONGEST_VALUE, harmless, one_line, shorten, shorten_message
@@ -357,4 +357,4 @@ def test_a_name_cannot_forge_a_message() -> None:
 
 
 def test_a_message_is_not_repeated_without_end() -> None:
-    assert len(boundary._presentable(f"x.pt: {['y' * 1000] * 1000} is no name.")) <= LONGEST_VALUE
+    assert len(error_boundary._presentable(f"x.pt: {['y' * 1000] * 1000} is no name.")) <= LONGEST_VALUE

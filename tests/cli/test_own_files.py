@@ -25,7 +25,7 @@ from ckpt_tools.cli import main
 from ckpt_tools.errors import CkptToolsError, OutputError, UsageError
 from ckpt_tools.remote.mirror import open_mirror, resolve_location
 from ckpt_tools.report.marks import add_mark, is_own_report
-from ckpt_tools.report.pages import figure
+from ckpt_tools.report.pages import signals_figure
 from ckpt_tools.report.records.manifest import Manifest, check_manifest
 from ckpt_tools.report.report_files import check_reports, write_report
 from ckpt_tools.storage.files.input_files import files_of_checkpoint
@@ -338,15 +338,15 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def savefig(self, path: Path, format: str, dpi: int) -> None:
             path.write_bytes(content[f".{format}"])
 
-    monkeypatch.setattr(figure, "_draw_figure", lambda before, after: Drawing())
+    monkeypatch.setattr(signals_figure, "_draw_figure", lambda before, after: Drawing())
     for suffix in content:
         path = tmp_path / f"own{suffix}"
         for _ in range(2):
-            figure.write_signals_figure(path, [], [], only_own=True)
+            signals_figure.write_signals_figure(path, [], [], only_own=True)
         for name, other in (("photo", content[suffix]), ("edited", b"a line" + path.read_bytes())):
             (tmp_path / f"{name}{suffix}").write_bytes(other)
             with pytest.raises(OutputError, match="another file"):
-                figure.write_signals_figure(tmp_path / f"{name}{suffix}", [], [], only_own=True)
+                signals_figure.write_signals_figure(tmp_path / f"{name}{suffix}", [], [], only_own=True)
             assert (tmp_path / f"{name}{suffix}").read_bytes() == other
     with Image.open(tmp_path / "own.png") as picture:
         picture.load()
@@ -398,7 +398,7 @@ def test_no_system_calls_are_needed_that_others_lack() -> None:
         "import os, sys; [delattr(os, name) for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC', 'getxattr')]; "
         "sys.modules['fcntl'] = None; "
         "import ckpt_tools.storage.output.own_files, ckpt_tools.storage.output.permissions; "
-        "from pathlib import Path; from ckpt_tools.storage.output.atomic import write_atomically; import tempfile; "
+        "from pathlib import Path; from ckpt_tools.storage.output.atomic_write import write_atomically; import tempfile; "
         "folder = Path(tempfile.mkdtemp()); target = folder / 'x'\n"
         "with write_atomically(target, overwrite=False) as path: path.touch()\n"
         "print([one.name for one in folder.iterdir()])"

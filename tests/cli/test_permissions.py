@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools.cli import main
-from ckpt_tools.storage.output.atomic import write_atomically
+from ckpt_tools.storage.output.atomic_write import write_atomically
 from ckpt_tools.storage.output.checkpoint_writer import save
 from ckpt_tools.storage.output.permissions import _shared_bits
 from ckpt_tools.storage.reading import read_checkpoint

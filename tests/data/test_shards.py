@@ -26,8 +26,8 @@ from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.sample_order import FULL_SHARE, Share
 from ckpt_tools.data.shards import shard_index
-from ckpt_tools.data.shards.mixing import batch_evenly, interleave_sources, shuffle_within_buffer
 from ckpt_tools.data.shards.sample_grouping import group_members, image_extension
+from ckpt_tools.data.shards.sample_mixing import batch_evenly, interleave_sources, shuffle_within_buffer
 from ckpt_tools.data.shards.shard_names import expand_braces
 from ckpt_tools.data.shards.tar_members import TarReader
 from ckpt_tools.errors import CkptToolsError, DataError, RemoteError, UsageError

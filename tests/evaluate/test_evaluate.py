@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
+from ckpt_tools.evaluate.classifier import Evaluation, evaluate
 from ckpt_tools.evaluate.metrics import changes, measure, per_image, require_torchmetrics
 from ckpt_tools.evaluate.outcomes import Outcomes
-from ckpt_tools.evaluate.run import Evaluation, evaluate
 from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST, calibrate, fit_temperature
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.index import (
+from ckpt_tools.identify.architecture_index import (
     ArchitectureIndex,
     decode_index,
     encode_index,
@@ -73,7 +73,10 @@ def test_a_part_is_what_the_rest_adds_up_to(some, head):
 def test_another_shape_or_key_is_another_digest(some):
     key = next(iter(some))
     assert ModelPart("", {**some, key: (*some[key], 10)}).full_digest != ModelPart("", some).full_digest
-    assert ModelPart("", {(k + "x" if k == key else k): s for k, s in some.items()}).full_digest != ModelPart("", some).full_digest
+    assert (
+        ModelPart("", {(k + "x" if k == key else k): s for k, s in some.items()}).full_digest
+        != ModelPart("", some).full_digest
+    )
 
 
 @settings(max_examples=30)
@@ -125,7 +128,8 @@ def test_another_class_count_is_found_without_the_head(architecture):
 @pytest.mark.parametrize("kwargs", [{"num_classes": 0}, {"in_chans": 1}, {"in_chans": 5, "num_classes": 3}], ids=str)
 def test_headless_and_other_channels_are_found(architecture, kwargs):
     assert any(
-        architecture in match.architectures for match in load_shipped_index().find_matches(built(architecture, **kwargs))
+        architecture in match.architectures
+        for match in load_shipped_index().find_matches(built(architecture, **kwargs))
     )
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import ArchitectureError, CheckpointError, UsageError
 from ckpt_tools.identify.key_matching import common_prefix
-from ckpt_tools.identify.kwargs import parse_model_kwargs
 from ckpt_tools.identify.loading import identify_model, load, load_architecture
+from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 
 HERE = "test_load:Small"
 

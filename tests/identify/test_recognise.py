@@ -12,13 +12,13 @@ from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError, NothingToDo
 from ckpt_tools.identify import resolution
+from ckpt_tools.identify.architecture_index import ArchitectureIndex, load_shipped_index, make_index_entry
+from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.candidate import load_candidate
-from ckpt_tools.identify.closest import find_closest_architectures
+from ckpt_tools.identify.closest_architectures import find_closest_architectures
 from ckpt_tools.identify.equivalents import output_on_random_input
-from ckpt_tools.identify.index import ArchitectureIndex, load_shipped_index, make_index_entry
+from ckpt_tools.identify.file_name_hints import guess_by_file_name
 from ckpt_tools.identify.loading import identify_model, load
-from ckpt_tools.identify.naming import guess_by_file_name
-from ckpt_tools.identify.normless import require_batch_norm
 from ckpt_tools.identify.resolution import find_candidates
 from ckpt_tools.identify.skeleton import state_dict_shapes
 

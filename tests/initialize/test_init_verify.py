@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_tools.errors import DataError, ModelError, OutputError, UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
-from ckpt_tools.report.pages.figure import check_figure, write_signals_figure
+from ckpt_tools.report.pages.signals_figure import check_figure, write_signals_figure
 
 CALLS = [(F, "linear"), (F, "conv1d"), (F, "conv2d"), (F, "conv_transpose2d"), (torch, "mm"), (torch, "bmm")]
 SEED = 3

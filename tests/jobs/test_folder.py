@@ -341,7 +341,7 @@ def test_equal_architectures_are_walked_once_unless_their_rates_differ(
         walked.append(model.drop_rate)
         return walk(model, *arguments, **more)
 
-    monkeypatch.setattr("ckpt_tools.jobs.walks.walk", counted)
+    monkeypatch.setattr("ckpt_tools.jobs.walk_cache.walk", counted)
     assert whole_run(root) == ["done"] * 4
     assert len(walked) == 1
     state = torch.load(root / "runs" / "0" / "0.pt")

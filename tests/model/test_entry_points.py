@@ -20,7 +20,7 @@ from torch.ao.quantization import fake_quantize, observer
 import ckpt_tools
 from ckpt_tools.diagnosis.agreement import measure_agreement
 from ckpt_tools.errors import CkptToolsError, ModelError
-from ckpt_tools.evaluate.run import evaluate
+from ckpt_tools.evaluate.classifier import evaluate
 from ckpt_tools.initialize.verify import measure_signals
 
 pytestmark = [

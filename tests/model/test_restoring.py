@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import ckpt_tools
 from ckpt_tools.diagnosis.agreement import measure_agreement
-from ckpt_tools.evaluate.run import evaluate
+from ckpt_tools.evaluate.classifier import evaluate
 from ckpt_tools.initialize.verify import measure_signals
 
 TRIED = 2  # operations of each call, beside the first and the last

@@ -21,13 +21,13 @@ from PIL import Image
 from stores import Lying
 
 from ckpt_tools.cli import main
+from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.data.labels import folder_labels
-from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
-from ckpt_tools.remote.copies import fetch_beginning, fetch_file
+from ckpt_tools.remote.local_copies import fetch_beginning, fetch_file
 from ckpt_tools.remote.mirror import open_mirror, resolve_location
-from ckpt_tools.remote.store import open_remote
+from ckpt_tools.remote.remote_store import open_remote
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
 

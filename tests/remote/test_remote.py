@@ -30,15 +30,15 @@ from torch import nn
 import ckpt_tools
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.images import remote_image_folder
 from ckpt_tools.data.labels import read_class_map
-from ckpt_tools.data.source import open_source
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
 from ckpt_tools.jobs.outputs import default_output_path
-from ckpt_tools.remote.copies import fetch_file
+from ckpt_tools.remote.local_copies import fetch_file
 from ckpt_tools.remote.mirror import open_mirror, resolve_location, restore_urls
-from ckpt_tools.remote.scratch import new_temporary_name
+from ckpt_tools.remote.temporary_folders import new_temporary_name
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint

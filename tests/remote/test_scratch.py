@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.remote import scratch
-from ckpt_tools.remote.scratch import create_locked_folder, new_temporary_name, remove_abandoned_folders
-from ckpt_tools.storage.output.atomic import write_atomically
+from ckpt_tools.remote import temporary_folders
+from ckpt_tools.remote.temporary_folders import create_locked_folder, new_temporary_name, remove_abandoned_folders
+from ckpt_tools.storage.output.atomic_write import write_atomically
 
-pytestmark = pytest.mark.skipif(scratch.fcntl is None, reason="no locks on this system")
+pytestmark = pytest.mark.skipif(temporary_folders.fcntl is None, reason="no locks on this system")
 
 
 def in_child(act: Callable[[], object]) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def test_a_process_that_is_killed_before_it_has_its_lock_leaves_nothing(tmp_path
 
 def test_a_sweeper_that_comes_before_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the making of a folder and its lock anybody may take it for abandoned: it is made again."""
-    lock_new, times = scratch._lock_new, []
+    lock_new, times = temporary_folders._lock_new, []
 
     def late(folder: Path) -> int | None:
         if len(times) < 3:
@@ -112,8 +112,8 @@ def test_a_sweeper_that_comes_before_the_lock(tmp_path: Path, monkeypatch: pytes
             remove_abandoned_folders(tmp_path)
         return lock_new(folder)
 
-    monkeypatch.setattr(scratch, "_lock_new", late)
-    monkeypatch.setattr(scratch, "_PAUSE", 0.0)
+    monkeypatch.setattr(temporary_folders, "_lock_new", late)
+    monkeypatch.setattr(temporary_folders, "_PAUSE", 0.0)
     claimed = create_locked_folder(tmp_path / new_temporary_name())
     remove_abandoned_folders(tmp_path)
     assert names(claimed.folder) == ["lock"]
@@ -123,7 +123,7 @@ def test_a_sweeper_that_comes_before_the_lock(tmp_path: Path, monkeypatch: pytes
 def test_a_sweeper_that_comes_between_the_opening_of_the_lock_and_its_taking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_lock, times = scratch._take_lock, []
+    take_lock, times = temporary_folders._take_lock, []
 
     def late(descriptor: int) -> bool | None:
         times.append(1)
@@ -131,8 +131,8 @@ def test_a_sweeper_that_comes_between_the_opening_of_the_lock_and_its_taking(
             remove_abandoned_folders(tmp_path)
         return take_lock(descriptor)
 
-    monkeypatch.setattr(scratch, "_take_lock", late)
-    monkeypatch.setattr(scratch, "_PAUSE", 0.0)
+    monkeypatch.setattr(temporary_folders, "_take_lock", late)
+    monkeypatch.setattr(temporary_folders, "_PAUSE", 0.0)
     claimed = create_locked_folder(tmp_path / new_temporary_name())
     assert names(claimed.folder) == ["lock"], "a lock on a file that is gone would protect nothing"
     claimed.remove_folder()
@@ -171,18 +171,18 @@ def test_many_that_claim_and_sweep_at_once(tmp_path: Path) -> None:
 def test_another_kernel_has_a_week(tmp_path: Path, days: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its locks may not be seen here; this machine has another identity after each start."""
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(scratch, "_KERNEL", "f" * 16)
+        elsewhere.setattr(temporary_folders, "_KERNEL", "f" * 16)
         place = tmp_path / new_temporary_name()
     place.mkdir()
     (place / "output").touch()
     for path in (place / "output", place):
-        os.utime(path, (scratch.time.time() - days * 86400,) * 2)
+        os.utime(path, (temporary_folders.time.time() - days * 86400,) * 2)
     remove_abandoned_folders(tmp_path)
     assert place.exists() == kept
 
 
 def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "_take_lock", lambda descriptor: None)
+    monkeypatch.setattr(temporary_folders, "_take_lock", lambda descriptor: None)
     claimed = create_locked_folder(tmp_path / new_temporary_name())
     remove_abandoned_folders(tmp_path)
     assert names(claimed.folder) == ["lock"]

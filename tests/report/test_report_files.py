@@ -20,11 +20,11 @@ from report_facts import facts, records
 from ckpt_tools.cli import main
 from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.errors import OutputError, UsageError
-from ckpt_tools.identify.kwargs import parse_model_kwargs
+from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.pages.html_page import checkpoint_html
+from ckpt_tools.report.repeat_command import repeating_command
 from ckpt_tools.report.report_files import check_reports, write_report
 
 RATE = ("--model-kwargs", "drop_rate=0.2")

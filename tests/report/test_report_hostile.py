@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_facts import HOSTILE, facts, records, with_metrics
 
+from ckpt_tools.report.ci_summary import failure_markdown
 from ckpt_tools.report.pages.html_page import checkpoint_html, folder_html
 from ckpt_tools.report.pages.markdown_page import checkpoint_markdown, folder_markdown
-from ckpt_tools.report.summary import failure_markdown
 from ckpt_tools.report.text.folder_text import folder_text
 
 FOREIGN |= {"origin", "error", "sha256", "device", "cause", "checkpoint", "output"}

@@ -24,14 +24,14 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import stress
 
-from ckpt_tools.cli import boundary, main
+from ckpt_tools.cli import error_boundary, main
 from ckpt_tools.data import prefetch
 from ckpt_tools.data.images import image_files
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.prefetch import read_ahead, track_reading
 from ckpt_tools.errors import DataError
-from ckpt_tools.remote import scratch
-from ckpt_tools.storage.output import atomic, checkpoint_writer, patching
+from ckpt_tools.remote import temporary_folders
+from ckpt_tools.storage.output import atomic_write, checkpoint_writer, patching
 
 SHAPE = (3, 8, 8)
 
@@ -77,8 +77,8 @@ def test_twenty_kills(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_a_living_run_is_kept_and_that_of_a_killed_one_goes(root: Path) -> None:
-    living = scratch.create_locked_folder(root / f".{scratch.new_temporary_name()}.tmp")
-    (root / f".{scratch.new_temporary_name()}.tmp").mkdir()
+    living = temporary_folders.create_locked_folder(root / f".{temporary_folders.new_temporary_name()}.tmp")
+    (root / f".{temporary_folders.new_temporary_name()}.tmp").mkdir()
     assert cli().exit_code == 0
     assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors", living.folder.name}
     living.remove_folder()
@@ -86,7 +86,7 @@ def test_the_folder_of_a_living_run_is_kept_and_that_of_a_killed_one_goes(root: 
 
 def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors has a temporary file of its own, under a name that says nothing of whose it is."""
-    killed = root / f".{scratch.new_temporary_name()}.tmp"
+    killed = root / f".{temporary_folders.new_temporary_name()}.tmp"
     killed.mkdir()
     (killed / ".tmpAbCdEf").touch()
     torch.save(load_file(root / "m.safetensors"), root / "m.pt")
@@ -107,7 +107,9 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeyp
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize(
-    "call", [(patching, "write_data"), (patching.os, "fsync"), (atomic, "_move")], ids=["write", "fsync", "rename"]
+    "call",
+    [(patching, "write_data"), (patching.os, "fsync"), (atomic_write, "_move")],
+    ids=["write", "fsync", "rename"],
 )
 def test_disk_full(root: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[object, str], number: int) -> None:
     def full(*_: object, **__: object) -> None:
@@ -360,7 +362,7 @@ def test_an_interrupt_as_the_command_ends(root: Path, monkeypatch: pytest.Monkey
         yield
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(boundary, "open_mirror", late)
+    monkeypatch.setattr(error_boundary, "open_mirror", late)
     assert cli().exit_code == 130
     assert files(root) == {"data.npy", "m.safetensors", "m.bn.safetensors"}
 
@@ -369,5 +371,5 @@ def test_an_interrupt_behind_the_command_is_an_interrupt(monkeypatch: pytest.Mon
     def interrupt(*arguments: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(boundary.ErrorBoundary, "invoke", interrupt)
+    monkeypatch.setattr(error_boundary.ErrorBoundary, "invoke", interrupt)
     assert CliRunner().invoke(main, ["inspect", "x.pt"]).exit_code == 130

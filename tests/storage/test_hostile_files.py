@@ -30,8 +30,8 @@ from fuzz_cases import limited
 
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.labels import array_labels
-from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import CheckpointError, CkptToolsError, DataError
 from ckpt_tools.report.pages.html_page import folder_html
 from ckpt_tools.report.pages.markdown_page import folder_markdown

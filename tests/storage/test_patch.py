@@ -22,9 +22,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ckpt_tools.errors import OutputError
-from ckpt_tools.storage.output import atomic, byte_transfer, checkpoint_writer, hashing, layout, patching, unchanged
+from ckpt_tools.storage.output import (
+    atomic_write,
+    byte_transfer,
+    change_detection,
+    checkpoint_writer,
+    hashing,
+    patching,
+    safetensors_layout,
+)
 from ckpt_tools.storage.output.checkpoint_writer import replace_tensors, save, write_safetensors
-from ckpt_tools.storage.output.mappings import read_file_mappings
+from ckpt_tools.storage.output.memory_mappings import read_file_mappings
 from ckpt_tools.storage.reading import read_checkpoint
 
 NAMES = {
@@ -123,7 +131,7 @@ def piecemeal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "_STEP", 128)
     monkeypatch.setattr(patching, "_SMALL", 64)
     monkeypatch.setattr(patching, "_LARGE", 0)
-    monkeypatch.setattr(unchanged, "_LARGE", 0)
+    monkeypatch.setattr(change_detection, "_LARGE", 0)
 
 
 def assert_faithful(before: Raw, after: Raw, replaced: Mapping[str, bytes], prefix: str = "") -> None:
@@ -346,13 +354,13 @@ def test_a_failed_sync_is_noticed_though_the_system_tells_once(
         (patching, "copy_range"),
         (patching, "write_at"),
         (patching, "verified"),
-        (layout, "read_back"),
+        (safetensors_layout, "read_back"),
         (hashing, "read_at"),
         (os, "fsync"),
         (os, "preadv"),
         (checkpoint_writer, "load_safetensors"),
         (checkpoint_writer, "require_stamps"),
-        (atomic, "sync"),
+        (atomic_write, "sync"),
         (os, "link"),
     ],
 )
@@ -379,7 +387,7 @@ def test_a_byte_that_reads_back_differently(
     begin = 0 if key is None else before.entries[key]["data_offsets"][0]
     real = patching.verify_and_hash
 
-    def spoiled(file: int, size: int, wanted: layout.Layout) -> str:
+    def spoiled(file: int, size: int, wanted: safetensors_layout.Layout) -> str:
         at = 20 if key is None else size - len(before.data) + begin
         (old,) = os.pread(file, 1, at)
         os.pwrite(file, bytes([old ^ 1]), at)
@@ -483,7 +491,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("copied", "piecemeal")
 def test_mapped_tensors_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = lay(tmp_path / "in.safetensors", {VARIANCE: torch.ones(40), "x": torch.ones(100)})
-    monkeypatch.setattr(unchanged, "same_bytes", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(change_detection, "same_bytes", lambda *_: pytest.fail("read"))
     save(tmp_path / "out.safetensors", read_checkpoint(path), NEW, provenance={})
 
 

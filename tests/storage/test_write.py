@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.storage.compare import compare_checkpoints
-from ckpt_tools.storage.output import atomic, checkpoint_writer
+from ckpt_tools.storage.output import atomic_write, checkpoint_writer
 from ckpt_tools.storage.output.checkpoint_writer import save, write_safetensors
 from ckpt_tools.storage.provenance import checkpoint_provenance, output_metadata
 from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
@@ -212,7 +212,10 @@ def test_a_trusted_source_is_not_executed_again(tmp_path: Path) -> None:
     torch.save(model(), tmp_path / "whole.pt")
     source = read_checkpoint(tmp_path / "whole.pt", trust=True)
     save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
-    assert compare_checkpoints(source, read_checkpoint(tmp_path / "out.safetensors")).unexpected_differences("variance") == ()
+    assert (
+        compare_checkpoints(source, read_checkpoint(tmp_path / "out.safetensors")).unexpected_differences("variance")
+        == ()
+    )
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_output_that_appears_meanwhile(
     def late(path: Path) -> None:
         target.write_text("precious")
 
-    monkeypatch.setattr(atomic, "sync_to_disk", late)
+    monkeypatch.setattr(atomic_write, "sync_to_disk", late)
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(OutputError, match="--overwrite"):

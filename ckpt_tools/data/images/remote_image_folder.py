@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import PurePosixPath
 
-from ckpt_tools.remote.store import RemotePath, is_missing_file_error, translate_store_errors
+from ckpt_tools.remote.remote_store import RemotePath, is_missing_file_error, translate_store_errors
 
 __all__ = ["RemoteFolder"]
 

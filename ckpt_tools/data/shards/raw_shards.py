@@ -12,7 +12,6 @@ from itertools import islice
 from urllib.parse import urlsplit
 
 from ckpt_tools.data.sample_order import Share, random_order
-from ckpt_tools.data.shards.mixing import interleave_sources, shuffle_within_buffer
 from ckpt_tools.data.shards.sample_grouping import (
     LABEL_EXTENSION,
     group_members,
@@ -20,10 +19,11 @@ from ckpt_tools.data.shards.sample_grouping import (
     printable_name,
     split_name,
 )
+from ckpt_tools.data.shards.sample_mixing import interleave_sources, shuffle_within_buffer
 from ckpt_tools.data.shards.shard_index import MAX_IMAGE_BYTES, MAX_LABEL_BYTES
 from ckpt_tools.data.shards.tar_members import TarMember, TarReader
 from ckpt_tools.remote.address import redact_url
-from ckpt_tools.remote.store import open_url, translate_store_errors
+from ckpt_tools.remote.remote_store import open_url, translate_store_errors
 
 __all__ = ["RawSample", "mixed_samples"]
 

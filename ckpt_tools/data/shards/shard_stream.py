@@ -21,8 +21,8 @@ from ckpt_tools.data.labels import parse_class_number
 from ckpt_tools.data.prefetch import ReadTimeoutError, read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
 from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes, default_workers
-from ckpt_tools.data.shards.mixing import batch_evenly
 from ckpt_tools.data.shards.raw_shards import RawSample, mixed_samples
+from ckpt_tools.data.shards.sample_mixing import batch_evenly
 from ckpt_tools.data.shards.shard_index import no_images_error
 from ckpt_tools.data.shards.shard_names import remote_shards
 from ckpt_tools.data.stream import Batch, SkippedSample, concatenate_parts, refuse_unreadable

@@ -20,9 +20,9 @@ from ckpt_tools.jobs.outputs import default_output_path
 from ckpt_tools.jobs.plan import Plan, Sources, check_request, choose_device, prepare_reestimation
 from ckpt_tools.jobs.reestimation import ReestimationOutcome, execute_reestimation
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.jobs.walks import WalkCache
+from ckpt_tools.jobs.walk_cache import WalkCache
 from ckpt_tools.machine.memory import available_bytes, free_bytes
-from ckpt_tools.remote.scratch import remove_abandoned_folders
+from ckpt_tools.remote.temporary_folders import remove_abandoned_folders
 from ckpt_tools.storage.discovery import DiscoveredCheckpoint
 from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.provenance import read_provenance_entry

@@ -8,7 +8,6 @@ from pathlib import PurePath
 
 from ckpt_tools.redaction import presentable
 from ckpt_tools.report.columns import count_text, list_names
-from ckpt_tools.report.content import KeyFigure, Page, Section, Tone
 from ckpt_tools.report.facts import (
     Facts,
     get_mapping,
@@ -25,6 +24,7 @@ from ckpt_tools.report.number_format import (
     ratio_text,
     seconds_text,
 )
+from ckpt_tools.report.page_content import KeyFigure, Page, Section, Tone
 from ckpt_tools.report.pages.chart import measured_points
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.layer_tables import layers_section, sites_section

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from ckpt_tools.redaction import presentable
-from ckpt_tools.report.content import Page
 from ckpt_tools.report.facts import Facts, get_mapping
 from ckpt_tools.report.number_format import integer_text
+from ckpt_tools.report.page_content import Page
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.metric_tables import metrics_section
 

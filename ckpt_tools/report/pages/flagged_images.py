@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckpt_tools.report.columns import count_text
-from ckpt_tools.report.content import Cell, Column, Section, Table
 from ckpt_tools.report.facts import Facts, get_mapping
 from ckpt_tools.report.number_format import finite_number
+from ckpt_tools.report.page_content import Cell, Column, Section, Table
 
 _FLAGGED = ("outliers", "flagged", "flagged_images")
 _LISTED = 10  # of those that stand out

@@ -11,7 +11,6 @@ from typing import Any
 
 from ckpt_tools.redaction import presentable
 from ckpt_tools.report.columns import count_text
-from ckpt_tools.report.content import Cell, Column, FolderPage, KeyFigure, Page, Section, Table, Tone
 from ckpt_tools.report.facts import get_mapping, get_mappings, median_ratios, most_changed_layer, other_names_sentence
 from ckpt_tools.report.metric_facts import metric_unit, metrics_by_name
 from ckpt_tools.report.number_format import (
@@ -22,6 +21,7 @@ from ckpt_tools.report.number_format import (
     value_and_error,
     value_with_error_text,
 )
+from ckpt_tools.report.page_content import Cell, Column, FolderPage, KeyFigure, Page, Section, Table, Tone
 from ckpt_tools.report.pages.checkpoint_page import VERDICT_TONES, checkpoint_page, control_verdict
 from ckpt_tools.report.pages.metric_tables import metrics_section
 

@@ -14,8 +14,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.errors import UsageError
-from ckpt_tools.report.content import Page
 from ckpt_tools.report.marks import add_mark
+from ckpt_tools.report.page_content import Page
 from ckpt_tools.report.pages.chart import Drawing, draw_chart
 from ckpt_tools.report.pages.checkpoint_page import checkpoint_page
 from ckpt_tools.report.pages.folder_page import folder_page

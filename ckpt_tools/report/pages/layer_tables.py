@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ckpt_tools.report.columns import count_text
-from ckpt_tools.report.content import Cell, Column, Section, Table
 from ckpt_tools.report.facts import Facts, get_mapping, get_mappings, layer_role
 from ckpt_tools.report.number_format import finite_number, number_cell, percent_text, ratio_text
+from ckpt_tools.report.page_content import Cell, Column, Section, Table
 
 
 def sites_section(facts: Facts) -> Section:

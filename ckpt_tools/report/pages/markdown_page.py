@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ckpt_tools.report.content import Column, FolderPage, KeyFigure, Page, Section, Table, Tone
+from ckpt_tools.report.page_content import Column, FolderPage, KeyFigure, Page, Section, Table, Tone
 from ckpt_tools.report.pages.chart import describe_chart, measured_points
 from ckpt_tools.report.pages.checkpoint_page import checkpoint_page
 from ckpt_tools.report.pages.evaluation_page import evaluation_page

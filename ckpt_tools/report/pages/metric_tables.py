@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckpt_tools.report.columns import list_names
-from ckpt_tools.report.content import Cell, Column, Section, Table, Tone
 from ckpt_tools.report.facts import Facts, get_mapping
 from ckpt_tools.report.metric_facts import metric_unit, metrics_by_name
 from ckpt_tools.report.number_format import (
@@ -15,6 +14,7 @@ from ckpt_tools.report.number_format import (
     value_and_error,
     value_with_error_text,
 )
+from ckpt_tools.report.page_content import Cell, Column, Section, Table, Tone
 
 
 def metrics_section(facts: Facts) -> Section | None:

@@ -22,11 +22,11 @@ from ckpt_tools.jobs.many.folder_run import ItemResult
 from ckpt_tools.plain_text import shorten_message
 from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.delivery import upload_file
 from ckpt_tools.remote.mirror import is_remote, restore_urls
+from ckpt_tools.remote.uploads import upload_file
 from ckpt_tools.report.records.metrics_json import metrics_json
 from ckpt_tools.report.records.reestimation_json import outcome_json
-from ckpt_tools.storage.output.atomic import check_target
+from ckpt_tools.storage.output.atomic_write import check_target
 from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.output.own_files import (
     OwnFileKind,

@@ -17,8 +17,8 @@ from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.plain_text import LONGEST_VALUE, shorten
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.report.command import repeating_command
 from ckpt_tools.report.records.metrics_json import metrics_json
+from ckpt_tools.report.repeat_command import repeating_command
 from ckpt_tools.report.text.inspection_text import reestimate_command
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LayerResult, Walk
 from ckpt_tools.storage.compare import Comparison

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
-from ckpt_tools.data.source import describe_source
+from ckpt_tools.data.data_source import describe_source
 from ckpt_tools.demo.train import Score
 from ckpt_tools.diagnosis.data_check import DataVerdict
 from ckpt_tools.jobs.conversion import Conversion

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.paths import path_below, require_below
-from ckpt_tools.storage.contents.entries import is_trainer_state
+from ckpt_tools.storage.contents.state_dict_search import is_trainer_state
 from ckpt_tools.storage.dcp.assembly import assemble_tensor
 from ckpt_tools.storage.dcp.dcp_metadata import DistributedMetadata, ShardPiece, TensorEntry, parse_distributed_metadata
 from ckpt_tools.storage.formats.pickles import load_pickle, load_stream

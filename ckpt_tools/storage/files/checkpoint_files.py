@@ -16,10 +16,10 @@ from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.dcp.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX, load_distributed
 from ckpt_tools.storage.files.fetching import fetch_checkpoint
-from ckpt_tools.storage.files.members import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, find_weight_candidates
+from ckpt_tools.storage.files.folder_members import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, find_weight_candidates
 from ckpt_tools.storage.files.sidecar import is_trainer_file, read_sidecar_words
+from ckpt_tools.storage.formats.file_formats import FileContent, load_file_content
 from ckpt_tools.storage.formats.foreign_formats import foreign_folder_error
-from ckpt_tools.storage.formats.sniff import FileContent, load_file_content
 
 __all__ = [
     "CHECKPOINT_SUFFIXES",

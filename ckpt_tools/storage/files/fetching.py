@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ckpt_tools.errors import RemoteError
 from ckpt_tools.paths import folds_case, path_below, require_distinct
-from ckpt_tools.remote.copies import fetch_beginning, fetch_file, remove_copy
+from ckpt_tools.remote.local_copies import fetch_beginning, fetch_file, remove_copy
 from ckpt_tools.remote.mirror import find_mirror
-from ckpt_tools.remote.store import RemotePath
+from ckpt_tools.remote.remote_store import RemotePath
 from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX
-from ckpt_tools.storage.files.members import (
+from ckpt_tools.storage.files.folder_members import (
     INDEX_SUFFIX,
     is_checkpoint_related,
     list_checkpoint_members,

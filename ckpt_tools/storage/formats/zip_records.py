@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.formats.pickles.archive import Archive
 from ckpt_tools.storage.formats.pickles.blob import open_blob
-from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
+from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
 
 __all__ = ["open_zip_archive", "record_names"]
 

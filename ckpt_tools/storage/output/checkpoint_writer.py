@@ -23,11 +23,11 @@ from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
 from ckpt_tools.storage.formats.safetensors_file import data_offset, load_safetensors, read_safetensors_header
-from ckpt_tools.storage.output.atomic import check_target, sync_to_disk, write_atomically
+from ckpt_tools.storage.output.atomic_write import check_target, sync_to_disk, write_atomically
+from ckpt_tools.storage.output.change_detection import require_same_stamps, require_unchanged
 from ckpt_tools.storage.output.hashing import hash_in_background
-from ckpt_tools.storage.output.layout import FilePart, Layout, encode_header, verify_and_hash
 from ckpt_tools.storage.output.patching import OutputDigests, find_copyable_source, write_patched_copy
-from ckpt_tools.storage.output.unchanged import require_same_stamps, require_unchanged
+from ckpt_tools.storage.output.safetensors_layout import FilePart, Layout, encode_header, verify_and_hash
 from ckpt_tools.storage.provenance import BLANK_DIGEST, Seal, add_seal, output_metadata, seal_header
 from ckpt_tools.storage.reading import checkpoint_sha256
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt_tools.remote.copies import iterate_remote_bytes
+from ckpt_tools.remote.local_copies import iterate_remote_bytes
 from ckpt_tools.remote.mirror import is_remote
 from ckpt_tools.storage.formats.safetensors_file import data_offset
 from ckpt_tools.storage.output.hashing import hash_and_check

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.paths import identity
-from ckpt_tools.remote.copies import read_remote_file
+from ckpt_tools.remote.local_copies import read_remote_file
 from ckpt_tools.remote.mirror import is_remote
 
 __all__ = ["OwnFileKind", "open_own_file", "read_own_file", "require_distinct_file", "require_own_content"]

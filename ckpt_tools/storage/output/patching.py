@@ -19,7 +19,7 @@ from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.formats.safetensors_file import data_offset, read_safetensors_header
 from ckpt_tools.storage.output.byte_transfer import BLOCK_BYTES, copy_range, flush_in_background, write_at
 from ckpt_tools.storage.output.hashing import hash_in_background
-from ckpt_tools.storage.output.layout import FilePart, Layout, encode_header, verify_and_hash
+from ckpt_tools.storage.output.safetensors_layout import FilePart, Layout, encode_header, verify_and_hash
 from ckpt_tools.storage.provenance import BLANK_DIGEST, Seal, add_seal, seal_header
 from ckpt_tools.storage.tensor_bytes import raw_bytes
 

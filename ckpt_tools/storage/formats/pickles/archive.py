@@ -12,10 +12,10 @@ from typing import IO, cast
 import torch
 
 from ckpt_tools.storage.formats.pickles.blob import Blob, copy_tensor
-from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.instructions import read_pickle
-from ckpt_tools.storage.formats.pickles.meaning import SafeResolver
+from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.tensors import Storage, storage_dtype
+from ckpt_tools.storage.formats.pickles.value_resolver import SafeResolver
 
 __all__ = ["ZIP_MAGIC", "Archive", "BlobReader", "read_archive"]
 

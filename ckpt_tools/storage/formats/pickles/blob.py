@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
+from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
 from ckpt_tools.storage.formats.pickles.stack_machine import Buffer
 
 __all__ = ["Blob", "copy_tensor", "open_blob"]

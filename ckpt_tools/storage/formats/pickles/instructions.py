@@ -6,9 +6,9 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 
-from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.literals import LITERAL_INSTRUCTIONS, decode_text, push_value
-from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
+from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.stack_machine import Buffer, PickleMachine, ValueResolver
 
 __all__ = ["read_pickle"]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ckpt_tools.storage.formats.pickles.faults import LARGEST_INTEGER_KEY
 from ckpt_tools.storage.formats.pickles.numpy_arrays import NUMPY_ARRAY, read_numpy_scalar
-from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
+from ckpt_tools.storage.formats.pickles.pickle_limits import LARGEST_INTEGER_KEY
 from ckpt_tools.storage.formats.pickles.tensors import DTYPES, TENSOR_REBUILDERS
 
 __all__ = ["GLOBAL_VALUES", "SET_TYPES", "evaluate_call"]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from ckpt_tools.storage.formats.pickles.blob import Blob
-from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.instructions import read_pickle
-from ckpt_tools.storage.formats.pickles.meaning import SafeResolver
-from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
+from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.tensors import Storage, storage_dtype
+from ckpt_tools.storage.formats.pickles.value_resolver import SafeResolver
 
 __all__ = [
     "LEGACY_MAGIC",

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from functools import partial
 
-from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
+from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
 from ckpt_tools.storage.formats.pickles.stack_machine import PickleMachine
 
 __all__ = ["LITERAL_INSTRUCTIONS", "decode_text", "push_value"]

@@ -9,8 +9,8 @@ import numpy
 import torch
 
 from ckpt_tools.storage.formats.pickles.blob import copy_tensor
-from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
-from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
+from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
 from ckpt_tools.storage.formats.pickles.tensors import Storage, tensor_over_storage
 
 __all__ = ["NUMPY_ARRAY", "NUMPY_DTYPE", "ArrayConverter", "read_numpy_scalar"]

@@ -11,11 +11,11 @@ from typing import BinaryIO
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.formats.pickles import archive, legacy
 from ckpt_tools.storage.formats.pickles.blob import Blob, open_blob
-from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.instructions import read_pickle
-from ckpt_tools.storage.formats.pickles.meaning import SafeResolver
+from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.tarball import is_tar, read_tar
-from ckpt_tools.storage.formats.pickles.trusted import load_trusted
+from ckpt_tools.storage.formats.pickles.trusted_pickle import load_trusted
+from ckpt_tools.storage.formats.pickles.value_resolver import SafeResolver
 
 __all__ = ["load_archive", "load_pickle", "load_stream"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError, limit_exceeded_error
-from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
+from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError, limit_exceeded_error
 
 __all__ = ["Buffer", "PickleMachine", "ValueResolver"]
 

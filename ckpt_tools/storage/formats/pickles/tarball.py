@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ckpt_tools.storage.formats.pickles.archive import BlobReader
 from ckpt_tools.storage.formats.pickles.blob import Blob
-from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.instructions import read_pickle
 from ckpt_tools.storage.formats.pickles.legacy import StorageCollector, slice_storage, storage_at, storage_key
-from ckpt_tools.storage.formats.pickles.meaning import SafeResolver
+from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.tensors import Storage, storage_dtype, tensor_over_storage
+from ckpt_tools.storage.formats.pickles.value_resolver import SafeResolver
 
 __all__ = ["is_tar", "read_tar"]
 

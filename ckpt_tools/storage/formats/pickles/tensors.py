@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_tools.storage.formats.pickles.faults import MalformedFileError
-from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
+from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
 
 __all__ = ["DTYPES", "NOT_DENSE", "TENSOR_REBUILDERS", "Storage", "storage_dtype", "tensor_over_storage"]
 

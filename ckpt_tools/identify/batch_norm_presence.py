@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import ArchitectureError, NothingToDo
-from ckpt_tools.identify.index import load_shipped_index
+from ckpt_tools.identify.architecture_index import load_shipped_index
 from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
 from ckpt_tools.storage.contents.quantized import missing_batch_norm

@@ -6,10 +6,10 @@ import argparse
 import types
 from collections.abc import Callable
 
-from ckpt_tools.storage.formats.pickles.faults import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.known_names import GLOBAL_VALUES, SET_TYPES, evaluate_call
 from ckpt_tools.storage.formats.pickles.numpy_arrays import NUMPY_ARRAY, ArrayConverter
-from ckpt_tools.storage.formats.pickles.opaque import OpaqueObject
+from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
+from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 
 __all__ = ["SafeResolver"]
 

@@ -31,13 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.model.batch import Batch, slice_samples, to_device
 from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, force_eager
+from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import evaluation_mode
 from ckpt_tools.model.randomness import preserve_random_generators
-from ckpt_tools.model.twin import RecordingMode, copy_model, set_mode
 from ckpt_tools.results import DropoutSite
-from ckpt_tools.walker.graph import Graph, Recorder
-from ckpt_tools.walker.sites import (
+from ckpt_tools.walker.dropout_sites import (
     PROBE_RATE,
     HostRandomness,
     activate_dropout,
@@ -47,6 +46,7 @@ from ckpt_tools.walker.sites import (
     module_drop_rate,
     parse_dropout_call,
 )
+from ckpt_tools.walker.graph import Graph, Recorder
 
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ckpt_tools.contract import InputSpec, LoadedModel
+from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.preprocessing import example_input
-from ckpt_tools.data.source import Source
 from ckpt_tools.results import Walk
 from ckpt_tools.walker.downstream import walk
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.identify.index import IndexEntry, SketchMatch, load_shipped_index
+from ckpt_tools.identify.architecture_index import IndexEntry, SketchMatch, load_shipped_index
 from ckpt_tools.identify.key_matching import compare_shapes
 from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.shape_digest import Shape, Shapes

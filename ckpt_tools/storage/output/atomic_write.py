@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError
-from ckpt_tools.remote.delivery import check_remote_target, upload_file
 from ckpt_tools.remote.mirror import is_remote
-from ckpt_tools.remote.scratch import create_locked_folder, new_temporary_name, remove_abandoned_folders
+from ckpt_tools.remote.temporary_folders import create_locked_folder, new_temporary_name, remove_abandoned_folders
+from ckpt_tools.remote.uploads import check_remote_target, upload_file
 from ckpt_tools.storage.output.permissions import set_permissions
 
 __all__ = ["check_target", "sync_to_disk", "write_atomically"]

@@ -12,8 +12,8 @@ import torch
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays.array_files import ARRAY_SUFFIXES, Split, find_array
+from ckpt_tools.data.arrays.array_source import ArraySource
 from ckpt_tools.data.arrays.datasets import DATASETS, find_dataset, recognise_dataset
-from ckpt_tools.data.arrays.rows import ArraySource
 from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
@@ -24,9 +24,9 @@ from ckpt_tools.data.shards.shard_stream import ShardStreamSource
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.remote.address import check_url, is_url, local_path_of_url, redact_url
-from ckpt_tools.remote.copies import fetch_file
+from ckpt_tools.remote.local_copies import fetch_file
 from ckpt_tools.remote.mirror import resolve_location
-from ckpt_tools.remote.store import open_remote
+from ckpt_tools.remote.remote_store import open_remote
 
 __all__ = ["Source", "describe_source", "open_source"]
 

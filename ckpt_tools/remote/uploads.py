@@ -10,14 +10,14 @@ from pathlib import Path
 from ckpt_tools.errors import CkptToolsError, OutputError
 from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.mirror import find_mirror
-from ckpt_tools.remote.scratch import new_temporary_name
-from ckpt_tools.remote.store import (
+from ckpt_tools.remote.remote_store import (
     RemotePath,
     describe_store_error,
     is_missing_file_error,
     transfer_callback,
     translate_store_errors,
 )
+from ckpt_tools.remote.temporary_folders import new_temporary_name
 
 __all__ = ["check_remote_target", "may_write_beside", "upload_file"]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from ckpt_tools.errors import RemoteError
 from ckpt_tools.remote.mirror import find_mirror
-from ckpt_tools.remote.scratch import new_temporary_name
-from ckpt_tools.remote.store import (
+from ckpt_tools.remote.remote_store import (
     RemotePath,
     is_access_refused_error,
     is_missing_file_error,
     transfer_callback,
     translate_store_errors,
 )
+from ckpt_tools.remote.temporary_folders import new_temporary_name
 
 __all__ = ["fetch_beginning", "fetch_file", "iterate_remote_bytes", "read_remote_file", "remove_copy"]
 

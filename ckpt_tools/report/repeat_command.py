@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping
 
-from ckpt_tools.identify.kwargs import parse_model_kwargs
+from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.redaction import without_secrets
 

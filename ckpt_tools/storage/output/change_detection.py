@@ -7,7 +7,7 @@ from ckpt_tools.errors import OutputError
 from ckpt_tools.storage.compare import same_bytes
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.files.stamps import FileStamp, StoredCheckpoint, stamp_checkpoint_files
-from ckpt_tools.storage.output.mappings import FileMappings, read_file_mappings
+from ckpt_tools.storage.output.memory_mappings import FileMappings, read_file_mappings
 from ckpt_tools.storage.reading import reread_checkpoint
 
 __all__ = ["require_same_stamps", "require_unchanged"]
