@@ -1,11 +1,14 @@
-"""How well does the index tell the architecture of a bare state dict? Every timm and torchvision model is asked.
+"""Measure how well the index recognises the architecture of a bare state dict.
 
-scripts/recognise                 # names and shapes of every model: as built, 7 classes, 1 channel, under a prefix
-scripts/recognise --closest 60    # … and of 60, one block renamed or a layer added: is it among the closest three?
-scripts/recognise --twins         # … and which colliding architectures compute the same function (minutes)
-scripts/recognise --saved 40      # 40 models saved by torch.save and loaded by ckpt_tools.load
+Every timm and torchvision model is looked up by its names and shapes, which come from models
+without weights; the look-up sees nothing else of a file.
 
-Shapes come from models without weights; the look-up sees nothing else of a file.
+\b
+scripts/run recognise                as built, with 7 classes, with 1 channel, under a prefix
+scripts/run recognise --closest 60   and of 60, one block renamed or a layer added:
+                                     is the original among the closest three?
+scripts/run recognise --twins        and which colliding architectures compute the same function
+scripts/run recognise --saved 40     and 40 models saved by torch.save, loaded by ckpt_tools.load
 """
 
 from __future__ import annotations
@@ -22,12 +25,11 @@ from pathlib import Path
 
 import click
 import torch
-from build_index import no_initialisation
 from torch import nn
 from tqdm import tqdm
-from zoo_models import Checked, architectures, brief, checked
 
 import ckpt_tools
+from build_index import no_initialisation
 from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
@@ -38,6 +40,7 @@ from ckpt_tools.identify.index import shipped
 from ckpt_tools.identify.recipe import plain
 from ckpt_tools.identify.skeleton import shapes_of, skeleton
 from ckpt_tools.identify.twins import one_of_each
+from zoo.models import Checked, architectures, brief, checked
 
 LARGEST = 1_000_000_000  # parameters of the models that count
 SMALL = 60_000_000  # parameters of the models that are saved
@@ -199,4 +202,4 @@ def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="scripts/run recognise")

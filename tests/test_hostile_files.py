@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,10 +25,6 @@ from malicious_files import as_archive
 from pickle_assembler import call, name, tensor, value, whole
 from safetensors.torch import save_file
 
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-
-from fuzz_cases import limited
-
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.labels import array_labels
@@ -42,6 +37,7 @@ from ckpt_tools.storage.averages import averaged_copies
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.raw import raw_bytes
 from ckpt_tools.storage.read import read_checkpoint
+from fuzz.cases import limited
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
