@@ -1,8 +1,12 @@
-"""Build the index that tells the architecture of a bare state dict: every timm and torchvision model, without weights.
+"""Build the index that recognises the architecture of a bare state dict.
 
-scripts/build_index                          # writes ckpt_tools/identify/index.json.gz
-scripts/build_index --check                  # does the shipped one say what the installed libraries give?
-scripts/build_index --check --only '*:resnet*'
+It lists the tensors of every timm and torchvision model, without weights. Run it after timm or
+torchvision was raised.
+
+\b
+scripts/run build_index             writes ckpt_tools/identify/index.json.gz
+scripts/run build_index --check     does the shipped index agree with the installed libraries?
+scripts/run build_index --check --only '*:resnet*'
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from unittest import mock
 
 import click
 from torch.nn import init
-from zoo_models import Checked, architectures, checked
 
 from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
@@ -37,6 +40,7 @@ from ckpt_tools.identify.skeleton import (
     keys_depending_on,
     state_dict_shapes,
 )
+from zoo.models import Checked, architectures, checked
 
 TARGET = Path(__file__).parent.parent / "ckpt_tools" / "identify" / "index.json.gz"
 LIBRARIES = ("timm", "torchvision")
@@ -114,4 +118,4 @@ def main(check: bool, only: str, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="scripts/run build_index")

@@ -1,11 +1,14 @@
-"""How well does the index tell the architecture of a bare state dict? Every timm and torchvision model is asked.
+"""Measure how well the index recognises the architecture of a bare state dict.
 
-scripts/recognise                 # names and shapes of every model: as built, 7 classes, 1 channel, under a prefix
-scripts/recognise --closest 60    # … and of 60, one block renamed or a layer added: is it among the closest three?
-scripts/recognise --twins         # … and which colliding architectures compute the same function (minutes)
-scripts/recognise --saved 40      # 40 models saved by torch.save and loaded by ckpt_tools.load
+Every timm and torchvision model is looked up by its names and shapes, which come from models
+without weights; the look-up sees nothing else of a file.
 
-Shapes come from models without weights; the look-up sees nothing else of a file.
+\b
+scripts/run recognise                as built, with 7 classes, with 1 channel, under a prefix
+scripts/run recognise --closest 60   and of 60, one block renamed or a layer added:
+                                     is the original among the closest three?
+scripts/run recognise --twins        and which colliding architectures compute the same function
+scripts/run recognise --saved 40     and 40 models saved by torch.save, loaded by ckpt_tools.load
 """
 
 from __future__ import annotations
@@ -22,12 +25,11 @@ from pathlib import Path
 
 import click
 import torch
-from build_index import no_initialisation
 from torch import nn
 from tqdm import tqdm
-from zoo_models import Checked, architectures, brief, checked
 
 import ckpt_tools
+from build_index import no_initialisation
 from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
@@ -38,6 +40,7 @@ from ckpt_tools.identify.equivalents import merge_equivalent_candidates
 from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.shape_digest import Shapes
 from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
+from zoo.models import Checked, architectures, brief, checked
 
 LARGEST = 1_000_000_000  # parameters of the models that count
 SMALL = 60_000_000  # parameters of the models that are saved
@@ -78,7 +81,7 @@ def ask(architecture: str) -> Asked:
             asked["under model."] = {f"model.{key}": shape for key, shape in shapes.items()}
         for label, one in asked.items():
             started = time.perf_counter()
-            match = next(load_shipped_index().find_matches(one), None)
+            match = next(load_shipped_index().matches(one), None)
             seconds.append(time.perf_counter() - started)
             names.append((label, match.architectures if match else ()))
     return Asked(architecture, "", parameters, tuple(names), tuple(seconds))
@@ -88,7 +91,7 @@ def rank(architecture: str) -> Ranked:
     adapter, name = plugins.resolve(architecture)
     with no_initialisation():
         shapes = state_dict_shapes(build_skeleton(adapter, name, {}))
-        same = next(load_shipped_index().find_matches(shapes)).architectures  # no digest tells these apart
+        same = next(load_shipped_index().matches(shapes)).architectures  # no digest tells these apart
         changed = {"a block renamed": block_renamed(shapes), "a layer added": layer_added(shapes)}
         found = {how: {close.architecture for close in find_closest_architectures(one)} for how, one in changed.items()}
     return Ranked(architecture, found=tuple((how, not names.isdisjoint(same)) for how, names in found.items()))
@@ -175,9 +178,7 @@ def drawn(found: list[Asked], count: int, largest: int, keep: Callable[[Asked], 
 @click.option("--saved", "files", default=0, metavar="N", help="Also save and load N models drawn at random.")
 def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
     warnings.simplefilter("ignore")
-    next(
-        load_shipped_index().find_matches(state_dict_shapes(nn.Linear(1, 1))), None
-    )  # read once, before the processes part
+    next(load_shipped_index().matches(state_dict_shapes(nn.Linear(1, 1))), None)  # read once, before the processes part
     everything: list[Asked] = checked(ask, list(architectures(only)), jobs, None)
     failures = [one for one in everything if one.failure]
     found = [one for one in everything if not one.failure and one.parameters <= LARGEST]
@@ -201,4 +202,4 @@ def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="scripts/run recognise")

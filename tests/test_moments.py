@@ -27,7 +27,7 @@ def clustered(parts: list[BatchMoments]) -> Clusters:
     return functools.reduce(Clusters.merge, (Clusters.of(part.sums) for part in parts))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     spatial=st.sampled_from([(), (3,), (2, 2), (2, 1, 3)]),

@@ -74,7 +74,7 @@ pieces = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(pieces, max_size=8).map("".join))
 def test_what_is_taken_is_a_file_below_on_every_system(name: str) -> None:
     if name_fault(name, nested=True) is not None:

@@ -6,7 +6,8 @@ weights of an unfinished training have moved since the statistics were taken.
 
 Of data that looks suspicious two questions are asked: would some usual training augmentation explain it (then it
 is excused), and does another preprocessing fit much better (then it is refused, and the better one named)? The
-thresholds come from ``scripts/bench-data``; its figures, false alarms and misses, stand in ``scripts/bench_data.json``.
+thresholds come from ``scripts/run bench data-check``; its figures, false alarms and misses, stand in
+``scripts/bench/results/data_check.json``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 How much a sample weighs is judged by the logarithm of its energy: the mean square of an input's values, or, in a BN
 layer, the squared distance from the running mean in units of the running variance, its geometric mean over channels.
 There a sample 100 times too large lies at 9.2, whatever the data, and a channel that fires for one sample in a
-thousand moves little. ``scripts/bench outliers`` measures how far clean data stays away from the limits.
+thousand moves little. ``scripts/run bench outliers`` measures how far clean data stays away from the limits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables and figures of the paper, one experiment each: ``scripts/reproduce/run --help``.
+"""Repeat the tables and figures of the paper, one experiment each.
 
 Hendrycks & Gimpel 2016, Adjusting for Dropout Variance in Batch Normalization and Weight Initialization.
 """

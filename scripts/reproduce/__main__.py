@@ -1,4 +1,4 @@
-"""scripts/reproduce/run: one command an experiment."""
+"""`scripts/run reproduce`: one command an experiment."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ def results(out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="scripts/run reproduce")

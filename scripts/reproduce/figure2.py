@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from reproduce.estimates import Difference, mean, paired
 from reproduce.experiment import Experiment, Setup
 from reproduce.initialisations import HE, OURS, XAVIER, initialisations
 from reproduce.pictures import COLOURS, grid, legend
 from reproduce.records import Record, matched, select, values
 from reproduce.resuming import Training
 from reproduce.sets import Part, Sets, Spec, load_sets
-from reproduce.statistics import Difference, mean, paired
 from reproduce.tables import of_differences, table
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "ReLU": nn.ReLU, "ELU": nn.ELU, "GELU": nn.GELU}

@@ -9,10 +9,10 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from reproduce import figure4
+from reproduce.estimates import mean, paired
 from reproduce.figure4 import RATES, chosen, contestants
 from reproduce.pictures import COLOURS, grid, legend
 from reproduce.records import Record, matched
-from reproduce.statistics import mean, paired
 from reproduce.tables import of_differences, table
 
 LEAST = 1e-12  # of a norm, for its logarithm; a diverged net's is as good as none

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from reproduce.estimates import Difference, mean, paired
 from reproduce.experiment import Experiment, Setup
 from reproduce.pictures import COLOURS, grid, legend
 from reproduce.records import Record, matched, select
 from reproduce.sets import DIGITS, load_sets
-from reproduce.statistics import Difference, mean, paired
 from reproduce.tables import Verdict, of_differences, table
 from reproduce.training import Recipe, score, train
 from reproduce.vgg import INITIALISATIONS, SIZE, vgg

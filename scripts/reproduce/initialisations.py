@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench_init_rules import he, xavier
 from torch import Tensor, nn
 
+from bench.initialisation_rules import he, xavier
 from ckpt_tools import rewrite_init
 
 OURS, XAVIER, HE = "ours", "Xavier", "He"

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ckpt_tools.initialize.verify import measure_signals
+from reproduce.estimates import mean
 from reproduce.initialisations import Initialise
 from reproduce.pictures import grid, legend
 from reproduce.records import Record, select, values
-from reproduce.statistics import mean
 from reproduce.tables import Verdict
 
 WIDTHS = (500,) * 15 + (250,) * 5  # of Figure 1

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckpt_tools import activation_moments
+from reproduce.estimates import mean
 from reproduce.experiment import Experiment, Setup
 from reproduce.records import Record, distinct, select, values
-from reproduce.statistics import mean
 from reproduce.tables import of_number, table
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

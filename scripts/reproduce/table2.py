@@ -31,11 +31,11 @@ from torch import Tensor
 
 from ckpt_tools.cli.bn_reestimate_command import bn_reestimate
 from reproduce.densenet import DenseNet, densenet
+from reproduce.estimates import Difference, mean, paired
 from reproduce.experiment import Experiment, Setup
 from reproduce.pictures import grid, legend
 from reproduce.records import Record, distinct, select
 from reproduce.sets import Part, Sets, load_sets
-from reproduce.statistics import Difference, mean, paired
 from reproduce.tables import SIGNIFICANT, Verdict, of_differences, table
 from reproduce.training import Recipe, Score, score, train
 

@@ -8,9 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from reproduce import EXPERIMENTS, find
+from reproduce.estimates import Difference
 from reproduce.experiment import Experiment, picture_name
 from reproduce.records import Record, distinct
-from reproduce.statistics import Difference
 
 SIGNIFICANT = 0.05
 
@@ -84,7 +84,7 @@ def section(experiment: Experiment, out: Path) -> str:
 
 def _missing(experiment: Experiment, known: set[str]) -> list[str]:
     """What was not run, and how to."""
-    command = f"scripts/reproduce/run {experiment.name}"
+    command = f"scripts/run reproduce {experiment.name}"
     missing = [f"{command} --data {name}:DIR" for name in experiment.data if name not in known]
     if missing:
         commands = ", ".join(f"`{one}`" for one in missing)
@@ -94,8 +94,8 @@ def _missing(experiment: Experiment, known: set[str]) -> list[str]:
 
 _HEAD = """# The paper's tables and figures, run again
 
-Hendrycks & Gimpel 2016. `scripts/reproduce/run NAME` runs an experiment, draws its pictures and writes this page;
-`scripts/reproduce/run results` only writes it. Nothing here is typed by hand: numbers are mean ± standard error over
+Hendrycks & Gimpel 2016. `scripts/run reproduce NAME` runs an experiment, draws its pictures and writes this page;
+`scripts/run reproduce results` only writes it. Nothing here is typed by hand: numbers are mean ± standard error over
 seeds, verdicts follow from them by these rules.
 
 - **reproduced**: a number rounds to the printed one; a difference has the paper's sign with p < 0.05 (paired t test

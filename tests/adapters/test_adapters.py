@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conformance import CHECKS, Case
 from torch import nn
 
 from ckpt_adapters.from_factory import FactoryAdapter
@@ -15,6 +14,7 @@ from ckpt_adapters.from_timm import TimmAdapter
 from ckpt_adapters.from_torchvision import TorchvisionAdapter
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.testing import Case, parametrize_checks
 
 
 class SmallNet(nn.Module):
@@ -76,8 +76,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@parametrize_checks(*CASES)
 def test_conformance(check, case):
     check(case)
 

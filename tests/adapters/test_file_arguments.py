@@ -99,7 +99,7 @@ def test_no_argument_of_a_constructor_can_be_a_name_that_leads_somewhere(library
             assert arguments is None or name not in set(leaves(arguments)), argument
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data(), library=st.sampled_from(sorted(ADAPTERS)))
 def test_whatever_a_file_records_only_bounded_numbers_and_listed_words_arrive(
     data: st.DataObject, library: str

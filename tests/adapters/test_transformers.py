@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conformance import CHECKS, Case
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -27,6 +26,7 @@ from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.loading import identify_model
 from ckpt_tools.storage.reading import read_checkpoint
+from ckpt_tools.testing import Case, parametrize_checks
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,8 +53,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@parametrize_checks(*CASES)
 def test_conformance(check, case):
     check(case)
 

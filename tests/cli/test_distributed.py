@@ -41,7 +41,7 @@ def evidence(x: torch.Tensor) -> Evidence:
     return Evidence(seen.moments, Clusters.of(seen.sums), Clusters.of(seen.sums.sum(1, keepdim=True)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(2, 9)), min_size=1, max_size=12), st.integers(0, 99))
 def test_any_partition_merges_to_the_whole(dealt: list[tuple[int, int]], seed: int) -> None:
     """Batches of any size, dealt to five ranks in any way: as NumPy says of all of them."""

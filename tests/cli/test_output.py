@@ -258,7 +258,7 @@ def test_no_renderer_is_forgotten() -> None:
 
 
 @pytest.mark.usefixtures("_calls")
-@settings(max_examples=15, deadline=None, phases=[Phase.generate])  # one failing text of many is enough
+@settings(max_examples=15, phases=[Phase.generate])  # one failing text of many is enough
 @given(st.lists(names, min_size=7, max_size=7, unique=True))
 def test_every_renderer_is_harmless(texts: list[str]) -> None:
     for name, (function, arguments, more) in sorted(NOTED.items()):
@@ -305,7 +305,7 @@ def shown(printing: Callable[[Any], None], texts: Iterable[Any]) -> str:
 in_files = names.filter(lambda name: "\0" not in name and name.isprintable() is not None)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(in_files, min_size=3, max_size=3, unique=True))
 def test_every_command_on_hostile_files(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from report_facts import facts, records
@@ -315,7 +315,6 @@ def test_json_that_mentions_the_tool_is_no_report(content: bytes) -> None:
     assert not is_own_report(content, ".json")
 
 
-@settings(deadline=None)
 @given(text=st.binary(max_size=200), more=st.binary(min_size=1, max_size=60), data=st.data())
 def test_a_mark_vouches_for_what_stands_before_it_alone(text: bytes, more: bytes, data: st.DataObject) -> None:
     suffix = data.draw(st.sampled_from([".md", ".html", ".svg", ".pdf", ".png"]))

@@ -33,7 +33,7 @@ class Counted:
             yield torch.full((2,), float(number))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(plans=st.lists(st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=4))
 def test_every_reader_sees_its_own_passes(plans: list[list[int]]) -> None:
     """A plan says how many batches a reader takes in each of its passes."""

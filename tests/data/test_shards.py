@@ -274,7 +274,7 @@ def test_lists_that_lead_nowhere(tmp_path: Path, remote: str, spec: str, words: 
         open_source(spec.format(tmp_path))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.text("aé/.\udc80", min_size=1, max_size=300), st.binary(max_size=1100)), max_size=6),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
@@ -329,7 +329,7 @@ NAMES = st.lists(st.sampled_from(["", "a", "b", "a/", "a.b/", "_", "__m__", "__m
 EXTENSION = st.lists(st.sampled_from([".png", ".PNG", ".cls", ".a.b", ".", ""]), max_size=2).map("".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(NAMES, EXTENSION).map("".join), max_size=12))
 def test_groups_are_webdatasets(names: list[str]) -> None:
     tariterators = pytest.importorskip("webdataset.tariterators")
@@ -362,7 +362,7 @@ PATTERN = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(PATTERN)
 def test_braces_are_braceexpands(pattern: str) -> None:
     braceexpand = pytest.importorskip("braceexpand")

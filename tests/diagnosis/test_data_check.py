@@ -203,6 +203,7 @@ def test_few_images_are_not_refused_for_being_few() -> None:
 
 
 def test_the_bench_runs() -> None:
-    script = Path(__file__).parents[2] / "scripts" / "bench_data.py"
-    done = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True, check=True)
+    scripts = Path(__file__).parents[2] / "scripts"
+    command = [sys.executable, "-m", "bench", "data-check", "--quick"]
+    done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=True)
     assert "| the training data | 0 of" in done.stdout

@@ -99,7 +99,7 @@ def test_the_shipped_index_is_small_and_says_what_it_was_made_of():
 def test_the_shipped_index_says_what_the_libraries_build(architecture):
     library = architecture.partition(":")[0]
     if load_shipped_index().versions[library] != version(library):
-        pytest.skip("built with another version; scripts/build_index makes a new one")
+        pytest.skip("built with another version; scripts/run build_index makes a new one")
     adapter, name = plugins.resolve(architecture)
     own = built(architecture)
     head, stem = (keys_depending_on(adapter, name, {}, words, own) for words in (CLASS_KEYWORDS, CHANNEL_KEYWORDS))

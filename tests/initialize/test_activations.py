@@ -64,7 +64,7 @@ def test_against_scipy(name: str) -> None:
     assert found.mean == pytest.approx(expect(value), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.floats(-2, 2), st.floats(-3, 3))
 def test_a_kink_anywhere(slope: float, kink: float) -> None:
     """E[f'²] of a leaky ramp with its kink at any place is slope²·P(z < kink) + P(z > kink)."""

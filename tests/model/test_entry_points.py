@@ -148,7 +148,7 @@ def test_settings_that_change_what_new_tensors_are(entry: str) -> None:
     run(entry, ["default dtype"], None, bound=False)
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     st.sampled_from(sorted(ENTRIES)),
     st.lists(st.sampled_from(sorted({*SETTINGS, *MUTATIONS} - {"default device"})), min_size=1, max_size=6),

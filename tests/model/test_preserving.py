@@ -41,7 +41,7 @@ def test_every_kind_of_change_is_undone(name: str) -> None:
             fail(error)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(sorted(MUTATIONS)), min_size=2, max_size=8), st.sampled_from(OUTCOMES))
 def test_any_sequence_of_changes_is_undone(program: list[str], error: type[BaseException] | None) -> None:
     attic = Attic()
@@ -195,7 +195,7 @@ def test_every_setting_comes_back(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*(TF32|tf32|Anomaly).*")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.sampled_from([name for name in SETTINGS if name != "gradients"]), max_size=3),
     st.lists(st.sampled_from(sorted(SETTINGS)), max_size=8),

@@ -134,7 +134,7 @@ def told(arguments: list[str], **environment: str) -> str:
 
 
 @pytest.mark.usefixtures("_here")
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(secrets, st.sampled_from(sorted(SHAPES)), st.sampled_from(ROADS), st.integers(0, 10), st.booleans())
 @example("5/s3kr1t+x", "password", ROADS[0], 0, False)
 @example("pa s3kr1t", "password and port", ROADS[0], 0, False)
@@ -157,7 +157,7 @@ def test_no_command_shows_a_secret(
         assert not [part for part in parts if part not in other.lower()], output
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(secrets, st.sampled_from(sorted(SHAPES)))
 def test_what_is_shown_of_a_url(secret: str, shape: str) -> None:
     url = SHAPES[shape].format(secret)
@@ -165,7 +165,7 @@ def test_what_is_shown_of_a_url(secret: str, shape: str) -> None:
     assert not leaked(secret, redact_url(url).partition("://")[2].replace("127.0.0.1:1/x.pt", ""))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(secrets, st.sampled_from(sorted(SHAPES)), st.text(max_size=20), st.text(max_size=20))
 def test_what_a_client_says(secret: str, shape: str, before: str, after: str) -> None:
     assume(not leaked(secret, f"{before} {after} x.pt 127.0.0.1:1/x.pt"))
@@ -272,7 +272,7 @@ def test_proxies_in_the_environment() -> None:
     assert "s3kr1tproxy" not in result.output
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(secrets.filter(lambda text: "@" not in text), st.sampled_from(["data: s3", "s3", "path"]))
 def test_what_a_checkpoint_says_of_its_data(secret: str, where: str) -> None:
     """Training scripts record the URL of their data, with the keys to it."""

@@ -181,7 +181,7 @@ parts = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(["", "/", "../../../../"]), st.lists(parts, max_size=4)), max_size=3))
 def test_nothing_is_written_elsewhere(tmp_path: Path, names: list[tuple[str, list[str]]]) -> None:
     Lying.tell([start + "/".join([*inner, "x.pt"]) for start, inner in names], b"content")

@@ -57,7 +57,7 @@ class Skeleton(HTMLParser):
         self.tags.append(("comment",))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(several)
 def test_a_page_has_no_element_of_somebody_elses(texts: list[str]) -> None:
     pages: tuple[tuple[Page, Any], ...] = (
@@ -94,7 +94,7 @@ def shape(markdown: str) -> list[int | str]:
     return [len(re.findall(r"(?<!\\)\|", x)) if x.startswith("|") else re.match(r"[#<>*-]*", x)[0] for x in lines]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(several)
 def test_markdown_has_no_markup_of_somebody_elses(texts: list[str]) -> None:
     pages: tuple[tuple[Page, Any], ...] = (
@@ -113,7 +113,7 @@ def test_a_failure_is_text(text: str) -> None:
     assert Skeleton(plain(failure_markdown(f"a{text}", 1))).tags == Skeleton(plain(failure_markdown("a", 1))).tags
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(several)
 def test_terminals_are_shown_no_control_characters(texts: list[str]) -> None:
     text = folder_text(filled(records(), itertools.cycle(texts).__next__), Path("x"))

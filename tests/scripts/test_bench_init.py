@@ -1,20 +1,16 @@
-"""The initialisations that scripts/bench-init compares with do what their publications say."""
+"""The initialisations that `scripts/run bench init` compares with do what their publications say."""
 
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import bench_init
-import bench_init_rules as rules
+from bench import initialisation_rules as rules
+from bench import initialisations
 
 
 def noise(*shape: int) -> Tensor:
@@ -66,7 +62,7 @@ def test_he_and_xavier_are_torchs_own():
 
 
 def test_lsuv_brings_every_layer_to_unit_variance_on_its_batch_whatever_dropout_does():
-    model = bench_init.mlp([40, 40, 20], 30, 5, nn.ReLU)
+    model = initialisations.mlp([40, 40, 20], 30, 5, nn.ReLU)
     batch = noise(64, 30)
     state = torch.get_rng_state()
     for layer in rules.weight_layers(model):
@@ -116,20 +112,22 @@ def test_autoinits_dropout_rule_leaves_nets_alone_that_are_no_chains():
 
 
 def test_what_is_not_finite_was_not_kept():
-    assert bench_init.share([0.5, 2.0, 2.1, math.nan, math.inf, 1.0, 0.4, 0.0]) == "37.5 % (3/8)"
+    assert initialisations.share([0.5, 2.0, 2.1, math.nan, math.inf, 1.0, 0.4, 0.0]) == "37.5 % (3/8)"
 
 
 def test_every_contestant_trains_on_the_same_masks_and_order():
-    images, labels = bench_init.all_digits()
-    keep = [bench_init.train(nn.ReLU, lambda *_: None, images[:64], labels[:64], 1e-3, 1, 5) for _ in range(2)]
-    drawn = bench_init.train(nn.ReLU, lambda model, batch, seed: torch.rand(9), images[:64], labels[:64], 1e-3, 1, 5)
+    images, labels = initialisations.all_digits()
+    keep = [initialisations.train(nn.ReLU, lambda *_: None, images[:64], labels[:64], 1e-3, 1, 5) for _ in range(2)]
+    drawn = initialisations.train(
+        nn.ReLU, lambda model, batch, seed: torch.rand(9), images[:64], labels[:64], 1e-3, 1, 5
+    )
     assert keep[0] == keep[1] == drawn
 
 
 def test_a_net_prints_a_row_for_every_contestant(monkeypatch):
-    tiny = bench_init.Net("tiny", lambda: bench_init.mlp([16, 16], 16, 0, nn.ReLU), (16,), 4)
-    monkeypatch.setitem(bench_init.NETS, "mlp", tiny)
-    result = CliRunner().invoke(bench_init.main, ["signals", "--only", "mlp", "--seeds", "2", "--samples", "8"])
+    tiny = initialisations.Net("tiny", lambda: initialisations.mlp([16, 16], 16, 0, nn.ReLU), (16,), 4)
+    monkeypatch.setitem(initialisations.NETS, "mlp", tiny)
+    result = CliRunner().invoke(initialisations.main, ["signals", "--only", "mlp", "--seeds", "2", "--samples", "8"])
     assert result.exit_code == 0, result.output
-    for title in bench_init.SIGNAL_RULES:
+    for title in initialisations.SIGNAL_RULES:
         assert f"| {title}" in result.output

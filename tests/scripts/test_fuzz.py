@@ -1,21 +1,17 @@
-"""A seeded thousand of scripts/fuzz: damaged files of every kind are read or refused, and nothing else happens."""
+"""A seeded thousand of `scripts/run fuzz`: damaged files are read or refused; nothing else happens."""
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import fuzz
-import fuzz_cases
-from fuzz_cases import Case, Hang, limited, made, run, written
-from fuzz_readers import READERS
-from fuzz_seeds import seeds
+from fuzz import cases
+from fuzz.cases import Case, Hang, limited, made, plan_cases, run, written
+from fuzz.readers import READERS
+from fuzz.seeds import seeds
 
 REFUSED = {("TorchScript", 2), ("npy", 5)}  # seeds without tensors, and of objects
 
@@ -31,9 +27,9 @@ def test_seeds_are_read(tmp_path: Path, reader: str) -> None:
 
 
 def test_a_thousand_cases(tmp_path: Path) -> None:
-    cases = fuzz.planned(list(READERS), 1000, seed=20)
-    assert {case.reader for case in cases} == set(READERS)
-    failures = {str(case): result.failure for case in cases if (result := run(case, tmp_path / "case")).failure}
+    thousand = plan_cases(list(READERS), 1000, seed=20)
+    assert {case.reader for case in thousand} == set(READERS)
+    failures = {str(case): result.failure for case in thousand if (result := run(case, tmp_path / "case")).failure}
     assert not failures
 
 
@@ -51,15 +47,15 @@ def test_what_goes_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         try:
             bytearray(1 << 60)
         except MemoryError as error:
-            raise fuzz_cases.CkptToolsError("no memory") from error
+            raise cases.CkptToolsError("no memory") from error
 
     def slow(path: Path) -> None:
         while True:
             time.thread_time()
 
-    monkeypatch.setattr(fuzz_cases, "LIMIT", 0.1)
+    monkeypatch.setattr(cases, "LIMIT", 0.1)
     readers = {"class map": broken, "npy": greedy, "npz": slow, "words": lambda path: None}
-    monkeypatch.setattr(fuzz_cases, "READERS", readers)
+    monkeypatch.setattr(cases, "READERS", readers)
     said = {reader: run(Case(reader, 0), tmp_path / "case").failure for reader in readers}
     assert "KeyError: 'median'" in said["class map"]
     assert "no memory" in said["npy"]

@@ -1,9 +1,8 @@
-"""scripts/reproduce: its quick ways, resuming, statistics, verdicts, and the page as committed."""
+"""`scripts/run reproduce`: its quick ways, resuming, statistics, verdicts, and the page as committed."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from scipy import stats
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
 from reproduce import EXPERIMENTS, figure1, figure2, figure5, find, table1
 from reproduce.__main__ import main
+from reproduce.estimates import Difference, mean, paired
 from reproduce.experiment import HOME, Experiment
-from reproduce.statistics import Difference, mean, paired
 from reproduce.tables import Verdict, of_differences, of_number, section, write_page
 
 

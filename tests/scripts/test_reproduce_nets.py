@@ -1,11 +1,10 @@
-"""The nets and trainings of scripts/reproduce, and its table2, figure3 and figure4 from end to end."""
+"""The nets and trainings of `scripts/run reproduce`, and its table2, figure3 and figure4 from end to end."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 from reproduce import figure3, figure4, resuming, table2
 from reproduce.command import command

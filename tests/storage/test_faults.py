@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import stress
-
 from ckpt_tools.cli import error_boundary, main
 from ckpt_tools.data import prefetch
 from ckpt_tools.data.images import image_files
@@ -32,6 +27,7 @@ from ckpt_tools.data.prefetch import read_ahead, track_reading
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote import temporary_folders
 from ckpt_tools.storage.output import atomic_write, checkpoint_writer, patching
+from stress import trials
 
 SHAPE = (3, 8, 8)
 
@@ -70,8 +66,8 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
 
 
 def test_twenty_kills(tmp_path: Path) -> None:
-    jobs = tuple(job for job in stress.JOBS if job.name in ("one .safetensors", "overwrite, report", "convert"))
-    book = stress.stressed(stress.Stress(tmp_path, jobs), 20, seed=0)
+    jobs = tuple(job for job in trials.JOBS if job.name in ("one .safetensors", "overwrite, report", "convert"))
+    book = trials.stressed(trials.Stress(tmp_path, jobs), 20, seed=0)
     assert not book.failures, book.failures[0]
     assert book.kills.total() == 20
 

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +23,6 @@ from hostile_contents import ARRAYS, FILES
 from pickle_assembler import call, value, whole
 from safetensors.torch import save_file
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-from fuzz_cases import limited
-
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.data_source import open_source
@@ -40,6 +35,7 @@ from ckpt_tools.storage.contents.averaged_copies import find_averaged_copies
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.storage.tensor_bytes import raw_bytes
+from fuzz.cases import limited
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -184,7 +184,7 @@ VALUES = st.builds(
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(lambda key: key != "n_averaged")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tensors=st.dictionaries(KEYS, VALUES, max_size=7),
     prefix=st.sampled_from(["", "module.", "module._orig_mod."]),

@@ -109,13 +109,13 @@ DATA = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(DATA, st.sampled_from(HOW))
 def test_plain_data_comes_back(content: object, how: str) -> None:
     assert read(written(content, how)) == content
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_value_or_an_error(raw: bytes) -> None:
     for content in (raw, b"\x80\x04" + raw, raw + b"."):
@@ -159,7 +159,7 @@ def test_every_dtype_bit_for_bit(dtype: torch.dtype, how: str) -> None:
         assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from(HOW))
 def test_any_view_that_torch_can_make(data: st.DataObject, how: str) -> None:
     size = data.draw(st.lists(st.integers(0, 3), max_size=4))

@@ -69,7 +69,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_change_passes(made: tuple[Request, Path], data: st.DataObject) -> None:
     content = made[1].read_bytes()
@@ -158,7 +158,7 @@ def is_of_0_1_0(entry: Any) -> bool:
     return (sourced or fresh) and "header_sha256" not in entry and isinstance(entry.get("settings", ""), str)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     entry=JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, JSON)).map(lambda more: {**SOURCE, **more}),
     text=st.none() | st.text(max_size=20),

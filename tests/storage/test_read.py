@@ -593,7 +593,7 @@ def test_truncated_files_say_so(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.safetensors")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["zip", "legacy", "safetensors"]), st.integers(0, 2**32), st.integers(1, 4))
 def test_damaged_bytes_raise_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int, flips: int

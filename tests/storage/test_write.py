@@ -171,7 +171,7 @@ TENSORS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), TENSORS, max_size=6))
 def test_any_state_dict_comes_back(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> None:
     target = tmp_path_factory.getbasetemp() / "any.safetensors"

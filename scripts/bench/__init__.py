@@ -1,0 +1,1 @@
+"""Measure speed, memory and how often the checks are right, each beside its peers in one run."""

@@ -1,0 +1,126 @@
+"""Stopping at a tolerance: whether the stated errors are right, and what it saves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import trange
+
+from bench.photos import jpeg_folder, photos
+from bench.trained_nets import CLASSES, resnet
+from ckpt_tools.data.sample_order import random_order
+from ckpt_tools.demo.densenet import digits_densenet
+from ckpt_tools.model.calling import call_model
+from ckpt_tools.model.preserving import preserved_evaluation_mode
+from ckpt_tools.reestimate.interception import Interception
+from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.reestimate.passes import Passes
+from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.screening import Screening
+from ckpt_tools.reestimate.source import Batches
+
+BATCH, SIDE = 128, 32
+NETS = {
+    "WRN-like, dropout 0.3": lambda: resnet(3, pre=True, drop=0.3),
+    "ResNet, DropPath 0.2": lambda: resnet(3, path=0.2),
+    "DenseNet, dropout 0.3": lambda: digits_densenet(0.3, CLASSES, blocks=(4, 4), growth=8, in_channels=3),
+}
+
+
+def normalised(images: Tensor) -> Tensor:
+    return (images.float() / 255 - 0.45) / 0.25
+
+
+def trained(name: str, images: Tensor, labels: Tensor, epochs: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    model = NETS[name]().train()
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(64)[:-1]:
+            optimizer.zero_grad()
+            F.cross_entropy(model(normalised(images[chosen])), labels[chosen]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def shuffled(images: Tensor, seed: int) -> Iterator[Tensor]:
+    """Batches in the order that the tool would read them in."""
+    for chosen in random_order(len(images), limit=None, seed=seed).split(BATCH):
+        yield normalised(images[chosen])
+
+
+def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> tuple[Passes, list[Layer]]:
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    layers = {name: Layer(name, module, rewritten=True) for name, module in norms}
+    runner, screening = Runner(model, call_model, Interception()), Screening(model, lambda batch, row: "", keep=False)
+    passes = Passes(model, Batches(batches), runner, layers, None, screening)
+    with preserved_evaluation_mode(model), torch.no_grad():
+        passes.estimate("pooled", "variance", tolerance, 0.1, 1)
+    return passes, list(layers.values())
+
+
+def coverage(name: str, images: Tensor, labels: Tensor, tolerance: float, trials: int) -> dict[str, object]:
+    """Share of channels whose full-data variance lies within ±1.96 stated standard errors, over seeded trials."""
+    model = trained(name, images[:4000], labels[:4000])
+    _, whole = estimated(model, shuffled(images, 10**6), None)
+    truth = [layer.scale.variance for layer in whole]
+    inside: list[Tensor] = []
+    counts: list[int] = []
+    errors: list[float] = []
+    for seed in trange(trials, desc=name, file=sys.stderr):
+        passes, layers = estimated(model, shuffled(images, seed), tolerance)
+        counts.append(passes.images)
+        apart = [(layer.scale.variance / true - 1).abs() for layer, true in zip(layers, truth, strict=True)]
+        inside += [miss <= 1.96 * layer.relative_error() for miss, layer in zip(apart, layers, strict=True)]
+        errors.append(float(torch.cat(apart).quantile(0.95)))
+    return {
+        "covered": float(torch.cat(inside).double().mean()),
+        "images, median": sorted(counts)[len(counts) // 2],
+        "95th percentile of the true error, mean": sum(errors) / len(errors),
+    }
+
+
+def wall_times(root: Path, count: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the whole command, start-up included, on a folder of JPEG files: everything, and two tolerances."""
+    folder = jpeg_folder(root, count, 120, 160)
+    checkpoint = root / "resnet18.pt"
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18().train()
+    sample = F.interpolate(normalised(photos(256, 120, 160, seed=1)[0]), size=(96, 128))[..., 16:112]
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = None
+    with torch.no_grad():
+        for batch in sample.split(64):
+            model(batch)
+    torch.save(model.state_dict(), checkpoint)
+    cases = {"everything": [], "tolerance 0.02": ["--tolerance", "0.02"], "tolerance 0.05": ["--tolerance", "0.05"]}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, arguments in cases.items():
+            command = [
+                sys.executable,
+                "-m",
+                "ckpt_tools",
+                "bn-reestimate",
+                checkpoint,
+                "--data",
+                folder,
+                "--arch",
+                "torchvision:resnet18",
+            ]
+            command += ["--input-size", "3,96,96", "--mean", "0.45", "--std", "0.25", "--batch-size", "128"]
+            command += ["--overwrite", "--force", "-q", *arguments]
+            started = time.perf_counter()
+            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+            seconds[name].append(time.perf_counter() - started)
+    return seconds

@@ -1,0 +1,1 @@
+"""Kill runs at random moments, and check what they leave behind."""

@@ -1,0 +1,1 @@
+"""Walk, rewrite or initialise every model of timm and torchvision."""
