@@ -18,7 +18,7 @@ from zoo_models import Checked, brief, build, example
 from ckpt_tools import plugins
 from ckpt_tools.contract import LoadedModel, Recipe
 from ckpt_tools.identify.keys import fill
-from ckpt_tools.initialize.outcome import InitRewrite
+from ckpt_tools.initialize.init_results import InitRewrite
 from ckpt_tools.initialize.rewrite import rewrite_init
 from ckpt_tools.jobs.initialization import seeded
 from ckpt_tools.jobs.new_weights import write_initialized

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_tools.errors import DataError, ModelError, OutputError, UsageError
-from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.initialize.init_results import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
 from ckpt_tools.report.figure import check_figure, write_signals_figure
 

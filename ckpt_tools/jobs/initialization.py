@@ -16,7 +16,7 @@ from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, LoadedMo
 from ckpt_tools.data.source import open_source
 from ckpt_tools.errors import ArchitectureError, CheckFailed, UsageError
 from ckpt_tools.identify.load import identify, load_architecture
-from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal
+from ckpt_tools.initialize.init_results import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
 from ckpt_tools.jobs.inputs import Preprocessing, example_input, input_spec_for
 from ckpt_tools.jobs.new_weights import write_initialized

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.contract import LoadedModel
-from ckpt_tools.initialize.outcome import InitRewrite
+from ckpt_tools.initialize.init_results import InitRewrite
 from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.write import Digests, replace_tensors, write_safetensors
 from ckpt_tools.walker.call import unwrap

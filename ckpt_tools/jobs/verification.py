@@ -12,7 +12,7 @@ from ckpt_tools.contract import InputSpec, LoadedModel
 from ckpt_tools.data.order import balanced
 from ckpt_tools.data.source import Source
 from ckpt_tools.errors import UsageError
-from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.initialize.init_results import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.walker.call import batch_size, to_device

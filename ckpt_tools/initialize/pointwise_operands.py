@@ -1,0 +1,120 @@
+"""The operands of one pointwise operation, sorted by what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ckpt_tools.initialize.chain import Chain, Z
+from ckpt_tools.initialize.constants import Constants
+from ckpt_tools.initialize.operations import ARITHMETIC, HOMOGENEOUS, operation_name
+from ckpt_tools.initialize.state import Source, State, is_dropout, mask_keep, replay_node
+from ckpt_tools.walker.graph import Node, Operand
+
+
+@dataclass(frozen=True)
+class PointwiseOperands:
+    """A pointwise operation and its operands.
+
+    ``states`` has the operands that are activations or noise. ``averages`` has averages of an
+    activation that is itself an operand, as in x / √mean(x²): they count as numbers. All other
+    operands are ``constants``.
+    """
+
+    node: Node
+    states: dict[Operand, State]
+    averages: dict[Operand, float]
+    constants: Constants
+
+    @cached_property
+    def name(self) -> str:
+        """The operation's name."""
+        return operation_name(self.node.op)
+
+    @cached_property
+    def activations(self) -> list[State]:
+        """The states that are not made of noise alone."""
+        return [state for state in self.states.values() if not state.random]
+
+    @cached_property
+    def masks(self) -> list[State]:
+        """The states that are made of noise alone."""
+        return [state for state in self.states.values() if state.random]
+
+    @cached_property
+    def parts(self) -> frozenset[Source]:
+        """The independent parts that all operands together are made of."""
+        return frozenset().union(*(state.parts for state in self.states.values()))
+
+    @property
+    def is_arithmetic(self) -> bool:
+        """Whether it adds, subtracts, multiplies or divides."""
+        return self.name in ARITHMETIC
+
+    @property
+    def has_one_source(self) -> bool:
+        """Whether all activations are functions of the same source."""
+        return len({state.source for state in self.activations}) == 1
+
+    @property
+    def operands_share_parts(self) -> bool:
+        """Whether an independent part stands in two operands, so that they are dependent."""
+        return sum(len(state.parts) for state in self.states.values()) > len(self.parts)
+
+    @cached_property
+    def constants_are_numbers(self) -> bool:
+        """Whether the operation can be replayed with one number for each constant.
+
+        In arithmetic a constant tensor with different elements is a factor or summand with moments
+        of its own. Elsewhere (as a bound, a slope, a condition) its mean has to do.
+        """
+        if not self.is_arithmetic:
+            return True
+        constants = [operand for operand in self.node.operands if operand not in self.states]
+        return all(
+            operand in self.averages or self.constants.uniform_value(operand) is not None
+            for operand in constants
+        )
+
+    @property
+    def dropout_moves_through(self) -> bool:
+        """Whether dropout in front of the operation is the same as dropout behind it."""
+        keeps = {state.keep for state in self.activations}
+        return min(keeps) >= 1 or (self.name in HOMOGENEOUS and len(keeps) == 1)
+
+    @property
+    def masks_are_dropout(self) -> bool:
+        """Whether the noise among the operands, if there is any, is a dropout mask."""
+        return not self.masks or is_dropout(self.name, self.masks)
+
+    @property
+    def keep(self) -> float:
+        """The keep probability of the result where the masks are dropout."""
+        activation_keep = min(state.keep for state in self.activations)
+        return activation_keep * math.prod(mask_keep(mask.signal) for mask in self.masks)
+
+    def number(self, operand: Operand) -> float:
+        """An average or a constant as one number; of a constant tensor its mean."""
+        if operand in self.averages:
+            return self.averages[operand]
+        return self.constants.signal(operand).mean
+
+    def replay(self, replacement: Callable[[State], Any]) -> Chain:
+        """The operation with ``replacement(state)`` in place of activations and noise."""
+
+        def replace_operand(operand: Operand) -> Any:
+            state = self.states.get(operand)
+            return self.number(operand) if state is None else replacement(state)
+
+        return replay_node(self.node, replace_operand)
+
+    def replay_joint(self) -> Chain:
+        """The operation as an expression over all independent parts."""
+        return self.replay(lambda state: state.joint)
+
+    def replay_step(self) -> Chain:
+        """The operation alone, as a function of its one activation."""
+        return self.replay(lambda _: Z)
