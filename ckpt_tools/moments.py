@@ -1,8 +1,9 @@
-"""Count, mean and M2 of a layer's input, and the error of its variance: float64, merged associatively.
+"""Count, mean and M2 of a layer's input, and the standard error of its variance.
 
-Batches, ranks and resumed runs use the same merge (Chan, Golub & LeVeque 1979,
-http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). E[x²] − E[x]² is never formed:
-in float32 it is 10 % off where a mean is 600 standard deviations away from zero.
+All are float64 and are merged associatively: batches, ranks and resumed runs use the same merge
+(Chan, Golub & LeVeque 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf).
+E[x²] − E[x]² is never formed: in float32 it is 10 % off where a mean is 600 standard deviations
+away from zero.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Clusters:
     groups of them. Of each cluster there are three sums: (n, Σ(x−c), Σ(x−c)²). ``mean`` (3, C) and
     ``comoments`` (3, 3, C) are their means and co-moments over ``count`` clusters.
 
-    ``c`` is any fixed centre near the mean. It must be the same for all that is merged; it keeps the
-    sums small.
+    ``c`` is any fixed centre near the mean. It must be the same for all that is merged; it keeps
+    the sums small.
     """
 
     count: int
@@ -90,12 +91,12 @@ class Clusters:
         return self._spread_of(weights) / moments.count
 
     def relative_error(self, moments: Moments, centre: Tensor) -> Tensor:
-        """Relative standard error (C,) of the pooled variance; infinite for fewer than two clusters.
+        """Relative standard error (C,) of the pooled variance.
 
-        The variance is a ratio of sums over clusters. Its linearisation at cluster i is
-        Σ(x−μ)² − V·n_i, so SE(V)² = K/(K−1) · Σ_i(…)² / N² with K clusters and N values (Cochran
-        1977, Sampling Techniques, section 6.4). An interval of ±1.96 of it covers the truth in
-        94–96 % of cases from 128 images on.
+        It is infinite for fewer than two clusters. The variance is a ratio of sums over clusters.
+        Its linearisation at cluster i is Σ(x−μ)² − V·n_i, so SE(V)² = K/(K−1) · Σ_i(…)² / N² with K
+        clusters and N values (Cochran 1977, Sampling Techniques, section 6.4). An interval of ±1.96
+        of it covers the truth in 94–96 % of cases from 128 images on.
         """
         if self.count < 2:
             return torch.full_like(moments.mean, torch.inf)

@@ -102,7 +102,10 @@ _GAUSS, _LOBATTO = _gauss_legendre(21), _gauss_lobatto(12)
 
 
 def _integrals(f: Function, low: Tensor, high: Tensor, rule: QuadratureRule) -> Tensor:
-    """∫ φ·(f², f'², f) over every interval: (3, intervals), where φ is the normal density."""
+    """∫ φ·(f², f'², f) over every interval, where φ is the normal density.
+
+    Shape (3, intervals).
+    """
     nodes, weights = rule
     half_width = (high - low) / 2
     z = ((low + high) / 2)[:, None] + half_width[:, None] * nodes
@@ -123,8 +126,8 @@ def _value_and_slope(f: Function, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _require_finite_moments(f: Function, integrals: Tensor) -> None:
-    # The outermost intervals lie beyond 11 standard deviations. An integrand that still counts there
-    # belongs to moments that do not exist.
+    # The outermost intervals lie beyond 11 standard deviations. An integrand that still counts
+    # there belongs to moments that do not exist.
     tails = integrals[:, [0, -1]].abs()
     if not bool((tails <= 1e-9 * (1 + integrals.abs().sum())).all()):
         raise UsageError(

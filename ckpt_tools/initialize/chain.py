@@ -76,7 +76,11 @@ def chain_function(chain: Chain) -> Callable[[Tensor], Tensor]:
 
 
 def evaluate_chain(chain: Chain, values: Mapping[Variable, Tensor]) -> Tensor:
-    """The value of a chain for these values of its variables, which are tensors of one shape."""
+    """The value of a chain for these values of its variables.
+
+    All values are tensors of one shape and dtype; so is the result.
+    """
+    # Parts that occur several times are computed once.
     any_value = next(iter(values.values()))
     results: dict[int, Tensor] = {}
 

@@ -43,7 +43,10 @@ class Constants:
         self._parameter_dependence: dict[int, bool] = {}
 
     def tensor(self, operand: Operand) -> Tensor | None:
-        """The values of a static operand, on the CPU; None if they cannot be computed again."""
+        """The values of a static operand, on the CPU.
+
+        None if they cannot be computed again, as for parameters on the meta device.
+        """
         storage = self._storage(operand.node, operand.output)
         if storage is None:
             return None
@@ -63,13 +66,19 @@ class Constants:
         return self._signals[key]
 
     def uniform_value(self, operand: Operand) -> float | None:
-        """The number that all elements of a static operand equal; None if they differ."""
+        """The number that all elements of a static operand equal.
+
+        None if they differ by more than rounding, or are not known.
+        """
         signal = self.signal(operand)
         is_uniform = signal is not _UNKNOWN and signal.deviation <= 1e-6 * abs(signal.mean)
         return signal.mean if is_uniform else None
 
     def depends_on_parameter(self, operand: Operand) -> bool:
-        """Whether a static operand is computed from a parameter, not from constants alone."""
+        """Whether a static operand is computed from a parameter.
+
+        Others are computed from buffers and constants alone, such as a blur filter.
+        """
         index = operand.node
         if index not in self._parameter_dependence:
             node = self._graph[index]
@@ -83,7 +92,8 @@ class Constants:
             node = self._graph[index]
             try:
                 results = [self._leaf(node)] if node.func is None else self._run(node)
-            # Any operation of any library may refuse, with any exception. The value is unknown then.
+            # Any operation of any library may refuse, with any exception. The value is unknown
+            # then.
             except Exception:  # noqa: BLE001
                 results = []
             for position, tensor in enumerate(results):
@@ -124,7 +134,7 @@ def _empty_tensor(operand: Operand) -> Tensor:
 
 
 def _flatten_storage(tensor: Tensor) -> Tensor:
-    """All of a tensor's storage in one dimension, whatever part the tensor shows."""
+    # Operands are views of a storage, so all of the storage is kept, whatever part a tensor shows.
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
     return tensor.as_strided((count,), (1,), 0)
 

@@ -1,4 +1,4 @@
-"""What follows a weight layer: the nonlinearity and the dropout between its output and its readers."""
+"""What follows a weight layer: the nonlinearity and dropout between its output and its readers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,14 @@ from typing import Any
 import torch
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.initialize import operations
 from ckpt_tools.initialize.chain import Chain, Z, chain_function, chain_label, chain_moments
-from ckpt_tools.initialize.operations import (
-    MAXIMA,
-    MEANS,
-    NEUTRAL,
-    NORMS,
-    is_pointwise,
-    operation_name,
-)
+from ckpt_tools.initialize.operations import is_pointwise, operation_name
 from ckpt_tools.initialize.paper_rule import PaperRule
 from ckpt_tools.initialize.rule import UNKNOWN
 from ckpt_tools.initialize.state import State, is_dropout, mask_keep, replay_node
 from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.graph import Graph, Node, Operand
-
-# Operations behind which the function of z is the same. Concatenations end it: they join z with
-# other activations.
-_TRANSPARENT = (NEUTRAL | MEANS | MAXIMA | NORMS | {"native_dropout", "copy"}) - {"cat", "stack"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,10 @@ def find_follower(states: PaperRule, layer: int) -> Follower:
 
 
 def _functions_of_z(states: PaperRule, layer: int) -> dict[int, _FunctionOfZ]:
-    """All activations that are functions of the layer's output alone, by node."""
+    """All activations that are functions of the layer's output alone, by node.
+
+    The search starts at the layer and goes on behind every operation whose result is one.
+    """
     graph = states.graph
     functions = {layer: _FunctionOfZ(Z, 1.0)}
     waiting, visited = _value_readers(graph, layer), {layer}
@@ -93,15 +86,19 @@ def _functions_of_z(states: PaperRule, layer: int) -> dict[int, _FunctionOfZ]:
 
 
 def _final_functions(graph: Graph, functions: dict[int, _FunctionOfZ]) -> list[_FunctionOfZ]:
-    """The functions that leave the region where activations depend on z alone, each once."""
+    """The functions of z that the rest of the model reads, each once.
+
+    A weight or a join reads the function as it is; the model's output has no reader. Any other
+    operation outside turns it into a function that is not known.
+    """
     final: dict[_FunctionOfZ, None] = {}
     for index, function in functions.items():
         readers = _value_readers(graph, index)
         outside = [graph[reader] for reader in readers if reader not in functions]
-        known = [node for node in outside if _reads_unchanged(node)]
-        if known or not readers:
+        unchanged = [_reads_unchanged(node) for node in outside]
+        if any(unchanged) or not readers:
             final[function] = None
-        if len(known) < len(outside):
+        if not all(unchanged):
             final[_FunctionOfZ(None, function.keep)] = None
     return list(final)
 
@@ -126,7 +123,7 @@ def _average_functions(functions: Iterable[_FunctionOfZ]) -> Follower:
 def _function_behind(
     states: PaperRule, node: Node, functions: dict[int, _FunctionOfZ]
 ) -> _FunctionOfZ | None:
-    """The function of z behind an operation; None where its result is none."""
+    """The function of z behind an operation; None where its result is no function of z alone."""
     operands = states.activation_operands(node)
     if is_pointwise(node.op):
         operands = [operand for operand in node.operands if not states.graph[operand.node].static]
@@ -140,7 +137,7 @@ def _function_behind(
     if any(function.chain is None for function in inputs):
         return None
     name = operation_name(node.op)
-    if name in _TRANSPARENT:
+    if name in operations.TRANSPARENT:
         return _pass_through(node, name, inputs[0])
     if is_pointwise(node.op) and (not masks or is_dropout(name, masks)):
         return _apply_pointwise(states, node, functions, inputs, masks)
@@ -150,7 +147,7 @@ def _function_behind(
 def _pass_through(node: Node, name: str, function: _FunctionOfZ) -> _FunctionOfZ:
     if name == "native_dropout":
         return replace(function, keep=function.keep * (1.0 - float(node.args[1])))
-    if name in MEANS and function.chain is not None:
+    if name in operations.MEANS and function.chain is not None:
         return replace(function, average=chain_moments(function.chain).mean)
     return function
 
@@ -162,6 +159,7 @@ def _apply_pointwise(
     inputs: Sequence[_FunctionOfZ],
     masks: Sequence[State],
 ) -> _FunctionOfZ:
+    # A function of averages alone, such as √(mean(x²) + ε), is an average, too.
     averages = [function.average for function in inputs]
     averages_only = None not in averages
 
@@ -188,7 +186,6 @@ def _apply_pointwise(
 
 
 def _view(graph: Graph, operand: Operand, function: _FunctionOfZ) -> _FunctionOfZ:
-    """What an operand shows of a node's output: all of it, or a part."""
     outputs = graph[operand.node].outputs
     if function.part is not None or not outputs:
         return function
@@ -198,7 +195,7 @@ def _view(graph: Graph, operand: Operand, function: _FunctionOfZ) -> _FunctionOf
 
 
 def _value_readers(graph: Graph, index: int) -> list[int]:
-    """The operations that read the values of a node, not only its shape."""
+    # Operations that draw noise or are static read only the shape of the node.
     return [
         reader
         for reader in graph.readers[index]
@@ -207,8 +204,6 @@ def _value_readers(graph: Graph, index: int) -> list[int]:
 
 
 def _reads_unchanged(node: Node) -> bool:
-    """Whether z enters the operation as it is: it has a weight, or joins z with other activations."""
-    func = node.func
-    if func is None:
-        return False
-    return contraction(func) is not None or is_pointwise(func) or operation_name(func) in NEUTRAL
+    """Whether z enters the operation as it is, at a weight or in a join with other activations."""
+    is_neutral = operation_name(node.op) in operations.NEUTRAL
+    return is_neutral or is_pointwise(node.op) or contraction(node.op) is not None

@@ -35,8 +35,8 @@ def dropout_corrected_(
 ) -> Tensor:
     """Fill a weight with the initialisation that corrects for dropout and for the nonlinearity.
 
-    W / √(E[f(z^{l−1})²] / keep + next_keep · E[f'(z^l)²]), z ~ N(0, 1), where each unit of W has its
-    fan-in vector on the unit hypersphere (Hendrycks & Gimpel 2016, section 2.2; section 4 for
+    W / √(E[f(z^{l−1})²] / keep + next_keep · E[f'(z^l)²]), z ~ N(0, 1), where each unit of W has
+    its fan-in vector on the unit hypersphere (Hendrycks & Gimpel 2016, section 2.2; section 4 for
     ``scheme="uniform"``). Without the backward term Var(z^l) is 1; with it Var(z^l) is smaller, for
     the sake of the error signal.
 
@@ -59,16 +59,17 @@ def dropout_corrected_(
         backward_term: whether the second summand is there; "auto": for linear weights, not for
             convolutions.
         backward_factor: "paper" or "inverted".
-        geometry: what the dimensions of ``weight`` mean (groups, transposed convolutions, batches of
-            linear weights). None: linear for two dimensions, a convolution without groups for more.
+        geometry: what the dimensions of ``weight`` mean (groups, transposed convolutions, batches
+            of linear weights). None: linear for two dimensions, a convolution without groups for
+            more.
         generator: a CPU generator; None: torch's global one.
 
     Returns:
         ``weight``.
 
     Raises:
-        UsageError: a keep probability outside (0, 1], an activation that is no pointwise function, an
-            unknown word, or a weight that does not fit its geometry. The weight is as it was.
+        UsageError: a keep probability outside (0, 1], an activation that is no pointwise function,
+            an unknown word, or a weight that does not fit its geometry. The weight is as it was.
     """
     check_choice(backward_term, "backward_term", get_args(BackwardTerm))
     if geometry is None:
@@ -95,7 +96,8 @@ def _moments(f: Activation | None, name: str) -> ActivationMoments:
         return _UNKNOWN
     if not callable(f):
         raise UsageError(
-            f"{name}={f!r}: expected a function of a tensor such as torch.relu or nn.GELU(), or None."
+            f"{name}={f!r}: expected a function of a tensor such as torch.relu or nn.GELU(), "
+            "or None."
         )
     if isinstance(f, nn.Module):
         # A module's parameters (PReLU's) must be where the quadrature's nodes are, in their dtype.

@@ -35,13 +35,19 @@ class InitMethod:
     backward_factor: BackwardFactor
 
     def has_backward_term(self, use: WeightUse) -> bool:
-        """Whether the divisor of this weight has the backward term."""
+        """Whether the divisor of this weight has the backward term.
+
+        "auto" has it where the paper has it: for linear layers under the paper's rule.
+        """
         if self.backward_term == "auto":
             return use.geometry.kind == "linear" and self.rule == "paper"
         return self.backward_term == "on"
 
     def fan_ratio(self, use: WeightUse) -> float:
-        """The weight of the backward term, see `rule.fan_ratio`."""
+        """The weight of the backward term.
+
+        `ckpt_tools.initialize.rule.fan_ratio` explains it.
+        """
         return fan_ratio(self.scheme, *fans(use.view.shape, use.geometry))
 
 
@@ -79,8 +85,9 @@ def _propagate(
 ) -> dict[int, State]:
     """The weights' inputs under the propagated rule.
 
-    Where a weight is used more than once, its uses share one divisor, which depends on the inputs of
-    all of them. Then a second run through the graph takes the average of what the first run gave.
+    Where a weight is used more than once, its uses share one divisor, which depends on the inputs
+    of all of them. Then a second run through the graph takes the average of what the first run
+    gave.
     """
     backward = {}
     for use in uses:
@@ -112,7 +119,6 @@ def _combine_uses(
     ratio: float,
     backward_factor: BackwardFactor,
 ) -> Factors:
-    """The factors of one weight: averages over its uses."""
     second = sum(state.signal.second for state in inputs) / len(inputs)
     without_dropout = sum(state.signal.second * state.signal.keep for state in inputs) / len(inputs)
     activation = _join_names(state.activation for state in inputs)

@@ -40,7 +40,7 @@ STANDARD = Signal(0.0, 1.0, 0.0)
 ZERO = Signal(0.0, 0.0, 0.0)
 
 
-def add_signals(x: Signal, y: Signal, sign: float = 1.0) -> Signal:
+def add(x: Signal, y: Signal, sign: float = 1.0) -> Signal:
     """The moments of x + sign·y for independent x and y."""
     cross = 2 * sign * x.mean * y.mean
     second = x.second + y.second + cross
@@ -49,7 +49,7 @@ def add_signals(x: Signal, y: Signal, sign: float = 1.0) -> Signal:
     return Signal(x.mean + sign * y.mean, second, x.shared + y.shared + cross, keep)
 
 
-def multiply_signals(x: Signal, y: Signal) -> Signal:
+def multiply(x: Signal, y: Signal) -> Signal:
     """The moments of x·y for independent x and y.
 
     Noise of mean m and second moment q is dropout with keep probability m²/q.
@@ -59,13 +59,16 @@ def multiply_signals(x: Signal, y: Signal) -> Signal:
     )
 
 
-def divide_signals(x: Signal, y: Signal) -> Signal:
-    """The moments of x / y, where y counts as constant at its root mean square."""
-    scale = 1 / max(y.second, 1e-30)
+def divide(x: Signal, y: Signal) -> Signal:
+    """The moments of x / y, where y counts as constant at its root mean square.
+
+    Divisors are norms and deviations, which hardly vary.
+    """
+    scale = 1 / max(y.second, 1e-30)  # y may be zero everywhere
     return Signal(x.mean * math.sqrt(scale), x.second * scale, x.shared * scale, x.keep)
 
 
-def scale_signal(x: Signal, factor: float) -> Signal:
+def scale(x: Signal, factor: float) -> Signal:
     """The moments of factor·x."""
     square = factor**2
     return replace(
@@ -73,7 +76,7 @@ def scale_signal(x: Signal, factor: float) -> Signal:
     )
 
 
-def mix_signals(parts: Sequence[tuple[Signal, float]]) -> Signal:
+def mix(parts: Sequence[tuple[Signal, float]]) -> Signal:
     """The moments of a tensor that is put together from parts.
 
     Args:
@@ -90,7 +93,7 @@ def mix_signals(parts: Sequence[tuple[Signal, float]]) -> Signal:
     )
 
 
-def average_signal(x: Signal, count: float) -> Signal:
+def average(x: Signal, count: float) -> Signal:
     """The moments of the mean of x over ``count`` positions.
 
     What two positions share stays as it is; the rest of E[x²] shrinks by ``count``.
@@ -104,7 +107,7 @@ def average_signal(x: Signal, count: float) -> Signal:
     return Signal(x.mean, second, x.shared, keep)
 
 
-def contract_signals(x: Signal, y: Signal, count: int) -> Signal:
+def contract(x: Signal, y: Signal, count: int) -> Signal:
     """The moments of Σ x_k y_k over ``count`` entries of two activations.
 
     Where one factor comes from a softmax, the sum is a weighted average of the other factor.
@@ -122,7 +125,7 @@ def contract_signals(x: Signal, y: Signal, count: int) -> Signal:
     )
 
 
-def softmax_signal(logits: Signal, count: int) -> Signal:
+def softmax(logits: Signal, count: int) -> Signal:
     """The moments of a softmax over ``count`` entries with Gaussian logits of variance s².
 
     Its weights are log-normal then: E[a²] = exp(s²)/n², and at most 1/n because they sum to one.
@@ -132,7 +135,7 @@ def softmax_signal(logits: Signal, count: int) -> Signal:
     return Signal(1 / count, min(spread / count**2, 1 / count), 1 / count**2, 1.0, count)
 
 
-def normalise_signal(x: Signal, gain: float, offset: Signal, *, per_unit: bool) -> Signal:
+def normalise(x: Signal, gain: float, offset: Signal, *, per_unit: bool) -> Signal:
     """The moments behind a normalisation layer: mean 0, variance 1, then γ and β.
 
     Args:

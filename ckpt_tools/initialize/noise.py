@@ -31,7 +31,10 @@ class Noise:
     b: float = 1.0
 
     def moments(self, chain: Chain) -> Signal:
-        """The moments of ``chain`` applied to this noise, which is drawn anew for each value."""
+        """The moments of ``chain`` applied to this noise.
+
+        Noise is drawn anew for each position and sample, so E[x x'] is E[x]².
+        """
         values, weights = self._points()
         results = chain_function(chain)(values)
         mean, second = float(results @ weights), float(results.square() @ weights)
@@ -47,7 +50,7 @@ class Noise:
         return self.a + self.b * standard_normal
 
     def _points(self) -> tuple[Tensor, Tensor]:
-        """Values that stand for the distribution, and their probabilities."""
+        # Values that stand for the distribution, and their probabilities.
         if self.kind == "bernoulli":
             probabilities = torch.tensor([1 - self.a, self.a], dtype=torch.float64)
             return torch.tensor([0.0, 1.0], dtype=torch.float64), probabilities
@@ -75,6 +78,7 @@ def noise_distribution(node: Node, probability: float | None) -> Noise | None:
 
     match operation_name(node.op):
         case "bernoulli":
+            # Where p is a tensor the distribution is not known; −1 stands for that.
             chance = number("p", -1.0) if "p" in arguments else probability
             return None if chance is None or chance < 0 else Noise("bernoulli", chance)
         case "rand" | "rand_like":

@@ -64,13 +64,19 @@ _UNTAGGED_POINTWISE = frozenset({
     "hardswish", "prelu_kernel", "log_sigmoid_forward", "copy", "rrelu_with_noise",
 })
 # fmt: on
+# Behind these an activation is the same function of a layer's output. Concatenations are left out,
+# since they join it with other activations.
+TRANSPARENT = (NEUTRAL | MEANS | MAXIMA | NORMS | {"native_dropout", "copy"}) - {"cat", "stack"}
 
 
 def operation_name(func: OpOverload) -> str:
-    """The name of an operation without namespace and underscore: ``aten::relu_`` → ``relu``."""
+    """The name of an operation without its namespace and overload: ``aten::relu_`` → ``relu``."""
     return func._schema.name.rpartition("::")[2].strip("_")
 
 
 def is_pointwise(func: OpOverload) -> bool:
-    """Whether the operation maps every value by itself, without regard to the others."""
+    """Whether the operation maps every value by itself.
+
+    PyTorch's tag says so, or the list of names for which the tag is missing.
+    """
     return torch.Tag.pointwise in func.tags or operation_name(func) in _UNTAGGED_POINTWISE

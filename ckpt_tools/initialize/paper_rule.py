@@ -12,32 +12,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.initialize import mean_field, operations
 from ckpt_tools.initialize.chain import Variable, Z, chain_moments
-from ckpt_tools.initialize.mean_field import (
-    STANDARD,
-    ZERO,
-    Signal,
-    mix_signals,
-    multiply_signals,
-    scale_signal,
-)
+from ckpt_tools.initialize.mean_field import STANDARD, ZERO, Signal
 from ckpt_tools.initialize.noise import noise_distribution
-from ckpt_tools.initialize.operations import (
-    BLANK_MAKERS,
-    MAXIMA,
-    MEANS,
-    NEUTRAL,
-    NOISES,
-    NORMS,
-    is_pointwise,
-    operation_name,
-)
+from ckpt_tools.initialize.operations import is_pointwise, operation_name
 from ckpt_tools.initialize.pointwise import Pointwise
 from ckpt_tools.initialize.rule import UNKNOWN
 from ckpt_tools.initialize.state import CONSTANT, State, mask_keep
 from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.graph import Node, Operand
 from ckpt_tools.walker.weights import WeightUse
+
+
+@dataclass(frozen=True)
+class FixedWeight:
+    """The factors of a product with a weight that the rewrite leaves as it is.
+
+    ``weight_is_first`` tells in which order the two are multiplied.
+    """
+
+    activation: Operand
+    weight: Operand
+    weight_is_first: bool
 
 
 @dataclass
@@ -68,7 +65,11 @@ class PaperRule(Pointwise):
         return self._weight_inputs
 
     def state(self, operand: Operand) -> State:
-        """An operand's state. A part of an activation is independent of its other parts."""
+        """An operand's state.
+
+        A view of a part of an activation is a source of its own: the channels of a layer's output
+        are independent of each other.
+        """
         part = (operand.node, operand.offset, operand.numel)
         if self.graph[operand.node].static:
             signal = self._simplify_signal(self.constants.signal(operand))
@@ -99,6 +100,7 @@ class PaperRule(Pointwise):
             state = None  # the operation cannot be replayed as a function of one value
         if state is None or not math.isfinite(state.signal.second):
             return self._unknown_state(index, node)
+        # Coverage is a quotient of floats, hence the tolerance here and in `_signal_after_write`.
         if node.base is None or node.coverage > 0.999:
             return state
         signal = self._signal_after_write(index, node, node.base, state)
@@ -112,24 +114,24 @@ class PaperRule(Pointwise):
         written = 0.0 if _is_blank(self.graph[base.node]) else self._written.get(base.node)
         if written is None or written + node.coverage > 1.001:
             old = self.state(base).signal
-            return mix_signals([(new.signal, node.coverage), (old, 1 - node.coverage)])
+            return mean_field.mix([(new.signal, node.coverage), (old, 1 - node.coverage)])
         self._written[index] = written + node.coverage
         blank = max(0.0, 1 - written - node.coverage)
         earlier = ZERO
         if written > 0:
             # The base's signal counts its blank part, too. This is that of the written part alone.
-            earlier = scale_signal(self._states[base.node].signal, 1 / math.sqrt(written))
-        return mix_signals([(new.signal, node.coverage), (earlier, written), (ZERO, blank)])
+            earlier = mean_field.scale(self._states[base.node].signal, 1 / math.sqrt(written))
+        return mean_field.mix([(new.signal, node.coverage), (earlier, written), (ZERO, blank)])
 
     def _apply_operation(self, index: int, node: Node) -> State | None:
         name = operation_name(node.op)
-        if node.random and name in NOISES:
+        if node.random and name in operations.NOISES:
             return self._draw_noise(index, node)
         if name == "native_dropout":
             return self._apply_dropout(self.state(node.args[0]), 1.0 - float(node.args[1]))
         if name == "copy":
             return self.state(node.args[1])
-        if name in NEUTRAL:
+        if name in operations.NEUTRAL:
             return self._move_values(index, node)
         if is_pointwise(node.op):
             return self._apply_pointwise(index, node)
@@ -140,13 +142,13 @@ class PaperRule(Pointwise):
 
         Pooling is neutral under this rule, as in the paper.
         """
-        if name in NORMS:
+        if name in operations.NORMS:
             gain, offset = self._scale_and_offset(node)
             signal = Signal(0.0, gain + offset.second, 0.0)
             return self._new_source((index, 0, 0), signal, "a normalisation")
-        if name in MEANS:
+        if name in operations.MEANS:
             return self._average_positions(index, self.state(self.activation_operands(node)[0]))
-        if name in MAXIMA:
+        if name in operations.MAXIMA:
             return self.state(self.activation_operands(node)[0])
         if name == "embedding":
             signal = self._simplify_signal(self.constants.signal(node.args[0]))
@@ -156,16 +158,16 @@ class PaperRule(Pointwise):
             return None
         first, second = (node.args[position] for position in product.factors)
         if self.graph[first.node].static:
-            return self._apply_fixed_weight(index, node, second, first, weight_is_first=True)
+            return self._apply_fixed_weight(index, node, FixedWeight(second, first, True))
         if self.graph[second.node].static:
-            return self._apply_fixed_weight(index, node, first, second, weight_is_first=False)
+            return self._apply_fixed_weight(index, node, FixedWeight(first, second, False))
         return None
 
     def _average_positions(self, index: int, state: State) -> State:
         """The state behind a mean over positions or channels.
 
-        An operation that reads it alone sees the activation itself, since pooling is neutral. Beside
-        what was averaged it counts as the number ``average``, as in an RMS norm.
+        An operation that reads it alone sees the activation itself, since pooling is neutral.
+        Beside what was averaged it counts as the number ``average``, as in an RMS norm.
         """
         average = chain_moments(state.chain, 0.0, math.sqrt(state.source_signal.second)).mean
         source = self._new_source((index, 0, 0), state.signal, state.activation)
@@ -178,20 +180,12 @@ class PaperRule(Pointwise):
             average=average,
         )
 
-    def _apply_fixed_weight(
-        self,
-        index: int,
-        node: Node,
-        activation: Operand,
-        weight: Operand,
-        *,
-        weight_is_first: bool,
-    ) -> State | None:
-        """The state behind a weight that the rewrite leaves as it is."""
-        # A weight computed from parameters, a standardised one say, has its scale by design.
-        if self.constants.depends_on_parameter(weight):
+    def _apply_fixed_weight(self, index: int, node: Node, factors: FixedWeight) -> State | None:
+        # A weight that is computed from parameters, such as a standardised one, has its scale by
+        # design. A constant filter is a pooling, which is neutral.
+        if self.constants.depends_on_parameter(factors.weight):
             return self._new_source((index, 0, 0), STANDARD, "")
-        return self.state(activation)  # a constant filter is a pooling
+        return self.state(factors.activation)
 
     def _scale_and_offset(self, node: Node) -> tuple[float, Signal]:
         """E[γ²] and the moments of β of a normalisation layer."""
@@ -208,9 +202,10 @@ class PaperRule(Pointwise):
         return self._new_source((index, 0, 0), STANDARD, "")
 
     def _apply_dropout(self, state: State, keep: float) -> State:
-        mask = Signal(1.0, 1 / keep, 1.0)  # inverted dropout: 0, or 1 / keep
+        # The mask of inverted dropout is 0 or 1 / keep: E[m] = 1 and E[m²] = 1 / keep.
+        mask = Signal(1.0, 1 / keep, 1.0)
         mask = replace(mask, keep=mask_keep(mask))
-        signal = multiply_signals(state.signal, mask)
+        signal = mean_field.multiply(state.signal, mask)
         return replace(state, keep=state.keep * mask.keep, signal=signal)
 
     def _unknown_state(self, index: int, node: Node) -> State:
@@ -224,7 +219,7 @@ class PaperRule(Pointwise):
         return Signal(0.0, UNKNOWN, 0.0)
 
     def _move_values(self, index: int, node: Node) -> State | None:
-        """The state of values in other places: one tensor stays what it is, several are mixed."""
+        # One tensor stays what it is, wherever its values go. Several are mixed by size.
         operands = self.activation_operands(node)[:1]
         if operation_name(node.op) in ("cat", "stack"):
             operands = [operand for operand in node.operands if operand.numel]
@@ -235,7 +230,7 @@ class PaperRule(Pointwise):
             return states[0]
         sizes = [math.prod(operand.shape) for operand in operands]
         signals = [state.signal for state in states]
-        signal = mix_signals(list(zip(signals, sizes, strict=True)))
+        signal = mean_field.mix(list(zip(signals, sizes, strict=True)))
         names = {state.activation for state in states}
         label = f"concatenation of {len(states)}"
         if len(names) == 1:
@@ -256,10 +251,9 @@ class PaperRule(Pointwise):
 
 
 def _is_blank(node: Node) -> bool:
-    """Whether the node is a new tensor that a model fills part by part."""
     if not node.static or node.func is None:
         return False
-    return operation_name(node.func).removesuffix("_like") in BLANK_MAKERS
+    return operation_name(node.func).removesuffix("_like") in operations.BLANK_MAKERS
 
 
 def _concatenated_operand(node: Node, view: Operand) -> Operand | None:

@@ -13,27 +13,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ckpt_tools.initialize.chain import (
-    Variable,
-    Z,
-    chain_function,
-    chain_moments,
-    evaluate_chain,
-)
+from ckpt_tools.initialize import mean_field
+from ckpt_tools.initialize.chain import Variable, Z, chain_function, chain_moments, evaluate_chain
 from ckpt_tools.initialize.constants import Constants
-from ckpt_tools.initialize.mean_field import (
-    Signal,
-    add_signals,
-    divide_signals,
-    multiply_signals,
-    scale_signal,
-)
+from ckpt_tools.initialize.mean_field import Signal
+from ckpt_tools.initialize.operations import ARITHMETIC, operation_name
 from ckpt_tools.initialize.pointwise_operands import PointwiseOperands
 from ckpt_tools.initialize.state import (
     CONSTANT,
     Source,
     State,
     factor_signal,
+    is_dropout,
     list_variables,
     replay_node,
 )
@@ -49,8 +40,8 @@ _NEGLIGIBLE = 1e-9  # share of E[x²] below which a branch counts as zero
 class Pointwise:
     """The states of operands, and what pointwise operations make of them.
 
-    `Flow` and `Propagation` extend it. ``state`` and the methods that ``NotImplementedError`` or a
-    one-line body marks are where the two rules differ.
+    `PaperRule` and `PropagatedRule` extend it. `PropagatedRule` overrides those methods in which
+    the two rules differ.
     """
 
     graph: Graph
@@ -58,11 +49,14 @@ class Pointwise:
     _sources: dict[Variable, State] = field(init=False, default_factory=dict)
 
     def state(self, operand: Operand) -> State:
-        """The state of an operand of an operation that comes later."""
+        """The state of an operand.
+
+        Subclasses know the states of all nodes that were executed before.
+        """
         raise NotImplementedError
 
     def _new_source(self, source: Source, signal: Signal, source_label: str) -> State:
-        """A state that counts as independent of all others, and as Gaussian."""
+        """A state that counts as Gaussian, and as independent of all others."""
         variable = Variable(source)
         state = State(
             signal, source, signal, source_label, joint=variable, parts=frozenset({source})
@@ -80,33 +74,31 @@ class Pointwise:
         return node.func is None and not node.static and state.chain == Z
 
     def _chain_signal(self, state: State) -> Signal:
-        """The moments of a state's chain behind its dropout."""
         moments = chain_moments(state.chain, 0.0, math.sqrt(state.source_signal.second))
         keep = state.source_signal.keep * state.keep
         return Signal(0.0, moments.forward / state.keep, 0.0, keep)
 
     def _apply_pointwise(self, index: int, node: Node) -> State | None:
-        """The state behind a pointwise operation; None where it cannot be told.
-
-        The cases are tried in this order: noise alone; the input, scaled; a function of one source;
-        a function of dependent operands; a sum or product of independent operands; any other
-        function of independent operands.
-        """
+        """The state behind a pointwise operation; None where it cannot be told."""
         operands = self._sort_operands(node)
         if not operands.activations:
             return _transform_noise(operands)
-        if operands.is_arithmetic and len(operands.states) == 1:
-            (activation,) = operands.activations
-            if self._is_standardised_input(activation):
-                return activation
+        is_arithmetic = operands.name in ARITHMETIC
+        activation = operands.activations[0]
+        if is_arithmetic and len(operands.states) == 1 and self._is_standardised_input(activation):
+            return activation
+        # A function of one source is a longer chain.
+        masks_are_dropout = not operands.masks or is_dropout(operands.name, operands.masks)
         is_chain = operands.has_one_source and operands.dropout_moves_through
-        if is_chain and operands.constants_are_numbers and operands.masks_are_dropout:
+        if is_chain and operands.constants_are_numbers and masks_are_dropout:
             return self._extend_state(operands)
+        # Dependent operands, and dropout inside a nonlinearity, need an integral over all parts.
         can_integrate = len(operands.parts) <= _MAX_PARTS and operands.constants_are_numbers
         dropout_inside = operands.has_one_source and not operands.dropout_moves_through
         if can_integrate and (dropout_inside or operands.operands_share_parts):
             return self._integrate(index, operands)
-        if operands.is_arithmetic and len(node.operands) == 2:
+        # The moments of a sum or product of independent operands follow from theirs.
+        if is_arithmetic and len(node.operands) == 2:
             return self._join_independent(index, operands)
         return self._integrate(index, operands) if can_integrate else None
 
@@ -114,13 +106,12 @@ class Pointwise:
         live = [operand for operand in node.operands if not self.graph[operand.node].static]
         states = {operand: self.state(operand) for operand in live}
         sources = {state.source for state in states.values() if state.averaged_source is None}
+        # An average beside what it averages, as in x / √mean(x²), counts as a number.
         averages = {
-            operand: state.average
-            for operand, state in states.items()
-            if state.averaged_source in sources
+            o: state.average for o, state in states.items() if state.averaged_source in sources
         }
         states = {operand: state for operand, state in states.items() if operand not in averages}
-        return PointwiseOperands(node, states, averages, self.constants)
+        return PointwiseOperands(node, operation_name(node.op), states, averages, self.constants)
 
     def _extend_state(self, operands: PointwiseOperands) -> State:
         """The state with one more link in its chain.
@@ -135,7 +126,7 @@ class Pointwise:
             parts=operands.parts,
         )
         if state.averaged_source is not None:
-            step = chain_function(operands.replay_step())
+            step = chain_function(operands.replay(lambda _: Z))
             average = torch.tensor([state.average], dtype=torch.float64)
             state = replace(state, average=float(step(average)))
         return replace(state, signal=self._chain_signal(state))
@@ -154,11 +145,13 @@ class Pointwise:
                 return first
             if operands.name == "add" and x.second <= _NEGLIGIBLE * y.second:
                 return second
-            y = scale_signal(y, float(node.kwargs.get("alpha", 1)))
-            signal = add_signals(x, y, 1.0 if operands.name == "add" else -1.0)
+            y = mean_field.scale(y, float(node.kwargs.get("alpha", 1)))
+            signal = mean_field.add(x, y, 1.0 if operands.name == "add" else -1.0)
             label = "a sum"
         else:
-            signal = multiply_signals(x, y) if operands.name == "mul" else divide_signals(x, y)
+            signal = (
+                mean_field.multiply(x, y) if operands.name == "mul" else mean_field.divide(x, y)
+            )
             label = "a product"
         variable = [state for state in (first, second) if state.source_label != CONSTANT]
         has_constant = len(variable) < 2
@@ -171,7 +164,8 @@ class Pointwise:
         return replace(state, parts=operands.parts, joint=joint)
 
     def _integrate(self, index: int, operands: PointwiseOperands) -> State | None:
-        """A function of several independent parts, each of which may occur in it more than once."""
+        # The parts are independent of each other, but each may occur in the function more than
+        # once.
         joint = operands.replay_joint()
         variables = list_variables(joint)
         if not variables or len(variables) > _MAX_PARTS:
@@ -209,7 +203,7 @@ class Pointwise:
 
 
 def _transform_noise(operands: PointwiseOperands) -> State | None:
-    """A function of one noise: floor(keep + u), a mask, a scaled mask."""
+    # Dropout masks are made in several steps, such as floor(keep + u) / keep.
     noises = list(operands.states.values())
     first = noises[0] if noises else None
     if first is None or first.noise is None or len({state.source for state in noises}) > 1:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ckpt_tools.initialize.chain import Chain, Z
+from ckpt_tools.initialize.chain import Chain
 from ckpt_tools.initialize.constants import Constants
-from ckpt_tools.initialize.operations import ARITHMETIC, HOMOGENEOUS, operation_name
-from ckpt_tools.initialize.state import Source, State, is_dropout, mask_keep, replay_node
+from ckpt_tools.initialize.operations import ARITHMETIC, HOMOGENEOUS
+from ckpt_tools.initialize.state import Source, State, mask_keep, replay_node
 from ckpt_tools.walker.graph import Node, Operand
 
 
@@ -19,20 +19,16 @@ from ckpt_tools.walker.graph import Node, Operand
 class PointwiseOperands:
     """A pointwise operation and its operands.
 
-    ``states`` has the operands that are activations or noise. ``averages`` has averages of an
-    activation that is itself an operand, as in x / √mean(x²): they count as numbers. All other
-    operands are ``constants``.
+    ``name`` is the operation's name. ``states`` has the operands that are activations or noise.
+    ``averages`` has averages of an activation that is itself an operand, as in x / √mean(x²): they
+    count as numbers. All other operands are ``constants``.
     """
 
     node: Node
+    name: str
     states: dict[Operand, State]
     averages: dict[Operand, float]
     constants: Constants
-
-    @cached_property
-    def name(self) -> str:
-        """The operation's name."""
-        return operation_name(self.node.op)
 
     @cached_property
     def activations(self) -> list[State]:
@@ -50,18 +46,19 @@ class PointwiseOperands:
         return frozenset().union(*(state.parts for state in self.states.values()))
 
     @property
-    def is_arithmetic(self) -> bool:
-        """Whether it adds, subtracts, multiplies or divides."""
-        return self.name in ARITHMETIC
-
-    @property
     def has_one_source(self) -> bool:
-        """Whether all activations are functions of the same source."""
+        """Whether all activations are functions of the same source.
+
+        The result is such a function, too, unless a constant or noise interferes.
+        """
         return len({state.source for state in self.activations}) == 1
 
     @property
     def operands_share_parts(self) -> bool:
-        """Whether an independent part stands in two operands, so that they are dependent."""
+        """Whether an independent part occurs in two operands.
+
+        They are dependent then, and the moments of their sum or product need an integral.
+        """
         return sum(len(state.parts) for state in self.states.values()) > len(self.parts)
 
     @cached_property
@@ -71,7 +68,7 @@ class PointwiseOperands:
         In arithmetic a constant tensor with different elements is a factor or summand with moments
         of its own. Elsewhere (as a bound, a slope, a condition) its mean has to do.
         """
-        if not self.is_arithmetic:
+        if self.name not in ARITHMETIC:
             return True
         constants = [operand for operand in self.node.operands if operand not in self.states]
         return all(
@@ -81,14 +78,12 @@ class PointwiseOperands:
 
     @property
     def dropout_moves_through(self) -> bool:
-        """Whether dropout in front of the operation is the same as dropout behind it."""
+        """Whether dropout in front of the operation is the same as dropout behind it.
+
+        relu(m·x) = m·relu(x) for a mask m, but tanh(m·x) ≠ m·tanh(x) where m is 1 / keep.
+        """
         keeps = {state.keep for state in self.activations}
         return min(keeps) >= 1 or (self.name in HOMOGENEOUS and len(keeps) == 1)
-
-    @property
-    def masks_are_dropout(self) -> bool:
-        """Whether the noise among the operands, if there is any, is a dropout mask."""
-        return not self.masks or is_dropout(self.name, self.masks)
 
     @property
     def keep(self) -> float:
@@ -97,7 +92,10 @@ class PointwiseOperands:
         return activation_keep * math.prod(mask_keep(mask.signal) for mask in self.masks)
 
     def number(self, operand: Operand) -> float:
-        """An average or a constant as one number; of a constant tensor its mean."""
+        """An average or a constant as one number.
+
+        A constant tensor counts with its mean.
+        """
         if operand in self.averages:
             return self.averages[operand]
         return self.constants.signal(operand).mean
@@ -114,7 +112,3 @@ class PointwiseOperands:
     def replay_joint(self) -> Chain:
         """The operation as an expression over all independent parts."""
         return self.replay(lambda state: state.joint)
-
-    def replay_step(self) -> Chain:
-        """The operation alone, as a function of its one activation."""
-        return self.replay(lambda _: Z)

@@ -1,7 +1,7 @@
-"""The propagated rule: moments through the whole graph, so that every pre-activation has variance 1.
+"""The propagated rule: carry moments through the whole graph, to give every z a variance of 1.
 
-Where the paper's rule looks at the nearest neighbours of a layer and takes all means as zero, this
-rule carries mean, second moment and shared moment from the input to the output.
+The paper's rule looks at the nearest neighbours of a layer and takes all means as zero. This rule
+carries mean, second moment and shared moment from the input to the output.
 """
 
 from __future__ import annotations
@@ -15,30 +15,15 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.errors import UsageError
+from ckpt_tools.initialize import mean_field, operations
 from ckpt_tools.initialize.chain import Call, Z, chain_function, chain_moments, shared_moment
-from ckpt_tools.initialize.mean_field import (
-    Signal,
-    add_signals,
-    average_signal,
-    contract_signals,
-    multiply_signals,
-    normalise_signal,
-    scale_signal,
-    softmax_signal,
-)
-from ckpt_tools.initialize.operations import (
-    ATTENTIONS,
-    MAXIMA,
-    MEANS,
-    NORMS,
-    SOFTMAXES,
-    operation_name,
-)
-from ckpt_tools.initialize.paper_rule import PaperRule
+from ckpt_tools.initialize.mean_field import Signal
+from ckpt_tools.initialize.operations import operation_name
+from ckpt_tools.initialize.paper_rule import FixedWeight, PaperRule
 from ckpt_tools.initialize.rule import UNKNOWN
 from ckpt_tools.initialize.state import State
 from ckpt_tools.walker.contractions import contraction, geometry
-from ckpt_tools.walker.graph import Node, Operand
+from ckpt_tools.walker.graph import Node
 from ckpt_tools.walker.weights import WeightUse
 
 # A distribution whose deviation is below this share of its mean may be replaced by its mean.
@@ -69,8 +54,8 @@ class PropagatedRule(PaperRule):
         except UsageError:
             if source.deviation > _NARROW * abs(source.mean):
                 raise
-            # 1/√x of an average is such a chain: only the tails of the Gaussian, where x ≤ 0, make its
-            # moments infinite, and an average does not reach them.
+            # 1/√x of an average is such a chain: only the tails of the Gaussian, where x ≤ 0, make
+            # its moments infinite, and an average does not reach them.
             moments = chain_moments(chain, source.mean, 0.0)
             return Signal(moments.mean, moments.forward, moments.forward, keep)
         common = math.sqrt(max(source.shared - source.mean**2, 0.0))
@@ -78,9 +63,9 @@ class PropagatedRule(PaperRule):
         shared = moments.mean**2
         if common:
             shared = shared_moment(chain, source.mean, common, independent)
-        return Signal(
-            moments.mean, moments.forward / state.keep, min(shared, moments.forward), keep
-        )
+        # The quadrature of the shared moment is less exact, and must not exceed the second moment.
+        shared = min(shared, moments.forward)
+        return Signal(moments.mean, moments.forward / state.keep, shared, keep)
 
     def _apply_weight(self, index: int, use: WeightUse) -> State:
         state = self.state(use.input)
@@ -88,6 +73,7 @@ class PropagatedRule(PaperRule):
             state = _pad_with_zeros(state, _share_inside(self.graph[index]))
         self._weight_inputs[index] = state
         second = state.signal.second
+        # The rewrite will divide the weight by √divisor_square.
         divisor_square = self.seconds.get(use.parameter, second)
         divisor_square += self.backward.get(use.parameter, 0.0)
         scale = 1 / divisor_square if divisor_square > 0 else 1.0
@@ -98,30 +84,31 @@ class PropagatedRule(PaperRule):
         signal = self._special_signal(node, name)
         if signal is None:
             return super()._apply_special(index, node, name)
-        label = "a normalisation" if name in NORMS else name
+        label = "a normalisation" if name in operations.NORMS else name
         return self._new_source((index, 0, 0), signal, label)
 
     def _special_signal(self, node: Node, name: str) -> Signal | None:
-        """The moments behind an operation of which this rule knows more than the paper's."""
+        # The operations are those about which this rule knows more than the paper's.
         operands = self.activation_operands(node)
         if not operands:
             return None
         state = self.state(operands[0])
         x = state.signal
-        if name in SOFTMAXES:
-            return softmax_signal(x, operands[0].shape[node.args[1]])
-        if name in ATTENTIONS:
+        if name in operations.SOFTMAXES:
+            return mean_field.softmax(x, operands[0].shape[node.args[1]])
+        if name in operations.ATTENTIONS:
             return self._attention_signal(node)
-        if name in NORMS:
+        if name in operations.NORMS:
             gain, offset = self._scale_and_offset(node)
-            return normalise_signal(x, gain, offset, per_unit="batch_norm" in name)
+            return mean_field.normalise(x, gain, offset, per_unit="batch_norm" in name)
         if name == "glu":
+            # One half of the input is multiplied with the sigmoid of the other half.
             gate = chain_moments(Call(torch.ops.aten.sigmoid.default, (Z,)), x.mean, x.deviation)
-            return multiply_signals(x, Signal(gate.mean, gate.forward, gate.mean**2))
+            return mean_field.multiply(x, Signal(gate.mean, gate.forward, gate.mean**2))
         count = operands[0].numel / max(1, math.prod(node.outputs[0]))  # inputs of one output
-        if name in MEANS:
-            return average_signal(x, _window_size(node, count))
-        if name in MAXIMA:
+        if name in operations.MEANS:
+            return mean_field.average(x, _window_size(node, count))
+        if name in operations.MAXIMA:
             return _maximum_signal(state, round(_window_size(node, count)))
         return _reduction_signal(name, x, count) or self._product_signal(node)
 
@@ -130,12 +117,12 @@ class PropagatedRule(PaperRule):
         query, key, value = node.args[:3]
         width, tokens = query.shape[-1], key.shape[-2]
         scale = node.kwargs.get("scale") or 1 / math.sqrt(width)
-        logits = contract_signals(self.state(query).signal, self.state(key).signal, width)
-        weights = softmax_signal(scale_signal(logits, scale), tokens)
-        return contract_signals(weights, self.state(value).signal, tokens)
+        logits = mean_field.contract(self.state(query).signal, self.state(key).signal, width)
+        weights = mean_field.softmax(mean_field.scale(logits, scale), tokens)
+        return mean_field.contract(weights, self.state(value).signal, tokens)
 
     def _product_signal(self, node: Node) -> Signal | None:
-        """The moments of a matrix product of two activations; None for any other operation."""
+        # Only a product of two activations is meant; None for any other operation.
         product = contraction(node.op)
         if product is None:
             return None
@@ -143,42 +130,33 @@ class PropagatedRule(PaperRule):
         if self.graph[first.node].static or self.graph[second.node].static:
             return None
         x, y = self.state(first).signal, self.state(second).signal
-        return contract_signals(x, y, first.shape[-1])
+        return mean_field.contract(x, y, first.shape[-1])
 
-    def _apply_fixed_weight(
-        self,
-        index: int,
-        node: Node,
-        activation: Operand,
-        weight: Operand,
-        *,
-        weight_is_first: bool,
-    ) -> State | None:
-        """The state behind a weight that stays, from the weight's values."""
-        values = self.constants.tensor(weight)
+    def _apply_fixed_weight(self, index: int, node: Node, factors: FixedWeight) -> State | None:
+        # Under this rule the values of a weight that stays are known, so its output's moments are.
+        values = self.constants.tensor(factors.weight)
         if values is None:
-            return super()._apply_fixed_weight(
-                index, node, activation, weight, weight_is_first=weight_is_first
-            )
+            return super()._apply_fixed_weight(index, node, factors)
         layout = geometry(node.op, node.args)
         if layout.kind == "linear":
-            if not weight_is_first:
+            if not factors.weight_is_first:
                 values = values.transpose(-1, -2)
             values = values.reshape(-1, values.shape[-1], 1)
         elif layout.kind == "transposed convolution":
             # One tap in prod(stride) meets in an output position, on average.
             values = values.transpose(0, 1) / math.sqrt(math.prod(layout.stride))
-        signal = _filter_signal(self.state(activation).signal, values.float().flatten(2))
-        for operand in node.operands:
-            if operand not in (activation, weight) and self.graph[operand.node].static:
-                signal = add_signals(signal, self.constants.signal(operand))  # the bias
+        signal = _filter_signal(self.state(factors.activation).signal, values.float().flatten(2))
+        biases = set(node.operands) - {factors.activation, factors.weight}
+        for bias in biases:
+            if self.graph[bias.node].static:
+                signal = mean_field.add(signal, self.constants.signal(bias))
         return self._new_source((index, 0, 0), signal, "")
 
 
 def _reduction_signal(name: str, x: Signal, count: float) -> Signal | None:
     """The moments of a sum, norm or variance of x over ``count`` positions; None for others."""
     if name == "sum":
-        return scale_signal(average_signal(x, count), count)
+        return mean_field.scale(mean_field.average(x, count), count)
     # The others come to about the same number at every position, so E[x x'] is E[x²].
     if name == "linalg_vector_norm":
         square = count * x.second
@@ -192,8 +170,7 @@ def _reduction_signal(name: str, x: Signal, count: float) -> Signal | None:
 
 
 def _pad_with_zeros(state: State, share_inside: float) -> State:
-    """The state that a convolution reads where a share of its kernel taps falls on the padding."""
-    signal = scale_signal(state.signal, math.sqrt(share_inside))
+    signal = mean_field.scale(state.signal, math.sqrt(share_inside))
     # Two positions have in common only the taps that both keep inside the map.
     signal = dataclasses.replace(signal, shared=signal.shared * share_inside)
     return dataclasses.replace(state, signal=signal)

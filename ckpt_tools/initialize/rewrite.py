@@ -38,8 +38,8 @@ def rewrite_init(
     """Rewrite the weights of linear layers and convolutions in place, and set their biases to zero.
 
     W has fan-in vectors of norm one, divided by √(E[f(z^{l−1})²]/p_{l−1} + p_l·E[f'(z^l)²]). The
-    backward term is there for linear layers only (Hendrycks & Gimpel 2016, section 2.2). f and p are
-    read off one forward in training mode. Everything else (normalisation, embeddings, tokens,
+    backward term is there for linear layers only (Hendrycks & Gimpel 2016, section 2.2). f and p
+    are read off one forward in training mode. Everything else (normalisation, embeddings, tokens,
     positional tables) keeps its values.
 
     Args:
@@ -78,7 +78,6 @@ def rewrite_init(
 def _record_weight_uses(
     model: nn.Module, example_input: Batch, forward: Forward
 ) -> tuple[Graph, Sequence[WeightUse]]:
-    """Run the model once; return the graph of its forward, and the weights that can be rewritten."""
     parameters = dict(model.named_parameters())
     record = trained_record(model, example_input, forward)
     for site in record.sites.values():
@@ -130,7 +129,8 @@ def _draw_weights(
 ) -> dict[str, Tensor]:
     """New values of every weight, in float32 on the CPU.
 
-    The parts of a packed weight, such as query, key and value of an attention, are drawn one by one.
+    The parts of a packed weight, such as query, key and value of an attention, are drawn one by
+    one.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Tensor] = {}
@@ -191,16 +191,16 @@ def _rewritten_layers(
 
 
 def _untouched_layers(graph: Graph, model: nn.Module, uses: Iterable[WeightUse]) -> list[InitLayer]:
-    """Every other parameter with two dimensions or more, and why it stays."""
+    # Biases and gains have one dimension; the result does not list them.
     rewritten = {use.parameter for use in uses}
     return [
         InitLayer(
-            name=layer_name(name),
-            parameter=name,
-            kind=None,
-            shape=tuple(parameter.shape),
-            rewritten=False,
-            reason=reason_left(graph, name, parameter),
+            layer_name(name),
+            name,
+            None,
+            tuple(parameter.shape),
+            False,
+            reason_left(graph, name, parameter),
         )
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2 and name not in rewritten

@@ -25,8 +25,8 @@ Shape = tuple[int, int, int]  # blocks, units, fan-in
 def fans(shape: Sequence[int], geometry: Geometry) -> tuple[int, int]:
     """Fan-in and fan-out of a weight.
 
-    An output position of a transposed convolution meets only one tap in prod(stride), on average. Its
-    fan-in is rounded and at least 1.
+    An output position of a transposed convolution meets only one tap in prod(stride), on average.
+    Its fan-in is rounded and at least 1.
 
     Raises:
         UsageError: the shape does not fit the geometry, has fewer than 2 dimensions or no elements.

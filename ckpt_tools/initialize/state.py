@@ -71,7 +71,10 @@ def mask_keep(mask: Signal) -> float:
 
 
 def factor_signal(state: State) -> Signal:
-    """The signal of one factor of a product; where it is noise, with its keep probability."""
+    """The signal of one factor of a product.
+
+    Noise comes with its keep probability, because it thins out the other factor.
+    """
     if not state.random or state.signal.second == 0:
         return state.signal
     return replace(state.signal, keep=mask_keep(state.signal))
@@ -90,7 +93,10 @@ def replay_node(node: Node, replacement: Callable[[Operand], Any]) -> Chain:
 
 
 def list_variables(chain: Any) -> list[Variable]:
-    """The variables of an expression, each once."""
+    """The variables of an expression, each once.
+
+    The search visits a part that occurs several times only once, so it takes linear time.
+    """
     variables: dict[Variable, None] = {}
     stack, visited = [chain], set()
     while stack:

@@ -44,9 +44,9 @@ def measure_signals(
 ) -> tuple[LayerSignal, ...]:
     """Variances of outputs z and error signals δ = ∂L/∂z of all weight layers, in execution order.
 
-    Training mode: dropout is on, BN layers use the statistics of the batch. ∂L/∂output is drawn from
-    N(0, 0.01²), and ``error_variance`` is Var(δ)/0.01². Every element counts alike, whatever its
-    batch, unit or position; a layer used several times, and the parts of a packed weight, are
+    Training mode: dropout is on, BN layers use the statistics of the batch. ∂L/∂output is drawn
+    from N(0, 0.01²), and ``error_variance`` is Var(δ)/0.01². Every element counts alike, whatever
+    its batch, unit or position; a layer used several times, and the parts of a packed weight, are
     pooled.
 
     Args:
@@ -118,7 +118,6 @@ def _measure(
 
 @contextmanager
 def _isolate_globals(seed: int) -> Iterator[None]:
-    """Start all global generators at ``seed``; restore them and the warning filters afterwards."""
     with warnings.catch_warnings(), saved_randomness():
         warnings.simplefilter("ignore")
         seed_all(seed)
@@ -144,7 +143,7 @@ def _discard_gradient(parameter: Tensor) -> None:
 
 
 def _to_differentiable(tensor: Tensor) -> Tensor:
-    """A copy that gradients reach, so that the first layer's δ is computed."""
+    # Gradients must reach the inputs, or else autograd leaves out the first layer's δ.
     if not tensor.is_floating_point():
         return tensor.clone()
     # The second copy is no leaf of the autograd graph, so the model may overwrite it.
@@ -161,7 +160,8 @@ class _SignalRecorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # A view of a parameter, such as one part of a packed weight, shares the parameter's storage.
+        # A view of a parameter, such as one part of a packed weight, shares the parameter's
+        # storage.
         self._names = {
             StorageWeakRef(tensor.untyped_storage()): name
             for name, tensor in model.named_parameters()
@@ -173,7 +173,10 @@ class _SignalRecorder(TorchDispatchMode):
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
-        """Record the operations within this context as those of a backward pass."""
+        """Record the operations within this context as those of a backward pass.
+
+        The same operations mean something else there: a weight is multiplied with δ.
+        """
         self._in_backward_pass = True
         try:
             with self:
