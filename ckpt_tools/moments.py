@@ -72,7 +72,10 @@ class Clusters:
         return cls(sums.shape[1], mean, torch.stack(rows))
 
     def merge(self, other: Clusters) -> Clusters:
-        """The scatter of the union of both samples."""
+        """The scatter of the union of both samples.
+
+        Co-moments merge as M2 does in `Moments.merge`, with products instead of squares.
+        """
         count = self.count + other.count
         delta = other.mean - self.mean
         outer = delta[:, None] * delta[None]
@@ -83,7 +86,10 @@ class Clusters:
         )
 
     def mean_error(self, moments: Moments, centre: Tensor) -> Tensor:
-        """Standard error (C,) of the pooled mean; infinite for fewer than two clusters."""
+        """Standard error (C,) of the pooled mean.
+
+        It is infinite for fewer than two clusters.
+        """
         if self.count < 2:
             return torch.full_like(moments.mean, torch.inf)
         shift = moments.mean - centre
@@ -104,6 +110,7 @@ class Clusters:
         variance = moments.variance(unbiased=False)
         weights = torch.stack([shift.square() - variance, -2 * shift, torch.ones_like(shift)])
         error = self._spread_of(weights) / moments.count
+        # A constant channel has variance 0, of which it is sure.
         return torch.where(variance > 0, error / variance, 0.0)
 
     def _spread_of(self, weights: Tensor) -> Tensor:
@@ -154,7 +161,10 @@ class BatchMoments:
 
 
 def image_sums(x: Tensor, centre: Tensor, images: int) -> Tensor:
-    """The sums (3, images, C) of every single image, for arguments as of `batch_moments`."""
+    """The sums (3, images, C) of every single image.
+
+    The arguments and the three sums are those of `batch_moments`, which may group images.
+    """
     rows = x.shape[0] // images if x.shape[0] % images == 0 else x.shape[0]
     return _part_sums(_widen_half_precision(x), centre, rows)[2]
 
@@ -203,7 +213,7 @@ def _part_sums(x: Tensor, centre: Tensor, rows: int) -> tuple[Tensor, Tensor, Te
 
 def _part_moments(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Count (P,), mean (P, C) and M2 (P, C) of every ``rows`` rows, float64."""
-    length = x[0, 0].numel()
+    length = x[0, 0].numel()  # values of a channel in one row
     sizes = [min(rows, x.shape[0] - start) for start in range(0, x.shape[0], rows)]
     count = torch.tensor(sizes, dtype=torch.float64, device=x.device) * length
     if length == 1 and rows == 1:  # every value is a part of its own

@@ -92,8 +92,7 @@ class Constants:
             node = self._graph[index]
             try:
                 results = [self._leaf(node)] if node.func is None else self._run(node)
-            # Any operation of any library may refuse, with any exception. The value is unknown
-            # then.
+            # An operation of any library may refuse, with any exception.
             except Exception:  # noqa: BLE001
                 results = []
             for position, tensor in enumerate(results):

@@ -86,8 +86,7 @@ def _propagate(
     """The weights' inputs under the propagated rule.
 
     Where a weight is used more than once, its uses share one divisor, which depends on the inputs
-    of all of them. Then a second run through the graph takes the average of what the first run
-    gave.
+    of all of them. Then a second run through the graph uses the averages from the first run.
     """
     backward = {}
     for use in uses:

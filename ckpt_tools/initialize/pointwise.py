@@ -18,19 +18,17 @@ from ckpt_tools.initialize.chain import Variable, Z, chain_function, chain_momen
 from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.mean_field import Signal
 from ckpt_tools.initialize.operations import ARITHMETIC, operation_name
-from ckpt_tools.initialize.pointwise_operands import PointwiseOperands
+from ckpt_tools.initialize.pointwise_operands import MAX_PARTS, PointwiseOperands
 from ckpt_tools.initialize.state import (
     CONSTANT,
     Source,
     State,
     factor_signal,
-    is_dropout,
     list_variables,
     replay_node,
 )
 from ckpt_tools.walker.graph import Graph, Node, Operand
 
-_MAX_PARTS = 4  # an expression of more parts is not integrated over all of them at once
 # How many values of the activations meet how many values of the noise.
 _SHAPE_WITH_NOISE, _SHAPE_WITHOUT_NOISE = (2**11, 2**8), (2**12, 1)
 _NEGLIGIBLE = 1e-9  # share of E[x²] below which a branch counts as zero
@@ -87,20 +85,14 @@ class Pointwise:
         activation = operands.activations[0]
         if is_arithmetic and len(operands.states) == 1 and self._is_standardised_input(activation):
             return activation
-        # A function of one source is a longer chain.
-        masks_are_dropout = not operands.masks or is_dropout(operands.name, operands.masks)
-        is_chain = operands.has_one_source and operands.dropout_moves_through
-        if is_chain and operands.constants_are_numbers and masks_are_dropout:
+        if operands.extend_a_chain:
             return self._extend_state(operands)
-        # Dependent operands, and dropout inside a nonlinearity, need an integral over all parts.
-        can_integrate = len(operands.parts) <= _MAX_PARTS and operands.constants_are_numbers
-        dropout_inside = operands.has_one_source and not operands.dropout_moves_through
-        if can_integrate and (dropout_inside or operands.operands_share_parts):
+        if operands.need_an_integral and operands.can_be_integrated:
             return self._integrate(index, operands)
         # The moments of a sum or product of independent operands follow from theirs.
         if is_arithmetic and len(node.operands) == 2:
             return self._join_independent(index, operands)
-        return self._integrate(index, operands) if can_integrate else None
+        return self._integrate(index, operands) if operands.can_be_integrated else None
 
     def _sort_operands(self, node: Node) -> PointwiseOperands:
         live = [operand for operand in node.operands if not self.graph[operand.node].static]
@@ -149,26 +141,24 @@ class Pointwise:
             signal = mean_field.add(x, y, 1.0 if operands.name == "add" else -1.0)
             label = "a sum"
         else:
-            signal = (
-                mean_field.multiply(x, y) if operands.name == "mul" else mean_field.divide(x, y)
-            )
+            combine = mean_field.multiply if operands.name == "mul" else mean_field.divide
+            signal = combine(x, y)
             label = "a product"
-        variable = [state for state in (first, second) if state.source_label != CONSTANT]
-        has_constant = len(variable) < 2
+        activations = [state for state in (first, second) if state.source_label != CONSTANT]
+        has_constant = len(activations) < 2
         if has_constant:
-            label = variable[0].activation or label
+            label = activations[0].activation or label
         state = self._new_source((index, 0, 0), signal, label)
-        if has_constant or len(operands.parts) > _MAX_PARTS:
+        if has_constant or len(operands.parts) > MAX_PARTS:
             return replace(state, parts=operands.parts or state.parts)
         joint = replay_node(node, lambda operand: self.state(operand).joint)
         return replace(state, parts=operands.parts, joint=joint)
 
     def _integrate(self, index: int, operands: PointwiseOperands) -> State | None:
-        # The parts are independent of each other, but each may occur in the function more than
-        # once.
+        # The parts are independent of each other, but each may occur several times in ``joint``.
         joint = operands.replay_joint()
         variables = list_variables(joint)
-        if not variables or len(variables) > _MAX_PARTS:
+        if not variables or len(variables) > MAX_PARTS:
             return None
         has_noise = any(self._sources[variable].random for variable in variables)
         shape = _SHAPE_WITH_NOISE if has_noise else _SHAPE_WITHOUT_NOISE
@@ -192,12 +182,12 @@ class Pointwise:
         sources = {variable: self._sources[variable] for variable in variables}
         activations = [variable for variable in variables if not sources[variable].random]
         noises = [variable for variable in variables if sources[variable].random]
+        rows = _uniform_points(len(activations), shape[0])
+        columns = _uniform_points(len(noises), shape[1])
         values = {}
-        for variable, u in zip(
-            activations, _uniform_points(len(activations), shape[0]), strict=True
-        ):
+        for variable, u in zip(activations, rows, strict=True):
             values[variable] = _quantiles(sources[variable], u)[:, None].expand(shape).reshape(-1)
-        for variable, u in zip(noises, _uniform_points(len(noises), shape[1]), strict=True):
+        for variable, u in zip(noises, columns, strict=True):
             values[variable] = _quantiles(sources[variable], u).expand(shape).reshape(-1)
         return values
 

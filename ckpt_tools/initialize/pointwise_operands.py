@@ -11,8 +11,10 @@ from typing import Any
 from ckpt_tools.initialize.chain import Chain
 from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.operations import ARITHMETIC, HOMOGENEOUS
-from ckpt_tools.initialize.state import Source, State, mask_keep, replay_node
+from ckpt_tools.initialize.state import Source, State, is_dropout, mask_keep, replay_node
 from ckpt_tools.walker.graph import Node, Operand
+
+MAX_PARTS = 4  # an expression of more parts is not integrated over all of them at once
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,24 @@ class PointwiseOperands:
         """
         keeps = {state.keep for state in self.activations}
         return min(keeps) >= 1 or (self.name in HOMOGENEOUS and len(keeps) == 1)
+
+    @property
+    def extend_a_chain(self) -> bool:
+        """Whether the result is a function of one source, with dropout behind that function."""
+        masks_are_dropout = not self.masks or is_dropout(self.name, self.masks)
+        is_function = self.has_one_source and self.constants_are_numbers
+        return is_function and self.dropout_moves_through and masks_are_dropout
+
+    @property
+    def need_an_integral(self) -> bool:
+        """Whether the moments of the operands do not suffice for those of the result."""
+        dropout_is_inside = self.has_one_source and not self.dropout_moves_through
+        return dropout_is_inside or self.operands_share_parts
+
+    @property
+    def can_be_integrated(self) -> bool:
+        """Whether the result is an expression over few enough independent parts."""
+        return len(self.parts) <= MAX_PARTS and self.constants_are_numbers
 
     @property
     def keep(self) -> float:

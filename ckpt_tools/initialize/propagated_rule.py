@@ -216,6 +216,7 @@ def _maximum_signal(state: State, count: int) -> Signal:
     They are simulated with a fixed seed, so that equal models get equal divisors.
     """
     source, generator = state.source_signal, torch.Generator().manual_seed(0)
+    # The positions of a unit have a part in common and an independent part.
     common = max(source.shared - source.mean**2, 0.0)
     independent = max(source.second - source.mean**2 - common, 0.0)
 

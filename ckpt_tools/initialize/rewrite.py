@@ -129,8 +129,7 @@ def _draw_weights(
 ) -> dict[str, Tensor]:
     """New values of every weight, in float32 on the CPU.
 
-    The parts of a packed weight, such as query, key and value of an attention, are drawn one by
-    one.
+    The parts of a packed weight (query, key and value of an attention) are drawn one by one.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, Tensor] = {}

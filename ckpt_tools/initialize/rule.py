@@ -33,13 +33,11 @@ def divisor(
     """√(second_moment / keep + fan_ratio · B).
 
     Args:
-        second_moment: E[f(z^{l−1})²] of the layer's input, before dropout; 1 for standardised
-            input.
+        second_moment: E[f(z^{l−1})²] of the layer's input before dropout; 1 if standardised.
         keep: keep probability of the dropout between.
         next_slope: E[f'(z^l)²] of what follows; None leaves the backward term out.
         next_keep: keep probability of the dropout behind what follows.
-        backward_factor: "paper": B = next_keep · next_slope; "inverted": B = next_slope /
-            next_keep.
+        backward_factor: "paper": B = next_slope · next_keep; "inverted": next_slope / next_keep.
         fan_ratio: see `fan_ratio`.
 
     Raises:

@@ -132,7 +132,7 @@ def _orthonormal(shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
-    bound = (3 / shape[-1]) ** 0.5
+    bound = (3 / shape[-1]) ** 0.5  # the variance of Unif[−b, b] is b²/3
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     return values.uniform_(-bound, bound, generator=generator)
 

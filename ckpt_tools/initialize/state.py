@@ -75,7 +75,7 @@ def factor_signal(state: State) -> Signal:
 
     Noise comes with its keep probability, because it thins out the other factor.
     """
-    if not state.random or state.signal.second == 0:
+    if not state.random or state.signal.second == 0:  # noise that is 0 keeps nothing
         return state.signal
     return replace(state.signal, keep=mask_keep(state.signal))
 

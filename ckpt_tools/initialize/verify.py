@@ -151,6 +151,7 @@ def _to_differentiable(tensor: Tensor) -> Tensor:
 
 
 def _differentiable_outputs(tree: object) -> list[Tensor]:
+    # A model may also return indices, masks or numbers, which no error reaches.
     leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.is_floating_point() and leaf.requires_grad]
 
@@ -160,8 +161,7 @@ class _SignalRecorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # A view of a parameter, such as one part of a packed weight, shares the parameter's
-        # storage.
+        # A view of a parameter, such as a part of a packed weight, shares the parameter's storage.
         self._names = {
             StorageWeakRef(tensor.untyped_storage()): name
             for name, tensor in model.named_parameters()
