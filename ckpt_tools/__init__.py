@@ -39,11 +39,11 @@ from typing import TYPE_CHECKING  # noqa: E402
 from ckpt_tools.version import VERSION as __version__  # noqa: E402
 
 if TYPE_CHECKING:
-    from ckpt_tools.activations import activation_moments
     from ckpt_tools.contract import LoadedModel
     from ckpt_tools.errors import CkptToolsError
     from ckpt_tools.identify.loading import load
-    from ckpt_tools.initialize.outcome import InitRewrite
+    from ckpt_tools.initialize.activations import activation_moments
+    from ckpt_tools.initialize.init_results import InitRewrite
     from ckpt_tools.initialize.rewrite import rewrite_init
     from ckpt_tools.reestimate.run import reestimate_bn
     from ckpt_tools.reestimate.snapshot import corrected_state_dict
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     from ckpt_tools.walker.downstream import walk
 
 _HOME = {
-    "activation_moments": "ckpt_tools.activations",
+    "activation_moments": "ckpt_tools.initialize.activations",
     "CkptToolsError": "ckpt_tools.errors",
-    "InitRewrite": "ckpt_tools.initialize.outcome",
+    "InitRewrite": "ckpt_tools.initialize.init_results",
     "LoadedModel": "ckpt_tools.contract",
     "Reestimation": "ckpt_tools.results",
     "Walk": "ckpt_tools.results",

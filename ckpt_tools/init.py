@@ -1,7 +1,7 @@
-"""Initialisation in the manner of ``torch.nn.init``, corrected for dropout and for the nonlinearity.
+"""Initialisation in the manner of ``torch.nn.init``, corrected for dropout and the nonlinearity.
 
-``dropout_corrected_(layer.weight, torch.relu, keep=0.5, next_activation=torch.relu, next_keep=0.5)`` fills a weight
-as ``torch.nn.init.kaiming_normal_(layer.weight)`` would; biases stay 0.
+``dropout_corrected_(layer.weight, torch.relu, keep=0.5)`` fills a weight in place, as
+``torch.nn.init.kaiming_normal_(layer.weight)`` would. Biases should be 0; it does not touch them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The values of what depends on parameters alone: layer scales, positional tables, standardised weights."""
+"""The values of tensors that depend on parameters alone.
+
+Layer scales, positional tables and standardised weights are such tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,115 +11,137 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ckpt_tools.initialize.signal import Signal
+from ckpt_tools.initialize.mean_field import Signal
 from ckpt_tools.walker.dropout_sites import ignores_input_values
 from ckpt_tools.walker.graph import Graph, Node, Operand
 
-_MASKED = -50.0  # added to logits, it means minus infinity
+# Attention masks hold large negative numbers that are added to logits. What is below this counts as
+# minus infinity and is left out of the moments.
+_MASKED_LOGIT = -50.0
 _UNKNOWN = Signal(0.0, 1.0, 1.0)
+_NUMBER_DTYPES = (torch.bool, torch.int64, torch.int32, torch.uint8)
 
 
 class Constants:
     """Replays the static nodes of a graph on the model's own parameters and buffers.
 
-    ``zeroed``: parameters that count as zero, the biases that a rewrite is about to clear.
+    Args:
+        graph: the recorded forward.
+        model: the model that it was recorded from.
+        zeroed: the names of parameters that count as zero: the biases that a rewrite will clear.
     """
 
     def __init__(self, graph: Graph, model: nn.Module, zeroed: Iterable[str] = ()) -> None:
         self._graph = graph
-        self._named: Mapping[str, Tensor] = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
-        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._trained: dict[int, bool] = {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        self._tensors: Mapping[str, Tensor] = {**parameters, **buffers}
+        self._parameter_names = set(parameters)
         self._zeroed = frozenset(zeroed)
-        self._memory: dict[tuple[int, int], Tensor | None] = {}
+        self._storages: dict[tuple[int, int], Tensor | None] = {}
         self._signals: dict[tuple[int, int, tuple[int, ...], int], Signal] = {}
+        self._parameter_dependence: dict[int, bool] = {}
 
     def tensor(self, operand: Operand) -> Tensor | None:
-        """What a static operand holds, on the CPU; None if it cannot be computed again."""
-        whole = self._storage(operand.node, operand.output)
-        if whole is None:
+        """The values of a static operand, on the CPU.
+
+        None if they cannot be computed again, as for parameters on the meta device.
+        """
+        storage = self._storage(operand.node, operand.output)
+        if storage is None:
             return None
         try:
-            return whole.as_strided(operand.shape, operand.stride, operand.offset)
+            return storage.as_strided(operand.shape, operand.stride, operand.offset)
         except RuntimeError:
             return None
 
     def signal(self, operand: Operand) -> Signal:
-        """Mean and second moment over the elements of a static operand; every sample sees the same."""
+        """The moments over the elements of a static operand.
+
+        Every sample meets the same values, so E[x x'] is E[x²].
+        """
         key = (operand.node, operand.output, operand.shape, operand.offset)
         if key not in self._signals:
-            value = self.tensor(operand)
-            self._signals[key] = _UNKNOWN if value is None or not value.numel() else _signal(value)
+            self._signals[key] = _element_moments(self.tensor(operand))
         return self._signals[key]
 
-    def uniform(self, operand: Operand) -> float | None:
-        """The number that all its elements have; None if they differ."""
-        found = self.signal(operand)
-        return found.mean if found is not _UNKNOWN and found.deviation <= 1e-6 * abs(found.mean) else None
+    def uniform_value(self, operand: Operand) -> float | None:
+        """The number that all elements of a static operand equal.
 
-    def trained(self, operand: Operand) -> bool:
-        """Whether a static operand depends on a parameter."""
+        None if they differ by more than rounding, or are not known.
+        """
+        signal = self.signal(operand)
+        is_uniform = signal is not _UNKNOWN and signal.deviation <= 1e-6 * abs(signal.mean)
+        return signal.mean if is_uniform else None
+
+    def depends_on_parameter(self, operand: Operand) -> bool:
+        """Whether a static operand is computed from a parameter.
+
+        Others are computed from buffers and constants alone, such as a blur filter.
+        """
         index = operand.node
-        if index not in self._trained:
+        if index not in self._parameter_dependence:
             node = self._graph[index]
-            self._trained[index] = node.parameter in self._parameters or any(map(self.trained, node.operands))
-        return self._trained[index]
+            self._parameter_dependence[index] = node.parameter in self._parameter_names or any(
+                map(self.depends_on_parameter, node.operands)
+            )
+        return self._parameter_dependence[index]
 
     def _storage(self, index: int, output: int) -> Tensor | None:
-        if (index, output) not in self._memory:
+        if (index, output) not in self._storages:
             node = self._graph[index]
             try:
-                made = [self._leaf(node)] if node.func is None else self._run(node)
-            except Exception:  # noqa: BLE001 - any operation of any library may refuse; then the value is unknown
-                made = []
-            for position, tensor in enumerate(made):
-                self._memory[index, position] = tensor
-            self._memory.setdefault((index, output), None)
-        return self._memory[index, output]
+                results = [self._leaf(node)] if node.func is None else self._run(node)
+            # An operation of any library may refuse, with any exception.
+            except Exception:  # noqa: BLE001
+                results = []
+            for position, tensor in enumerate(results):
+                self._storages[index, position] = tensor
+            self._storages.setdefault((index, output), None)
+        return self._storages[index, output]
 
     def _leaf(self, node: Node) -> Tensor | None:
-        value = self._named[node.parameter].detach() if node.parameter else node.value
+        value = self._tensors[node.parameter].detach() if node.parameter else node.value
         if value is None or value.is_meta:
             return None
-        value = torch.zeros_like(value) if node.parameter in self._zeroed else value
-        return _flat(value.cpu())
+        if node.parameter in self._zeroed:
+            value = torch.zeros_like(value)
+        return _flatten_storage(value.cpu())
 
     def _run(self, node: Node) -> list[Tensor | None]:
+        make_tensor = _empty_tensor if ignores_input_values(node.op) else self._fresh_copy
         with torch.no_grad():
-            given = _empty if ignores_input_values(node.op) else self._fresh
-            args, kwargs = pytree.tree_map_only(Operand, given, (node.args, dict(node.kwargs)))
+            args, kwargs = pytree.tree_map_only(Operand, make_tensor, (node.args, dict(node.kwargs)))
             if "device" in kwargs:
                 kwargs["device"] = "cpu"
-            made = node.op(*args, **kwargs)
-        return [_flat(leaf) for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+            results = pytree.tree_leaves(node.op(*args, **kwargs))
+        return [_flatten_storage(result) for result in results if isinstance(result, Tensor)]
 
-    def _fresh(self, operand: Operand) -> Tensor:
-        """A copy of the whole storage, seen as the operand: the operation may write to it."""
-        whole = self._storage(operand.node, operand.output)
-        if whole is None:
+    def _fresh_copy(self, operand: Operand) -> Tensor:
+        # The operation may write in place, and through a view: so all of the storage is copied.
+        storage = self._storage(operand.node, operand.output)
+        if storage is None:
             raise ValueError("unknown")
-        return whole.clone().as_strided(operand.shape, operand.stride, operand.offset)
+        return storage.clone().as_strided(operand.shape, operand.stride, operand.offset)
 
 
-def _empty(operand: Operand) -> Tensor:
-    return torch.empty_strided(operand.shape, operand.stride, dtype=torch.float32 if operand.floating else torch.int64)
+def _empty_tensor(operand: Operand) -> Tensor:
+    dtype = torch.float32 if operand.floating else torch.int64
+    return torch.empty_strided(operand.shape, operand.stride, dtype=dtype)
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """All of a tensor's storage in one dimension."""
+def _flatten_storage(tensor: Tensor) -> Tensor:
+    # Operands are views of a storage, so all of the storage is kept, whatever part a tensor shows.
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
     return tensor.as_strided((count,), (1,), 0)
 
 
-def _signal(value: Tensor) -> Signal:
-    if not (value.is_floating_point() or value.dtype in (torch.bool, torch.int64, torch.int32, torch.uint8)):
+def _element_moments(value: Tensor | None) -> Signal:
+    if value is None or not (value.is_floating_point() or value.dtype in _NUMBER_DTYPES):
         return _UNKNOWN
-    wide = value.double()
-    finite = wide[wide.isfinite() & (wide > _MASKED)]
-    if not finite.numel():
+    elements = value.double()
+    elements = elements[elements.isfinite() & (elements > _MASKED_LOGIT)]
+    if not elements.numel():
         return _UNKNOWN
-    second = float(finite.square().mean())
-    return Signal(float(finite.mean()), second, second)
+    second = float(elements.square().mean())
+    return Signal(float(elements.mean()), second, second)

@@ -1,10 +1,11 @@
-"""What a weight is divided by: √(E[f(z^{l−1})²]/p_{l−1} + B), p = keep probability.
+"""The divisor of a weight: √(E[f(z^{l−1})²]/p_{l−1} + B), where p are keep probabilities.
 
-Hendrycks & Gimpel 2016, section 2.2. The first term keeps Var(z) at 1 on the way forward. B keeps the variance of the
-error signal on the way back, and there are two of it. The paper has B = p·E[f'(z^l)²], which holds where the backward
-pass of dropout only masks: a share p of the errors survives, as it was. Inverted dropout (PyTorch's) divides the
-survivors by p in the backward pass, too, so their second moment is p/p² = 1/p times what came in, and the measured
-factor is B = E[f'(z^l)²]/p.
+Hendrycks & Gimpel 2016, section 2.2. The first term keeps Var(z) at 1 on the way forward. B keeps
+the variance of the error signal on the way back, and there are two versions of it. The paper has
+B = p·E[f'(z^l)²], which holds where the backward pass of dropout only masks: a share p of the
+errors survives unchanged. Inverted dropout (PyTorch's) also divides the survivors by p in the
+backward pass, so their second moment is p/p² = 1/p times the incoming one, and the measured factor
+is B = E[f'(z^l)²]/p.
 """
 
 from __future__ import annotations
@@ -32,27 +33,31 @@ def divisor(
     """√(second_moment / keep + fan_ratio · B).
 
     Args:
-        second_moment: E[f(z^{l−1})²] of what feeds the layer, before dropout; 1 for standardised input.
+        second_moment: E[f(z^{l−1})²] of the layer's input before dropout; 1 if standardised.
         keep: keep probability of the dropout between.
         next_slope: E[f'(z^l)²] of what follows; None leaves the backward term out.
         next_keep: keep probability of the dropout behind what follows.
-        backward_factor: "paper": B = next_keep · next_slope; "inverted": B = next_slope / next_keep.
+        backward_factor: "paper": B = next_slope · next_keep; "inverted": next_slope / next_keep.
         fan_ratio: see `fan_ratio`.
 
     Raises:
-        UsageError: a keep probability outside (0, 1], an unknown factor, moments whose sum is not positive and finite.
+        UsageError: a keep probability outside (0, 1], an unknown factor, moments whose sum is not
+            positive and finite.
     """
     check_keep(keep, "keep")
     check_keep(next_keep, "next_keep")
     check_choice(backward_factor, "backward_factor", get_args(BackwardFactor))
-    backward = 0.0 if next_slope is None else backward_term(next_slope, next_keep, backward_factor)
-    total = second_moment / keep + fan_ratio * backward
-    if not 0 < total < math.inf:
+    backward = 0.0
+    if next_slope is not None:
+        backward = backward_term(next_slope, next_keep, backward_factor)
+    square = second_moment / keep + fan_ratio * backward
+    if not 0 < square < math.inf:
         raise UsageError(
-            f"E[f²] = {second_moment}, E[f'²] = {next_slope}: expected moments that give a positive finite divisor, "
-            f"found its square to be {total}. Check the activations: one that is 0 everywhere lets nothing through."
+            f"E[f²] = {second_moment}, E[f'²] = {next_slope}: expected moments that give a "
+            f"positive finite divisor, found its square to be {square}. Check the activations: one "
+            "that is 0 everywhere lets nothing through."
         )
-    return math.sqrt(total)
+    return math.sqrt(square)
 
 
 def backward_term(slope: float, keep: float, factor: BackwardFactor) -> float:
@@ -63,22 +68,23 @@ def backward_term(slope: float, keep: float, factor: BackwardFactor) -> float:
 def fan_ratio(scheme: Scheme, fan_in: int, fan_out: int) -> float:
     """The weight of the backward term: 1, or fan-out / fan-in where entries are drawn one by one.
 
-    Hypersphere and orthonormal follow section 2.2, which has no fans. For uniform the division then gives section
-    4's Unif[−1, 1]·√3 / √(n_in/p·E[f²] + p·n_out·E[f'²]), and for normal the Gaussian of the same variance.
+    Hypersphere and orthonormal follow section 2.2, which has no fans. For uniform the division then
+    gives section 4's Unif[−1, 1]·√3 / √(n_in/p·E[f²] + p·n_out·E[f'²]), and for normal the Gaussian
+    of the same variance.
     """
     check_choice(scheme, "scheme", get_args(Scheme))
     return fan_out / fan_in if scheme in ("uniform", "normal") else 1.0
 
 
-def check_keep(keep: float, what: str) -> None:
-    """Refuse with a UsageError what is no keep probability: 0 or less, above 1, or NaN."""
+def check_keep(keep: float, name: str) -> None:
+    """Raise UsageError for a keep probability that is 0 or less, above 1, or NaN."""
     if not 0 < keep <= 1:
         raise UsageError(
-            f"{what}={keep}: expected a keep probability in (0, 1]. It is 1 − rate for torch's dropout rates."
+            f"{name}={keep}: expected a keep probability in (0, 1]. It is 1 − rate for torch's dropout rates."
         )
 
 
-def check_choice(value: str, what: str, known: Sequence[str]) -> None:
-    """Refuse with a UsageError a word that is not among the known ones."""
-    if value not in known:
-        raise UsageError(f"{what}={value!r}: expected one of {', '.join(known)}.")
+def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
+    """Raise UsageError for a value that is not among the choices."""
+    if value not in choices:
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(choices)}.")

@@ -17,7 +17,7 @@ from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.errors import ArchitectureError, CheckFailed, UsageError
 from ckpt_tools.identify.loading import identify_model, load_architecture
-from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal
+from ckpt_tools.initialize.init_results import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.verification import VerificationBatches, make_verification_batches

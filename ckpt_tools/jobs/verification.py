@@ -12,7 +12,7 @@ from ckpt_tools.contract import InputSpec, LoadedModel
 from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.sample_order import balanced_batch_sizes
 from ckpt_tools.errors import UsageError
-from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.initialize.init_results import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.model.batch import batch_size, to_device

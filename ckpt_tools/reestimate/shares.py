@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.distributed import Team
 from ckpt_tools.model.overwriting import overwrite_tensor
-from ckpt_tools.moments import Clusters, Evidence, Moments, merged
+from ckpt_tools.moments import Clusters, Evidence, Moments, merge_all
 from ckpt_tools.reestimate.layer import Layer
 
 
@@ -23,7 +23,7 @@ def combine(layers: Sequence[Layer], before: Sequence[Evidence | None], team: Te
     mine = packed([layer.seen for layer in layers], channels).to(device)
     shares = [unpacked(part.to(device), channels) for part in team.gather(mine)]
     for layer, *parts in zip(layers, before, *shares, strict=True):
-        layer.seen = merged(parts)
+        layer.seen = merge_all(parts)
 
 
 def share_buffers(model: nn.Module, team: Team) -> None:

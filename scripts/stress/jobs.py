@@ -85,7 +85,7 @@ def give(job: Job, given: Path, folder: Path) -> None:
 
 def _make(given: Path) -> None:
     (given / "images").mkdir(parents=True)
-    pixels = [torch.clamp(batch * 40 + 128, 0, 255).take_byte() for batch in nets.batches((3, 8, 8), count=3)]
+    pixels = [torch.clamp(batch * 40 + 128, 0, 255).byte() for batch in nets.batches((3, 8, 8), count=3)]
     for number, image in enumerate(torch.cat(pixels)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(given / "images" / f"{number:03}.png")
     data = [(batch / 255 - 0.5) / 0.2 for batch in pixels]

@@ -58,7 +58,7 @@ class Stress:
     def __init__(self, folder: Path, jobs: tuple[Job, ...] = JOBS) -> None:
         self.folder, self.given, self.jobs = folder, folder / "given", jobs
         self._cases = 0
-        self.error_is_expected = {job.name: self._known(job) for job in jobs}
+        self.known = {job.name: self._known(job) for job in jobs}
 
     def _known(self, job: Job) -> Known:
         first = self._case(job)
@@ -75,7 +75,7 @@ class Stress:
 
     def kill(self, job: Job, number: signal.Signals, when: str, source: random.Random, book: Book) -> None:
         """One kill, and everything that has to hold afterwards."""
-        known, folder = self.error_is_expected[job.name], self._case(job)
+        known, folder = self.known[job.name], self._case(job)
         before = _files(folder)
         earlier = {output: digest(folder / output) for output in job.outputs if job.earlier}
         end = killed(job, self.given, folder, known.pace, number, when, source)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ckpt_tools import plugins
 from ckpt_tools.contract import LoadedModel, Recipe
 from ckpt_tools.identify.key_matching import fill_model
-from ckpt_tools.initialize.outcome import InitRewrite
+from ckpt_tools.initialize.init_results import InitRewrite
 from ckpt_tools.initialize.rewrite import rewrite_init
 from ckpt_tools.jobs.initialization import seed_constructors, write_initialized
 from ckpt_tools.model.calling import call_model

@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     batches = nets.batches(SHAPE)
     torch.save(nets.trained(nets.DenseNet(), batches).state_dict(), root / "model.pt")
-    pixels = torch.cat(batches).mul(40).add(128).clamp(0, 255).take_byte().permute(0, 2, 3, 1).numpy()
+    pixels = torch.cat(batches).mul(40).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     for number, image in enumerate(pixels):
         folder = root / "images" / "ab"[number % 2]
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from ckpt_tools.distributed import ALONE, Ranks
 from ckpt_tools.errors import UsageError
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
-from ckpt_tools.moments import Clusters, Evidence, batch_moments, merged
+from ckpt_tools.moments import Clusters, Evidence, batch_moments, merge_all
 from ckpt_tools.reestimate.shares import packed, unpacked
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -47,16 +47,16 @@ def test_any_partition_merges_to_the_whole(dealt: list[tuple[int, int]], seed: i
     """Batches of any size, dealt to five ranks in any way: as NumPy says of all of them."""
     g = torch.Generator().manual_seed(seed)
     batches = [(rank, torch.randn(size, 3, 4, generator=g) * 3 + 1) for rank, size in dealt]
-    shares = [merged(evidence(x) for owner, x in batches if owner == rank) for rank in range(5)]
+    shares = [merge_all(evidence(x) for owner, x in batches if owner == rank) for rank in range(5)]
     exchanged = [unpacked(packed([share, None], [3, 2]), [3, 2]) for share in shares]
     assert all(nothing is None for _, nothing in exchanged)
-    whole = merged(share for share, _ in exchanged)
+    whole = merge_all(share for share, _ in exchanged)
     assert whole is not None
     values = torch.cat([x for _, x in batches]).double().numpy()
     assert whole.moments.count == values.shape[0] * 4
     np.testing.assert_allclose(whole.moments.variance(), values.var((0, 2), ddof=1), rtol=1e-6)
     np.testing.assert_allclose(whole.moments.mean, values.mean((0, 2)), rtol=1e-5, atol=1e-6)
-    alone = merged(evidence(x) for _, x in batches)
+    alone = merge_all(evidence(x) for _, x in batches)
     assert alone is not None
     assert whole.batches.count == alone.batches.count == len(batches)
     for a, b in zip(bits(whole), bits(alone), strict=True):
@@ -77,7 +77,7 @@ def test_the_exchange_loses_no_bit() -> None:
         assert after is not None
         assert (before.moments.count, before.clusters.count) == (after.moments.count, after.clusters.count)
         assert all(torch.equal(a, b) for a, b in zip(bits(before), bits(after), strict=True))
-    assert merged([None, None]) is None
+    assert merge_all([None, None]) is None
 
 
 @given(st.integers(0, 50), st.integers(1, 9))

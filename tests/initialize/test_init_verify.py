@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_tools.errors import DataError, ModelError, OutputError, UsageError
-from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.initialize.init_results import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
 from ckpt_tools.report.pages.signals_figure import check_figure, write_signals_figure
 
@@ -233,7 +233,7 @@ def test_small_layers_are_sampled_whole_and_errors_without_zeros() -> None:
 
 def test_the_seed_decides() -> None:
     def noisy(net: nn.Module, x: Tensor) -> Tensor:
-        return net.body_digest(x) * random.random() + net.head(x) * np.random.rand()
+        return net.body(x) * random.random() + net.head(x) * np.random.rand()
 
     model, batches = Net(lambda net, x: net.last(noisy(net, x)), body=mlp(), head=mlp()), [torch.randn(16, 6)]
     model.last = nn.Linear(3, 3)
@@ -250,10 +250,10 @@ def test_wrappers_leave_no_trace_in_names() -> None:
 def test_nothing_of_the_callers_changes() -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         random.random(), np.random.rand()
-        return net.body_digest(x.mul_(2) + torch.rand_like(x))
+        return net.body(x.mul_(2) + torch.rand_like(x))
 
     model, x = Net(forward, body=convolutions()).eval(), torch.randn(4, 3, 9, 9)
-    model.body_digest[4].train()
+    model.body[4].train()
     next(model.parameters()).requires_grad_(False)
 
     def state() -> tuple[object, ...]:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckpt_tools import rewrite_init
-from ckpt_tools.activations import activation_moments
 from ckpt_tools.errors import ModelError, UsageError
-from ckpt_tools.initialize.outcome import Factors, InitRewrite
+from ckpt_tools.initialize.activations import activation_moments
+from ckpt_tools.initialize.init_results import Factors, InitRewrite
 
 RELU = 0.5
 

@@ -203,9 +203,9 @@ class Filling(nn.Module):
         self.register_buffer("least", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.elementwise_minimum.numel():
-            self.elementwise_minimum.resize_(x.shape[1])
-        self.elementwise_minimum.copy_(x.detach().amin((0, 2, 3)))
+        if not self.least.numel():
+            self.least.resize_(x.shape[1])
+        self.least.copy_(x.detach().amin((0, 2, 3)))
         return x
 
 

@@ -30,11 +30,11 @@ class Extras(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.BatchNorm2d(3)
-        self.split_for_retry = self.first
+        self.again = self.first
         self.mean = torch.ones(3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.split_for_retry(self.first(x - self.mean))
+        return self.again(self.first(x - self.mean))
 
 
 @pytest.mark.parametrize("script", [True, False])

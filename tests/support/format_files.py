@@ -34,14 +34,14 @@ class Net(nn.Module):
 
     def __init__(self, rate: float = 0.3) -> None:
         super().__init__()
-        self.body_digest = nn.Sequential(
+        self.body = nn.Sequential(
             nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(rate), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)
         )
         self.head = nn.Linear(8, 5)
         self.register_buffer("scale", torch.full((1,), 1.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body_digest(x).mean((2, 3))) * self.scale
+        return self.head(self.body(x).mean((2, 3))) * self.scale
 
 
 def trained() -> nn.Module:

@@ -154,12 +154,12 @@ def test_a_model_that_wants_targets_in_training_mode() -> None:
     class Detector(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body_digest = nets.mlp()
+            self.body = nets.mlp()
 
         def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
             if self.training and targets is None:
                 raise ValueError("targets should not be none when in training mode")
-            return self.body_digest(x)
+            return self.body(x)
 
     walk = ckpt_tools.walk(Detector(), torch.randn(2, 10))
     assert not walk.containers_trained

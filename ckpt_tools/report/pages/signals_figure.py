@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_tools.errors import OutputError, UsageError
-from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.initialize.init_results import LayerSignal
 from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.storage.output.atomic_write import check_target, write_atomically
 from ckpt_tools.storage.output.own_files import read_own_file, require_distinct_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.initialize.init_results import LayerSignal
 from ckpt_tools.jobs.initialization import InitOutcome
 from ckpt_tools.jobs.verification import HEALTHY_VARIANCES, VerificationBatches, count_healthy_layers
 from ckpt_tools.report.records.reestimation_json import (

@@ -9,11 +9,12 @@ from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, Scheme, 
 
 @dataclass(frozen=True)
 class Factors:
-    """What the rule divides a weight by: √(second_moment / keep + backward term), see ``initialize/rule.py``.
+    """The terms of a weight's divisor √(second_moment / keep + backward term).
 
-    ``activation`` names the function f of the preceding layer, ``second_moment`` is E[f²], ``keep`` the keep
-    probability of the dropout between; ``next_activation``, ``next_slope`` (E[f'²]) and ``next_keep`` are what follows
-    the layer. ``next_slope`` is None where the backward term is left out.
+    ``activation`` names the function f of the preceding layer, ``second_moment`` is E[f²], ``keep``
+    is the keep probability of the dropout between them. ``next_activation``, ``next_slope``
+    (E[f'²]) and ``next_keep`` describe what follows the layer. ``next_slope`` is None where the
+    backward term is left out. `ckpt_tools.initialize.rule` has the formula.
     """
 
     activation: str
@@ -27,23 +28,30 @@ class Factors:
 
 @dataclass(frozen=True)
 class InitLayer:
-    """What became of one weight: rewritten with these factors, or left as it was and why."""
+    """One weight: it was rewritten with ``factors``, or left as it was for a ``reason``.
+
+    ``kind`` is None where the forward did not use the parameter as a weight. ``bias`` is the key of
+    the bias that became zero, or "".
+    """
 
     name: str
     parameter: str
-    kind: WeightKind | None  # None: not a weight layer that the forward ran
+    kind: WeightKind | None
     shape: tuple[int, ...]
     rewritten: bool
     reason: str = ""
     fan_in: int = 0
     fan_out: int = 0
     factors: Factors | None = None
-    bias: str = ""  # the key of the bias that became zero
+    bias: str = ""
 
 
 @dataclass(frozen=True)
 class InitRewrite:
-    """The outcome of an init rewrite. ``layers`` in order of execution, those left alone at the end."""
+    """The result of `rewrite_init`.
+
+    ``layers`` has the rewritten weights in order of execution, then those that were left alone.
+    """
 
     layers: tuple[InitLayer, ...]
     rule: InitRule
@@ -62,9 +70,10 @@ class InitRewrite:
 class LayerSignal:
     """How one weight layer's output z and its error signal δ = ∂L/∂z are spread in training mode.
 
-    Variances are over batch, units and positions together. ``error_variance`` is relative to the variance of the
-    error that was fed in at the model's output; None where no gradient arrived. The samples are what a picture is
-    drawn from, those of δ without zeros (Hendrycks & Gimpel 2016, appendix A).
+    Variances are over batch, units and positions together. ``error_variance`` is relative to the
+    variance of the error that was fed in at the model's output; it is None where no gradient
+    arrived. The figures show the samples ``outputs`` and ``errors``, the latter without zeros
+    (Hendrycks & Gimpel 2016, appendix A).
     """
 
     name: str
