@@ -40,7 +40,7 @@ from ckpt_tools.identify.skeleton import (
     keys_depending_on,
     state_dict_shapes,
 )
-from zoo.models import Checked, architectures, checked
+from zoo.models import Checked, architectures, check_all
 
 TARGET = Path(__file__).parent.parent / "ckpt_tools" / "identify" / "index.json.gz"
 LIBRARIES = ("timm", "torchvision")
@@ -56,7 +56,10 @@ class Indexed(Checked):
 
 @contextmanager
 def no_initialisation() -> Iterator[None]:
-    """Constructors that fill no tensor: half the time, and none of them asks for values on the meta device."""
+    """Let constructors fill no tensor.
+
+    That halves the time, and no constructor asks for values on the meta device.
+    """
     names = [name for name in vars(init) if name.endswith("_") and not name.startswith("_")]
     with mock.patch.multiple(init, **dict.fromkeys(names, lambda tensor, *_args, **_kwargs: tensor)):
         yield
@@ -65,30 +68,34 @@ def no_initialisation() -> Iterator[None]:
 def index_one(architecture: str) -> Indexed:
     adapter, name = plugins.resolve(architecture)
     with no_initialisation():
-        own = state_dict_shapes(build_skeleton(adapter, name, {}))
-        head = keys_depending_on(adapter, name, {}, CLASS_KEYWORDS, own)
-        stem = keys_depending_on(adapter, name, {}, CHANNEL_KEYWORDS, own)
+        shapes = state_dict_shapes(build_skeleton(adapter, name, {}))
+        head = keys_depending_on(adapter, name, {}, CLASS_KEYWORDS, shapes)
+        stem = keys_depending_on(adapter, name, {}, CHANNEL_KEYWORDS, shapes)
         try:
             extra = OPTIONAL_HEADS.get(adapter.prefix)
             head |= keys_depending_on(adapter, name, extra, CLASS_KEYWORDS) if extra else frozenset()
         except ArchitectureError:
             pass  # it has no such head
-    return Indexed(architecture, entry=make_index_entry(architecture, own, head, stem))
+    return Indexed(architecture, entry=make_index_entry(architecture, shapes, head, stem))
 
 
-def compare(found: ArchitectureIndex, only: str) -> list[str]:
+def compare(built: ArchitectureIndex, only: str) -> list[str]:
     """A line for every architecture about which the shipped index says something else."""
-    known = {
+    shipped_entries = {
         entry.architecture: entry for entry in load_shipped_index().entries if fnmatch.fnmatch(entry.architecture, only)
     }
-    new = {entry.architecture: entry for entry in found.entries}
+    built_entries = {entry.architecture: entry for entry in built.entries}
     versions = load_shipped_index().versions
     lines = [
-        f"{lib} {v}, the index has {versions.get(lib)}" for lib, v in found.versions.items() if versions.get(lib) != v
+        f"{lib} {v}, the index has {versions.get(lib)}" for lib, v in built.versions.items() if versions.get(lib) != v
     ]
-    lines += [f"{name}: not in the index" for name in new.keys() - known.keys()]
-    lines += [f"{name}: in the index, not in the library" for name in known.keys() - new.keys()]
-    return lines + [f"{name}: has other tensors" for name in new.keys() & known.keys() if new[name] != known[name]]
+    lines += [f"{name}: not in the index" for name in built_entries.keys() - shipped_entries.keys()]
+    lines += [f"{name}: in the index, not in the library" for name in shipped_entries.keys() - built_entries.keys()]
+    return lines + [
+        f"{name}: has other tensors"
+        for name in built_entries.keys() & shipped_entries.keys()
+        if built_entries[name] != shipped_entries[name]
+    ]
 
 
 @click.command(help=__doc__)
@@ -99,13 +106,13 @@ def main(check: bool, only: str, jobs: int) -> None:
     if only != "*" and not check:
         raise click.UsageError("--only goes with --check: an index of some models would name these for all.")
     started = time.perf_counter()
-    found: list[Indexed] = checked(index_one, list(architectures(only)), jobs, None)
-    for one in found:
-        if one.failure:
-            print(f"FAILED {one.architecture}: {one.failure}")
-    entries = tuple(one.entry for one in found if one.entry is not None)
+    results: list[Indexed] = check_all(index_one, list(architectures(only)), jobs, None)
+    for result in results:
+        if result.failure:
+            print(f"FAILED {result.architecture}: {result.failure}")
+    entries = tuple(result.entry for result in results if result.entry is not None)
     index = ArchitectureIndex({library: version(library) for library in LIBRARIES}, entries)
-    print(f"{len(entries)} of {len(found)} architectures in {time.perf_counter() - started:.0f} s")
+    print(f"{len(entries)} of {len(results)} architectures in {time.perf_counter() - started:.0f} s")
     if check:
         differences = compare(index, only)
         print("\n".join(sorted(differences)) or "the shipped index says the same")

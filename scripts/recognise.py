@@ -40,7 +40,7 @@ from ckpt_tools.identify.equivalents import merge_equivalent_candidates
 from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.shape_digest import Shapes
 from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
-from zoo.models import Checked, architectures, brief, checked
+from zoo.models import Checked, architectures, brief, check_all
 
 LARGEST = 1_000_000_000  # parameters of the models that count
 SMALL = 60_000_000  # parameters of the models that are saved
@@ -60,7 +60,7 @@ class Asked(Checked):
 class Ranked(Checked):
     """Whether the original is among the closest three, for each way of changing it."""
 
-    found: tuple[tuple[str, bool], ...] = ()
+    hits: tuple[tuple[str, bool], ...] = ()
 
 
 def ask(architecture: str) -> Asked:
@@ -76,12 +76,12 @@ def ask(architecture: str) -> Asked:
             continue  # it takes no such argument
         shapes = state_dict_shapes(model)
         parameters = parameters or sum(parameter.numel() for parameter in model.parameters())
-        asked = {variant: shapes}
+        by_label = {variant: shapes}
         if not kwargs:
-            asked["under model."] = {f"model.{key}": shape for key, shape in shapes.items()}
-        for label, one in asked.items():
+            by_label["under model."] = {f"model.{key}": shape for key, shape in shapes.items()}
+        for label, tensors in by_label.items():
             started = time.perf_counter()
-            match = next(load_shipped_index().matches(one), None)
+            match = next(load_shipped_index().find_matches(tensors), None)
             seconds.append(time.perf_counter() - started)
             names.append((label, match.architectures if match else ()))
     return Asked(architecture, "", parameters, tuple(names), tuple(seconds))
@@ -91,10 +91,13 @@ def rank(architecture: str) -> Ranked:
     adapter, name = plugins.resolve(architecture)
     with no_initialisation():
         shapes = state_dict_shapes(build_skeleton(adapter, name, {}))
-        same = next(load_shipped_index().matches(shapes)).architectures  # no digest tells these apart
+        same = next(load_shipped_index().find_matches(shapes)).architectures  # no digest tells these apart
         changed = {"a block renamed": block_renamed(shapes), "a layer added": layer_added(shapes)}
-        found = {how: {close.architecture for close in find_closest_architectures(one)} for how, one in changed.items()}
-    return Ranked(architecture, found=tuple((how, not names.isdisjoint(same)) for how, names in found.items()))
+        named = {
+            how: {close.architecture for close in find_closest_architectures(changed_shapes)}
+            for how, changed_shapes in changed.items()
+        }
+    return Ranked(architecture, hits=tuple((how, not names.isdisjoint(same)) for how, names in named.items()))
 
 
 def block_renamed(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -109,27 +112,29 @@ def layer_added(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {**shapes, "neck.conv.weight": (64, 64, 3, 3), "neck.conv.bias": (64,)}
 
 
-def figures(found: list[Asked], variant: str) -> str:
-    named = {one.architecture: names for one in found for label, names in one.names if label == variant}
-    unique = sum(names == (architecture,) for architecture, names in named.items())
-    right = sum(architecture in names for architecture, names in named.items())
-    groups = len(set(named.values()))
-    return f"{variant}: {len(named)} asked, {unique} named alone, {right} in the right group, {groups} groups"
+def count_answers(results: list[Asked], variant: str) -> str:
+    answers = {result.architecture: names for result in results for label, names in result.names if label == variant}
+    unique = sum(names == (architecture,) for architecture, names in answers.items())
+    right = sum(architecture in names for architecture, names in answers.items())
+    groups = len(set(answers.values()))
+    return f"{variant}: {len(answers)} asked, {unique} named alone, {right} in the right group, {groups} groups"
 
 
-def functions(found: list[Asked]) -> str:
+def count_functions(results: list[Asked]) -> str:
     """How many are told apart down to one function, and down to one function and input."""
-    groups = {names for one in found for label, names in one.names if label == "as built" and len(names) > 1}
-    counted = {one.architecture for one in found}
-    told = sum(names == (one.architecture,) for one in found for label, names in one.names if label == "as built")
+    groups = {names for result in results for label, names in result.names if label == "as built" and len(names) > 1}
+    looked_up = {result.architecture for result in results}
+    recognised = sum(
+        names == (result.architecture,) for result in results for label, names in result.names if label == "as built"
+    )
     for names in tqdm(sorted(groups), unit="group", file=sys.stderr):
         adapter, name = plugins.resolve(names[0])
         tensors = build_skeleton(adapter, name, {}).state_dict()
         distinct = merge_equivalent_candidates(Checkpoint(Path("model.pt"), "", tensors), list(map(candidate, names)))
-        for one in distinct:
-            print("  " + " = ".join(one.names) + ("" if len(distinct) == 1 else "  (one of several)"))
-        told += sum(name in counted for name in names) if len(distinct) == 1 else 0
-    return f"as built, twins of one function taken as one: {told} of {len(found)} told without data"
+        for candidate_of_one in distinct:
+            print("  " + " = ".join(candidate_of_one.names) + ("" if len(distinct) == 1 else "  (one of several)"))
+        recognised += sum(name in looked_up for name in names) if len(distinct) == 1 else 0
+    return f"as built, twins of one function taken as one: {recognised} of {len(results)} recognised without data"
 
 
 def candidate(architecture: str) -> Candidate:
@@ -139,7 +144,7 @@ def candidate(architecture: str) -> Candidate:
 
 
 def save_and_load(architecture: str, folder: Path) -> str:
-    """How a really saved file of random weights is recognised; starts with "wrong" if it is not."""
+    """Return how a saved file of random weights is recognised; "wrong…" if it is not."""
     adapter, name = plugins.resolve(architecture)
     path = folder / "model.pt"
     torch.save(adapter.build(name, {}).state_dict(), path)
@@ -151,7 +156,7 @@ def save_and_load(architecture: str, folder: Path) -> str:
     return "told" if right else f"wrong: {loaded.recipe.architecture}"
 
 
-def saved(names: Iterable[str]) -> None:
+def save_and_load_all(names: Iterable[str]) -> None:
     answers: Counter[str] = Counter()
     for name in tqdm(list(names), unit="model", file=sys.stderr):
         with tempfile.TemporaryDirectory() as folder:
@@ -165,8 +170,8 @@ def saved(names: Iterable[str]) -> None:
     print("saved and loaded: " + ", ".join(f"{count} {answer}" for answer, count in answers.most_common()))
 
 
-def drawn(found: list[Asked], count: int, largest: int, keep: Callable[[Asked], bool] = bool) -> list[str]:
-    pool = sorted(one.architecture for one in found if one.parameters <= largest and keep(one))
+def draw_sample(results: list[Asked], count: int, largest: int, keep: Callable[[Asked], bool] = bool) -> list[str]:
+    pool = sorted(result.architecture for result in results if result.parameters <= largest and keep(result))
     return random.Random(0).sample(pool, min(count, len(pool)))
 
 
@@ -178,26 +183,30 @@ def drawn(found: list[Asked], count: int, largest: int, keep: Callable[[Asked], 
 @click.option("--saved", "files", default=0, metavar="N", help="Also save and load N models drawn at random.")
 def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
     warnings.simplefilter("ignore")
-    next(load_shipped_index().matches(state_dict_shapes(nn.Linear(1, 1))), None)  # read once, before the processes part
-    everything: list[Asked] = checked(ask, list(architectures(only)), jobs, None)
-    failures = [one for one in everything if one.failure]
-    found = [one for one in everything if not one.failure and one.parameters <= LARGEST]
-    for one in failures:
-        print(f"FAILED {one.architecture}: {one.failure}")
-    print(f"{len(found)} models up to {LARGEST:,} parameters, {len(everything) - len(found) - len(failures)} larger")
+    next(
+        load_shipped_index().find_matches(state_dict_shapes(nn.Linear(1, 1))), None
+    )  # read once, before the processes part
+    everything: list[Asked] = check_all(ask, list(architectures(only)), jobs, None)
+    failures = [result for result in everything if result.failure]
+    results = [result for result in everything if not result.failure and result.parameters <= LARGEST]
+    for result in failures:
+        print(f"FAILED {result.architecture}: {result.failure}")
+    print(
+        f"{len(results)} models up to {LARGEST:,} parameters, {len(everything) - len(results) - len(failures)} larger"
+    )
     for variant in ("as built", "7 classes", "1 channel", "under model."):
-        print(figures(found, variant))
-    seconds = sorted(second for one in found for second in one.seconds)
+        print(count_answers(results, variant))
+    seconds = sorted(second for result in results for second in result.seconds)
     worst = [seconds[len(seconds) // 2], seconds[int(0.99 * len(seconds))], seconds[-1]]
     print("look-up: median {:.1f} ms, 99th percentile {:.1f} ms, longest {:.1f} ms".format(*(1000 * s for s in worst)))
     if close:
-        ranked: list[Ranked] = checked(rank, drawn(found, close, LARGEST), jobs, None)
-        hits = Counter(how for one in ranked for how, hit in one.found if hit)
-        print(f"among the closest three, of {len(ranked)}: " + ", ".join(f"{how} {n}" for how, n in hits.items()))
+        ranked: list[Ranked] = check_all(rank, draw_sample(results, close, LARGEST), jobs, None)
+        ranks = Counter(how for result in ranked for how, hit in result.hits if hit)
+        print(f"among the closest three, of {len(ranked)}: " + ", ".join(f"{how} {n}" for how, n in ranks.items()))
     if twins:
-        print(functions(found))
+        print(count_functions(results))
     if files:
-        saved(drawn(found, files, SMALL))
+        save_and_load_all(draw_sample(results, files, SMALL))
     sys.exit(1 if failures else 0)
 
 

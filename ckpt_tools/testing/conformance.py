@@ -32,9 +32,9 @@ _HARMFUL_VALUES = ("/etc/passwd", "package.module:Class", "hf-hub:someone/net", 
 class Case:
     """One architecture that an adapter builds quickly.
 
-    `kwargs` are passed to the constructor throughout. `resized` are other sizes (a number of classes
-    or input channels) that the adapter must recognise from the shapes of a state dict; use {} where
-    the architecture has no such argument.
+    `kwargs` are passed to the constructor throughout. `resized` are other sizes (a number of
+    classes or input channels) that the adapter must recognise from the shapes of a state dict; use
+    {} where the architecture has no such argument.
     """
 
     adapter: Callable[[], Adapter]
@@ -50,7 +50,7 @@ Check = Callable[[Case], None]
 
 
 def parametrize_checks(*cases: Case) -> Callable[[_Test], _Test]:
-    """Return a decorator that runs a pytest function `test(check, case)` for every check and case."""
+    """Return a decorator that runs a pytest test of (check, case) for every check and case."""
     import pytest  # only here: nobody else who has ckpt_tools needs it
 
     def decorate(test: _Test) -> _Test:
@@ -63,7 +63,7 @@ def parametrize_checks(*cases: Case) -> Callable[[_Test], _Test]:
 
 
 def check_protocol(case: Case) -> None:
-    """The adapter has all methods, a prefix that fits before a colon, and a sorted list of names."""
+    """The adapter has all methods, a prefix that is an identifier, and sorted names."""
     adapter = case.adapter()
     assert isinstance(adapter, Adapter), f"{adapter!r} lacks a method of ckpt_tools.contract.Adapter"
     assert adapter.prefix.isidentifier(), f"prefix {adapter.prefix!r}: expected an identifier"
@@ -73,7 +73,7 @@ def check_protocol(case: Case) -> None:
 
 
 def check_builds_a_new_module_offline(case: Case) -> None:
-    """Building twice gives two modules that share nothing, without a network or changed defaults."""
+    """Two built models share nothing; building needs no network and changes no defaults."""
     with _no_network(), _unchanged_defaults():
         first, second = (case.adapter().build(case.name, case.kwargs) for _ in range(2))
     assert isinstance(first, nn.Module), f"build() returned {type(first).__name__}, not a module"
@@ -91,7 +91,7 @@ def check_unknown_names_and_arguments_are_named(case: Case) -> None:
 
 
 def check_sizes_follow_from_shapes(case: Case) -> None:
-    """From the shapes of a state dict, `class_kwargs` finds the arguments that rebuild these shapes."""
+    """`class_kwargs` finds the arguments that rebuild the shapes of a state dict."""
     adapter = case.adapter()
     for sizes in ({}, case.resized):
         shapes = _build_shapes(case, sizes)
@@ -107,7 +107,7 @@ def check_strange_shapes_do_not_confuse(case: Case) -> None:
 
 
 def check_rates_are_taken_and_keep_the_keys(case: Case) -> None:
-    """The constructor takes every drop rate that the adapter lists, and no rate changes a tensor."""
+    """The constructor takes every listed drop rate, and no rate changes a tensor."""
     rates = dict.fromkeys(case.adapter().rate_kwargs(case.name), 0.2)
     assert _build_shapes(case, rates) == _build_shapes(case, {}), f"{rates} change the state dict"
 
@@ -127,7 +127,7 @@ def check_words_give_its_own_recipe_or_none(case: Case) -> None:
 
 
 def check_the_input_fits_the_model(case: Case) -> None:
-    """The model runs on an input of the shape that the adapter names, which is otherwise consistent."""
+    """The model runs on an input of the named shape, and the preprocessing is consistent."""
     adapter = case.adapter()
     with torch.device("meta"):
         model = adapter.build(case.name, case.kwargs).eval()

@@ -30,11 +30,11 @@ import torch
 
 from bench import data_check, initialisations
 from bench.files import peak_memory, start_up, writing
-from bench.folder import prepared
+from bench.folder import prepare_files
 from bench.folder import race as race_folder
-from bench.loaders import alikeness, photographs, speed
+from bench.loaders import alikeness, measure_speed, photographs
 from bench.networks import NETWORKS, SMALL
-from bench.outliers import BAD, cases, clean_margins, named, ruin
+from bench.outliers import BAD, cases, clean_margins, name_outliers, ruin
 from bench.passes import BASE, CONTESTANTS, OURS, race, ratios, summary, table
 from bench.photos import photos
 from bench.stopping import NETS, SIDE, coverage, wall_times
@@ -43,10 +43,10 @@ RESULTS = Path(__file__).parent / "results" / "measurements.json"
 SCRATCH = Path(tempfile.gettempdir()) / "ckpt-tools-bench"
 
 
-def keep(section: str, found: Any) -> None:
+def keep(section: str, figures: Any) -> None:
     """Put the figures of one section into measurements.json, beside those of the others."""
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    stored[section] = {"torch": torch.__version__, "figures": found}
+    stored[section] = {"torch": torch.__version__, "figures": figures}
     RESULTS.write_text(json.dumps(stored, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -83,15 +83,15 @@ def passes(device: str, only: str, rounds: int, batches: int, batch: int | None,
 @main.command()
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--most", default=8000, show_default=True, help="Images of the longest pass.")
-def sizes(device: str, rounds: int, most: int) -> None:
+@click.option("--most", "longest", default=8000, show_default=True, help="Images of the longest pass.")
+def sizes(device: str, rounds: int, longest: int) -> None:
     """Cost against batch size, at the same number of images, and against the number of images."""
-    found = {}
-    batches = [(most // 16 // batch, batch) for batch in (8, 32, 128)]
-    longer = [(most // part // 125, 125) for part in (8, 4, 2, 1)]
-    two = [one for one in CONTESTANTS if one.name in (BASE, OURS)]
+    figures = {}
+    batches = [(longest // 16 // batch, batch) for batch in (8, 32, 128)]
+    longer = [(longest // part // 125, 125) for part in (8, 4, 2, 1)]
+    eval_and_ours = [contestant for contestant in CONTESTANTS if contestant.name in (BASE, OURS)]
     for count, batch in (*batches, *longer):
-        costs = race(SMALL, device, max(1, count), batch, rounds, exact=False, contestants=two)
+        costs = race(SMALL, device, max(1, count), batch, rounds, exact=False, contestants=eval_and_ours)
         ours = next(cost for cost in costs if cost.contestant == OURS)
         ratio, rate = ratios(costs, BASE)[OURS][0], ours.images / statistics.median(ours.seconds)
         print(
@@ -99,8 +99,8 @@ def sizes(device: str, rounds: int, most: int) -> None:
             f"{ours.memory / 1e6:,.0f} MB",
             flush=True,
         )
-        found[f"{count}×{batch}"] = {"images/s": rate, "ratio": ratio, "memory": ours.memory}
-    keep(f"sizes on {machine(device)}", found)
+        figures[f"{count}×{batch}"] = {"images/s": rate, "ratio": ratio, "memory": ours.memory}
+    keep(f"sizes on {machine(device)}", figures)
 
 
 @main.command()
@@ -112,11 +112,11 @@ def stopping(images: int, trials: int, rounds: int, folder: Path) -> None:
     """--tolerance: whether the stated errors are right, and what it saves."""
     if trials:
         pixels, labels = photos(images, SIDE, SIDE)
-        found = {}
+        coverages = {}
         for name in NETS:
-            found[name] = coverage(name, pixels, labels, 0.05, trials)
-            print(f"{name}: {found[name]}", flush=True)
-        keep("coverage of the stated errors", found)
+            coverages[name] = coverage(name, pixels, labels, 0.05, trials)
+            print(f"{name}: {coverages[name]}", flush=True)
+        keep("coverage of the stated errors", coverages)
     if rounds:
         times = wall_times(folder, images, rounds)
         for name, runs in times.items():
@@ -133,7 +133,7 @@ def input_(images: int, rounds: int) -> None:
     alike = alikeness()
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder), images)
-        keep("input", {"loaders": speed(Path(folder), images, rounds), "difference from PIL": alike})
+        keep("input", {"loaders": measure_speed(Path(folder), images, rounds), "difference from PIL": alike})
 
 
 @main.command()
@@ -143,34 +143,34 @@ def input_(images: int, rounds: int) -> None:
 def files(megabytes: tuple[int, ...], rounds: int, folder: Path) -> None:
     """Writing against cp, start-up, memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for size in megabytes:
-        seconds = found[f"writing {size} MB"] = writing(folder, size * 10**6, rounds)
+        seconds = figures[f"writing {size} MB"] = writing(folder, size * 10**6, rounds)
         for name in seconds:
             ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["cp and sync"], strict=True))
             print(f"{size} MB, {name}: {statistics.median(seconds[name]):.2f} s, {ratio:.2f} × cp and sync", flush=True)
-    found["start-up"] = start_up(folder, rounds)
-    for name, median in found["start-up"].items():
+    figures["start-up"] = start_up(folder, rounds)
+    for name, median in figures["start-up"].items():
         print(f"{name}: {median:.2f} s", flush=True)
-    found["memory"] = peak_memory(folder, (1000, 8000))
-    for name, peak in found["memory"].items():
+    figures["memory"] = peak_memory(folder, (1000, 8000))
+    for name, peak in figures["memory"].items():
         print(f"{name}: {peak / 1e6:,.0f} MB resident at most")
-    keep("files", found)
+    keep("files", figures)
 
 
 @main.command()
 def outliers() -> None:
     """Three bad images among 600, and the margins of clean ones."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, model, images, bad in cases():
-        found[name] = {
-            "named": named(model, bad),
+        figures[name] = {
+            "named": name_outliers(model, bad),
             "error (median, worst), null is NaN": ruin(model, images, bad, BAD),
             "the same without the NaN image": ruin(model, images, bad, BAD[:2]),
             "largest margin": clean_margins(model, images),
         }
-        print(f"{name}: {found[name]}", flush=True)
-    keep("outliers", found)
+        print(f"{name}: {figures[name]}", flush=True)
+    keep("outliers", figures)
 
 
 @main.command()
@@ -180,7 +180,7 @@ def outliers() -> None:
 @click.option("--scratch", type=click.Path(path_type=Path), default=SCRATCH, show_default=True)
 def folder(images: int, each: int, rounds: int, scratch: Path) -> None:
     """Many checkpoints in one run against as many single runs; their outputs must be equal."""
-    data, runs = prepared(scratch, images, each)
+    data, runs = prepare_files(scratch, images, each)
     with tempfile.TemporaryDirectory(dir=scratch) as outputs:
         seconds = race_folder(data, runs, rounds, Path(outputs))
     alone, together = seconds.values()

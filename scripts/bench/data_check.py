@@ -1,9 +1,11 @@
-"""How often the check of the training data is right: false alarms on the right data, misses on wrong data.
+"""How often the check of the training data is right: false alarms on the right data, misses on
+wrong data.
 
-Small nets of many families are trained on what scikit-learn ships. Then random subsets of 256 images, half of them from
-the training split and half held out, go through the check as they should, and as they should not. Colliding pairs of
-architectures (same keys, another function) are told apart by the data. All 200 subsets take two hours on two
-cores; --seconds shortens it where a check takes long, which it does where the data looks suspicious.
+Small nets of many families are trained on what scikit-learn ships. Then random subsets of 256
+images, half of them from the training split and half held out, go through the check as they should,
+and as they should not. Colliding pairs of architectures (same keys, another function) are told
+apart by the data. All 200 subsets take two hours on two cores; --seconds shortens it where a check
+takes long, which it does where the data looks suspicious.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from timm.layers import BlurPool2d
 from torch import nn
 
 from bench.image_sets import SIZE, image_set
-from bench.trained_nets import IMAGENET, TRAININGS, Training, from_timm, normalisation, trained, vgg
-from bench.wrong_data import Given, Net, right, subset, wrong_kinds
+from bench.trained_nets import IMAGENET, TRAININGS, Training, from_timm, normalisation, train_net, vgg
+from bench.wrong_data import CheckInput, Net, right, subset, wrong_kinds
 from ckpt_tools import walk
 from ckpt_tools.diagnosis.agreement import best_candidate, measure_agreement
 from ckpt_tools.diagnosis.data_check import DataVerdict, check_data
@@ -36,15 +38,18 @@ FEWEST = 60  # subsets of right data a net
 QUANTILES = (0.0, 0.5, 0.95, 0.99, 1.0)
 
 
-def checked(net: Net, given: Given, *, rates_known: bool = True) -> DataVerdict | None:
-    """The verdict; None if the model cannot run on such a batch, which is an answer, too."""
+def check_on(net: Net, check_input: CheckInput, *, rates_known: bool = True) -> DataVerdict | None:
+    """Return the verdict of the check, or None if the model cannot run on such a batch.
+
+    None counts as an answer, too: a model that raises has refused the data.
+    """
     try:
         return check_data(
             net.model,
-            [given.batch],
+            [check_input.batch],
             net.walk,
-            given.spec,
-            preprocessed=given.spec is None,
+            check_input.spec,
+            preprocessed=check_input.spec is None,
             rates_known=rates_known,
             usual_size=(net.data.channels, SIZE, SIZE),
         )
@@ -52,22 +57,26 @@ def checked(net: Net, given: Given, *, rates_known: bool = True) -> DataVerdict 
         return None
 
 
-def prepared(training: Training) -> Net:
+def train_and_walk(training: Training) -> Net:
     data = image_set(training.data)
-    model = trained(training)
-    found = walk(model, torch.zeros(2, data.channels, SIZE, SIZE))
-    return Net(training, model, found, data, *normalisation(training, data))
+    model = train_net(training)
+    graph = walk(model, torch.zeros(2, data.channels, SIZE, SIZE))
+    return Net(training, model, graph, data, *normalisation(training, data))
 
 
-def measured(net: Net, subsets: int, wrong: int, seconds: float) -> dict[str, object]:
-    """Everything about one net: false alarms with quantiles of the scores, and the refusals by kind and variant."""
+def measure_net(net: Net, subsets: int, wrong: int, seconds: float) -> dict[str, object]:
+    """Measure one net: how often the check refuses right and wrong data.
+
+    Right data gives the false alarms and the quantiles of the scores; wrong data gives the
+    refusals, by kind and variant, each as [refused, tried].
+    """
     verdicts = list(on_right_data(net, subsets, seconds))
     fair = [verdict for verdict in verdicts if verdict is not None and verdict.scores is not None]
-    unknown = [checked(net, right(net, subset(net, n)), rates_known=False) for n in range(min(subsets, wrong))]
+    unknown = [check_on(net, right(net, subset(net, n)), rates_known=False) for n in range(min(subsets, wrong))]
     rates: dict[str, dict[str, list[int]]] = {}
     for kind, variant, make in wrong_kinds(net):
-        found = [checked(net, make(net, subset(net, 1000 + number))) for number in range(wrong)]
-        ran = [verdict for verdict in found if verdict is not None]
+        verdicts_on_wrong = [check_on(net, make(net, subset(net, 1000 + number))) for number in range(wrong)]
+        ran = [verdict for verdict in verdicts_on_wrong if verdict is not None]
         if ran:  # a model that cannot run on it has refused
             rates.setdefault(kind, {})[variant] = [sum(v.verdict == "disagree" for v in ran), len(ran)]
     return {
@@ -86,7 +95,7 @@ def on_right_data(net: Net, subsets: int, seconds: float) -> Iterator[DataVerdic
     for number in range(subsets):
         if number >= FEWEST and time.perf_counter() - started > seconds:
             return
-        yield checked(net, right(net, subset(net, number)))
+        yield check_on(net, right(net, subset(net, number)))
 
 
 def _quantiles(values: list[float]) -> list[float]:
@@ -115,13 +124,13 @@ PAIRS = (
 )  # fmt: skip
 
 
-def told_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
+def tell_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
     """How often the data picks the architecture that was trained."""
     picked = {"right": 0, "wrong": 0, "none": 0}
     ratios = []
     for name, build in pair.builds.items():
         training = Training(f"{pair.title}: {name}", build, pair.data, IMAGENET, epochs, 64, "f", "adam", 1e-3)
-        net = prepared(training)
+        net = train_and_walk(training)
         candidates = {other: make(net.data.channels) for other, make in pair.builds.items()}
         for model in candidates.values():
             model.load_state_dict(net.model.state_dict())
@@ -133,8 +142,8 @@ def told_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
             }
             best = best_candidate(scores)
             picked["none" if best is None else "right" if best == name else "wrong"] += 1
-            others = min(score.score or 0.0 for other, score in scores.items() if other != name)
-            ratios.append((scores[name].score or 0.0) / max(others, 1e-9))
+            best_other = min(score.score or 0.0 for other, score in scores.items() if other != name)
+            ratios.append((scores[name].score or 0.0) / max(best_other, 1e-9))
     return {"pair": pair.title, **picked, "score right / wrong": _quantiles(ratios)}
 
 
@@ -157,49 +166,49 @@ def main(subsets: int, seconds: float, wrong: int, only: str, quick: bool, keep:
     # Forked, as a training's builder may be a lambda.
     with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
         pairs = range(0 if quick or only else len(PAIRS))
-        apart = [pool.submit(_told_apart, number, 2 * wrong) for number in pairs]
+        apart = [pool.submit(_tell_numbered_apart, number, 2 * wrong) for number in pairs]
         for result in pool.map(
-            functools.partial(_measured, subsets=subsets, wrong=wrong, seconds=seconds, keep=keep), chosen
+            functools.partial(_measure_numbered, subsets=subsets, wrong=wrong, seconds=seconds, keep=keep), chosen
         ):
             results["nets"].append(result)
             click.echo(_line(result))
-        results["pairs"] = [one.result() for one in apart]
+        results["pairs"] = [pair.result() for pair in apart]
     click.echo(f"{time.perf_counter() - started:.0f} s")
     if only and not quick:
-        results = renewed(json.loads(RESULTS.read_text()), results["nets"])
+        results = replace_nets(json.loads(RESULTS.read_text()), results["nets"])
     click.echo(table(results))
     if not quick:
         RESULTS.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
 
 
-def renewed(stored: dict, nets: list[dict]) -> dict:
+def replace_nets(stored: dict, nets: list[dict]) -> dict:
     """Stored results with those of some nets in their place."""
     new = {net["net"]: net for net in nets}
     return stored | {"nets": [new.get(net["net"], net) for net in stored["nets"]]}
 
 
-def _measured(number: int, *, subsets: int, wrong: int, seconds: float, keep: Path | None) -> dict[str, object]:
-    return measured(_kept(TRAININGS[number], keep), subsets, wrong, seconds)
+def _measure_numbered(number: int, *, subsets: int, wrong: int, seconds: float, keep: Path | None) -> dict[str, object]:
+    return measure_net(_load_or_train(TRAININGS[number], keep), subsets, wrong, seconds)
 
 
-def _told_apart(number: int, wrong: int) -> dict[str, object]:
-    return told_apart(PAIRS[number], wrong)
+def _tell_numbered_apart(number: int, wrong: int) -> dict[str, object]:
+    return tell_apart(PAIRS[number], wrong)
 
 
-def _kept(training: Training, keep: Path | None) -> Net:
+def _load_or_train(training: Training, keep: Path | None) -> Net:
     """The net, from an earlier run if there is one."""
     if keep is None:
-        return prepared(training)
+        return train_and_walk(training)
     keep.mkdir(parents=True, exist_ok=True)
     file = keep / f"{training.name.replace(' ', '_')}.pt"
     if not file.exists():
-        torch.save(trained(training).state_dict(), file)
+        torch.save(train_net(training).state_dict(), file)
     data = image_set(training.data)
     model = training.build(data.channels)
     model.load_state_dict(torch.load(file))
     model.eval()
-    found = walk(model, torch.zeros(2, data.channels, SIZE, SIZE))
-    return Net(training, model, found, data, *normalisation(training, data))
+    graph = walk(model, torch.zeros(2, data.channels, SIZE, SIZE))
+    return Net(training, model, graph, data, *normalisation(training, data))
 
 
 def _line(result: dict) -> str:

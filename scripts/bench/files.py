@@ -55,7 +55,7 @@ def writing(root: Path, size: int, rounds: int) -> dict[str, list[float]]:
 
 
 def start_up(root: Path, rounds: int) -> dict[str, float]:
-    """Median seconds of --help, of a bare import of torch, and of ``inspect`` on a checkpoint of 100 MB."""
+    """Return the median seconds of --help, of a bare import of torch, and of `inspect` (100 MB)."""
     checkpoint = root / "densenet161.pt"
     torch.save(torchvision.models.densenet161().state_dict(), checkpoint)
     commands = {
@@ -84,7 +84,7 @@ def start_up(root: Path, rounds: int) -> dict[str, float]:
 
 
 def peak_memory(root: Path, counts: tuple[int, ...]) -> dict[str, int]:
-    """Peak resident bytes of whole runs of ``bn-reestimate`` on so many JPEG files, and of a start that reads one."""
+    """Measure the peak resident bytes of `bn-reestimate`, by the number of JPEG files it reads."""
     checkpoint = root / "resnet18-memory.pt"
     torch.manual_seed(0)
     model = torchvision.models.resnet18().train()
@@ -95,12 +95,12 @@ def peak_memory(root: Path, counts: tuple[int, ...]) -> dict[str, int]:
         model(torch.randn(32, 3, 96, 96))
     torch.save(model.state_dict(), checkpoint)
     folder = jpeg_folder(root, max(counts), 120, 160)
-    found = {}
+    peaks = {}
     for count in counts:
         arguments = [checkpoint, "--data", folder, "--arch", "torchvision:resnet18", "--limit", count, "--force", "-q"]
         arguments += ["--input-size", "3,96,96", "--batch-size", 32, "--overwrite", "--json"]
-        found[f"{count} images"] = _peak([sys.executable, "-m", "ckpt_tools", "bn-reestimate", *map(str, arguments)])
-    return found
+        peaks[f"{count} images"] = _peak([sys.executable, "-m", "ckpt_tools", "bn-reestimate", *map(str, arguments)])
+    return peaks
 
 
 def _peak(command: list[str]) -> int:

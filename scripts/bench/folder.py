@@ -1,4 +1,7 @@
-"""A folder of checkpoints in one run against as many single runs: seconds, start-up included, and equal outputs."""
+"""Compare a folder of checkpoints in one run with as many single runs.
+
+Seconds include the start-up, and the outputs must be equal.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def prepared(root: Path, images: int, each: int) -> tuple[Path, Path]:
-    """A folder of JPEG files and one of checkpoints: ``each`` of every net, with the statistics of those images."""
+def prepare_files(root: Path, images: int, each: int) -> tuple[Path, Path]:
+    """Return a folder of JPEG files and one of checkpoints, made on first use.
+
+    There are `each` checkpoints of every net, with the running statistics of those images.
+    """
     data, runs = root / f"folder-{images}", root / f"runs-{images}-{each}"
     if not data.exists():
         data.mkdir(parents=True)
@@ -45,7 +51,10 @@ def prepared(root: Path, images: int, each: int) -> tuple[Path, Path]:
 
 
 def race(data: Path, runs: Path, rounds: int, scratch: Path) -> dict[str, list[float]]:
-    """Seconds of all single runs together and of the folder run, interleaved; raises if their tensors differ."""
+    """Return the seconds of all single runs together and of the folder run, interleaved.
+
+    Raises SystemExit if their tensors differ.
+    """
     checkpoints = sorted(runs.rglob("*.pt"))
     seconds: dict[str, list[float]] = {"single runs": [], "one folder run": []}
     for number in range(rounds):
@@ -85,11 +94,11 @@ def _run(path: Path, data: Path, *arguments: object) -> None:
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 
-def _check_equal(one: Path, other: Path) -> None:
-    with safe_open(one, "pt") as a, safe_open(other, "pt") as b:
+def _check_equal(first: Path, second: Path) -> None:
+    with safe_open(first, "pt") as a, safe_open(second, "pt") as b:
         keys = list(a.keys())
         if keys != list(b.keys()) or not all(_same(a.get_tensor(key), b.get_tensor(key)) for key in keys):
-            raise SystemExit(f"{one} and {other} differ.")
+            raise SystemExit(f"{first} and {second} differ.")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,8 @@
-"""Small data sets made of what scikit-learn ships: digits, digits in colour, crops of two photographs.
+"""Small data sets made of what scikit-learn ships: digits, digits in colour, crops of two
+photographs.
 
-Every set is kept as uint8 images at its own resolution, so that "another resize" can be tried from the same source.
+Every set is kept as uint8 images at its own resolution, so that "another resize" can be tried from
+the same source.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _CROPS = 1800
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """``source`` uint8 (N, C, h, w) at its own resolution, ``labels`` (N,), and the two splits as indices."""
+    """Images (uint8, N, C, h, w) at their own resolution, labels (N,), and two splits as indices."""
 
     name: str
     source: Tensor
@@ -35,7 +37,7 @@ class ImageSet:
         return self.source.shape[1]
 
 
-def resized(source: Tensor, size: int = SIZE, how: str = "bilinear") -> Tensor:
+def resize(source: Tensor, size: int = SIZE, how: str = "bilinear") -> Tensor:
     """uint8 images at ``size``: as PIL does it (antialiased) for bilinear and bicubic."""
     if how == "nearest":
         return F.interpolate(source.float(), size=(size, size), mode="nearest").to(torch.uint8)
@@ -43,7 +45,7 @@ def resized(source: Tensor, size: int = SIZE, how: str = "bilinear") -> Tensor:
     return floats.round().clamp(0, 255).to(torch.uint8)
 
 
-def cropped(source: Tensor, share: float) -> Tensor:
+def crop_centre(source: Tensor, share: float) -> Tensor:
     """The centre of every image, ``share`` of its side."""
     side = source.shape[-1]
     cut = max(1, round(side * (1 - share) / 2))
@@ -66,7 +68,7 @@ def _digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return pixels.round().to(torch.uint8), torch.from_numpy(bunch.target).long()
 
 
-def _coloured(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _coloured_digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Light warm ink on dark cool paper, both varied from image to image."""
     pixels, labels = _digits(generator)
     ink = torch.tensor([0.9, 0.6, 0.3]) + 0.3 * (torch.rand(len(pixels), 3, generator=generator) - 0.5)
@@ -91,7 +93,7 @@ def _photos(generator: torch.Generator, chosen: tuple[int, ...] = (0, 1)) -> tup
 
 _SOURCES = {
     "digits": _digits,
-    "coloured": _coloured,
+    "coloured": _coloured_digits,
     "photos": _photos,
     "china": lambda generator: _photos(generator, (0,)),
     "flower": lambda generator: _photos(generator, (1,)),

@@ -43,10 +43,11 @@ def xavier(model: nn.Module) -> None:
 
 
 def lsuv(model: nn.Module, batch: Tensor) -> None:
-    """Mishkin & Matas 2016: orthonormal, then each layer in order of execution divided by its output's deviation.
+    """Mishkin & Matas 2016: orthonormal, then each layer in order of execution divided by its
+    output's deviation.
 
-    Deviations are measured on ``batch`` in training mode. All layers are done within one forward: a layer runs again
-    on the input it got, and its successors see the rescaled output.
+    Deviations are measured on ``batch`` in training mode. All layers are done within one forward: a
+    layer runs again on the input it got, and its successors see the rescaled output.
     """
     zero_biases(model)
     done: set[nn.Module] = set()
@@ -70,10 +71,11 @@ def lsuv(model: nn.Module, batch: Tensor) -> None:
 
 
 def autoinit_dropout(model: nn.Module, batch: Tensor, seed: int) -> bool:
-    """The dropout rule of Bingham & Miikkulainen 2021, all else as in our propagated rule; False if no plain chain.
+    """The dropout rule of Bingham & Miikkulainen 2021, all else as in our propagated rule; False if
+    no plain chain.
 
-    They follow mean and variance: dropout with keep p keeps the mean μ and makes the variance ν/p, so that the layer
-    behind is scaled for E[x²] = ν/p + μ². It is (ν + μ²)/p.
+    They follow mean and variance: dropout with keep p keeps the mean μ and makes the variance ν/p,
+    so that the layer behind is scaled for E[x²] = ν/p + μ². It is (ν + μ²)/p.
     """
     containers = (module for module in model.modules() if any(module.children()))
     if not all(isinstance(module, nn.Sequential | VGG) for module in containers):
@@ -82,8 +84,8 @@ def autoinit_dropout(model: nn.Module, batch: Tensor, seed: int) -> bool:
     chain = [module for module in model.modules() if not any(module.children())]
     for f, dropout, layer in zip(chain, chain[1:], chain[2:], strict=False):
         if isinstance(dropout, nn.Dropout) and isinstance(layer, nn.Linear):
-            found, keep = activation_moments(f), 1 - dropout.p
-            theirs = (found.forward - found.mean**2) / keep + found.mean**2
+            moments, keep = activation_moments(f), 1 - dropout.p
+            theirs = (moments.forward - moments.mean**2) / keep + moments.mean**2
             with torch.no_grad():
-                layer.weight.mul_(math.sqrt(found.forward / keep / theirs))
+                layer.weight.mul_(math.sqrt(moments.forward / keep / theirs))
     return True

@@ -35,7 +35,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "ELU": nn.ELU, "tanh
 
 @dataclass(frozen=True)
 class Net:
-    """``copies``: how many times --samples it runs on; vectors are cheap, and few of them say little."""
+    """A network of the comparison.
+
+    `copies` is how many times --samples it runs on: vectors are cheap, and few of them say little.
+    """
 
     title: str
     build: Callable[[], nn.Module]
@@ -98,7 +101,7 @@ def main() -> None:
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--samples", default=8, show_default=True, help="Images; tokens take 4 times as many, vectors 32 times.")
 def signals(only: Sequence[str], seeds: int, samples: int) -> None:
-    """The share of weight layers with 0.5 ≤ Var(z) ≤ 2, and the least, median and largest Var(z)."""
+    """Show the share of weight layers with 0.5 ≤ Var(z) ≤ 2, and min, median and max of Var(z)."""
     started = time.perf_counter()
     for name in only or NETS:
         net = NETS[name]
@@ -109,37 +112,40 @@ def signals(only: Sequence[str], seeds: int, samples: int) -> None:
 
 
 def signal_row(net: Net, title: str, rule: Rule, seeds: int, samples: int) -> list[str]:
-    found: list[float] = []
+    all_variances: list[float] = []
     for seed in range(seeds):
-        measured = variances(net, rule, seed, samples * net.copies)
-        if measured is None:
+        seed_variances = variances(net, rule, seed, samples * net.copies)
+        if seed_variances is None:
             return [title, "—", "—", "—", "—"]
-        found += measured
-    numbers = min(found), statistics.median(found), max(found)
-    return [title, share(found), *(f"{number:.3g}" for number in numbers)]
+        all_variances += seed_variances
+    numbers = min(all_variances), statistics.median(all_variances), max(all_variances)
+    return [title, share(all_variances), *(f"{number:.3g}" for number in numbers)]
 
 
 def variances(net: Net, rule: Rule, seed: int, samples: int) -> list[float] | None:
-    """Var(z) of every weight layer; the rule has seen another batch than the one that is measured on."""
+    """Return Var(z) of every weight layer, or None where the rule does not apply.
+
+    The rule sees another batch than the one that the variances are measured on.
+    """
     torch.manual_seed(seed)
     model = net.build().train()
     if rule(model, torch.randn(samples, *net.shape), seed) is False:
         return None
     torch.manual_seed(1000 + seed)
-    found = measure_signals(model, [torch.randn(samples, *net.shape)], seed=seed)
-    return [layer.variance for layer in found]
+    signals = measure_signals(model, [torch.randn(samples, *net.shape)], seed=seed)
+    return [layer.variance for layer in signals]
 
 
-def share(found: Sequence[float]) -> str:
+def share(variances_of_layers: Sequence[float]) -> str:
     """How many variances were kept; NaN and infinity were not."""
-    kept = sum(LOW <= variance <= HIGH for variance in found)
-    return f"{100 * kept / len(found):.1f} % ({kept}/{len(found)})"
+    within = sum(LOW <= variance <= HIGH for variance in variances_of_layers)
+    return f"{100 * within / len(variances_of_layers):.1f} % ({within}/{len(variances_of_layers)})"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Training NLL in nats an image: ``noisy`` with dropout on, over the last epoch's batches as they were trained on;
-    ``quiet`` in evaluation mode after it, over all training images."""
+    """Training NLL in nats an image: ``noisy`` with dropout on, over the last epoch's batches as
+    they were trained on; ``quiet`` in evaluation mode after it, over all training images."""
 
     noisy: float
     quiet: float
@@ -152,7 +158,10 @@ class Trained:
     "--rate", "rates", type=float, default=LEARNING_RATES, multiple=True, help="Learning rates to choose from."
 )
 def digits(epochs: int, seeds: int, rates: Sequence[float]) -> None:
-    """7 hidden layers of 128, keep 0.5, Adam, all 1,797 digits: training NLL at each contestant's best rate."""
+    """Train 7 hidden layers of 128 (keep 0.5, Adam) on all 1,797 digits.
+
+    The training NLL is shown at each contestant's best learning rate.
+    """
     torch.set_num_threads(1)
     started = time.perf_counter()
     images, labels = all_digits()
@@ -169,9 +178,9 @@ def digits(epochs: int, seeds: int, rates: Sequence[float]) -> None:
 
 
 def all_digits() -> tuple[Tensor, Tensor]:
-    found = load_digits(0)
-    images = torch.cat([found.train_images, found.test_images])
-    return images.flatten(1), torch.cat([found.train_labels, found.test_labels])
+    splits = load_digits(0)
+    images = torch.cat([splits.train_images, splits.test_images])
+    return images.flatten(1), torch.cat([splits.train_labels, splits.test_labels])
 
 
 def train(
@@ -196,13 +205,13 @@ def train(
     return Trained(losses / len(images), float(quiet))
 
 
-def best(runs: dict[float, list[Trained]], what: str) -> tuple[str, str]:
-    """The least mean over the learning rates with its standard error, and the rate it belongs to."""
-    scores = {rate: [getattr(run, what) for run in done] for rate, done in runs.items()}
+def best(runs: dict[float, list[Trained]], mode: str) -> tuple[str, str]:
+    """Return the least mean over the learning rates with its standard error, and its rate."""
+    scores = {rate: [getattr(run, mode) for run in done] for rate, done in runs.items()}
     rate = min(scores, key=lambda rate: statistics.mean(scores[rate]))
-    found = scores[rate]
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return f"{statistics.mean(found):.3f} ± {error:.3f}", f"{rate:g}"
+    losses = scores[rate]
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    return f"{statistics.mean(losses):.3f} ± {error:.3f}", f"{rate:g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

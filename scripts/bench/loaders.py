@@ -1,7 +1,8 @@
-"""How fast a folder of JPEG files is read, beside timm's and torchvision's loaders; and how alike the pixels are.
+"""How fast a folder of JPEG files is read, beside timm's and torchvision's loaders; and how alike
+the pixels are.
 
-Images a second are medians of interleaved rounds, so that a busy machine slows all alike; the ratios say more than the
-figures. About three minutes on two cores.
+Images a second are medians of interleaved rounds, so that a busy machine slows all alike; the
+ratios say more than the figures. About three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PEERS = ("timm", "torchvision")
 
 
 def photographs(root: Path, count: int) -> None:
-    """Crops of scikit-learn's two photographs, blended, flipped and recoloured, 500×375 at quality 90."""
+    """Write blended, flipped, recoloured crops of two photographs: 500×375, JPEG quality 90."""
     rng = np.random.default_rng(0)
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     (root / "class").mkdir()
@@ -69,7 +70,7 @@ def with_ours(root: Path, interpolation: str, workers: int) -> Iterable[object]:
     return open_source(str(root)).batches(spec, batch_size=BATCH, workers=workers)
 
 
-def kept(root: Path, interpolation: str, workers: int) -> Iterable[object]:
+def with_cached_stream(root: Path, interpolation: str, workers: int) -> Iterable[object]:
     spec = InputSpec((3, 224, 224), MEAN, STD, interpolation, 0.875)
     return open_source(str(root)).batches(spec, batch_size=BATCH, workers=workers, cached=True)
 
@@ -78,7 +79,7 @@ LOADERS: dict[str, Callable[[Path, str, int], Iterable[object]]] = {
     "timm": with_timm,
     "torchvision": with_torchvision,
     "ours": with_ours,
-    "ours, later passes of a cached stream": kept,
+    "ours, later passes of a cached stream": with_cached_stream,
 }
 
 
@@ -89,34 +90,38 @@ def seconds(batches: Iterable[object]) -> float:
     return time.perf_counter() - start
 
 
-def speed(root: Path, count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Images a second, and how many times those of the libraries' loaders that is, by workers and interpolation."""
-    found = {}
+def measure_speed(root: Path, count: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Measure images a second of every loader, and the ratio to those of the libraries' loaders.
+
+    Keys of the result name the loader, the number of workers and the interpolation.
+    """
+    rates = {}
     for workers, interpolation in itertools.product((0, 2), ("bicubic", "bilinear")):
         streams = {name: loader(root, interpolation, workers) for name, loader in LOADERS.items()}
         for stream in streams.values():
             seconds(stream)  # starts processes, fills the cache
-        # one torch thread without workers: with more, the libraries' loaders wait for cores on a busy machine
+        # one torch thread without workers: with more, the libraries' loaders wait for cores on a
+        # busy machine
         torch.set_num_threads(max(workers, 1))
-        taken = [{name: seconds(stream) for name, stream in streams.items()} for _ in range(rounds)]
+        rounds_of_seconds = [{name: seconds(stream) for name, stream in streams.items()} for _ in range(rounds)]
         print(f"\n{workers} workers, {interpolation}")
         for name in LOADERS:
-            row = {"images/s": count / median(times[name] for times in taken)}
+            row = {"images/s": count / median(times[name] for times in rounds_of_seconds)}
             for base in PEERS:
-                row[f"× {base}"] = median(times[base] / times[name] for times in taken)
+                row[f"× {base}"] = median(times[base] / times[name] for times in rounds_of_seconds)
             print(f"  {name:38}" + "".join(f"  {value:7.2f} {unit}" for unit, value in row.items()), flush=True)
-            found[f"{name}, {workers} workers, {interpolation}"] = row
-    return found
+            rates[f"{name}, {workers} workers, {interpolation}"] = row
+    return rates
 
 
 def alikeness() -> dict[str, dict[str, float]]:
-    """Grey levels between torch's resizing and PIL's, over sizes that torch is trusted with."""
+    """Measure how far torch's resizing is from PIL's, in grey levels, over sizes where both agree."""
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
     pictures = {"photographs": photographs, "noise": [Image.fromarray(noise)]}
     sizes = [(640, 427), (500, 375), (375, 500), (333, 251), (97, 611), (1600, 1201), (3001, 35), (35, 3000), (17, 23)]
     goals = [(341, 256), (235, 235), (224, 224), (300, 129), (32, 32), (384, 512)]
-    found = {}
+    differences = {}
     for interpolation, (kind, images) in itertools.product(("bilinear", "bicubic"), pictures.items()):
         off = []
         for image, size, goal in itertools.product(images, sizes, goals):
@@ -126,12 +131,12 @@ def alikeness() -> dict[str, dict[str, float]]:
                 theirs = np.array(picture.resize(goal, INTERPOLATIONS[interpolation])).transpose(2, 0, 1)
                 off.append(ImageTransform(spec)(picture).numpy().astype(int) - theirs)
         absolute = [float(abs(part).mean()) for part in off]
-        found[f"{interpolation}, {kind}"] = {
+        differences[f"{interpolation}, {kind}"] = {
             "sizes": len(off),
             "|difference|, mean": float(np.mean(absolute)),
             "worst size": max(absolute),
             "worst size, signed": float(max(abs(part.mean()) for part in off)),
             "one pixel": float(max(abs(part).max() for part in off)),
         }
-        print(f"{interpolation}, {kind}: {found[f'{interpolation}, {kind}']}", flush=True)
-    return found
+        print(f"{interpolation}, {kind}: {differences[f'{interpolation}, {kind}']}", flush=True)
+    return differences

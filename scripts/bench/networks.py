@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 
 class WideBlock(nn.Module):
-    """Two pre-activated convolutions with dropout between them (Zagoruyko & Komodakis 2016, arXiv:1605.07146)."""
+    """Two pre-activated convolutions with dropout between them.
+
+    Zagoruyko & Komodakis 2016, arXiv:1605.07146.
+    """
 
     def __init__(self, inside: int, outside: int, stride: int, rate: float) -> None:
         super().__init__()
@@ -58,13 +61,13 @@ class Network:
     def batches(self, count: int, size: int, device: str) -> list[Tensor]:
         """Images like normalised photographs: smooth, of unequal brightness and contrast."""
         g = torch.Generator().manual_seed(0)
-        made = []
+        batches = []
         for _ in range(count):
             coarse = F.interpolate(torch.randn(size, 3, 8, 8, generator=g), size=(self.side,) * 2, mode="bilinear")
             fine = 0.3 * torch.randn(size, 3, self.side, self.side, generator=g)
             contrast = 0.5 + torch.rand(size, 1, 1, 1, generator=g)
-            made.append(((coarse + fine) * contrast + 0.5 * torch.randn(size, 1, 1, 1, generator=g)).to(device))
-        return made
+            batches.append(((coarse + fine) * contrast + 0.5 * torch.randn(size, 1, 1, 1, generator=g)).to(device))
+        return batches
 
     def model(self, device: str) -> nn.Module:
         """Random weights; the running statistics are those of a few training batches."""

@@ -1,4 +1,7 @@
-"""Three bad images among 600: what each tool makes of them, and how far clean images stay away from the limits."""
+"""Put three bad images among 600, and see what each tool makes of them.
+
+It is also measured how far clean images stay away from the limits.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from bench.image_sets import image_set, resized
-from bench.trained_nets import TRAININGS, normalisation, trained
+from bench.image_sets import image_set, resize
+from bench.trained_nets import TRAININGS, normalisation, train_net
 from ckpt_tools import Reestimation, reestimate_bn
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.reestimate.interception import Interception
@@ -29,9 +32,9 @@ def cases() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     """Name, net, clean images (600, C, H, W), the same with three bad ones."""
     for training in TRAININGS:
         if training.name in CASES:
-            model, data = trained(replace(training, epochs=2)), image_set(training.data)
+            model, data = train_net(replace(training, epochs=2)), image_set(training.data)
             mean, std = normalisation(training, data)
-            images = (resized(data.source[data.train[:IMAGES]]).float() / 255 - mean) / std
+            images = (resize(data.source[data.train[:IMAGES]]).float() / 255 - mean) / std
             bad = images.clone()
             bad[BAD[0]] *= 100
             bad[BAD[1]] = ((1 - mean) / std).expand_as(bad[0])
@@ -40,50 +43,56 @@ def cases() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
 
 
 def ruin(model: nn.Module, images: Tensor, bad: Tensor, rows: Sequence[int]) -> dict[str, tuple[float, float] | None]:
-    """Relative error of running variances, median and worst channel, against the same tool without those images.
+    """Relative error of running variances, median and worst channel, against the same tool without
+    those images.
 
     ``rows``: of the bad images, which are put among the clean ones. None: NaN.
     """
     mixed = images.clone()
     mixed[list(rows)] = bad[list(rows)]
-    others = images[[row for row in range(len(images)) if row not in rows]]
-    found: dict[str, tuple[float, float] | None] = {}
+    clean_images = images[[row for row in range(len(images)) if row not in rows]]
+    errors: dict[str, tuple[float, float] | None] = {}
     for name, run in TOOLS.items():
-        spoilt, clean = (_variances(model, run, part) for part in (mixed, others))
+        spoilt, clean = (_variances(model, run, part) for part in (mixed, clean_images))
         error = (spoilt - clean).abs() / clean.clamp_min(1e-12)
-        found[name] = (float(error.median()), float(error.max())) if bool(error.isfinite().all()) else None
-    return found
+        errors[name] = (float(error.median()), float(error.max())) if bool(error.isfinite().all()) else None
+    return errors
 
 
-def named(model: nn.Module, bad: Tensor) -> list[str]:
+def name_outliers(model: nn.Module, bad: Tensor) -> list[str]:
     """The outliers that are named, each with its reason."""
-    return [f"{one.name}: {one.reason}" for one in _ours(copy.deepcopy(model), bad).outliers]
+    return [f"{outlier.name}: {outlier.reason}" for outlier in _ours(copy.deepcopy(model), bad).outliers]
 
 
 def clean_margins(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """The largest input margin of clean images, 1 is the limit, for several batch sizes; outliers named among them."""
-    found: dict[str, float] = {}
+    """Return the largest input margin of clean images for several batch sizes; 1 is the limit.
+
+    Clean images that are taken for outliers all the same are counted as false alarms.
+    """
+    figures: dict[str, float] = {}
     for size in (8, 32, 128, len(images)):
         values = [energies(part) for part in images.split(size)]
-        found[f"batch {size}"] = max(float(margins(one, one).max()) for one in values if one is not None)
+        figures[f"batch {size}"] = max(float(margins(energy, energy).max()) for energy in values if energy is not None)
         alarms = _ours(copy.deepcopy(model), images, size).outliers
-        found[f"false alarms at batch {size}"] = len(alarms)
-        found[f"batch {size}, in a layer"] = max(_deep_margins(model, part) for part in images.split(size))
-    return found
+        figures[f"false alarms at batch {size}"] = len(alarms)
+        figures[f"batch {size}, in a layer"] = max(_deep_margins(model, part) for part in images.split(size))
+    return figures
 
 
 def _deep_margins(model: nn.Module, images: Tensor) -> float:
     """The largest margin of a batch's images in any BN layer, measured image by image."""
     interception, modules = Interception(), dict(model.named_modules())
-    layers = [Layer(name, one, rewritten=True) for name, one in modules.items() if isinstance(one, nn.BatchNorm2d)]
+    layers = [
+        Layer(name, module, rewritten=True) for name, module in modules.items() if isinstance(module, nn.BatchNorm2d)
+    ]
     for layer in layers:
         layer.begin_pass(kept_mean)
         layer.begin_batch(closely=True)
     interception.begin(len(images), layers, stop=False)
     with preserved_evaluation_mode(model), torch.no_grad(), interception:
         model(images)
-    shown = [seen.images for layer in layers if (seen := layer.take()) is not None]
-    return max(float(margins(one, one, DEEP_FLOOR).max()) for one in shown if one is not None)
+    shown = [shares.images for layer in layers if (shares := layer.take()) is not None]
+    return max(float(margins(energy, energy, DEEP_FLOOR).max()) for energy in shown if energy is not None)
 
 
 def _variances(model: nn.Module, run: Callable[[nn.Module, Tensor], object], images: Tensor) -> Tensor:

@@ -39,7 +39,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one contestant took: seconds per round, and the most memory that a round needed on top, in bytes."""
+    """What one contestant took: seconds of each round, and bytes.
+
+    `memory` is the most that a round needed on top of what was in use before it.
+    """
 
     contestant: str
     seconds: tuple[float, ...]
@@ -97,49 +100,49 @@ def race(
     batches = [batches[number % 8] for number in range(count)]
     original = network.model(device)
     walk = ckpt_tools.walk(original, batches[0][:2])
-    truth = _variances(_settled(original, batches, walk)) if exact else {}
-    last = {id(batch): batch.to(memory_format=torch.channels_last) for batch in batches}
-    given = {True: [last[id(batch)] for batch in batches], False: batches}
-    models = {one.name: _model(original, one) for one in contestants}
-    seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
+    truth = _variances(_settle(original, batches, walk)) if exact else {}
+    channels_last = {id(batch): batch.to(memory_format=torch.channels_last) for batch in batches}
+    by_format = {True: [channels_last[id(batch)] for batch in batches], False: batches}
+    models = {contestant.name: _model(original, contestant) for contestant in contestants}
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     memory = dict.fromkeys(seconds, 0)
     images = dict.fromkeys(seconds, count * size)
     for round_ in range(-1, rounds):  # the first one warms up
         turn = (round_ + 1) % len(contestants)
-        for one in (*contestants[turn:], *contestants[:turn]):
-            model = models[one.name].eval()
+        for contestant in (*contestants[turn:], *contestants[:turn]):
+            model = models[contestant.name].eval()
             before = _forget_peak(device)
             started = time.perf_counter()
-            result = one.run(model, given[one.channels_last], walk)
+            result = contestant.run(model, by_format[contestant.channels_last], walk)
             _wait(device)
             if round_ >= 0:
-                seconds[one.name].append(time.perf_counter() - started)
-            memory[one.name] = max(memory[one.name], _peak(device) - before)
+                seconds[contestant.name].append(time.perf_counter() - started)
+            memory[contestant.name] = max(memory[contestant.name], _peak(device) - before)
             if isinstance(result, ckpt_tools.Reestimation):
-                images[one.name] = result.images
+                images[contestant.name] = result.images
     return [
         Cost(
-            one.name,
-            tuple(seconds[one.name]),
-            memory[one.name],
-            images[one.name],
-            _errors(models[one.name], truth) if one.writes and exact else None,
+            contestant.name,
+            tuple(seconds[contestant.name]),
+            memory[contestant.name],
+            images[contestant.name],
+            _errors(models[contestant.name], truth) if contestant.writes and exact else None,
         )
-        for one in contestants
+        for contestant in contestants
     ]
 
 
-def _settled(model: nn.Module, batches: Batches, walk: ckpt_tools.Walk) -> nn.Module:
+def _settle(model: nn.Module, batches: Batches, walk: ckpt_tools.Walk) -> nn.Module:
     model = copy.deepcopy(model)
     reestimate_bn(model, batches, layers="all", walk=walk, force=True, estimator="exact")
     return model
 
 
-def _model(original: nn.Module, one: Contestant) -> nn.Module:
+def _model(original: nn.Module, contestant: Contestant) -> nn.Module:
     model = copy.deepcopy(original)
-    if one.folded:
+    if contestant.folded:
         model = fuse(model)
-    return model.to(memory_format=torch.channels_last) if one.channels_last else model
+    return model.to(memory_format=torch.channels_last) if contestant.channels_last else model
 
 
 def _variances(model: nn.Module) -> dict[str, Tensor]:
@@ -147,8 +150,8 @@ def _variances(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _errors(model: nn.Module, truth: dict[str, Tensor]) -> tuple[float, float]:
-    found = _variances(model)
-    errors = torch.cat([(found[name] / truth[name] - 1).abs()[truth[name] > 0] for name in truth])
+    variances = _variances(model)
+    errors = torch.cat([(variances[name] / truth[name] - 1).abs()[truth[name] > 0] for name in truth])
     return float(errors.median()), float(errors.max())
 
 
@@ -175,13 +178,16 @@ def _peak(device: str) -> int:
 
 
 def ratios(costs: Sequence[Cost], base: str) -> dict[str, tuple[float, float, float]]:
-    """Median, smallest and largest over the rounds of each contestant's time / that of ``base`` in the same round."""
+    """Return each contestant's time over that of `base` in the same round.
+
+    Of the rounds' ratios, these are the median, the smallest and the largest.
+    """
     reference = next(cost.seconds for cost in costs if cost.contestant == base)
-    found = {}
+    by_contestant = {}
     for cost in costs:
         rounds = [mine / its for mine, its in zip(cost.seconds, reference, strict=True)]
-        found[cost.contestant] = (statistics.median(rounds), min(rounds), max(rounds))
-    return found
+        by_contestant[cost.contestant] = (statistics.median(rounds), min(rounds), max(rounds))
+    return by_contestant
 
 
 def speed_up(costs: Sequence[Cost], peer: str) -> float:
@@ -209,11 +215,14 @@ def table(network: Network, costs: Sequence[Cost]) -> str:
 
 
 def summary(raced: Mapping[str, Sequence[Cost]]) -> str:
-    """The README's table: time / eval forward, channels last; then how many times faster ours is than each peer."""
+    """Render the README's table: time / eval forward, channels last.
+
+    The rows below say how many times faster ours is than each peer.
+    """
     lines = ["", "| | " + " | ".join(raced) + " |", "|---" * (len(raced) + 1) + "|"]
-    for one in CONTESTANTS:
-        cells = (f"{ratios(costs, BASE)[one.name][0]:.2f}" for costs in raced.values())
-        lines.append(f"| {one.name} | " + " | ".join(cells) + " |")
+    for contestant in CONTESTANTS:
+        cells = (f"{ratios(costs, BASE)[contestant.name][0]:.2f}" for costs in raced.values())
+        lines.append(f"| {contestant.name} | " + " | ".join(cells) + " |")
     for peer in PEERS:
         gains = [speed_up(costs, peer) for costs in raced.values()]
         mean = statistics.geometric_mean(gains)

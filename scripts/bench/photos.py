@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def photos(count: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 3, height, width), and a class (N,): which photograph, and which quarter of its width."""
+    """Return uint8 images (N, 3, height, width) and a class (N,) for each.
+
+    The class says which photograph the crop is from, and which quarter of its width.
+    """
     g = torch.Generator().manual_seed(seed)
     sources = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in load_sample_images().images]
     images = torch.empty(count, 3, height, width, dtype=torch.uint8)

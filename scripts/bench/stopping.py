@@ -36,29 +36,29 @@ NETS = {
 }
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - 0.45) / 0.25
 
 
-def trained(name: str, images: Tensor, labels: Tensor, epochs: int = 4) -> nn.Module:
+def train_net(name: str, images: Tensor, labels: Tensor, epochs: int = 4) -> nn.Module:
     torch.manual_seed(0)
     model = NETS[name]().train()
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(epochs):
         for chosen in torch.randperm(len(images)).split(64)[:-1]:
             optimizer.zero_grad()
-            F.cross_entropy(model(normalised(images[chosen])), labels[chosen]).backward()
+            F.cross_entropy(model(normalise(images[chosen])), labels[chosen]).backward()
             optimizer.step()
     return model.eval()
 
 
-def shuffled(images: Tensor, seed: int) -> Iterator[Tensor]:
+def shuffle(images: Tensor, seed: int) -> Iterator[Tensor]:
     """Batches in the order that the tool would read them in."""
     for chosen in random_order(len(images), limit=None, seed=seed).split(BATCH):
-        yield normalised(images[chosen])
+        yield normalise(images[chosen])
 
 
-def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> tuple[Passes, list[Layer]]:
+def estimate_layers(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> tuple[Passes, list[Layer]]:
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms}
     runner, screening = Runner(model, call_model, Interception()), Screening(model, lambda batch, row: "", keep=False)
@@ -69,15 +69,18 @@ def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | No
 
 
 def coverage(name: str, images: Tensor, labels: Tensor, tolerance: float, trials: int) -> dict[str, object]:
-    """Share of channels whose full-data variance lies within ±1.96 stated standard errors, over seeded trials."""
-    model = trained(name, images[:4000], labels[:4000])
-    _, whole = estimated(model, shuffled(images, 10**6), None)
-    truth = [layer.scale.variance for layer in whole]
+    """Measure the share of channels that lie within ±1.96 stated standard errors of the truth.
+
+    The truth is the variance over all data; the share is taken over seeded trials.
+    """
+    model = train_net(name, images[:4000], labels[:4000])
+    _, full_data_layers = estimate_layers(model, shuffle(images, 10**6), None)
+    truth = [layer.scale.variance for layer in full_data_layers]
     inside: list[Tensor] = []
     counts: list[int] = []
     errors: list[float] = []
     for seed in trange(trials, desc=name, file=sys.stderr):
-        passes, layers = estimated(model, shuffled(images, seed), tolerance)
+        passes, layers = estimate_layers(model, shuffle(images, seed), tolerance)
         counts.append(passes.images)
         apart = [(layer.scale.variance / true - 1).abs() for layer, true in zip(layers, truth, strict=True)]
         inside += [miss <= 1.96 * layer.relative_error() for miss, layer in zip(apart, layers, strict=True)]
@@ -90,12 +93,15 @@ def coverage(name: str, images: Tensor, labels: Tensor, tolerance: float, trials
 
 
 def wall_times(root: Path, count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the whole command, start-up included, on a folder of JPEG files: everything, and two tolerances."""
+    """Return the seconds of the whole command on a folder of JPEG files, start-up included.
+
+    It runs over everything, and with two tolerances.
+    """
     folder = jpeg_folder(root, count, 120, 160)
     checkpoint = root / "resnet18.pt"
     torch.manual_seed(0)
     model = torchvision.models.resnet18().train()
-    sample = F.interpolate(normalised(photos(256, 120, 160, seed=1)[0]), size=(96, 128))[..., 16:112]
+    sample = F.interpolate(normalise(photos(256, 120, 160, seed=1)[0]), size=(96, 128))[..., 16:112]
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = None

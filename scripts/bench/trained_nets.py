@@ -1,4 +1,4 @@
-"""The nets of `bench data-check`: many families, trained briefly in the different ways in which people train."""
+"""Train nets of many families briefly, in the different ways in which people train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from bench.image_sets import SIZE, ImageSet, image_set, resized
+from bench.image_sets import SIZE, ImageSet, image_set, resize
 from ckpt_tools.demo.densenet import digits_densenet
 
 CLASSES = 10
@@ -39,7 +39,11 @@ class DropPath(nn.Module):
 
 
 class Residual(nn.Module):
-    """A basic block: post-activation, or pre-activation with dropout between (WRN), or with DropPath behind."""
+    """A basic block with dropout.
+
+    It is post-activated, or pre-activated with dropout between the convolutions (WRN), or has DropPath
+    behind them.
+    """
 
     def __init__(self, inside: int, outside: int, stride: int, *, pre: bool, drop: float, path: float) -> None:
         super().__init__()
@@ -123,7 +127,10 @@ def shufflenet(channels: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Training:
-    """How one net comes about. ``norm``: mean and std, or OWN. ``drops``: whether it has dropout sites."""
+    """How a net is trained.
+
+    `norm` is mean and std, or OWN. `drops` says whether the net has dropout sites.
+    """
 
     name: str
     build: Callable[[int], nn.Module]
@@ -168,14 +175,14 @@ TRAININGS = (
 def normalisation(training: Training, data: ImageSet) -> tuple[Tensor, Tensor]:
     """Mean and std (C, 1, 1) on the scale 0–1."""
     if training.norm == OWN:
-        pixels = resized(data.source[data.train]).double() / 255
+        pixels = resize(data.source[data.train]).double() / 255
         return pixels.mean((0, 2, 3), keepdim=True)[0].float(), pixels.std((0, 2, 3), keepdim=True)[0].float()
     mean, std = training.norm or ((0.0,), (1.0,))
     shape = (data.channels, 1, 1)
     return tuple(torch.tensor(v).reshape(-1, 1, 1).expand(shape).contiguous() for v in (mean, std))
 
 
-def trained(training: Training) -> nn.Module:
+def train_net(training: Training) -> nn.Module:
     """A net in evaluation mode, from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
@@ -187,7 +194,7 @@ def trained(training: Training) -> nn.Module:
 
 def _fit(model: nn.Module, training: Training, data: ImageSet) -> None:
     mean, std = normalisation(training, data)
-    images = resized(data.source[data.train]).float() / 255
+    images = resize(data.source[data.train]).float() / 255
     labels = data.labels[data.train]
     if training.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), training.rate, momentum=0.9, weight_decay=5e-4)
@@ -200,7 +207,7 @@ def _fit(model: nn.Module, training: Training, data: ImageSet) -> None:
         for chosen in torch.randperm(len(images)).split(training.batch):
             if len(chosen) < training.batch:
                 continue
-            x, mixed = augmented(images[chosen], training.augment)
+            x, mixed = augment(images[chosen], training.augment)
             y = F.one_hot(labels[chosen], CLASSES).float()
             optimizer.zero_grad()
             F.cross_entropy(model((x - mean) / std), 0.5 * (y + y[mixed])).backward()
@@ -209,7 +216,7 @@ def _fit(model: nn.Module, training: Training, data: ImageSet) -> None:
                 schedule.step()
 
 
-def augmented(x: Tensor, letters: str) -> tuple[Tensor, Tensor]:
+def augment(x: Tensor, letters: str) -> tuple[Tensor, Tensor]:
     """A batch 0–1 changed image by image, and the order in which labels were mixed in."""
     n, _, side, _ = x.shape
     mixed = torch.arange(n)

@@ -1,1 +1,1 @@
-"""Feed damaged and hostile files to every reader: each must be read or refused with one clear error."""
+"""Feed damaged files to every reader: each must be read or refused with one clear error."""

@@ -1,8 +1,10 @@
-"""Feed damaged and hostile files to every reader: each has to be read or refused with one clear error.
+"""Feed damaged and hostile files to every reader: each has to be read or refused with one clear
+error.
 
-Every case is a small valid file with a few changes, of its own format or of none. Anything but an error of
-ckpt_tools.errors is a failure, and so are 5 seconds for a case and memory asked for without measure. Failures are
-kept with their files and tracebacks; --only makes a case again. Equal seeds give equal cases.
+Every case is a small valid file with a few changes, of its own format or of none. Anything but an
+error of ckpt_tools.errors is a failure, and so are 5 seconds for a case and memory asked for
+without measure. Failures are kept with their files and tracebacks; --only makes a case again. Equal
+seeds give equal cases.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from fuzz.cases import Case, Result, made, plan_cases, run, written
+from fuzz.cases import Case, Result, make_files, plan_cases, run, write_files
 from fuzz.guided import guide
 from fuzz.readers import READERS
 from fuzz.workers import Tally, run_all
@@ -107,7 +109,7 @@ def _again(case: Case, crashes: Path) -> int:
 def _keep(failure: Result, crashes: Path) -> None:
     folder = crashes / str(failure.case).replace(":", "-").replace(" ", "-")
     try:
-        written(made(failure.case), folder)
+        write_files(make_files(failure.case), folder)
     except Exception:
         traceback.print_exc()
     (folder / "traceback.txt").write_text(failure.failure)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.errors import CkptToolsError
-from fuzz.damaged_formats import mutated
+from fuzz.damaged_formats import mutate
 from fuzz.readers import READERS, SLOW
 from fuzz.seeds import Seed, seeds
 
-__all__ = ["LIMIT", "Case", "Hang", "Result", "limited", "made", "plan_cases", "run", "written"]
+__all__ = ["LIMIT", "Case", "Hang", "Result", "limit_time", "make_files", "plan_cases", "run", "write_files"]
 
 LIMIT = 5.0  # seconds of the processor for a case
 _PARTS = 60_000  # bytes of what splices are taken from
@@ -74,7 +74,7 @@ def plan_cases(names: list[str], cases: int, seed: int) -> list[Case]:
     return [Case(name, number, seed) for _, name, number in sorted(places)[:cases]]
 
 
-def made(case: Case) -> Seed:
+def make_files(case: Case) -> Seed:
     """The changed files of a case."""
     draw = random.Random(f"{case.seed}/{case.reader}/{case.number}")
     seed = draw.choice(_seeds(case.reader))
@@ -82,13 +82,13 @@ def made(case: Case) -> Seed:
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         name = draw.choice(sorted(files))
         if len(files) > 1 and draw.random() < 0.05:
-            files = _rearranged(files, name, draw)
+            files = _rearrange(files, name, draw)
         else:
-            files[name] = mutated(files[name], draw, _parts(case.reader))[:_LARGEST]
+            files[name] = mutate(files[name], draw, _parts(case.reader))[:_LARGEST]
     return Seed(files, seed.entry)
 
 
-def _rearranged(files: dict[str, bytes], name: str, draw: random.Random) -> dict[str, bytes]:
+def _rearrange(files: dict[str, bytes], name: str, draw: random.Random) -> dict[str, bytes]:
     other, kind = draw.choice(sorted(files)), draw.randrange(4)
     if kind == 0:
         files[name], files[other] = files[other], files[name]
@@ -101,7 +101,7 @@ def _rearranged(files: dict[str, bytes], name: str, draw: random.Random) -> dict
     return files
 
 
-def written(seed: Seed, folder: Path) -> Path:
+def write_files(seed: Seed, folder: Path) -> Path:
     """Put the files into an empty folder; the path that the reader gets."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -113,12 +113,12 @@ def written(seed: Seed, folder: Path) -> Path:
 
 
 def run(case: Case, folder: Path) -> Result:
-    """Read a case. Nothing is raised, whatever the reader does."""
-    path = written(made(case), folder)
+    """Read a case and return what came of it. Nothing is raised, whatever the reader does."""
+    path = write_files(make_files(case), folder)
     failure, refused = "", False
     started = time.perf_counter()
     try:
-        with warnings.catch_warnings(action="ignore"), limited():
+        with warnings.catch_warnings(action="ignore"), limit_time():
             READERS[case.reader](path)
     except CkptToolsError as error:
         refused, failure = True, _greedy(error)
@@ -132,10 +132,13 @@ def run(case: Case, folder: Path) -> Result:
 
 
 def _greedy(error: BaseException | None) -> str:
-    """The traceback if an error came of memory that a file asked for and did not get: it might get it elsewhere."""
-    first, seen = error, set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    """Return the traceback if an error came of memory that a file asked for and did not get.
+
+    On a machine with more memory the file might get it, so this is a failure and no refusal.
+    """
+    first, visited = error, set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
         if isinstance(error, MemoryError) or "allocate" in str(error):
             return "".join(traceback.format_exception(first))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -143,8 +146,11 @@ def _greedy(error: BaseException | None) -> str:
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """Raises Hang in this thread after ``LIMIT`` seconds of the processor; other processes on it do not count."""
+def limit_time() -> Iterator[None]:
+    """Raise Hang in this thread after `LIMIT` seconds of processor time.
+
+    Processor time, not wall time: other processes on a busy machine do not count.
+    """
 
     def stop(*_: object) -> None:
         raise Hang(f"more than {LIMIT} s")

@@ -1,4 +1,4 @@
-"""Changes to bytes and to JSON that know nothing of a format but what breaks readers: extremes, cuts, repeats."""
+"""Change bytes and JSON without knowing the format: extremes, cuts, repeats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["EXTREMES", "NUMBERS", "mutated_bytes", "mutated_json", "mutated_text", "packed"]
+__all__ = ["EXTREMES", "NUMBERS", "mutate_bytes", "mutate_json", "mutate_text", "pack_extreme"]
 
 NUMBERS = (
     *(0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x10000, 1_000_000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF),
@@ -27,9 +27,9 @@ _DEEP = "@deep@"  # stands for brackets that json cannot write as a value
 _JOIN = 200_000  # bytes; nothing is grown beyond
 
 
-def mutated_bytes(data: bytes, draw: random.Random, others: Sequence[bytes] = ()) -> bytes:
-    """One change anywhere; ``others`` are what parts are taken from."""
-    return draw.choice(_CHANGES)(data or b"\0", draw, others)
+def mutate_bytes(data: bytes, draw: random.Random, donors: Sequence[bytes] = ()) -> bytes:
+    """Return the data with one change anywhere; parts may be taken from `donors`."""
+    return draw.choice(_CHANGES)(data or b"\0", draw, donors)
 
 
 def _flip(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
@@ -44,14 +44,14 @@ def _byte(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     return data[:at] + bytes([draw.choice((0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256)))]) + data[at + 1 :]
 
 
-def packed(draw: random.Random, width: int = 0, order: str = "") -> bytes:
+def pack_extreme(draw: random.Random, width: int = 0, order: str = "") -> bytes:
     """An extreme number of 2, 4 or 8 bytes."""
     width = width or draw.choice((2, 4, 4, 8))
     return (draw.choice(NUMBERS) % (1 << 8 * width)).to_bytes(width, order or draw.choice(("little", "big")))  # type: ignore[arg-type]
 
 
 def _number(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
-    field = packed(draw)
+    field = pack_extreme(draw)
     # Headers stand in front and at the end, and their fields are aligned more often than not.
     end = draw.choice((64, 256, len(data)))
     at = draw.randrange(max(1, min(end, len(data) - len(field))))
@@ -86,15 +86,15 @@ def _swap(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     return data if b > c else data[:a] + data[c:d] + data[b:c] + data[a:b] + data[d:]
 
 
-def _splice(data: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
-    other = draw.choice(others) if others else data
-    if not other:
+def _splice(data: bytes, draw: random.Random, donors: Sequence[bytes]) -> bytes:
+    donor = draw.choice(donors) if donors else data
+    if not donor:
         return data
-    start, stop = _span(other, draw)
+    start, stop = _span(donor, draw)
     if draw.random() < 0.5:
-        return data[: draw.randrange(len(data))] + other[start:]
+        return data[: draw.randrange(len(data))] + donor[start:]
     at = draw.randrange(len(data))
-    return data[:at] + other[start:stop] + data[at + draw.choice((0, stop - start)) :]
+    return data[:at] + donor[start:stop] + data[at + draw.choice((0, stop - start)) :]
 
 
 def _insert(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
@@ -108,12 +108,12 @@ def _blank(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
 
 
 def _digits(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
-    found = list(re.finditer(rb"-?\d+", data[:100_000]))
-    if not found:
+    numbers = list(re.finditer(rb"-?\d+", data[:100_000]))
+    if not numbers:
         return _number(data, draw, ())
-    one = draw.choice(found)
-    other = str(draw.choice((*NUMBERS, 10**30, 10**400))).encode()
-    return data[: one.start()] + other + data[one.end() :]
+    number = draw.choice(numbers)
+    extreme = str(draw.choice((*NUMBERS, 10**30, 10**400))).encode()
+    return data[: number.start()] + extreme + data[number.end() :]
 
 
 _CHANGES: tuple[Callable[[bytes, random.Random, Sequence[bytes]], bytes], ...] = (
@@ -121,7 +121,7 @@ _CHANGES: tuple[Callable[[bytes, random.Random, Sequence[bytes]], bytes], ...] =
 )  # fmt: skip
 
 
-def mutated_text(text: str, draw: random.Random) -> str:
+def mutate_text(text: str, draw: random.Random) -> str:
     """A text, or another that somebody may regret to have read."""
     if draw.random() < 0.5:
         return draw.choice(_TEXTS)
@@ -129,11 +129,14 @@ def mutated_text(text: str, draw: random.Random) -> str:
     return text[:at] + draw.choice(_TEXTS) + text[at + draw.choice((0, 1, 4)) :]
 
 
-def mutated_json(value: Any, draw: random.Random) -> bytes:
-    """A JSON text of the value with one to three changes in it: other values, keys twice, brackets without end."""
+def mutate_json(value: Any, draw: random.Random) -> bytes:
+    """Return the value as JSON text with one to three changes in it.
+
+    Values are replaced, keys occur twice, and brackets nest without end.
+    """
     value = json.loads(json.dumps(value))  # a copy that may be changed
     for _ in range(draw.choice((1, 1, 2, 3))):
-        value = _changed(value, draw)
+        value = _change_value(value, draw)
     text = json.dumps(value, ensure_ascii=draw.random() < 0.9)
     if draw.random() < 0.05:  # one key twice
         text = re.sub(r'("[^"]{,50}": [^,{}\[\]]{1,50})', r"\1, \1", text, count=1)
@@ -143,7 +146,7 @@ def mutated_json(value: Any, draw: random.Random) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _changed(value: Any, draw: random.Random) -> Any:
+def _change_value(value: Any, draw: random.Random) -> Any:
     holders: list[Any] = []
     _collect(value, holders)
     if not holders or draw.random() < 0.05:
@@ -160,12 +163,12 @@ def _changed(value: Any, draw: random.Random) -> Any:
         other = draw.choice(keys)
         holder[key], holder[other] = holder[other], holder[key]
     elif kind == 2 and isinstance(holder, dict):
-        holder[mutated_text(str(key), draw)] = holder.pop(key)
+        holder[mutate_text(str(key), draw)] = holder.pop(key)
     elif kind == 3:
         many = 2 if isinstance(holder[key], dict | list) else 1000  # lists of lists of lists take a while to write
         holder[key] = [holder[key]] * draw.choice((1, 2, many)) if draw.random() < 0.5 else {"a": holder[key]}
     elif kind == 4 and isinstance(holder[key], str):
-        holder[key] = mutated_text(holder[key], draw)
+        holder[key] = mutate_text(holder[key], draw)
     elif kind == 5 and isinstance(holder[key], int):
         holder[key] += draw.choice((-1, 1, 1 << 31, 1 << 62))
     else:
@@ -180,8 +183,8 @@ def _put(holder: Any, key: str, value: Any) -> None:
         holder.append(value)
 
 
-def _collect(value: Any, found: list[Any]) -> None:
+def _collect(value: Any, holders: list[Any]) -> None:
     if isinstance(value, dict | list):
-        found.append(value)
+        holders.append(value)
         for inner in value.values() if isinstance(value, dict) else value:
-            _collect(inner, found)
+            _collect(inner, holders)

@@ -1,4 +1,5 @@
-"""Changes that know a format: members of archives, headers, chunks of images, with lengths and sums put right again.
+"""Changes that know a format: members of archives, headers, chunks of images, with lengths and sums
+put right again.
 
 What a checksum or a length would catch at once says little about the code behind it.
 """
@@ -16,24 +17,27 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 
-from fuzz.damaged_bytes import NUMBERS, mutated_bytes, mutated_json, mutated_text, packed
-from fuzz.damaged_pickles import is_pickled, mutated_pickle
+from fuzz.damaged_bytes import NUMBERS, mutate_bytes, mutate_json, mutate_text, pack_extreme
+from fuzz.damaged_pickles import is_pickled, mutate_pickle
 
-__all__ = ["mutated"]
+__all__ = ["mutate"]
 
 Mutator = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 _DEEPEST = 3  # formats within formats
 
 
-def mutated(data: bytes, draw: random.Random, others: Sequence[bytes] = (), depth: int = 0) -> bytes:
-    """The data with one change, of its own format or of none. ``others`` are what parts are taken from."""
+def mutate(data: bytes, draw: random.Random, donors: Sequence[bytes] = (), depth: int = 0) -> bytes:
+    """Return the data with one change, of its own format or of none.
+
+    Parts may be taken from `donors`. `depth` counts formats within formats.
+    """
     change = _mutator(data)
     if change is None or depth > _DEEPEST or draw.random() < 0.25:
-        return mutated_bytes(data, draw, others)
+        return mutate_bytes(data, draw, donors)
     try:
-        return change(data, draw, others)
+        return change(data, draw, donors)
     except Exception:  # an earlier change broke the format
-        return mutated_bytes(data, draw, others)
+        return mutate_bytes(data, draw, donors)
 
 
 def _mutator(data: bytes) -> Mutator | None:
@@ -46,19 +50,19 @@ def _mutator(data: bytes) -> Mutator | None:
         return _tar
     if data[:1] in (b"{", b"["):
         return _json
-    return mutated_pickle if is_pickled(data) else None
+    return mutate_pickle if is_pickled(data) else None
 
 
-# --- headers of JSON ------------------------------------------------------------------------------------------------
+# --- headers of JSON ------------------------------------------------------------------------------
 
 
 def _json(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     lines = data.splitlines()
     at = draw.randrange(len(lines)) if len(lines) > 1 and all(line[:1] == b"{" for line in lines) else 0
     if at or len(lines) == 1:  # a manifest has a line for each
-        lines[at] = mutated_json(json.loads(lines[at]), draw)
+        lines[at] = mutate_json(json.loads(lines[at]), draw)
         return b"\n".join(lines)
-    return mutated_json(json.loads(data), draw)
+    return mutate_json(json.loads(data), draw)
 
 
 def _safetensors(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
@@ -72,14 +76,14 @@ def _safetensors(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
         header[draw.choice(names)]["data_offsets"] = draw.choice(([stop, start], [start + 1, stop + 1], [start, stop]))
     elif kind == 2 and names:
         header[draw.choice(names)]["shape"] = [draw.choice((0, 1, *NUMBERS)) for _ in range(draw.randrange(5))]
-    text = json.dumps(header).encode() if kind < 3 else mutated_json(header, draw)
+    text = json.dumps(header).encode() if kind < 3 else mutate_json(header, draw)
     if kind == 3:
         text += b" " * draw.choice((1, 7, 4096))
     size = len(text) if draw.random() < 0.9 else draw.choice((len(text) - 1, len(text) + 1, *NUMBERS)) % (1 << 64)
     return size.to_bytes(8, "little") + text + body
 
 
-# --- archives -------------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 # Where the fields of zip's records stand: offset and width by signature.
 _FIELDS = {
@@ -94,8 +98,8 @@ _NAMES = (
 )
 
 
-def _zip(data: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
-    return _zip_field(data, draw) if draw.random() < 0.4 else _zip_members(data, draw, others)
+def _zip(data: bytes, draw: random.Random, donors: Sequence[bytes]) -> bytes:
+    return _zip_field(data, draw) if draw.random() < 0.4 else _zip_members(data, draw, donors)
 
 
 def _zip_field(data: bytes, draw: random.Random) -> bytes:
@@ -103,14 +107,14 @@ def _zip_field(data: bytes, draw: random.Random) -> bytes:
     start, signature = draw.choice(places)
     offset, width = draw.choice(_FIELDS[signature])
     at = start + offset
-    value = packed(draw, width, "little")
+    value = pack_extreme(draw, width, "little")
     if draw.random() < 0.3:  # a little off
-        found = int.from_bytes(data[at : at + width], "little") + draw.choice((-1, 1, 16, -64))
-        value = (found % (1 << 8 * width)).to_bytes(width, "little")
+        near = int.from_bytes(data[at : at + width], "little") + draw.choice((-1, 1, 16, -64))
+        value = (near % (1 << 8 * width)).to_bytes(width, "little")
     return data[:at] + value + data[at + width :]
 
 
-def _zip_members(data: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
+def _zip_members(data: bytes, draw: random.Random, donors: Sequence[bytes]) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(name, archive.read(name)) for name in archive.namelist()]
     at, kind = draw.randrange(len(members)), draw.randrange(10)
@@ -122,7 +126,7 @@ def _zip_members(data: bytes, draw: random.Random, others: Sequence[bytes]) -> b
     elif kind == 2:
         draw.shuffle(members)
     elif kind == 3:
-        members[at] = (draw.choice((*_NAMES, mutated_text(name, draw), members[0][0])), content)
+        members[at] = (draw.choice((*_NAMES, mutate_text(name, draw), members[0][0])), content)
     elif kind == 4:
         members[at] = (name, bytes(draw.choice((0, 1, 100, 10_000, 100_000))))
     elif kind == 5:
@@ -130,12 +134,13 @@ def _zip_members(data: bytes, draw: random.Random, others: Sequence[bytes]) -> b
     else:
         inside = [i for i, (n, _) in enumerate(members) if n.endswith((".pkl", ".pt", ".json", ".py", ".npy"))]
         at = draw.choice(inside) if inside and kind > 6 else at
-        changed = mutated(members[at][1], draw, [*others, *(one for _, one in members)], depth=1)
+        contents = [content for _, content in members]
+        changed = mutate(members[at][1], draw, [*donors, *contents], depth=1)
         members[at] = (members[at][0], changed)
-    return _zipped(members, draw)
+    return _write_zip(members, draw)
 
 
-def _zipped(members: Sequence[tuple[str, bytes]], draw: random.Random) -> bytes:
+def _write_zip(members: Sequence[tuple[str, bytes]], draw: random.Random) -> bytes:
     method = zipfile.ZIP_STORED if draw.random() < 0.7 else zipfile.ZIP_DEFLATED
     if draw.random() < 0.03:  # slow to write
         method = draw.choice((zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
@@ -168,15 +173,16 @@ def _tar(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     header = bytearray(data[at : at + 512])
     if header[156:157] in (b"x", b"g", b"L") and draw.random() < 0.7:  # what is said of the next member
         size = min(int(header[124:135], 8), len(data) - at - 512)
-        said = draw.choice((mutated_bytes(data[at + 512 : at + 512 + size], draw), *_RECORDS))[:size]
-        return data[: at + 512] + said.ljust(size, b"\0") + data[at + 512 + size :]
+        records = draw.choice((mutate_bytes(data[at + 512 : at + 512 + size], draw), *_RECORDS))[:size]
+        return data[: at + 512] + records.ljust(size, b"\0") + data[at + 512 + size :]
     offset, width = draw.choice(((0, 100), (124, 12), (124, 12), (124, 12), (156, 1), (156, 1), (157, 100), (345, 155)))
     if width == 1:
         header[offset] = draw.choice(b"0123456789gxLKSDV\0\xff")
     elif width == 12 and draw.random() < 0.5:
         header[offset : offset + width] = f"{draw.choice(NUMBERS) & ((1 << 33) - 1):011o}\0".encode()
     elif width == 12:  # binary, negative ones too
-        header[offset : offset + width] = draw.choice((b"\x80", b"\xff")) + packed(draw, 8, "big").rjust(11, b"\xff")
+        number = pack_extreme(draw, 8, "big").rjust(11, b"\xff")
+        header[offset : offset + width] = draw.choice((b"\x80", b"\xff")) + number
     else:
         text = draw.choice(("storages", "tensors", "pickle", "../x", "a" * 100)).encode()
         header[offset : offset + width] = text.ljust(width, b"\0")[:width]
@@ -185,14 +191,14 @@ def _tar(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     return data[:at] + bytes(header) + data[at + 512 :]
 
 
-def _gzip(data: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
+def _gzip(data: bytes, draw: random.Random, donors: Sequence[bytes]) -> bytes:
     content = gzip.decompress(data)
     if draw.random() < 0.1:
         content += bytes(draw.choice((1, 100_000, 20_000_000)))
-    return gzip.compress(mutated_bytes(content, draw, others), 1)
+    return gzip.compress(mutate_bytes(content, draw, donors), 1)
 
 
-# --- arrays and images ----------------------------------------------------------------------------------------------
+# --- arrays and images ----------------------------------------------------------------------------
 
 _TYPES = (
     "<f4",
@@ -227,7 +233,7 @@ def _npy(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     elif kind == 4:
         text = text.replace("False", draw.choice(("True", "None", "3", "[" * 300, "-" * 8000 + "1")))
     else:
-        text = mutated_bytes(text.encode("latin-1"), draw).decode("latin-1")
+        text = mutate_bytes(text.encode("latin-1"), draw).decode("latin-1")
     raw = text.encode("latin-1")
     return data[:8] + (len(raw) % (1 << 8 * (start - 8))).to_bytes(start - 8, "little") + raw + body
 
@@ -256,22 +262,22 @@ def _png(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
     elif kind == 4:
         del chunks[place]
     else:
-        chunks[place] = (name, mutated_bytes(content, draw))
+        chunks[place] = (name, mutate_bytes(content, draw))
     parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
     return data[:8] + b"".join(parts)
 
 
-def _image(data: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
+def _image(data: bytes, draw: random.Random, donors: Sequence[bytes]) -> bytes:
     """Sizes stand in the first hundred bytes of all of them, or behind a JPEG's SOF marker."""
     frame = re.search(rb"\xff[\xc0-\xc2]..\x08", data, re.DOTALL)
     if frame and draw.random() < 0.4:
         at = frame.end() + draw.choice((0, 2))
-        return data[:at] + packed(draw, 2, "big") + data[at + 2 :]
+        return data[:at] + pack_extreme(draw, 2, "big") + data[at + 2 :]
     if draw.random() < 0.5:
         at = draw.randrange(min(len(data), 120))
-        field = packed(draw)
+        field = pack_extreme(draw)
         return data[:at] + field + data[at + len(field) :]
-    return mutated_bytes(data, draw, others)
+    return mutate_bytes(data, draw, donors)
 
 
 _FORMATS: tuple[tuple[bytes, Mutator], ...] = (

@@ -1,4 +1,4 @@
-"""Changes to pickles instruction by instruction, so that the machine gets far enough to be surprised."""
+"""Change pickles instruction by instruction, so that their reader gets far into them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import struct
 from collections.abc import Sequence
 
 from ckpt_tools.storage.formats.pickles.known_names import GLOBAL_CALLS, GLOBAL_VALUES
-from fuzz.damaged_bytes import NUMBERS, mutated_text, packed
+from fuzz.damaged_bytes import NUMBERS, mutate_text, pack_extreme
 
-__all__ = ["is_pickled", "mutated_pickle"]
+__all__ = ["is_pickled", "mutate_pickle"]
 
 _NAMES = (
     *(*GLOBAL_CALLS, *GLOBAL_VALUES, "os.system", "builtins.eval", "torch.nn.modules.module.Module", "torch.FloatStorage"),
@@ -34,29 +34,35 @@ def is_pickled(data: bytes) -> bool:
     return data[:1] == b"\x80" or (data[:1] in b"(]}cSIVKN)" and data.rstrip()[-1:] == b".")
 
 
-def mutated_pickle(data: bytes, draw: random.Random, others: Sequence[bytes] = ()) -> bytes:
-    """One to three changes in one of the pickles that stand one after the other. Raises whatever pickletools does."""
-    pickles, rest = _pickles(data)
+def mutate_pickle(data: bytes, draw: random.Random, donors: Sequence[bytes] = ()) -> bytes:
+    """Make one to three changes in one of the pickles that stand one after the other.
+
+    Raises what pickletools raises.
+    """
+    pickles, tail = _pickles(data)
     at = draw.randrange(len(pickles))
     chunks = pickles[at]
     for _ in range(draw.choice((1, 1, 2, 3))):
-        chunks = _changed(chunks, draw, others)
+        chunks = _change_chunks(chunks, draw, donors)
     pickles[at] = chunks
-    return b"".join(raw for one in pickles for _, raw in one) + rest
+    return b"".join(raw for chunks_of_one in pickles for _, raw in chunks_of_one) + tail
 
 
 def _pickles(data: bytes) -> tuple[list[list[Chunk]], bytes]:
-    """The pickles at the start of a file as instructions, and the bytes behind them. Raises if there is none."""
-    found, start = [], 0
-    while data[start : start + 1] == b"\x80" or not found:
+    """Return the pickles at the start of a file as instructions, and the bytes behind them.
+
+    Raises what pickletools raises if there is no whole pickle.
+    """
+    pickles, start = [], 0
+    while data[start : start + 1] == b"\x80" or not pickles:
         try:
             chunks, start = _chunks(data, start)
         except Exception:
-            if not found:
+            if not pickles:
                 raise
             break
-        found.append(chunks)
-    return found, data[start:]
+        pickles.append(chunks)
+    return pickles, data[start:]
 
 
 def _chunks(data: bytes, start: int) -> tuple[list[Chunk], int]:
@@ -67,7 +73,7 @@ def _chunks(data: bytes, start: int) -> tuple[list[Chunk], int]:
     return [(name, data[at:end]) for (name, at), end in zip(steps, ends, strict=True)], ends[-1]
 
 
-def _changed(chunks: list[Chunk], draw: random.Random, others: Sequence[bytes]) -> list[Chunk]:
+def _change_chunks(chunks: list[Chunk], draw: random.Random, donors: Sequence[bytes]) -> list[Chunk]:
     chunks, at, kind = list(chunks), draw.randrange(len(chunks)), draw.randrange(10)
     stop = min(len(chunks), at + draw.choice((1, 1, 2, 5, 30)))
     if kind == 0:
@@ -84,8 +90,8 @@ def _changed(chunks: list[Chunk], draw: random.Random, others: Sequence[bytes]) 
         chunks.insert(at, ("", _name(draw)))
     elif kind == 5:
         chunks.insert(at, ("", _value(draw)))
-    elif kind == 6 and others:
-        chunks[at:at] = _borrowed(draw.choice(others), draw)
+    elif kind == 6 and donors:
+        chunks[at:at] = _borrow(draw.choice(donors), draw)
     else:  # another argument, where one stands
         places = [i for i, (name, _) in enumerate(chunks) if name in _ARGUMENTS]
         if places:
@@ -94,7 +100,7 @@ def _changed(chunks: list[Chunk], draw: random.Random, others: Sequence[bytes]) 
     return chunks or [("STOP", b".")]
 
 
-def _borrowed(other: bytes, draw: random.Random) -> list[Chunk]:
+def _borrow(other: bytes, draw: random.Random) -> list[Chunk]:
     try:
         chunks = _chunks(other, 0)[0]
     except Exception:
@@ -113,7 +119,7 @@ def _value(draw: random.Random) -> bytes:
     if kind == 0:
         return _integer(draw.choice(NUMBERS))
     if kind == 1:
-        return _text(mutated_text("a", draw))
+        return _text(mutate_text("a", draw))
     if kind == 2:
         return b"G" + struct.pack(">d", draw.choice((0.0, -0.0, 1e308, float("inf"), float("nan"), 0.5)))
     if kind == 3:
@@ -147,14 +153,12 @@ def _argument(name: str, raw: bytes, draw: random.Random) -> bytes:
         return _integer(draw.choice(NUMBERS))
     if name in ("BINUNICODE", "SHORT_BINUNICODE") and draw.random() < 0.8:
         old = raw[5 if name == "BINUNICODE" else 2 :].decode("utf-8", "replace")
-        return _text(
-            draw.choice((mutated_text(old, draw), draw.choice(_NAMES), draw.choice(_NAMES).rpartition(".")[0]))
-        )
+        return _text(draw.choice((mutate_text(old, draw), draw.choice(_NAMES), draw.choice(_NAMES).rpartition(".")[0])))
     if name == "GLOBAL":
         return _name(draw)
     if name in ("BINGET", "BINPUT"):
         return raw[:1] + bytes([draw.randrange(256)])
     if name in ("LONG_BINGET", "LONG_BINPUT", "BINFLOAT", "FRAME", "BYTEARRAY8", "BINBYTES8") or name in _COUNTED:
         width = 4 if name.startswith("LONG") or name in _COUNTED else 8
-        return raw[:1] + packed(draw, width) + raw[1 + width :]
+        return raw[:1] + pack_extreme(draw, width) + raw[1 + width :]
     return raw[:1] + bytes([draw.randrange(256)]) + raw[2:]

@@ -1,6 +1,8 @@
-"""Coverage-guided fuzzing of one reader by atheris (libFuzzer for Python), which keeps what reaches new code.
+"""Coverage-guided fuzzing of one reader by atheris (libFuzzer for Python), which keeps what reaches
+new code.
 
-atheris is no dependency: pip install atheris. It starts from the seeds, and changes them as `scripts/run fuzz` does.
+atheris is no dependency: pip install atheris. It starts from the seeds, and changes them as
+`scripts/run fuzz` does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import CkptToolsError
-from fuzz.damaged_formats import mutated
+from fuzz.damaged_formats import mutate
 from fuzz.readers import READERS
 from fuzz.seeds import Seed, seeds
 
@@ -25,7 +27,10 @@ _LARGEST = 1 << 20  # bytes of an input
 
 
 def guide(reader: str, seconds: int, crashes: Path) -> None:
-    """Fuzz the file that a reader is given, or the first of its folder; ends the process. Raises ImportError."""
+    """Fuzz the file that a reader gets, or the first of its folder, and end the process.
+
+    Raises ImportError if atheris is not installed.
+    """
     atheris: Any = importlib.import_module("atheris")
     _instrument(atheris)
     first = seeds(reader)[0]
@@ -46,7 +51,7 @@ def guide(reader: str, seconds: int, crashes: Path) -> None:
             return
 
     def change(data: bytes, largest: int, seed: int) -> bytes:
-        return mutated(data, random.Random(seed), parts)[:largest]
+        return mutate(data, random.Random(seed), parts)[:largest]
 
     flags = [f"-max_total_time={seconds}", f"-max_len={_LARGEST}", f"-artifact_prefix={crashes}/", "-timeout=5"]
     atheris.Setup([sys.argv[0], *flags, "-rss_limit_mb=4096", str(corpus)], read, custom_mutator=change)

@@ -1,4 +1,7 @@
-"""Listings of remote folders: whatever a store lists, nothing is written or read outside the folder of copies."""
+"""Read listings of remote folders, whatever a store lists.
+
+Nothing may be written or read outside the folder of copies.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,9 @@ class Trespass(AssertionError):
 
 
 def read_listing(path: Path) -> None:
-    """Use a remote folder, whose entries stand in a JSON file, in every way. Its files have those beside the listing
-    for content, by their suffixes. Refusals are answers like any other. Raises Trespass.
+    """Use a remote folder, whose entries stand in a JSON file, in every way. Its files have those
+    beside the listing for content, by their suffixes. Refusals are answers like any other. Raises
+    Trespass.
     """
     fsspec.register_implementation("lying", Lying, clobber=True)
     try:
@@ -45,13 +49,13 @@ def read_listing(path: Path) -> None:
     Lying.entries = entries if isinstance(entries, list) else [entries]
     Lying.contents = {file.suffix: file.read_bytes() for file in path.parent.iterdir() if file.name.startswith("any.")}
     for use in _USES:
-        with open_mirror(), confined(path.parent / SECRET), suppress(CkptToolsError):
+        with open_mirror(), confine(path.parent / SECRET), suppress(CkptToolsError):
             use()
 
 
 def _search() -> None:
-    for found in find_checkpoints([resolve_location(URL)]):
-        read_checkpoint(found.path)
+    for checkpoint in find_checkpoints([resolve_location(URL)]):
+        read_checkpoint(checkpoint.path)
 
 
 def _images() -> None:
@@ -76,8 +80,11 @@ _watched: list[tuple[Path, list[str]]] = []
 
 
 @contextmanager
-def confined(secret: Path) -> Iterator[None]:
-    """Raise Trespass at the end if the block changed anything but copies of remote files, or read from ``secret``."""
+def confine(secret: Path) -> Iterator[None]:
+    """Raise Trespass at the end if the block changed anything but copies of remote files.
+
+    It is also raised if the block read from `secret`.
+    """
     if _hook not in _installed:
         sys.addaudithook(_hook)
         _installed.append(_hook)

@@ -38,17 +38,20 @@ _TOUCHED = 1 << 16  # bytes of a tensor up to which all of it is looked at
 
 
 def _checkpoint(path: Path) -> None:
-    found = read_checkpoint(path)
-    for tensor in found.tensors.values():
+    checkpoint = read_checkpoint(path)
+    for tensor in checkpoint.tensors.values():
         _touch(tensor)
-    keys_sharing_memory(found.tensors)
-    checkpoint_provenance(found)
+    keys_sharing_memory(checkpoint.tensors)
+    checkpoint_provenance(checkpoint)
     if path.is_file():
         read_provenance_entry(path)
 
 
 def _touch(tensor: Tensor) -> None:
-    """A view that leaves its storage would be read beyond its end here."""
+    """Read both ends of a tensor.
+
+    A view that leaves its storage would be read beyond its end here.
+    """
     if not tensor.numel():
         return
     if tensor.nbytes <= _TOUCHED:
@@ -60,9 +63,9 @@ def _touch(tensor: Tensor) -> None:
 
 def _folder(path: Path) -> None:
     """As a folder run searches it."""
-    for one in find_checkpoints([path]):
+    for location in find_checkpoints([path]):
         try:
-            _checkpoint(one.path)
+            _checkpoint(location.path)
         except CkptToolsError:
             continue
 
@@ -94,7 +97,7 @@ def _images(path: Path) -> None:
     folder_labels(path, source.names, None)  # type: ignore[attr-defined]
 
 
-def _labelled(spec: str) -> None:
+def _read_labelled(spec: str) -> None:
     source = open_source(spec)
     for _ in islice(labelled_batches(source, InputSpec((3, 16, 16)), batch_size=16, workers=0), 4):
         pass
@@ -102,7 +105,7 @@ def _labelled(spec: str) -> None:
 
 def _tars(path: Path) -> None:
     """WebDataset shards on disk."""
-    _labelled(str(path))
+    _read_labelled(str(path))
 
 
 def _behind_url(path: Path) -> None:
@@ -115,7 +118,7 @@ def _behind_url(path: Path) -> None:
             store.pipe_file(
                 f"/{path.name}/{file.relative_to(path)}" if path.is_dir() else f"/{path.name}", file.read_bytes()
             )
-    _labelled(f"memory://{path.name}")
+    _read_labelled(f"memory://{path.name}")
 
 
 def _class_map(path: Path) -> None:
@@ -127,8 +130,8 @@ def _manifest(path: Path) -> None:
     log = Manifest(path)
     records = list(parse_records(path.read_bytes()))
     for record in records:
-        log.in_manifest(Path(str(record.get("output"))))
-    records += [log.add({**record, "status": "done before"}) for record in records]
+        log.recorded_output(Path(str(record.get("output"))))
+    records += [log.add_record({**record, "status": "done before"}) for record in records]
     log.publish()
     folder_markdown(records)
     folder_html(records)

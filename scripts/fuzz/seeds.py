@@ -1,4 +1,4 @@
-"""Small valid files for every reader, written by the libraries that write them: torch, safetensors, numpy, PIL."""
+"""Write small valid files for every reader, by the libraries that write them in earnest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PIXELS = RNG.integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
 
 @dataclass(frozen=True)
 class Seed:
-    """The files of a folder by their names, and the one that is given to the reader ("" for the folder)."""
+    """The files of a folder by their names, and the one that the reader gets ("": the folder)."""
 
     files: Mapping[str, bytes]
     entry: str = ""
@@ -50,7 +50,7 @@ def _of(path: Path) -> Seed:
     return Seed({str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()})
 
 
-def _made(*makers: formats.Maker) -> Callable[[Path], Iterator[Seed]]:
+def _write_with(*makers: formats.Maker) -> Callable[[Path], Iterator[Seed]]:
     def make(folder: Path) -> Iterator[Seed]:
         for maker in makers:
             yield _of(maker(formats.Net(), folder))
@@ -59,7 +59,7 @@ def _made(*makers: formats.Maker) -> Callable[[Path], Iterator[Seed]]:
 
 
 def _archives(folder: Path) -> Iterator[Seed]:
-    yield from _made(
+    yield from _write_with(
         formats.state_dict, formats.whole_module, formats.data_parallel, formats.ultralytics, formats.deepspeed,
         formats.mmcv, formats.averaged_model, formats.torchvision_reference,
     )(folder)  # fmt: skip
@@ -74,7 +74,7 @@ def _archives(folder: Path) -> Iterator[Seed]:
 
 
 def _legacy(folder: Path) -> Iterator[Seed]:
-    yield from _made(formats.whole_module_legacy)(folder)
+    yield from _write_with(formats.whole_module_legacy)(folder)
     state = formats.Net().state_dict()
     torch.save({"state_dict": state, "epoch": 3}, folder / "x.pt", _use_new_zipfile_serialization=False)
     yield _of(folder / "x.pt")
@@ -86,7 +86,7 @@ def _tar(folder: Path) -> Iterator[Seed]:
 
 
 def _pickles(folder: Path) -> Iterator[Seed]:
-    yield from _made(formats.pickled_module, formats.detectron2)(folder)
+    yield from _write_with(formats.pickled_module, formats.detectron2)(folder)
     arrays = {"model": {"w": np.ones((2, 3), "f4"), "b": np.ones(2)}, "epoch": np.int64(3)}
     for protocol in range(6):
         yield Seed({"x.pkl": pickle.dumps(arrays, protocol)}, "x.pkl")
@@ -103,8 +103,8 @@ def _malicious(folder: Path) -> Iterator[Seed]:
 
 def _safetensors(folder: Path) -> Iterator[Seed]:
     state = formats.Net().state_dict()
-    said = json.dumps({"expect": "variance", "source": "x", "weights": "", "earlier": {"a": 1}})
-    for metadata in (None, {"format": "pt"}, {"format": "pt", "ckpt_tools": said}):
+    provenance = json.dumps({"expect": "variance", "source": "x", "weights": "", "earlier": {"a": 1}})
+    for metadata in (None, {"format": "pt"}, {"format": "pt", "ckpt_tools": provenance}):
         save_file(state, folder / "x.safetensors", metadata)
         yield _of(folder / "x.safetensors")
     save_file({"a": torch.empty(0, 3), "b": torch.ones(2).bfloat16(), "c": torch.tensor(1)}, folder / "x.safetensors")
@@ -335,7 +335,8 @@ def _class_map(folder: Path) -> Iterator[Seed]:
     yield Seed({"map.txt": b"cat\ndog\n"}, "map.txt")
 
 
-# What could lead out of a folder, or to a file that is none, if a store lists it; the others are names as they come.
+# What could lead out of a folder, or to a file that is none, if a store lists it; the others are
+# names as they come.
 _LISTED = (
     *("{}", "0/{}", "a b/é/{}", "run 10:00/{}", "{}/{}", ".hidden/{}", "..{}", "~/{}", "%2e%2e/{}", "-{}"),
     *("../{}", "../../secret/{}", "../secret/{}", "a/../../../secret/{}", "/tmp/{}", "//tmp/{}", "./{}", "a//{}"),
@@ -367,8 +368,8 @@ def _listing(folder: Path) -> Iterator[Seed]:
 
 
 def _manifest(folder: Path) -> Iterator[Seed]:
-    made = {"source_sha256": "a" * 64, "settings": "b" * 16, "output_sha256": "c" * 64, "output_bytes": 9}
-    beside = {"exit_code": 0, "metrics": None, "replaced": None, **made}
+    hashes = {"source_sha256": "a" * 64, "settings": "b" * 16, "output_sha256": "c" * 64, "output_bytes": 9}
+    beside = {"exit_code": 0, "metrics": None, "replaced": None, **hashes}
     lines = [json.dumps({**record, **beside}).encode() for record in report_facts.records()]
     yield Seed({"ckpt-fix.jsonl": b"\n".join(lines[:2])}, "ckpt-fix.jsonl")
     yield Seed({"ckpt-fix.jsonl": b"\n".join(lines[:3])[:-9]}, "ckpt-fix.jsonl")  # the run was killed
@@ -381,10 +382,10 @@ _SEEDS: Mapping[str, Callable[[Path], Iterator[Seed]]] = {
     "tar": _tar,
     "pickle": _pickles,
     "malicious": _malicious,
-    "TorchScript": _made(formats.scripted, formats.traced, formats.frozen),
-    "export": _made(formats.exported, formats.exported_2_6, formats.exported_2_8),
-    "distributed": _made(formats.distributed, formats.distributed_flat, formats.distributed_two_ranks),
-    "ranks": _made(formats.hugging_face_two_ranks, formats.distributed_hugging_face),
+    "TorchScript": _write_with(formats.scripted, formats.traced, formats.frozen),
+    "export": _write_with(formats.exported, formats.exported_2_6, formats.exported_2_8),
+    "distributed": _write_with(formats.distributed, formats.distributed_flat, formats.distributed_two_ranks),
+    "ranks": _write_with(formats.hugging_face_two_ranks, formats.distributed_hugging_face),
     "safetensors": _safetensors,
     "shards": _shards,
     "hub": _hub,

@@ -1,4 +1,7 @@
-"""Cases in processes of their own, so that one that dies, or waits for ever, is a result like any other."""
+"""Run cases in processes of their own.
+
+A case that ends its process, or never ends, is then a result like any other.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ _context = get_context("fork")  # after the imports: torch takes seconds
 
 @dataclass
 class Tally:
-    """What a worker did since its last message. ``peak``: bytes, the most that its process ever held."""
+    """What a worker did since its last message.
+
+    `peak` is the most memory that its process ever held, in bytes.
+    """
 
     done: list[tuple[str, bool, float]]
     slowest: tuple[float, str]
@@ -45,9 +51,9 @@ def run_all(cases: Sequence[Case], jobs: int, report: Callable[[Tally], None]) -
     while running:
         ready = wait(list(running), timeout=1)
         for receiver, worker in list(running.items()):
-            if not worker.receive(report) if receiver in ready else worker.late() and worker.killed(report):
+            if not worker.receive(report) if receiver in ready else worker.late() and worker.kill(report):
                 del running[receiver]
-                again = worker.rest()
+                again = worker.remaining()
                 if again is not None:
                     running[again.receiver] = again
 
@@ -84,15 +90,18 @@ class _Worker:
             self.seen = (self.at.value, time.monotonic())
         return time.monotonic() - self.seen[1] > _DEADLINE
 
-    def killed(self, report: Callable[[Tally], None]) -> bool:
+    def kill(self, report: Callable[[Tally], None]) -> bool:
         """End the process and blame the case."""
         self.process.kill()
         self.process.join()
         self._blame(report, f"no answer for {_DEADLINE:.0f} s")
         return True
 
-    def rest(self) -> _Worker | None:
-        """A worker for what is left but the case that ended this one; what was not reported is done again."""
+    def remaining(self) -> _Worker | None:
+        """Return a worker for the remaining cases, without the one that ended this worker.
+
+        Cases whose results were not reported are done again.
+        """
         left = [*self.cases[self.reported : self.at.value], *self.cases[self.at.value + 1 :]]
         return _Worker(left) if left else None
 
@@ -136,6 +145,10 @@ def _peak() -> int:
 
 
 def _bound_memory() -> None:
-    """What a file asks for beyond reason is refused, and told as a failure, instead of taking the machine down."""
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + _HEADROOM, held + _HEADROOM))
+    """Limit the address space of this process.
+
+    A file that asks for too much memory then causes a MemoryError, which is reported as a failure,
+    instead of taking the machine down.
+    """
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _HEADROOM, used + _HEADROOM))

@@ -1,6 +1,7 @@
 """Repeat the tables and figures of the paper, one experiment each.
 
-Hendrycks & Gimpel 2016, Adjusting for Dropout Variance in Batch Normalization and Weight Initialization.
+Hendrycks & Gimpel 2016, Adjusting for Dropout Variance in Batch Normalization and Weight
+Initialization.
 """
 
 from __future__ import annotations
@@ -24,5 +25,5 @@ EXPERIMENTS = (
 
 def find(name: str) -> Experiment:
     """The experiment in the module of this name."""
-    found: Experiment = import_module(f"reproduce.{name}").EXPERIMENT
-    return found
+    experiment: Experiment = import_module(f"reproduce.{name}").EXPERIMENT
+    return experiment

@@ -27,7 +27,8 @@ class _Experiments(click.Group):
 def main() -> None:
     """The paper's tables and figures, one command each.
 
-    Every command has a progress bar, resumes where it was interrupted, and leaves JSON lines, pictures and RESULTS.md.
+    Every command has a progress bar, resumes where it was interrupted, and leaves JSON lines,
+    pictures and RESULTS.md.
     """
 
 

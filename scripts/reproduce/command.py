@@ -54,7 +54,7 @@ def command(experiment: Experiment) -> click.Command:
 
 
 def _names(experiment: Experiment) -> str:
-    return ", ".join(one.name for one in fields(experiment.cell))
+    return ", ".join(cell_field.name for cell_field in fields(experiment.cell))
 
 
 def _chosen(experiment: Experiment, only: Sequence[str]) -> dict[str, str]:
@@ -82,7 +82,7 @@ def _folder(out: Path | None, quick: bool) -> Path:
 
 def show(experiment: Experiment, out: Path) -> None:
     """Draw, render, and print this experiment's section and where everything is."""
-    made = draw(experiment, out)
+    pictures = draw(experiment, out)
     page = write_page(out)
     click.echo(section(experiment, out))
-    click.echo("\n".join(str(path) for path in (experiment.file(out), *made, page)), err=True)
+    click.echo("\n".join(str(path) for path in (experiment.file(out), *pictures, page)), err=True)

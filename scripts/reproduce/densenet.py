@@ -1,8 +1,9 @@
 """The plain DenseNet of table 2: no bottleneck, no compression (Huang et al. 2016, first version).
 
-L layers with weights: a stem, three blocks of (L − 4) / 3 layers BN-ReLU-3×3 conv-dropout, two transitions, a linear
-head. As in Huang's code the stem has 16 channels and no dropout, the convolution of a transition has dropout, and
-weights are He's by fan-out. L = 40, k = 12 has 1.0 million parameters, L = 100 7.0 (k = 12) and 27.2 (k = 24).
+L layers with weights: a stem, three blocks of (L − 4) / 3 layers BN-ReLU-3×3 conv-dropout, two
+transitions, a linear head. As in Huang's code the stem has 16 channels and no dropout, the
+convolution of a transition has dropout, and weights are He's by fan-out. L = 40, k = 12 has 1.0
+million parameters, L = 100 7.0 (k = 12) and 27.2 (k = 24).
 """
 
 from __future__ import annotations

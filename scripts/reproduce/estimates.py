@@ -28,7 +28,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference(Mean):
-    """A mean paired difference; ``p`` is two-sided, from Student's t with count − 1 degrees of freedom."""
+    """A mean paired difference.
+
+    `p` is two-sided, from Student's t with count − 1 degrees of freedom.
+    """
 
     p: float
 
@@ -48,20 +51,29 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(float(array.mean()), error, len(array))
 
 
-def paired(after: Sequence[float], before: Sequence[float]) -> Difference:
-    """The mean of after − before, pair by pair. Raises ValueError for sequences of different lengths."""
-    found = mean([new - old for new, old in zip(after, before, strict=True)])
-    if math.isnan(found.error):
-        return Difference(found.value, found.error, found.count, math.nan)
-    if found.error == 0:
-        return Difference(found.value, 0.0, found.count, 1.0 if found.value == 0 else 0.0)
-    return Difference(found.value, found.error, found.count, two_sided(found.value / found.error, found.count - 1))
+def paired_difference(after: Sequence[float], before: Sequence[float]) -> Difference:
+    """Return the mean of after − before, pair by pair.
+
+    Raises ValueError for sequences of different lengths.
+    """
+    difference = mean([new - old for new, old in zip(after, before, strict=True)])
+    if math.isnan(difference.error):
+        return Difference(difference.value, difference.error, difference.count, math.nan)
+    if difference.error == 0:
+        return Difference(difference.value, 0.0, difference.count, 1.0 if difference.value == 0 else 0.0)
+    return Difference(
+        difference.value,
+        difference.error,
+        difference.count,
+        two_sided(difference.value / difference.error, difference.count - 1),
+    )
 
 
 def two_sided(t: float, freedom: int) -> float:
     """P(\\|T\\| ≥ \\|t\\|) of Student's t.
 
-    With T = √ν·tan θ the density is cos^(ν−1) θ on (−π/2, π/2), which Gauss–Legendre integrates to 1e-10.
+    With T = √ν·tan θ the density is cos^(ν−1) θ on (−π/2, π/2), which Gauss–Legendre integrates to
+    1e-10.
     """
     edge = math.atan(abs(t) / math.sqrt(freedom))
     return _cosine_power(edge, freedom - 1) / _cosine_power(0.0, freedom - 1)

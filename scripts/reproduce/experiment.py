@@ -25,8 +25,9 @@ HOME = Path(__file__).parent  # of RESULTS.md and results/
 class Setup:
     """What the command line says.
 
-    ``scratch`` is a folder for whatever a cell wants to keep while it runs. ``only``: by names of fields, what the
-    cells to run are told from the others by, so that several machines or processes can share an experiment.
+    ``scratch`` is a folder for whatever a cell wants to keep while it runs. ``only``: by names of
+    fields, what the cells to run are told from the others by, so that several machines or processes
+    can share an experiment.
     """
 
     data: Spec | None
@@ -45,13 +46,14 @@ class Setup:
 class Experiment:
     """One table or figure.
 
-    ``cell`` is a frozen dataclass of JSON values with a field ``seed``: all that tells one run from another, the data
-    set's name aside. ``plan`` names the cells that are wanted, given what is known; it is asked again when they are
-    done, so that a learning rate can be chosen first. ``run`` measures one, as a dict of JSON values. ``section``
-    renders records of one data set as Markdown without a heading, ``pictures`` draw them, by the stem of their files.
-    ``paper`` says what the paper shows. ``data`` names the data sets of the full protocol; the command then takes
-    them, and the digits, with --data. ``records`` names another experiment whose cells these are. Quick records never
-    come together with others.
+    ``cell`` is a frozen dataclass of JSON values with a field ``seed``: all that tells one run from
+    another, the data set's name aside. ``plan`` names the cells that are wanted, given what is
+    known; it is asked again when they are done, so that a learning rate can be chosen first.
+    ``run`` measures one, as a dict of JSON values. ``section`` renders records of one data set as
+    Markdown without a heading, ``pictures`` draw them, by the stem of their files. ``paper`` says
+    what the paper shows. ``data`` names the data sets of the full protocol; the command then takes
+    them, and the digits, with --data. ``records`` names another experiment whose cells these are.
+    Quick records never come together with others.
     """
 
     name: str
@@ -83,37 +85,39 @@ def run(experiment: Experiment, setup: Setup, out: Path) -> int:
     count = 0
     with tqdm(desc=experiment.name, unit="cell") as bar:
         while True:
-            known = [one for one in experiment.read(out) if (one.data, one.quick) == (data, setup.quick)]
-            done = {one.cell for one in known}
-            wanted = [cell for cell in experiment.plan(setup, known) if setup.wants(cell)]
+            records_so_far = [
+                record for record in experiment.read(out) if (record.data, record.quick) == (data, setup.quick)
+            ]
+            done = {record.cell for record in records_so_far}
+            wanted = [cell for cell in experiment.plan(setup, records_so_far) if setup.wants(cell)]
             missing = [cell for cell in dict.fromkeys(wanted) if cell not in done]
             bar.total, bar.n = len(wanted), len(wanted) - len(missing)
             bar.refresh()
             if not wanted and setup.only:
-                said = " ".join(f"--only {name}={value}" for name, value in setup.only.items())
-                raise UsageError(f"{said}: expected what some cell of {experiment.name} has, found none.")
+                options = " ".join(f"--only {name}={value}" for name, value in setup.only.items())
+                raise UsageError(f"{options}: expected what some cell of {experiment.name} has, found none.")
             if not missing:
                 return count
             for cell in missing:
                 bar.set_postfix_str(" ".join(map(str, asdict(cell).values())))
                 started = time.perf_counter()
-                found = experiment.run(cell, setup)
+                measurements = experiment.run(cell, setup)
                 seconds = round(time.perf_counter() - started, 2)
                 device = records.device_name(setup.device)
-                records.append(file, Record(cell, data, setup.quick, found, seconds, device, records.versions()))
+                records.append(file, Record(cell, data, setup.quick, measurements, seconds, device, records.versions()))
                 bar.update()
                 count += 1
 
 
 def draw(experiment: Experiment, out: Path) -> list[Path]:
     """Make the pictures of what is known: NAME.svg and NAME.png for each data set."""
-    known = experiment.read(out)
-    made = []
-    for data, quick in records.distinct(known, lambda record: (record.data, record.quick)):
-        of_one = [record for record in known if (record.data, record.quick) == (data, quick)]
+    all_records = experiment.read(out)
+    files = []
+    for data, quick in records.distinct(all_records, lambda record: (record.data, record.quick)):
+        of_data_set = [record for record in all_records if (record.data, record.quick) == (data, quick)]
         for stem, picture in experiment.pictures.items():
-            made += write(partial(picture, of_one), out / "results" / picture_name(stem, data))
-    return made
+            files += write(partial(picture, of_data_set), out / "results" / picture_name(stem, data))
+    return files
 
 
 def picture_name(stem: str, data: str) -> str:

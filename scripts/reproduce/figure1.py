@@ -19,14 +19,14 @@ KEEPS = (1.0, 0.8, 0.6, 0.5)
 INITIALISATIONS = initialisations(backward_term="off")
 
 
-def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
+def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
     keeps = KEEPS[::2] if setup.quick else KEEPS
     return [Cell(keep, name, seed) for keep in keeps for name in INITIALISATIONS for seed in range(setup.seeds)]
 
 
 def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     model = signals.net(cell.keep)
-    return {"forward": signals.measured(model, INITIALISATIONS[cell.initialisation], cell.seed)["forward"]}
+    return {"forward": signals.measure_spread(model, INITIALISATIONS[cell.initialisation], cell.seed)["forward"]}
 
 
 def claim(keep: float, initialisation: str) -> str:
@@ -42,9 +42,15 @@ def section(records: Sequence[Record]) -> str:
         for name in INITIALISATIONS:
             ends = [line[-1] for line in values(select(records, keep=keep, initialisation=name), "forward")]
             if ends:
-                said = claim(keep, name)
+                claimed = claim(keep, name)
                 rows.append(
-                    [f"{keep:g}", name, signals.spread(ends), said, signals.verdict(said, signals.geometric(ends))]
+                    [
+                        f"{keep:g}",
+                        name,
+                        signals.spread(ends),
+                        claimed,
+                        signals.verdict(claimed, signals.geometric(ends)),
+                    ]
                 )
     note = "Xavier's factor a layer is 0.5/p for a ReLU: at keep 0.5 it happens to be right."
     return "\n\n".join(

@@ -1,4 +1,4 @@
-"""Figure 2: how fast fully connected nets learn with dropout, by nonlinearity and initialisation."""
+"""Figure 2: how fast fully connected nets learn with dropout."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from reproduce.estimates import Difference, mean, paired
+from reproduce.estimates import Difference, mean, paired_difference
 from reproduce.experiment import Experiment, Setup
 from reproduce.initialisations import HE, OURS, XAVIER, initialisations
 from reproduce.pictures import COLOURS, grid, legend
-from reproduce.records import Record, matched, select, values
+from reproduce.records import Record, pair_by_seed, select, values
 from reproduce.resuming import Training
 from reproduce.sets import Part, Sets, Spec, load_sets
 from reproduce.tables import of_differences, table
@@ -45,25 +45,28 @@ class Cell:
     seed: int
 
 
-def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
-    """All learning rates on the first seed; the best of them, by held-out log loss, on the others."""
-    rates = DIGITS_RATES if setup.data is not None and setup.data.bundled else RATES
+def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
+    """Plan all learning rates on the first seed, and the best of them on the other seeds.
+
+    The best one has the smallest held-out log loss.
+    """
+    rates = DIGITS_RATES if setup.data is not None and setup.data.is_bundled else RATES
     epochs = QUICK_EPOCHS if setup.quick else EPOCHS
     activations = ("ReLU",) if setup.quick else ACTIVATIONS
     keeps = KEEPS[1:2] if setup.quick else KEEPS
     curves = list(product(activations, keeps, INITIALISATIONS))
     search = [Cell(*curve, rate, epochs, 0) for curve in curves for rate in rates]
-    if not {record.cell for record in known} >= set(search):
+    if not {record.cell for record in records} >= set(search):
         return search
-    best = {curve: best_rate(known, *curve) for curve in curves}
+    best = {curve: best_rate(records, *curve) for curve in curves}
     return search + [Cell(*curve, best[curve], epochs, seed) for seed in range(1, setup.seeds) for curve in curves]
 
 
-def best_rate(known: Sequence[Record], activation: str, keep: float, initialisation: str) -> float:
+def best_rate(records: Sequence[Record], activation: str, keep: float, initialisation: str) -> float:
     """The learning rate with the least held-out log loss at the end, on the first seed."""
-    tried = select(known, activation=activation, keep=keep, initialisation=initialisation, seed=0)
-    found: float = min(tried, key=lambda record: _or_worst(record.found["held_out"][-1])).cell.rate
-    return found
+    tried = select(records, activation=activation, keep=keep, initialisation=initialisation, seed=0)
+    rate_of_best: float = min(tried, key=lambda record: _or_worst(record.found["held_out"][-1])).cell.rate
+    return rate_of_best
 
 
 def _or_worst(loss: float) -> float:
@@ -100,8 +103,8 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     for epoch in training.epochs(cell.epochs):
         order = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(1000 * cell.seed + epoch))
         curves["train"].append(_epoch(model.train(), optimizer, sets.train, order.to(setup.device)))
-        curves["held_out"].append(_tested(model, sets.held_out)[0])
-    loss, error = _tested(model, sets.test)
+        curves["held_out"].append(_score_part(model, sets.held_out)[0])
+    loss, error = _score_part(model, sets.test)
     return {**curves, "test": loss, "test_error": error}
 
 
@@ -117,7 +120,7 @@ def _epoch(model: nn.Module, optimizer: torch.optim.Optimizer, part: Part, order
 
 
 @torch.no_grad()
-def _tested(model: nn.Module, part: Part) -> tuple[float, float]:
+def _score_part(model: nn.Module, part: Part) -> tuple[float, float]:
     """Log loss, and error in percent."""
     outputs = torch.cat([model.eval()(images) for images in part.images.split(5_000)])
     wrong = (outputs.argmax(1) != part.labels).double().mean()
@@ -127,7 +130,7 @@ def _tested(model: nn.Module, part: Part) -> tuple[float, float]:
 def at_best_rates(records: Sequence[Record]) -> dict[tuple[str, float, str], list[Record]]:
     """The seeds of every curve at the learning rate that was chosen for it, with the first seed."""
     first = select(records, seed=0)
-    curves = dict.fromkeys((one.cell.activation, one.cell.keep, one.cell.initialisation) for one in first)
+    curves = dict.fromkeys((record.cell.activation, record.cell.keep, record.cell.initialisation) for record in first)
     names = ("activation", "keep", "initialisation")
     return {c: select(records, **dict(zip(names, c, strict=True)), rate=best_rate(records, *c)) for c in curves}
 
@@ -145,7 +148,7 @@ def section(records: Sequence[Record]) -> str:
         of = {name: curves.get((activation, keep, name), []) for name in INITIALISATIONS}
         if not all(of.values()):
             continue
-        heights = {name: mean([convergence(one) for one in found]) for name, found in of.items()}
+        heights = {name: mean([convergence(record) for record in curve_records]) for name, curve_records in of.items()}
         against = [_difference(of[OURS], of[other]) for other in (XAVIER, HE)]
         claim = "—" if keep == 1 else "ours lowest"
         verdict = "no claim" if keep == 1 else of_differences(against)
@@ -154,12 +157,12 @@ def section(records: Sequence[Record]) -> str:
                 activation,
                 f"{keep:g}",
                 *(heights[name].text(3) for name in INITIALISATIONS),
-                *(one.text(3) for one in against),
+                *(difference.text(3) for difference in against),
                 claim,
                 verdict,
             ]
         )
-        ends.append([activation, f"{keep:g}", *(_end(found) for found in of.values())])
+        ends.append([activation, f"{keep:g}", *(_end(curve_records) for curve_records in of.values())])
     names = list(INITIALISATIONS)
     return "\n\n".join(
         [
@@ -173,12 +176,12 @@ def section(records: Sequence[Record]) -> str:
 
 
 def _difference(ours: Sequence[Record], other: Sequence[Record]) -> Difference:
-    pairs = list(matched(ours, other))
-    return paired([convergence(a) for a, _ in pairs], [convergence(b) for _, b in pairs])
+    pairs = list(pair_by_seed(ours, other))
+    return paired_difference([convergence(a) for a, _ in pairs], [convergence(b) for _, b in pairs])
 
 
-def _end(found: Sequence[Record]) -> str:
-    return f"{mean(values(found, 'test_error')).text(1)} ({found[0].cell.rate:g})"
+def _end(curve_records: Sequence[Record]) -> str:
+    return f"{mean(values(curve_records, 'test_error')).text(1)} ({curve_records[0].cell.rate:g})"
 
 
 def _protocol(records: Sequence[Record]) -> str:
@@ -196,9 +199,9 @@ def picture(records: Sequence[Record]) -> Figure:
     curves = at_best_rates(records)
     activations, keeps = (list(dict.fromkeys(curve[i] for curve in curves)) for i in (0, 1))
     figure, panels = grid(max(1, len(activations)), max(1, len(keeps)), height=1.9)
-    for (activation, keep, name), found in curves.items():
+    for (activation, keep, name), curve_records in curves.items():
         panel = panels[activations.index(activation)][keeps.index(keep)]
-        losses = torch.tensor(values(found, "train"), dtype=torch.float64)
+        losses = torch.tensor(values(curve_records, "train"), dtype=torch.float64)
         epochs = range(1, losses.shape[1] + 1)
         middle = losses.mean(0)
         spread = losses.std(0) / len(losses) ** 0.5 if len(losses) > 1 else torch.zeros_like(middle)

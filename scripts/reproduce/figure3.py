@@ -1,4 +1,7 @@
-"""Figure 3: how large the first layer's gradient is while figure 4's nets train; the trainings are figure 4's."""
+"""Figure 3: how large the first layer's gradient is while figure 4's nets train.
+
+The trainings are those of figure 4.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from reproduce import figure4
-from reproduce.estimates import mean, paired
+from reproduce.estimates import mean, paired_difference
 from reproduce.figure4 import RATES, chosen, contestants
 from reproduce.pictures import COLOURS, grid, legend
-from reproduce.records import Record, matched
+from reproduce.records import Record, pair_by_seed
 from reproduce.tables import of_differences, table
 
 LEAST = 1e-12  # of a norm, for its logarithm; a diverged net's is as good as none
@@ -33,13 +36,13 @@ def section(records: Sequence[Record]) -> str:
     for optimizer in RATES:
         for name in contestants(records, optimizer):
             ours = chosen(records, optimizer, "ours")
-            found = chosen(records, optimizer, name)
-            levels = [[level(one) for one in side] for side in zip(*matched(ours, found), strict=True)]
-            gain = paired(*levels)
-            cells = [mean([logarithms(one)[epoch] for one in found]).text() for epoch in (0, -1)]
+            theirs = chosen(records, optimizer, name)
+            levels = [[level(record) for record in side] for side in zip(*pair_by_seed(ours, theirs), strict=True)]
+            gain = paired_difference(*levels)
+            cells = [mean([logarithms(record)[epoch] for record in theirs]).text() for epoch in (0, -1)]
             verdict = of_differences([gain], falls=False) if name == "He" else "–"
             compared = "–" if name == "ours" else gain.text()
-            rows.append([optimizer, name, *cells, mean([level(one) for one in found]).text(), compared, verdict])
+            rows.append([optimizer, name, *cells, mean([level(record) for record in theirs]).text(), compared, verdict])
     head = ["optimizer", "from", "first epoch", "last epoch", "mean of all", "ours minus it", "ours is larger"]
     return f"log₁₀ of the norm of the first layer's gradient:\n\n{table(head, rows)}"
 

@@ -1,15 +1,18 @@
-"""Figure 4: loss curves of the VGG variant from three initialisations, with Nesterov momentum and Adam.
+"""Figure 4: loss curves of the VGG variant from three initialisations.
 
-On CIFAR-10: 150 epochs, the learning rate divided by ten at the 100th and 125th, ℓ2 5e-4 (as weight decay), ten
-learning rates: seven drawn at random, log-uniformly, from [1e-5, 1e-1] and the paper's three. Batches of 128,
-mirroring and shifts by up to 4 points, as in the authors' published script. A tenth of the training images is held
-out; seed 0 chooses the rate by the error on it, the other seeds train at that rate alone. The paper leaves Xavier's
-out.
+The nets are trained with Nesterov momentum and with Adam.
 
-On the digits, enlarged to 32 × 32: a quarter of the width, batches of 16, no augmentation, 40 % of the images for
-testing, 120 epochs (7,320 steps in place of 53,000), and two learning rates, the largest of the paper's and 0.3 times
-it. An eighth of the width learnt unevenly, and no better from one initialisation than from another.
-Width and rates were tried with seed 100 first, up to 60 epochs: there ours learnt at some rates, He's at none of six.
+On CIFAR-10: 150 epochs, the learning rate divided by ten at the 100th and 125th, ℓ2 5e-4 (as weight
+decay), ten learning rates: seven drawn at random, log-uniformly, from [1e-5, 1e-1] and the paper's
+three. Batches of 128, mirroring and shifts by up to 4 points, as in the authors' published script.
+A tenth of the training images is held out; seed 0 chooses the rate by the error on it, the other
+seeds train at that rate alone. The paper leaves Xavier's out.
+
+On the digits, enlarged to 32 × 32: a quarter of the width, batches of 16, no augmentation, 40 % of
+the images for testing, 120 epochs (7,320 steps in place of 53,000), and two learning rates, the
+largest of the paper's and 0.3 times it. An eighth of the width learnt unevenly, and no better from
+one initialisation than from another. Width and rates were tried with seed 100 first, up to 60
+epochs: there ours learnt at some rates, He's at none of six.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from reproduce.estimates import Difference, mean, paired
+from reproduce.estimates import Difference, mean, paired_difference
 from reproduce.experiment import Experiment, Setup
 from reproduce.pictures import COLOURS, grid, legend
-from reproduce.records import Record, matched, select
+from reproduce.records import Record, pair_by_seed, select
 from reproduce.sets import DIGITS, load_sets
 from reproduce.tables import Verdict, of_differences, table
 from reproduce.training import Recipe, score, train
@@ -71,17 +74,17 @@ class Cell:
     seed: int
 
 
-def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
+def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
     """Every rate with seed 0; when they are done, the best one with the other seeds."""
     assert setup.data is not None
     cells = []
     for optimizer in RATES:
-        size = QUICK if setup.quick else SMALL if setup.data.bundled else FULL
+        size = QUICK if setup.quick else SMALL if setup.data.is_bundled else FULL
         rates = _rates(optimizer, setup)
         for name in INITIALISATIONS:
             cells += [Cell(name, optimizer, rate, size.width, size.epochs, size.batch, 0) for rate in rates]
-            searched = select(known, initialisation=name, optimizer=optimizer, seed=0)
-            if {one.cell.rate for one in searched} >= set(rates):
+            searched = select(records, initialisation=name, optimizer=optimizer, seed=0)
+            if {record.cell.rate for record in searched} >= set(rates):
                 chosen = best_rate(searched)
                 more = range(1, setup.seeds)
                 cells += [Cell(name, optimizer, chosen, size.width, size.epochs, size.batch, seed) for seed in more]
@@ -92,10 +95,10 @@ def _rates(optimizer: str, setup: Setup) -> tuple[float, ...]:
     assert setup.data is not None
     if setup.quick:
         return SMALL_RATES[optimizer][:1]
-    return SMALL_RATES[optimizer] if setup.data.bundled else RATES[optimizer] + drawn_rates()
+    return SMALL_RATES[optimizer] if setup.data.is_bundled else RATES[optimizer] + draw_rates()
 
 
-def drawn_rates() -> tuple[float, ...]:
+def draw_rates() -> tuple[float, ...]:
     """Seven, the same in every run."""
     draw = random.Random(0)
     return tuple(float(f"{LOW * (HIGH / LOW) ** draw.random():.3g}") for _ in range(DRAWN))
@@ -103,7 +106,7 @@ def drawn_rates() -> tuple[float, ...]:
 
 def best_rate(searched: Sequence[Record]) -> float:
     """The one with the least error on what was held out; of equals the one with the least NLL."""
-    best = min(searched, key=lambda one: (one.found["held_out"]["error"], one.found["held_out"]["nll"]))
+    best = min(searched, key=lambda record: (record.found["held_out"]["error"], record.found["held_out"]["nll"]))
     rate: float = best.cell.rate
     return rate
 
@@ -135,16 +138,19 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
 
 
 def contestants(records: Sequence[Record], optimizer: str) -> list[str]:
-    """The initialisations of which something is known, ours first; none unless ours is among them."""
-    known = [name for name in INITIALISATIONS if select(records, optimizer=optimizer, initialisation=name, seed=0)]
-    return known if "ours" in known else []
+    """Return the initialisations that have records, ours first.
+
+    Without a record of ours there is nothing to compare, and none is returned.
+    """
+    finished = [name for name in INITIALISATIONS if select(records, optimizer=optimizer, initialisation=name, seed=0)]
+    return finished if "ours" in finished else []
 
 
 def chosen(records: Sequence[Record], optimizer: str, initialisation: str) -> list[Record]:
     """Those at the best rate, in the order of their seeds."""
-    of_one = select(records, optimizer=optimizer, initialisation=initialisation)
-    rate = best_rate([one for one in of_one if one.cell.seed == 0])
-    return [one for one in of_one if one.cell.rate == rate]
+    candidates = select(records, optimizer=optimizer, initialisation=initialisation)
+    rate = best_rate([record for record in candidates if record.cell.seed == 0])
+    return [record for record in candidates if record.cell.rate == rate]
 
 
 def section(records: Sequence[Record]) -> str:
@@ -157,20 +163,20 @@ def section(records: Sequence[Record]) -> str:
 
 
 def _row(records: Sequence[Record], optimizer: str, name: str, ours: Sequence[Record]) -> list[str]:
-    found = chosen(records, optimizer, name)
-    rates = [one for one in select(records, optimizer=optimizer, initialisation=name) if one.cell.seed == 0]
-    learnt = sum(_learnt(one) for one in rates)
-    pairs = list(matched(ours, found))
-    gain = paired(*([one.found["test"]["error"] for one in side] for side in zip(*pairs, strict=True)))
+    theirs = chosen(records, optimizer, name)
+    rates = [record for record in select(records, optimizer=optimizer, initialisation=name) if record.cell.seed == 0]
+    learnt = sum(_learnt(record) for record in rates)
+    pairs = list(pair_by_seed(ours, theirs))
+    gain = paired_difference(*([record.found["test"]["error"] for record in side] for side in zip(*pairs, strict=True)))
     paper = PAPER[optimizer].get(name)
     return [
         optimizer,
         name,
-        f"{found[0].cell.rate:g}",
+        f"{theirs[0].cell.rate:g}",
         f"{learnt} of {len(rates)} rates",
-        mean([one.found["loss"][-1] for one in found]).text(3),
-        mean([one.found["test"]["nll"] for one in found]).text(3),
-        mean([one.found["test"]["error"] for one in found]).text(),
+        mean([record.found["loss"][-1] for record in theirs]).text(3),
+        mean([record.found["test"]["nll"] for record in theirs]).text(3),
+        mean([record.found["test"]["error"] for record in theirs]).text(),
         "–" if name == "ours" else gain.text(),
         "not tested" if paper is None else f"{paper}",
         "–" if name == "ours" else _verdict(ours, gain) if paper else "no claim",
@@ -192,9 +198,9 @@ def picture(records: Sequence[Record]) -> Figure:
     figure, panels = grid(1, len(RATES), width=4.0, height=3.0)
     for panel, optimizer in zip(panels[0], RATES, strict=True):
         for name in contestants(records, optimizer):
-            found = [one.found for one in chosen(records, optimizer, name)]
+            measurements = [measurement.found for measurement in chosen(records, optimizer, name)]
             for curve, alpha, label in (("loss", 1.0, name), ("test_nll", 0.35, f"{name}, test")):
-                curves = torch.tensor([one[curve] for one in found])
+                curves = torch.tensor([measurement[curve] for measurement in measurements])
                 epochs = range(1, curves.shape[1] + 1)
                 panel.plot(epochs, curves.mean(0), color=COLOURS[name], alpha=alpha, label=label)
         panel.set_title(optimizer)

@@ -45,7 +45,7 @@ def backward_alone(keep: float, factor: BackwardFactor) -> Initialise:
     return initialise
 
 
-def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
+def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
     return [Cell(keep, name, seed) for keep in KEEPS for name in (*MASKING, *SCALING) for seed in range(setup.seeds)]
 
 
@@ -56,7 +56,7 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
         initialise = initialisations()[name]
     else:
         initialise = backward_alone(cell.keep, "inverted" if name == INVERTED else "paper")
-    return {"backward": signals.measured(model, initialise, cell.seed)["backward"]}
+    return {"backward": signals.measure_spread(model, initialise, cell.seed)["backward"]}
 
 
 def claim(initialisation: str) -> str:
@@ -71,10 +71,10 @@ def section(records: Sequence[Record]) -> str:
             ends = [line[0] for line in values(select(records, keep=keep, initialisation=name), "backward")]
             if not ends:
                 continue
-            said = claim(name) if name != INVERTED else "—"
-            verdict = "no claim" if said == "—" else signals.verdict(said, signals.geometric(ends))
+            claimed = claim(name) if name != INVERTED else "—"
+            verdict = "no claim" if claimed == "—" else signals.verdict(claimed, signals.geometric(ends))
             backward = "only masks" if name in MASKING else "PyTorch's, scales by 1/p"
-            rows.append([f"{keep:g}", name, backward, signals.spread(ends), said, verdict])
+            rows.append([f"{keep:g}", name, backward, signals.spread(ends), claimed, verdict])
     head = ["keep", "initialisation", "backward of dropout", "Var(δ) of layer 1 / fed in", "paper", "verdict"]
     note = (
         "Appendix A gives no widths; all layers have 500 neurons here, for the correction says nothing of fan-out / "

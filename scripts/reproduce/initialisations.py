@@ -1,4 +1,7 @@
-"""The three initialisations that the paper compares: its own by ckpt-tools, Xavier and He from their publications."""
+"""The three initialisations that the paper compares.
+
+Its own is that of ckpt-tools; Xavier's and He's are written from their publications.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ Initialise = Callable[[nn.Module, Tensor, int], object]  # a fresh model, two sa
 
 
 def initialisations(**ours: str) -> dict[str, Initialise]:
-    """By name, in the order of the tables; ``ours`` goes to ``rewrite_init``. Biases become zero in all."""
+    """Return the initialisations by name, in the order of the tables.
+
+    `ours` is passed to `rewrite_init`. Biases become zero in all.
+    """
     return {
         OURS: lambda model, batch, seed: rewrite_init(model, batch, seed=seed, **ours),
         XAVIER: lambda model, batch, seed: xavier(model),

@@ -1,4 +1,4 @@
-"""Pictures as SVG and PNG that are the same, byte for byte, whenever they are drawn from the same records."""
+"""Draw pictures as SVG and PNG that are equal, byte for byte, for equal records."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NO_DATES: dict[str, dict[str, Any]] = {"svg": {"Date": None, "Creator": None}, 
 
 def write(picture: Callable[[], Figure], stem: Path) -> list[Path]:
     """Draw a picture, and write STEM.svg and STEM.png."""
-    made = []
+    files = []
     with matplotlib.rc_context(_STYLE):
         figure = picture()
         for kind, metadata in _NO_DATES.items():
             path = stem.with_name(f"{stem.name}.{kind}")
             figure.savefig(path, format=kind, dpi=110, metadata=metadata)
-            made.append(path)
-    return made
+            files.append(path)
+    return files
 
 
 def grid(

@@ -1,4 +1,4 @@
-"""What is known of finished cells: one JSON line each, so that an interrupted experiment goes on where it was."""
+"""Keep finished cells, one JSON line each, so that an interrupted experiment can be resumed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from ckpt_tools.errors import DataError
 
 @dataclass(frozen=True)
 class Record:
-    """A finished cell. ``cell`` is the experiment's own dataclass, ``found`` what it measured, JSON values only.
+    """A finished cell. ``cell`` is the experiment's own dataclass, ``found`` what it measured, JSON
+    values only.
 
-    ``seconds`` and ``device`` are those of the run that finished it; what an interrupted one took before is not in.
+    ``seconds`` and ``device`` are those of the run that finished it; what an interrupted one took
+    before is not in.
     """
 
     cell: Any
@@ -33,20 +35,21 @@ class Record:
 
 
 def read(file: Path, cell: type) -> list[Record]:
-    """All finished cells in a file, each once; a last line that was cut off is left out. No file, no records.
+    """Return all finished cells in a file, each once; without a file there are none.
 
-    Raises DataError for other damage, and for cells of another version of the experiment.
+    A last line that was cut off is left out. Raises DataError for other damage, and for cells of
+    another version of the experiment.
     """
     content = file.read_text(encoding="utf-8") if file.exists() else ""
     lines = content.split("\n")[:-1]  # a whole line ends in a newline
     try:
-        found = [_record(json.loads(line), cell) for line in lines]
+        finished = [_record(json.loads(line), cell) for line in lines]
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{file}: expected records of this experiment, found a line that is not ({error}). "
             "Move the file away, or choose another folder with --out."
         ) from error
-    return list({(record.cell, record.data, record.quick): record for record in found}.values())
+    return list({(record.cell, record.data, record.quick): record for record in finished}.values())
 
 
 def _record(line: dict[str, Any], cell: type) -> Record:
@@ -54,7 +57,7 @@ def _record(line: dict[str, Any], cell: type) -> Record:
 
 
 def append(file: Path, record: Record) -> None:
-    """Add a line, in place of what a cut-off last one left; other processes may add lines meanwhile."""
+    """Add a line, in place of what a cut-off last line left; other processes may add lines, too."""
     line = json.dumps(asdict(record), ensure_ascii=False)
     with file.open("a+b") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -81,7 +84,9 @@ def device_name(device: str) -> str:
 
 def select(records: Iterable[Record], **fields: object) -> list[Record]:
     """The records whose cells have these values, in the order of their seeds."""
-    chosen = [one for one in records if all(getattr(one.cell, name) == value for name, value in fields.items())]
+    chosen = [
+        record for record in records if all(getattr(record.cell, name) == value for name, value in fields.items())
+    ]
     return sorted(chosen, key=lambda record: record.cell.seed)
 
 
@@ -95,7 +100,7 @@ def distinct(records: Iterable[Record], of: Callable[[Record], Any]) -> list[Any
     return list(dict.fromkeys(map(of, records)))
 
 
-def matched(first: Sequence[Record], second: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
+def pair_by_seed(first: Sequence[Record], second: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
     """Pairs of the same seed."""
     partners = {record.cell.seed: record for record in second}
     return ((record, partners[record.cell.seed]) for record in first if record.cell.seed in partners)

@@ -25,10 +25,10 @@ class Stateful(Protocol):
 class Training:
     """Epochs of a training whose state is in a file meanwhile.
 
-    ``for epoch in Training(setup.scratch, cell, model=model, optimizer=optimizer).epochs(25): …`` yields the epochs
-    that are left. ``notes`` is a dict of JSON-like values (loss curves) that is kept along. The random states
-    of the CPU and of CUDA are part of it, so an interrupted training ends as one that was not; generators of your own
-    should be seeded from the epoch.
+    ``for epoch in Training(setup.scratch, cell, model=model, optimizer=optimizer).epochs(25): …``
+    yields the epochs that are left. ``notes`` is a dict of JSON-like values (loss curves) that is
+    kept along. The random states of the CPU and of CUDA are part of it, so an interrupted training
+    ends as one that was not; generators of your own should be seeded from the epoch.
     """
 
     def __init__(self, scratch: Path, cell: object, **parts: Stateful) -> None:
@@ -40,7 +40,10 @@ class Training:
             self._load()
 
     def epochs(self, count: int) -> Iterator[int]:
-        """The epochs that are left, from 0; the state is saved between two of them, at most once a minute."""
+        """Yield the remaining epochs, counted from 0.
+
+        The state is saved between two of them, at most once a minute.
+        """
         saved = time.monotonic()
         for epoch in range(self._next, count):
             yield epoch

@@ -33,11 +33,11 @@ class Spec:
             return cls()
         if name in DATASETS and root:
             return cls(name, Path(root))
-        known = ", ".join(f"{each}:DIR" for each in sorted(DATASETS))
-        raise UsageError(f"--data {text}: expected {DIGITS} or one of {known}.")
+        choices = ", ".join(f"{each}:DIR" for each in sorted(DATASETS))
+        raise UsageError(f"--data {text}: expected {DIGITS} or one of {choices}.")
 
     @property
-    def bundled(self) -> bool:
+    def is_bundled(self) -> bool:
         """Whether these are the digits, for which an experiment is made smaller."""
         return self.root is None
 
@@ -59,7 +59,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """Three disjoint parts. Mean and variance of a channel are about 0 and 1 over what is not for testing."""
+    """Three disjoint parts.
+
+    Every channel has about mean 0 and variance 1 over the images that are not for testing.
+    """
 
     classes: int
     train: Part
@@ -84,7 +87,8 @@ def load_sets(
 
     Args:
         spec: which.
-        seed: decides which of the training images are held out, and for the digits which are for testing.
+        seed: decides which of the training images are held out, and for the digits which are for
+        testing.
         held_out: share of the training images that is held out.
         digits_train: share of the digits that is not for testing; other sets bring a test split.
         size: height and width that images are resized to, bilinearly; None leaves them as stored.
@@ -94,42 +98,47 @@ def load_sets(
         DataError: files are missing, damaged or without labels.
     """
     generator = torch.Generator().manual_seed(seed)
-    known, test, classes = _digits(generator, digits_train) if spec.bundled else _stored(spec)
-    known, test = _shuffled(known, generator, limit), _shuffled(test, generator, limit)
-    mean, deviation = _channels(known.images)
-    known, test = (Part(_resized((part.images - mean) / deviation, size), part.labels) for part in (known, test))
-    count = round(held_out * len(known))
-    return Sets(classes, _sliced(known, count, None), _sliced(known, 0, count), test)
+    train, test, classes = _digits(generator, digits_train) if spec.is_bundled else _read_dataset(spec)
+    train, test = _shuffle(train, generator, limit), _shuffle(test, generator, limit)
+    mean, deviation = _channels(train.images)
+    train, test = (Part(_resize((part.images - mean) / deviation, size), part.labels) for part in (train, test))
+    count = round(held_out * len(train))
+    return Sets(classes, _slice(train, count, None), _slice(train, 0, count), test)
 
 
 def _digits(generator: torch.Generator, share: float) -> tuple[Part, Part, int]:
-    found = load_digits(0)
-    images = torch.cat([found.train_images, found.test_images])
-    everything = _shuffled(Part(images, torch.cat([found.train_labels, found.test_labels])), generator, None)
+    digits = load_digits(0)
+    images = torch.cat([digits.train_images, digits.test_images])
+    everything = _shuffle(Part(images, torch.cat([digits.train_labels, digits.test_labels])), generator, None)
     count = round(share * len(everything))
-    return _sliced(everything, 0, count), _sliced(everything, count, None), 10
+    return _slice(everything, 0, count), _slice(everything, count, None), 10
 
 
-def _stored(spec: Spec) -> tuple[Part, Part, int]:
+def _read_dataset(spec: Spec) -> tuple[Part, Part, int]:
     assert spec.root is not None
     parts, classes = [], 0
     for split in SPLITS:
-        found = find_dataset(spec.name, spec.root, split)
-        if found.labels is None or found.classes is None:
-            raise DataError(f"{found.label}: expected labels beside the images, found none. Fetch the data set again.")
-        classes = found.classes
-        images = found.load().float() / 255
-        parts.append(Part(images if images.ndim == 4 else images[:, None], found.labels.load().long()))
+        dataset = find_dataset(spec.name, spec.root, split)
+        if dataset.labels is None or dataset.classes is None:
+            raise DataError(
+                f"{dataset.label}: expected labels beside the images, found none. Fetch the data set again."
+            )
+        classes = dataset.classes
+        images = dataset.load().float() / 255
+        parts.append(Part(images if images.ndim == 4 else images[:, None], dataset.labels.load().long()))
     return parts[0], parts[1], classes
 
 
-def _shuffled(part: Part, generator: torch.Generator, limit: int | None) -> Part:
-    order = stratified(part.labels, generator)[:limit]
+def _shuffle(part: Part, generator: torch.Generator, limit: int | None) -> Part:
+    order = stratified_order(part.labels, generator)[:limit]
     return Part(part.images[order], part.labels[order])
 
 
-def stratified(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A random order of which every prefix has the classes in proportion, to within one image a class."""
+def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random order of which every prefix has the classes in proportion.
+
+    It is right to within one image a class.
+    """
     place = torch.empty(len(labels), dtype=torch.float64)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
@@ -144,11 +153,11 @@ def _channels(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, deviation.clamp_min(1e-6)
 
 
-def _resized(images: Tensor, size: int | None) -> Tensor:
+def _resize(images: Tensor, size: int | None) -> Tensor:
     if size is None or images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def _sliced(part: Part, start: int, end: int | None) -> Part:
+def _slice(part: Part, start: int, end: int | None) -> Part:
     return Part(part.images[start:end], part.labels[start:end])

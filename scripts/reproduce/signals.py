@@ -34,7 +34,10 @@ class Cell:
 
 
 class OnlyMasks(torch.autograd.Function):
-    """Identity whose backward multiplies with p: behind inverted dropout, errors are then masked and not scaled."""
+    """Identity whose backward multiplies with p.
+
+    Behind inverted dropout, errors are then masked and not scaled.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: float) -> Tensor:
@@ -47,7 +50,10 @@ class OnlyMasks(torch.autograd.Function):
 
 
 class MaskingDropout(nn.Dropout):
-    """Inverted dropout on the way forward, a mask without 1/p on the way back: what section 2.1.2 assumes."""
+    """Inverted dropout in the forward, a mask without 1/p in the backward.
+
+    Section 2.1.2 of the paper assumes this.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         masked: Tensor = OnlyMasks.apply(super().forward(input), 1 - self.p)
@@ -64,15 +70,18 @@ def net(keep: float, dropout: type[nn.Dropout] = nn.Dropout, widths: Sequence[in
     return nn.Sequential(*layers[:-2])
 
 
-def measured(model: nn.Module, initialise: Initialise, seed: int) -> dict[str, Any]:
-    """Var(z) of every layer, and Var(δ) in units of what is fed in at the end, in the order of execution."""
+def measure_spread(model: nn.Module, initialise: Initialise, seed: int) -> dict[str, Any]:
+    """Return Var(z) and Var(δ) of every layer, in the order of execution.
+
+    Var(δ) is in units of what is fed in at the end.
+    """
     torch.manual_seed(seed)
     batch = torch.randn(SAMPLES, WIDTHS[0])
     initialise(model, batch[:2], seed)
-    found = measure_signals(model, [batch], seed=seed)
+    layers = measure_signals(model, [batch], seed=seed)
     return {
-        "forward": [_short(layer.variance) for layer in found],
-        "backward": [_short(layer.error_variance or 0.0) for layer in found],
+        "forward": [_short(layer.variance) for layer in layers],
+        "backward": [_short(layer.error_variance or 0.0) for layer in layers],
     }
 
 
@@ -81,7 +90,10 @@ def _short(value: float) -> float:
 
 
 def verdict(claim: str, end: float) -> Verdict:
-    """Of "stable", "explodes" or "vanishes", by the variance at the far end. Same direction: by less than tenfold."""
+    """Judge a claim ("stable", "explodes", "vanishes") by the variance at the far end.
+
+    A change of less than tenfold counts as the same direction.
+    """
     if claim == "stable":
         return Verdict.REPRODUCED if STABLE[0] <= end <= STABLE[1] else Verdict.NOT
     grows = claim == "explodes"
@@ -107,21 +119,24 @@ def rule() -> str:
 
 def spread(ends: Sequence[float]) -> str:
     """ "1.05 ×÷ 1.02"."""
-    found = mean([math.log(end) for end in ends])
-    error = "" if math.isnan(found.error) else f" ×÷ {math.exp(found.error):.2f}"
-    return f"{math.exp(found.value):.3g}{error}"
+    estimate = mean([math.log(end) for end in ends])
+    error = "" if math.isnan(estimate.error) else f" ×÷ {math.exp(estimate.error):.2f}"
+    return f"{math.exp(estimate.value):.3g}{error}"
 
 
 def picture(records: Sequence[Record], side: str, label: str, colours: dict[str, str]) -> Figure:
-    """Variance against depth on a logarithmic axis, a panel a keep probability, one thin line a seed."""
+    """Draw variance against depth on a logarithmic axis.
+
+    There is a panel for each keep probability, and a thin line for each seed.
+    """
     keeps = list(dict.fromkeys(record.cell.keep for record in records))
     figure, panels = grid(1, len(keeps))
     for keep, panel in zip(keeps, panels[0], strict=True):
         for name, colour in colours.items():
             lines = values(select(records, keep=keep, initialisation=name), side)
             for number, line in enumerate(lines):
-                own = name if number == 0 else None
-                panel.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.7, label=own)
+                label_once = name if number == 0 else None
+                panel.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.7, label=label_once)
         panel.set_title(f"keep {keep:g}")
         panel.set_yscale("log")
         panel.set_xlabel("layer")

@@ -42,7 +42,7 @@ class Cell:
     seed: int
 
 
-def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
+def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
     draws = 10_000 if setup.quick else 1_000_000
     return [Cell(activation, draws, seed) for activation in ACTIVATIONS for seed in range(setup.seeds)]
 

@@ -1,15 +1,16 @@
-"""Table 2: DenseNets with dropout, halfway and at the end, before and after ``ckpt-fix bn-reestimate``.
+"""Table 2: DenseNets with dropout, halfway and at the end, before and after ``ckpt-fix
+bn-reestimate``.
 
-On a stored data set: the nets of the paper's table, a smaller and a larger one, by the recipe of the DenseNet
-paper (batches of 64, Nesterov momentum 0.9, learning rate 0.1 divided by ten at half and at three quarters, weight
-decay 1e-4, 300 epochs, 40 for SVHN, no augmentation), the momentum set to zero every 5 epochs. SVHN is the training
-split alone, without its extra images.
+On a stored data set: the nets of the paper's table, a smaller and a larger one, by the recipe of
+the DenseNet paper (batches of 64, Nesterov momentum 0.9, learning rate 0.1 divided by ten at half
+and at three quarters, weight decay 1e-4, 300 epochs, 40 for SVHN, no augmentation), the momentum
+set to zero every 5 epochs. SVHN is the training split alone, without its extra images.
 
-On the digits: L = 16, k = 4, 599 training and 1,198 test images, 12 epochs, otherwise the same, with keep 1 as a
-control. Length and width were chosen among three on other seeds (100 and up).
+On the digits: L = 16, k = 4, 599 training and 1,198 test images, 12 epochs, otherwise the same,
+with keep 1 as a control. Length and width were chosen among three on other seeds (100 and up).
 
-Every BN layer is rewritten, as in the paper. `ema` reads the training images as often as it takes 60 batches to forget
-the old estimate to 0.2 %; on the stored sets once is more than enough.
+Every BN layer is rewritten, as in the paper. `ema` reads the training images as often as it takes
+60 batches to forget the old estimate to 0.2 %; on the stored sets once is more than enough.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from ckpt_tools.cli.bn_reestimate_command import bn_reestimate
 from reproduce.densenet import DenseNet, densenet
-from reproduce.estimates import Difference, mean, paired
+from reproduce.estimates import Difference, mean, paired_difference
 from reproduce.experiment import Experiment, Setup
 from reproduce.pictures import grid, legend
 from reproduce.records import Record, distinct, select
@@ -54,7 +55,8 @@ NETS: dict[str, tuple[Net, ...]] = {
 EPOCHS = {"digits": 12, "svhn": 40, "cifar10": 300, "cifar100": 300}
 QUICK_EPOCHS, QUICK_IMAGES, QUICK_NET = 2, 128, (7, 4)
 DIGITS_TRAIN = 1 / 3
-# As in the paper every BN layer is rewritten, also of the net without dropout, where the tool would find nothing to do.
+# As in the paper every BN layer is rewritten, also of the net without dropout, where the tool would
+# find nothing to do.
 FLAGS = ("--layers", "all", "--overwrite", "--quiet")
 SHADES = {"halfway": "#9a9a9a", "final": "#2f6db3"}
 NOTE = (
@@ -82,7 +84,7 @@ class Cell:
     seed: int
 
 
-def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
+def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
     assert setup.data is not None
     nets, epochs = NETS[setup.data.name], EPOCHS[setup.data.name]
     if setup.quick:
@@ -91,7 +93,10 @@ def plan(setup: Setup, known: Sequence[Record]) -> list[Cell]:
 
 
 def run(cell: Cell, setup: Setup) -> dict[str, Any]:
-    """Train, keep both checkpoints in the scratch folder, and score them and their corrections on the test images."""
+    """Train a net, and score its checkpoints and their corrections on the test images.
+
+    Both checkpoints stay in the scratch folder.
+    """
     assert setup.data is not None
     limit = QUICK_IMAGES if setup.quick else None
     sets = load_sets(setup.data, seed=cell.seed, digits_train=DIGITS_TRAIN, limit=limit).to(setup.device)
@@ -100,7 +105,7 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     with _array(sets.train, folder) as data:
         return {
             when: {"before": asdict(_score(cell, sets, torch.load(file, weights_only=True), setup.device))}
-            | {method: asdict(_corrected(cell, sets, file, data, method, setup.device)) for method in METHODS}
+            | {method: asdict(_score_corrected(cell, sets, file, data, method, setup.device)) for method in METHODS}
             for when, file in checkpoints.items()
         }
 
@@ -146,7 +151,7 @@ def _array(part: Part, folder: Path) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _corrected(cell: Cell, sets: Sets, checkpoint: Path, data: Path, method: str, device: str) -> Score:
+def _score_corrected(cell: Cell, sets: Sets, checkpoint: Path, data: Path, method: str, device: str) -> Score:
     """The score of what ``ckpt-fix bn-reestimate`` makes of a checkpoint."""
     output = checkpoint.with_suffix(f".{method}.safetensors")
     words = [str(checkpoint), "--data", str(data), "-o", str(output), "--estimator", method, *FLAGS]
@@ -177,7 +182,7 @@ def section(records: Sequence[Record]) -> str:
 def _row(net: Net, records: Sequence[Record], when: str, method: str) -> list[str]:
     before, after = ([record.found[when][key] for record in records] for key in ("before", method))
     errors = [[score["error"] for score in scores] for scores in (before, after)]
-    change = paired(errors[1], errors[0])
+    change = paired_difference(errors[1], errors[0])
     paper = PAPER.get((records[0].data, *net), {}).get(when)
     return [
         f"L = {net[0]}, k = {net[1]}, keep {net[2]:g}",
@@ -204,8 +209,8 @@ def picture(records: Sequence[Record]) -> Figure:
         of_one = select(records, depth=net[0], growth=net[1], keep=net[2])
         for place, method in enumerate(METHODS):
             for shift, (when, colour) in zip((-0.15, 0.15), SHADES.items(), strict=True):
-                found = [record.found[when] for record in of_one]
-                changes = [scores[method]["error"] - scores["before"]["error"] for scores in found]
+                values_at = [record.found[when] for record in of_one]
+                changes = [scores[method]["error"] - scores["before"]["error"] for scores in values_at]
                 label = when if not place else None
                 panel.plot([place + shift] * len(changes), changes, "o", ms=4, alpha=0.6, color=colour, label=label)
         panel.axhline(0, color="black", linewidth=0.8)

@@ -28,20 +28,31 @@ class Verdict(StrEnum):
         return f"not run here: {why}"
 
 
-def of_number(found: float, printed: str, *, near: float = 0.05) -> Verdict:
-    """Reproduced: it rounds to what is printed. Same direction: off by no more than ``near`` of it."""
+def of_number(value: float, printed: str, *, near: float = 0.05) -> Verdict:
+    """Judge a number: reproduced if it rounds to what is printed in the paper.
+
+    It has the same direction if it is off by no more than the share `near`.
+    """
     digits = len(printed.partition(".")[2])
-    if f"{found:.{digits}f}" == f"{float(printed):.{digits}f}":
+    if f"{value:.{digits}f}" == f"{float(printed):.{digits}f}":
         return Verdict.REPRODUCED
-    return Verdict.DIRECTION if abs(found - float(printed)) <= near * abs(float(printed)) else Verdict.NOT
+    return Verdict.DIRECTION if abs(value - float(printed)) <= near * abs(float(printed)) else Verdict.NOT
 
 
 def of_differences(differences: Iterable[Difference], *, falls: bool = True) -> Verdict:
-    """Reproduced: all have the paper's sign with p < 0.05. Same direction: all have the sign."""
-    found = list(differences)
-    if not found or not all(math.isfinite(one.value) and (one.value < 0) == falls and one.value for one in found):
+    """Judge differences: reproduced if all have the paper's sign with p < 0.05.
+
+    They have the same direction if all have the sign.
+    """
+    all_differences = list(differences)
+    if not all_differences or not all(
+        math.isfinite(difference.value) and (difference.value < 0) == falls and difference.value
+        for difference in all_differences
+    ):
         return Verdict.NOT
-    return Verdict.REPRODUCED if all(one.p < SIGNIFICANT for one in found) else Verdict.DIRECTION
+    return (
+        Verdict.REPRODUCED if all(difference.p < SIGNIFICANT for difference in all_differences) else Verdict.DIRECTION
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -55,7 +66,7 @@ def provenance(records: Sequence[Record]) -> str:
     data = " and ".join(distinct(records, lambda record: record.data))
     seeds = len({record.cell.seed for record in records})
     devices = ", ".join(distinct(records, lambda record: record.device))
-    versions = "; ".join(distinct(records, lambda one: ", ".join(f"{k} {v}" for k, v in one.versions.items())))
+    versions = "; ".join(distinct(records, lambda record: ", ".join(f"{k} {v}" for k, v in record.versions.items())))
     seconds = sum(record.seconds for record in records)
     quick = "A quick run, which proves nothing: " if any(record.quick for record in records) else ""
     on = f"on {data}, " if data else ""
@@ -70,26 +81,29 @@ def _time(seconds: float) -> str:
 
 
 def section(experiment: Experiment, out: Path) -> str:
-    """An experiment's part of the page: a heading, and for every data set what was run, pictures and tables."""
-    known = experiment.read(out)
+    """Render an experiment's part of the page.
+
+    It has a heading, and for every data set what was run, pictures and tables.
+    """
+    all_records = experiment.read(out)
     parts = [f"## {experiment.title}", experiment.paper]
-    for data, quick in distinct(known, lambda record: (record.data, record.quick)):
-        of_one = [record for record in known if (record.data, record.quick) == (data, quick)]
+    for data, quick in distinct(all_records, lambda record: (record.data, record.quick)):
+        of_data_set = [record for record in all_records if (record.data, record.quick) == (data, quick)]
         parts += [f"### On {data}"] if data else []
-        parts += [provenance(of_one)]
+        parts += [provenance(of_data_set)]
         parts += [f"![{stem}](results/{picture_name(stem, data)}.png)" for stem in experiment.pictures]
-        parts += [experiment.section(of_one)]
-    return "\n\n".join([*parts, *_missing(experiment, {record.data for record in known})])
+        parts += [experiment.section(of_data_set)]
+    return "\n\n".join([*parts, *_missing(experiment, {record.data for record in all_records})])
 
 
-def _missing(experiment: Experiment, known: set[str]) -> list[str]:
+def _missing(experiment: Experiment, finished: set[str]) -> list[str]:
     """What was not run, and how to."""
     command = f"scripts/run reproduce {experiment.name}"
-    missing = [f"{command} --data {name}:DIR" for name in experiment.data if name not in known]
+    missing = [f"{command} --data {name}:DIR" for name in experiment.data if name not in finished]
     if missing:
-        commands = ", ".join(f"`{one}`" for one in missing)
+        commands = ", ".join(f"`{command_line}`" for command_line in missing)
         return [f"Full protocol, {Verdict.not_run('the data set is not on this machine')}. {commands}."]
-    return [] if known else [f"Not run yet: `{command}`."]
+    return [] if finished else [f"Not run yet: `{command}`."]
 
 
 _HEAD = """# The paper's tables and figures, run again

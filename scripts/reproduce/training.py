@@ -22,9 +22,10 @@ EVALUATION_BATCH = 500
 class Recipe:
     """How to train.
 
-    The rate is divided by ten at each of ``drops``, fractions of the training. ``weight_decay`` times a weight is added
-    to its gradient, in Adam, too. ``forget``: every so many epochs the optimizer's momentum is set to zero; 0: never.
-    ``augment``: images are mirrored and shifted at random.
+    The rate is divided by ten at each of ``drops``, fractions of the training. ``weight_decay``
+    times a weight is added to its gradient, in Adam, too. ``forget``: every so many epochs the
+    optimizer's momentum is set to zero; 0: never. ``augment``: images are mirrored and shifted at
+    random.
     """
 
     optimizer: str  # of OPTIMIZERS
@@ -74,20 +75,22 @@ def train(
 ) -> list[Measured]:
     """Train ``model`` where its parameters are, and tell what every epoch was like.
 
-    ``loss`` is the mean over an epoch in nats, with dropout, ``gradient`` the mean norm of the watched weight's
-    gradient over its batches, both infinite once the loss is not finite; a net that has diverged is trained no further.
-    What ``each`` says of the model after an epoch (number of epochs done) goes along.
+    ``loss`` is the mean over an epoch in nats, with dropout, ``gradient`` the mean norm of the
+    watched weight's gradient over its batches, both infinite once the loss is not finite; a net
+    that has diverged is trained no further. What ``each`` says of the model after an epoch (number
+    of epochs done) goes along.
 
-    The batches' order and the dropout of an epoch depend on ``seed`` and the epoch's number alone. A training that was
-    interrupted goes on from its state in ``scratch``, where ``cell`` tells it from others.
+    The batches' order and the dropout of an epoch depend on ``seed`` and the epoch's number alone.
+    A training that was interrupted goes on from its state in ``scratch``, where ``cell`` tells it
+    from others.
     """
     optimizer = OPTIMIZERS[recipe.optimizer](model, recipe)
     training = Training(scratch, cell, model=model, optimizer=optimizer)
     history: list[Measured] = training.notes.setdefault("history", [])
     for number in training.epochs(recipe.epochs):
         diverged = bool(history) and not math.isfinite(history[-1]["loss"])
-        found = DIVERGED if diverged else _epoch(model, data, recipe, optimizer, watched, seed, number)
-        history.append({**found, **each(number + 1)})
+        measurements = DIVERGED if diverged else _epoch(model, data, recipe, optimizer, watched, seed, number)
+        history.append({**measurements, **each(number + 1)})
     return history
 
 
@@ -101,8 +104,8 @@ def score(model: nn.Module, data: Part) -> Score:
     return Score(100 * wrong, nll if math.isfinite(nll) else math.inf)
 
 
-def augmented(images: Tensor) -> Tensor:
-    """Each image (C, H, W) mirrored with probability ½, then cropped at random out of itself within zeros."""
+def mirror_and_crop(images: Tensor) -> Tensor:
+    """Mirror each image (C, H, W) with probability ½, then crop it at random within zeros."""
     count, channels, height, width = images.shape
     device = images.device
     mirror = torch.rand(count, 1, 1, 1, device=device) < 0.5
@@ -134,7 +137,7 @@ def _epoch(
     steps = 0
     for images, labels in _batches(data, recipe.batch):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(augmented(images) if recipe.augment else images), labels)
+        loss = F.cross_entropy(model(mirror_and_crop(images) if recipe.augment else images), labels)
         loss.backward()
         assert watched.grad is not None
         total = total + loss.detach() * len(labels)

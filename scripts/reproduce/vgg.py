@@ -1,9 +1,10 @@
 """The VGG variant of section 2.3.2, and the initialisations it is trained from.
 
-Stacks of 3×3 convolutions (2 × 64, 2 × 128, 3 × 256, 3 × 512, 3 × 512), a max pooling behind each, two linear layers
-of 512, ReLU everywhere, no BatchNorm. Kept are 70 % of the neurons of the first layer, 60 % of those of layer 3 and of
-the first two layers of the last three stacks, 50 % of those of the linear layers. (The authors' published script has
-one linear layer of 512, and dropout before it; the text is followed here.)
+Stacks of 3×3 convolutions (2 × 64, 2 × 128, 3 × 256, 3 × 512, 3 × 512), a max pooling behind each,
+two linear layers of 512, ReLU everywhere, no BatchNorm. Kept are 70 % of the neurons of the first
+layer, 60 % of those of layer 3 and of the first two layers of the last three stacks, 50 % of those
+of the linear layers. (The authors' published script has one linear layer of 512, and dropout before
+it; the text is followed here.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ SIZE = 32  # of the images; five poolings leave one position
 
 
 def vgg(classes: int = 10, channels: int = 3, width: float = 1.0) -> nn.Sequential:
-    """Images (N, channels, 32, 32) → logits (N, classes). ``width`` multiplies every number of channels and neurons."""
+    """Images (N, channels, 32, 32) → logits (N, classes).
+
+    `width` multiplies every number of channels and neurons.
+    """
     layers: list[nn.Module] = []
     for full, keeps in STACKS:
         outside = round(full * width)
@@ -46,7 +50,7 @@ def _ours(model: nn.Module, images: Tensor, seed: int) -> None:
     rewrite_init(model, images, rule="paper", backward_term="off", seed=seed)
 
 
-def _filled(fill: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor, int], None]:
+def _fill_with(fill: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor, int], None]:
     def initialise(model: nn.Module, images: Tensor, seed: int) -> None:
         torch.manual_seed(seed)
         for layer in model.modules():
@@ -59,6 +63,6 @@ def _filled(fill: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor, in
 
 INITIALISATIONS: Mapping[str, Callable[[nn.Module, Tensor, int], None]] = {
     "ours": _ours,
-    "He": _filled(lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu")),
-    "Xavier": _filled(nn.init.xavier_uniform_),
+    "He": _fill_with(lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu")),
+    "Xavier": _fill_with(nn.init.xavier_uniform_),
 }

@@ -1,9 +1,9 @@
 """Kill runs at random moments, and look at what is left.
 
-kill -9, SIGTERM and SIGINT, spread over all of a run's life and, more densely, over the time in which it writes.
-After each: every output is absent, or what it was, or byte for byte that of an undisturbed run; the sources are
-untouched; and the next run leaves the folder as an undisturbed one would. Equal seeds give equal kills, but for the
-machine's pace.
+kill -9, SIGTERM and SIGINT, spread over all of a run's life and, more densely, over the time in
+which it writes. After each: every output is absent, or what it was, or byte for byte that of an
+undisturbed run; the sources are untouched; and the next run leaves the folder as an undisturbed one
+would. Equal seeds give equal kills, but for the machine's pace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from stress.trials import Stress, stressed
+from stress.trials import Stress, run_trials
 
 
 @click.command(help=__doc__)
@@ -28,7 +28,7 @@ def main(kills: int, seed: int) -> None:
     tqdm.monitor_interval = 0  # no thread in a process that forks
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="stress-") as folder, tqdm(total=kills, unit="kill") as bar:
-        book = stressed(Stress(Path(folder)), kills, seed, lambda done: bar.update(done - bar.n))
+        book = run_trials(Stress(Path(folder)), kills, seed, lambda done: bar.update(done - bar.n))
     for failure in book.failures:
         print(failure)
     print(book.summary(time.perf_counter() - started))

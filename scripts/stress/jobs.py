@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["JOBS", "Job", "command", "digest", "give", "is_whole_report", "whole"]
+__all__ = ["JOBS", "Job", "command", "digest", "give", "hash_outputs", "is_whole_report"]
 
 _CLASSES = 40_000  # a head that no forward runs, so that the files are a few megabytes
 _ARCH = ("--arch", "nets:ResNet", "--model-kwargs", f"classes={_CLASSES}")
@@ -29,7 +29,8 @@ _PASS = (*_ARCH, *_IMAGES, "--batch-size", "32", "--workers", "2", "-q")
 class Job:
     """A command, its outputs with the source of each, and its reports, all below one folder.
 
-    ``earlier``: the outputs are there already, and are replaced. ``resumes``: a second run goes on, and succeeds.
+    ``earlier``: the outputs are there already, and are replaced. ``resumes``: a second run goes on,
+    and succeeds.
     """
 
     name: str
@@ -71,44 +72,50 @@ JOBS = (
 )
 
 
-def give(job: Job, given: Path, folder: Path) -> None:
-    """Fill a new folder with what a job needs; what all jobs share is made in ``given`` once."""
-    if not given.exists():
-        _make(given)
+def give(job: Job, shared_files: Path, folder: Path) -> None:
+    """Fill a new folder with what a job needs.
+
+    What all jobs share is made in `shared_files` once.
+    """
+    if not shared_files.exists():
+        _make(shared_files)
     folder.mkdir()
     for source in job.sources:
         (folder / source).parent.mkdir(exist_ok=True)
-        shutil.copyfile(given / source, folder / source)
+        shutil.copyfile(shared_files / source, folder / source)
     for output in job.outputs if job.earlier else ():
         save_file({"earlier": torch.zeros(3)}, folder / output)
 
 
-def _make(given: Path) -> None:
-    (given / "images").mkdir(parents=True)
+def _make(shared_files: Path) -> None:
+    (shared_files / "images").mkdir(parents=True)
     pixels = [torch.clamp(batch * 40 + 128, 0, 255).byte() for batch in nets.batches((3, 8, 8), count=3)]
     for number, image in enumerate(torch.cat(pixels)):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(given / "images" / f"{number:03}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(shared_files / "images" / f"{number:03}.png")
     data = [(batch / 255 - 0.5) / 0.2 for batch in pixels]
-    (given / "runs").mkdir()
+    (shared_files / "runs").mkdir()
     torch.manual_seed(3)
-    torch.save(nets.ResNet(classes=_CLASSES).state_dict(), given / "fresh.pt")
+    torch.save(nets.ResNet(classes=_CLASSES).state_dict(), shared_files / "fresh.pt")
     for seed, name in enumerate("abc"):
         torch.manual_seed(seed)
         state = nets.trained(nets.ResNet(classes=_CLASSES), data, steps=90).state_dict()
-        torch.save(state, given / "runs" / f"{name}.pt")
-    shutil.copyfile(given / "runs" / "a.pt", given / "a.pt")
-    save_file(torch.load(given / "a.pt"), given / "a.safetensors")
+        torch.save(state, shared_files / "runs" / f"{name}.pt")
+    shutil.copyfile(shared_files / "runs" / "a.pt", shared_files / "a.pt")
+    save_file(torch.load(shared_files / "a.pt"), shared_files / "a.safetensors")
 
 
-def command(job: Job, given: Path) -> list[str]:
+def command(job: Job, shared_files: Path) -> list[str]:
     """The arguments; the data is named by an absolute path, which outputs remember."""
-    return [str(given / "images") if word == "IMAGES" else word for word in job.arguments]
+    return [str(shared_files / "images") if word == "IMAGES" else word for word in job.arguments]
 
 
-def whole(job: Job, given: Path, folder: Path) -> dict[str, str]:
-    """SHA-256 of the outputs of a run that nobody disturbed, once an oracle has found nothing wrong with them."""
+def hash_outputs(job: Job, shared_files: Path, folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the outputs of an undisturbed run.
+
+    An oracle checks the outputs first.
+    """
     for output, source in job.outputs.items():
-        _verify(job, load_file(folder / output), _state(folder / source), given / "images")
+        _verify(job, load_file(folder / output), _state(folder / source), shared_files / "images")
     return {output: digest(folder / output) for output in job.outputs}
 
 
@@ -116,10 +123,10 @@ def _state(path: Path) -> dict[str, Tensor]:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
 
 
-def _verify(job: Job, found: dict[str, Tensor], before: dict[str, Tensor], images: Path) -> None:
+def _verify(job: Job, state: dict[str, Tensor], before: dict[str, Tensor], images: Path) -> None:
     """The right tensors differ, and new variances are those of the data."""
-    assert found.keys() == before.keys()
-    differ = {key for key in before if not torch.equal(found[key], before[key])}
+    assert state.keys() == before.keys()
+    differ = {key for key in before if not torch.equal(state[key], before[key])}
     if job.name == "convert":
         assert not differ
     elif job.name == "init-rewrite":
@@ -127,7 +134,7 @@ def _verify(job: Job, found: dict[str, Tensor], before: dict[str, Tensor], image
     else:
         truth = _variances(before, images)
         assert differ == {f"{name}.running_var" for name in truth}
-        new = {name: found[f"{name}.running_var"] for name in truth}
+        new = {name: state[f"{name}.running_var"] for name in truth}
         assert oracle.relative_difference(new, truth).median() < 0.05
 
 

@@ -17,7 +17,7 @@ import torch
 from ckpt_tools.cli import main
 from stress.jobs import Job, command
 
-__all__ = ["SIGNALS", "WHENS", "End", "Pace", "measured", "run"]
+__all__ = ["SIGNALS", "WHENS", "End", "Pace", "measure_pace", "run"]
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 WHENS = ("any moment", "while writing", "while writing", "when an output appears")
@@ -28,7 +28,7 @@ _TOO_LONG = 120.0  # seconds
 class Pace:
     """Seconds of an undisturbed run: in all, and from its first temporary file to its end."""
 
-    whole: float
+    total: float
     writing: float
 
 
@@ -37,25 +37,27 @@ class End:
     """How a run ended: its exit code (negative: the signal that it died of), and what it said."""
 
     code: int
-    said: str
+    output_text: str
     seconds: float
     writing: float = 0.0  # seconds since the first temporary file appeared
 
 
-def run(job: Job, given: Path, folder: Path) -> End:
+def run(job: Job, shared_files: Path, folder: Path) -> End:
     """Run a job to its end."""
-    with _child(job, given, folder) as child:
-        seen = child.until(lambda: _temporary(folder))
+    with _child(job, shared_files, folder) as child:
+        appeared = child.until(lambda: _temporary(folder))
         child.until(lambda: False)
-        return child.end(time.perf_counter() - seen)
+        return child.end(time.perf_counter() - appeared)
 
 
-def killed(job: Job, given: Path, folder: Path, pace: Pace, number: int, when: str, source: random.Random) -> End:
-    """Send a run the signal with this number, at a moment of this kind."""
+def kill_run(
+    job: Job, shared_files: Path, folder: Path, pace: Pace, number: int, when: str, source: random.Random
+) -> End:
+    """Send a run the signal `number`, at a moment of the kind `when`."""
     there = {output: _inode(folder / output) for output in job.outputs}
-    with _child(job, given, folder) as child:
+    with _child(job, shared_files, folder) as child:
         if when == "any moment":
-            child.wait(source.uniform(0, pace.whole))
+            child.wait(source.uniform(0, pace.total))
         elif when == "while writing":
             child.until(lambda: _temporary(folder))
             child.wait(source.uniform(0, pace.writing))
@@ -68,23 +70,23 @@ def killed(job: Job, given: Path, folder: Path, pace: Pace, number: int, when: s
         return child.end()
 
 
-def measured(job: Job, given: Path, make: Callable[[], Path], times: int = 3) -> Pace:
+def measure_pace(job: Job, shared_files: Path, make: Callable[[], Path], times: int = 3) -> Pace:
     """The pace of a job: the median of some runs, each in a new folder."""
-    ends = [run(job, given, make()) for _ in range(times)]
-    assert all(end.code == 0 for end in ends), ends[0].said
+    ends = [run(job, shared_files, make()) for _ in range(times)]
+    assert all(end.code == 0 for end in ends), ends[0].output_text
     middle = times // 2
     return Pace(sorted(end.seconds for end in ends)[middle], sorted(end.writing for end in ends)[middle])
 
 
 class _Child:
-    def __init__(self, process: int, said: Path) -> None:
-        self._process, self._said = process, said
+    def __init__(self, process: int, output_text: Path) -> None:
+        self._process, self._output = process, output_text
         self._started = time.perf_counter()
         self._status: int | None = None
 
-    def until(self, seen: Callable[[], bool]) -> float:
+    def until(self, is_seen: Callable[[], bool]) -> float:
         """Watch until something is seen, or the child has ended; when that was."""
-        while not self._ended() and not seen():
+        while not self._has_ended() and not is_seen():
             time.sleep(0.0002)
             if time.perf_counter() - self._started > _TOO_LONG:
                 self.send(signal.SIGKILL)
@@ -96,16 +98,16 @@ class _Child:
 
     def send(self, number: int) -> None:
         """Send a signal, unless the child has ended."""
-        if not self._ended():
+        if not self._has_ended():
             os.kill(self._process, number)
 
     def end(self, writing: float = 0.0) -> End:
         """How it ended."""
         assert self._status is not None
         code = os.waitstatus_to_exitcode(self._status)
-        return End(code, self._said.read_text(errors="replace"), time.perf_counter() - self._started, writing)
+        return End(code, self._output.read_text(errors="replace"), time.perf_counter() - self._started, writing)
 
-    def _ended(self) -> bool:
+    def _has_ended(self) -> bool:
         if self._status is None:
             process, status = os.waitpid(self._process, os.WNOHANG)
             self._status = status if process else None
@@ -113,16 +115,17 @@ class _Child:
 
 
 @contextlib.contextmanager
-def _child(job: Job, given: Path, folder: Path) -> Iterator[_Child]:
-    said = folder.with_suffix(".txt")
-    said.touch()  # the child may not live long enough
-    # an interrupt before the child has its own handlers would take it through what its parent cleans up
+def _child(job: Job, shared_files: Path, folder: Path) -> Iterator[_Child]:
+    output_text = folder.with_suffix(".txt")
+    output_text.touch()  # the child may not live long enough
+    # an interrupt before the child has its own handlers would take it through what its parent
+    # cleans up
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     process = os.fork()
     if process == 0:
-        _be(job, given, folder, said)
+        _be(job, shared_files, folder, output_text)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    child = _Child(process, said)
+    child = _Child(process, output_text)
     try:
         yield child
     finally:
@@ -130,7 +133,7 @@ def _child(job: Job, given: Path, folder: Path) -> Iterator[_Child]:
         child.until(lambda: False)
 
 
-def _be(job: Job, given: Path, folder: Path, said: Path) -> None:
+def _be(job: Job, shared_files: Path, folder: Path, output_text: Path) -> None:
     """Run the command line in this process, which ends with it."""
     code = 70  # what the tool never says
     try:
@@ -140,10 +143,10 @@ def _be(job: Job, given: Path, folder: Path, said: Path) -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             os.chdir(folder)
             for number in (1, 2):
-                os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), number)
+                os.dup2(os.open(output_text, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             torch.set_num_threads(1)
-            main(command(job, given))
+            main(command(job, shared_files))
         except SystemExit as ending:
             code = ending.code if isinstance(ending.code, int) else 1
     except KeyboardInterrupt:

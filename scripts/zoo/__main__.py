@@ -31,7 +31,7 @@ from ckpt_tools import plugins
 from ckpt_tools.identify.loading import load_architecture
 from ckpt_tools.walker.downstream import walk
 from zoo.initialisation import init_one, summary
-from zoo.models import Checked, architectures, brief, build, checked, example
+from zoo.models import Checked, architectures, brief, build, check_all, example
 
 LARGEST = 300_000_000  # parameters of a model that --run and --init still take: it is held in memory twice
 
@@ -47,14 +47,14 @@ class Walked(Checked):
     seconds: float = 0.0
 
 
-def normalised(model: nn.Module) -> bool:
+def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
 
 
 def walk_one(architecture: str) -> Walked:
     try:
         model, spec = build(architecture)
-        if not normalised(model):
+        if not has_batch_norm(model):
             return Walked(architecture)
         parameters = sum(parameter.numel() for parameter in model.parameters())
     except Exception as error:
@@ -62,16 +62,16 @@ def walk_one(architecture: str) -> Walked:
     started = time.perf_counter()
     try:
         loaded = load_architecture(architecture)
-        found = walk(loaded.model, example(loaded.model, spec), probe=loaded.probe)
+        graph = walk(loaded.model, example(loaded.model, spec), probe=loaded.probe)
     except Exception as error:
         return Walked(architecture, failure=brief(error), layers=-1)
     return Walked(
         architecture,
         "",
-        len(found.batch_norms),
+        len(graph.batch_norms),
         parameters,
-        sum(bool(layer.downstream_of or layer.potentially_downstream_of) for layer in found.batch_norms),
-        found.device,
+        sum(bool(layer.downstream_of or layer.potentially_downstream_of) for layer in graph.batch_norms),
+        graph.device,
         time.perf_counter() - started,
     )
 
@@ -120,28 +120,29 @@ def main(only: str, jobs: int, init: bool, runs: int, seed: int, log: Path | Non
     names = sorted(set(architectures(only)) - done)
     random.Random(seed).shuffle(names)  # a run that is cut off has seen models of every family
     check = functools.partial(init_one, largest=LARGEST) if init else walk_one
-    found = checked(check, names, jobs, log)
-    for one in found:
-        if one.failure:
-            print(f"FAILED {one.architecture}: {one.failure}")
-    failed = sum(bool(one.failure) for one in found)
+    results = check_all(check, names, jobs, log)
+    for result in results:
+        if result.failure:
+            print(f"FAILED {result.architecture}: {result.failure}")
+    failed = sum(bool(result.failure) for result in results)
     if init:
-        print(summary(found))
+        print(summary(results))
     else:
-        good = [one for one in found if not one.failure and one.layers]
-        print(f"{len(found)} models, {len(good) + failed} with BatchNorm, {len(good)} walked, {failed} failed")
+        good = [result for result in results if not result.failure and result.layers]
+        print(f"{len(results)} models, {len(good) + failed} with BatchNorm, {len(good)} walked, {failed} failed")
         if good:
             print(walked_line(good))
         if runs:
-            failed += run_some([one.architecture for one in good if one.parameters <= LARGEST], runs, seed)
+            failed += run_some([result.architecture for result in good if result.parameters <= LARGEST], runs, seed)
     sys.exit(1 if failed else 0)
 
 
 def walked_line(good: list[Walked]) -> str:
-    seconds = sorted(one.seconds for one in good)
+    seconds = sorted(result.seconds for result in good)
     return (
-        f"{sum(one.layers for one in good)} BN layers, {sum(one.reachable for one in good)} within reach of "
-        f"dropout; {sum(one.device == 'meta' for one in good)} models on meta tensors; "
+        f"{sum(result.layers for result in good)} BN layers, "
+        f"{sum(result.reachable for result in good)} within reach of "
+        f"dropout; {sum(result.device == 'meta' for result in good)} models on meta tensors; "
         f"median {seconds[len(seconds) // 2]:.2f} s for building and walking"
     )
 

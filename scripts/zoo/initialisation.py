@@ -1,4 +1,4 @@
-"""`scripts/run zoo --init`: rewrite a model's weights, write them, load them, run them, and look at the table."""
+"""`scripts/run zoo --init`: rewrite a model's weights, write and load them, and run the model."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def check(loaded: LoadedModel) -> InitRewrite:
     with tempfile.TemporaryDirectory(prefix="zoo-init-") as folder:
         path = Path(folder) / "init.safetensors"
         write_initialized(path, loaded, result)
-        said = checkpoint_provenance(read_checkpoint(path)) or {}
+        recorded = checkpoint_provenance(read_checkpoint(path)) or {}
         scramble(model)
         fill_model(
             model, read_checkpoint(path), loaded.recipe.architecture
         )  # strict; mnasnet needs its version metadata
     assert digests(model) == after, "the file does not bring back the model"
     changed = {key for key in before if before[key] != after[key]}
-    rewritten, zeroed = said["rewritten"], said["zeroed"]
+    rewritten, zeroed = recorded["rewritten"], recorded["zeroed"]
     assert isinstance(rewritten, list)
     assert isinstance(zeroed, list)
     assert changed <= {*rewritten, *zeroed}, f"changed but not listed: {sorted(changed - {*rewritten, *zeroed})[:3]}"
@@ -91,8 +91,8 @@ def check(loaded: LoadedModel) -> InitRewrite:
 def weight_keys(model: nn.Module) -> set[str]:
     """Every linear or convolutional weight, a tied one under its first name."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = [module for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))]
-    return {first[id(weight)] for module in own if (weight := module._parameters.get("weight")) is not None}
+    weighted = [module for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))]
+    return {first[id(weight)] for module in weighted if (weight := module._parameters.get("weight")) is not None}
 
 
 def call_once(loaded: LoadedModel) -> object:
@@ -119,17 +119,17 @@ def scramble(model: nn.Module) -> None:
             value.fill_(float("nan") if value.is_floating_point() else 0)
 
 
-def summary(found: list[Checked]) -> str:
-    tried = [one for one in found if isinstance(one, Initialized)]
-    good = [one for one in tried if not one.failure and not one.skipped]
-    seconds = sorted(one.seconds for one in good) or [0.0]
+def summary(results: list[Checked]) -> str:
+    tried = [result for result in results if isinstance(result, Initialized)]
+    good = [result for result in tried if not result.failure and not result.skipped]
+    seconds = sorted(result.seconds for result in good) or [0.0]
     reasons: Counter[str] = Counter()
-    for one in good:
-        reasons.update(one.left)
+    for result in good:
+        reasons.update(result.left)
     lines = [
-        f"{len(found)} models, {sum(bool(one.skipped) for one in tried)} too large, {len(good)} initialised, "
-        f"{sum(bool(one.failure) for one in found)} failed",
-        f"{sum(one.rewritten for one in good):,} weights rewritten, {sum(reasons.values()):,} left; "
+        f"{len(results)} models, {sum(bool(result.skipped) for result in tried)} too large, {len(good)} initialised, "
+        f"{sum(bool(result.failure) for result in results)} failed",
+        f"{sum(result.rewritten for result in good):,} weights rewritten, {sum(reasons.values()):,} left; "
         f"median {seconds[len(seconds) // 2]:.2f} s, longest {seconds[-1]:.1f} s for a model",
         *(f"  left, {count:,} in all: {reason}" for reason, count in reasons.most_common()),
     ]

@@ -65,7 +65,11 @@ def example(
 ) -> object:
     """The input, or every input that the forward cannot do without (RAFT wants two images)."""
     shape = spec.shape if spec is not None else (3, 224, 224)
-    required = [name for name, one in inspect.signature(model.forward).parameters.items() if one.default is one.empty]
+    required = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is parameter.empty
+    ]
     named = [name for name in required if name not in ("args", "kwargs")]
     return {name: make(samples, *shape) for name in named} if len(named) > 1 else make(samples, *shape)
 
@@ -74,21 +78,28 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:240]
 
 
-def checked(check: Check, names: list[str], jobs: int, log: Path | None) -> list[Any]:
-    """What ``check`` says of every model, sorted by name; with ``log``, a JSON line for each as soon as it is known."""
-    found = []
+def check_all(check: Check, names: list[str], jobs: int, log: Path | None) -> list[Any]:
+    """Return the result of `check` for every model, sorted by name.
+
+    With `log`, a JSON line is written for each as soon as it is there.
+    """
+    results = []
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(log.open("a")) if log else None
-        for one in tqdm(_in_processes(check, names, jobs), total=len(names), unit="model", file=sys.stderr):
-            found.append(one)
+        for result in tqdm(_in_processes(check, names, jobs), total=len(names), unit="model", file=sys.stderr):
+            results.append(result)
             if lines:
-                print(json.dumps(asdict(one)), file=lines, flush=True)
-    return sorted(found, key=lambda one: one.architecture)
+                print(json.dumps(asdict(result)), file=lines, flush=True)
+    return sorted(results, key=lambda result: result.architecture)
 
 
 def _in_processes(check: Check, names: Iterable[str], jobs: int) -> Iterator[Checked]:
-    """Run every check in a process of its own: a model that runs out of memory takes nothing else with it."""
-    # Forked after the imports: a fresh interpreter a model would import torch, timm and torchvision again.
+    """Run every check in a process of its own.
+
+    A model that runs out of memory takes nothing else with it.
+    """
+    # Forked after the imports: a fresh interpreter a model would import torch, timm and torchvision
+    # again.
     context, waiting = get_context("fork"), iter(names)
     running: dict[Connection, tuple[str, Any, float]] = {}
     while True:
@@ -108,7 +119,7 @@ def _in_processes(check: Check, names: Iterable[str], jobs: int) -> Iterator[Che
             del running[receiver]
             if receiver not in ready:
                 process.kill()
-            yield _received(receiver, name, process, late)
+            yield _receive(receiver, name, process, late)
 
 
 def _answer(check: Check, name: str, sender: Connection) -> None:
@@ -122,7 +133,7 @@ def _answer(check: Check, name: str, sender: Connection) -> None:
         sender.send(Checked(name, brief(error)))
 
 
-def _received(receiver: Connection, name: str, process: Any, late: bool) -> Any:
+def _receive(receiver: Connection, name: str, process: Any, late: bool) -> Any:
     try:
         with receiver:
             return receiver.recv()

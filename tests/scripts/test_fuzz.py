@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fuzz import cases
-from fuzz.cases import Case, Hang, limited, made, plan_cases, run, written
+from fuzz.cases import Case, Hang, limit_time, make_files, plan_cases, run, write_files
 from fuzz.readers import READERS
 from fuzz.seeds import seeds
 
@@ -23,7 +23,7 @@ def test_seeds_are_read(tmp_path: Path, reader: str) -> None:
     for number, seed in enumerate(found):
         if (reader, number) not in REFUSED:
             with warnings.catch_warnings(action="ignore"):
-                READERS[reader](written(seed, tmp_path / "case"))
+                READERS[reader](write_files(seed, tmp_path / "case"))
 
 
 def test_a_thousand_cases(tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_a_thousand_cases(tmp_path: Path) -> None:
 
 def test_a_case_is_the_same_again() -> None:
     for reader in ("torch.save", "safetensors", "images", "hub"):
-        assert made(Case(reader, 3)) == made(Case(reader, 3))
-        assert len({str(made(Case(reader, number)).files) for number in range(20)}) > 10
+        assert make_files(Case(reader, 3)) == make_files(Case(reader, 3))
+        assert len({str(make_files(Case(reader, number)).files) for number in range(20)}) > 10
 
 
 def test_what_goes_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_what_goes_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_limit_is_lifted_afterwards() -> None:
-    with limited():
+    with limit_time():
         pass
-    with pytest.raises(Hang), limited():
+    with pytest.raises(Hang), limit_time():
         raise Hang

@@ -14,7 +14,7 @@ from scipy import stats
 
 from reproduce import EXPERIMENTS, figure1, figure2, figure5, find, table1
 from reproduce.__main__ import main
-from reproduce.estimates import Difference, mean, paired
+from reproduce.estimates import Difference, mean, paired_difference
 from reproduce.experiment import HOME, Experiment
 from reproduce.tables import Verdict, of_differences, of_number, section, write_page
 
@@ -147,12 +147,12 @@ def test_statistics() -> None:
     for count in (2, 3, 5, 8, 30):
         before = source.normal(size=count)
         after = before + source.normal(0.4, 1, size=count)
-        ours, truth = paired(list(after), list(before)), stats.ttest_rel(after, before)
+        ours, truth = paired_difference(list(after), list(before)), stats.ttest_rel(after, before)
         assert ours.p == pytest.approx(truth.pvalue, rel=1e-6)
         assert ours.value / ours.error == pytest.approx(truth.statistic)
         assert mean(list(after)).error == pytest.approx(stats.sem(after))
-    assert paired([1.0, 2.0], [0.0, 1.0]).p == 0
-    assert math.isnan(paired([1.0], [0.0]).p)
+    assert paired_difference([1.0, 2.0], [0.0, 1.0]).p == 0
+    assert math.isnan(paired_difference([1.0], [0.0]).p)
     assert mean([1.0]).text() == "1.00"
     with pytest.raises(ValueError, match="at least one value"):
         mean([])

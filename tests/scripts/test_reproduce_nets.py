@@ -18,7 +18,7 @@ from reproduce.command import command
 from reproduce.densenet import densenet
 from reproduce.experiment import Setup
 from reproduce.sets import Part, Spec
-from reproduce.training import Recipe, augmented, train
+from reproduce.training import Recipe, mirror_and_crop, train
 from reproduce.vgg import INITIALISATIONS, vgg
 
 RNG = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def test_the_rate_falls_where_the_papers_say():
 
 def test_augmented_images_are_crops_of_the_image_or_of_its_mirror_image():
     images = torch.arange(1.0, 65.0).reshape(1, 1, 8, 8).repeat(20, 1, 1, 1)
-    for image in augmented(images):
+    for image in mirror_and_crop(images):
         kept = image[0][image[0] > 0]
         assert len(kept) >= 16
         rows = [row[row > 0] for row in image[0] if (row > 0).any()]
@@ -224,7 +224,7 @@ def test_quick_figure4_and_figure3_share_their_trainings(tmp_path):
 
 def test_figure4_by_its_full_protocol(tmp_path, monkeypatch):
     monkeypatch.setattr(figure4, "FULL", figure4.Size(1 / 32, 2, 64))
-    monkeypatch.setattr(figure4, "drawn_rates", lambda: (0.02,))
+    monkeypatch.setattr(figure4, "draw_rates", lambda: (0.02,))
     monkeypatch.setattr(figure4, "RATES", {"Nesterov": (1e-2,), "Adam": (1e-3,)})
     out = str(tmp_path / "out")
     invoke(figure4.EXPERIMENT, "--data", stored(tmp_path, "cifar10"), "--seeds", "2", "--out", out)

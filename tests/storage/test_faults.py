@@ -67,7 +67,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
 
 def test_twenty_kills(tmp_path: Path) -> None:
     jobs = tuple(job for job in trials.JOBS if job.name in ("one .safetensors", "overwrite, report", "convert"))
-    book = trials.stressed(trials.Stress(tmp_path, jobs), 20, seed=0)
+    book = trials.run_trials(trials.Stress(tmp_path, jobs), 20, seed=0)
     assert not book.failures, book.failures[0]
     assert book.kills.total() == 20
 

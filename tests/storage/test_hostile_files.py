@@ -35,7 +35,7 @@ from ckpt_tools.storage.contents.averaged_copies import find_averaged_copies
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.storage.tensor_bytes import raw_bytes
-from fuzz.cases import limited
+from fuzz.cases import limit_time
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ from fuzz.cases import limited
 @pytest.mark.parametrize("label", FILES)
 def test_checkpoints(tmp_path: Path, label: str) -> None:
     (tmp_path / "x.pt").write_bytes(FILES[label]())
-    with limited(), contextlib.suppress(CheckpointError):
+    with limit_time(), contextlib.suppress(CheckpointError):
         read_checkpoint(tmp_path / "x.pt")
 
 
@@ -52,7 +52,7 @@ def test_keys_that_all_sound_like_averages() -> None:
     flat = {f"ema{i}.w": one for i in range(20_000)} | {f"a.{i}.running_var": one for i in range(10)}
     nested = {f"ema.{i}.w": one for i in range(20_000)} | {f"a{i}.w": one for i in range(20_000)}
     for state in (flat, nested):
-        with limited():
+        with limit_time():
             assert find_averaged_copies(state) == []
 
 
@@ -69,7 +69,7 @@ def test_metadata_that_unfolds_without_end(tmp_path: Path) -> None:
     kind = "torch.distributed.checkpoint.metadata."
     state = {"state_dict_metadata": {"w": body}, "storage_data": {}, "planner_data": None}
     (tmp_path / ".metadata").write_bytes(whole(call(f"{kind}Metadata") + value(state) + b"b"))
-    with limited(), pytest.raises(CheckpointError, match="metadata"):
+    with limit_time(), pytest.raises(CheckpointError, match="metadata"):
         read_checkpoint(tmp_path)
     assert lists
 
@@ -96,7 +96,7 @@ def test_one_number_with_a_stride_is_bytes() -> None:
 def test_arrays(tmp_path: Path, label: str) -> None:
     file, make = ARRAYS[label]
     (tmp_path / file).write_bytes(make())
-    with limited(), pytest.raises(DataError, match=file.replace(".", r"\.")):
+    with limit_time(), pytest.raises(DataError, match=file.replace(".", r"\.")):
         list(open_source(str(tmp_path / file)).batches(None, batch_size=2))
 
 
@@ -113,7 +113,7 @@ def test_cifar_is_read_without_numpys_pickles(tmp_path: Path) -> None:
     ):
         (tmp_path / "cifar-100-python").mkdir(exist_ok=True)
         (tmp_path / "cifar-100-python" / "train").write_bytes(content)
-        with limited(), pytest.raises(DataError):
+        with limit_time(), pytest.raises(DataError):
             array_labels(open_source(f"cifar100:{tmp_path}").array)
 
 
@@ -154,7 +154,7 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(9000, 9000), (1, 2000), (2000, 1), (1 << 31, 1 << 31), (0, 5)])
 def test_images_that_would_grow(tmp_path: Path, size: tuple[int, int]) -> None:
     (tmp_path / "a.png").write_bytes(png(*size))
-    with limited(), pytest.raises(DataError, match=r"a\.png"):
+    with limit_time(), pytest.raises(DataError, match=r"a\.png"):
         list(open_source(str(tmp_path)).batches(InputSpec((3, 224, 224)), batch_size=2, workers=0))
 
 
