@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.storage import atomic, digest, layout, patch, transfer, unchanged, write
-from ckpt_tools.storage.mappings import file_mappings
+from ckpt_tools.storage.mappings import FileMappings
 from ckpt_tools.storage.read import read_checkpoint
 from ckpt_tools.storage.write import replace_tensors, save, write_safetensors
 
@@ -468,7 +468,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     lay(tmp_path / "a", {"x": torch.ones(5000), "y": torch.ones(5000), "z": torch.ones(5000)})
     (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes())
     one, again, other = (read_checkpoint(tmp_path / name).tensors for name in "aab")
-    mappings = file_mappings()
+    mappings = FileMappings()
     assert mappings.same_place(one["x"], again["x"])
     assert not mappings.same_place(one["x"], one["y"])
     assert not mappings.same_place(one["x"], other["x"])
@@ -476,7 +476,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     assert not mappings.same_place(one["x"][::2], again["x"][::2])
     assert not mappings.same_place(one["x"].clone(), one["x"].clone())
     one["z"][0] = 2
-    assert not file_mappings().same_place(one["x"], again["x"])
+    assert not FileMappings().same_place(one["x"], again["x"])
 
 
 @LINUX
