@@ -13,6 +13,7 @@ from ckpt_tools.cli.output import print_json, print_result
 from ckpt_tools.cli.progress import Bar, EvaluationBar
 from ckpt_tools.cli.together import together
 from ckpt_tools.plain_text import one_line
+from ckpt_tools.reestimate.heap import keep_freed_memory
 from ckpt_tools.remote.mirror import as_urls
 
 if TYPE_CHECKING:  # these import torch
@@ -167,7 +168,7 @@ def bn_reestimate(
         many.reestimate(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
     check_reports(reports, (*many.input_files(request, [first]), request.output))
-    with together(request.device) as team:
+    with together(request.device) as team, keep_freed_memory():
         with options.own_stdout():
             plan = prepare(request, team=team)
         if not as_json and team.speaks:

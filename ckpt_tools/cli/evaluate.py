@@ -10,6 +10,7 @@ import click
 from ckpt_tools.cli import github, options
 from ckpt_tools.cli.output import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar
+from ckpt_tools.reestimate.heap import keep_freed_memory
 from ckpt_tools.remote.mirror import as_urls
 
 
@@ -64,7 +65,7 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
         plan = prepare(request)
     if not as_json:
         print_result(evaluation_plan_text(plan) + "\n")
-    with EvaluationBar(plan.images, hidden=quiet) as bar, options.own_stdout():
+    with EvaluationBar(plan.images, hidden=quiet) as bar, options.own_stdout(), keep_freed_memory():
         outcome = execute(plan, bar)
     facts = as_urls(evaluation_json(outcome))
     if as_json:

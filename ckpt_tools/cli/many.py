@@ -20,6 +20,7 @@ from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.paths import matching_paths
 from ckpt_tools.plain_text import one_line
+from ckpt_tools.reestimate.heap import keep_freed_memory
 from ckpt_tools.remote.delivery import writes_beside
 from ckpt_tools.remote.mirror import as_urls, located
 
@@ -141,7 +142,7 @@ def reestimate(
         log = Manifest(manifest)
         after.callback(log.publish)
         items = tuple(replace(item, in_manifest=log.in_manifest(item.output)) for item in items)
-        with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable():
+        with _Bars(len(items), hidden=quiet) as bars, own_stdout(), terminable(), keep_freed_memory():
             engine.run(items, request, record_of, record, bars.images)
     records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:

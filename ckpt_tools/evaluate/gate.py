@@ -38,7 +38,11 @@ _COMPARISONS: Mapping[str, Callable[[float, float, float], bool]] = {  # NaN sat
     ">=": lambda value, bound, slack: value >= bound - slack,
     ">": lambda value, bound, slack: value > bound + slack,
 }
-_OPERATIONS: Mapping[type, Callable[[float, float], float]] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_OPERATIONS: Mapping[type, Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
 _BEFORE = ("before", *(f"before.{metric}" for metric in METRICS))
 _VOCABULARY = (*METRICS, *_BEFORE, "and", *_COMPARISONS, *"+-*()")
 _SUM = f"a sum of numbers, {', '.join(_BEFORE)}, with + - * and brackets"
@@ -61,7 +65,10 @@ class Condition:
     def failure(self, before: _Values, after: _Values) -> str | None:
         """Return the numbers that break the condition as a message; None if it holds."""
         terms = {f"before.{metric}": value for metric, value in before.items()}
-        value, bound = after[self.metric], _evaluate(self.bound, {**terms, "before": before.get(self.metric, math.nan)})
+        value, bound = (
+            after[self.metric],
+            _evaluate(self.bound, {**terms, "before": before.get(self.metric, math.nan)}),
+        )
         slack = _ROUNDING * max(abs(value), abs(bound), 1.0)
         if _COMPARISONS[self.comparison](value, bound, slack if math.isfinite(slack) else 0.0):
             return None
@@ -84,7 +91,9 @@ class Gate:
     @property
     def metrics(self) -> frozenset[str]:
         """All metrics that the gate looks at, before or after."""
-        return frozenset().union(*({condition.metric} | condition.metrics for condition in self.conditions))
+        return frozenset().union(
+            *({condition.metric} | condition.metrics for condition in self.conditions)
+        )
 
     def failures(self, before: _Values, after: _Values) -> tuple[str, ...]:
         """Return a message for each condition that does not hold; the gate is passed if there is none."""
@@ -106,7 +115,9 @@ def parse_gate(text: str) -> Gate:
 
 def _require_vocabulary(tokens: Sequence[re.Match[str]]) -> None:
     if len(tokens) > _LONGEST + 1:
-        raise UsageError(f"--gate: expected at most {_LONGEST} words and signs, found {len(tokens) - 1}.")
+        raise UsageError(
+            f"--gate: expected at most {_LONGEST} words and signs, found {len(tokens) - 1}."
+        )
     brackets = signs = 0
     for token in tokens[:-1]:
         brackets += (token[0] == "(") - (token[0] == ")")
@@ -144,7 +155,9 @@ def _parse_sum(tokens: Sequence[re.Match[str]]) -> ast.expr:
         bound = ast.parse(source, mode="eval").body
     except SyntaxError as error:
         # The offset of a fault begins at 1; 0 is the end.
-        raise _refusal(_SUM, tokens[source.count(" ", 0, error.offset) if error.offset else -1]) from None
+        raise _refusal(
+            _SUM, tokens[source.count(" ", 0, error.offset) if error.offset else -1]
+        ) from None
     _evaluate(bound, dict.fromkeys(_BEFORE, 1.0))  # refuses nodes that are not in the grammar
     return bound
 
@@ -166,4 +179,6 @@ def _evaluate(node: ast.expr, values: _Values) -> float:
 def _refusal(expected: str, token: re.Match[str]) -> UsageError:
     found = f"{token[0]!r} at character {token.start() + 1}" if token[0] else "the end"
     example = "'error <= before + 0.1 and ece <= 5'"
-    return UsageError(f"--gate {token.string!r}: expected {expected}, found {found}. For example: {example}.")
+    return UsageError(
+        f"--gate {token.string!r}: expected {expected}, found {found}. For example: {example}."
+    )

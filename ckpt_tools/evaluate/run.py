@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.evaluate.outcomes import Outcomes
 from ckpt_tools.model.preserving import evaluating
-from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import seeded
@@ -61,7 +60,7 @@ def evaluate(
     labels: list[Tensor] = []
     logits: list[Tensor] = []
     classes = done = 0
-    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
+    with evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
         for number, (inputs, wanted) in enumerate(batches):
             for _ in runner.run(inputs, number, []):
                 pass

@@ -19,6 +19,7 @@ from ckpt_tools.errors import ClusterError, DataError
 from ckpt_tools.jobs.engine import Describe, Record
 from ckpt_tools.jobs.folder import Item, Reading, Result, Watch, look, opened, run
 from ckpt_tools.jobs.request import Request
+from ckpt_tools.reestimate.heap import keep_freed_memory
 
 __all__ = ["Site", "looked_at", "worked_on"]
 
@@ -61,7 +62,8 @@ def worked_on(
     numbers = {item: number for number, item in items.items()}
 
     def job(record: Callable[[tuple[int, Record]], None], watch: Watch) -> None:
-        run(list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch)
+        with keep_freed_memory():
+            run(list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch)
 
     try:
         yield from _streamed(job)

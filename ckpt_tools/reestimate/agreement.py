@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.contract import BatchNormLayer, Walk
 from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.guards import check_input
-from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer, batch_only, stored
 from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
@@ -122,7 +121,7 @@ def measure(
         observed[found.name] = Layer(found.name, module, rewritten=True)
         observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
     runner = Runner(model, forward, Interception(dropout=rates_known))
-    with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
+    with evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
         images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))

@@ -17,7 +17,6 @@ from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.model.overwriting import overwrite_all
 from ckpt_tools.model.preserving import evaluation_mode, preserved
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import CompiledInterception, Interception
 from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.outcome import judge_controls, layer_results, refuse_disagreement
@@ -111,7 +110,7 @@ def reestimate_bn(
         check_team(estimator, team)
         found = walk or team.first(lambda: walk_preserved(model, source.first(), state, forward=forward))
         choice = choose(found, layers, rates=rates, statistics=statistics)
-        with kept_heap(), evaluation_mode(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
+        with evaluation_mode(model), torch.no_grad(), contextlib.nullcontext() if compile else eager():
             share_buffers(model, team)
             screening = Screening(model, _names(batches, team), keep=keep_outliers)
             run = Passes(model, source, runner, _observed(model, found, choice), progress, screening, team)
