@@ -171,18 +171,18 @@ def bn_reestimate(
     with together(request.device) as team, keep_freed_memory():
         with options.own_stdout():
             plan = prepare(request, team=team)
-        if not as_json and team.speaks:
+        if not as_json and team.is_main_process:
             print_result(plan_text(plan) + "\n")
-        hidden = quiet or not team.speaks
+        hidden = quiet or not team.is_main_process
         bars = Bar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
         try:
             with bars[0], bars[1], options.own_stdout(), terminable():
                 outcome = execute(plan, *bars)
         except GateFailed as failed:
-            if team.speaks:
+            if team.is_main_process:
                 _show_refusal(plan, failed.metrics, as_json)
             raise
-        if not team.speaks:
+        if not team.is_main_process:
             return
         facts = as_urls(outcome_json(outcome))
         for report in reports:

@@ -21,25 +21,25 @@ def together(device: str) -> Iterator[Team]:
 
     What goes wrong is printed by rank 0 alone, and every rank leaves with the exit code for it.
     """
-    from ckpt_tools.distributed import Processes, Ranks, connected
+    from ckpt_tools.distributed import Processes, Ranks, start_team
     from ckpt_tools.jobs.places import usable_device
 
     ranks = Ranks.from_environment()
     if ranks.world == 1:
-        with connected(ranks, cuda=False) as team:
+        with start_team(ranks, cuda=False) as team:
             yield team
         return
-    with terminable(), connected(ranks, cuda=usable_device(device, ranks).startswith("cuda")) as team:
+    with terminable(), start_team(ranks, cuda=usable_device(device, ranks).startswith("cuda")) as team:
         assert isinstance(team, Processes)
         try:
             yield team
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary of all ranks
-            if team.speaks:
+            if team.is_main_process:
                 code = told(error)
-                team.say()
+                team.announce_printed()
             else:
-                team.hear()
+                team.wait_until_printed()
                 code = exit_code(error)
             sys.exit(code)

@@ -1,4 +1,6 @@
-"""The language of ``--gate 'error <= before + 0.1 and ece <= 5'``: what must hold after the correction.
+"""The language of ``--gate``, in which a user says what must hold after the correction.
+
+For example: ``error <= before + 0.1 and ece <= 5``.
 
     GATE      := CONDITION {"and" CONDITION}
     CONDITION := METRIC ("<=" | "<" | ">=" | ">") SUM
@@ -9,8 +11,9 @@
 
 ``before`` alone is the condition's own metric before.
 
-A SUM is arithmetic as Python writes it, so Python's own parser reads it. A gate cannot run anything: every word and sign
-must stand in a closed list, and of what the parser makes of them only the nodes of this grammar are computed.
+A SUM is arithmetic as Python writes it, so Python's own parser reads it. A gate cannot run
+anything: every word and sign must stand in a closed list, and of what the parser makes of them only
+the nodes of this grammar are computed.
 """
 
 from __future__ import annotations
@@ -28,9 +31,7 @@ from ckpt_tools.evaluate.metrics import METRICS
 _Values = Mapping[str, float]
 
 # The last alternative is the end of the text, which becomes an empty token.
-_TOKEN = re.compile(
-    r"[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?|[A-Za-z_][\w.]*|<=|>=|\S|\Z"
-)
+_TOKEN = re.compile(r"[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?|[A-Za-z_][\w.]*|<=|>=|\S|\Z")
 _NUMBER = re.compile(r"\.?[0-9]")
 _COMPARISONS: Mapping[str, Callable[[float, float, float], bool]] = {  # NaN satisfies none of them
     "<=": lambda value, bound, slack: value <= bound + slack,
@@ -48,13 +49,17 @@ _VOCABULARY = (*METRICS, *_BEFORE, "and", *_COMPARISONS, *"+-*()")
 _SUM = f"a sum of numbers, {', '.join(_BEFORE)}, with + - * and brackets"
 _ROUNDING = 1e-9  # so that 5.1 <= 5.0 + 0.1 whatever the rounding of floats
 
-# Python's parser and the evaluation below are recursive. These limits keep both far from the end of the stack.
+# Python's parser and the evaluation below are recursive. These limits keep both far from the end of
+# the stack.
 _DEEPEST, _LONGEST = 50, 500
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One comparison of a metric with a bound. ``metrics`` are those that the bound needs from before."""
+    """One comparison of a metric with a bound.
+
+    ``metrics`` are those that the bound needs from before.
+    """
 
     text: str
     metric: str
@@ -63,7 +68,10 @@ class Condition:
     metrics: frozenset[str]
 
     def failure(self, before: _Values, after: _Values) -> str | None:
-        """Return the numbers that break the condition as a message; None if it holds."""
+        """Return a message with the numbers that break the condition; None if it holds.
+
+        ``before`` and ``after`` map names of metrics to values; an infinite bound is compared, too.
+        """
         terms = {f"before.{metric}": value for metric, value in before.items()}
         value, bound = (
             after[self.metric],
@@ -78,7 +86,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Gate:
-    """A conjunction: all conditions must hold."""
+    """A conjunction: all conditions must hold. ``text`` is the gate as the user wrote it."""
 
     text: str
     conditions: tuple[Condition, ...]
@@ -91,18 +99,19 @@ class Gate:
     @property
     def metrics(self) -> frozenset[str]:
         """All metrics that the gate looks at, before or after."""
-        return frozenset().union(
-            *({condition.metric} | condition.metrics for condition in self.conditions)
-        )
+        return frozenset().union(*({condition.metric} | condition.metrics for condition in self.conditions))
 
     def failures(self, before: _Values, after: _Values) -> tuple[str, ...]:
-        """Return a message for each condition that does not hold; the gate is passed if there is none."""
+        """Return a message for each condition that does not hold; none if the gate is passed."""
         messages = (condition.failure(before, after) for condition in self.conditions)
         return tuple(message for message in messages if message is not None)
 
 
 def parse_gate(text: str) -> Gate:
-    """Read a gate. Raises UsageError that names what was expected and what was found instead."""
+    """Read a gate.
+
+    Raises UsageError that names what was expected and what was found instead.
+    """
     tokens = list(_TOKEN.finditer(text))
     _require_vocabulary(tokens)
     conditions, first = [], 0
@@ -115,9 +124,7 @@ def parse_gate(text: str) -> Gate:
 
 def _require_vocabulary(tokens: Sequence[re.Match[str]]) -> None:
     if len(tokens) > _LONGEST + 1:
-        raise UsageError(
-            f"--gate: expected at most {_LONGEST} words and signs, found {len(tokens) - 1}."
-        )
+        raise UsageError(f"--gate: expected at most {_LONGEST} words and signs, found {len(tokens) - 1}.")
     brackets = signs = 0
     for token in tokens[:-1]:
         brackets += (token[0] == "(") - (token[0] == ")")
@@ -148,22 +155,23 @@ def _parse_sum(tokens: Sequence[re.Match[str]]) -> ast.expr:
     words = [token[0] for token in tokens[:-1]]
     if words.count("(") > words.count(")"):
         raise _refusal("a closing bracket", tokens[-1])
-    # Python takes no integers with leading zeros. One blank between two words, so that counting the blanks before a
-    # column leads back to the token there.
+    # Python takes no integers with leading zeros. One blank between two words, so that counting the
+    # blanks before a column leads back to the token there.
     source = " ".join(re.sub(r"^0+(?=[0-9])", "", word) for word in words)
     try:
         bound = ast.parse(source, mode="eval").body
     except SyntaxError as error:
         # The offset of a fault begins at 1; 0 is the end.
-        raise _refusal(
-            _SUM, tokens[source.count(" ", 0, error.offset) if error.offset else -1]
-        ) from None
+        raise _refusal(_SUM, tokens[source.count(" ", 0, error.offset) if error.offset else -1]) from None
     _evaluate(bound, dict.fromkeys(_BEFORE, 1.0))  # refuses nodes that are not in the grammar
     return bound
 
 
 def _evaluate(node: ast.expr, values: _Values) -> float:
-    """Compute a sum with the values of its names. Raises UsageError for a node that is not in the grammar."""
+    """Compute a sum with the values of its names.
+
+    Raises UsageError for a node that is not in the grammar.
+    """
     match node:
         case ast.Constant(value=int() | float() as number):
             return float(number)
@@ -177,8 +185,6 @@ def _evaluate(node: ast.expr, values: _Values) -> float:
 
 
 def _refusal(expected: str, token: re.Match[str]) -> UsageError:
-    found = f"{token[0]!r} at character {token.start() + 1}" if token[0] else "the end"
+    actual = f"{token[0]!r} at character {token.start() + 1}" if token[0] else "the end"
     example = "'error <= before + 0.1 and ece <= 5'"
-    return UsageError(
-        f"--gate {token.string!r}: expected {expected}, found {found}. For example: {example}."
-    )
+    return UsageError(f"--gate {token.string!r}: expected {expected}, found {actual}. For example: {example}.")

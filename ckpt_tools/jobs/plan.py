@@ -124,7 +124,7 @@ def chosen_device(request: Request, ranks: Ranks = Ranks()) -> str:  # noqa: B00
 
 def _prepared(request: Request, sources: Sources | None, team: Team, walks: Walks, replaces: Stamp | None) -> Plan:
     output = request.output or default_output(request.checkpoint, "bn")
-    if team.speaks:
+    if team.is_main_process:
         check_output(output, request.checkpoint, overwrite=request.overwrite or replaces is not None)
     refuse_data(output, request.data)
     refuse_data(output, request.eval_data or request.data, "labelled")

@@ -1,10 +1,10 @@
 """Keep the memory of freed activations for the next batch, where malloc is glibc's.
 
-By default glibc hands every large tensor back to the kernel as soon as it is freed. A forward pass then spends a quarter
-of its time on page faults (ResNet-50, 32 images, 2 cores: 480,000 of them).
+By default glibc hands every large tensor back to the kernel as soon as it is freed. A forward pass
+then spends a quarter of its time on page faults (ResNet-50, 32 images, 2 cores: 480,000 of them).
 
-This tunes the allocator of the whole process, so it belongs to the command line and to the workers of a cluster, whose
-processes are ours. No library call may enter it: the process is the caller's.
+This tunes the allocator of the whole process, so it belongs to the command line and to the workers
+of a cluster, whose processes are ours. No library call may enter it: the process is the caller's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from functools import cache
 # Parameters of mallopt(3), https://man7.org/linux/man-pages/man3/mallopt.3.html
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULT_MMAP_MAX = 65536
-# On 64 bits glibc raises its own mmap threshold up to here as large blocks are freed; the trim threshold is twice that.
+# On 64 bits glibc raises its own mmap threshold up to here as large blocks are freed; the trim
+# threshold is twice that.
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 _lock = threading.Lock()
 _users = 0
@@ -30,9 +31,10 @@ _users = 0
 def keep_freed_memory() -> Iterator[None]:
     """Keep freed memory with the process for the block, and give it back to the kernel at its end.
 
-    Blocks may be nested and may overlap in several threads: the last one to end gives the memory back. Afterwards
-    glibc's thresholds no longer move by themselves; they stay where a few freed tensors would have brought them.
-    Nothing happens without glibc, or where the environment tunes its malloc.
+    Blocks may be nested and may overlap in several threads: the last one to end gives the memory
+    back. Afterwards glibc's thresholds no longer move by themselves; they stay where a few freed
+    tensors would have brought them. Nothing happens without glibc, or where the environment tunes
+    its malloc.
     """
     global _users
     with _lock:
@@ -52,7 +54,8 @@ def _stop_returning_memory() -> None:
     glibc = _tunable_glibc()
     if glibc is None:
         return
-    # mallopt freezes glibc's moving thresholds where they stand; one freed block brings them to their end first.
+    # mallopt freezes glibc's moving thresholds where they stand; one freed block brings them to
+    # their end first.
     glibc.free(glibc.malloc(_LARGEST_MMAP_THRESHOLD))
     glibc.mallopt(_MMAP_MAX, 0)
     glibc.mallopt(_TRIM_THRESHOLD, -1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Reestimation, Statistics, Walk
-from ckpt_tools.distributed import ALONE, Team, joined
+from ckpt_tools.distributed import ALONE, Team, join_team
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.model.overwriting import overwrite_all
 from ckpt_tools.model.preserving import evaluation_mode, preserved
@@ -106,7 +106,7 @@ def reestimate_bn(
     model = unwrap(model)
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
-    with preserved(model, forward) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
+    with preserved(model, forward) as state, join_team() if distributed else contextlib.nullcontext(ALONE) as team:
         check_team(estimator, team)
         found = walk or team.first(lambda: walk_preserved(model, source.first(), state, forward=forward))
         choice = choose(found, layers, rates=rates, statistics=statistics)

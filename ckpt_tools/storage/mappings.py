@@ -1,8 +1,9 @@
-"""Which place of which file a tensor's memory is mapped from, if nobody has written to that memory since.
+"""Which place of which file a tensor's memory is mapped from, if nobody has written to it.
 
-Two tensors mapped from the same place of the same file are equal, and nobody needs to read them to know. Reading them
-takes 0.65 s a gigabyte (two busy cores) and counts the whole file as memory of this process. torch's version counters
-are no substitute: they miss writes through ``.data``, through numpy, and by a BatchNorm layer in train mode.
+Two tensors mapped from the same place of the same file are equal, and nobody needs to read them to
+know. Reading them takes 0.65 s a gigabyte (two busy cores) and counts the whole file as memory of
+this process. torch's version counters are no substitute: they miss writes through ``.data``,
+through numpy, and by a BatchNorm layer in train mode.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 __all__ = ["FileMappings"]
 
 _SMAPS = Path("/proc/self/smaps")  # Linux alone has it: proc_pid_smaps(5)
-# Address range, permissions, offset, device and inode, which is 0 for memory without a file; then one field a line.
+# Address range, permissions, offset, device and inode, which is 0 for memory without a file; then
+# one field a line.
 _MAPPING = re.compile(r"^(\w+)-(\w+) \S+ (\w+) (\S+ [1-9]\d*) .*\n((?:\w+:.*\n)*)", re.MULTILINE)
-# Pages that were written to are copies that belong to this process, in memory ("Anonymous") or swapped out.
+# Pages that were written to are copies that belong to this process, in memory ("Anonymous") or
+# swapped out.
 _NO_COPIES = re.compile(r"^(?:Anonymous|Swap): +0 kB$", re.MULTILINE)
 
 
@@ -45,7 +48,7 @@ class FileMappings:
         return place is not None and place == self._place(right)
 
     def _place(self, tensor: Tensor) -> Hashable:
-        """Return file and offset together with all that gives the bytes a meaning; None if there is no mapping."""
+        """Return file, offset and all that gives the bytes a meaning; None without a mapping."""
         address = tensor.data_ptr()
         for start, stop, offset, file in self._mappings:
             if start <= address and address + tensor.nbytes <= stop and tensor.is_contiguous():
