@@ -1,8 +1,9 @@
 """Limits on what a constructor may cost when a checkpoint file chose its arguments.
 
-A file of two kilobytes can describe a model of ten million blocks. `limited_construction` bounds every construction
-inside its block: the number of modules and parameters, the size of parameters, and the seconds of each one. Libraries
-have no standard input meanwhile, so that none can ask the person at the terminal for a permission.
+A file of two kilobytes can describe a model of ten million blocks. `limited_construction` bounds
+every construction inside its block: the number of modules and parameters, the size of parameters,
+and the seconds of each one. Libraries have no standard input meanwhile, so that none can ask the
+person at the terminal for a permission.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from ckpt_tools.errors import ArchitectureError
 
 __all__ = ["ConstructionBudget", "count_construction", "limited_construction", "without_standard_input"]
 
-_TIMES = 4  # a construction may register this many times what the file holds
-# What any file may have besides. A detection head that is probed with 7,919 classes takes 60 million values on the CPU
-# (on the meta device none); ssd300_vgg16 first builds a VGG of 4.5 times its own size.
+_TIMES = 4  # a construction may register so many times as much as the file holds
+# A construction may register these in addition, for any file. A detection head that is probed with
+# 7,919 classes takes 60 million values on the CPU (on the meta device none); ssd300_vgg16 first
+# builds a VGG of 4.5 times its own size.
 _SPARE_MODULES = 1000
 _SPARE_VALUES = 1 << 26
 _SECONDS = 30.0
@@ -43,8 +45,9 @@ _FACTORIES = frozenset(
 class ConstructionBudget:
     """The most that one construction may register and last.
 
-    `modules` also bounds the number of parameters and buffers. `values` counts their elements where they take memory:
-    not on the meta device. In models of timm and torchvision there are at most 3.3 modules to a tensor.
+    `modules` also bounds the number of parameters and buffers. `values` counts their elements where
+    they take memory: not on the meta device. In models of timm and torchvision there are at most
+    3.3 modules to a tensor.
     """
 
     modules: int
@@ -59,7 +62,10 @@ class ConstructionBudget:
 
 
 class _BudgetExceeded(BaseException):
-    """Ends a construction. No Exception: constructors and their callers catch those and try something else."""
+    """Ends a construction.
+
+    No Exception: constructors and their callers catch those and try something else.
+    """
 
 
 _budget: ContextVar[ConstructionBudget | None] = ContextVar("construction_budget", default=None)
@@ -67,10 +73,10 @@ _budget: ContextVar[ConstructionBudget | None] = ContextVar("construction_budget
 
 @contextlib.contextmanager
 def limited_construction(budget: ConstructionBudget | None, subject: str) -> Iterator[None]:
-    """Bound every construction in the block by `budget`, and take standard input away from libraries.
+    """Bound every construction in the block by `budget`, and take standard input away.
 
-    `budget` None: only standard input is taken away. `subject` begins the message: the file, and what is built.
-    Raises ArchitectureError where a construction exceeds the budget.
+    `budget` None: only standard input is taken away. `subject` begins the message: the file, and
+    what is built. Raises ArchitectureError where a construction exceeds the budget.
     """
     token = _budget.set(budget)
     try:
@@ -78,8 +84,8 @@ def limited_construction(budget: ConstructionBudget | None, subject: str) -> Ite
             yield
     except _BudgetExceeded as error:
         raise ArchitectureError(
-            f"{subject}: expected a model that the file's tensors justify, found one that {error}. If it is right all "
-            "the same, name the architecture and its arguments yourself: --arch and --model-kwargs."
+            f"{subject}: expected a model that the file's tensors justify, found one that {error}. "
+            "If it is right all the same, name the architecture and its arguments yourself: --arch and --model-kwargs."
         ) from error
     finally:
         _budget.reset(token)
@@ -87,7 +93,7 @@ def limited_construction(budget: ConstructionBudget | None, subject: str) -> Ite
 
 @contextlib.contextmanager
 def count_construction() -> Iterator[None]:
-    """Count what is built in the block against the budget of `limited_construction`, if there is one.
+    """Count the constructions in the block against the budget of `limited_construction`.
 
     A construction inside another one is counted for itself and for the outer one.
     """
@@ -109,7 +115,7 @@ class _Meter:
 
     @contextlib.contextmanager
     def count_registrations(self) -> Iterator[None]:
-        """Have torch tell of everything that any module registers."""
+        """Count all modules, parameters and buffers that are registered in the block."""
         handles = [
             torch_module.register_module_module_registration_hook(self._add_module),
             torch_module.register_module_parameter_registration_hook(self._add_tensor),
@@ -122,7 +128,7 @@ class _Meter:
                 handle.remove()
 
     def require_values(self, count: int) -> None:
-        """Raise _BudgetExceeded if a single tensor of so many values is too large."""
+        """Raise _BudgetExceeded if the budget has no room for a single tensor of so many values."""
         if count > self._budget.values:
             raise _BudgetExceeded(f"makes a tensor of {count:,} values, more than {self._budget.values:,}")
 
@@ -146,7 +152,10 @@ class _Meter:
 
 
 class _MeteredFactories(TorchFunctionMode):
-    """Looks at the size of a tensor before it is made: parameters are registered when their memory is taken."""
+    """Checks the size of a tensor before it is made.
+
+    When a parameter is registered, its memory has been taken already.
+    """
 
     def __init__(self, meter: _Meter) -> None:
         super().__init__()
@@ -171,7 +180,8 @@ def _count_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     described = {name: value for name, value in kwargs.items() if name not in ("generator", "out", "pin_memory")}
     try:
         return int(func(*args, **{**described, "device": "meta"}).numel())
-    except (RuntimeError, TypeError, ValueError):  # the call itself is wrong, and its own error says it better
+    # The call itself is wrong, and the error of the real call will say so better.
+    except (RuntimeError, TypeError, ValueError):
         return 0
 
 
@@ -179,8 +189,8 @@ def _count_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise _BudgetExceeded in this thread once the block has lasted so long.
 
-    CPython raises an exception in another thread between two bytecodes, so that any Python loop ends. Signals would
-    reach the main thread only. Elsewhere than in CPython there is no limit.
+    CPython raises an exception in another thread between two bytecodes, so that any Python loop
+    ends. Signals would reach the main thread only. Elsewhere than in CPython there is no limit.
     """
     raise_in_thread = getattr(getattr(ctypes, "pythonapi", None), "PyThreadState_SetAsyncExc", None)
     if raise_in_thread is None:
@@ -213,12 +223,15 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 class _OutOfTime(_BudgetExceeded):
-    """Arrives in a thread whose construction has lasted too long; CPython makes it without a message."""
+    """Is raised in a thread whose construction has lasted too long.
+
+    CPython makes the exception without a message.
+    """
 
 
 @contextlib.contextmanager
 def without_standard_input() -> Iterator[None]:
-    """Let `input()` find the end of a file, so that no library can ask whether it may run something."""
+    """Let `input()` find the end of a file, so that no library can ask for a permission."""
     before = sys.stdin
     with open(os.devnull, encoding="utf-8") as nothing:  # noqa: PTH123 - a device, no path
         sys.stdin = nothing

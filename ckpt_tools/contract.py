@@ -1,4 +1,4 @@
-"""The data that passes between the floors, and the Protocol that adapters satisfy.
+"""The data that passes between the layers of the package, and the protocol that adapters satisfy.
 
 Importing this module imports no torch; tensors and modules appear in annotations only.
 """
@@ -29,38 +29,43 @@ OutlierReason = Literal["extreme", "blank", "not finite"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict as it stands in a file, and what else the file says about the model.
+    """A state dict as it stands in a file, and the other things that the file says about the model.
 
-    ``tensors`` maps plain keys (wrapper prefixes such as ``module.`` removed) to CPU tensors in file order.
+    ``tensors`` maps plain keys (wrapper prefixes such as ``module.`` removed) to CPU tensors in
+    file order.
     """
 
     path: Path
     format: str
     tensors: Mapping[str, Tensor]
     weights: str = ""  # where in the file the state dict stood, "" for the top level
-    prefix: str = ""  # what was removed in front of every key
-    words: Mapping[str, object] = field(default_factory=dict)  # "arch", "args", …: everything that is no tensor
+    prefix: str = ""  # text that was removed from the start of every key
+    # Entries of the file without tensors: "arch", "args", …
+    words: Mapping[str, object] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors file
-    left_out: tuple[str, ...] = ()  # entries of the file that belong to no state dict, and odd ones in it
-    module: nn.Module | None = None  # the model itself, where a trusted pickle held a whole one
+    # Entries that belong to no state dict, and odd entries within it
+    left_out: tuple[str, ...] = ()
+    module: nn.Module | None = None  # the model itself, if a trusted pickle held a whole one
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by key."""
+        """The shape of every tensor, by key."""
         return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model eats: one sample's shape, and how an image becomes one (its evaluation transform)."""
+    """The input of a model: the shape of one sample, and the evaluation transform of images."""
 
     shape: tuple[int, ...]
-    mean: tuple[float, ...] = ()  # per channel, on the scale 0–1; empty: pixels are only divided by 255
+    # Per channel, on the scale 0–1; empty: pixels are only divided by 255
+    mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     interpolation: str = "bilinear"
     crop_pct: float = 1.0  # side of the centre crop / shorter side of the resized image
-    crop_mode: str = "center"  # "center", "squash" (aspect ratio not kept) or "border" (padded), as in timm
-    origin: str = "assumed"  # who said so
+    # "center", "squash" (aspect ratio not kept) or "border" (padded), as in timm
+    crop_mode: str = "center"
+    origin: str = "assumed"  # where these values come from
 
 
 @dataclass(frozen=True)
@@ -70,63 +75,78 @@ class Recipe:
     adapter: str
     name: str
     kwargs: Mapping[str, object] = field(default_factory=dict)
-    rates: Rates = "unknown"  # "recorded" when the kwargs tell the drop rates of the training run
+    rates: Rates = "unknown"  # "recorded" if the kwargs hold the drop rates of the training run
 
     @property
     def architecture(self) -> str:
-        """The name as the user writes it after ``--arch``."""
+        """The name as the user writes it after ``--arch``.
+
+        A factory has no prefix, since its own name has a colon already.
+        """
         return self.name if self.adapter == "factory" else f"{self.adapter}:{self.name}"
 
 
 @runtime_checkable
 class Adapter(Protocol):
-    """Builds the models of one library. Registered as an entry point of group ``ckpt_tools.adapters``.
+    """Builds the models of one library.
 
-    An adapter is made without arguments and holds no state. Every method may import its library.
+    It is registered as an entry point of the group ``ckpt_tools.adapters``.
 
-    An adapter may also have ``file_arguments(name) -> Mapping[str, ArgumentKind]``: the constructor arguments that a
-    checkpoint file may set, each with a kind of ``ckpt_tools.file_arguments`` that bounds its values. Without it a
-    file may set drop rates alone; class counts and input channels follow from the shapes.
+    An adapter is created without arguments and holds no state. Every method may import its library.
+
+    An adapter may also have ``file_arguments(name) -> Mapping[str, ArgumentKind]``: the constructor
+    arguments that a checkpoint file may set, each with a kind of ``ckpt_tools.file_arguments`` that
+    bounds its values. Without it a file may set drop rates alone; class counts and input channels
+    follow from the shapes.
     """
 
     prefix: str
     """The word before the colon in ``--arch prefix:name``."""
 
     def architectures(self) -> Sequence[str]:
-        """All names it can build, sorted; empty if they cannot be listed."""
+        """Return all names that it can build, sorted; none if they cannot be listed."""
         ...
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
-        """The recipe that a checkpoint's own words describe, or None if they are not this library's."""
+        """Return the recipe in a checkpoint's words; None if they are another library's."""
         ...
 
     def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
-        """A new model with the library's own initialisation. Raises ArchitectureError."""
+        """Return a new model with the library's own initialisation. Raises ArchitectureError."""
         ...
 
     def class_kwargs(
         self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
     ) -> dict[str, object]:
-        """Keyword arguments that follow from a state dict's shapes, given the others: class count, input channels."""
+        """Return the arguments that follow from a state dict's shapes: classes, input channels.
+
+        ``kwargs`` are the other keyword arguments of the architecture.
+        """
         ...
 
     def rate_kwargs(self, name: str) -> tuple[str, ...]:
-        """Keyword arguments that are drop rates, among them those that bring hidden dropout sites to life."""
+        """Return the names of the keyword arguments that are drop rates.
+
+        Among them are those that add dropout sites which the default arguments leave out.
+        """
         ...
 
     def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
-        """Input shape and preprocessing, the checkpoint's words before the library's; None if unknown."""
+        """Return input shape and preprocessing; None if they are unknown.
+
+        The words of the checkpoint come before the defaults of the library.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint in the model it belongs to.
+    """A checkpoint in the model that it belongs to.
 
-    ``model`` is on the CPU in float32 and evaluation mode. ``probe`` is the same architecture with every
-    drop rate above zero and without weights (on the meta device where that works): the walker reads from it
-    which BN layers dropout *could* reach. It is None where no rate is known to be hidden. ``recognised_by`` says
-    who told the architecture.
+    ``model`` is on the CPU, in float32 and in eval mode. ``probe`` is the same architecture with
+    every drop rate above zero and without weights (on the meta device where that works): the walker
+    reads from it which BN layers dropout *could* reach. It is None where no rate is known to be
+    hidden. ``recognised_by`` says where the architecture is known from.
     """
 
     model: nn.Module
@@ -135,10 +155,15 @@ class LoadedModel:
     input_spec: InputSpec | None
     probe: nn.Module | None = None
     recognised_by: RecognisedBy = "user"
-    twins: tuple[str, ...] = ()  # further architectures that compute the same function with these weights
-    as_built: tuple[str, ...] = ()  # attributes ("fc.") that the checkpoint fills with a head of its own, or not at all
+    # Further architectures that compute the same function with these weights
+    twins: tuple[str, ...] = ()
+    # Attributes ("fc.") that the checkpoint fills with a head of its own, or not at all.
+    as_built: tuple[str, ...] = ()
 
     @property
     def rates(self) -> Rates:
-        """Who knows the drop rates: the user, the checkpoint, or nobody."""
+        """Where the drop rates are known from: the user, the checkpoint, the model, or nobody.
+
+        It decides which layers ``auto`` rewrites.
+        """
         return self.recipe.rates

@@ -1,8 +1,9 @@
-"""Several processes, one job: which of them this is, and how they act as one.
+"""Several processes that work on one job: which of them this is, and how they act as one.
 
-torchrun tells every process its rank. Batches are dealt out like cards, rank r takes number r, r + world, …; what was
-learned is exchanged in rounds. Whatever could come out differently from machine to machine (free memory, when to
-stop) is rank 0's decision, and an error on one rank is raised on all.
+torchrun tells every process its rank. Batches are dealt out like cards: rank r takes the batches r,
+r + world, …, and the ranks exchange what they have learned in rounds. Rank 0 decides whatever could
+come out differently from machine to machine (free memory, when to stop), and an error on one rank
+is raised on all.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from ckpt_tools.errors import CkptToolsError, RankError, UsageError
 from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.mirror import restore_urls
 
-__all__ = ["ALONE", "Processes", "Ranks", "Team", "connected", "joined"]
+__all__ = ["ALONE", "Processes", "Ranks", "Team", "join_team", "start_team"]
 
 T = TypeVar("T")
 
-_JOINING = timedelta(minutes=10)
-# Between two rounds lies a pass, as long as the slowest rank needs for it. A rank that died is noticed at once, by
-# its closed connections; nobody waits for this.
-_PATIENCE = timedelta(days=7)
-_FAILED, _SAID = "failed", "said"  # keys of the store
+_START_TIMEOUT = timedelta(minutes=10)
+# Between two rounds lies a pass, which lasts as long as the slowest rank needs. The limit may be
+# generous: a rank that died is noticed at once by its closed connections.
+_ROUND_TIMEOUT = timedelta(days=7)
+_FAILED, _PRINTED = "failed", "printed"  # keys of the store
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is: in the whole job, and on this machine."""
+    """Rank of this process and number of processes, in the job and on this machine (``local``)."""
 
     rank: int = 0
     world: int = 1
@@ -44,71 +45,83 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What torchrun said; one process alone where nobody said anything. Raises UsageError for nonsense."""
+        """Read what torchrun has set; without its variables this process is alone.
+
+        Raises UsageError for values that are no numbers or contradict each other.
+        """
         if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
             return cls()
-        said = {name: os.environ.get(name, default) for name, default in _VARIABLES.items()}
+        variables = {name: os.environ.get(name, default) for name, default in _VARIABLES.items()}
         try:
-            found = cls(*map(int, said.values()))
+            ranks = cls(*map(int, variables.values()))
         except ValueError:
-            found = cls(-1)
-        if not (0 <= found.rank < found.world and 0 <= found.local_rank < found.local_world <= found.world):
+            ranks = cls(-1)
+        is_inside_job = 0 <= ranks.rank < ranks.world
+        if not (is_inside_job and 0 <= ranks.local_rank < ranks.local_world <= ranks.world):
+            settings = ", ".join(f"{name}={value}" for name, value in variables.items())
             raise UsageError(
-                f"the environment says {', '.join(f'{name}={value}' for name, value in said.items())}; expected ranks "
-                "from 0 and sizes above them. Start with torchrun, or unset RANK for one process."
+                f"the environment says {settings}; expected ranks from 0 and sizes above them. "
+                "Start with torchrun, or unset RANK for one process."
             )
-        return found
+        return ranks
 
 
 _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 class Team:
-    """The processes of one job, seen from one of them. This one is alone: what it does, all do."""
+    """The processes of one job, seen from one of them.
+
+    This base class is a process that works alone, so that callers need not tell the two cases
+    apart.
+    """
 
     rank = 0
     world = 1
 
     @property
     def alone(self) -> bool:
-        """Whether nobody needs to be asked."""
+        """Whether there is no other process."""
         return self.world == 1
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank prints and writes for all."""
+    def is_main_process(self) -> bool:
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     @property
-    def interrupted(self) -> bool:
-        """Whether some rank has failed, so that nobody need go on."""
+    def has_failed(self) -> bool:
+        """Whether some rank has failed, so that the others may stop."""
         return False
 
     def all(self, work: Callable[[], T]) -> list[T]:
-        """Every rank does it; everybody gets all results, in the order of ranks.
+        """Call ``work`` on every rank, and return all results on each, in the order of ranks.
 
-        If it fails on any rank, the error of the first one is raised on all. Raises RankError if a rank is gone.
-        Results go through pickle.
+        If it fails on some ranks, the error of the first one is raised on all. Raises RankError if
+        a rank is gone. Results are pickled on their way.
         """
         return [work()]
 
     def each(self, work: Callable[[], T]) -> T:
-        """Every rank does it and keeps its own result, which need not be picklable; errors as in ``all``."""
-        kept: list[T] = []
-        self.all(lambda: kept.append(work()))
-        return kept[0]
+        """Call ``work`` on every rank and return the own result, which need not be picklable.
+
+        Errors are raised as by ``all``.
+        """
+        results: list[T] = []
+        self.all(lambda: results.append(work()))
+        return results[0]
 
     def first(self, work: Callable[[], T]) -> T:
-        """Rank 0 does it, and all have its result, or its error."""
+        """Call ``work`` on rank 0, and return its result, or raise its error, on all."""
         results = self.all(lambda: work() if self.rank == 0 else None)
         return cast(T, results[0])
 
     def gather(self, part: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, which have one shape and type."""
+        """Return the tensors of all ranks, which must have the same shape and type."""
         return [part]
 
-    def tally(self, what: str, amount: int) -> int:
-        """Add to a count that all ranks share, without waiting for anybody; what it is now."""
+    def tally(self, counter: str, amount: int) -> int:
+        """Add to a counter that all ranks share, and return its new value without waiting."""
         return amount
 
 
@@ -117,7 +130,7 @@ ALONE = Team()
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a rank has to say in an exchange."""
+    """The result or the error that one rank contributes to an exchange."""
 
     result: object
     error: CkptToolsError | None
@@ -126,8 +139,9 @@ class _Answer:
 class Processes(Team):
     """The processes of a group of torch.distributed.
 
-    Words go over gloo, whatever the group is: it notices a dead process at once. Tensors on a GPU go over nccl where
-    the group has it, right after words have shown that everybody is there.
+    Python objects go over gloo, whatever backend the group has, since gloo notices a dead process
+    at once. Tensors on a GPU go over nccl where the group has it, right after an exchange of
+    objects has shown that all ranks are there.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -136,87 +150,94 @@ class Processes(Team):
         self._nccl = "nccl" in dist.get_backend_config()
 
     @property
-    def interrupted(self) -> bool:
-        """Whether some rank has failed; asks the store, which takes 0.1 ms."""
+    def has_failed(self) -> bool:
+        """Whether some rank has failed.
+
+        This asks the store, which takes 0.1 ms.
+        """
         with _rank_errors():
             return bool(self._store.check([_FAILED]))
 
     def all(self, work: Callable[[], T]) -> list[T]:
-        """As of every Team."""
+        """See Team."""
         failure: Exception | None = None
         answer = _Answer(None, None)
         try:
             answer = _Answer(work(), None)
         except Exception as error:  # noqa: BLE001 - every rank must learn of it
-            failure, answer = error, _Answer(None, self._told(error))
+            failure, answer = error, _Answer(None, self._error_for_others(error))
             with _rank_errors():
                 self._store.set(_FAILED, "")
-        answers = self._exchanged(answer)
-        failed = next((rank for rank, one in enumerate(answers) if one.error is not None), None)
-        if failed is None:
-            return [cast(T, one.result) for one in answers]
-        told = answers[failed].error
-        assert told is not None
-        raise failure if failure is not None and failed == self.rank else told
+        answers = self._exchange(answer)
+        for rank, answer in enumerate(answers):
+            if answer.error is not None:
+                # The failing rank raises the original, which has the traceback.
+                raise failure if failure is not None and rank == self.rank else answer.error
+        return [cast(T, answer.result) for answer in answers]
 
     def gather(self, part: Tensor) -> list[Tensor]:
-        """As of every Team; the tensors are on the CPU unless they came over nccl."""
+        """See Team. The tensors are on the CPU unless they came over nccl."""
         nccl = part.is_cuda and self._nccl
-        sent = part if nccl else part.cpu()
-        parts = [torch.empty_like(sent) for _ in range(self.world)]
+        part = part if nccl else part.cpu()
+        parts = [torch.empty_like(part) for _ in range(self.world)]
         with _rank_errors():
-            dist.all_gather(parts, sent, group=None if nccl else self._group)
+            dist.all_gather(parts, part, group=None if nccl else self._group)
         return parts
 
-    def tally(self, what: str, amount: int) -> int:
-        """As of every Team."""
+    def tally(self, counter: str, amount: int) -> int:
+        """See Team."""
         with _rank_errors():
-            return int(self._store.add(what, amount))
+            return int(self._store.add(counter, amount))
 
-    def say(self) -> None:
-        """Tell the others that what there was to say has been printed."""
+    def announce_printed(self) -> None:
+        """Tell the other ranks that the error they share has been printed."""
         with contextlib.suppress(RuntimeError):
-            self._store.set(_SAID, "")
+            self._store.set(_PRINTED, "")
 
-    def hear(self) -> None:
-        """Wait a little until ``say`` was called: whoever leaves first may take the speaker down with it."""
+    def wait_until_printed(self) -> None:
+        """Wait up to 10 s for ``announce_printed``.
+
+        A rank that leaves first may take the others down.
+        """
         with contextlib.suppress(RuntimeError):
-            self._store.wait([_SAID], timedelta(seconds=10))
+            self._store.wait([_PRINTED], timedelta(seconds=10))
 
-    def _exchanged(self, answer: _Answer) -> list[_Answer]:
+    def _exchange(self, answer: _Answer) -> list[_Answer]:
         answers: list[_Answer] = [answer] * self.world
         with _rank_errors():
             dist.all_gather_object(answers, answer, group=self._group)
         return answers
 
-    def _told(self, error: Exception) -> CkptToolsError:
+    def _error_for_others(self, error: Exception) -> CkptToolsError:
+        """Return an error that can be pickled and means something to the other ranks."""
         if isinstance(error, CkptToolsError):
-            error.args = tuple(map(restore_urls, error.args))  # the copies of this rank mean nothing to the others
+            # The copies of this rank mean nothing to the others
+            error.args = tuple(map(restore_urls, error.args))
             return error
-        what = without_fragments(f"{type(error).__name__}: {error}")
+        reason = without_fragments(f"{type(error).__name__}: {error}")
         return RankError(
-            f"rank {self.rank} failed with {what}. This is a bug of ckpt-fix, or of the code that makes the data."
+            f"rank {self.rank} failed with {reason}. This is a bug of ckpt-fix, or of the code that makes the data."
         )
 
 
 @contextlib.contextmanager
 def _rank_errors() -> Iterator[None]:
-    """What torch.distributed raises, as RankError."""
+    """Raise RankError for what torch.distributed raises in the block."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RankError(
-            f"a process of this job is gone or cannot be reached ({reason}). See what torchrun says about the first "
-            "failure, and start again."
+            f"a process of this job is gone or cannot be reached ({reason}). "
+            "See what torchrun says about the first failure, and start again."
         ) from error
 
 
 @contextlib.contextmanager
-def connected(ranks: Ranks, *, cuda: bool) -> Iterator[Team]:
-    """The team that torchrun has started, with a process group of its own for as long as the block lasts.
+def start_team(ranks: Ranks, *, cuda: bool) -> Iterator[Team]:
+    """Connect the processes that torchrun has started, for as long as the block lasts.
 
-    ``cuda``: this rank computes on the GPU with its local number. Raises RankError.
+    ``cuda``: this rank computes on the GPU that has its local rank as its number. Raises RankError.
     """
     if ranks.world == 1:
         yield ALONE
@@ -224,28 +245,31 @@ def connected(ranks: Ranks, *, cuda: bool) -> Iterator[Team]:
     if cuda:
         torch.cuda.set_device(ranks.local_rank)
     with _rank_errors():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_JOINING)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_START_TIMEOUT)
     try:
-        with joined() as team:
+        with join_team() as team:
             yield team
     finally:
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Team]:
-    """The team of the process group that exists; everyone in it must come here. Raises UsageError if there is none."""
+def join_team() -> Iterator[Team]:
+    """Make a team of the processes in the default process group, each of which must call this.
+
+    Raises UsageError if there is no process group.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         raise UsageError(
-            "distributed=True needs a process group, and there is none. Call torch.distributed.init_process_group "
-            "first, in every process."
+            "distributed=True needs a process group, and there is none. "
+            "Call torch.distributed.init_process_group first, in every process."
         )
     if dist.get_world_size() == 1:
         yield ALONE
         return
     with _rank_errors():
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)  # as of everyone who is a member
+        group = dist.new_group(backend="gloo", timeout=_ROUND_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # others than members get a placeholder
     try:
         yield Processes(group)
     finally:

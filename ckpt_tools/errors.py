@@ -1,4 +1,4 @@
-"""What can go wrong, drawn as a tree; each class knows the exit code of the command line.
+"""The errors of this package as a tree, with the exit code of the command line for each.
 
 CkptToolsError                  1   a failure the user can act on
 ├── UsageError                  2   arguments that contradict each other or mean nothing
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class CkptToolsError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
     exit_code = 1
 
@@ -59,7 +59,10 @@ class ArchitectureError(CkptToolsError):
 
 
 class AmbiguousArchitecture(ArchitectureError):
-    """Several architectures fit a checkpoint and differ in function: ``candidates`` as ``--arch`` takes them."""
+    """Several architectures fit a checkpoint and differ in function.
+
+    ``candidates`` are written as ``--arch`` takes them.
+    """
 
     def __init__(self, message: str, candidates: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -83,7 +86,7 @@ class RankError(CkptToolsError):
 
 
 class RemoteError(CkptToolsError):
-    """A URL behind which nothing can be read: nothing there, no access, no network, a package that is missing."""
+    """A URL behind which nothing can be read: no file, access, network, or package for it."""
 
 
 class ClusterError(CkptToolsError):
@@ -102,11 +105,17 @@ class CheckFailed(CkptToolsError):
     exit_code = 4
 
 
+# Words of torch, of CUDA's libraries, and of the dynamic linker.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED", "failed to map segment")
 
 
 def is_short_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, or torch's, on a CPU or by CUDA and its libraries."""
+    """Return whether an error of Python, torch, or CUDA and its libraries says that memory ran out.
+
+    torch has a class for CUDA alone; elsewhere it raises RuntimeError, so that its words must be
+    compared.
+    """
+    # By name, since this module imports no torch.
     if {"MemoryError", "OutOfMemoryError"} & {kind.__name__ for kind in type(error).__mro__}:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

@@ -1,9 +1,10 @@
 """Which constructor arguments a checkpoint file may set, and to which values.
 
-A file comes from a stranger, and a constructor does what its arguments say: it opens `checkpoint_path`, downloads
-`hf-hub:…`, imports a class by its name, or builds ten million blocks. So each adapter lists the arguments that a file
-may set (`Adapter.file_arguments`), each with one of the kinds of this module. A kind admits values that name nothing
-(numbers, flags, words of a closed list) and that are no larger than the file's own tensors justify.
+A file comes from a stranger, and a constructor does what its arguments say: it opens
+`checkpoint_path`, downloads `hf-hub:…`, imports a class by its name, or builds ten million blocks.
+So each adapter lists the arguments that a file may set (`Adapter.file_arguments`), each with one of
+the kinds of this module. A kind admits values that name nothing (numbers, flags, words of a closed
+list) and that are no larger than the file's own tensors justify.
 
 Arguments that the user gives (`--model-kwargs`) do not pass through here.
 """
@@ -46,14 +47,15 @@ class NotAdmitted(Exception):
 class Evidence:
     """What the tensors of a file say about the size of its model.
 
-    `tensors` is their number: a model cannot have more blocks, since each block has a tensor at least.
-    `largest_dimension` is the largest entry of any shape: no layer can be wider. `nesting` is how many
-    configurations may still stand in one another.
+    `tensors` is their number: a model cannot have more blocks, since each block has a tensor at
+    least. `largest_dimension` is the largest entry of any shape: no layer can be wider. `nesting`
+    is how many configurations may still stand in one another.
     """
 
     tensors: int
     largest_dimension: int
-    nesting: int = 8  # libraries use three: a detector, its backbone, and the backbone's text or vision part
+    # Libraries use three: a detector, its backbone, and the backbone's text or vision part
+    nesting: int = 8
 
     @staticmethod
     def from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Evidence:
@@ -62,7 +64,10 @@ class Evidence:
 
 
 class ArgumentKind(Protocol):
-    """The values that a file may give to one argument. Every kind admits None, the usual word for "the default"."""
+    """The values that a file may give to one argument.
+
+    Every kind admits None, the usual word for "the default".
+    """
 
     def admit(self, value: object, evidence: Evidence) -> object:
         """Return the value as the constructor may have it. Raises NotAdmitted."""
@@ -80,7 +85,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Number:
-    """A number without influence on the size of the model: an epsilon, a momentum, an initial scale."""
+    """A number that does not change the model's size: an epsilon, a momentum, an initial scale."""
 
     def admit(self, value: object, evidence: Evidence) -> object:
         """Admit finite numbers of ordinary size, and sequences of them."""
@@ -116,9 +121,9 @@ class Depth:
 
     def admit(self, value: object, evidence: Evidence) -> object:
         """Admit whole numbers whose sum is at most the number of tensors in the file."""
-        most = evidence.tensors
-        expected = f"whole numbers that add up to {most:,} at most, the number of the file's tensors"
-        return _admit_integers(value, evidence, expected, lambda depths: sum(map(abs, depths)) <= most)
+        limit = evidence.tensors
+        expected = f"whole numbers that add up to {limit:,} at most, the number of the file's tensors"
+        return _admit_integers(value, evidence, expected, lambda depths: sum(map(abs, depths)) <= limit)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Pixels:
     """Sides of images, patches, windows and kernels, strides, and indices of stages."""
 
     def admit(self, value: object, evidence: Evidence) -> object:
-        """Admit whole numbers of at most 8192."""
+        """Admit whole numbers of at most 8192, and sequences of them."""
         expected = f"whole numbers of at most {_LARGEST_SIDE:,}"
         return _admit_integers(value, evidence, expected, lambda sides: all(abs(s) <= _LARGEST_SIDE for s in sides))
 
@@ -145,10 +150,10 @@ class Flag:
 
 @dataclass(frozen=True)
 class Sizes:
-    """An argument of which only the type is known: numbers and flags of any sort, none larger than a width."""
+    """An argument of which only the type is known: numbers and flags, none larger than a width."""
 
     def admit(self, value: object, evidence: Evidence) -> object:
-        """Admit booleans, and finite numbers up to the largest dimension in the file, and sequences of them."""
+        """Admit booleans, finite numbers up to the file's largest dimension, and sequences of them."""
         largest = evidence.largest_dimension
         expected = f"numbers of at most {largest:,}, the largest dimension of the file's tensors"
         leaves = [int(leaf) if isinstance(leaf, bool) else leaf for leaf in _leaves(value, evidence)]
@@ -158,16 +163,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Word:
-    """One of the words of a closed list, or a sequence of them; with `numbers`, numbers may stand among them.
+    """One of the words of a closed list, or a sequence of them.
 
-    The list is ours or the library's, so that a word cannot name a file, a class or a place on a network.
+    With `numbers`, numbers may stand among them. The list is ours or the library's, so that a word
+    cannot name a file, a class or a place on a network.
     """
 
     words: frozenset[str]
     numbers: bool = False
 
     def admit(self, value: object, evidence: Evidence) -> object:
-        """Admit strings that stand in the list. The empty word and False are admitted, too: they mean "none"."""
+        """Admit strings that stand in the list.
+
+        The empty word and False are admitted, too: they mean "none".
+        """
         for leaf in _leaves(value, evidence):
             if leaf is None or leaf is False or leaf == "" or (isinstance(leaf, str) and leaf in self.words):
                 continue
@@ -179,7 +188,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Forbidden:
-    """An argument of the constructor that only a person may set: a class, a function, a table of layers."""
+    """An argument that only a person may set: a class, a function, a table of layers."""
 
     def admit(self, value: object, evidence: Evidence) -> object:
         """Admit None alone."""
@@ -192,9 +201,9 @@ class Forbidden:
 class Nested:
     """A configuration within a configuration: a mapping whose entries have kinds of their own.
 
-    `arguments_of` returns the kinds for a given mapping, which may depend on what it says of itself (`model_type`).
-    It raises NotAdmitted for a mapping that describes nothing known. Entries without a kind are left out: the
-    library has no place for them.
+    `arguments_of` returns the kinds for a given mapping, which may depend on what it says of itself
+    (`model_type`). It raises NotAdmitted for a mapping that describes nothing known. Entries
+    without a kind are left out: the library has no place for them.
     """
 
     arguments_of: Callable[[Mapping[str, object]], Mapping[str, ArgumentKind]]
@@ -211,7 +220,10 @@ class Nested:
 
 
 def admit_argument(kinds: Mapping[str, ArgumentKind], name: str, value: object, evidence: Evidence) -> object:
-    """Return the value that a file gives to the argument `name`, filtered. Raises NotAdmitted, which names it."""
+    """Return the value that a file gives to the argument `name`, filtered.
+
+    Raises NotAdmitted, which names it.
+    """
     kind = kinds.get(name)
     if kind is None:
         raise NotAdmitted(f"{name}: a file may not set it")
@@ -230,6 +242,7 @@ def _admit_numbers(value: object, evidence: Evidence, expected: str, fits: Calla
 
 def _admit_integers(value: object, evidence: Evidence, expected: str, fits: Callable[[list[int]], bool]) -> object:
     leaves = [leaf for leaf in _leaves(value, evidence) if leaf is not None]
+    # In Python True and False are integers, too.
     if not all(isinstance(leaf, int) and not isinstance(leaf, bool) for leaf in leaves) or not fits(leaves):
         raise NotAdmitted(f"expected {expected}")
     return value
@@ -242,11 +255,15 @@ def _is_finite_number(value: object) -> bool:
 
 
 def _leaves(value: object, evidence: Evidence, depth: int = 0) -> Iterator[Any]:
-    """Yield the value, or the items of a sequence and of the sequences in it. Raises NotAdmitted for a deep one."""
+    """Yield the value, or the items of a sequence and of the sequences in it.
+
+    Raises NotAdmitted for a deep one.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         yield value
         return
-    # One number a block is the most that any constructor takes; small models have few tensors but may list sizes.
+    # One number a block is the most that any constructor takes; small models have few tensors but
+    # may list sizes.
     if depth >= _DEEPEST_LIST or len(value) > max(64, evidence.tensors):
         raise NotAdmitted("expected a short sequence")
     for item in value:

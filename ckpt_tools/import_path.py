@@ -1,8 +1,9 @@
-"""What may be imported from the current folder: the modules that the user names, what those import, and nothing else.
+"""Import from the current folder only the modules that the user names and their imports.
 
-The current folder may hold checkpoints from somebody else, with a ``torch.py`` among them, or a ``pandas.py`` that
-answers where a library tries to import what is not installed. So it never stands on ``sys.path``, where it would serve
-whoever imports, and where its ``*.dist-info`` folders would declare plugins (entry points) to torch, fsspec and us.
+The current folder may hold checkpoints from somebody else, with a ``torch.py`` among them, or a
+``pandas.py`` that answers where a library tries to import a package that is not installed. So the
+current folder never stands on ``sys.path``, where it would serve every import, and where its
+``*.dist-info`` folders would declare plugins (entry points) to torch, fsspec and this package.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ _MACHINERY = frozenset({"importlib", "_frozen_importlib", "_frozen_importlib_ext
 class _UserCodeFinder(MetaPathFinder):
     """Finds top-level modules of the user's code in the folder of the module that imports them.
 
-    ``folders`` has the folder of every top-level module that the user named or that such a module imported. Python asks
-    this finder last, so that the standard library and installed packages come before a file of the same name.
+    ``folders`` has the folder of every top-level module that the user named or that such a module
+    imported. Python asks this finder last, so that the standard library and installed packages come
+    before a file of the same name.
     """
 
     def __init__(self) -> None:
@@ -50,7 +52,11 @@ class _UserCodeFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module if the user's code imports it; None otherwise. Submodules are found by their package's path."""
+        """Find a top-level module that the user's code imports; None for every other.
+
+        Submodules have a ``path``, that of their package, by which Python finds them without this
+        finder.
+        """
         folder = self.folders.get(fullname) or self.folders.get(_importing_package())
         if path is not None or folder is None:
             return None
@@ -66,8 +72,9 @@ _finder = _UserCodeFinder()
 def import_user_module(name: str) -> ModuleType:
     """Import a module that the user has named, from what is installed or from the current folder.
 
-    Modules beside it are found when it imports them, also later. Raises ImportError where the current folder and the
-    installation both have a module of this name, as either may be meant, and whatever the module raises.
+    Modules beside it are found when it imports them, also later. Raises ImportError where the
+    current folder and the installation both have a module of this name, as either may be meant, and
+    whatever the module raises.
     """
     top = name.partition(".")[0]
     here, previous = _current_folder(), _finder.folders.pop(top, None)
@@ -84,11 +91,12 @@ def import_user_module(name: str) -> ModuleType:
 
 @contextmanager
 def user_code_for_children() -> Iterator[None]:
-    """Let workers that multiprocessing spawns in the block import the user's code as this process does.
+    """Let workers that multiprocessing spawns import the user's code as this process does.
 
-    A spawned worker imports the classes and functions that it is sent. Those of the user's code are sent with the
-    folders that they are found in. Forked workers need nothing of this.
+    A spawned worker imports the classes and functions that it is sent. Those of the user's code are
+    sent with the folders that they are found in. Forked workers need nothing of this.
     """
+    # multiprocessing sends everything through this class and has no setting for it.
     pickler: Any = ForkingPickler
     before = vars(ForkingPickler).get("reducer_override")
     pickler.reducer_override = _reduce_user_code
@@ -103,9 +111,10 @@ def user_code_for_children() -> Iterator[None]:
 
 @contextmanager
 def children_without_current_folder() -> Iterator[None]:
-    """Keep the current folder off the path of the Python processes that are started in the block.
+    """Keep the current folder off the path of Python processes that the block starts.
 
-    multiprocessing starts its workers by ``python -c``, which puts the current folder before the standard library.
+    multiprocessing starts its workers by ``python -c``, which puts the current folder before the
+    standard library.
     """
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = before or "1"
@@ -119,7 +128,7 @@ def children_without_current_folder() -> Iterator[None]:
 
 
 def _reduce_user_code(pickler: ForkingPickler, value: object) -> Any:
-    """How a class or function of the user's code is pickled; NotImplemented, which means as usual, for all else."""
+    """Pickle the user's classes and functions with their folders; NotImplemented for all else."""
     module = getattr(value, "__module__", None)
     if not isinstance(value, type | FunctionType) or not isinstance(module, str):
         return NotImplemented
@@ -140,7 +149,7 @@ def _serve(folders: Mapping[str, str]) -> None:
 
 
 def _importing_package() -> str:
-    """The top-level name of the module whose import statement, or call of importlib, is being served."""
+    """Return the top-level name of the module that imports, by statement or by importlib."""
     frame = inspect.currentframe()
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
@@ -159,10 +168,10 @@ def _current_folder() -> str | None:
 
 
 def _is_only_in(folder: str, top: str) -> bool:
-    """Whether the folder has a module of this name and the installation none.
+    """Return whether the folder has a module of this name and the installation has none.
 
-    Raises ImportError where both have one. A folder without ``__init__.py`` is no module in this sense: it has no
-    origin, and Python prefers a module to it wherever that stands.
+    Raises ImportError where both have one. A folder without ``__init__.py`` is no module in this
+    sense: it has no origin, and Python prefers a module to it wherever that stands.
     """
     local, installed = _files(folder).find_spec(top), _installed_spec(top)
     if local is None or installed is None:
@@ -174,14 +183,15 @@ def _is_only_in(folder: str, top: str) -> bool:
     if Path(installed.origin).exists() and Path(installed.origin).samefile(local.origin):
         return False
     raise ImportError(
-        f"expected one module named {top}, found two: {local.origin} in the current folder and {installed.origin}. "
+        f"expected one module named {top}, found two: {local.origin} in the current folder and "
+        f"{installed.origin}. "
         "Rename or remove one of them; with PYTHONPATH=. the current folder's comes first",
         name=top,
     )
 
 
 def _files(folder: str) -> FileFinder:
-    """Finds modules in one folder, as Python does for the folders on ``sys.path``."""
+    """Return a finder of modules in one folder, as Python has for the folders on ``sys.path``."""
     return FileFinder(
         folder,
         (ExtensionFileLoader, EXTENSION_SUFFIXES),

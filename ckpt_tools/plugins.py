@@ -1,4 +1,4 @@
-"""Adapters, found by entry point, and the architecture names that lead to them."""
+"""Find adapters by their entry points, and the adapter that an architecture's name means."""
 
 from __future__ import annotations
 
@@ -20,46 +20,57 @@ _FIRST = ("timm", "torchvision")  # the order in which ambiguous words of a chec
 
 
 def prefixes() -> tuple[str, ...]:
-    """The words that may stand before the colon; loads nothing."""
-    found = {point.name for point in entry_points(group=GROUP)}
-    return tuple(name for name in _FIRST if name in found) + tuple(sorted(found - {*_FIRST}))
+    """Return the words that may stand before the colon, without loading any adapter."""
+    names = {point.name for point in entry_points(group=GROUP)}
+    return tuple(name for name in _FIRST if name in names) + tuple(sorted(names - {*_FIRST}))
 
 
 @functools.cache
 def adapter(prefix: str) -> Adapter:
-    """Load one adapter. ``prefix`` is an entry point's name, or ``module:Class``. Raises ArchitectureError."""
+    """Load one adapter.
+
+    ``prefix`` is the name of an entry point, or ``module:Class`` for an adapter that is not
+    registered. Raises ArchitectureError.
+    """
     registered = next(iter(entry_points(group=GROUP, name=prefix)), None)
+    # An adapter that is not registered is named as in an entry point: module:Class.
     point = registered or EntryPoint(prefix, prefix, GROUP)
     try:
         if registered is None:
             import_user_module(prefix.partition(":")[0])
-        made = point.load()()
+        loaded = point.load()()
     except Exception as error:
         raise ArchitectureError(
             f"adapter {prefix} ({point.value}{_origin(point)}) could not be loaded: "
             f"{type(error).__name__}: {error}. Repair or uninstall it."
         ) from error
-    if not isinstance(made, Adapter):
+    if not isinstance(loaded, Adapter):
         raise ArchitectureError(
             f"adapter {prefix} ({point.value}{_origin(point)}): expected the methods of "
-            f"ckpt_tools.contract.Adapter, found {type(made).__name__}, which lacks {', '.join(_lacking(made))}."
+            f"ckpt_tools.contract.Adapter, found {type(loaded).__name__}, "
+            f"which lacks {', '.join(_missing_methods(loaded))}."
         )
-    return made
+    return loaded
 
 
 def adapters() -> dict[str, Adapter]:
-    """Every adapter that loads, by prefix. A broken one is left out here and explained by ``adapter``."""
-    found = {}
+    """Return every adapter that can be loaded, by prefix.
+
+    For a broken one ``adapter`` says what is wrong.
+    """
+    loaded = {}
     for prefix in prefixes():
         try:
-            found[prefix] = adapter(prefix)
+            loaded[prefix] = adapter(prefix)
         except ArchitectureError:
             continue
-    return found
+    return loaded
 
 
 def resolve(architecture: str) -> tuple[Adapter, str]:
-    """``timm:resnet50``, ``package.module:factory`` or a bare name → adapter and the name it knows.
+    """Return the adapter that an architecture means, and the name that it builds.
+
+    An architecture is ``timm:resnet50``, ``package.module:factory`` or a bare name.
 
     ``module:Class:name`` uses an adapter that is not registered. Raises ArchitectureError.
     """
@@ -69,8 +80,8 @@ def resolve(architecture: str) -> tuple[Adapter, str]:
     if prefix in prefixes():
         return adapter(prefix), name
     if name.count(":"):
-        cls, _, rest = name.partition(":")
-        return adapter(f"{prefix}:{cls}"), rest
+        class_name, _, name = name.partition(":")
+        return adapter(f"{prefix}:{class_name}"), name
     close = difflib.get_close_matches(prefix, prefixes(), n=1)
     if close and not _importable(prefix):
         raise ArchitectureError(
@@ -81,21 +92,21 @@ def resolve(architecture: str) -> tuple[Adapter, str]:
 
 
 def _only_owner(name: str) -> tuple[Adapter, str]:
-    known = {prefix: found.architectures() for prefix, found in adapters().items()}
-    owners = [prefix for prefix, names in known.items() if name in names]
+    names_by_prefix = {prefix: loaded.architectures() for prefix, loaded in adapters().items()}
+    owners = [prefix for prefix, names in names_by_prefix.items() if name in names]
     if len(owners) == 1:
         return adapter(owners[0]), name
     if owners:
         spellings = " or ".join(f"{prefix}:{name}" for prefix in owners)
         raise ArchitectureError(f"{name}: {' and '.join(owners)} both have it. Write {spellings}.")
-    everything = (f"{prefix}:{candidate}" for prefix, names in known.items() for candidate in names)
+    everything = (f"{prefix}:{candidate}" for prefix, names in names_by_prefix.items() for candidate in names)
     raise ArchitectureError(
-        f"{name}: no adapter has an architecture of this name.{_meant(name, everything)} "
+        f"{name}: no adapter has an architecture of this name.{_suggestion(name, everything)} "
         "Write timm:NAME, torchvision:NAME or package.module:factory."
     )
 
 
-def _meant(name: str, spellings: Iterable[str]) -> str:
+def _suggestion(name: str, spellings: Iterable[str]) -> str:
     by_name: dict[str, list[str]] = {}
     for spelling in spellings:
         by_name.setdefault(spelling.partition(":")[2], []).append(spelling)
@@ -104,7 +115,7 @@ def _meant(name: str, spellings: Iterable[str]) -> str:
 
 
 def _importable(module: str) -> bool:
-    """Whether the top-level package exists, without importing it; the current directory counts."""
+    """Look for the top-level package, also in the current folder, without importing it."""
     top = module.partition(".")[0]
     if not top.isidentifier():
         return False
@@ -117,6 +128,6 @@ def _origin(point: EntryPoint) -> str:
     return f", from {point.dist.name}" if point.dist else ""
 
 
-def _lacking(made: object) -> list[str]:
+def _missing_methods(loaded: object) -> list[str]:
     wanted = [*Adapter.__annotations__, *(name for name, value in vars(Adapter).items() if callable(value))]
-    return [name for name in wanted if not name.startswith("_") and not hasattr(made, name)]
+    return [name for name in wanted if not name.startswith("_") and not hasattr(loaded, name)]

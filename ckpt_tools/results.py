@@ -10,7 +10,10 @@ from ckpt_tools.contract import Estimator, OutlierReason, Precision, Statistics,
 
 @dataclass(frozen=True)
 class DropoutSite:
-    """A place that injects noise in training. ``rate`` is PyTorch's p, None where no number can be read."""
+    """An operation that injects noise in training.
+
+    ``rate`` is PyTorch's p, None where no number can be read.
+    """
 
     name: str
     op: str
@@ -18,7 +21,7 @@ class DropoutSite:
 
     @property
     def active(self) -> bool:
-        """Whether the site does anything in training as the model stands."""
+        """Whether the site changes its input in training, as the model is configured."""
         return self.rate != 0.0
 
 
@@ -37,7 +40,7 @@ class BatchNormLayer:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A normalisation layer that this tool does not touch, and why."""
+    """A normalisation layer that this tool does not change, and the reason."""
 
     name: str
     reason: str
@@ -45,7 +48,7 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a weight maps its input to its units.
+    """How a weight maps its input to its units: its output channels or features.
 
     A linear weight has shape (units, fan-in), or (blocks, units, fan-in) for a batch of them; a convolution
     (units, inputs / groups, *kernel); a transposed convolution (inputs, units / groups, *kernel).
@@ -60,7 +63,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class WeightLayer:
-    """A weight that the forward multiplies activations with, by linear map or convolution.
+    """A weight by which the forward pass multiplies activations, in a linear map or a convolution.
 
     ``parameter`` is its key in the state dict, ``name`` the key without ``.weight``. ``inputs`` and ``consumers`` are
     the parameters of the nearest weight layers before and behind it.
@@ -76,7 +79,10 @@ class WeightLayer:
 
 @dataclass(frozen=True)
 class Walk:
-    """What one recorded forward tells: BN layers in execution order, dropout sites, and what lies behind what."""
+    """The record of one forward pass.
+
+    It has the BN layers in execution order, the dropout sites, and which layers lie behind which sites.
+    """
 
     batch_norms: tuple[BatchNormLayer, ...]
     dropout_sites: tuple[DropoutSite, ...]
@@ -89,7 +95,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Spread:
-    """Summary over the channels of a layer."""
+    """Median, minimum and maximum over the channels of a layer."""
 
     median: float
     low: float
@@ -98,7 +104,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one BN layer. ``ratio`` is stored variance / new variance; None if it was not measured.
+    """The result for one BN layer.
+
+    ``ratio`` is stored variance / new variance; None if it was not measured.
 
     ``error`` is the relative standard error of the new variance, from how images and whole batches scatter.
     """
@@ -147,7 +155,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Reestimation:
-    """The outcome of a re-estimation: what was rewritten, why, and how sure the numbers are."""
+    """The outcome of a re-estimation: what was rewritten, why, and how precise the numbers are."""
 
     layers: tuple[LayerResult, ...]
     controls: Controls
@@ -171,5 +179,5 @@ class Reestimation:
 
     @property
     def rewritten(self) -> tuple[LayerResult, ...]:
-        """The layers whose running variance changed hands."""
+        """The layers whose running variance was rewritten."""
         return tuple(layer for layer in self.layers if layer.rewritten)

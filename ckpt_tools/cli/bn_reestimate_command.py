@@ -12,6 +12,7 @@ from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar, ReestimationBar
 from ckpt_tools.cli.torchrun import join_team
+from ckpt_tools.machine.heap import keep_freed_memory
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.remote.mirror import restore_urls
 
@@ -167,21 +168,21 @@ def bn_reestimate(
         many_checkpoints.reestimate_checkpoints(checkpoints, request, place, reports, as_json=as_json, quiet=quiet)
         return
     check_reports(reports, (*many_checkpoints.input_files(request, [first]), request.output))
-    with join_team(request.device) as team:
+    with join_team(request.device) as team, keep_freed_memory():
         with options.redirect_foreign_stdout():
             plan = prepare_reestimation(request, team=team)
-        if not as_json and team.speaks:
+        if not as_json and team.is_main_process:
             print_result(plan_text(plan) + "\n")
-        hidden = quiet or not team.speaks
+        hidden = quiet or not team.is_main_process
         bars = ReestimationBar(plan.stream.count, hidden=hidden), EvaluationBar(plan.labelled_images, hidden=hidden)
         try:
             with bars[0], bars[1], options.redirect_foreign_stdout(), interrupt_on_sigterm():
                 outcome = execute_reestimation(plan, *bars)
         except GateFailed as failed:
-            if team.speaks:
+            if team.is_main_process:
                 _show_refusal(plan, failed.metrics, as_json)
             raise
-        if not team.speaks:
+        if not team.is_main_process:
             return
         facts = restore_urls(outcome_json(outcome))
         for report in reports:

@@ -10,6 +10,7 @@ import click
 from ckpt_tools.cli import github, options
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar
+from ckpt_tools.machine.heap import keep_freed_memory
 from ckpt_tools.remote.mirror import restore_urls
 
 
@@ -64,7 +65,7 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
         plan = prepare_evaluation(request)
     if not as_json:
         print_result(evaluation_plan_text(plan) + "\n")
-    with EvaluationBar(plan.images, hidden=quiet) as bar, options.redirect_foreign_stdout():
+    with EvaluationBar(plan.images, hidden=quiet) as bar, options.redirect_foreign_stdout(), keep_freed_memory():
         outcome = execute_evaluation(plan, bar)
     facts = restore_urls(evaluation_json(outcome))
     if as_json:

@@ -18,6 +18,7 @@ from ckpt_tools.cli.options import combine_options, path, redirect_foreign_stdou
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.machine.heap import keep_freed_memory
 from ckpt_tools.paths import matching_paths
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.remote.mirror import resolve_location, restore_urls
@@ -147,7 +148,12 @@ def reestimate_checkpoints(
         log = Manifest(manifest)
         after.callback(log.publish)
         items = tuple(replace(item, in_manifest=log.recorded_output(item.output)) for item in items)
-        with _Bars(len(items), hidden=quiet) as bars, redirect_foreign_stdout(), interrupt_on_sigterm():
+        with (
+            _Bars(len(items), hidden=quiet) as bars,
+            redirect_foreign_stdout(),
+            interrupt_on_sigterm(),
+            keep_freed_memory(),
+        ):
             engine.run(items, request, make_record, record, bars.show_images)
     records.sort(key=lambda record: names[record["checkpoint"]])
     for report in reports:

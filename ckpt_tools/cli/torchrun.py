@@ -21,25 +21,25 @@ def join_team(device: str) -> Iterator[Team]:
 
     What goes wrong is printed by rank 0 alone, and every rank leaves with the exit code for it.
     """
-    from ckpt_tools.distributed import Processes, Ranks, connected
+    from ckpt_tools.distributed import Processes, Ranks, start_team
     from ckpt_tools.machine.device import resolve_device
 
     ranks = Ranks.from_environment()
     if ranks.world == 1:
-        with connected(ranks, cuda=False) as team:
+        with start_team(ranks, cuda=False) as team:
             yield team
         return
-    with interrupt_on_sigterm(), connected(ranks, cuda=resolve_device(device, ranks).startswith("cuda")) as team:
+    with interrupt_on_sigterm(), start_team(ranks, cuda=resolve_device(device, ranks).startswith("cuda")) as team:
         assert isinstance(team, Processes)
         try:
             yield team
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary of all ranks
-            if team.speaks:
+            if team.is_main_process:
                 code = report_error(error)
-                team.say()
+                team.announce_printed()
             else:
-                team.hear()
+                team.wait_until_printed()
                 code = exit_code(error)
             sys.exit(code)

@@ -1,7 +1,7 @@
 """A DenseNet-BC as torchvision writes it, small enough for 8×8 images (Huang et al. 2017).
 
-Same names, same order and the same functional dropout as ``torchvision.models.densenet``, so what the
-tool says about this network it would say about the large ones.
+Same names, same order and the same functional dropout as ``torchvision.models.densenet``, so what
+the tool says about this network it would say about the large ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-1×1 conv, BN-ReLU-3×3 conv, then dropout: (N, C, H, W) features → (N, growth, H, W)."""
+    """BN-ReLU-1×1 conv, BN-ReLU-3×3 conv, then dropout: (N, C, H, W) → (N, growth, H, W)."""
 
     def __init__(self, channels: int, growth: int, bottleneck: int, drop_rate: float) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class DenseLayer(nn.Module):
         self.drop_rate = float(drop_rate)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """New features from all earlier ones, (N, growth, H, W)."""
+        """Compute new features (N, growth, H, W) from all earlier ones."""
         narrowed = self.conv1(self.relu1(self.norm1(torch.cat(list(features), 1))))
         new_features: Tensor = self.conv2(self.relu2(self.norm2(narrowed)))
         if self.drop_rate > 0:
@@ -39,7 +39,10 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.ModuleDict):
-    """Layers that each see everything before them: (N, C, H, W) → (N, C + layers · growth, H, W)."""
+    """Layers of which each takes the input and the features of all earlier ones.
+
+    ``forward`` maps (N, C, H, W) to (N, C + layers · growth, H, W).
+    """
 
     def __init__(self, layers: int, channels: int, growth: int, bottleneck: int, drop_rate: float) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class DenseBlock(nn.ModuleDict):
             self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's input and all new features, concatenated."""
+        """Return the input and all new features, concatenated."""
         features = [x]
         for layer in self.values():
             features.append(layer(features))
@@ -67,10 +70,10 @@ class Transition(nn.Sequential):
 
 
 class DenseNet(nn.Module):
-    """DenseNet-BC: stem, dense blocks with transitions between them, BN, mean over the map, linear head.
+    """DenseNet-BC: stem, dense blocks with transitions, BN, mean over the map, linear head.
 
-    ``forward`` takes (N, in_channels, H, W) and returns logits (N, num_classes). H and W are halved after
-    every block but the last.
+    ``forward`` takes (N, in_channels, H, W) and returns logits (N, num_classes). H and W are halved
+    after every block but the last.
     """
 
     def __init__(
@@ -95,19 +98,21 @@ class DenseNet(nn.Module):
             if i < len(blocks):
                 parts[f"transition{i}"] = Transition(channels, channels // 2)
                 channels //= 2
-        parts["norm5"] = nn.BatchNorm2d(channels)  # torchvision's name, whatever the number of blocks
+        # Torchvision's name, whatever the number of blocks
+        parts["norm5"] = nn.BatchNorm2d(channels)
         self.features = nn.Sequential(parts)
         self.classifier = nn.Linear(channels, num_classes)
         self._initialise()
 
     def _initialise(self) -> None:
+        # As torchvision's DenseNet; BN layers begin with weight 1 and bias 0 by themselves.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes)."""
+        """Return logits (N, num_classes)."""
         maps = F.relu(self.features(x), inplace=True)
         logits: Tensor = self.classifier(F.adaptive_avg_pool2d(maps, (1, 1)).flatten(1))
         return logits
@@ -123,9 +128,10 @@ def digits_densenet(
     bottleneck: int = 4,
     in_channels: int = 1,
 ) -> DenseNet:
-    """The demo's network, for ``--arch ckpt_tools.demo.densenet:digits_densenet``.
+    """Build the demo's network: ``--arch ckpt_tools.demo.densenet:digits_densenet`` calls this.
 
-    Sixteen layers at 8×8 and four at 4×4. Deep and narrow, because every BN layer behind dropout adds its
-    share to the shift that the tool corrects; the first BN layers are behind none and serve as controls.
+    Sixteen layers at 8×8 and four at 4×4. Deep and narrow, because every BN layer behind dropout
+    adds its share to the shift that the tool corrects; the first BN layers are behind none and
+    serve as controls.
     """
     return DenseNet(blocks, growth, stem, bottleneck, drop_rate, num_classes, in_channels)

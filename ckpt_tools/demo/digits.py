@@ -1,4 +1,4 @@
-"""The bundled digits, split for the demo: 1797 handwritten digits of 8×8 points (see ``DIGITS.txt``)."""
+"""The bundled images of the demo: 1797 handwritten digits of 8×8 points (see ``DIGITS.txt``)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 TRAIN_IMAGES = 600
-# Mean and standard deviation of all points on their own scale 0–16. Constants, so that any split is scaled alike.
+# Mean and standard deviation of all points on their own scale 0–16. Constants, so that any split is
+# scaled alike.
 POINT_MEAN, POINT_STD = 4.884, 6.017
 
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """One split. Images are float32 (N, 1, 8, 8), about mean 0 and variance 1; labels int64 (N,), 0 to 9.
+    """One split: 600 images for training and correction, 1197 for testing alone.
 
-    N is 600 for training and 1197 for testing. The testing images play no part in training or correction.
+    Images are float32 (N, 1, 8, 8) with mean 0 and variance 1, roughly; labels are int64 (N,), from
+    0 to 9.
     """
 
     train_images: Tensor
@@ -28,7 +30,7 @@ class Digits:
 
 
 def load_digits(seed: int) -> Digits:
-    """Split the bundled digits at random; ``seed`` decides which 600 are for training."""
+    """Load the bundled digits; ``seed`` decides which 600 are for training."""
     with files("ckpt_tools.demo").joinpath("digits.npz").open("rb") as file, np.load(file) as stored:
         points, digits = stored["images"], stored["labels"]
     images = torch.from_numpy((points.astype(np.float32) - POINT_MEAN) / POINT_STD).unsqueeze(1)

@@ -1,8 +1,8 @@
-"""Training and scoring the demo's network.
+"""Train and score the demo's network.
 
-The recipe is that of the DenseNet paper (Huang et al. 2017) shrunk to 600 images: SGD with Nesterov momentum
-0.9, learning rate 0.1, weight decay 1e-4, no data augmentation. Batches hold 50 images instead of 64, and the
-rate falls along a cosine instead of in two steps.
+The recipe is that of the DenseNet paper (Huang et al. 2017) shrunk to 600 images: SGD with Nesterov
+momentum 0.9, learning rate 0.1, weight decay 1e-4, no data augmentation. Batches hold 50 images
+instead of 64, and the rate falls along a cosine instead of in two steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEARNING_RATE = 0.1
 
 @dataclass(frozen=True)
 class Score:
-    """How good a classifier is: ``error`` in percent of the images, ``nll`` in nats an image (mean)."""
+    """Test results of a classifier: ``error`` in percent, mean ``nll`` in nats an image."""
 
     error: float
     nll: float
@@ -42,15 +42,15 @@ def train(
     epochs: int = EPOCHS,
     progress: Callable[[int, int], None] | None = None,
 ) -> DenseNet:
-    """Train a new network on the training images; it comes back in evaluation mode.
+    """Train a new network on the training images; return it in eval mode.
 
-    ``seed`` fixes initialisation, order of the images and dropout; the caller's random state is left as it
-    was. ``progress`` is called after every epoch with (epochs done, epochs in all).
+    ``seed`` fixes initialisation, order of the images and dropout; the caller's random state is
+    left as it was. ``progress`` is called after every epoch with (epochs done, epochs in all).
     """
     if epochs < 1 or not 0 <= drop_rate < 1:
         raise UsageError(
-            f"demo training: expected epochs ≥ 1 and 0 ≤ drop rate < 1, got {epochs} and {drop_rate}. "
-            f"Leave them out for {EPOCHS} and {DROP_RATE}."
+            f"demo training: expected epochs ≥ 1 and 0 ≤ drop rate < 1, got {epochs} and "
+            f"{drop_rate}. Leave them out for {EPOCHS} and {DROP_RATE}."
         )
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def train(
 
 
 def score(model: nn.Module, images: Tensor, labels: Tensor) -> Score:
-    """Score in evaluation mode. Images (N, 1, 8, 8) as in `Digits`, labels (N,)."""
+    """Score a model in eval mode. Images have shape (N, 1, 8, 8) as in `Digits`, labels (N,)."""
     with preserved_evaluation_mode(model), torch.no_grad():
         logits = model(images)
     wrong = (logits.argmax(dim=1) != labels).double().mean().item()
@@ -86,8 +86,8 @@ def _epochs(model: nn.Module, digits: Digits, epochs: int) -> Iterator[int]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # Maps of 8×8 are too small to share: on a busy two-core machine a second thread was measured to cost
-    # forty times the time. One thread also frees the result from the number of cores.
+    # Maps of 8×8 are too small to share: on a busy two-core machine a second thread was measured to
+    # cost forty times the time. One thread also frees the result from the number of cores.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
@@ -123,7 +122,7 @@ def measure_agreement(
         observed[found.name] = Layer(found.name, module, rewritten=True)
         observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
     runner = Runner(model, forward, Interception(dropout=rates_known))
-    with kept_heap(), preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
+    with preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
         images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))

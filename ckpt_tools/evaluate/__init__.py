@@ -1,1 +1,1 @@
-"""How good a classifier is: error, NLL and calibration with standard errors, a temperature, and a gate."""
+"""Metrics of a classifier with standard errors, a temperature for it, and a gate."""

@@ -1,4 +1,4 @@
-"""A classifier and labelled batches: the outcome of every image, and the logits where they are wanted."""
+"""Run a classifier on labelled batches: the outcome of every image, and the logits on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.evaluate.outcomes import Outcomes
-from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
@@ -21,7 +20,11 @@ from ckpt_tools.reestimate.running import Runner
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a model made of labelled images. ``classes``: outputs of its head. ``logits`` (N, C) float32, if kept."""
+    """The outcomes of N labelled images.
+
+    ``classes`` is the number of outputs of the model. ``logits`` has shape (N, C) and float32; None
+    if not kept.
+    """
 
     outcomes: Outcomes
     labels: Tensor
@@ -39,21 +42,24 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Run the model in evaluation mode, without gradients, on the device it is on; it comes back as it came.
+    """Run the model in eval mode, without gradients, on the device it is on.
+
+    It comes back as it came.
 
     Args:
-        model: a classifier: logits (N, C) as a tensor, first in a tuple, or under ``logits``; probabilities are taken
-            as softmax of their logarithms.
+        model: a classifier: logits (N, C) as a tensor, first in a tuple, or under ``logits``;
+            probabilities are taken as softmax of their logarithms.
         batches: pairs of what the model takes and labels (N,) int64.
         check: called with the labels of every batch and the number of outputs; may raise.
-        keep_logits: a temperature needs them. Without, a few numbers an image are all that is kept.
+        keep_logits: keep all logits, which a temperature needs; otherwise only a few numbers an
+            image are kept.
         forward: ``forward(model, batch)``.
-        seed: for models that draw random numbers even now.
+        seed: of random numbers, which some models draw in eval mode, too.
         progress: called with the number of images so far after every batch.
 
     Raises:
-        DataError: no image.
-        ModelError: no logits, NaN among them, or a model that cannot be run.
+        DataError: there is no image.
+        ModelError: the model returns no logits, or NaN among them, or cannot be run.
     """
     model = unwrap_model(model)
     outputs = _Outputs(forward)
@@ -62,29 +68,32 @@ def evaluate(
     labels: list[Tensor] = []
     logits: list[Tensor] = []
     classes = done = 0
-    with kept_heap(), preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
-        for number, (inputs, wanted) in enumerate(batches):
+    with preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
+        for number, (inputs, batch_labels) in enumerate(batches):
             for _ in runner.run(inputs, number, []):
                 pass
-            found = outputs.taken(len(wanted), number)
-            classes = found.shape[1]
+            batch_logits = outputs.take_logits(len(batch_labels), number)
+            classes = batch_logits.shape[1]
             if check is not None:
-                check(wanted, classes)
-            parts.append(Outcomes.of(found, wanted))
-            labels.append(wanted)
+                check(batch_labels, classes)
+            parts.append(Outcomes.of(batch_logits, batch_labels))
+            labels.append(batch_labels)
             if keep_logits:
-                logits.append(found.float().cpu())
-            done += len(wanted)
+                logits.append(batch_logits.float().cpu())
+            done += len(batch_labels)
             if progress is not None:
                 progress(done)
     if not done:
         raise DataError("no image to evaluate on; expected at least one.")
-    kept = torch.cat(logits) if keep_logits else None
-    return Evaluation(Outcomes.joined(parts), torch.cat(labels), classes, kept)
+    all_logits = torch.cat(logits) if keep_logits else None
+    return Evaluation(Outcomes.concatenate(parts), torch.cat(labels), classes, all_logits)
 
 
 class _Outputs:
-    """A forward that keeps what the model returns: a batch for which memory was short arrives in parts."""
+    """A forward that keeps what the model returns.
+
+    A batch for which memory was short arrives in several parts.
+    """
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
@@ -93,34 +102,39 @@ class _Outputs:
     def __call__(self, model: nn.Module, batch: Batch) -> None:
         self._parts.append(_logits(self._forward(model, batch)))
 
-    def taken(self, count: int, number: int) -> Tensor:
-        """The logits (count, C) of the batch that was run last."""
-        found = torch.cat(self._parts)
+    def take_logits(self, count: int, number: int) -> Tensor:
+        """Return the logits (count, C) of the batch that was run last, and forget them."""
+        logits = torch.cat(self._parts)
         self._parts = []
-        if len(found) != count:
-            raise ModelError(f"batch {number}: {count} labels, and the model returned {len(found)} rows of logits.")
-        if not bool(torch.isfinite(found).all()):
+        if len(logits) != count:
+            raise ModelError(f"batch {number}: {count} labels, and the model returned {len(logits)} rows of logits.")
+        if not bool(torch.isfinite(logits).all()):
             raise ModelError(f"batch {number}: the model's logits hold NaN or infinity. Look for NaN in its weights.")
-        return found
+        return logits
 
 
 def _logits(output: object) -> Tensor:
-    found: object = output
+    """Find the logits (N, C) in what a model returned.
+
+    Probabilities are turned into their logarithms.
+    """
+    logits: object = output
     if isinstance(output, Mapping):
-        found = output.get("logits")
+        logits = output.get("logits")
     elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if isinstance(found, Tensor) and found.ndim > 2 and found.shape[2:].numel() == 1:
-        found = found.flatten(1)  # a convolution as the head
-    if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[1] < 2 or not found.is_floating_point():
-        shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
+        logits = output[0]
+    if isinstance(logits, Tensor) and logits.ndim > 2 and logits.shape[2:].numel() == 1:
+        logits = logits.flatten(1)  # from a head that is a convolution
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         raise ModelError(f"the model returned {shape}; expected logits (N, classes), as of a classifier.")
-    return _log(found) if _is_softmax(found) else found
+    return _log(logits) if _is_softmax(logits) else logits
 
 
-def _is_softmax(found: Tensor) -> bool:
-    slack = max(1e-3, torch.finfo(found.dtype).eps)  # probabilities in bfloat16 add up to 1 so far only
-    return bool((found >= 0).all()) and bool(((found.double().sum(1) - 1).abs() < slack).all())
+def _is_softmax(logits: Tensor) -> bool:
+    # Probabilities in bfloat16 add up to 1 no better than that
+    slack = max(1e-3, torch.finfo(logits.dtype).eps)
+    return bool((logits >= 0).all()) and bool(((logits.double().sum(1) - 1).abs() < slack).all())
 
 
 def _log(probabilities: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""``--gate 'error <= before + 0.1 and ece <= 5'``: what must hold after, in words that cannot run anything.
+"""The language of ``--gate``, in which a user says what must hold after the correction.
+
+For example: ``error <= before + 0.1 and ece <= 5``.
 
     GATE      := CONDITION {"and" CONDITION}
     CONDITION := METRIC ("<=" | "<" | ">=" | ">") SUM
@@ -8,49 +10,75 @@
     METRIC    := "error" | "error5" | "nll" | "ece"
 
 ``before`` alone is the condition's own metric before.
+
+A SUM is arithmetic as Python writes it, so Python's own parser reads it. A gate cannot run
+anything: every word and sign must stand in a closed list, and of what the parser makes of them only
+the nodes of this grammar are computed.
 """
 
 from __future__ import annotations
 
+import ast
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.evaluate.metrics import METRICS
 
-Values = Mapping[str, float]
-Term = Callable[[Values], float]
+_Values = Mapping[str, float]
 
-_TOKEN = re.compile(r"\s*(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|[A-Za-z_][\w.]*|<=|>=|[<>+\-*()]|\S)")
-_HOLDS: Mapping[str, Callable[[float, float, float], bool]] = {  # NaN holds nowhere
+# The last alternative is the end of the text, which becomes an empty token.
+_TOKEN = re.compile(r"[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?|[A-Za-z_][\w.]*|<=|>=|\S|\Z")
+_NUMBER = re.compile(r"\.?[0-9]")
+_COMPARISONS: Mapping[str, Callable[[float, float, float], bool]] = {  # NaN satisfies none of them
     "<=": lambda value, bound, slack: value <= bound + slack,
     "<": lambda value, bound, slack: value < bound - slack,
     ">=": lambda value, bound, slack: value >= bound - slack,
     ">": lambda value, bound, slack: value > bound + slack,
 }
-_COMPARISONS = tuple(_HOLDS)
-_ROUNDING = 1e-9  # so that 5.1 <= 5.0 + 0.1 whatever floats say
-_DEEPEST, _LONGEST = 50, 500  # brackets inside each other, words
+_OPERATIONS: Mapping[type, Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+_BEFORE = ("before", *(f"before.{metric}" for metric in METRICS))
+_VOCABULARY = (*METRICS, *_BEFORE, "and", *_COMPARISONS, *"+-*()")
+_SUM = f"a sum of numbers, {', '.join(_BEFORE)}, with + - * and brackets"
+_ROUNDING = 1e-9  # so that 5.1 <= 5.0 + 0.1 whatever the rounding of floats
+
+# Python's parser and the evaluation below are recursive. These limits keep both far from the end of
+# the stack.
+_DEEPEST, _LONGEST = 50, 500
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One comparison. ``metrics`` are those that it needs before; ``bound`` takes them."""
+    """One comparison of a metric with a bound.
+
+    ``metrics`` are those that the bound needs from before.
+    """
 
     text: str
     metric: str
     comparison: str
-    bound: Term
+    bound: ast.expr
     metrics: frozenset[str]
 
-    def failure(self, before: Values, after: Values) -> str | None:
-        """What is wrong, in numbers; None if it holds."""
-        value, bound = after[self.metric], self.bound(before)
+    def failure(self, before: _Values, after: _Values) -> str | None:
+        """Return a message with the numbers that break the condition; None if it holds.
+
+        ``before`` and ``after`` map names of metrics to values; an infinite bound is compared, too.
+        """
+        terms = {f"before.{metric}": value for metric, value in before.items()}
+        value, bound = (
+            after[self.metric],
+            _evaluate(self.bound, {**terms, "before": before.get(self.metric, math.nan)}),
+        )
         slack = _ROUNDING * max(abs(value), abs(bound), 1.0)
-        if _HOLDS[self.comparison](value, bound, slack if math.isfinite(slack) else 0.0):
+        if _COMPARISONS[self.comparison](value, bound, slack if math.isfinite(slack) else 0.0):
             return None
         old = "".join(f", {name} before {before[name]:.6g}" for name in sorted(self.metrics))
         return f"{self.text}: {self.metric} is {value:.6g}, the bound {bound:.6g}{old}"
@@ -58,7 +86,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Gate:
-    """All conditions must hold."""
+    """A conjunction: all conditions must hold. ``text`` is the gate as the user wrote it."""
 
     text: str
     conditions: tuple[Condition, ...]
@@ -70,117 +98,93 @@ class Gate:
 
     @property
     def metrics(self) -> frozenset[str]:
-        """All metrics that it looks at, before or after."""
-        return frozenset().union(*({one.metric} | one.metrics for one in self.conditions))
+        """All metrics that the gate looks at, before or after."""
+        return frozenset().union(*({condition.metric} | condition.metrics for condition in self.conditions))
 
-    def failures(self, before: Values, after: Values) -> tuple[str, ...]:
-        """What does not hold, in words; nothing if the gate is passed."""
-        found = (condition.failure(before, after) for condition in self.conditions)
-        return tuple(one for one in found if one is not None)
+    def failures(self, before: _Values, after: _Values) -> tuple[str, ...]:
+        """Return a message for each condition that does not hold; none if the gate is passed."""
+        messages = (condition.failure(before, after) for condition in self.conditions)
+        return tuple(message for message in messages if message is not None)
 
 
 def parse_gate(text: str) -> Gate:
-    """Raises UsageError that says where it does not parse."""
-    return _Parser(text).gate()
+    """Read a gate.
+
+    Raises UsageError that names what was expected and what was found instead.
+    """
+    tokens = list(_TOKEN.finditer(text))
+    _require_vocabulary(tokens)
+    conditions, first = [], 0
+    for last, token in enumerate(tokens):
+        if token[0] in ("and", ""):
+            conditions.append(_parse_condition(tokens[first : last + 1]))
+            first = last + 1
+    return Gate(text.strip(), tuple(conditions))
 
 
-class _Parser:
-    """Recursive descent over the tokens of a gate."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._tokens = [(match[1], match.start(1), match.end(1)) for match in _TOKEN.finditer(text)]
-        self._position = 0
-        self._depth = 0
-        self._metric = ""
-        self._needed: set[str] = set()
-        if len(self._tokens) > _LONGEST:
-            raise UsageError(f"--gate: expected at most {_LONGEST} words and signs, found {len(self._tokens)}.")
-
-    def gate(self) -> Gate:
-        conditions = [self._condition()]
-        while self._taken("and"):
-            conditions.append(self._condition())
-        if self._next:
-            raise self._expected("an operator, 'and' or the end")
-        return Gate(self._text.strip(), tuple(conditions))
-
-    def _condition(self) -> Condition:
-        start = self._position
-        self._metric = self._one_of(METRICS, f"one of {', '.join(METRICS)}")
-        self._needed = set()
-        comparison = self._one_of(_COMPARISONS, f"one of {' '.join(_COMPARISONS)}")
-        bound = self._sum()
-        text = self._text[self._tokens[start][1] : self._tokens[self._position - 1][2]]
-        return Condition(text, self._metric, comparison, bound, frozenset(self._needed))
-
-    def _sum(self) -> Term:
-        total = self._product()
-        while sign := self._taken("+", "-"):
-            total = _joined(operator.add if sign == "+" else operator.sub, total, self._product())
-        return total
-
-    def _product(self) -> Term:
-        product = self._factor()
-        while self._taken("*"):
-            product = _joined(operator.mul, product, self._factor())
-        return product
-
-    def _factor(self) -> Term:
-        token = self._next
-        if self._taken("-"):
-            return _joined(operator.sub, _number(0.0), self._nested(self._factor))
-        if self._taken("("):
-            inner = self._nested(self._sum)
-            self._one_of((")",), "a closing bracket")
-            return inner
-        if re.match(r"\.?\d", token):
-            if not math.isfinite(float(token)):
-                raise self._expected("a number that a float can hold")
-            self._position += 1
-            return _number(float(token))
-        word, dot, metric = token.partition(".")
-        if word == "before" and (not dot or metric in METRICS):
-            self._position += 1
-            name = metric or self._metric
-            self._needed.add(name)
-            return lambda before: before[name]
-        raise self._expected(f"a number, before, or before.METRIC with one of {', '.join(METRICS)}")
-
-    def _nested(self, parse: Callable[[], Term]) -> Term:
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise self._expected(f"at most {_DEEPEST} brackets and signs inside each other")
-        found = parse()
-        self._depth -= 1
-        return found
-
-    @property
-    def _next(self) -> str:
-        return self._tokens[self._position][0] if self._position < len(self._tokens) else ""
-
-    def _taken(self, *tokens: str) -> str:
-        found = self._next
-        if found not in tokens:
-            return ""
-        self._position += 1
-        return found
-
-    def _one_of(self, tokens: tuple[str, ...], expected: str) -> str:
-        found = self._taken(*tokens)
-        if not found:
-            raise self._expected(expected)
-        return found
-
-    def _expected(self, what: str) -> UsageError:
-        found = f"{self._next!r} at character {self._tokens[self._position][1] + 1}" if self._next else "the end"
-        example = "'error <= before + 0.1 and ece <= 5'"
-        return UsageError(f"--gate {self._text!r}: expected {what}, found {found}. For example: {example}.")
+def _require_vocabulary(tokens: Sequence[re.Match[str]]) -> None:
+    if len(tokens) > _LONGEST + 1:
+        raise UsageError(f"--gate: expected at most {_LONGEST} words and signs, found {len(tokens) - 1}.")
+    brackets = signs = 0
+    for token in tokens[:-1]:
+        brackets += (token[0] == "(") - (token[0] == ")")
+        signs = signs + 1 if token[0] == "-" else 0
+        if brackets + signs > _DEEPEST:
+            raise _refusal(f"at most {_DEEPEST} brackets and signs inside each other", token)
+        if token[0] not in _VOCABULARY and not _NUMBER.match(token[0]):
+            raise _refusal(f"numbers and {' '.join(_VOCABULARY)}", token)
+        if _NUMBER.match(token[0]) and not math.isfinite(float(token[0])):
+            raise _refusal("a number that a float can hold", token)
 
 
-def _number(value: float) -> Term:
-    return lambda before: value
+def _parse_condition(tokens: Sequence[re.Match[str]]) -> Condition:
+    """Read one condition. The last token is the ``and`` behind it, or the end of the text."""
+    for token, choices in zip(tokens, (METRICS, _COMPARISONS), strict=False):
+        if token[0] not in choices:
+            raise _refusal(f"one of {' '.join(choices)}", token)
+    metric, comparison, *terms, _ = tokens
+    bound = _parse_sum(tokens[2:])
+    names = {term[0].removeprefix("before.") for term in terms if term[0] in _BEFORE}
+    needed = frozenset(metric[0] if name == "before" else name for name in names)
+    text = metric.string[metric.start() : terms[-1].end()]
+    return Condition(text, metric[0], comparison[0], bound, needed)
 
 
-def _joined(operation: Callable[[float, float], float], left: Term, right: Term) -> Term:
-    return lambda before: operation(left(before), right(before))
+def _parse_sum(tokens: Sequence[re.Match[str]]) -> ast.expr:
+    """Read all tokens but the last, which stands behind the sum."""
+    words = [token[0] for token in tokens[:-1]]
+    if words.count("(") > words.count(")"):
+        raise _refusal("a closing bracket", tokens[-1])
+    # Python takes no integers with leading zeros. One blank between two words, so that counting the
+    # blanks before a column leads back to the token there.
+    source = " ".join(re.sub(r"^0+(?=[0-9])", "", word) for word in words)
+    try:
+        bound = ast.parse(source, mode="eval").body
+    except SyntaxError as error:
+        # The offset of a fault begins at 1; 0 is the end.
+        raise _refusal(_SUM, tokens[source.count(" ", 0, error.offset) if error.offset else -1]) from None
+    _evaluate(bound, dict.fromkeys(_BEFORE, 1.0))  # refuses nodes that are not in the grammar
+    return bound
+
+
+def _evaluate(node: ast.expr, values: _Values) -> float:
+    """Compute a sum with the values of its names.
+
+    Raises UsageError for a node that is not in the grammar.
+    """
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return float(number)
+        case ast.Name() | ast.Attribute() if (name := ast.unparse(node)) in values:
+            return values[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, values)
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATIONS:
+            return _OPERATIONS[type(sign)](_evaluate(left, values), _evaluate(right, values))
+    raise UsageError(f"--gate: expected {_SUM}, found {ast.unparse(node)!r}.")
+
+
+def _refusal(expected: str, token: re.Match[str]) -> UsageError:
+    actual = f"{token[0]!r} at character {token.start() + 1}" if token[0] else "the end"
+    example = "'error <= before + 0.1 and ece <= 5'"
+    return UsageError(f"--gate {token.string!r}: expected {expected}, found {actual}. For example: {example}.")

@@ -1,7 +1,8 @@
-"""Error, NLL and expected calibration error of a classifier, and the change of each, with standard errors.
+"""Error, NLL and calibration error of a classifier, and their changes, with standard errors.
 
-Before and after see the same images, so the standard error of a change is the one of the differences image by image,
-which is much smaller than what two separate errors would give.
+The model before and the model after see the same images. So the standard error of a change is that
+of the differences image by image, which is much smaller than the one that two separate errors would
+give.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from ckpt_tools.evaluate.outcomes import Outcomes
 
 Metric = Literal["error", "error5", "nll", "ece"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-BINS = 15  # of the calibration error, of equal width (Guo et al. 2017)
+BINS = 15  # bins of equal width for the calibration error, as in Guo et al. 2017
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error, infinite where one image does not tell it."""
+    """A number and its standard error.
+
+    The error is infinite for a single image, which has no spread.
+    """
 
     value: float
     error: float
@@ -34,7 +38,8 @@ class Estimate:
 def require_torchmetrics() -> None:
     """Raise CkptToolsError, naming the extra, if torchmetrics is not installed.
 
-    It is not imported yet: that takes seconds and brings torchvision, and with it another JPEG decoder, along.
+    This does not import it yet: that takes seconds, and imports torchvision with another JPEG
+    decoder, too.
     """
     if importlib.util.find_spec("torchmetrics") is None:
         raise CkptToolsError(
@@ -43,16 +48,21 @@ def require_torchmetrics() -> None:
 
 
 def measure(outcomes: Outcomes) -> dict[Metric, Estimate]:
-    """``error`` and ``error5`` (top-1, top-5) in percent, ``nll`` in nats an image, ``ece`` in percent.
+    """Compute ``error`` (top-1), ``error5`` (top-5), ``nll`` and ``ece`` with standard errors.
 
-    The calibration error is torchmetrics' l1 over 15 bins; its standard error is the jackknife's.
+    All are in percent, but ``nll`` in nats an image. ``error5`` is left out for heads with fewer
+    than six outputs. The calibration error is torchmetrics' l1 over 15 bins; its standard error is
+    that of the jackknife.
     """
     values = _values(outcomes)
     return {metric: Estimate(values[metric], _error(terms)) for metric, terms in per_image(outcomes).items()}
 
 
 def changes(before: Outcomes, after: Outcomes) -> dict[Metric, Estimate]:
-    """After minus before, with paired standard errors. Both are of the same images in the same order."""
+    """Return the metrics after minus those before, with paired standard errors.
+
+    Both must be outcomes of the same images in the same order.
+    """
     old, new = per_image(before), per_image(after)
     was, now = _values(before), _values(after)
     return {
@@ -63,7 +73,10 @@ def changes(before: Outcomes, after: Outcomes) -> dict[Metric, Estimate]:
 
 
 def per_image(outcomes: Outcomes) -> dict[Metric, Tensor]:
-    """What each image contributes to each metric, (N,) float64: their spread over √N is its standard error."""
+    """Return what each image contributes to each metric, as (N,) float64.
+
+    The standard deviation of these terms, divided by √N, is the standard error of the metric.
+    """
     terms: dict[Metric, Tensor] = {"error": 100.0 * (~outcomes.correct).double()}
     if outcomes.among_five is not None:
         terms["error5"] = 100.0 * (~outcomes.among_five).double()
@@ -72,28 +85,35 @@ def per_image(outcomes: Outcomes) -> dict[Metric, Tensor]:
 
 def _values(outcomes: Outcomes) -> Mapping[Metric, float]:
     count = len(outcomes)
-    found: dict[Metric, float] = {"error": 100 * int((~outcomes.correct).sum()) / count}
+    values: dict[Metric, float] = {"error": 100 * int((~outcomes.correct).sum()) / count}
     if outcomes.among_five is not None:
-        found["error5"] = 100 * int((~outcomes.among_five).sum()) / count
-    return {**found, "nll": float(outcomes.nll.mean()), "ece": 100 * _calibration_error(outcomes)}
+        values["error5"] = 100 * int((~outcomes.among_five).sum()) / count
+    return {**values, "nll": float(outcomes.nll.mean()), "ece": 100 * _calibration_error(outcomes)}
 
 
 def _calibration_error(outcomes: Outcomes) -> float:
-    """Σ over bins of share · |accuracy − confidence|. Of the top label it is the binary one of confidence and hit."""
+    """Return Σ over bins of share · |accuracy − confidence|.
+
+    For the label with the largest logit this is the calibration error of a binary classifier: its
+    confidence is the probability, and ``correct`` is the outcome.
+    """
     from torchmetrics.functional.classification import binary_calibration_error
 
     return float(binary_calibration_error(outcomes.confidence, outcomes.correct.long(), n_bins=BINS, norm="l1"))
 
 
 def _pseudovalues(outcomes: Outcomes) -> Tensor:
-    """The jackknife's, N·ECE − (N−1)·ECE without the image, in closed form.
+    """Return the jackknife's pseudovalue of each image, N·ECE − (N−1)·(ECE without the image).
 
-    Their standard error was right on simulated overconfident networks (1 to 1.4 times the true one), and up to 1.6
-    times too large on calibrated ones, where the signs of the gaps are chance (300 draws each of 300 and 2,000 images).
+    Let d = correct − confidence of an image and D the sum of d over its bin. N·ECE is the sum of
+    |D| over the bins, and leaving the image out turns one |D| into |D − d|. So the pseudovalue is
+    |D| − |D − d|.
 
-    With d = hit − confidence of an image and D their sum over its bin, N·ECE is the sum of |D|, and leaving the image
-    out turns one |D| into |D − d|: the pseudovalue is |D| − |D − d|.
+    On simulated overconfident networks the standard error of these values was right (1 to 1.4 times
+    the true one). On calibrated networks, where the signs of the gaps are chance, it was up to 1.6
+    times too large (300 draws each of 300 and of 2,000 images).
     """
+    # One bin more than there are edges to pass, for a confidence of exactly 1.
     edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
     bins = torch.bucketize(outcomes.confidence, edges, right=True) - 1
     gaps = outcomes.correct.double() - outcomes.confidence

@@ -1,4 +1,4 @@
-"""What became of every image: the few numbers that all metrics are made of."""
+"""The few numbers of every image from which all metrics are computed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ TOP = 5
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """One entry an image, each (N,), on the CPU, in the order in which the images were read.
+    """Tensors of shape (N,) on the CPU: an entry for each image, in the order of reading.
 
-    ``correct``: the largest logit is that of the label. ``among_five``: it is one of the five largest; None for heads
-    with fewer than six outputs. ``nll`` in nats and ``confidence``, the probability of the largest, are float64.
+    ``correct``: whether the logit of the label is the largest. ``among_five``: whether it is one of
+    the five largest; None for heads with fewer than six outputs. ``nll`` (in nats) and
+    ``confidence``, the probability of the largest logit, are float64.
     """
 
     correct: Tensor
@@ -26,10 +27,11 @@ class Outcomes:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Outcomes:
-        """From logits (N, C) on any device and labels (N,) int64."""
+        """Compute the outcomes from logits (N, C) on any device and labels (N,) int64."""
         labels = labels.to(logits.device)
         log_p = logits.double().log_softmax(1)
-        # topk and argmax pick one of equal logits, so that a network that is always undecided is not always right
+        # Comparing with the label's own logit would call a network whose logits are all equal
+        # always right; topk and argmax pick one of equal logits.
         five = logits.topk(TOP, 1).indices if logits.shape[1] > TOP else None
         return cls(
             correct=(logits.argmax(1) == labels).cpu(),
@@ -39,8 +41,8 @@ class Outcomes:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[Outcomes]) -> Outcomes:
-        """The outcomes of several batches as one."""
+    def concatenate(cls, parts: Sequence[Outcomes]) -> Outcomes:
+        """Return the outcomes of several batches as one."""
         fives = [part.among_five for part in parts if part.among_five is not None]
         return cls(
             correct=torch.cat([part.correct for part in parts]),

@@ -123,7 +123,7 @@ def _prepare_on_rank(
     request: Request, sources: Sources | None, team: Team, walks: WalkCache, replaces: FileStamp | None
 ) -> Plan:
     output = request.output or default_output_path(request.checkpoint, "bn")
-    if team.speaks:
+    if team.is_main_process:
         check_output(output, request.checkpoint, overwrite=request.overwrite or replaces is not None)
     refuse_overwriting_data(output, request.data)
     refuse_overwriting_data(output, request.eval_data or request.data, "labelled")

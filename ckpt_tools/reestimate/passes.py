@@ -249,7 +249,7 @@ class Passes:
             read += new
             if told:
                 self._tell_read(read.images, new.images)
-            if new.common or self.team.interrupted:
+            if new.common or self.team.has_failed:
                 break
         return read
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statistics
-from ckpt_tools.distributed import ALONE, Team, joined
+from ckpt_tools.distributed import ALONE, Team, join_team
 from ckpt_tools.errors import ModelError, UsageError
-from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
@@ -109,16 +108,14 @@ def reestimate_bn(
     model = unwrap_model(model)
     check_precision(precision, device_of(model))
     runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
-    with preserve_models(model, forward) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
+    with (
+        preserve_models(model, forward) as state,
+        join_team() if distributed else contextlib.nullcontext(ALONE) as team,
+    ):
         check_team(estimator, team)
         found = walk or team.first(lambda: walk_preserved_model(model, source.first(), state, forward=forward))
         choice = choose(found, layers, rates=rates, statistics=statistics)
-        with (
-            kept_heap(),
-            evaluation_mode(model),
-            torch.no_grad(),
-            contextlib.nullcontext() if compile else force_eager(),
-        ):
+        with evaluation_mode(model), torch.no_grad(), contextlib.nullcontext() if compile else force_eager():
             share_buffers(model, team)
             screening = Screening(model, _names(batches, team), keep=keep_outliers)
             run = Passes(model, source, runner, _observed(model, found, choice), progress, screening, team)

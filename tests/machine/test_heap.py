@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ckpt_tools.machine import heap
-from ckpt_tools.machine.heap import kept_heap
+from ckpt_tools.machine.heap import keep_freed_memory
 
-needs_glibc = pytest.mark.skipif(heap._glibc() is None, reason="another libc, or a tuned malloc")
+needs_glibc = pytest.mark.skipif(heap._tunable_glibc() is None, reason="another libc, or a tuned malloc")
 
 MEASURE = """
 import resource
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ckpt_tools.machine.heap import kept_heap
+from ckpt_tools.reestimate.heap import keep_freed_memory
 
 PAGES = 64 * 2**20 // resource.getpagesize()
 
@@ -51,9 +51,9 @@ def in_a_new_process(script: str) -> None:
 def test_kept_memory_is_not_faulted_in_again():
     in_a_new_process("""
 assert faults() > PAGES / 2
-with kept_heap():
+with keep_freed_memory():
     assert faults() < PAGES / 20
-    with kept_heap():
+    with keep_freed_memory():
         assert faults() < PAGES / 20
     assert faults() < PAGES / 20
 """)
@@ -63,7 +63,7 @@ with kept_heap():
 def test_what_was_kept_is_given_back():
     in_a_new_process("""
 before = resident()
-with kept_heap():
+with keep_freed_memory():
     torch.zeros(64 * 2**20)
     assert resident() > before + 3 * PAGES
 assert resident() < before + PAGES
@@ -71,7 +71,7 @@ assert resident() < before + PAGES
 
 
 def run(*, fail: bool = False) -> None:
-    with kept_heap():
+    with keep_freed_memory():
         torch.zeros(2**20)
         if fail:
             raise RuntimeError
@@ -90,11 +90,11 @@ def test_an_error_and_other_threads_leave_nothing_behind():
 
 def test_a_tuned_malloc_is_left_alone(monkeypatch):
     monkeypatch.setitem(os.environ, "MALLOC_TRIM_THRESHOLD_", "1")
-    heap._glibc.cache_clear()
+    heap._tunable_glibc.cache_clear()
     try:
-        assert heap._glibc() is None
-        with kept_heap():
+        assert heap._tunable_glibc() is None
+        with keep_freed_memory():
             pass
     finally:
         monkeypatch.undo()
-        heap._glibc.cache_clear()
+        heap._tunable_glibc.cache_clear()

@@ -32,7 +32,7 @@ from ckpt_tools.storage.output import (
     safetensors_layout,
 )
 from ckpt_tools.storage.output.checkpoint_writer import replace_tensors, save, write_safetensors
-from ckpt_tools.storage.output.memory_mappings import read_file_mappings
+from ckpt_tools.storage.output.memory_mappings import FileMappings
 from ckpt_tools.storage.reading import read_checkpoint
 
 NAMES = {
@@ -127,7 +127,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def piecemeal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are handled as large ones are: in pieces, with blocks, by mappings."""
-    monkeypatch.setattr(hashing, "PIECE_BYTES", 96)
+    monkeypatch.setattr(hashing, "PIECE", 96)
     monkeypatch.setattr(patching, "_STEP", 128)
     monkeypatch.setattr(patching, "_SMALL", 64)
     monkeypatch.setattr(patching, "_LARGE", 0)
@@ -184,7 +184,7 @@ VALUES = st.builds(
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(lambda key: key != "n_averaged")
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     tensors=st.dictionaries(KEYS, VALUES, max_size=7),
     prefix=st.sampled_from(["", "module.", "module._orig_mod."]),
@@ -210,7 +210,7 @@ def test_any_file(
     new = {key: torch.ones_like(checkpoint.tensors[key]) for key in chosen}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoint_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
-        patched.setattr(hashing, "PIECE_BYTES", choices.draw(st.sampled_from([24, 1 << 20])))
+        patched.setattr(hashing, "PIECE", choices.draw(st.sampled_from([24, 1 << 20])))
         patched.setattr(patching, "_LARGE", choices.draw(st.sampled_from([0, 1 << 26])))
         patched.setattr(patching, "_SMALL", choices.draw(st.sampled_from([-1, 0, 8, 1 << 20])))
         save(folder / "out.safetensors", checkpoint, new, provenance={})
@@ -385,7 +385,7 @@ def test_a_byte_that_reads_back_differently(
 ) -> None:
     before = raw(source)
     begin = 0 if key is None else before.entries[key]["data_offsets"][0]
-    real = patching.verify_and_hash
+    real = patching.verified
 
     def spoiled(file: int, size: int, wanted: safetensors_layout.Layout) -> str:
         at = 20 if key is None else size - len(before.data) + begin
@@ -393,13 +393,13 @@ def test_a_byte_that_reads_back_differently(
         os.pwrite(file, bytes([old ^ 1]), at)
         return real(file, size, wanted)
 
-    monkeypatch.setattr(patching, "verify_and_hash", spoiled)
+    monkeypatch.setattr(patching, "verified", spoiled)
     refused(tmp_path, source, f"{name} reading back differently")
 
 
 def test_a_longer_file_reads_back_differently(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = patching.verify_and_hash
-    monkeypatch.setattr(patching, "verify_and_hash", lambda file, size, wanted: real(file, size + 1, wanted))
+    real = patching.verified
+    monkeypatch.setattr(patching, "verified", lambda file, size, wanted: real(file, size + 1, wanted))
     refused(tmp_path, source, "bytes instead of")
 
 
@@ -476,7 +476,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     lay(tmp_path / "a", {"x": torch.ones(5000), "y": torch.ones(5000), "z": torch.ones(5000)})
     (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes())
     one, again, other = (read_checkpoint(tmp_path / name).tensors for name in "aab")
-    mappings = read_file_mappings()
+    mappings = FileMappings()
     assert mappings.same_place(one["x"], again["x"])
     assert not mappings.same_place(one["x"], one["y"])
     assert not mappings.same_place(one["x"], other["x"])
@@ -484,7 +484,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     assert not mappings.same_place(one["x"][::2], again["x"][::2])
     assert not mappings.same_place(one["x"].clone(), one["x"].clone())
     one["z"][0] = 2
-    assert not read_file_mappings().same_place(one["x"], again["x"])
+    assert not FileMappings().same_place(one["x"], again["x"])
 
 
 @LINUX

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools import reestimate_bn, walk
-from ckpt_tools.distributed import Ranks, Team, connected
+from ckpt_tools.distributed import Ranks, Team, start_team
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.jobs.plan import prepare_reestimation
 from ckpt_tools.jobs.reestimation import execute_reestimation
@@ -90,7 +90,7 @@ def deadly() -> Iterator[Tensor]:
 def main(folder: str) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
-    with connected(Ranks.from_environment(), cuda=False) as team:
+    with start_team(Ranks.from_environment(), cuda=False) as team:
         told: dict[str, object] = {name: summary(name, team) for name in jobs(team.world)}
         model, data = model_and_batches()
         uneven = [data[:3], [], data[3:]] if team.world == 3 else [data[:3], data[3:]]

@@ -27,8 +27,10 @@ from ckpt_tools.redaction import remember_secret
 __all__ = ["ClusterCapacity", "connect_to_ray", "measure_capacity", "require_ray"]
 
 _ANSWER = 10.0  # seconds in which an address must accept a connection and greet
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # of HTTP/2, with settings (RFC 9113, 3.4)
-_SETTINGS = 4  # the type of the frame that answers
+# How a connection of HTTP/2 begins on both sides (RFC 9113, 3.4): the client sends this, with empty settings, and the
+# server answers with a frame of the type SETTINGS, whose header is 9 bytes long.
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_SETTINGS = 4
 _THREADS = 8  # CPUs of a task where the nodes have them: as many as decode images by default
 
 
@@ -111,7 +113,12 @@ def _reach(address: str) -> None:
 
 
 def _greet(host: str, port: int) -> None:
-    """Raise OSError unless a server of gRPC, which Ray's head is, answers. In TLS nothing is asked."""
+    """Raise OSError unless a server of gRPC, which Ray's head is, answers. In TLS nothing is asked.
+
+    Ray has no check of its own that ends in time: at a server that is not Ray's head, `ray.init` of Ray 2.60 was still
+    trying after five minutes, and its GcsClient, behind `ray health-check`, gives up after 40 s, both with warnings on
+    standard error. Ray does not bring grpcio along, so this takes the first step of the protocol by hand.
+    """
     with socket.create_connection((host, port), timeout=_ANSWER) as connection:
         if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
             return

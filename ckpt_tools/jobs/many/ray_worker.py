@@ -26,6 +26,7 @@ from ckpt_tools.jobs.many.folder_run import (
     reestimate_items,
 )
 from ckpt_tools.jobs.request import Request
+from ckpt_tools.machine.heap import keep_freed_memory
 from ckpt_tools.machine.memory import share_memory
 
 __all__ = ["TaskEnvironment", "inspect_items_in_worker", "reestimate_items_in_worker"]
@@ -69,7 +70,10 @@ def reestimate_items_in_worker(
     numbers = {item: number for number, item in items.items()}
 
     def job(record: Callable[[tuple[int, Record]], None], watch: ProgressCallback) -> None:
-        reestimate_items(list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch)
+        with keep_freed_memory():
+            reestimate_items(
+                list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch
+            )
 
     try:
         yield from _stream_records(job)
