@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from ckpt_tools.redaction import remembering
 
 # A test must not fail because the machine is busy, and the first example pays for imports.
-settings.register_profile("without deadlines")
+settings.register_profile("without deadlines", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("without deadlines")
 
 
