@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ckpt_tools.identify.load import load
     from ckpt_tools.initialize.outcome import InitRewrite
     from ckpt_tools.initialize.rewrite import rewrite_init
-    from ckpt_tools.reestimate.run import reestimate_bn
+    from ckpt_tools.reestimate.correction import reestimate_bn
     from ckpt_tools.reestimate.snapshot import corrected_state_dict
     from ckpt_tools.storage.write import save
     from ckpt_tools.walker.downstream import walk
@@ -59,7 +59,7 @@ _HOME = {
     "Walk": "ckpt_tools.contract",
     "corrected_state_dict": "ckpt_tools.reestimate.snapshot",
     "load": "ckpt_tools.identify.load",
-    "reestimate_bn": "ckpt_tools.reestimate.run",
+    "reestimate_bn": "ckpt_tools.reestimate.correction",
     "rewrite_init": "ckpt_tools.initialize.rewrite",
     "save": "ckpt_tools.storage.write",
     "walk": "ckpt_tools.walker.downstream",

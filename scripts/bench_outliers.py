@@ -17,8 +17,8 @@ from torch.optim.swa_utils import update_bn
 from ckpt_tools import Reestimation, reestimate_bn
 from ckpt_tools.model.preserving import evaluating
 from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer, kept_mean
-from ckpt_tools.reestimate.outliers import DEEP_FLOOR, energies, margins
+from ckpt_tools.reestimate.layer import Layer, batch_variance
+from ckpt_tools.reestimate.outliers import LAYER_LIMIT, log_energies, margins
 
 CASES = ("densenet, dropout", "wrn, dropout, crops")
 IMAGES, BATCH = 600, 300
@@ -64,7 +64,7 @@ def clean_margins(model: nn.Module, images: Tensor) -> dict[str, float]:
     """The largest input margin of clean images, 1 is the limit, for several batch sizes; outliers named among them."""
     found: dict[str, float] = {}
     for size in (8, 32, 128, len(images)):
-        values = [energies(part) for part in images.split(size)]
+        values = [log_energies(part) for part in images.split(size)]
         found[f"batch {size}"] = max(float(margins(one, one).max()) for one in values if one is not None)
         alarms = _ours(copy.deepcopy(model), images, size).outliers
         found[f"false alarms at batch {size}"] = len(alarms)
@@ -77,13 +77,13 @@ def _deep_margins(model: nn.Module, images: Tensor) -> float:
     interception, modules = Interception(), dict(model.named_modules())
     layers = [Layer(name, one, rewritten=True) for name, one in modules.items() if isinstance(one, nn.BatchNorm2d)]
     for layer in layers:
-        layer.begin_pass(kept_mean)
-        layer.begin_batch(closely=True)
+        layer.begin_pass(batch_variance)
+        layer.begin_batch(per_image=True)
     interception.begin(len(images), layers, stop=False)
     with evaluating(model), torch.no_grad(), interception:
         model(images)
-    shown = [seen.images for layer in layers if (seen := layer.take()) is not None]
-    return max(float(margins(one, one, DEEP_FLOOR).max()) for one in shown if one is not None)
+    shown = [item.image_energy for layer in layers if (item := layer.take_observation()) is not None]
+    return max(float(margins(one, one, LAYER_LIMIT).max()) for one in shown if one is not None)
 
 
 def _variances(model: nn.Module, run: Callable[[nn.Module, Tensor], object], images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ckpt_tools.contract import Walk
 from ckpt_tools.errors import ModelError
 from ckpt_tools.jobs.hypotheses import Change, Hypothesis
 from ckpt_tools.reestimate.agreement import Agreement, measure
-from ckpt_tools.reestimate.outliers import Look
+from ckpt_tools.reestimate.outliers import InputFilter
 from ckpt_tools.reestimate.training import seeded
 from ckpt_tools.walker.call import Batch, Forward, batch_size, input_tensors, samples
 
@@ -103,11 +103,11 @@ class Sample:
 def drawn(batches: Iterable[Batch], images: int) -> list[Batch]:
     """The first batches until ``images`` samples are together, the last one cut, without outliers."""
     found: list[Batch] = []
-    look = Look()
+    usual = InputFilter()
     for number, batch in enumerate(batches):
         size = batch_size(batch)
         if size:
-            found.append(look.usual(batch if size <= images else samples(batch, 0, images), number))
+            found.append(usual.remove_outliers(batch if size <= images else samples(batch, 0, images), number))
         images -= size
         if images <= 0:
             break

@@ -26,8 +26,8 @@ from ckpt_tools.jobs.validation import Question, Validation, open_validation, op
 from ckpt_tools.jobs.walks import Walks
 from ckpt_tools.reestimate.capacity import fitting_batch_size
 from ckpt_tools.reestimate.choice import Choice, choose
+from ckpt_tools.reestimate.correction import check_method, check_team
 from ckpt_tools.reestimate.precision import check_precision
-from ckpt_tools.reestimate.run import check_method, check_team
 from ckpt_tools.storage.read import read_checkpoint
 from ckpt_tools.storage.stored import Stamp
 from ckpt_tools.storage.write import check_output

@@ -19,8 +19,8 @@ from ckpt_tools.jobs.data_check import DataVerdict, check_data, refuse
 from ckpt_tools.jobs.places import placed
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.scores import Metrics, compared
+from ckpt_tools.reestimate.correction import reestimate_bn
 from ckpt_tools.reestimate.precision import deterministic
-from ckpt_tools.reestimate.run import reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.storage.write import Digests, replace_tensors
 

@@ -18,11 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import BatchNormLayer, Walk
 from ckpt_tools.model.preserving import evaluating
-from ckpt_tools.reestimate.guards import check_input
+from ckpt_tools.reestimate.controls import batches_seen, initial_weight, is_trained
+from ckpt_tools.reestimate.finite import check_input
 from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer, batch_only, stored
-from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
+from ckpt_tools.reestimate.layer import Layer, batch_statistics, current_statistics
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.training import seeded, switch_dropout_on
 from ckpt_tools.walker.call import Batch, Forward, call, eager, unwrap
@@ -120,7 +120,8 @@ def measure(
         module = modules[found.name]
         assert isinstance(module, _BatchNorm)
         observed[found.name] = Layer(found.name, module, rewritten=True)
-        observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
+        by_batch = normalise == "batch" or found.name in masked
+        observed[found.name].begin_pass(batch_statistics if by_batch else current_statistics)
     runner = Runner(model, forward, Interception(dropout=rates_known))
     with kept_heap(), evaluating(model, forward), seeded(seed), torch.no_grad(), eager():
         if rates_known:
@@ -149,7 +150,7 @@ def _usable(model: nn.Module, walk: Walk, counted: bool) -> list[BatchNormLayer]
     found = []
     for layer in walk.batch_norms:
         module = modules.get(layer.name)
-        if layer.reached and isinstance(module, _BatchNorm) and trained(module, counted=counted):
+        if layer.reached and isinstance(module, _BatchNorm) and is_trained(module, counted=counted):
             found.append(layer)
     return found
 
