@@ -35,33 +35,26 @@ def choose(walk: Walk, layers: LayerChoice, *, rates: Rates, statistics: Statist
     behind = [layer for layer in reached if layer.downstream_of]
     # If only leaf modules ran in training mode, a container may inject noise that the walk has not
     # seen. Then no layer is known to be free of it.
-    controls = frozenset(
-        layer.name
-        for layer in reached
-        if walk.containers_trained
-        and not layer.downstream_of
-        and not layer.potentially_downstream_of
-    )
+    free = [layer for layer in reached if walk.containers_trained and not layer.downstream_of]
+    controls = [layer for layer in free if not layer.potentially_downstream_of]
     if layers == "all":
-        return _choose_all(reached, controls, "asked for every BN layer")
+        return _make_choice(reached, controls, "asked for every BN layer")
     if layers == "auto" and statistics == "mean+variance":
         why = "mean and variance (precise BN) concern every BN layer"
-        return _choose_all(reached, controls, why)
+        return _make_choice(reached, controls, why)
     if behind:
         # A site whose rate is zero in the model as it stands disturbs no layer, so here all layers
         # that are not behind an active site serve as controls.
-        if walk.containers_trained:
-            controls = frozenset(layer.name for layer in reached if not layer.downstream_of)
         why = f"{len(behind)} of {len(reached)} BN layers lie behind active dropout"
-        names = frozenset(layer.name for layer in behind)
-        return Choice(names, controls, why + _hidden_noise_note(walk))
+        return _make_choice(behind, free, why + _hidden_noise_note(walk))
     if layers == "auto" and rates == "unknown" and _may_be_behind(walk, reached):
-        return _choose_all(reached, controls, _unknown_rates_reason(walk))
+        return _make_choice(reached, controls, _unknown_rates_reason(walk))
     raise NothingToDo(_not_behind_message(walk, rates))
 
 
-def _choose_all(reached: list[BatchNormLayer], controls: frozenset[str], why: str) -> Choice:
-    return Choice(frozenset(layer.name for layer in reached), controls, why)
+def _make_choice(rewrite: list[BatchNormLayer], controls: list[BatchNormLayer], why: str) -> Choice:
+    names = frozenset(layer.name for layer in rewrite)
+    return Choice(names, frozenset(layer.name for layer in controls), why)
 
 
 def _may_be_behind(walk: Walk, reached: list[BatchNormLayer]) -> bool:

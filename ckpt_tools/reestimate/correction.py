@@ -28,7 +28,7 @@ from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.controls import judge_controls, refuse_disagreement
 from ckpt_tools.reestimate.deviation import precision_deviation
-from ckpt_tools.reestimate.estimators import Estimate, ema, exact, pooled
+from ckpt_tools.reestimate.estimators import ema, exact, pooled
 from ckpt_tools.reestimate.heap import kept_heap
 from ckpt_tools.reestimate.interception import CompiledInterception, Interception
 from ckpt_tools.reestimate.layer import Layer, MeanVariance
@@ -140,7 +140,6 @@ def reestimate_bn(
             observed = _observed_layers(model, walk, choice)
             context = PassContext(model, data, runner, observed, screening, team, progress)
             deviation = None if precision == "fp32" else precision_deviation(context)
-            estimate: Estimate
             if estimator == "ema":
                 estimate = ema(context, statistics, momentum, epochs)
             elif estimator == "exact":
@@ -239,15 +238,11 @@ def _sample_namer(batches: object, team: Team) -> Callable[[int, int], str]:
 
 
 def _observed_layers(model: nn.Module, walk: Walk, choice: Choice) -> dict[str, Layer]:
-    modules = dict(model.named_modules())
-    observed = {}
-    for layer in walk.batch_norms:
-        if layer.name in choice.rewrite or layer.name in choice.controls:
-            module = modules[layer.name]
-            assert isinstance(module, _BatchNorm)
-            rewritten = layer.name in choice.rewrite
-            observed[layer.name] = Layer(layer.name, module, rewritten=rewritten)
-    return observed
+    modules = {name: x for name, x in model.named_modules() if isinstance(x, _BatchNorm)}
+    observed = choice.rewrite | choice.controls
+    # In the walk's order, which is that of execution: the first control layers are judged.
+    names = [layer.name for layer in walk.batch_norms if layer.name in observed]
+    return {name: Layer(name, modules[name], rewritten=name in choice.rewrite) for name in names}
 
 
 def _write(

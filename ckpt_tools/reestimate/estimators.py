@@ -114,7 +114,9 @@ def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: i
     steps = last.total.batches * epochs
     weights = momentum * (1 - momentum) ** torch.arange(steps, dtype=torch.float64)
     error_scale = float((steps * weights.square().sum()).sqrt() / weights.sum())
-    averages = {name: context.layers[name].current for name in _reached(context, last.evidence)}
+    averages = {
+        name: context.layers[name].current for name in _reached_names(context, last.evidence)
+    }
     return Estimate(averages, last, outliers, epochs, error_scale=error_scale)
 
 
@@ -132,7 +134,7 @@ def _measured_statistics(
     mean and biased variance of precise BN. Raises ModelError if the data reached no such layer.
     """
     measured = {}
-    for name in _reached(context, evidence):
+    for name in _reached_names(context, evidence):
         moments = evidence[name].moments
         if statistics == "variance":
             measured[name] = MeanVariance(context.layers[name].stored.mean, moments.variance())
@@ -145,7 +147,7 @@ def _measured_statistics(
     return measured
 
 
-def _reached(context: PassContext, evidence: Mapping[str, Evidence]) -> list[str]:
+def _reached_names(context: PassContext, evidence: Mapping[str, Evidence]) -> list[str]:
     """Names of the layers to rewrite that the data reached; the others keep what they have."""
     layers = context.layers.values()
     return [layer.name for layer in layers if layer.rewritten and layer.name in evidence]

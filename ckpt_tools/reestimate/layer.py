@@ -121,6 +121,7 @@ class Layer:
         mean, variance = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert variance is not None
+        # An empty input was not observed; it has no moments and needs none.
         if x.numel():
             statistics = self._rule(self, self._calls[-1].moments)
             # `to(mean)` takes over the dtype of the buffers, as the module's own forward has it.

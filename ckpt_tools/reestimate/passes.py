@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from ckpt_tools.contract import OutlierReason
 from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError
 from ckpt_tools.moments import Evidence, Moments
@@ -20,15 +18,14 @@ from ckpt_tools.reestimate.layer import Layer, MeanVariance, Rule
 from ckpt_tools.reestimate.outliers import SELF_SUFFICIENT
 from ckpt_tools.reestimate.running import Runner, has_hooks
 from ckpt_tools.reestimate.screening import (
-    DetectedOutlier,
     Observations,
     SampleKey,
     Screening,
     refuse_not_finite,
-    tolerated_outliers,
 )
 from ckpt_tools.reestimate.shares import combine_shares
 from ckpt_tools.reestimate.stopping import Progress, error_bound, is_precise_enough
+from ckpt_tools.reestimate.tally import Tally
 from ckpt_tools.walker.call import Batch, batch_size, chosen
 
 # Control layers are watched on so many images only: they suffice to tell a factor of two.
@@ -53,35 +50,6 @@ class PassContext:
     screening: Screening
     team: Team = ALONE
     progress: Callable[[Progress], None] | None = None
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How much of the data one process, or all of them together, has read.
-
-    ``images`` and ``checksum`` are of the samples that counted, ``outliers`` are the others.
-    ``common`` are the reasons for which a process rejected more samples than outliers can be.
-    """
-
-    images: int = 0
-    batches: int = 0
-    checksum: float = 0.0
-    outliers: tuple[DetectedOutlier, ...] = ()
-    common: frozenset[OutlierReason] = frozenset()
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.images + other.images,
-            self.batches + other.batches,
-            self.checksum + other.checksum,
-            self.outliers + other.outliers,
-            self.common | other.common,
-        )
-
-    @property
-    def samples(self) -> int:
-        """All samples that were read, outliers among them."""
-        return self.images + len(self.outliers)
 
 
 @dataclass(frozen=True)
@@ -144,7 +112,7 @@ class DataPass:
         local, total, stopped = self._read_data(initial)
         # Where many samples look like outliers of one kind, they are what the data look like. What
         # was measured without them is wrong, so the pass begins again and lets them count.
-        while common := self._common_kinds(total):
+        while (common := total.common_reasons()) and self._is_rereadable():
             self.context.screening.common |= common
             local, total, stopped = self._read_data(initial)
         self._check_data(total)
@@ -192,6 +160,9 @@ class DataPass:
         if total.batches and not team.alone:  # the other processes may have ended later than this
             self._report_progress(total.images)
         return local, total, stopped
+
+    def _is_rereadable(self) -> bool:
+        return not any(self.context.team.all(lambda: self.context.batches.one_shot))
 
     def _read_round(self, numbered: Iterator[tuple[int, Batch]]) -> list[Tally]:
         """Read one round; what each process has read in it. All layers then hold the same."""
@@ -276,23 +247,15 @@ class DataPass:
         self._report_progress(images)
         return self.context.team.first(lambda: is_precise_enough(bound, images, tolerance))
 
-    def _common_kinds(self, total: Tally) -> frozenset[OutlierReason]:
-        """Reasons that reject so many samples that these are what the data look like."""
-        reasons = Counter(detected.outlier.reason for detected in total.outliers)
-        del reasons["not finite"]  # those never count, however many they are
-        limit = tolerated_outliers(total.samples)
-        common = total.common | {reason for reason, count in reasons.items() if count > limit}
-        if common and any(self.context.team.all(lambda: self.context.batches.one_shot)):
-            return frozenset()
-        return common
-
     def _check_data(self, total: Tally) -> None:
-        """Compare the pass with the first one, over all processes: they may share data out anew."""
+        """Raise DataError if the pass read nothing, or other data than the first one."""
         if not total.batches:
             raise no_batch_error()
         refuse_not_finite(total.outliers, total.samples)
         if self.first is None:
             return
+        # The totals of all processes are compared, because a DataLoader may deal samples out to the
+        # processes in another way in each pass.
         expected = self.first.total
         if total.batches != expected.batches:
             raise DataError(

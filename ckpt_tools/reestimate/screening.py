@@ -125,8 +125,8 @@ class Screening:
     def too_common(self) -> frozenset[OutlierReason]:
         """Reasons that have rejected so many samples already that these cannot be outliers."""
         limit = max(_COMMON_COUNT, _COMMON_SHARE * self._images)
-        counts = {reason: n for reason, n in self._counts.items() if reason != "not finite"}
-        return frozenset(reason for reason, count in counts.items() if count > limit)
+        reasons = {reason for reason, count in self._counts.items() if count > limit}
+        return frozenset(reasons - {"not finite"})
 
     def screen(
         self,
@@ -159,6 +159,7 @@ class Screening:
             if not task.rows:
                 continue
             part = batch if len(task.rows) == batch_size(batch) else chosen(batch, task.rows)
+            # Where memory is short the rows come in several parts, and each is judged by itself.
             for size, observations in run(part, task.per_image):
                 rows, start = task.rows[start : start + size], start + size
                 part_task = task.restricted_to(rows)
