@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ckpt_tools.initialize.activations import activation_moments
     from ckpt_tools.initialize.init_results import InitRewrite
     from ckpt_tools.initialize.rewrite import rewrite_init
-    from ckpt_tools.reestimate.run import reestimate_bn
+    from ckpt_tools.reestimate.correction import reestimate_bn
     from ckpt_tools.reestimate.snapshot import corrected_state_dict
     from ckpt_tools.results import Reestimation, Walk
     from ckpt_tools.storage.output.checkpoint_writer import save
@@ -60,7 +60,7 @@ _HOME = {
     "Walk": "ckpt_tools.results",
     "corrected_state_dict": "ckpt_tools.reestimate.snapshot",
     "load": "ckpt_tools.identify.loading",
-    "reestimate_bn": "ckpt_tools.reestimate.run",
+    "reestimate_bn": "ckpt_tools.reestimate.correction",
     "rewrite_init": "ckpt_tools.initialize.rewrite",
     "save": "ckpt_tools.storage.output.checkpoint_writer",
     "walk": "ckpt_tools.walker.downstream",

@@ -20,10 +20,10 @@ from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.model.randomness import seed_temporarily
-from ckpt_tools.reestimate.guards import check_input
+from ckpt_tools.reestimate.controls import batches_seen, initial_weight, is_trained
+from ckpt_tools.reestimate.finite import check_input
 from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer, batch_only, stored
-from ckpt_tools.reestimate.outcome import batches_seen, initial_weight, trained
+from ckpt_tools.reestimate.layer import Layer, batch_statistics, current_statistics
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.results import BatchNormLayer, Walk
 
@@ -120,7 +120,8 @@ def measure_agreement(
         module = modules[found.name]
         assert isinstance(module, _BatchNorm)
         observed[found.name] = Layer(found.name, module, rewritten=True)
-        observed[found.name].begin_pass(batch_only if normalise == "batch" or found.name in masked else stored)
+        by_batch = normalise == "batch" or found.name in masked
+        observed[found.name].begin_pass(batch_statistics if by_batch else current_statistics)
     runner = Runner(model, forward, Interception(dropout=rates_known))
     with preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
         if rates_known:
@@ -149,7 +150,7 @@ def _usable(model: nn.Module, walk: Walk, counted: bool) -> list[BatchNormLayer]
     found = []
     for layer in walk.batch_norms:
         module = modules.get(layer.name)
-        if layer.reached and isinstance(module, _BatchNorm) and trained(module, counted=counted):
+        if layer.reached and isinstance(module, _BatchNorm) and is_trained(module, counted=counted):
             found.append(layer)
     return found
 

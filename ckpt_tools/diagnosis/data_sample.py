@@ -14,7 +14,7 @@ from ckpt_tools.errors import ModelError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors, slice_samples
 from ckpt_tools.model.calling import Forward
 from ckpt_tools.model.randomness import seed_temporarily
-from ckpt_tools.reestimate.outliers import Look
+from ckpt_tools.reestimate.outliers import InputFilter
 from ckpt_tools.results import Walk
 
 EARLY_LAYERS = 3
@@ -104,11 +104,11 @@ class Sample:
 def draw_sample(batches: Iterable[Batch], images: int) -> list[Batch]:
     """The first batches until ``images`` samples are together, the last one cut, without outliers."""
     found: list[Batch] = []
-    look = Look()
+    usual = InputFilter()
     for number, batch in enumerate(batches):
         size = batch_size(batch)
         if size:
-            found.append(look.usual(batch if size <= images else slice_samples(batch, 0, images), number))
+            found.append(usual.remove_outliers(batch if size <= images else slice_samples(batch, 0, images), number))
         images -= size
         if images <= 0:
             break

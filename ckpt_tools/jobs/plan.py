@@ -23,7 +23,7 @@ from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.run import check_method, check_team
+from ckpt_tools.reestimate.correction import check_method, check_team
 from ckpt_tools.results import Walk
 from ckpt_tools.storage.files.stamps import FileStamp
 from ckpt_tools.storage.output.checkpoint_writer import check_output

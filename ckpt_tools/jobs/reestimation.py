@@ -17,7 +17,7 @@ from ckpt_tools.identify.key_matching import has_counters
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.machine.device import move_to_device
 from ckpt_tools.machine.precision import deterministic_kernels
-from ckpt_tools.reestimate.run import reestimate_bn
+from ckpt_tools.reestimate.correction import reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.results import Reestimation
 from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, replace_tensors

@@ -1,41 +1,47 @@
-"""A forward in which BN layers run as their Layer says: how calls of batch_norm and dropout are caught."""
+"""A forward whose BN layers run as their Layer says, because calls of batch_norm are caught."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.model.calling import batch_norm_arguments
 from ckpt_tools.reestimate.layer import Layer
-from ckpt_tools.reestimate.operator import current, observed_batch_norm
 from ckpt_tools.walker.dropout_sites import disable_attention_dropout, parse_dropout_call
 
 
-class SeenEnough(BaseException):
-    """Ends a forward whose remaining layers are of no interest. No Exception: a model may catch those."""
+class StopForward(BaseException):
+    """Ends a forward once all watched layers have run.
+
+    It is no Exception, because a model's own ``except Exception`` would swallow that.
+    """
 
 
 class Interception(TorchFunctionMode):
-    """During a forward: BN layers under observation run as their Layer says, and calls of dropout do nothing.
+    """While it is active, watched BN layers run as their Layer says, and dropout does nothing.
 
-    Layers are recognised by the running_var they hand to F.batch_norm, whatever their class, so their modules stay
-    untouched in evaluation mode. Dropout that ignores the mode (``F.dropout(x, training=True)``) is skipped here,
-    unless ``dropout`` leaves it on.
+    Layers are recognised by the running_var that they pass to F.batch_norm, whatever their class,
+    so the modules stay untouched in evaluation mode. Dropout that ignores the mode
+    (``F.dropout(x, training=True)``) is skipped here too, unless ``dropout`` leaves it on.
     """
 
     def __init__(self, *, dropout: bool = False) -> None:
         super().__init__()
         self._dropout = dropout
         self._watched: dict[int, Layer] = {}
-        self._waiting: set[int] | None = None
+        self._waiting: set[int] | None = None  # keys of layers to run before the forward may end
         self._images = 1
 
     def begin(self, images: int, watched: Iterable[Layer], *, stop: bool) -> None:
-        """Announce a batch. With ``stop`` its forward ends by SeenEnough once every watched layer has seen it."""
+        """Announce a batch of so many ``images``.
+
+        With ``stop`` the forward ends by StopForward once every watched layer has run.
+        """
         self._images = images
         self._watched = {_key(layer.module.running_var): layer for layer in watched}
         self._waiting = set(self._watched) if stop else None
@@ -52,49 +58,81 @@ class Interception(TorchFunctionMode):
             return self._batch_norm(batch_norm_arguments(args, kwargs))
         if self._dropout:
             return func(*args, **kwargs)
+        # The rate of dropout may also be an argument of a larger function, such as attention; that
+        # function is called with the rate changed.
         drop = parse_dropout_call(func, args, kwargs)
         if drop is not None:
             return drop.input
         args, kwargs = disable_attention_dropout(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _batch_norm(self, given: dict[str, Any]) -> Tensor:
-        key = _key(given["running_var"])
+    def _batch_norm(self, arguments: dict[str, Any]) -> Tensor:
+        key = _key(arguments["running_var"])
         layer = self._watched.get(key)
         if layer is None:
-            return F.batch_norm(**given)
-        layer.observe(given["input"], self._images)
+            return F.batch_norm(**arguments)
+        x = arguments["input"]
+        layer.observe(x, self._images)
         if self._waiting is not None:
             self._waiting.discard(key)
             if not self._waiting:
-                raise SeenEnough
-        return layer.normalise(given["input"], given["weight"], given["bias"], given["eps"])
+                raise StopForward
+        return layer.normalise(x, arguments["weight"], arguments["bias"], arguments["eps"])
 
 
 class CompiledInterception(Interception):
-    """The same where the model is compiled: BN layers become an operator that the compiler does not look into."""
+    """The same for a compiled model.
+
+    BN layers become a custom operator. The compiler does not look into one, so it makes a single
+    graph of the model around the layers instead of a graph between any two of them.
+    """
 
     def __enter__(self) -> CompiledInterception:
-        current.append(super()._batch_norm)
+        _active_handlers.append(super()._batch_norm)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        current.pop()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _active_handlers.pop()
 
     def begin(self, images: int, watched: Iterable[Layer], *, stop: bool) -> None:
-        """Announce a batch; graphs run to their end, so ``stop`` has no effect."""
+        """Announce a batch. Compiled graphs run to their end, so ``stop`` has no effect."""
         super().begin(images, watched, stop=False)
 
-    def _batch_norm(self, given: dict[str, Any]) -> Tensor:
-        if given.get("training", False):
-            return F.batch_norm(**given)
+    def _batch_norm(self, arguments: dict[str, Any]) -> Tensor:
+        # A layer that uses batch statistics in evaluation mode, too, has none to correct.
+        if arguments.get("training", False):
+            return F.batch_norm(**arguments)
         names = ("input", "running_mean", "running_var", "weight", "bias", "eps")
-        output: Tensor = observed_batch_norm(*(given[name] for name in names))
+        output: Tensor = _observed_batch_norm(*(arguments[name] for name in names))
         return output
 
 
+_active_handlers: list[Callable[[dict[str, Any]], Tensor]] = []
+"""The last entry is what the operator below calls; it is there for the time of a forward."""
+
+
+@torch.library.custom_op("ckpt_tools::observed_batch_norm", mutates_args=())
+def _observed_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The output (N, C, …) of a BN layer, whose input is measured on the way."""
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    affine = {"weight": weight, "bias": bias}
+    return _active_handlers[-1]({"input": x, **statistics, **affine, "eps": eps})
+
+
+@_observed_batch_norm.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _key(running_var: Tensor | None) -> int:
-    """What tells a layer by the buffer it hands over; a compiled graph hands over another object on its memory."""
+    """The address of a layer's buffer; a compiled graph passes another tensor that shares it."""
     return 0 if running_var is None else running_var.data_ptr()

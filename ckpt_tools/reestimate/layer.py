@@ -1,4 +1,4 @@
-"""One BN layer during a pass: what it normalises with, and what it learns from its input."""
+"""One BN layer during a pass: the statistics it normalises with, and what its input shows."""
 
 from __future__ import annotations
 
@@ -14,183 +14,217 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools.errors import DataError
 from ckpt_tools.moments import BatchMoments, Clusters, Evidence, Moments, batch_moments, image_sums
 
+_MIN_BATCHES = 4  # that show how alike the images of a batch are
+_ENERGY_FLOOR = 1e-6  # in units of the stored variance; keeps the logarithm of a dead channel finite
+
 
 @dataclass(frozen=True)
-class Scale:
-    """The statistics a BN layer normalises with, each (C,)."""
+class MeanVariance:
+    """Mean and variance per channel, each (C,), that a BN layer normalises with or stores."""
 
     mean: Tensor
     variance: Tensor
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one forward has shown of a layer, before it counts.
+class Observation:
+    """What one forward has shown of a layer's input, before anybody decides that it counts.
 
-    ``energy`` (clusters,), and ``images`` (images,) where it was asked for: the logarithm of the squared distance from
-    the stored mean in units of the stored variance, averaged over values, its mean over channels.
+    ``energy`` (clusters,) tells how unusual each cluster of images is: the squared distance from
+    the stored mean in units of the stored variance, averaged over values, as a logarithm, averaged
+    over channels. ``image_energy`` (images,) is the same of single images; None unless asked for.
     """
 
     evidence: Evidence
     energy: Tensor
-    images: Tensor | None = None
+    image_energy: Tensor | None = None
 
 
-_ENOUGH_BATCHES = 4
-_LEAST = 1e-6  # of the stored variance: less is as good as nothing
-
-Rule = Callable[["Layer", Moments], Scale]
-"""Which statistics a rewritten layer uses on a batch with these moments."""
+Rule = Callable[["Layer", Moments], MeanVariance]
+"""What a rewritten layer normalises a batch with, given the moments of that batch."""
 
 
-def stored(layer: Layer, batch: Moments) -> Scale:
-    """The statistics as they stand: the layer behaves as in the final network."""
-    return layer.scale
+def current_statistics(layer: Layer, batch: Moments) -> MeanVariance:
+    """The layer's current statistics: it behaves as in the final network."""
+    return layer.current
 
 
-def kept_mean(layer: Layer, batch: Moments) -> Scale:
-    """The kept running mean and the batch's biased variance, as in training.
+def batch_variance(layer: Layer, batch: Moments) -> MeanVariance:
+    """The current mean, which `pooled` keeps, and the batch's biased variance, as in training.
 
-    Measured at batch 64 on trained nets, the unbiased one leaves 1.4 times the worst error.
+    Measured at batch size 64 on trained nets, the unbiased one leaves 1.4 times the worst error.
+    The error against the exact fixed point, median and worst channel, is 0.2 % and 4 %; with the
+    batch's own mean it is 1 % and 10 %.
     """
-    return Scale(layer.scale.mean, batch.variance(unbiased=False))
+    return MeanVariance(layer.current.mean, batch.variance(unbiased=False))
 
 
-def batch_only(layer: Layer, batch: Moments) -> Scale:
+def batch_statistics(layer: Layer, batch: Moments) -> MeanVariance:
     """Mean and biased variance of the batch, as in training."""
-    return Scale(batch.mean, batch.variance(unbiased=False))
+    return MeanVariance(batch.mean, batch.variance(unbiased=False))
 
 
 class Layer:
-    """A BN layer under observation. ``scale`` starts as the stored statistics in float64."""
+    """A BN layer under observation.
+
+    ``stored`` are the statistics of the checkpoint, in float64. ``current`` are those that an
+    estimator has arrived at; they start as the stored ones. ``evidence`` is what the pass has shown
+    so far of the layer's input; None before the first batch. The module's buffers never change.
+    """
 
     def __init__(self, name: str, module: _BatchNorm, *, rewritten: bool) -> None:
         assert module.running_mean is not None
         assert module.running_var is not None
         self.name, self.module, self.rewritten = name, module, rewritten
-        self.stored = Scale(module.running_mean.detach().double(), module.running_var.detach().double())
-        self.scale = self.stored
-        self.rule: Rule = stored
-        self.seen: Evidence | None = None  # in this pass; by other ranks, too, once it is exchanged
+        mean, variance = module.running_mean.detach(), module.running_var.detach()
+        self.stored = MeanVariance(mean.double(), variance.double())
+        self.current = self.stored
+        self.evidence: Evidence | None = None
+        self._rule: Rule = current_statistics
         self._calls: list[BatchMoments] = []
-        self._images: list[Tensor] | None = None  # the sums of every image, while somebody asks for them
+        self._image_sums: list[Tensor] | None = None  # None unless images are measured one by one
 
     def begin_pass(self, rule: Rule) -> None:
-        """Forget what was measured; layers that are not rewritten always follow ``stored``."""
-        self.rule = rule if self.rewritten else stored
-        self.seen = None
-        self.begin_batch(closely=False)
+        """Discard all evidence. Layers that are not rewritten keep their statistics in any rule."""
+        self._rule = rule if self.rewritten else current_statistics
+        self.evidence = None
+        self.begin_batch(per_image=False)
 
-    def begin_batch(self, *, closely: bool) -> None:
-        """Forget what no ``take`` has asked for; ``closely``: measure every image by itself, too."""
-        self._calls, self._images = [], [] if closely else None
+    def begin_batch(self, *, per_image: bool) -> None:
+        """Prepare for a forward; with ``per_image`` every image is also measured by itself."""
+        self._calls, self._image_sums = [], [] if per_image else None
 
     def observe(self, x: Tensor, images: int) -> None:
-        """Measure an input (N, C, …) of this many images."""
-        if x.numel() == 0:  # no proposals, no tokens: nothing to learn from
+        """Measure an input (N, C, …) that stems from so many ``images``.
+
+        Raises DataError if it holds a single value per channel, which has no variance.
+        """
+        if x.numel() == 0:  # detection models run heads on zero proposals, which show nothing
             return
         if x.numel() == x.shape[1]:
             raise DataError(
-                f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a variance needs "
-                "two. Use larger batches (--batch-size) or larger inputs (--input-size)."
+                f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a "
+                "variance needs two. Use larger batches (--batch-size) or larger inputs "
+                "(--input-size)."
             )
+        # Sums around the stored mean stay small. All batches need one centre to be merged.
         self._calls.append(batch_moments(x, self.stored.mean, images))
-        if self._images is not None:
-            self._images.append(image_sums(x, self.stored.mean, images))
+        if self._image_sums is not None:
+            self._image_sums.append(image_sums(x, self.stored.mean, images))
 
     def normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """The output for the input that was observed last, by the rule of this pass."""
+        """The layer's output for the input that was observed last, by the rule of this pass."""
         mean, variance = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert variance is not None
+        # An empty input was not observed; it has no moments and needs none.
         if x.numel():
-            scale = self.rule(self, self._calls[-1].moments)
-            mean, variance = scale.mean.to(mean), scale.variance.to(variance)
+            statistics = self._rule(self, self._calls[-1].moments)
+            # `to(mean)` takes over the dtype of the buffers, as the module's own forward has it.
+            mean, variance = statistics.mean.to(mean), statistics.variance.to(variance)
+        # training=False, because training mode would overwrite the module's buffers.
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @property
     def moments(self) -> Moments | None:
-        """Of all that this pass has shown; None before the first batch."""
-        return None if self.seen is None else self.seen.moments
+        """The moments of all input in this pass; None before the first batch."""
+        return None if self.evidence is None else self.evidence.moments
 
     @property
     def clusters(self) -> Clusters | None:
-        """How its images, or groups of them, scatter."""
-        return None if self.seen is None else self.seen.clusters
+        """How images, or groups of them, scatter in this pass; None before the first batch."""
+        return None if self.evidence is None else self.evidence.clusters
 
     @property
     def calls(self) -> int:
-        """How often the forward under way has run this layer."""
+        """How often the current forward has run this layer."""
         return len(self._calls)
 
-    def forget_batch(self) -> None:
-        """Drop what the forward under way has shown: it did not come to an end."""
-        self.begin_batch(closely=self._images is not None)
+    def discard_batch(self) -> None:
+        """Forget the current forward, which did not come to an end."""
+        self.begin_batch(per_image=self._image_sums is not None)
 
-    def take(self) -> Seen | None:
-        """What the calls of one forward saw, which counts once it is added; None if there was no call."""
-        calls, images = self._calls, self._images
-        self.forget_batch()
+    def take_observation(self) -> Observation | None:
+        """What the current forward has shown, and prepare for the next; None if there was no call.
+
+        It becomes evidence only by ``add_evidence``.
+        """
+        calls, images = self._calls, self._image_sums
+        self.discard_batch()
         if not calls:
             return None
-        batch, sums = _together(calls)
-        new = Evidence(batch, Clusters.of(sums), Clusters.of(sums.sum(1, keepdim=True)))
-        return Seen(new, self._energy(sums), self._energy(_added(images)) if images else None)
+        moments, sums = _merge_calls(calls)
+        # The sum over all clusters makes a single cluster of the whole batch.
+        evidence = Evidence(moments, Clusters.of(sums), Clusters.of(sums.sum(1, keepdim=True)))
+        image_energy = self._energy(_add_sums(images)) if images else None
+        return Observation(evidence, self._energy(sums), image_energy)
 
     def _energy(self, sums: Tensor) -> Tensor:
-        scale = self.stored.variance + self.module.eps
-        return (sums[2] / sums[0] / scale).clamp_min(_LEAST).log().mean(1)
+        variance = self.stored.variance + self.module.eps
+        return (sums[2] / sums[0] / variance).clamp_min(_ENERGY_FLOOR).log().mean(1)
 
-    def add(self, new: Evidence) -> None:
-        """Count what a forward saw."""
-        self.seen = new if self.seen is None else self.seen.merge(new)
+    def add_evidence(self, new: Evidence) -> None:
+        """Let what a forward has shown count."""
+        self.evidence = new if self.evidence is None else self.evidence.merge(new)
 
     def end_batch(self) -> Moments | None:
-        """Count what the calls of one forward saw; their moments together, None if there was no call."""
-        new = self.take()
-        if new is None:
+        """Let the current forward count, and return its moments; None if there was no call."""
+        observation = self.take_observation()
+        if observation is None:
             return None
-        self.add(new.evidence)
-        return new.evidence.moments
+        self.add_evidence(observation.evidence)
+        return observation.evidence.moments
 
     def relative_error(self) -> Tensor:
         """Relative standard error (C,) of the pooled variance so far."""
-        assert self.seen is not None
-        moments, batches = self.seen.moments, self.seen.batches
-        error = self.seen.clusters.relative_error(moments, self.stored.mean)
-        if batches.count < _ENOUGH_BATCHES:
-            return error
-        between = batches.relative_error(moments, self.stored.mean)
-        return error * dependence(error, between, batches.count)
+        assert self.evidence is not None
+        return relative_error(self.evidence, self.stored.mean)
 
 
-def dependence(error: Tensor, between: Tensor, batches: int) -> float:
-    """How many times larger the error of a layer is than it would be if images came one by one.
+def relative_error(evidence: Evidence, centre: Tensor) -> Tensor:
+    """Relative standard error (C,) of the pooled variance.
 
-    Behind a layer that is normalised by each batch's own variance, what one batch has too much of is divided away:
-    there the true errors are 0.5 to 0.8 of ``error`` (C,), from single clusters of images. Errors ``between`` (C,)
-    whole batches hold this, but batches are few; the ratio over all channels of a layer is steady enough from four
-    on, with half a batch's weight on a ratio of 1. It is above 1 where the images of a batch are alike.
+    ``centre`` (C,) is the mean around which the evidence was gathered: the stored one.
     """
-    known = (error > 0) & error.isfinite() & between.isfinite()
-    if not bool(known.any()):
+    moments, batches = evidence.moments, evidence.batches
+    error = evidence.clusters.relative_error(moments, centre)
+    if batches.count < _MIN_BATCHES:
+        return error
+    between = batches.relative_error(moments, centre)
+    return error * _batch_dependence(error, between, batches.count)
+
+
+def _batch_dependence(error: Tensor, between: Tensor, batches: int) -> float:
+    """How many times larger a layer's error is than if images were independent.
+
+    Behind a layer that is normalised by each batch's own variance, what one batch has too much of
+    is divided away: there the true errors are 0.5 to 0.8 of ``error`` (C,), from single clusters of
+    images. Errors ``between`` (C,) whole batches contain this effect, but batches are few. The
+    ratio over all channels of a layer is steady enough from four batches on, with half a batch's
+    weight on a ratio of 1. It is above 1 where the images of a batch resemble each other.
+    """
+    usable = (error > 0) & error.isfinite() & between.isfinite()
+    if not bool(usable.any()):
         return 1.0
-    ratio = float((between[known] / error[known]).square().mean())
+    ratio = float((between[usable] / error[usable]).square().mean())
     return math.sqrt(((batches - 1) * ratio + 0.5) / (batches - 0.5))
 
 
-def _together(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
-    """Moments and the clusters' sums of several calls in one forward, as with a reused layer."""
-    batch = calls[0].moments
-    for seen in calls[1:]:
-        batch = batch.merge(seen.moments)
-    return batch, _added([seen.sums for seen in calls])
+def _merge_calls(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
+    """Moments and cluster sums of all calls in one forward, for a layer that is used repeatedly."""
+    moments = calls[0].moments
+    for call in calls[1:]:
+        moments = moments.merge(call.moments)
+    return moments, _add_sums([call.sums for call in calls])
 
 
-def _added(calls: list[Tensor]) -> Tensor:
-    """The sums (3, clusters, C) of several calls; where one has fewer clusters, all count as one."""
-    groups = min(sums.shape[1] for sums in calls)
-    added = torch.zeros_like(calls[0][:, :groups])
+def _add_sums(calls: list[Tensor]) -> Tensor:
+    """Add the sums (3, clusters, C) of several calls, cluster by cluster.
+
+    A call whose rows belong to no single image has one cluster; then all calls count as one.
+    """
+    clusters = min(sums.shape[1] for sums in calls)
+    total = torch.zeros_like(calls[0][:, :clusters])
     for sums in calls:
-        added = added + (sums if sums.shape[1] == groups else sums.sum(1, keepdim=True))
-    return added
+        total = total + (sums if sums.shape[1] == clusters else sums.sum(1, keepdim=True))
+    return total

@@ -1,330 +1,269 @@
-"""The passes over the data: one for `pooled` and `ema`, as many as it takes for `exact`."""
+"""One pass over the data: each batch is run, screened for outliers and counted in the layers."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
-from ckpt_tools.contract import Estimator, OutlierReason, Statistics
 from ckpt_tools.distributed import ALONE, Team
-from ckpt_tools.errors import DataError, ModelError
-from ckpt_tools.machine.precision import relative_deviation
-from ckpt_tools.model.batch import Batch, batch_size, select_samples, slice_samples
-from ckpt_tools.moments import Moments
-from ckpt_tools.reestimate.guards import check_activations, check_input
-from ckpt_tools.reestimate.layer import (
-    Layer,
-    Rule,
-    Scale,
-    Seen,
-    batch_only,
-    kept_mean,
-    stored,
-)
-from ckpt_tools.reestimate.outliers import ENOUGH, Look
+from ckpt_tools.errors import DataError
+from ckpt_tools.model.batch import Batch, batch_size, select_samples
+from ckpt_tools.moments import Evidence, Moments
+from ckpt_tools.reestimate.batches import Batches, checksum, no_batch_error
+from ckpt_tools.reestimate.layer import Layer, MeanVariance, Rule
+from ckpt_tools.reestimate.outliers import SELF_SUFFICIENT
 from ckpt_tools.reestimate.running import Runner, has_hooks
-from ckpt_tools.reestimate.screening import Found, Screening, Shown, plenty, refuse_not_finite
-from ckpt_tools.reestimate.shares import combine
-from ckpt_tools.reestimate.source import Batches, checksum
-from ckpt_tools.reestimate.steps import change, measured, step
-from ckpt_tools.reestimate.stopping import Progress, enough, error_bound
-from ckpt_tools.results import Spread
+from ckpt_tools.reestimate.screening import (
+    Observations,
+    SampleKey,
+    Screening,
+    refuse_not_finite,
+)
+from ckpt_tools.reestimate.shares import combine_shares
+from ckpt_tools.reestimate.stopping import Progress, error_bound, is_precise_enough
+from ckpt_tools.reestimate.tally import Tally
 
-SETTLED = 1e-4  # `exact`: largest relative change per pass; the fixed point is then known to 1e-3
-MOST_PASSES = 100
-_COMPARED = 64  # images that run in two precisions
-CONTROL_IMAGES = 512  # what control layers look at: enough to tell a factor of two
+# Control layers are watched on so many images only: they suffice to tell a factor of two.
+_CONTROL_IMAGES = 512
 
-
-def _no_batch() -> DataError:
-    return DataError("no batch of training data; expected at least one.")
+Update = Callable[[Layer, Moments], None]
+"""What an estimator does with a rewritten layer after each batch, given that batch's moments."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """What has been read of the data, by one rank or by all; ``checksum`` of the input where passes repeat.
+class PassContext:
+    """What all passes of a re-estimation share: the model, its data, and how batches are run.
 
-    ``images`` and ``checksum`` are of what counted, ``found`` is what did not, ``common`` the kinds of which a rank
-    has found too many.
-    """
-
-    images: int = 0
-    batches: int = 0
-    checksum: float = 0.0
-    found: tuple[Found, ...] = ()
-    common: frozenset[OutlierReason] = frozenset()
-
-    def __add__(self, other: Read) -> Read:
-        return Read(
-            self.images + other.images,
-            self.batches + other.batches,
-            self.checksum + other.checksum,
-            self.found + other.found,
-            self.common | other.common,
-        )
-
-
-@dataclass
-class Passes:
-    """The passes over the data, and what they leave in ``layers``.
-
-    A ``team`` of several ranks goes over its data together, each over its ``source``: after every round all hold the
-    moments of all. A round is a batch on every rank that has one left if there is a tolerance to meet, else the pass.
+    ``layers`` are the observed BN layers by name: those to rewrite and the control layers. The
+    processes of ``team`` each have their own share of the batches.
     """
 
     model: nn.Module
-    source: Batches
+    batches: Batches
     runner: Runner
     layers: dict[str, Layer]
-    progress: Callable[[Progress], None] | None
     screening: Screening
     team: Team = ALONE
-    images: int = 0
-    batches: int = 0
-    passes: int = 0
+    progress: Callable[[Progress], None] | None = None
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass measured: the evidence of each layer that the data reached, by layer name.
+
+    ``total`` counts the data of all processes, ``local_batches`` the batches of this one.
+    """
+
+    evidence: dict[str, Evidence]
+    total: Tally
+    local_batches: int
+    control_batches: int  # the first ones, on which control layers were watched
+    stopped_early: bool
+
+
+@dataclass
+class DataPass:
+    """One pass of the model over its data; call ``run`` once.
+
+    Several processes go over the data together, each over its own batches. They exchange what they
+    measured in rounds, after which all hold the same evidence. A round is one batch of each process
+    where there is a ``tolerance`` to meet, else the whole pass.
+
+    Args:
+        context: the model and the data.
+        rule: what the layers to rewrite normalise with.
+        number: of this pass, from 1.
+        first: the result of the first pass, to whose data a later one is compared.
+        same_samples: whether later passes must see the samples of the first, and leave out the
+            outliers of the first. Otherwise the passes may be augmented differently.
+        tolerance: end the pass when the error bound is below it; None reads everything.
+        update: called for each rewritten layer after each batch.
+        residual: of the pass before, for the progress display.
+    """
+
+    context: PassContext
+    rule: Rule
+    number: int = 1
+    first: PassResult | None = None
+    same_samples: bool = False
+    tolerance: float | None = None
+    update: Update | None = None
     residual: float | None = None
-    stopped_early: bool = False
-    repeats: bool = False  # whether later passes must see the same samples
-    checksum: float | None = None  # of the input of the first pass, if so
-    found: tuple[Found, ...] = ()  # outliers, in the order in which they were met
-    error_scale: float = 1.0  # standard error of the estimate / that of the pooled variance
-    deviation: Spread | None = None  # of the variances from those in fp32, if that is not the precision
-    _own: int | None = None  # batches of this rank in the first pass
-    _control_batches: int = 0  # the first ones, on which control layers are watched
-    _once: bool | None = None  # whether a forward runs every layer exactly once: then it may end at the last
+    _control_batches: int = field(default=0, init=False)
+    # Whether a forward runs each layer exactly once; unknown before the first batch.
+    _runs_layers_once: bool | None = field(default=None, init=False)
 
-    def estimate(
-        self,
-        estimator: Estimator,
-        statistics: Statistics,
-        tolerance: float | None,
-        momentum: float,
-        epochs: int,
-    ) -> None:
-        """Leave the new statistics in every layer's ``scale``; arguments as in ``reestimate_bn``."""
-        if estimator == "ema":
-            self._moving_average(statistics, momentum, epochs)
-            return
-        self.repeats = estimator == "exact"
-        rule = kept_mean if statistics == "variance" else batch_only
-        self._sweep(rule, tolerance)
-        for layer in self._chosen():
-            layer.scale = measured(layer, statistics)
-        if not self._chosen():
-            raise ModelError("the data reached none of the layers to rewrite, although the example input did.")
-        if estimator == "exact":
-            self._settle(statistics)
+    def run(self) -> PassResult:
+        """Read the data and return what it shows.
 
-    def compare_precision(self) -> None:
-        """Run the first images in fp32 and in the precision of the pass, and keep how far the variances differ."""
-        known = [one for one in self.team.all(self._deviation) if one is not None]
-        if not known:
-            raise _no_batch()
-        self.deviation = known[0]
+        Raises:
+            DataError: no batch, over 1 % of the samples not finite, or, in a later pass, other
+                data than in the first.
+            ModelError: the model cannot run on a batch, or its activations overflow.
+        """
+        layers = self.context.layers.values()
+        initial = [layer.current for layer in layers]
+        self._control_batches = self._count_control_batches()
+        local, total, stopped = self._read_data(initial)
+        # Where many samples look like outliers of one kind, they are what the data look like. What
+        # was measured without them is wrong, so the pass begins again and lets them count.
+        while (common := total.common_reasons()) and self._is_rereadable():
+            self.context.screening.common |= common
+            local, total, stopped = self._read_data(initial)
+        self._check_data(total)
+        evidence = {layer.name: layer.evidence for layer in layers if layer.evidence is not None}
+        return PassResult(evidence, total, local.batches, self._control_batches, stopped)
 
-    def _deviation(self) -> Spread | None:
-        """Of the first images of this rank, if there are any."""
-        ahead = self.source.ahead(1)
-        if not ahead:
-            return None
-        batch = Look().usual(slice_samples(ahead[0], 0, _COMPARED), 0)
-        check_input(batch, 0)
-        precision = self.runner.precision
-        found = []
-        for kind in ("fp32", precision):
-            self.runner.precision = kind
-            for layer in self.layers.values():
-                layer.begin_pass(kept_mean)
-            for _ in self.runner.run(batch, 0, list(self.layers.values())):
-                seen = {name: layer.end_batch() for name, layer in self.layers.items()}
-                check_activations(self.model, seen, 0)
-            found.append({layer.name: layer.moments.variance() for layer in self._chosen() if layer.moments})
-        return relative_deviation(*found)
+    def _count_control_batches(self) -> int:
+        """How many batches hold the images that control layers need, by the largest first batch."""
+        if self.first is not None:
+            return self.first.control_batches
+        first_sizes = self.context.team.all(lambda: max(map(batch_size, self.context.batches.ahead(1)[:1]), default=0))
+        if not max(first_sizes):
+            raise no_batch_error()
+        return math.ceil(_CONTROL_IMAGES / max(first_sizes))
 
-    def _chosen(self) -> list[Layer]:
-        """Rewritten layers that the data reached; the others keep what they have."""
-        return [layer for layer in self.layers.values() if layer.rewritten and layer.moments is not None]
+    def _read_data(self, initial: Iterable[MeanVariance]) -> tuple[Tally, Tally, bool]:
+        """Read all rounds; what this process and all have read, and whether the tolerance was met.
 
-    def _settle(self, statistics: Statistics) -> None:
-        """Damped fixed-point passes. The residual may rise on the way: the system is triangular, so it ends."""
-        while self.residual is None or self.residual > SETTLED:
-            if self.passes >= MOST_PASSES:
-                raise ModelError(
-                    f"exact: after {self.passes} passes a running variance still changes by {self.residual:.2g} a "
-                    "pass. Use --estimator pooled, or a larger --batch-size for a better start."
-                )
-            self._sweep(stored, None)
-            targets = {layer.name: measured(layer, statistics) for layer in self._chosen()}
-            self.residual = self._largest_change(targets)
-            for layer in self._chosen():
-                layer.scale = step(layer.scale, targets[layer.name])
-
-    def _largest_change(self, targets: dict[str, Scale]) -> float:
-        return self.team.first(lambda: max(change(layer, targets[layer.name]) for layer in self._chosen()))
-
-    def _moving_average(self, statistics: Statistics, momentum: float, epochs: int) -> None:
-        def update(layer: Layer, batch: Moments) -> None:
-            mean = batch.mean if statistics == "mean+variance" else layer.scale.mean
-            layer.scale = Scale(
-                torch.lerp(layer.scale.mean, mean, momentum),
-                torch.lerp(layer.scale.variance, batch.variance(), momentum),
-            )
-
-        for _ in range(epochs):
-            self._sweep(batch_only, None, update)
-        steps = self.batches * epochs
-        weights = momentum * (1 - momentum) ** torch.arange(steps, dtype=torch.float64)
-        self.error_scale = float((steps * weights.square().sum()).sqrt() / weights.sum())
-
-    def _sweep(
-        self, rule: Rule, tolerance: float | None, update: Callable[[Layer, Moments], None] | None = None
-    ) -> None:
-        """One pass over the data. Later passes take as many batches as the first one did."""
-        self.passes += 1
-        scales = {layer: layer.scale for layer in self.layers.values()}
-        for layer in self.layers.values():
-            layer.begin_pass(rule)
-        self.screening.begin_pass({one.mark for one in self.found} if rule is stored else None)
-        if self.screening.judges:
-            self.team.all(lambda: self.screening.look_ahead(self.source.ahead(ENOUGH)))
-        if not self._control_batches:
-            size = max(self.team.all(lambda: max(map(batch_size, self.source.ahead(1)[:1]), default=0)))
-            if not size:
-                raise _no_batch()
-            self._control_batches = -(-CONTROL_IMAGES // size)
-        most = None if tolerance is None else 1
-        mine = enumerate(itertools.islice(self.source, self._own))
-        own, together = Read(), Read()
-        more = True
-        while more:
-            reads = self._round(lambda: self._read(itertools.islice(mine, most), update, told=most is None))
-            own, new = own + reads[self.team.rank], sum(reads, Read())
-            together += new
-            over = not new.batches or bool(together.common)
-            more = tolerance is not None and not over and not self._reached(tolerance, together.images)
-        if together.batches and not self.team.alone and self.progress is not None:  # the others may have ended later
-            self.progress(Progress(self.passes, together.images, error_bound(self.layers.values()), self.residual))
-        if common := self._common(together):
-            self.passes -= 1
-            self.screening.common |= common
-            for layer, scale in scales.items():
-                layer.scale = scale
-            self._sweep(rule, tolerance, update)
-            return
-        self._after_sweep(own, together, repeatable=rule is stored)
-
-    def _common(self, together: Read) -> frozenset[OutlierReason]:
-        """Kinds of outliers that are what the data look like, so that the pass must be repeated with them."""
-        most = plenty(together.images + len(together.found))
-        kinds = Counter(one.outlier.reason for one in together.found if one.outlier.reason != "not finite")
-        common = together.common | {kind for kind, number in kinds.items() if number > most}
-        return frozenset() if common and any(self.team.all(lambda: self.source.one_shot)) else common
-
-    def _round(self, read: Callable[[], Read]) -> list[Read]:
-        """What every rank has read; afterwards all know what all have seen."""
-        if self.team.alone:
-            return [read()]
-        layers = list(self.layers.values())
-        before = [layer.seen for layer in layers]
-        for layer in layers:
-            layer.seen = None
-        reads = self.team.all(read)
-        combine(layers, before, self.team)
-        return reads
-
-    def _read(
-        self, mine: Iterable[tuple[int, Batch]], update: Callable[[Layer, Moments], None] | None, *, told: bool
-    ) -> Read:
-        """Run batches of this rank until there are no more, or another rank has failed; ``told``: with progress."""
-        read = Read()
-        for own, batch in mine:
-            number = own * self.team.world + self.team.rank
-            new = self._screened(batch, own, number, update)
-            read += new
-            if told:
-                self._tell_read(read.images, new.images)
-            if new.common or self.team.has_failed:
+        Later passes take as many batches as the first one did.
+        """
+        context, team = self.context, self.context.team
+        for layer, current in zip(context.layers.values(), initial, strict=True):
+            layer.current = current
+            layer.begin_pass(self.rule)
+        excluded: set[SampleKey] | None = None
+        if self.first is not None and self.same_samples:
+            excluded = {detected.key for detected in self.first.total.outliers}
+        context.screening.begin_pass(excluded)
+        # Small batches cannot show what is usual, so several are looked at before the first is run.
+        if context.screening.judges:
+            team.all(lambda: context.screening.look_ahead(context.batches.ahead(SELF_SUFFICIENT)))
+        limit = None if self.first is None else self.first.local_batches
+        numbered = enumerate(itertools.islice(context.batches, limit))
+        local, total, stopped = Tally(), Tally(), False
+        while not stopped:
+            shares = self._read_round(numbered)
+            local += shares[team.rank]
+            new = sum(shares, Tally())
+            total += new
+            if self.tolerance is None or not new.batches or total.common:
                 break
-        return read
+            stopped = self._meets_tolerance(self.tolerance, total.images)
+        if total.batches and not team.alone:  # the other processes may have ended later than this
+            self._report_progress(total.images)
+        return local, total, stopped
 
-    def _screened(self, batch: Batch, own: int, number: int, update: Callable[[Layer, Moments], None] | None) -> Read:
-        """Run a batch but for its outliers, and merge what its layers saw."""
-        rows, found = self.screening.screened(
-            batch,
-            own,
-            number,
-            lambda part, closely: self._run(part, number, closely=closely),
-            lambda shown: self._merge(shown, update),
-        )
-        common = frozenset() if self.source.one_shot else self.screening.too_common
+    def _is_rereadable(self) -> bool:
+        return not any(self.context.team.all(lambda: self.context.batches.one_shot))
+
+    def _read_round(self, numbered: Iterator[tuple[int, Batch]]) -> list[Tally]:
+        """Read one round; what each process has read in it. All layers then hold the same."""
+        team = self.context.team
+        limit = None if self.tolerance is None else 1
+        if team.alone:
+            return [self._read_batches(itertools.islice(numbered, limit))]
+        # Only what is new is exchanged. The evidence that all processes share already would
+        # otherwise count once for each of them.
+        layers = list(self.context.layers.values())
+        before = [layer.evidence for layer in layers]
+        for layer in layers:
+            layer.evidence = None
+        shares = team.all(lambda: self._read_batches(itertools.islice(numbered, limit)))
+        combine_shares(layers, before, team)
+        return shares
+
+    def _read_batches(self, numbered: Iterable[tuple[int, Batch]]) -> Tally:
+        """Run batches of this process until there are no more, or another process has failed."""
+        team, total = self.context.team, Tally()
+        for local_number, batch in numbered:
+            new = self._run_screened(batch, local_number)
+            total += new
+            if self.tolerance is None:
+                images = total.images
+                # A counter in the store of the process group: no process waits for another.
+                if not team.alone:
+                    images = team.tally(f"images in pass {self.number}", new.images)
+                self._report_progress(images, in_round=not team.alone)
+            # What is read after this would be thrown away.
+            if new.common or team.has_failed:
+                break
+        return total
+
+    def _run_screened(self, batch: Batch, local_number: int) -> Tally:
+        """Run a batch without its outliers, and count what the layers observed."""
+        team, screening = self.context.team, self.context.screening
+        number = local_number * team.world + team.rank
+        observe = functools.partial(self._observe, number)
+        rows, outliers = screening.screen(batch, local_number, number, observe, self._count)
+        # Common reasons make the pass begin again, which one-shot data does not allow.
+        common = frozenset() if self.context.batches.one_shot else screening.too_common
         total = 0.0
-        if self.repeats and rows:
+        if self.same_samples and rows:
             total = checksum(batch if len(rows) == batch_size(batch) else select_samples(batch, rows))
-        return Read(len(rows), 1, total, found, common)
+        return Tally(len(rows), 1, total, outliers, common)
 
-    def _tell_read(self, images: int, new: int) -> None:
-        """Progress within a round: of several ranks, how sure they are together is not known before its end."""
-        if not self.team.alone:
-            images = self.team.tally(f"images in pass {self.passes}", new)
-        if self.progress is not None:
-            bound = error_bound(self.layers.values()) if self.team.alone else math.inf
-            self.progress(Progress(self.passes, images, bound, self.residual))
+    def _observe(self, number: int, batch: Batch, per_image: bool) -> Iterator[tuple[int, Observations]]:
+        """Run a batch, as a whole or in parts; yield each part's size and observations."""
+        layers, with_controls = self.context.layers.values(), number < self._control_batches
+        watched = [layer for layer in layers if layer.rewritten or with_controls]
+        for layer in watched:
+            layer.begin_batch(per_image=per_image)
+        stop = self._runs_layers_once is True
+        for images in self.context.runner.run(batch, number, watched, stop=stop):
+            if self._runs_layers_once is None:
+                # A forward may end behind the last layer only if that layer is not run again, and
+                # if no hook of somebody else counts on the forward's end.
+                once = all(layer.calls == 1 for layer in watched)
+                self._runs_layers_once = once and not has_hooks(self.context.model)
+            observations = {layer.name: layer.take_observation() for layer in watched}
+            yield images, {name: item for name, item in observations.items() if item is not None}
 
-    def _reached(self, tolerance: float, images: int) -> bool:
-        """Whether what all have seen is enough, at the end of a round."""
-        bound = error_bound(self.layers.values())
-        if self.progress is not None:
-            self.progress(Progress(self.passes, images, bound, self.residual))
-        self.stopped_early = self.team.first(lambda: enough(bound, images, tolerance))
-        return self.stopped_early
+    def _count(self, observations: Observations) -> None:
+        for name, observation in observations.items():
+            layer = self.context.layers[name]
+            layer.add_evidence(observation.evidence)
+            if self.update is not None and layer.rewritten:
+                self.update(layer, observation.evidence.moments)
 
-    def _run(self, batch: Batch, number: int, *, closely: bool) -> Iterator[tuple[int, dict[str, Seen]]]:
-        """Run a batch up to the last layer that is of interest, by what the first batch has shown."""
-        controls = number < self._control_batches
-        watched = {name: layer for name, layer in self.layers.items() if layer.rewritten or controls}
-        for layer in watched.values():
-            layer.begin_batch(closely=closely)
-        for count in self.runner.run(batch, number, list(watched.values()), stop=self._once is True):
-            if self._once is None:
-                self._once = not has_hooks(self.model) and all(layer.calls == 1 for layer in watched.values())
-            shown = {name: layer.take() for name, layer in watched.items()}
-            yield count, {name: seen for name, seen in shown.items() if seen is not None}
+    def _report_progress(self, images: int, *, in_round: bool = False) -> None:
+        """Call the caller's ``progress``; the common error is unknown before a round ends."""
+        if self.context.progress is not None:
+            bound = math.inf if in_round else error_bound(self.context.layers.values())
+            self.context.progress(Progress(self.number, images, bound, self.residual))
 
-    def _merge(self, shown: Shown, update: Callable[[Layer, Moments], None] | None) -> None:
-        """Count what the layers saw."""
-        for name, seen in shown.items():
-            self.layers[name].add(seen.evidence)
-        for name, seen in shown.items():
-            if update is not None and self.layers[name].rewritten:
-                update(self.layers[name], seen.evidence.moments)
+    def _meets_tolerance(self, tolerance: float, images: int) -> bool:
+        """Whether the evidence of all processes is enough; the main process decides for all."""
+        bound = error_bound(self.context.layers.values())
+        self._report_progress(images)
+        return self.context.team.first(lambda: is_precise_enough(bound, images, tolerance))
 
-    def _after_sweep(self, own: Read, together: Read, *, repeatable: bool) -> None:
-        """Hold a pass against the first one, over all ranks: they may divide the same data anew."""
-        if not together.batches:
-            raise _no_batch()
-        refuse_not_finite(together.found, together.images + len(together.found))
-        if self.batches and together.batches != self.batches:
+    def _check_data(self, total: Tally) -> None:
+        """Raise DataError if the pass read nothing, or other data than the first one."""
+        if not total.batches:
+            raise no_batch_error()
+        refuse_not_finite(total.outliers, total.samples)
+        if self.first is None:
+            return
+        # The totals of all processes are compared, because a DataLoader may deal samples out to the
+        # processes in another way in each pass.
+        expected = self.first.total
+        if total.batches != expected.batches:
             raise DataError(
-                f"pass {self.passes} gave {together.batches} batches, the first one {self.batches}; `exact` and "
-                "epochs > 1 need an iterable that can be read again, such as a list or a DataLoader."
+                f"pass {self.number} gave {total.batches} batches, the first one "
+                f"{expected.batches}; `exact` and epochs > 1 need an iterable that can be read "
+                "again, such as a list or a DataLoader."
             )
-        if (
-            repeatable
-            and self.checksum is not None
-            and not math.isclose(together.checksum, self.checksum, rel_tol=1e-6, abs_tol=1e-3)
-        ):
+        # Sums of floats depend on the order, and data may be shuffled.
+        equal = math.isclose(total.checksum, expected.checksum, rel_tol=1e-6, abs_tol=1e-3)
+        if self.same_samples and not equal:
             raise DataError(
-                f"pass {self.passes} saw other samples than the first one (random augmentation, drop_last, or "
-                "shuffling with a tolerance?); `exact` needs the same ones in every pass. Use pooled, or fix the data."
+                f"pass {self.number} saw other samples than the first one (random augmentation, "
+                "drop_last, or shuffling with a tolerance?); `exact` needs the same ones in every "
+                "pass. Use pooled, or fix the data."
             )
-        self._own = own.batches
-        if not repeatable:  # those that come later know these already
-            names = {old.outlier.name for old in self.found}
-            self.found += tuple(one for one in together.found if one.outlier.name not in names)
-        self.images, self.batches, self.checksum = together.images, together.batches, together.checksum

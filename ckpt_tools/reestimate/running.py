@@ -1,4 +1,4 @@
-"""Running batches through a model: where it lives, in the layout that is fastest, in parts if memory is short."""
+"""Running batches through a model: in the fastest layout, and in parts if memory is short."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ckpt_tools.errors import CkptToolsError, DataError, ModelError, is_short_of
 from ckpt_tools.machine.precision import compute_in_precision
 from ckpt_tools.model.batch import Batch, batch_size, slice_samples, to_device
 from ckpt_tools.model.calling import Forward, device_of
-from ckpt_tools.reestimate.interception import Interception, SeenEnough
+from ckpt_tools.reestimate.interception import Interception, StopForward
 from ckpt_tools.reestimate.layer import Layer
 
 
 class Runner:
     """Runs a model on batches while some of its BN layers are watched.
 
-    Images go to convolutional models with their channels last (1.2 to 1.3 times faster on CPUs); a model that cannot
-    take that (``x.view`` on a feature map) gets them as they are. Where memory runs short the batch is halved, and
-    so are the later ones: ``largest`` then says to how many samples.
+    Images go to convolutional models with their channels last (1.2 to 1.3 times faster on CPUs). A
+    model that cannot take that, such as one with ``x.view`` on a feature map, gets them as they
+    are. Where memory runs short the batch is halved, and so are the later ones; ``largest`` is then
+    the number of samples that fit.
     """
 
     def __init__(
@@ -44,23 +45,27 @@ class Runner:
         self.largest: int | None = None
 
     def run(self, batch: Batch, number: int, watched: Sequence[Layer], *, stop: bool = False) -> Iterator[int]:
-        """Run one batch, as a whole or in parts; after each part its number of images is yielded.
+        """Run one batch, as a whole or in parts; after each part yield its number of images.
 
-        Raises ModelError, naming the batch by ``number``, if the model cannot run on it.
+        With ``stop`` a forward ends behind the last watched layer. Raises ModelError, naming the
+        batch by ``number``, if the model cannot run on it.
         """
-        waiting = self._cut(batch)
-        while waiting:
-            part = waiting.pop(0)
+        parts = self._split(batch)
+        while parts:
+            part = parts.pop(0)
             images = batch_size(part)
             if self._fits(part, number, watched, stop=stop):
                 yield images
             elif images < 2:
                 raise ModelError(f"batch {number}: not even one sample fits into memory. Use a smaller --input-size.")
             else:
+                # Later batches are split from the start: each failed attempt costs a forward. The
+                # parts of this one go to the front, so that images keep their order.
                 self.largest = images // 2
-                waiting[:0] = self._cut(part)
+                parts[:0] = self._split(part)
 
-    def _cut(self, batch: Batch) -> list[Batch]:
+    def _split(self, batch: Batch) -> list[Batch]:
+        """Parts of nearly equal size, none above ``largest``."""
         size = batch_size(batch)
         if self.largest is None or size <= self.largest:
             return [batch]
@@ -69,29 +74,30 @@ class Runner:
         return [slice_samples(batch, start, stop) for start, stop in itertools.pairwise(bounds)]
 
     def _fits(self, batch: Batch, number: int, watched: Sequence[Layer], *, stop: bool) -> bool:
-        """Run a batch. False if memory ran short; then it has left nothing behind."""
-        error = self._attempt(batch, watched, stop=stop)
+        """Run a batch. False if memory ran short; then its layers have forgotten the batch."""
+        error = self._try(batch, watched, stop=stop)
         if error is not None and self._layout is not None and not is_short_of_memory(error):
+            # The layout may be the cause. If it is not, the second error is the same one.
             self._layout = None
-            error = self._attempt(batch, watched, stop=stop)
+            error = self._try(batch, watched, stop=stop)
         if error is None:
             return True
         if not is_short_of_memory(error):
-            raise _failure(error, number) from error
-        del error  # its traceback holds the tensors of the forward
+            raise _translate_error(error, number) from error
+        del error  # its traceback refers to the tensors of the forward, which must be freed
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         return False
 
-    def _attempt(self, batch: Batch, watched: Sequence[Layer], *, stop: bool) -> Exception | None:
-        """Run a batch; what it raised, if it did."""
+    def _try(self, batch: Batch, watched: Sequence[Layer], *, stop: bool) -> Exception | None:
+        """Run a batch and return the error that the model raised, if any."""
         try:
             self._call(batch, watched, stop=stop)
         except CkptToolsError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever the model, or the caller's forward, raises
+        except Exception as error:  # noqa: BLE001 - models and the caller's forward raise anything
             for layer in watched:
-                layer.forget_batch()
+                layer.discard_batch()
             return error
         return None
 
@@ -100,17 +106,21 @@ class Runner:
         try:
             with compute_in_precision(self.precision, self._device), self._interception:
                 self._forward(self._model, to_device(batch, self._device, self._layout))
-        except SeenEnough:
+        except StopForward:
             pass
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether forwards are watched by someone, who may count on their being run to the end."""
+    """Whether some module has forward hooks.
+
+    The owner of a hook may rely on complete forwards, so none is ended early then.
+    """
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def _failure(error: Exception, number: int) -> CkptToolsError:
-    if str(error).startswith("DataLoader worker"):  # torch raises it wherever the signal finds us
+def _translate_error(error: Exception, number: int) -> CkptToolsError:
+    # torch raises this one from a signal handler, so it may arrive in the middle of a forward.
+    if str(error).startswith("DataLoader worker"):
         return DataError(f"batch {number}: {error}. Memory ran out? Try fewer --workers.")
     return ModelError(
         f"batch {number}: the model cannot run on it: {type(error).__name__}: {error}. "

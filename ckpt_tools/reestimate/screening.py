@@ -1,8 +1,9 @@
-"""A batch is run, looked at, and run again without the samples that would spoil what it shows of the others.
+"""Outliers are kept out of a pass: a batch is run, looked at, and run again without them.
 
-What is measured anyway, the sums over clusters of samples, is enough to see that all is well: then nothing is computed
-twice, or otherwise than without a guard. Where a batch looks odd it is run again to measure sample by sample, and once
-more without those that stand out: they have been in the variance that normalised their neighbours.
+The sums over clusters of images, which are measured anyway, suffice to see that a batch is usual.
+Then nothing is computed twice, and all results are those of a pass without screening. A batch that
+looks unusual is run again to measure image by image, and once more without the images that stand
+out, because these have influenced the variance that normalised their neighbours.
 """
 
 from __future__ import annotations
@@ -17,227 +18,274 @@ from torch import Tensor, nn
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.errors import DataError
 from ckpt_tools.model.batch import Batch, batch_size, select_samples
-from ckpt_tools.reestimate.guards import check_activations
-from ckpt_tools.reestimate.layer import Seen
+from ckpt_tools.reestimate.finite import check_activations, not_finite_rows
+from ckpt_tools.reestimate.layer import Observation
 from ckpt_tools.reestimate.outliers import (
-    ENOUGH,
-    FEWEST,
-    Gauge,
+    MIN_COMPARED,
+    SELF_SUFFICIENT,
+    EnergyHistory,
     Suspect,
-    clusters_odd,
-    energies,
-    extremes,
+    extreme_samples,
+    find_suspects,
+    fingerprint_head,
     fingerprints,
-    head,
-    not_finite,
-    overflowing,
-    unusual,
-    weighed,
+    has_extreme_cluster,
+    log_energies,
+    overflowing_samples,
+    with_leverage,
 )
 from ckpt_tools.results import Outlier
 
-Shown = Mapping[str, Seen]
-"""What every layer that a forward reached has seen of it, in the order of execution."""
+Observations = Mapping[str, Observation]
+"""What a forward has shown of each layer that it reached, in the order of execution."""
 
-Run = Callable[[Batch, bool], Iterator[tuple[int, Shown]]]
-"""Runs a batch, whole or in parts, and with True measures every sample: how many samples, and what they showed."""
+RunBatch = Callable[[Batch, bool], Iterator[tuple[int, Observations]]]
+"""Runs a batch, as a whole or in parts; yields how many samples each part had, and what it showed.
 
-Mark = bytes | tuple[int, int]
-"""What a later pass knows a sample by: its fingerprint, else its place."""
+With True every sample is measured by itself.
+"""
 
-_MOST = 6  # times that a batch is run without what stood out before
-_PLENTY, _SHARE = 8, 0.02  # of a kind: so many, and this share of what was seen, are no outliers
-TOLERATED = 0.01  # share of samples that may be outliers
-_HOPELESS = 100  # samples that are not finite: if most are, nobody reads on
+SampleKey = bytes | tuple[int, int]
+"""What a later pass recognises a sample by: its fingerprint, or else its batch and row."""
+
+TOLERATED_SHARE = 0.01  # of the samples that may be outliers
+# A reason that rejects so many samples, and this share of what was read, is common (not outliers).
+# It is a coarser limit than the one at the end of a pass, and ends a hopeless pass early.
+_COMMON_COUNT, _COMMON_SHARE = 8, 0.02
+_MAX_TURNS = 6  # times that a batch is run without what stood out before
+_MAX_NOT_FINITE = 100  # if there are more, and most samples are not finite, reading ends
 
 
 @dataclass(frozen=True)
-class Found:
-    """An outlier, and what a later pass knows it by."""
+class DetectedOutlier:
+    """An outlier, and the key by which a later pass recognises it."""
 
     outlier: Outlier
-    mark: Mark
+    key: SampleKey
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows of a batch to run; ``suspects`` are measured before they are left out."""
+    """Rows of a batch to run; ``suspects`` are measured once more before they are left out."""
 
     rows: Sequence[int]
     suspects: Mapping[int, Suspect] = field(default_factory=dict)
-    closely: bool = False
+    per_image: bool = False
     turn: int = 0
 
-    def of(self, rows: Sequence[int]) -> _Task:
-        """The part of it that concerns these rows."""
-        return _Task(rows, {row: self.suspects[row] for row in rows if row in self.suspects}, self.closely, self.turn)
+    def restricted_to(self, rows: Sequence[int]) -> _Task:
+        suspects = {row: self.suspects[row] for row in rows if row in self.suspects}
+        return replace(self, rows=rows, suspects=suspects)
 
     def without(self, rows: Iterable[int]) -> _Task:
-        """The next turn."""
-        out = set(rows)
-        return _Task([row for row in self.rows if row not in out], turn=self.turn + 1)
+        excluded = set(rows)
+        return _Task([row for row in self.rows if row not in excluded], turn=self.turn + 1)
 
 
 class Screening:
-    """Keeps outliers out of a pass; with ``keep`` only what is not finite.
+    """Keeps outliers out of passes; with ``keep`` only samples that are not finite.
 
-    ``name(batch, row)`` is what a sample is called. Of kinds in ``common`` the data are full: they count as usual.
+    ``sample_name(batch, row)`` is what users know a sample by. Samples with a reason in ``common``
+    count as usual, because the data have many of them.
     """
 
-    def __init__(self, model: nn.Module, name: Callable[[int, int], str], *, keep: bool) -> None:
+    def __init__(self, model: nn.Module, sample_name: Callable[[int, int], str], *, keep: bool) -> None:
         self.common: frozenset[OutlierReason] = frozenset({"blank", "extreme"} if keep else ())
-        self._model, self._name = model, name
+        self._model, self._sample_name = model, sample_name
         self.begin_pass(None)
 
-    def begin_pass(self, known: Collection[Mark] | None) -> None:
-        """Judge anew, or leave out what is ``known``, and nothing else."""
-        self._known = known
-        self._gauges: dict[str, Gauge] = defaultdict(Gauge)
+    def begin_pass(self, excluded: Collection[SampleKey] | None) -> None:
+        """Forget what was seen. From then on leave out ``excluded`` only; None: judge anew."""
+        self._excluded = excluded
+        self._histories: dict[str, EnergyHistory] = defaultdict(EnergyHistory)
         self._counts: Counter[OutlierReason] = Counter()
-        self._not_finite: list[Found] = []
+        self._not_finite: list[DetectedOutlier] = []
         self._images = 0
 
     @property
     def judges(self) -> bool:
         """Whether samples are compared with others in this pass."""
-        return self._known is None and "extreme" not in self.common
+        return self._excluded is None and "extreme" not in self.common
 
     def look_ahead(self, batches: Sequence[Batch]) -> None:
-        """See in the first batches what inputs are like, before any of them is judged: small ones cannot tell alone."""
-        if any(batch_size(one) >= ENOUGH for one in batches[:1]):
+        """Learn from the first batches what inputs are like, before any of them is judged.
+
+        A small batch alone does not show what is usual.
+        """
+        if any(batch_size(batch) >= SELF_SUFFICIENT for batch in batches[:1]):
             return
         for number, batch in enumerate(batches):
-            finite = sorted(set(range(batch_size(batch))) - set(not_finite(batch, number)))
-            values = energies(select_samples(batch, finite)) if finite else None
-            if values is not None:
-                self._gauges["input"].remember(values)
+            finite = sorted(set(range(batch_size(batch))) - set(not_finite_rows(batch, number)))
+            energies = log_energies(select_samples(batch, finite)) if finite else None
+            if energies is not None:
+                self._histories["input"].remember(energies)
 
     @property
     def too_common(self) -> frozenset[OutlierReason]:
-        """Kinds of which there are already too many for outliers."""
-        plenty = max(_PLENTY, _SHARE * self._images)
-        return frozenset(kind for kind, number in self._counts.items() if kind != "not finite" and number > plenty)
+        """Reasons that have rejected so many samples already that these cannot be outliers."""
+        limit = max(_COMMON_COUNT, _COMMON_SHARE * self._images)
+        reasons = {reason for reason, count in self._counts.items() if count > limit}
+        return frozenset(reasons - {"not finite"})
 
-    def screened(
-        self, batch: Batch, own: int, number: int, run: Run, merge: Callable[[Shown], None]
-    ) -> tuple[Sequence[int], tuple[Found, ...]]:
-        """Run a batch and merge what its usual samples show; the rows that count, and the outliers.
+    def screen(
+        self,
+        batch: Batch,
+        local_number: int,
+        number: int,
+        run: RunBatch,
+        count: Callable[[Observations], None],
+    ) -> tuple[Sequence[int], tuple[DetectedOutlier, ...]]:
+        """Run a batch, let its usual samples count, and return their rows and the outliers.
 
         Args:
-            own: its number among those of this rank.
-            number: its number among all.
-            run: see ``Run``.
-            merge: called with what a part of the batch has shown.
+            batch: is left as it is; outliers are excluded from copies.
+            local_number: its number among the batches of this process.
+            number: its number among those of all processes.
+            run: see ``RunBatch``.
+            count: called with the observations of a part of the batch that has no outliers.
 
         Raises:
             ModelError: the activations of most samples are not finite.
-            DataError: values that belong to no single sample are not.
+            DataError: values that belong to no single sample are not finite, or most samples of
+                the data so far.
         """
-        found = {row: Suspect("not finite", None, "input") for row in not_finite(batch, number)}
-        kept: list[int] = []
-        tasks = [self._task(batch, number, found)]
+        input_rows = not_finite_rows(batch, number)
+        outliers = {row: Suspect("not finite", None, "input") for row in input_rows}
+        usual: list[int] = []
+        tasks = [self._first_task(batch, number, outliers)]
         while tasks:
             task, start = tasks.pop(0), 0
             if not task.rows:
                 continue
             part = batch if len(task.rows) == batch_size(batch) else select_samples(batch, task.rows)
-            for count, shown in run(part, task.closely):
-                rows, start = task.rows[start : start + count], start + count
-                again = self._again(task.of(rows), shown, number, found)
-                if again is None:
-                    merge(shown)
-                    kept += rows
+            # Where memory is short the rows come in several parts, and each is judged by itself.
+            for size, observations in run(part, task.per_image):
+                rows, start = task.rows[start : start + size], start + size
+                part_task = task.restricted_to(rows)
+                next_task = self._next_task(part_task, observations, number, outliers)
+                if next_task is None:
+                    count(observations)
+                    usual += rows
                 else:
-                    tasks.append(again)
+                    tasks.append(next_task)
         self._images += batch_size(batch)
-        self._counts.update(one.reason for one in found.values())
-        named = tuple(self._found(batch, own, number, row, found[row]) for row in sorted(found))
-        self._not_finite += [one for one in named if one.outlier.reason == "not finite"]
-        if len(self._not_finite) > max(_HOPELESS, self._images / 2):
+        self._counts.update(suspect.reason for suspect in outliers.values())
+        detected = []
+        for row, suspect in sorted(outliers.items()):
+            name = self._sample_name(local_number, row)
+            outlier = Outlier(name, suspect.reason, suspect.leverage, suspect.where)
+            key = _sample_keys(select_samples(batch, [row]), number, row)[0]
+            detected.append(DetectedOutlier(outlier, key))
+        self._not_finite += [item for item in detected if item.outlier.reason == "not finite"]
+        if len(self._not_finite) > max(_MAX_NOT_FINITE, self._images / 2):
             refuse_not_finite(self._not_finite, self._images)
-        return sorted(kept), named
+        return sorted(usual), tuple(detected)
 
-    def _task(self, batch: Batch, number: int, found: Mapping[int, Suspect]) -> _Task:
-        """What to run of a batch at first."""
-        rows = [row for row in range(batch_size(batch)) if row not in found]
-        if self._known is not None:
-            heads = {head(mark) for mark in self._known if isinstance(mark, bytes)}
-            marks = _marks(batch, number, heads=heads)
-            return _Task([row for row in rows if marks[row] not in self._known])
+    def _first_task(self, batch: Batch, number: int, outliers: Mapping[int, Suspect]) -> _Task:
+        rows = [row for row in range(batch_size(batch)) if row not in outliers]
+        if self._excluded is not None:
+            # Heads are cheap to compute, digests are not: few samples share a head with an outlier.
+            heads = {fingerprint_head(key) for key in self._excluded if isinstance(key, bytes)}
+            keys = _sample_keys(batch, number, heads=heads)
+            return _Task([row for row in rows if keys[row] not in self._excluded])
         if not rows:
             return _Task(rows)
-        odd = unusual(select_samples(batch, rows) if found else batch, self._gauges["input"], self.common)
-        return _Task(rows, {rows[place]: one for place, one in odd.items()}, closely=bool(odd))
+        finite = select_samples(batch, rows) if outliers else batch
+        suspects = find_suspects(finite, self._histories["input"], self.common)
+        by_row = {rows[place]: suspect for place, suspect in suspects.items()}
+        return _Task(rows, by_row, per_image=bool(suspects))
 
-    def _found(self, batch: Batch, own: int, number: int, row: int, one: Suspect) -> Found:
-        outlier = Outlier(self._name(own, row), one.reason, one.leverage, one.where)
-        return Found(outlier, _marks(select_samples(batch, [row]), number, row)[0])
+    def _next_task(
+        self, task: _Task, observations: Observations, number: int, outliers: dict[int, Suspect]
+    ) -> _Task | None:
+        """What to run instead of this task; None if its observations may count.
 
-    def _again(self, task: _Task, shown: Shown, number: int, found: dict[int, Suspect]) -> _Task | None:
-        """What to run in place of this; None if it may count."""
-        energy = _on_host({name: seen.energy for name, seen in shown.items()})
-        finite = all(bool(one.isfinite().all()) for one in energy.values())
-        if finite and not task.suspects and not self._worth_a_look(task, energy):
+        Samples to leave out are added to ``outliers``.
+        """
+        energy = _to_host({name: item.energy for name, item in observations.items()})
+        finite = all(bool(values.isfinite().all()) for values in energy.values())
+        if finite and not task.suspects and not self._may_hold_extremes(task, energy):
+            # Outliers must not enter the history, or the next ones would look usual.
             for name, values in energy.items():
-                self._gauges[name].remember(values)
+                self._histories[name].remember(values)
             return None
-        if not task.closely:
-            return replace(task, closely=True)
-        out = self._outliers(task, shown, number, finite=finite)
-        found.update(out)
-        return task.without(out) if out else None
+        # Clusters only show that some image is unusual; the next run tells which.
+        if not task.per_image:
+            return replace(task, per_image=True)
+        new = self._find_outliers(task, observations, number, finite=finite)
+        outliers.update(new)
+        return task.without(new) if new else None
 
-    def _worth_a_look(self, task: _Task, energy: Mapping[str, Tensor]) -> bool:
-        """Whether a layer may have been shown something extreme."""
-        if not self.judges or task.turn >= _MOST:
+    def _may_hold_extremes(self, task: _Task, energy: Mapping[str, Tensor]) -> bool:
+        """Whether the input of a layer may hold an extreme sample."""
+        if not self.judges or task.turn >= _MAX_TURNS:
             return False
-        return task.closely or any(
-            clusters_odd(one, len(task.rows), self._gauges[name]) for name, one in energy.items()
+        return task.per_image or any(
+            has_extreme_cluster(values, len(task.rows), self._histories[name]) for name, values in energy.items()
         )
 
-    def _outliers(self, task: _Task, shown: Shown, number: int, *, finite: bool) -> dict[int, Suspect]:
-        """Whom to leave out of a batch that was measured sample by sample."""
-        images = {name: seen.images for name, seen in shown.items() if seen.images is not None}
-        single = {name: one for name, one in _on_host(images).items() if len(one) == len(task.rows)}
+    def _find_outliers(
+        self, task: _Task, observations: Observations, number: int, *, finite: bool
+    ) -> dict[int, Suspect]:
+        """Outliers by row, in a task that was measured image by image."""
+        layers = observations.items()
+        measured = {name: x.image_energy for name, x in layers if x.image_energy is not None}
+        on_host, count = _to_host(measured).items(), len(task.rows)
+        # In a layer whose rows belong to no single image, the numbers differ.
+        energies = {name: values for name, values in on_host if len(values) == count}
         if task.suspects:
-            return {row: weighed(task.rows.index(row), one, single) for row, one in task.suspects.items()}
+            return {
+                row: with_leverage(task.rows.index(row), suspect, energies) for row, suspect in task.suspects.items()
+            }
         if finite:
-            places = extremes(single, self._gauges)
+            places = extreme_samples(energies, self._histories)
         else:
-            places = overflowing(single)
-            alone = len(task.rows) == 1 and self._images >= FEWEST
-            if self._known is not None or not 0 < len(places) <= max(len(task.rows) / 2, alone):
-                moments = {name: seen.evidence.moments for name, seen in shown.items()}
+            places = overflowing_samples(energies)
+            # Where most samples of a batch overflow, the model is to blame. A sample that is alone
+            # in its batch may overflow if others before it did not.
+            alone = count == 1 and self._images >= MIN_COMPARED
+            limit = max(count / 2, alone)
+            if self._excluded is not None or not 0 < len(places) <= limit:
+                moments = {name: item.evidence.moments for name, item in observations.items()}
                 check_activations(self._model, moments, number)
-        return {task.rows[place]: one for place, one in places.items()}
+        return {task.rows[place]: suspect for place, suspect in places.items()}
 
 
-def plenty(images: int) -> float:
-    """How many of so many samples may be outliers; a single one always."""
-    return max(1, TOLERATED * images)
+def tolerated_outliers(samples: int) -> float:
+    """How many of so many samples may be outliers: 1 %, and a single one always.
+
+    If a reason rejects more of them, it describes the data and not some outliers.
+    """
+    return max(1, TOLERATED_SHARE * samples)
 
 
-def refuse_not_finite(found: Sequence[Found], images: int) -> None:
-    """Raise DataError if more than 1 % of the samples are not finite."""
-    bad = [one.outlier for one in found if one.outlier.reason == "not finite"]
-    if len(bad) <= TOLERATED * images:
+def refuse_not_finite(outliers: Sequence[DetectedOutlier], samples: int) -> None:
+    """Raise DataError if over 1 % of the ``slice_samples`` that were read are not finite."""
+    not_finite = [item.outlier for item in outliers if item.outlier.reason == "not finite"]
+    if len(not_finite) <= TOLERATED_SHARE * samples:
         return
-    names = ", ".join(one.name for one in bad[:5]) + (", …" if len(bad) > 5 else "")
-    places = " and ".join(dict.fromkeys(f"the {one.where}" if one.where == "input" else one.where for one in bad))
+    names = ", ".join(outlier.name for outlier in not_finite[:5])
+    if len(not_finite) > 5:
+        names += ", …"
+    places = dict.fromkeys("the input" if outlier.where == "input" else outlier.where for outlier in not_finite)
     raise DataError(
-        f"{names}: NaN or infinity in {places}; {len(bad)} of {images} samples, expected {TOLERATED:.0%} at most. "
-        "Remove them or fix the preprocessing."
+        f"{names}: NaN or infinity in {' and '.join(places)}; {len(not_finite)} of {samples} "
+        f"samples, expected {TOLERATED_SHARE:.0%} at most. Remove them or fix the preprocessing."
     )
 
 
-def _marks(batch: Batch, number: int, first: int = 0, heads: Collection[bytes] | None = None) -> Sequence[Mark]:
-    """What tells every sample of a batch from others, or from those with fingerprints of these ``heads``."""
-    return fingerprints(batch, heads) or [(number, first + row) for row in range(batch_size(batch))]
+def _sample_keys(
+    batch: Batch, number: int, first_row: int = 0, heads: Collection[bytes] | None = None
+) -> Sequence[SampleKey]:
+    """The key of each sample of a batch; ``heads`` as in ``fingerprints``."""
+    places = [(number, first_row + row) for row in range(batch_size(batch))]
+    return fingerprints(batch, heads) or places
 
 
-def _on_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, brought there at once."""
+def _to_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, copied in one transfer instead of one for each layer."""
     if not values:
         return {}
-    together = torch.cat(list(values.values())).cpu()
-    return dict(zip(values, together.split([len(one) for one in values.values()]), strict=True))
+    flat = torch.cat(list(values.values())).cpu()
+    parts = flat.split([len(tensor) for tensor in values.values()])
+    return dict(zip(values, parts, strict=True))

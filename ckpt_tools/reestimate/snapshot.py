@@ -1,4 +1,4 @@
-"""A corrected state dict to save while training goes on as if nobody had looked."""
+"""A corrected state dict to save in the middle of a training, which goes on undisturbed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ckpt_tools.model.batch import Batch, batch_size, to_device
 from ckpt_tools.model.calling import Forward, device_of, unwrap_model
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.randomness import seed_random_generators, seed_temporarily
-from ckpt_tools.reestimate.run import reestimate_bn
-from ckpt_tools.reestimate.source import Batches
+from ckpt_tools.reestimate.batches import Batches
+from ckpt_tools.reestimate.correction import reestimate_bn
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.results import Reestimation, Walk
 
@@ -55,34 +55,40 @@ def corrected_state_dict(
     done: Callable[[Reestimation], None] | None = None,
     **options: Unpack[Options],
 ) -> dict[str, Any]:
-    """The state dict of ``model`` with its running variances re-estimated; the model itself stays as it is.
+    """The state dict of ``model`` with its running variances re-estimated.
 
-    For a training loop that saves now and then and goes on: weights, buffers, train flags, every global random
-    generator, those of a DataLoader and its persistent workers are afterwards what they were, also if the pass
-    raises. The keys are those of ``model.state_dict()`` and, as there, all values but the new ones share memory
-    with the model: save the dict before the next step.
+    The model itself stays as it is. This is for a training loop that saves now and then and goes
+    on: weights, buffers, train flags, every global random generator, those of a DataLoader and its
+    persistent workers are afterwards what they were, also if the pass raises. The keys are those of
+    ``model.state_dict()`` and, as there, all values but the new ones share memory with the model:
+    save the dict before the next step.
 
     Args:
         model: as in ``reestimate_bn``.
         batches: the training data; a DataLoader in use is read beside its own iteration.
-        prepare: what the loop does to a batch before the forward. Default: move it to the model's device.
+        prepare: what the loop does to a batch before the forward. Default: move it to the model's
+            device.
         limit_batches: read at most so many batches.
-        max_images: read no further batch once so many samples were seen.
+        max_images: read no further batch once so many samples were read.
         seed: of shuffling and augmentation during the pass, the same in every one.
         done: called with the ``Reestimation``.
-        **options: those of ``reestimate_bn``; ``tolerance=0.05`` reads about 1,000 images. ``force`` is True unless
-            said otherwise: while weights move, the stored statistics of control layers trail behind.
+        **options: those of ``reestimate_bn``; ``tolerance=0.05`` reads about 1,000 images.
+            ``force`` is True by default here: while weights move, the stored statistics of control
+            layers trail behind.
 
-    Raises: what ``reestimate_bn`` raises.
+    Raises:
+        CkptToolsError: what ``reestimate_bn`` raises.
     """
-    inside = unwrap_model(model)
-    reading = _Reading(batches, prepare or _mover(inside), limit_batches, max_images, seed)
-    with seed_temporarily(seed), reading.beside(), _kept(inside) as kept:
-        again = iter(reading) if isinstance(batches, Iterator) else reading
+    inner = unwrap_model(model)
+    reading = _SeededBatches(batches, prepare or _mover(inner), limit_batches, max_images, seed)
+    with seed_temporarily(seed), reading.restore_generators(), _restore_statistics(inner) as originals:
+        # An iterator stays one, so that reestimate_bn refuses to read it several times.
+        readable = iter(reading) if isinstance(batches, Iterator) else reading
         options.setdefault("force", True)
-        result = reestimate_bn(model, again, **options)
+        result = reestimate_bn(model, readable, **options)
         state: dict[str, Any] = model.state_dict()
-        new = {buffer.data_ptr() for buffer, content in kept if not torch.equal(buffer, content)}
+        # The new values would be lost when the buffers get their content back.
+        new = {buffer.data_ptr() for buffer, value in originals if not torch.equal(buffer, value)}
         for key, value in state.items():
             if isinstance(value, Tensor) and value.data_ptr() in new:
                 state[key] = value.clone()
@@ -91,7 +97,7 @@ def corrected_state_dict(
     return state
 
 
-class _Reading:
+class _SeededBatches:
     """The batches of a pass; each iteration draws the same random numbers."""
 
     def __init__(
@@ -102,8 +108,9 @@ class _Reading:
         max_images: int | None,
         seed: int,
     ) -> None:
-        self._batches = Batches(_own_workers(batches))
-        self._generators = {id(held): held for held in _generators(batches)}.values()
+        self._batches = Batches(_with_own_workers(batches))
+        # By identity, because a loader and its sampler often hold the same generator.
+        self._generators = {id(item): item for item in _loader_generators(batches)}.values()
         self._prepare, self._seed = prepare, seed
         self._limit_batches, self._max_images = limit_batches, max_images
 
@@ -119,8 +126,8 @@ class _Reading:
             yield self._prepare(batch)
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Afterwards the loader's own generators stand where they stood."""
+    def restore_generators(self) -> Iterator[None]:
+        """Give the loader's own generators their state back at the end of the block."""
         states = [(generator, generator.get_state()) for generator in self._generators]
         try:
             yield
@@ -129,22 +136,28 @@ class _Reading:
                 generator.set_state(state)
 
 
-def _own_workers(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """A DataLoader with workers of its own: asking one with persistent workers again ends the iteration under way."""
+def _with_own_workers(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The same batches; of a DataLoader, a copy that starts workers of its own.
+
+    A second iteration over one with persistent workers would end the one in progress.
+    """
     if not isinstance(batches, DataLoader):
         return batches
     twin = copy.copy(batches)
-    vars(twin).update(_iterator=None, persistent_workers=False)  # past a guard against changes that would do nothing
+    # DataLoader.__setattr__ forbids this change, because on a loader in use it has no effect.
+    vars(twin).update(_iterator=None, persistent_workers=False)
     return twin
 
 
-def _generators(batches: Iterable[Batch]) -> Iterator[Generator]:
-    """The random generators that a DataLoader holds, besides the global ones."""
-    if isinstance(batches, DataLoader):
-        inner = getattr(batches.batch_sampler, "sampler", None)
-        for holder in (batches, batches.sampler, batches.batch_sampler, inner):
-            if isinstance(held := getattr(holder, "generator", None), Generator):
-                yield held
+def _loader_generators(batches: Iterable[Batch]) -> Iterator[Generator]:
+    """The random generators that a DataLoader and its samplers hold, besides the global ones."""
+    if not isinstance(batches, DataLoader):
+        return
+    inner = getattr(batches.batch_sampler, "sampler", None)
+    for holder in (batches, batches.sampler, batches.batch_sampler, inner):
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, Generator):
+            yield generator
 
 
 def _mover(model: nn.Module) -> Callable[[Batch], Batch]:
@@ -153,13 +166,21 @@ def _mover(model: nn.Module) -> Callable[[Batch], Batch]:
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The running statistics of every BN layer, each with its content, which it gets back."""
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    buffers = [buffer for layer in layers for buffer in (layer.running_var, layer.running_mean) if buffer is not None]
-    kept = [(buffer, buffer.detach().clone()) for buffer in buffers]
+def _restore_statistics(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Give the BN layers their running statistics back at the end of the block.
+
+    Yields each buffer with a copy of its content.
+    """
+    buffers = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in (module.running_var, module.running_mean)
+        if buffer is not None
+    ]
+    originals = [(buffer, buffer.detach().clone()) for buffer in buffers]
     state = ModelState(buffers)
     try:
-        yield kept
+        yield originals
     finally:
         state.put_back()

@@ -1,4 +1,4 @@
-"""How sure the result is so far, and when that is enough."""
+"""How sure a pass is so far, and when that is enough to stop."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 
 from ckpt_tools.reestimate.layer import Layer
 
-MINIMUM_IMAGES = 128  # below, clustered errors are too small (coverage 87–92 % at 32 images)
+# Below so many images the stated errors are too small: at 32 images, intervals of ±1.96 standard
+# errors contain the true variance in 87 to 92 % of the channels instead of 95 %.
+MIN_IMAGES = 128
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a caller is told after every batch.
+    """What a caller's ``progress`` is called with after every batch.
 
-    ``bound``: the largest over layers of the 95th percentile over channels of the relative standard error.
-    ``residual``: of the `exact` estimator, the largest relative change in the last pass.
+    ``bound`` is the largest, over the layers to rewrite, of the 95th percentile over channels of
+    the relative standard error. ``residual`` is the largest relative change in the last pass of the
+    `exact` estimator.
     """
 
     pass_number: int
@@ -27,7 +30,11 @@ class Progress:
 
 
 def error_bound(layers: Iterable[Layer]) -> float:
-    """The bound of Progress over the rewritten layers; infinite before the first batch."""
+    """The ``bound`` of Progress; infinite before the first batch.
+
+    A percentile instead of the maximum: on a DenseNet the worst channel needs 7 times as many
+    images as the median one for the same error.
+    """
     errors = [
         torch.quantile(layer.relative_error(), 0.95)
         for layer in layers
@@ -36,6 +43,6 @@ def error_bound(layers: Iterable[Layer]) -> float:
     return float(torch.stack(errors).max()) if errors else float("inf")
 
 
-def enough(bound: float, images: int, tolerance: float | None) -> bool:
-    """Whether every rewritten layer is known well enough."""
-    return tolerance is not None and images >= MINIMUM_IMAGES and bound <= tolerance
+def is_precise_enough(bound: float, images: int, tolerance: float) -> bool:
+    """Whether a pass over so many images may stop at this error bound."""
+    return images >= MIN_IMAGES and bound <= tolerance

@@ -20,8 +20,8 @@ from bench.trained_nets import TRAININGS, normalisation, train_net
 from ckpt_tools import Reestimation, reestimate_bn
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer, kept_mean
-from ckpt_tools.reestimate.outliers import DEEP_FLOOR, energies, margins
+from ckpt_tools.reestimate.layer import Layer, batch_variance
+from ckpt_tools.reestimate.outliers import LAYER_LIMIT, log_energies, margins
 
 CASES = ("densenet, dropout", "wrn, dropout, crops")
 IMAGES, BATCH = 600, 300
@@ -71,8 +71,8 @@ def clean_margins(model: nn.Module, images: Tensor) -> dict[str, float]:
     """
     figures: dict[str, float] = {}
     for size in (8, 32, 128, len(images)):
-        values = [energies(part) for part in images.split(size)]
-        figures[f"batch {size}"] = max(float(margins(energy, energy).max()) for energy in values if energy is not None)
+        values = [log_energies(part) for part in images.split(size)]
+        figures[f"batch {size}"] = max(float(margins(one, one).max()) for one in values if one is not None)
         alarms = _ours(copy.deepcopy(model), images, size).outliers
         figures[f"false alarms at batch {size}"] = len(alarms)
         figures[f"batch {size}, in a layer"] = max(_deep_margins(model, part) for part in images.split(size))
@@ -86,13 +86,13 @@ def _deep_margins(model: nn.Module, images: Tensor) -> float:
         Layer(name, module, rewritten=True) for name, module in modules.items() if isinstance(module, nn.BatchNorm2d)
     ]
     for layer in layers:
-        layer.begin_pass(kept_mean)
-        layer.begin_batch(closely=True)
+        layer.begin_pass(batch_variance)
+        layer.begin_batch(per_image=True)
     interception.begin(len(images), layers, stop=False)
     with preserved_evaluation_mode(model), torch.no_grad(), interception:
         model(images)
-    shown = [shares.images for layer in layers if (shares := layer.take()) is not None]
-    return max(float(margins(energy, energy, DEEP_FLOOR).max()) for energy in shown if energy is not None)
+    shown = [item.image_energy for layer in layers if (item := layer.take_observation()) is not None]
+    return max(float(margins(one, one, LAYER_LIMIT).max()) for one in shown if one is not None)
 
 
 def _variances(model: nn.Module, run: Callable[[nn.Module, Tensor], object], images: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ from ckpt_tools.data.sample_order import random_order
 from ckpt_tools.demo.densenet import digits_densenet
 from ckpt_tools.model.calling import call_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
+from ckpt_tools.reestimate.batches import Batches
+from ckpt_tools.reestimate.estimators import Estimate, pooled
 from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer
-from ckpt_tools.reestimate.passes import Passes
+from ckpt_tools.reestimate.layer import Layer, relative_error
+from ckpt_tools.reestimate.passes import PassContext
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
-from ckpt_tools.reestimate.source import Batches
 
 BATCH, SIDE = 128, 32
 NETS = {
@@ -58,33 +59,32 @@ def shuffle(images: Tensor, seed: int) -> Iterator[Tensor]:
         yield normalise(images[chosen])
 
 
-def estimate_layers(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> tuple[Passes, list[Layer]]:
+def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> Estimate:
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms}
     runner, screening = Runner(model, call_model, Interception()), Screening(model, lambda batch, row: "", keep=False)
-    passes = Passes(model, Batches(batches), runner, layers, None, screening)
+    context = PassContext(model, Batches(batches), runner, layers, screening)
     with preserved_evaluation_mode(model), torch.no_grad():
-        passes.estimate("pooled", "variance", tolerance, 0.1, 1)
-    return passes, list(layers.values())
+        return pooled(context, "variance", tolerance)
 
 
 def coverage(name: str, images: Tensor, labels: Tensor, tolerance: float, trials: int) -> dict[str, object]:
-    """Measure the share of channels that lie within ±1.96 stated standard errors of the truth.
-
-    The truth is the variance over all data; the share is taken over seeded trials.
-    """
+    """Share of channels whose full-data variance lies within ±1.96 stated standard errors, over seeded trials."""
     model = train_net(name, images[:4000], labels[:4000])
-    _, full_data_layers = estimate_layers(model, shuffle(images, 10**6), None)
-    truth = [layer.scale.variance for layer in full_data_layers]
+    modules = dict(model.named_modules())
+    truth = estimated(model, shuffle(images, 10**6), None).statistics
     inside: list[Tensor] = []
     counts: list[int] = []
     errors: list[float] = []
     for seed in trange(trials, desc=name, file=sys.stderr):
-        passes, layers = estimate_layers(model, shuffle(images, seed), tolerance)
-        counts.append(passes.images)
-        apart = [(layer.scale.variance / true - 1).abs() for layer, true in zip(layers, truth, strict=True)]
-        inside += [miss <= 1.96 * layer.relative_error() for miss, layer in zip(apart, layers, strict=True)]
-        errors.append(float(torch.cat(apart).quantile(0.95)))
+        estimate = estimated(model, shuffle(images, seed), tolerance)
+        counts.append(estimate.last_pass.total.images)
+        misses = []
+        for name, new in estimate.statistics.items():
+            misses.append((new.variance / truth[name].variance - 1).abs())
+            error = relative_error(estimate.last_pass.evidence[name], modules[name].running_mean.double())
+            inside.append(misses[-1] <= 1.96 * error)
+        errors.append(float(torch.cat(misses).quantile(0.95)))
     return {
         "covered": float(torch.cat(inside).double().mean()),
         "images, median": sorted(counts)[len(counts) // 2],

@@ -30,7 +30,7 @@ from ckpt_tools.errors import UsageError
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.moments import Clusters, Evidence, batch_moments, merge_all
-from ckpt_tools.reestimate.shares import packed, unpacked
+from ckpt_tools.reestimate.shares import pack_evidence, unpack_evidence
 
 SUPPORT = Path(__file__).parents[1] / "support"
 CENTRE = torch.zeros(3, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_any_partition_merges_to_the_whole(dealt: list[tuple[int, int]], seed: i
     g = torch.Generator().manual_seed(seed)
     batches = [(rank, torch.randn(size, 3, 4, generator=g) * 3 + 1) for rank, size in dealt]
     shares = [merge_all(evidence(x) for owner, x in batches if owner == rank) for rank in range(5)]
-    exchanged = [unpacked(packed([share, None], [3, 2]), [3, 2]) for share in shares]
+    exchanged = [unpack_evidence(pack_evidence([share, None], [3, 2]), [3, 2]) for share in shares]
     assert all(nothing is None for _, nothing in exchanged)
     whole = merge_all(share for share, _ in exchanged)
     assert whole is not None
@@ -70,7 +70,7 @@ def bits(part: Evidence) -> list[torch.Tensor]:
 
 def test_the_exchange_loses_no_bit() -> None:
     parts = [evidence(torch.randn(7, 3, 2)), None, evidence(torch.randn(1, 3, 5))]
-    back = unpacked(packed(parts, [3, 4, 3]), [3, 4, 3])
+    back = unpack_evidence(pack_evidence(parts, [3, 4, 3]), [3, 4, 3])
     assert back[1] is None
     for before, after in zip(parts[::2], back[::2], strict=True):
         assert before is not None

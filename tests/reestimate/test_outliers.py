@@ -26,8 +26,9 @@ from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.diagnosis.data_sample import draw_sample
 from ckpt_tools.distributed import ALONE
 from ckpt_tools.errors import DataError, ModelError
-from ckpt_tools.reestimate.outliers import Gauge, apart, energies, not_finite, one_colour, unusual
-from ckpt_tools.reestimate.run import _names
+from ckpt_tools.reestimate.correction import _sample_namer
+from ckpt_tools.reestimate.finite import not_finite_rows
+from ckpt_tools.reestimate.outliers import EnergyHistory, find_suspects, is_extreme, log_energies, one_colour_rows
 from ckpt_tools.results import Reestimation
 
 SHAPE = (3, 8, 8)
@@ -301,7 +302,7 @@ def test_what_shows_in_the_layers_alone() -> None:
     x[77, 0, 0, 0] = 51.0
     x[77, 0] = x[77, 0].clamp(-60, 60)
     others = torch.cat([x[:77], x[78:]])
-    assert unusual(x[:128] * torch.tensor([1.0] * 128)[:, None, None, None], Gauge()).keys() <= {77}
+    assert find_suspects(x[:128] * torch.tensor([1.0] * 128)[:, None, None, None], EnergyHistory()).keys() <= {77}
     model = Listening()
     result = reestimate_bn(model, [{"x": part} for part in x.split(200)], layers="all", force=True)
     (one,) = result.outliers
@@ -328,29 +329,29 @@ def test_a_shuffled_second_pass_knows_them_by_their_content() -> None:
 def test_the_rule_needs_distance_and_a_gap() -> None:
     g = torch.Generator().manual_seed(0)
     usual = torch.randn(400, generator=g, dtype=torch.float64) * 0.3
-    assert apart(torch.tensor([2.9, 9.2], dtype=torch.float64), usual).tolist() == [False, True]
+    assert is_extreme(torch.tensor([2.9, 9.2], dtype=torch.float64), usual).tolist() == [False, True]
     ladder = torch.cat([usual, torch.arange(1, 9, dtype=torch.float64)])
-    assert not apart(ladder, ladder).any()
-    assert not apart(usual[:7] * 100, usual[:7]).any()  # too few to tell
+    assert not is_extreme(ladder, ladder).any()
+    assert not is_extreme(usual[:7] * 100, usual[:7]).any()  # too few to tell
     wide = usual * 20
-    assert not apart(wide, wide).any()
+    assert not is_extreme(wide, wide).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_the_measures_of_an_input(dtype: torch.dtype) -> None:
     x = torch.randn(5, 3, 4, 4).to(dtype)
     x[2], x[3] = 0.25, torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
-    found = energies((x, torch.zeros(5)))
+    found = log_energies((x, torch.zeros(5)))
     assert found is not None
     np.testing.assert_allclose(found.numpy(), np.log(x.double().square().mean((1, 2, 3)).numpy()), rtol=1e-3)
-    assert one_colour(x) == [2, 3]
-    assert one_colour(torch.zeros(4, 30)) == []  # a vector without entries is no picture
+    assert one_colour_rows(x) == [2, 3]
+    assert one_colour_rows(torch.zeros(4, 30)) == []  # a vector without entries is no picture
     x[4, 0, 0, 0] = math.nan
-    assert not_finite(x, 0) == [4]
-    assert not_finite([[*x]], 0) == [4]
-    assert not_finite({"x": x, "mask": torch.full((5, 2), -math.inf)}, 0) == [4]
+    assert not_finite_rows(x, 0) == [4]
+    assert not_finite_rows([[*x]], 0) == [4]
+    assert not_finite_rows({"x": x, "mask": torch.full((5, 2), -math.inf)}, 0) == [4]
     with pytest.raises(DataError, match="no single sample"):
-        not_finite({"x": x, "bias": torch.tensor([math.nan, 0])}, 0)
+        not_finite_rows({"x": x, "bias": torch.tensor([math.nan, 0])}, 0)
 
 
 def test_a_first_look_is_not_spoilt() -> None:
@@ -375,7 +376,7 @@ def test_files_are_named_by_their_path(tmp_path: Path) -> None:
     )
     result = reestimate_bn(net()[0], stream, layers="all", force=True)
     assert [(one.name, one.reason) for one in result.outliers] == [("class2/50.png", "blank")]
-    assert _names([], ALONE)(3, 2) == "sample 2 of batch 3"
+    assert _sample_namer([], ALONE)(3, 2) == "sample 2 of batch 3"
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, 8), (3, 8), (4, 16), (6, 24)])

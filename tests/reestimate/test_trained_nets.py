@@ -18,12 +18,13 @@ from ckpt_tools.demo.digits import load_digits
 from ckpt_tools.demo.train import train
 from ckpt_tools.model.calling import call_model
 from ckpt_tools.moments import Moments
+from ckpt_tools.reestimate.batches import Batches
+from ckpt_tools.reestimate.estimators import pooled
 from ckpt_tools.reestimate.interception import Interception
 from ckpt_tools.reestimate.layer import Layer
-from ckpt_tools.reestimate.passes import Passes
+from ckpt_tools.reestimate.passes import PassContext
 from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
-from ckpt_tools.reestimate.source import Batches
 
 
 def fitted(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
@@ -86,10 +87,10 @@ def run_pass(model: nn.Module, batches: list[Tensor]) -> dict[str, Moments]:
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms.items()}
     with torch.no_grad():
         screening = Screening(model, lambda batch, row: "", keep=False)
-        Passes(model, Batches(batches), Runner(model, call_model, Interception()), layers, None, screening).estimate(
-            "pooled", "variance", None, 0.1, 1
-        )
-    return {name: layer.moments for name, layer in layers.items() if layer.moments is not None}
+        runner = Runner(model, call_model, Interception())
+        context = PassContext(model, Batches(batches), runner, layers, screening)
+        estimate = pooled(context, "variance", None)
+    return {name: evidence.moments for name, evidence in estimate.last_pass.evidence.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,254 @@
+"""The correction of a model: BN running variances measured with dropout off, and written back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statistics
+from ckpt_tools.distributed import ALONE, Team, join_team
+from ckpt_tools.errors import ModelError, UsageError
+from ckpt_tools.machine.precision import check_precision
+from ckpt_tools.model.batch import Batch
+from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
+from ckpt_tools.model.overwriting import overwrite_tensors
+from ckpt_tools.model.preserving import evaluation_mode, preserve_models
+from ckpt_tools.reestimate.batches import Batches
+from ckpt_tools.reestimate.choice import Choice, choose
+from ckpt_tools.reestimate.controls import judge_controls, refuse_disagreement
+from ckpt_tools.reestimate.deviation import precision_deviation
+from ckpt_tools.reestimate.estimators import ema, exact, pooled
+from ckpt_tools.reestimate.interception import CompiledInterception, Interception
+from ckpt_tools.reestimate.layer import Layer, MeanVariance
+from ckpt_tools.reestimate.layer_results import layer_results
+from ckpt_tools.reestimate.passes import PassContext
+from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.reestimate.screening import Screening
+from ckpt_tools.reestimate.shares import share_buffers
+from ckpt_tools.reestimate.stopping import Progress
+from ckpt_tools.results import Reestimation, Walk
+from ckpt_tools.walker.downstream import walk_preserved_model
+
+
+def reestimate_bn(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    estimator: Estimator = "pooled",
+    layers: LayerChoice = "auto",
+    statistics: Statistics = "variance",
+    tolerance: float | None = None,
+    precision: Precision = "fp32",
+    compile: bool = False,
+    momentum: float = 0.1,
+    epochs: int = 1,
+    rates: Rates = "model",
+    forward: Forward = call_model,
+    walk: Walk | None = None,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    distributed: bool = False,
+    keep_outliers: bool = False,
+) -> Reestimation:
+    """Re-estimate the running variances of BN layers with dropout off (Hendrycks & Gimpel 2016).
+
+    The method is that of section 3 of the paper. The model is run in evaluation mode without
+    gradients on the device it is on. When the function returns, only the chosen ``running_var``
+    buffers (with ``statistics="mean+variance"`` also ``running_mean``) have changed; when it
+    raises, nothing has. Global random generators come back as they were.
+
+    Args:
+        model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
+        batches: an iterable of tensors, of tuples or lists whose first item is the input, or of
+            dicts for ``model(**batch)``. `exact` and ``epochs > 1`` iterate over it several times.
+        estimator: "pooled": one pass, each batch normalised with its own variance around the kept
+            mean, variances pooled within and between batches, unbiased, (C,). "exact": continues
+            with damped passes until each stored variance is that of the layer's input in the final
+            network, to 1e-3 relative. "ema": exponential moving average of batch variances, as
+            the paper's authors ran it.
+        layers: "auto" (behind active dropout; every layer if the rates are unknown),
+            "downstream", "all".
+        statistics: "variance", or "mean+variance": precise BN (Wu & Johnson 2021,
+            arXiv:2105.07576), population mean and biased variance.
+        tolerance: stop when the 95th percentile over channels of the relative standard error is
+            below it in every rewritten layer, after at least 128 images. None: read everything.
+        precision: of convolutions and matrix products: "fp32"; "tf32" on CUDA; "bf16", "fp16" by
+            torch.autocast. Moments are made from float32 values in float64 whatever it is; how far
+            the variances of the first 64 images deviate from fp32 is measured and returned.
+        compile: run what stands between BN layers through torch.compile; pays on long passes only.
+        momentum, epochs: of "ema".
+        rates: where the drop rates stem from; "model" takes the module's own as known.
+        forward: ``forward(model, batch)`` for batches that the default cannot run.
+        walk: the result of ``ckpt_tools.walk``, to save a second one.
+        force: go on although control layers disagree with the data.
+        progress: called after every batch.
+        distributed: every process of torch.distributed's group calls this at once, with its own
+            copy of the model and its own share of the batches; numbers of batches may differ, but
+            rank 0 has one. What they measure is merged, once a pass, or with ``tolerance`` after
+            every batch; all end with the same statistics, or raise the same error. `exact` and
+            `pooled` only.
+        keep_outliers: let samples count that no clean sample of this data could resemble (100
+            times too large, or of a single colour). Without it they are left out and named in
+            ``outliers``, unless over 1 % are of their kind. A sample with NaN or infinity never
+            counts.
+
+    Raises:
+        NothingToDo: no BN layer, or none behind dropout.
+        CheckFailed: control layers show that these are not the training data (``force`` overrides).
+        DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
+        ModelError: NaN in the model, a model that cannot be run.
+        RankError: a process of the group is gone.
+    """
+    started = time.perf_counter()
+    check_method(estimator, layers, statistics, tolerance, momentum, epochs)
+    data = Batches(batches)
+    # Raised here rather than after the first pass, which may take long.
+    if data.one_shot and (estimator == "exact" or epochs > 1):
+        raise UsageError(
+            f"estimator {estimator!r} reads the data several times, but batches is a one-shot "
+            f"iterator ({type(batches).__name__}). Pass a list or a DataLoader."
+        )
+    model = unwrap_model(model)
+    check_precision(precision, device_of(model))
+    interception = CompiledInterception() if compile else Interception()
+    runner = Runner(model, forward, interception, precision, compiled=compile)
+    group = join_team() if distributed else contextlib.nullcontext(ALONE)
+    with preserve_models(model, forward) as state, group as team:
+        check_team(estimator, team)
+        walk = walk or team.first(lambda: walk_preserved_model(model, data.first(), state, forward=forward))
+        choice = choose(walk, layers, rates=rates, statistics=statistics)
+        # Submodules that the user has compiled must run as they are written to be intercepted.
+        uncompiled = contextlib.nullcontext() if compile else force_eager()
+        with evaluation_mode(model), torch.no_grad(), uncompiled:
+            share_buffers(model, team)
+            screening = Screening(model, _sample_namer(batches, team), keep=keep_outliers)
+            observed = _observed_layers(model, walk, choice)
+            context = PassContext(model, data, runner, observed, screening, team, progress)
+            deviation = None if precision == "fp32" else precision_deviation(context)
+            if estimator == "ema":
+                estimate = ema(context, statistics, momentum, epochs)
+            elif estimator == "exact":
+                estimate = exact(context, statistics, tolerance)
+            else:
+                estimate = pooled(context, statistics, tolerance)
+        evidence = estimate.last_pass.evidence
+        controls = team.first(lambda: judge_controls(choice, observed, evidence))
+        # Free memory differs between processes; the smallest part is what the user needs to know.
+        cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
+    # From here on the model is as it was. All that may raise comes before the first write.
+    results = layer_results(walk, choice, observed, estimate)
+    if not force:
+        refuse_disagreement(controls)
+    _write(observed, estimate.statistics, means=statistics == "mean+variance")
+    return Reestimation(
+        layers=results,
+        controls=controls,
+        why=choice.why,
+        estimator=estimator,
+        statistics=statistics,
+        images=estimate.last_pass.total.images,
+        batches=estimate.last_pass.total.batches,
+        passes=estimate.passes,
+        residual=estimate.residual,
+        stopped_early=estimate.stopped_early,
+        seconds=time.perf_counter() - started,
+        device=str(device_of(model)),
+        processes=team.world,
+        cut_to=cut_to,
+        precision=precision,
+        deviation=deviation,
+        left_alone=walk.left_alone,
+        outliers=tuple(detected.outlier for detected in estimate.outliers),
+        common=() if keep_outliers else tuple(sorted(screening.common)),
+    )
+
+
+def check_team(estimator: str, team: Team) -> None:
+    """Raise UsageError if several processes cannot share the work of this estimator.
+
+    A moving average depends on the order of the batches, so it has no parts that could be merged.
+    """
+    if estimator == "ema" and not team.alone:
+        raise UsageError(
+            f"estimator ema takes one batch after the other, which {team.world} processes cannot "
+            "share. Run it in one process (without torchrun, distributed=False), or use pooled or "
+            "exact."
+        )
+
+
+def check_method(
+    estimator: str,
+    layers: str,
+    statistics: str,
+    tolerance: float | None,
+    momentum: float,
+    epochs: int,
+) -> None:
+    """Raise UsageError if an argument of ``reestimate_bn`` is unknown or does not fit the others.
+
+    A plan calls it before anything is loaded, so that a mistake is reported at once.
+    """
+    for name, value, expected in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("layers", layers, get_args(LayerChoice)),
+        ("statistics", statistics, get_args(Statistics)),
+    ):
+        if value not in expected:
+            raise UsageError(f"{name}={value!r}: expected one of {', '.join(expected)}.")
+    if tolerance is not None and not (0 < tolerance < 1 and estimator != "ema"):
+        raise UsageError(f"tolerance={tolerance}: expected a relative error in (0, 1), and not the ema estimator.")
+    if not 0 < momentum <= 1:
+        raise UsageError(f"momentum={momentum}: expected a number in (0, 1].")
+    if epochs < 1:
+        raise UsageError(f"epochs={epochs}: expected at least 1.")
+    if estimator != "ema" and (momentum, epochs) != (0.1, 1):
+        raise UsageError(f"momentum and epochs belong to the ema estimator, not to {estimator}. Leave them out.")
+
+
+def _sample_namer(batches: object, team: Team) -> Callable[[int, int], str]:
+    """A function that names a sample, given its row and the number of its batch in this process.
+
+    The data of the command line knows file names; of other data the place is all there is.
+    """
+    sample_name: Callable[[int, int], str] | None = getattr(batches, "sample_name", None)
+    if callable(sample_name):
+        return sample_name
+    process = "" if team.alone else f" of rank {team.rank}"
+    return lambda batch, row: f"sample {row} of batch {batch}{process}"
+
+
+def _observed_layers(model: nn.Module, walk: Walk, choice: Choice) -> dict[str, Layer]:
+    modules = {name: x for name, x in model.named_modules() if isinstance(x, _BatchNorm)}
+    observed = choice.rewrite | choice.controls
+    # In the walk's order, which is that of execution: the first control layers are judged.
+    names = [layer.name for layer in walk.batch_norms if layer.name in observed]
+    return {name: Layer(name, modules[name], rewritten=name in choice.rewrite) for name in names}
+
+
+def _write(layers: Mapping[str, Layer], statistics: Mapping[str, MeanVariance], *, means: bool) -> None:
+    """Copy the new statistics into the model's buffers.
+
+    All are written, or none if one does not fit into its dtype (then ModelError is raised).
+    """
+    writes: list[tuple[Tensor, Tensor]] = []
+    for name, new in statistics.items():
+        module = layers[name].module
+        pairs = [(module.running_var, new.variance)]
+        if means:
+            pairs.append((module.running_mean, new.mean))
+        for buffer, value in pairs:
+            assert buffer is not None
+            converted = value.to(buffer.dtype)  # float16 ends at 65504
+            if not bool(torch.isfinite(converted).all()):
+                raise ModelError(
+                    f"{name}: a new statistic of {float(value.abs().max()):.3g} does not fit into "
+                    f"{buffer.dtype}. Convert the model to float32 first."
+                )
+            writes.append((buffer, converted))
+    overwrite_tensors(writes)

@@ -1,0 +1,183 @@
+"""The estimators `pooled`, `exact` and `ema`: how new statistics follow from passes over the data.
+
+Each is a function that runs one or more passes and returns an `Estimate`. An estimator that runs
+several passes gives the later ones the result of the first, so that changed data is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.contract import Statistics
+from ckpt_tools.errors import ModelError
+from ckpt_tools.moments import Evidence, Moments
+from ckpt_tools.reestimate.layer import (
+    Layer,
+    MeanVariance,
+    Rule,
+    batch_statistics,
+    batch_variance,
+    current_statistics,
+)
+from ckpt_tools.reestimate.passes import DataPass, PassContext, PassResult
+from ckpt_tools.reestimate.screening import DetectedOutlier
+
+# `exact` ends when no statistic changes by more in a pass; the fixed point is then known to 1e-3.
+_SETTLED = 1e-4
+_MAX_PASSES = 100
+# Weight of the new value in a log-space step. Undamped passes diverge; from `pooled`, a weight of
+# 0.7 reaches 1e-3 in 6 to 7 passes on small nets, 0.5 in 8 to 9.
+_DAMPING = 0.7
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator found out.
+
+    ``statistics`` are the new ones of the layers to rewrite, by layer name, without layers that
+    the data did not reach. ``last_pass`` holds the evidence for them, ``outliers`` the samples that
+    were left out in any pass. ``residual`` is the largest relative change in the last pass of
+    `exact`. ``error_scale`` is the standard error of the estimate in units of that of the pooled
+    variance.
+    """
+
+    statistics: Mapping[str, MeanVariance]
+    last_pass: PassResult
+    outliers: tuple[DetectedOutlier, ...]
+    passes: int = 1
+    stopped_early: bool = False
+    residual: float | None = None
+    error_scale: float = 1.0
+
+
+def pooled(context: PassContext, statistics: Statistics, tolerance: float | None) -> Estimate:
+    """One pass: each batch is normalised with its own variance, and the variances are pooled.
+
+    With a ``tolerance`` the pass ends as soon as the relative standard error is below it.
+    """
+    first = DataPass(context, _pooling_rule(statistics), tolerance=tolerance).run()
+    measured = _measured_statistics(context, first.evidence, statistics)
+    return Estimate(measured, first, first.total.outliers, stopped_early=first.stopped_early)
+
+
+def exact(context: PassContext, statistics: Statistics, tolerance: float | None) -> Estimate:
+    """Damped fixed-point passes from `pooled` on, until a pass measures what it normalised with.
+
+    In each pass the layers normalise with the current statistics, as the final network will. Later
+    passes must see the samples of the first. Raises ModelError after 100 passes.
+    """
+    rule = _pooling_rule(statistics)
+    first = last = DataPass(context, rule, tolerance=tolerance, same_samples=True).run()
+    current = _measured_statistics(context, first.evidence, statistics)
+    passes, residual = 1, None
+    # The residual may rise on the way (on DenseNet-121 from 0.29 to 46 before it falls below
+    # 1e-3). Each layer depends only on those before it, so the passes converge all the same.
+    while residual is None or residual > _SETTLED:
+        if passes >= _MAX_PASSES:
+            raise ModelError(
+                f"exact: after {passes} passes a running variance still changes by {residual:.2g} "
+                "a pass. Use --estimator pooled, or a larger --batch-size for a better start."
+            )
+        for name, values in current.items():
+            context.layers[name].current = values
+        passes += 1
+        last = DataPass(context, current_statistics, passes, first, same_samples=True, residual=residual).run()
+        targets = _measured_statistics(context, last.evidence, statistics)
+        residual = _largest_change(context, targets)
+        current = {name: _step(context.layers[name].current, targets[name]) for name in targets}
+    return Estimate(current, last, first.total.outliers, passes, first.stopped_early, residual)
+
+
+def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: int) -> Estimate:
+    """The exponential moving average of batch statistics that training itself would keep."""
+
+    def update(layer: Layer, batch: Moments) -> None:
+        mean = batch.mean if statistics == "mean+variance" else layer.current.mean
+        layer.current = MeanVariance(
+            torch.lerp(layer.current.mean, mean, momentum),
+            torch.lerp(layer.current.variance, batch.variance(), momentum),
+        )
+
+    first = last = DataPass(context, batch_statistics, update=update).run()
+    outliers = first.total.outliers
+    for number in range(2, epochs + 1):
+        last = DataPass(context, batch_statistics, number, first, update=update).run()
+        names = {earlier.outlier.name for earlier in outliers}
+        outliers += tuple(new for new in last.total.outliers if new.outlier.name not in names)
+    # Batch i of n has the weight m(1 − m)^(n − i), where pooling would give every batch 1/n.
+    steps = last.total.batches * epochs
+    weights = momentum * (1 - momentum) ** torch.arange(steps, dtype=torch.float64)
+    error_scale = float((steps * weights.square().sum()).sqrt() / weights.sum())
+    averages = {name: context.layers[name].current for name in _reached_names(context, last.evidence)}
+    return Estimate(averages, last, outliers, epochs, error_scale=error_scale)
+
+
+def _pooling_rule(statistics: Statistics) -> Rule:
+    """What the pass of `pooled` normalises with: batch statistics, with the mean to be kept."""
+    return batch_variance if statistics == "variance" else batch_statistics
+
+
+def _measured_statistics(
+    context: PassContext, evidence: Mapping[str, Evidence], statistics: Statistics
+) -> dict[str, MeanVariance]:
+    """What a pass says should be stored, by the names of the layers to rewrite.
+
+    That is the unbiased variance beside the stored mean, or for "mean+variance" the population
+    mean and biased variance of precise BN. Raises ModelError if the data reached no such layer.
+    """
+    measured = {}
+    for name in _reached_names(context, evidence):
+        moments = evidence[name].moments
+        if statistics == "variance":
+            measured[name] = MeanVariance(context.layers[name].stored.mean, moments.variance())
+        else:
+            measured[name] = MeanVariance(moments.mean, moments.variance(unbiased=False))
+    if not measured:
+        raise ModelError("the data reached none of the layers to rewrite, although the example input did.")
+    return measured
+
+
+def _reached_names(context: PassContext, evidence: Mapping[str, Evidence]) -> list[str]:
+    """Names of the layers to rewrite that the data reached; the others keep what they have."""
+    layers = context.layers.values()
+    return [layer.name for layer in layers if layer.rewritten and layer.name in evidence]
+
+
+def _largest_change(context: PassContext, targets: Mapping[str, MeanVariance]) -> float:
+    """The largest change of any layer, as the main process computes it.
+
+    Processes on different machines may differ in the last bit, and must end after the same pass.
+    """
+
+    def largest() -> float:
+        return max(_relative_change(context.layers[name], targets[name]) for name in targets)
+
+    return context.team.first(largest)
+
+
+def _relative_change(layer: Layer, target: MeanVariance) -> float:
+    """Largest relative change of a variance, and of a mean in standard deviations."""
+    # The floor keeps a dead channel, whose variance is zero, from 0 / 0.
+    current, floor = layer.current, 1e-6 * layer.module.eps
+    larger = torch.maximum(current.variance, target.variance).clamp_min(floor)
+    variance = (current.variance - target.variance).abs() / larger
+    mean = (current.mean - target.mean).abs() / larger.sqrt()
+    return float(torch.maximum(variance, mean).max())
+
+
+def _step(current: MeanVariance, target: MeanVariance) -> MeanVariance:
+    """One damped step from the current statistics towards those that a pass measured with them."""
+    return MeanVariance(
+        torch.lerp(current.mean, target.mean, _DAMPING),
+        _log_step(current.variance, target.variance),
+    )
+
+
+def _log_step(current: Tensor, target: Tensor) -> Tensor:
+    """``current^(1 − d) · target^d`` with damping d; a zero has no logarithm and is replaced."""
+    blended = torch.exp((1 - _DAMPING) * current.log() + _DAMPING * target.log())
+    return torch.where((current > 0) & (target > 0), blended, target)

@@ -1,0 +1,65 @@
+"""A summary of what became of each BN layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.reestimate.choice import Choice
+from ckpt_tools.reestimate.estimators import Estimate
+from ckpt_tools.reestimate.layer import Layer, relative_error
+from ckpt_tools.results import BatchNormLayer, LayerResult, Spread, Walk
+
+
+def layer_results(
+    walk: Walk, choice: Choice, layers: Mapping[str, Layer], estimate: Estimate
+) -> tuple[LayerResult, ...]:
+    """One result for every BN layer of the walk, in its order.
+
+    ``layers`` are those that the passes observed. The variance of a layer that is not rewritten, a
+    control layer, is compared with the stored one all the same.
+    """
+    return tuple(_result(layer, choice, layers, estimate) for layer in walk.batch_norms)
+
+
+def _result(walked: BatchNormLayer, choice: Choice, layers: Mapping[str, Layer], estimate: Estimate) -> LayerResult:
+    evidence = estimate.last_pass.evidence.get(walked.name)
+    ratio = error = None
+    if evidence is not None:
+        layer = layers[walked.name]
+        new = evidence.moments.variance()
+        if walked.name in estimate.statistics:
+            new = estimate.statistics[walked.name].variance
+        # A variance far below eps has no influence on the layer's output.
+        floor = 1e-3 * layer.module.eps
+        # The ratio of a dead channel means nothing; it is left out unless all are dead.
+        alive = new > floor if bool((new > floor).any()) else torch.ones_like(new, dtype=torch.bool)
+        ratio = _spread(((layer.stored.variance + floor) / (new + floor))[alive])
+        relative = relative_error(evidence, layer.stored.mean) * estimate.error_scale
+        error = _spread(relative[alive])
+    return LayerResult(
+        name=walked.name,
+        channels=walked.channels,
+        rewritten=walked.name in estimate.statistics,
+        reason=_reason(walked, choice, measured=evidence is not None),
+        downstream_of=walked.downstream_of,
+        control=walked.name in choice.controls,
+        ratio=ratio,
+        error=error,
+    )
+
+
+def _reason(walked: BatchNormLayer, choice: Choice, *, measured: bool) -> str:
+    if not walked.reached:
+        return "never reached by an evaluation forward"
+    if walked.name in choice.rewrite:
+        if not measured:
+            return "never reached by the data"
+        return "behind dropout" if walked.downstream_of else "rewritten with all layers"
+    return "control: no active dropout reaches it"
+
+
+def _spread(values: Tensor) -> Spread:
+    return Spread(float(values.median()), float(values.min()), float(values.max()))
