@@ -16,7 +16,14 @@ from ckpt_tools.storage.provenance import checkpoint_provenance
 from ckpt_tools.storage.reading import read_checkpoint, reread_checkpoint
 from ckpt_tools.storage.tensor_bytes import equal_bytes, raw_bytes
 
-__all__ = ["Comparison", "Expectation", "TensorChange", "compare_checkpoints", "compare_files", "same_bytes"]
+__all__ = [
+    "Comparison",
+    "Expectation",
+    "TensorChange",
+    "compare_checkpoints",
+    "compare_files",
+    "same_bytes",
+]
 
 Expectation = Literal["nothing", "variance", "mean+variance", "init", "any"]
 
@@ -52,7 +59,9 @@ class Comparison:
     identical: int
     same_order: bool  # of the keys that both have
 
-    def unexpected_differences(self, expect: Expectation, keys: Collection[str] = ()) -> tuple[str, ...]:
+    def unexpected_differences(
+        self, expect: Expectation, keys: Collection[str] = ()
+    ) -> tuple[str, ...]:
         """One sentence for each difference that ``expect`` does not allow; empty if all is as expected.
 
         "variance" allows new values of ``running_var``, "mean+variance" those of ``running_mean`` too, "init" those
@@ -63,7 +72,11 @@ class Comparison:
         return (
             *(f"{key}: missing from the second" for key in self.only_before),
             *(f"{key}: only in the second" for key in self.only_after),
-            *(_sentence(change) for change in self.changes if not _is_allowed(change, expect, keys)),
+            *(
+                _sentence(change)
+                for change in self.changes
+                if not _is_allowed(change, expect, keys)
+            ),
             *(() if self.same_order else ("the keys stand in another order",)),
         )
 
@@ -97,7 +110,11 @@ def compare_files(
     rewritten, zeroed = _listed_keys(said, after) if expectation == "init" else ((), ())
     comparison = compare_checkpoints(_source_of(before, said, weights, trust), new)
     unfounded = _describe_wrong_entries(new.tensors, rewritten, zeroed)
-    return comparison, expectation, (*unfounded, *comparison.unexpected_differences(expectation, {*rewritten, *zeroed}))
+    return (
+        comparison,
+        expectation,
+        (*unfounded, *comparison.unexpected_differences(expectation, {*rewritten, *zeroed})),
+    )
 
 
 def _read_expectation(said: Mapping[str, object]) -> Expectation:
@@ -111,7 +128,11 @@ def _read_expectation(said: Mapping[str, object]) -> Expectation:
 def _listed_keys(said: Mapping[str, object], path: Path) -> tuple[list[str], list[str]]:
     """The keys of the new weights and of the biases set to zero."""
     rewritten, zeroed = said.get("rewritten"), said.get("zeroed")
-    if said.get("expect") != "init" or not isinstance(rewritten, list) or not isinstance(zeroed, list):
+    if (
+        said.get("expect") != "init"
+        or not isinstance(rewritten, list)
+        or not isinstance(zeroed, list)
+    ):
         raise CheckpointError(
             f"{path}: expected an output of init-rewrite, which lists the weights it rewrote, found no such list. "
             "Compare with --expect auto, or with --expect any to see what differs."
@@ -126,7 +147,10 @@ def _describe_wrong_entries(
     vectors = [key for key in rewritten if key in tensors and tensors[key].ndim < 2]
     filled = [key for key in zeroed if key in tensors and bool(tensors[key].any())]
     return (
-        *(f"{key}: listed as a rewritten weight, but has fewer than two dimensions" for key in vectors),
+        *(
+            f"{key}: listed as a rewritten weight, but has fewer than two dimensions"
+            for key in vectors
+        ),
         *(f"{key}: listed as a bias set to zero, but holds other values" for key in filled),
     )
 
@@ -144,7 +168,11 @@ def _source_of(path: Path, said: Mapping[str, object], weights: str, trust: bool
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits."""
-    return one.dtype == other.dtype and one.shape == other.shape and equal_bytes(raw_bytes(one), raw_bytes(other))
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and equal_bytes(raw_bytes(one), raw_bytes(other))
+    )
 
 
 def _change(key: str, one: Tensor, other: Tensor) -> TensorChange | None:
@@ -172,7 +200,11 @@ def _describe(tensor: Tensor) -> str:
 def _is_allowed(change: TensorChange, expect: Expectation, keys: Collection[str]) -> bool:
     if change.what != "values":
         return False
-    return change.key in keys if expect == "init" else change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
+    return (
+        change.key in keys
+        if expect == "init"
+        else change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
+    )
 
 
 def _sentence(change: TensorChange) -> str:

@@ -37,7 +37,9 @@ BLANK_DIGEST = "0" * 64  # holds the place of a SHA-256
 _ENTRY = "ckpt_tools"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNSEALED = "0.1.0"  # the only version that wrote outputs without digests
-_DEEPEST = 100  # levels of an entry: an output that is made of an output holds its source's entry, too
+_DEEPEST = (
+    100  # levels of an entry: an output that is made of an output holds its source's entry, too
+)
 _SOURCE = ("source", "source_sha256", "weights", "prefix")
 
 
@@ -87,7 +89,9 @@ def read_provenance_entry(path: Path) -> dict[str, object] | None:
 
 def _header_digest(text: bytes, seal: Seal) -> str:
     """The SHA-256 of a header with its padding, 64 zeros standing in the place of this digest."""
-    return hashlib.sha256(text.replace(seal.header_sha256.encode(), BLANK_DIGEST.encode())).hexdigest()
+    return hashlib.sha256(
+        text.replace(seal.header_sha256.encode(), BLANK_DIGEST.encode())
+    ).hexdigest()
 
 
 def read_seal(entry: Mapping[str, Any]) -> Seal | None:
@@ -96,7 +100,10 @@ def read_seal(entry: Mapping[str, Any]) -> Seal | None:
 
 
 def seal_header(
-    header: Callable[[Mapping[str, str]], bytes], metadata: Mapping[str, str], data_sha256: str, data_bytes: int
+    header: Callable[[Mapping[str, str]], bytes],
+    metadata: Mapping[str, str],
+    data_sha256: str,
+    data_bytes: int,
 ) -> tuple[bytes, dict[str, str]]:
     """The first bytes of an output and the metadata in them, sealed. ``header`` makes such bytes from metadata.
 
@@ -185,7 +192,9 @@ def _is_unsealed_output(entry: Mapping[str, object]) -> bool:
     """Whether version 0.1.0 can have written an entry: one with a source, or one of ``init-rewrite`` without."""
     if entry["version"] != _UNSEALED:
         return False
-    return "source" in entry or (entry.get("expect") == "init" and isinstance(entry.get("scheme"), str))
+    return "source" in entry or (
+        entry.get("expect") == "init" and isinstance(entry.get("scheme"), str)
+    )
 
 
 def _is_digest(value: object) -> bool:

@@ -54,14 +54,18 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
         return _extract(source, content, weights, stamps)
     except CheckpointError:
         raise
-    except Exception as error:  # a hostile pickle may hide methods of a dict or a tensor behind attributes
+    except (
+        Exception
+    ) as error:  # a hostile pickle may hide methods of a dict or a tensor behind attributes
         raise CheckpointError(
             f"{path}: expected a state dict, found an object that cannot be searched for one "
             f"({type(error).__name__}: {error}). Save model.state_dict() with torch.save."
         ) from error
 
 
-def reread_checkpoint(path: Path | str, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
+def reread_checkpoint(
+    path: Path | str, *, weights: str, prefix: str, trust: bool = False
+) -> Checkpoint:
     """The part of a file that an earlier reading took: the entry ``weights``, without ``prefix`` before its keys.
 
     Raises CheckpointError if it is not there any more.
@@ -73,17 +77,28 @@ def reread_checkpoint(path: Path | str, *, weights: str, prefix: str, trust: boo
 
 def select_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     """Only the tensors that stand under ``prefix``, without it; the others are counted as left out."""
-    kept = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
-    others = Counter(key.partition(".")[0] for key in checkpoint.tensors if not key.startswith(prefix))
+    kept = {
+        key.removeprefix(prefix): t
+        for key, t in checkpoint.tensors.items()
+        if key.startswith(prefix)
+    }
+    others = Counter(
+        key.partition(".")[0] for key in checkpoint.tensors if not key.startswith(prefix)
+    )
     return replace(
         checkpoint,
         tensors=kept,
         prefix=checkpoint.prefix + prefix,
-        left_out=(*checkpoint.left_out, *(f"{name} ({count} tensors)" for name, count in others.items())),
+        left_out=(
+            *checkpoint.left_out,
+            *(f"{name} ({count} tensors)" for name, count in others.items()),
+        ),
     )
 
 
-def _extract(source: CheckpointFiles, content: FileContent, weights: str, stamps: tuple[FileStamp, ...]) -> Checkpoint:
+def _extract(
+    source: CheckpointFiles, content: FileContent, weights: str, stamps: tuple[FileStamp, ...]
+) -> Checkpoint:
     root = as_mapping(content.root)
     try:
         entry = choose_entry(root, weights, source.path)
@@ -132,16 +147,26 @@ def _module_words(entry: StateDictEntry, prefix: str) -> dict[str, object]:
         return {}
     for name in prefix.split(".")[:-1]:  # out of the wrappers whose prefix the keys lost
         module = module.state["_modules"][name] if isinstance(module, OpaqueObject) else None  # type: ignore[index]
-    rates = {f"{prefix}{path}".removesuffix("."): found for path, found in module_drop_rates(module).items()}
+    rates = {
+        f"{prefix}{path}".removesuffix("."): found
+        for path, found in module_drop_rates(module).items()
+    }
     return {"module": {"class": module_class_name(module), "rates": rates}}
 
 
 def _module(entry: StateDictEntry, prefix: str) -> nn.Module | None:
     """The trusted model itself, out of the wrappers whose prefix its keys lost."""
-    return entry.source.get_submodule(prefix.rstrip(".")) if isinstance(entry.source, nn.Module) else None
+    return (
+        entry.source.get_submodule(prefix.rstrip("."))
+        if isinstance(entry.source, nn.Module)
+        else None
+    )
 
 
 def _other_parts(entry: StateDictEntry) -> list[str]:
     """The parts of a larger state dict of which the entry is one."""
     others = [key for key in entry.whole or () if key not in entry.state]
-    return [f"{name} ({count} tensors)" for name, count in Counter(key.partition(".")[0] for key in others).items()]
+    return [
+        f"{name} ({count} tensors)"
+        for name, count in Counter(key.partition(".")[0] for key in others).items()
+    ]

@@ -29,5 +29,6 @@ def equal_bytes(one: ByteArray, other: ByteArray) -> bool:
     that a busy machine does not give it.)
     """
     return len(one) == len(other) and all(
-        np.array_equal(one[i : i + PIECE_BYTES], other[i : i + PIECE_BYTES]) for i in range(0, len(one), PIECE_BYTES)
+        np.array_equal(one[i : i + PIECE_BYTES], other[i : i + PIECE_BYTES])
+        for i in range(0, len(one), PIECE_BYTES)
     )

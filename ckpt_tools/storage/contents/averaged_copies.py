@@ -32,13 +32,23 @@ def find_averaged_copies(state: Mapping[str, object]) -> list[AveragedCopy]:
     if not roots or len(roots) > _MOST:
         return []
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-    found = [AveragedCopy(root, prefix) for root in roots if (prefix := _copy_in(root, shapes)) is not None]
-    return [copy for copy in found if not any(copy.root != x.root and copy.root.startswith(x.root) for x in found)]
+    found = [
+        AveragedCopy(root, prefix)
+        for root in roots
+        if (prefix := _copy_in(root, shapes)) is not None
+    ]
+    return [
+        copy
+        for copy in found
+        if not any(copy.root != x.root and copy.root.startswith(x.root) for x in found)
+    ]
 
 
 def _roots(parts: tuple[str, ...]) -> list[str]:
     """``("model", "ema")`` → ``["model.ema."]``."""
-    return [".".join(parts[: i + 1]) + "." for i, part in enumerate(parts) if _sounds_averaged(part)]
+    return [
+        ".".join(parts[: i + 1]) + "." for i, part in enumerate(parts) if _sounds_averaged(part)
+    ]
 
 
 def _sounds_averaged(name: str) -> bool:
@@ -61,12 +71,15 @@ def _copy_in(root: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def _occurs(part: Mapping[str, tuple[int, ...]], outside: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether all of ``part`` stands elsewhere under one prefix, and all running variances there in it."""
     first = next(iter(part))
-    places = [key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)][:_MOST]
+    places = [
+        key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)
+    ][:_MOST]
     if bool(_statistics(part)) != bool(_statistics(outside)):
         return False
     return any(
         all(outside.get(place + key) == shape for key, shape in part.items())
-        and _statistics(key.removeprefix(place) for key in outside if key.startswith(place)) == _statistics(part)
+        and _statistics(key.removeprefix(place) for key in outside if key.startswith(place))
+        == _statistics(part)
         for place in places
     )
 

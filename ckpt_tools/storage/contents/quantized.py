@@ -10,10 +10,22 @@ __all__ = ["missing_batch_norm"]
 # What the converters leave in the keys, the most specific first. One hit is an accident, unless the name is unique.
 _MARKS = (
     (re.compile(r"(^|\.)_packed_params(\.|$)"), 1, "PyTorch's quantised layers (_packed_params)"),
-    (re.compile(r"\.(quant_map|absmax|nested_absmax|quant_state\.bitsandbytes__\w+|SCB)$"), 1, "bitsandbytes"),
+    (
+        re.compile(r"\.(quant_map|absmax|nested_absmax|quant_state\.bitsandbytes__\w+|SCB)$"),
+        1,
+        "bitsandbytes",
+    ),
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), 2, "GPTQ or AWQ"),
-    (re.compile(r"\.(weight_scale(_inv)?|input_scale|weight_packed|_data|_scale)$"), 2, "float8 or packed weights"),
-    (re.compile(r"(^|\.)(zero_point|weight_zero_point|activation_post_process\.\w+)$"), 1, "quantisation parameters"),
+    (
+        re.compile(r"\.(weight_scale(_inv)?|input_scale|weight_packed|_data|_scale)$"),
+        2,
+        "float8 or packed weights",
+    ),
+    (
+        re.compile(r"(^|\.)(zero_point|weight_zero_point|activation_post_process\.\w+)$"),
+        1,
+        "quantisation parameters",
+    ),
 )
 
 

@@ -22,11 +22,15 @@ from ckpt_tools.storage.formats.pickles import OpaqueObject
 
 __all__ = ["plain_words"]
 
-_DEEPEST = 16  # nobody's settings are nested deeper, and a hostile pickle's must not exhaust the stack
+_DEEPEST = (
+    16  # nobody's settings are nested deeper, and a hostile pickle's must not exhaust the stack
+)
 _MOST = 200_000  # values, written out: sharing lets a few bytes unfold to any number
 _LONGEST_INT = 1024  # bits; Python refuses to print very long ones
 _CUT = "<...>"
-_A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/]*:[^@]*@|:.*:/)")  # one slash: of a URL that was made a path
+_A_URL = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/]*:[^@]*@|:.*:/)"
+)  # one slash: of a URL that was made a path
 
 
 def plain_words(words: Mapping[str, object]) -> dict[str, object]:
@@ -69,7 +73,9 @@ class _Copy:
     def _contents(self, value: object, depth: int) -> tuple[object, int]:
         if isinstance(value, Mapping):
             pairs = [(_key(key), self.plain(inner, depth)) for key, inner in value.items()]
-            return {key: plain for key, (plain, _) in pairs}, 1 + sum(size for _, (_, size) in pairs)
+            return {key: plain for key, (plain, _) in pairs}, 1 + sum(
+                size for _, (_, size) in pairs
+            )
         assert isinstance(value, list | tuple | set | frozenset)
         items = [self.plain(inner, depth) for inner in value]
         return [plain for plain, _ in items], 1 + sum(size for _, size in items)
@@ -102,13 +108,19 @@ def _unwrap_opaque(value: OpaqueObject) -> object:
     # An enum member, or something as simple. A function is no class: its argument says nothing.
     is_class = value.name.rpartition(".")[2][:1].isupper()
     return (
-        value.args[0] if is_class and len(value.args) == 1 and isinstance(value.args[0], str | int | float) else value
+        value.args[0]
+        if is_class and len(value.args) == 1 and isinstance(value.args[0], str | int | float)
+        else value
     )
 
 
 def _uuid(state: Mapping[object, object]) -> object:
     number = state.get("int")
-    return str(uuid.UUID(int=number)) if isinstance(number, int) and 0 <= number < 1 << 128 else "<uuid.UUID>"
+    return (
+        str(uuid.UUID(int=number))
+        if isinstance(number, int) and 0 <= number < 1 << 128
+        else "<uuid.UUID>"
+    )
 
 
 def _key(key: object) -> object:
@@ -119,7 +131,11 @@ def _leaf(value: object) -> object:
     if value is None or isinstance(value, bool | bytes):
         return value
     if isinstance(value, int):
-        return int(value) if value.bit_length() <= _LONGEST_INT else f"<int of {value.bit_length():,} bits>"
+        return (
+            int(value)
+            if value.bit_length() <= _LONGEST_INT
+            else f"<int of {value.bit_length():,} bits>"
+        )
     if isinstance(value, float):  # subclasses too, such as numpy's float64
         return float(value)
     if isinstance(value, str):
@@ -130,7 +146,11 @@ def _leaf(value: object) -> object:
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
-    if isinstance(value, Tensor | numpy.ndarray | numpy.generic) and value.ndim == 0 and _has_value(value):
+    if (
+        isinstance(value, Tensor | numpy.ndarray | numpy.generic)
+        and value.ndim == 0
+        and _has_value(value)
+    ):
         return value.item()
     if type(value) is OpaqueObject:
         return _text(repr(value))
@@ -150,4 +170,6 @@ def _text(value: str) -> str:
 
 
 def _has_value(value: object) -> bool:
-    return not isinstance(value, Tensor) or (value.device.type == "cpu" and value.layout == torch.strided)
+    return not isinstance(value, Tensor) or (
+        value.device.type == "cpu" and value.layout == torch.strided
+    )

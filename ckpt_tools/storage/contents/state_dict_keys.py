@@ -20,14 +20,20 @@ _LONGEST_PREFIX = 1000  # characters
 _COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 
 
-def plain_tensors(state: Mapping[str, object], where: object) -> tuple[dict[str, Tensor], list[str]]:
+def plain_tensors(
+    state: Mapping[str, object], where: object
+) -> tuple[dict[str, Tensor], list[str]]:
     """The dense CPU tensors of a state dict, detached, and the keys of entries that are no tensors.
 
     Raises CheckpointError for a tensor that no safetensors file can hold as it is.
     """
     for key, value in state.items():
         _refuse(key, value, where)
-    tensors = {key: _plain_tensor(key, value, where) for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        key: _plain_tensor(key, value, where)
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
     return tensors, [key for key in state if key not in tensors]
 
 

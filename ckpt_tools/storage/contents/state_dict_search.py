@@ -26,13 +26,26 @@ __all__ = [
 
 # Entries that timm, torchvision references, Lightning, BasicSR, DeepSpeed and plain scripts save weights under.
 _WEIGHTS = frozenset(
-    {"state_dict", "model", "model_state_dict", "model_state", "model_weights", "net", "net_state_dict", "network"}
+    {
+        "state_dict",
+        "model",
+        "model_state_dict",
+        "model_state",
+        "model_weights",
+        "net",
+        "net_state_dict",
+        "network",
+    }
     | {"network_state_dict", "weights", "params", "module", "current_model_state"}
 )
 _AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "polyak"})
-_SWAPPED = frozenset({"state_dict", "current_model_state", "averaging_state"})  # Lightning's WeightAveraging
+_SWAPPED = frozenset(
+    {"state_dict", "current_model_state", "averaging_state"}
+)  # Lightning's WeightAveraging
 _TRAINER = ("optim", "sched", "scaler", "rng", "random")  # how a word in the name begins
-_SETTINGS = frozenset({"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"})
+_SETTINGS = frozenset(
+    {"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"}
+)
 
 _FEW = 16
 _MOST = 200  # state dicts in one file; a pickle can name one of them any number of times
@@ -55,7 +68,9 @@ class SearchMemory:
         """The state dict of a whole module, trusted and alive or read as a tree of placeholders."""
         if id(value) not in self.states:
             self.states[id(value)] = (
-                value.state_dict() if isinstance(value, nn.Module) else module_state(value, self.allowance)
+                value.state_dict()
+                if isinstance(value, nn.Module)
+                else module_state(value, self.allowance)
             )
         return self.states[id(value)]
 
@@ -100,7 +115,11 @@ def as_mapping(root: object) -> object:
     """What stands at the top of a file as a mapping, where it has parts: a pair by index, an object by attribute."""
     if isinstance(root, list | tuple) and len(root) <= _FEW:
         return {str(i): value for i, value in enumerate(root)}
-    if isinstance(root, OpaqueObject) and isinstance(root.state, Mapping) and module_state(root) is None:
+    if (
+        isinstance(root, OpaqueObject)
+        and isinstance(root.state, Mapping)
+        and module_state(root) is None
+    ):
         return root.state
     return root
 
@@ -122,7 +141,9 @@ def choose_entry(root: object, weights: str, where: object) -> StateDictEntry:
     if not pool:
         kind = {"model": "weights that are not averaged", "ema": "averaged (EMA) weights"}
         wanted = kind.get(weights, f"an entry named {weights!r}")
-        raise CheckpointError(f"{where}: expected {wanted}, found only {found}. Pass --weights auto, or one of these.")
+        raise CheckpointError(
+            f"{where}: expected {wanted}, found only {found}. Pass --weights auto, or one of these."
+        )
     best = [entry for entry in pool if entry.rank == min(entry.rank for entry in pool)]
     if len(best) > 1:
         names = ", ".join(entry.name or "(top level)" for entry in best)
@@ -133,7 +154,9 @@ def choose_entry(root: object, weights: str, where: object) -> StateDictEntry:
     return best[0]
 
 
-def separate_remaining_entries(root: object, chosen: StateDictEntry) -> tuple[dict[str, object], list[str]]:
+def separate_remaining_entries(
+    root: object, chosen: StateDictEntry
+) -> tuple[dict[str, object], list[str]]:
     """Split what stands beside the chosen state dict into words and the names of what is left out.
 
     Left out: optimizer and other trainer state, further state dicts, loose tensors with dimensions.
@@ -166,7 +189,11 @@ def _trust(root: object) -> str:
     values = list(root.values()) if isinstance(root, Mapping) else [root]
     names = [value.name for value in values if isinstance(value, OpaqueObject)]
     shown = "".join(c for c in names[0][:100] if c.isprintable()) if names else ""
-    return f", or pass --trust if you trust the file: {shown} in it can then run any code" if shown else ""
+    return (
+        f", or pass --trust if you trust the file: {shown} in it can then run any code"
+        if shown
+        else ""
+    )
 
 
 def _pool(entries: list[StateDictEntry], weights: str) -> list[StateDictEntry]:
@@ -175,7 +202,9 @@ def _pool(entries: list[StateDictEntry], weights: str) -> list[StateDictEntry]:
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(value: object, path: tuple[str, ...], averaged: bool, seen: SearchMemory) -> Iterator[StateDictEntry]:
+def _search(
+    value: object, path: tuple[str, ...], averaged: bool, seen: SearchMemory
+) -> Iterator[StateDictEntry]:
     state = value if isinstance(value, Mapping) else seen.state_of(value)
     levels = 2 - len(path)
     if state is None or seen.barren.get(id(value), -1) >= levels:
@@ -204,12 +233,17 @@ def _split(entry: StateDictEntry) -> list[StateDictEntry]:
     roots = tuple(copy.root for copy in copies)
     rest = {key: value for key, value in entry.state.items() if not key.startswith(roots)}
     parts = {
-        copy.prefix: {key: value for key, value in entry.state.items() if key.startswith(copy.prefix)}
+        copy.prefix: {
+            key: value for key, value in entry.state.items() if key.startswith(copy.prefix)
+        }
         for copy in copies
     }
     return [
         replace(entry, state=rest, whole=entry.state),
-        *(replace(entry, state=part, averaged=True, copy=copy, whole=entry.state) for copy, part in parts.items()),
+        *(
+            replace(entry, state=part, averaged=True, copy=copy, whole=entry.state)
+            for copy, part in parts.items()
+        ),
     ]
 
 
@@ -217,13 +251,19 @@ def _holds_weights(value: Mapping[Any, object]) -> bool:
     """Names to tensors, at least one of which is no mere number; no optimizer state."""
     if "param_groups" in value or not all(isinstance(key, str) for key in value):
         return False
-    return any(isinstance(x, Tensor) and x.dim() > 0 and not _is_aside(str(key)) for key, x in value.items())
+    return any(
+        isinstance(x, Tensor) and x.dim() > 0 and not _is_aside(str(key))
+        for key, x in value.items()
+    )
 
 
 def _is_word(key: str, value: object, seen: SearchMemory) -> bool:
     if is_trainer_state(key) or (isinstance(value, Mapping) and "param_groups" in value):
         return False
-    if any(isinstance(x, Tensor) and x.dim() > 0 for x in (value if isinstance(value, list) else [value])):
+    if any(
+        isinstance(x, Tensor) and x.dim() > 0
+        for x in (value if isinstance(value, list) else [value])
+    ):
         return False
     return _is_settings(key) or not list_entries(value, seen)
 

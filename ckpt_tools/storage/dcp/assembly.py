@@ -37,7 +37,9 @@ def assemble_tensor(where: object, name: str, size: Ints, parts: Mapping[Ints, T
     result = torch.empty(size, dtype=types.pop())
     filled = torch.zeros(size, dtype=torch.bool)
     for start, part in parts.items():
-        window = tuple(slice(first, first + count) for first, count in zip(start, part.shape, strict=True))
+        window = tuple(
+            slice(first, first + count) for first, count in zip(start, part.shape, strict=True)
+        )
         result[window] = part
         filled[window] = True
     if not bool(filled.all()):
@@ -59,14 +61,20 @@ def load_rank_files(files: tuple[Path, ...]) -> dict[str, Tensor]:
     for file in files:
         for key, (start, tensor) in _parts(file).items():
             found.setdefault(key, {})[start] = tensor
-    return {key: assemble_tensor(files[0].parent, key, _size(parts), parts) for key, parts in found.items()}
+    return {
+        key: assemble_tensor(files[0].parent, key, _size(parts), parts)
+        for key, parts in found.items()
+    }
 
 
 def _parts(file: Path) -> dict[str, tuple[Ints, Tensor]]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             said = json.loads((opened.metadata() or {})[_OFFSETS])
-            return {key: (_offsets(said[key]["saved_offsets"]), opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
+            return {
+                key: (_offsets(said[key]["saved_offsets"]), opened.get_tensor(key))
+                for key in opened.keys()
+            }  # noqa: SIM118
     except Exception as error:  # safetensors raises its own and the system's
         raise CheckpointError(
             f"{file}: expected one rank's part of a checkpoint with the offsets of its tensors, found none ({error}). "
@@ -82,7 +90,9 @@ def _offsets(said: object) -> Ints:
 
 def _size(parts: Mapping[Ints, Tensor]) -> Ints:
     dims = min(min(len(start), part.dim()) for start, part in parts.items())
-    return tuple(max(start[i] + part.shape[i] for start, part in parts.items()) for i in range(dims))
+    return tuple(
+        max(start[i] + part.shape[i] for start, part in parts.items()) for i in range(dims)
+    )
 
 
 def _incomplete(where: object, name: str, size: Ints) -> CheckpointError:

@@ -18,7 +18,12 @@ from ckpt_tools.errors import CheckpointError
 from ckpt_tools.paths import path_below, require_below
 from ckpt_tools.storage.contents.state_dict_search import is_trainer_state
 from ckpt_tools.storage.dcp.assembly import assemble_tensor
-from ckpt_tools.storage.dcp.dcp_metadata import DistributedMetadata, ShardPiece, TensorEntry, parse_distributed_metadata
+from ckpt_tools.storage.dcp.dcp_metadata import (
+    DistributedMetadata,
+    ShardPiece,
+    TensorEntry,
+    parse_distributed_metadata,
+)
 from ckpt_tools.storage.formats.pickles import load_pickle, load_stream
 
 __all__ = ["METADATA_NAME", "SHARD_SUFFIX", "DistributedCheckpoint", "load_distributed"]
@@ -73,13 +78,18 @@ def load_distributed(folder: Path) -> DistributedCheckpoint:
         # Settings of optimizers are hundreds of tiny pickles that nobody asks for.
         if not any(isinstance(part, str) and is_trainer_state(part) for part in place):
             leaves[place] = _read(shards[piece.file], name, piece)
-    root = _nest_entries(path, {place: leaves[place] for place in metadata.paths.values() if place in leaves})
+    root = _nest_entries(
+        path, {place: leaves[place] for place in metadata.paths.values() if place in leaves}
+    )
     return DistributedCheckpoint(folder, shards, {**_beside(folder), **root}, stand_ins)
 
 
 def _find_shards(folder: Path, metadata: DistributedMetadata) -> dict[str, Path]:
     """The shards that the metadata names, if they have all the bytes that it claims. Raises CheckpointError."""
-    pieces = [*metadata.words.values(), *(piece for entry in metadata.tensors for piece in entry.pieces.values())]
+    pieces = [
+        *metadata.words.values(),
+        *(piece for entry in metadata.tensors for piece in entry.pieces.values()),
+    ]
     shards, sizes = {}, {}
     for name in sorted({piece.file for piece in pieces}):
         file = shards[name] = path_below(folder, name, origin=folder / METADATA_NAME)
@@ -107,7 +117,9 @@ def _find_shards(folder: Path, metadata: DistributedMetadata) -> dict[str, Path]
 def _beside(folder: Path) -> Mapping[str, object]:
     file = folder / _TRAINER
     content = load_pickle(require_below(folder, file, origin=folder)) if file.is_file() else {}
-    return {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
+    return (
+        {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
+    )
 
 
 def _read(shard: Path, name: str, piece: ShardPiece) -> object:
@@ -121,10 +133,14 @@ def _read(shard: Path, name: str, piece: ShardPiece) -> object:
             file.seek(piece.offset)
             return load_stream(io.BytesIO(file.read(piece.length)), f"{shard}: {name}")
     except OSError as error:
-        raise CheckpointError(f"{shard}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{shard}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
 
 
-def _part(folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]) -> Tensor:
+def _part(
+    folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]
+) -> Tensor:
     piece = entry.pieces[start]
     part = _read(shards[piece.file], entry.name, piece)
     sizes = entry.chunks[start]
@@ -147,7 +163,9 @@ def _nest_entries(path: Path, leaves: Mapping[tuple[str | int, ...], object]) ->
                 holders[place[: depth - 1]].setdefault(place[depth - 1], holders[place[:depth]])
         holders[place[:-1]][place[-1]] = value
     if any(place in leaves for place in holders):
-        raise CheckpointError(f"{path}: expected entries that are values or containers, found one that is both.")
+        raise CheckpointError(
+            f"{path}: expected entries that are values or containers, found one that is both."
+        )
     return {str(key): _restore_lists(value, 0) for key, value in root.items()}
 
 

@@ -104,14 +104,22 @@ def _pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | None], S
         start = None if index.get("offset") is None else _ints(index["offset"], name)
         offset, length = _ints((info.get("offset"), info.get("length")), name)
         extensions = info.get("transform_descriptors") or ()
-        transformed = ", ".join(shown(x) for x in _sequence(extensions, "transform_descriptors")[:8])
-        found[name, start] = ShardPiece(_file(info.get("relative_path")), offset, length, transformed)
+        transformed = ", ".join(
+            shown(x) for x in _sequence(extensions, "transform_descriptors")[:8]
+        )
+        found[name, start] = ShardPiece(
+            _file(info.get("relative_path")), offset, length, transformed
+        )
     return found
 
 
-def _piece_of(pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None) -> ShardPiece:
+def _piece_of(
+    pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None
+) -> ShardPiece:
     piece = pieces.get((name, start))
-    if piece is None and not any(start or ()):  # whole tensors may be filed without an offset, scalars with one
+    if piece is None and not any(
+        start or ()
+    ):  # whole tensors may be filed without an offset, scalars with one
         piece = pieces.get((name, None)) or pieces.get((name, ()))
     if piece is None:
         raise ValueError(f"no bytes for {name}" + (f" at {start}" if start else ""))
@@ -121,7 +129,10 @@ def _piece_of(pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, s
 def _paths(planner: object, entries: Mapping[object, object]) -> dict[str, tuple[str | int, ...]]:
     """Where each entry stood. Without the planner's word the state dict was flat."""
     said = planner if isinstance(planner, Mapping) else {}
-    names = [*(name for name in said if name in entries), *(name for name in entries if name not in said)]
+    names = [
+        *(name for name in said if name in entries),
+        *(name for name in entries if name not in said),
+    ]
     return {_text(name, "name"): _path(said.get(name), str(name)) for name in names}
 
 
@@ -149,7 +160,9 @@ def _dtype(properties: object) -> torch.dtype:
 
 
 def _class(value: object) -> str:
-    return value.name.rpartition(".")[2] if isinstance(value, OpaqueObject) else type(value).__name__
+    return (
+        value.name.rpartition(".")[2] if isinstance(value, OpaqueObject) else type(value).__name__
+    )
 
 
 def _state(value: object, kind: str) -> Mapping[str, object]:

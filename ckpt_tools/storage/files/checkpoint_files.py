@@ -16,7 +16,11 @@ from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.dcp.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX, load_distributed
 from ckpt_tools.storage.files.fetching import fetch_checkpoint
-from ckpt_tools.storage.files.folder_members import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, find_weight_candidates
+from ckpt_tools.storage.files.folder_members import (
+    CHECKPOINT_SUFFIXES,
+    INDEX_SUFFIX,
+    find_weight_candidates,
+)
 from ckpt_tools.storage.files.sidecar import is_trainer_file, read_sidecar_words
 from ckpt_tools.storage.formats.file_formats import FileContent, load_file_content
 from ckpt_tools.storage.formats.foreign_formats import foreign_folder_error
@@ -57,15 +61,30 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
             raise _part_alone(path)
         if path.is_file():
             if path.name == METADATA_NAME:
-                return _distributed_files(path.parent, sorted(file.name for file in path.parent.iterdir()))
-            return _sharded_files(path, path) if path.name.endswith(INDEX_SUFFIX) else CheckpointFiles(path, (path,))
+                return _distributed_files(
+                    path.parent, sorted(file.name for file in path.parent.iterdir())
+                )
+            return (
+                _sharded_files(path, path)
+                if path.name.endswith(INDEX_SUFFIX)
+                else CheckpointFiles(path, (path,))
+            )
         path.stat()
     except FileNotFoundError as error:
-        found = f"a link to {path.readlink()}, which is not there" if is_link(path) else "nothing there"
-        raise CheckpointError(f"{path}: expected a checkpoint file, found {found}. Check the path.") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL, or half of a surrogate pair, which no path may hold
+        found = (
+            f"a link to {path.readlink()}, which is not there" if is_link(path) else "nothing there"
+        )
+        raise CheckpointError(
+            f"{path}: expected a checkpoint file, found {found}. Check the path."
+        ) from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: a NUL, or half of a surrogate pair, which no path may hold
         why = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be opened ({why}). Check the path and its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be opened ({why}). Check the path and its permissions."
+        ) from error
     raise CheckpointError(
         f"{path}: expected a checkpoint file, found something that is neither a file nor a folder. Check the path."
     )
@@ -86,7 +105,9 @@ def _weights(source: CheckpointFiles, trust: bool) -> FileContent:
     if source.shard_of is None:
         return load_file_content(source.files[0], trust=trust)
     shards = {file.name: load_file_content(file, trust=trust) for file in source.files}
-    tensors = {key: _from_shard(source, shards[name], key, name) for key, name in source.shard_of.items()}
+    tensors = {
+        key: _from_shard(source, shards[name], key, name) for key, name in source.shard_of.items()
+    }
     metadata = {key: text for shard in shards.values() for key, text in shard.metadata.items()}
     formats = sorted({shard.format for shard in shards.values()})
     return FileContent(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
@@ -101,10 +122,14 @@ def checkpoint_sha256(path: Path | str) -> str:
     try:
         digests = [(_file_digest(file), file.name) for file in source.files]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
     if source.shard_of is None and source.index is None and len(digests) == 1:
         return digests[0][0]
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in digests).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{digest}  {name}\n" for digest, name in digests).encode()
+    ).hexdigest()
 
 
 def _file_digest(path: Path) -> str:
@@ -113,7 +138,9 @@ def _file_digest(path: Path) -> str:
 
 
 def _in_folder(folder: Path) -> CheckpointFiles:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name))
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name)
+    )
     if METADATA_NAME in names:
         return _distributed_files(folder, names)
     if ranks := [_member(folder, name) for name in names if is_rank_file(name)]:
@@ -121,10 +148,16 @@ def _in_folder(folder: Path) -> CheckpointFiles:
     single = find_weight_candidates(names)
     if len(single) == 1:
         file = _member(folder, single[0])
-        return _sharded_files(folder, file) if file.name.endswith(INDEX_SUFFIX) else CheckpointFiles(folder, (file,))
+        return (
+            _sharded_files(folder, file)
+            if file.name.endswith(INDEX_SUFFIX)
+            else CheckpointFiles(folder, (file,))
+        )
     if not single and (foreign := foreign_folder_error(folder, names)):
         raise foreign
-    found = f"{len(single)} candidates ({', '.join(single[:5])})" if single else "no checkpoint in it"
+    found = (
+        f"{len(single)} candidates ({', '.join(single[:5])})" if single else "no checkpoint in it"
+    )
     raise CheckpointError(
         f"{folder}: expected a folder with one *{INDEX_SUFFIX} or one checkpoint file, found {found}. Give the file itself."
     )
@@ -136,7 +169,11 @@ def _member(folder: Path, name: str) -> Path:
 
 
 def _distributed_files(folder: Path, names: list[str]) -> CheckpointFiles:
-    files = [_member(folder, name) for name in names if name == METADATA_NAME or name.endswith(SHARD_SUFFIX)]
+    files = [
+        _member(folder, name)
+        for name in names
+        if name == METADATA_NAME or name.endswith(SHARD_SUFFIX)
+    ]
     return CheckpointFiles(folder, tuple(files), folder / METADATA_NAME)
 
 

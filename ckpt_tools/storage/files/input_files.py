@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt_tools.remote.mirror import is_remote
-from ckpt_tools.storage.files.folder_members import INDEX_SUFFIX, is_checkpoint_related, read_shard_names
+from ckpt_tools.storage.files.folder_members import (
+    INDEX_SUFFIX,
+    is_checkpoint_related,
+    read_shard_names,
+)
 from ckpt_tools.storage.files.sidecar import SIDECAR_NAMES, has_sidecars
 
 __all__ = ["files_of_checkpoint"]

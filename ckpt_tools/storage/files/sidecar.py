@@ -10,7 +10,13 @@ from pathlib import Path
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.paths import is_file, require_below
 
-__all__ = ["SIDECAR_NAMES", "find_hub_weights", "has_sidecars", "is_trainer_file", "read_sidecar_words"]
+__all__ = [
+    "SIDECAR_NAMES",
+    "find_hub_weights",
+    "has_sidecars",
+    "is_trainer_file",
+    "read_sidecar_words",
+]
 
 _SIDECARS = {"config": "config.json", "preprocessor": "preprocessor_config.json"}
 SIDECAR_NAMES = tuple(_SIDECARS.values())
@@ -64,7 +70,9 @@ def read_sidecar_words(path: Path) -> dict[str, object]:
 def _read_folder_sidecars(folder: Path) -> dict[str, object]:
     files = {word: folder / name for word, name in _SIDECARS.items()}
     found = {
-        word: _parse_sidecar(require_below(folder, file, origin=file)) for word, file in files.items() if is_file(file)
+        word: _parse_sidecar(require_below(folder, file, origin=file))
+        for word, file in files.items()
+        if is_file(file)
     }
     return {word: content for word, content in found.items() if content}
 
@@ -78,7 +86,9 @@ def _parse_sidecar(file: Path) -> dict[str, object]:
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: expected the JSON description of the model beside it, found none ({error}). "

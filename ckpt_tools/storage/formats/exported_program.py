@@ -34,9 +34,24 @@ _STRIDED = 7  # Layout in torch/_export/serde/schema.py
 
 # ScalarType in torch/_export/serde/schema.py
 _DTYPES = {
-    **{1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64"},
+    **{
+        1: "uint8",
+        2: "int8",
+        3: "int16",
+        4: "int32",
+        5: "int64",
+        6: "float16",
+        7: "float32",
+        8: "float64",
+    },
     **{9: "complex32", 10: "complex64", 11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16"},
-    **{29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz", 33: "float8_e8m0fnu"},
+    **{
+        29: "float8_e4m3fn",
+        30: "float8_e5m2",
+        31: "float8_e4m3fnuz",
+        32: "float8_e5m2fnuz",
+        33: "float8_e8m0fnu",
+    },
     **{34: "uint32", 35: "uint64"},
 }
 
@@ -60,10 +75,14 @@ def _models(path: Path, archive: Archive) -> dict[str, dict[str, object]]:
     if f"{_LEGACY}.pt" in archive.records or f"{_LEGACY}.json" in archive.records:
         return {"model": _legacy(path, archive)}
     raw = {
-        m[1]: _load_described_state(path, archive, m[0]) for name in archive.records if (m := _CONFIG.fullmatch(name))
+        m[1]: _load_described_state(path, archive, m[0])
+        for name in archive.records
+        if (m := _CONFIG.fullmatch(name))
     }
     pickled = {
-        m[1]: _load_pickled_state(path, archive, m[0]) for name in archive.records if (m := _PICKLED.fullmatch(name))
+        m[1]: _load_pickled_state(path, archive, m[0])
+        for name in archive.records
+        if (m := _PICKLED.fullmatch(name))
     }
     if not raw and not pickled:
         compiled = any(name.startswith(_COMPILED) for name in archive.records)
@@ -117,7 +136,9 @@ def _tensor(path: Path, archive: Archive, key: str, entry: Mapping[str, object])
         return data.new_empty(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if max(last + 1, prod(size)) > data.numel():
-        raise ValueError(f"{key} needs {max(last + 1, prod(size)):,} numbers, {record} holds {data.numel():,}")
+        raise ValueError(
+            f"{key} needs {max(last + 1, prod(size)):,} numbers, {record} holds {data.numel():,}"
+        )
     return torch.as_strided(data, size, stride, offset)
 
 

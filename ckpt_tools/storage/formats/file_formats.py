@@ -36,7 +36,9 @@ class FileContent:
     root: object
     metadata: Mapping[str, str] = field(default_factory=dict)
     words: Mapping[str, object] = field(default_factory=dict)  # from files beside it
-    load: Callable[[Mapping[str, object]], Mapping[str, object]] = dict  # reads the stand-ins in a part of ``root``
+    load: Callable[[Mapping[str, object]], Mapping[str, object]] = (
+        dict  # reads the stand-ins in a part of ``root``
+    )
 
 
 def load_file_content(path: Path, *, trust: bool = False) -> FileContent:
@@ -45,9 +47,13 @@ def load_file_content(path: Path, *, trust: bool = False) -> FileContent:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be opened ({error.strerror}). Check its permissions."
+        ) from error
     if not head:
-        raise CheckpointError(f"{path}: expected a checkpoint, found an empty file. Copy or download it again.")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint, found an empty file. Copy or download it again."
+        )
     if head.startswith(b"PK\x03\x04"):
         return _load_archive(path, head, trust=trust)
     if _LEGACY_MAGIC in head[:32] or _is_old_tar(head):
@@ -77,7 +83,9 @@ def _is_plain(path: Path, head: bytes) -> bool:
     length = int.from_bytes(head[26:28], "little")
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
-        return head[30 : 30 + length].endswith(b"/data.pkl") and b"/constants.pkl" not in file.read()
+        return (
+            head[30 : 30 + length].endswith(b"/data.pkl") and b"/constants.pkl" not in file.read()
+        )
 
 
 def _is_old_tar(head: bytes) -> bool:

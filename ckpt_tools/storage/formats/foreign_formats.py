@@ -12,16 +12,20 @@ __all__ = ["foreign_archive_error", "foreign_file_error", "foreign_folder_error"
 
 _FRESH = "The download gave an error page; fetch the file again."
 _UNPACK = "Unpack it first."
-_CONVERT = "Convert its weights to PyTorch first (a state dict saved with torch.save or as safetensors)."
-_TF = (
-    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in transformers, and save them."
+_CONVERT = (
+    "Convert its weights to PyTorch first (a state dict saved with torch.save or as safetensors)."
 )
+_TF = "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in transformers, and save them."
 _FLAX = "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_flax=True) in transformers."
 _GGUF = "It holds quantised weights of a language model; give the checkpoint that it was converted from."
 _ONNX = "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was exported from."
 
 _SIGNATURES = (
-    (rb"version https://git-lfs", "a Git LFS pointer", "Fetch the file itself with `git lfs pull`."),
+    (
+        rb"version https://git-lfs",
+        "a Git LFS pointer",
+        "Fetch the file itself with `git lfs pull`.",
+    ),
     (rb"\xff\xd8\xff", "a JPEG image", ""),
     (rb"\x89PNG", "a PNG image", ""),
     (rb"%PDF", "a PDF document", ""),
@@ -32,7 +36,11 @@ _SIGNATURES = (
     (rb"(?s).{4}ET\d\d", "an ExecuTorch program", "Give the checkpoint that it was exported from."),
     (rb"\x08\x01\x12", "a TensorFlow SavedModel", _TF),
     (rb"\x08[\x02-\x14][\x12\x1a\x22\x28\x32\x3a]", "an ONNX model", _ONNX),
-    (rb"[\x81-\x8f][\xa1-\xbf][ -~]|\xde\x00.[\xa1-\xbf][ -~]", "a msgpack file, as Flax writes it", _FLAX),
+    (
+        rb"[\x81-\x8f][\xa1-\xbf][ -~]|\xde\x00.[\xa1-\xbf][ -~]",
+        "a msgpack file, as Flax writes it",
+        _FLAX,
+    ),
     (rb"\x1f\x8b", "a gzip archive", _UNPACK),
     (rb"BZh", "a bzip2 archive", _UNPACK),
     (rb"7z\xbc\xaf", "a 7-zip archive", _UNPACK),
@@ -45,8 +53,16 @@ _SIGNATURES = (
 
 _ARCHIVES = (
     (r"model\.weights\.h5$", "a Keras model", _TF),
-    (r"\.npy$", "an archive of numpy arrays (.npz)", "Save them as a state dict: torch.save({name: tensor, …}, path)."),
-    (r"(^|/)\.data/extern_modules$", "a torch.package archive", "It holds code; torch.save the model's state_dict()."),
+    (
+        r"\.npy$",
+        "an archive of numpy arrays (.npz)",
+        "Save them as a state dict: torch.save({name: tensor, …}, path).",
+    ),
+    (
+        r"(^|/)\.data/extern_modules$",
+        "a torch.package archive",
+        "It holds code; torch.save the model's state_dict().",
+    ),
     (
         r"^([^/]+/)?model\.json$",
         "a TorchScript archive of PyTorch 1.3 or older",
@@ -59,13 +75,21 @@ _FOLDERS = (
     (r"^saved_model\.pb$", "a TensorFlow SavedModel", _TF),
     (r"\.data-\d{5}-of-\d{5}$", "a TensorFlow checkpoint", _TF),
     (r"^(_METADATA|_CHECKPOINT_METADATA|manifest\.ocdbt)$", "an Orbax checkpoint of JAX", _CONVERT),
-    (r"^(flax_model\.msgpack|tf_model\.h5)$", "a Hugging Face folder without PyTorch weights", _FLAX),
+    (
+        r"^(flax_model\.msgpack|tf_model\.h5)$",
+        "a Hugging Face folder without PyTorch weights",
+        _FLAX,
+    ),
     (
         r"^(zero_to_fp32\.py|latest)$",
         "a DeepSpeed checkpoint",
         "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and give what it writes.",
     ),
-    (r"\.distcp$", "shards of a distributed checkpoint without their .metadata", "Fetch the whole folder again."),
+    (
+        r"\.distcp$",
+        "shards of a distributed checkpoint without their .metadata",
+        "Fetch the whole folder again.",
+    ),
 )
 
 
@@ -91,10 +115,16 @@ def foreign_archive_error(path: Path, names: Collection[str]) -> CheckpointError
 def foreign_folder_error(folder: Path, names: Collection[str]) -> CheckpointError | None:
     """The error for a folder in another library's layout, from the names in it; None for any other folder."""
     known = _match_names(_FOLDERS, names)
-    return CheckpointError(f"{folder}: expected a checkpoint, found {known[0]}. {known[1]}") if known else None
+    return (
+        CheckpointError(f"{folder}: expected a checkpoint, found {known[0]}. {known[1]}")
+        if known
+        else None
+    )
 
 
-def _match_names(table: tuple[tuple[str, str, str], ...], names: Collection[str]) -> tuple[str, str] | None:
+def _match_names(
+    table: tuple[tuple[str, str, str], ...], names: Collection[str]
+) -> tuple[str, str] | None:
     for pattern, what, advice in table:
         if any(re.search(pattern, name) for name in names):
             return what, advice

@@ -58,7 +58,9 @@ def module_state(value: object, allowance: TreeBudget | None = None) -> dict[str
             f"({packed.path.removesuffix('.')}: {packed.name}): quantisation packs weights and folds "
             "BatchNorm into the layers before it. Give the checkpoint that was quantised."
         )
-    return {module.path + key: tensor for module in modules for key, tensor in module.tensors.items()}
+    return {
+        module.path + key: tensor for module in modules for key, tensor in module.tensors.items()
+    }
 
 
 def module_drop_rates(value: object) -> dict[str, dict[str, float]]:
@@ -70,9 +72,13 @@ def module_drop_rates(value: object) -> dict[str, dict[str, float]]:
     for module in _walk(value, TreeBudget()):
         kind = module.name.rpartition(".")[2].lower()
         dropping = "drop" in kind or "stochasticdepth" in kind
-        rates = {key: rate for key, rate in module.attributes.items() if _is_rate(key, rate, dropping)}
+        rates = {
+            key: rate for key, rate in module.attributes.items() if _is_rate(key, rate, dropping)
+        }
         if rates:
-            found[module.path.removesuffix(".")] = {str(key): float(rate) for key, rate in rates.items()}  # type: ignore[arg-type]
+            found[module.path.removesuffix(".")] = {
+                str(key): float(rate) for key, rate in rates.items()
+            }  # type: ignore[arg-type]
     return found
 
 
@@ -89,7 +95,12 @@ def module_class_name(value: object) -> str:
 
 
 def _is_rate(key: object, rate: object, dropping: bool) -> bool:
-    if not isinstance(key, str) or isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+    if (
+        not isinstance(key, str)
+        or isinstance(rate, bool)
+        or not isinstance(rate, int | float)
+        or not 0 <= rate <= 1
+    ):
         return False
     return "drop" in key.lower() or (key == "p" and dropping)
 
@@ -131,7 +142,9 @@ def _children(value: object) -> dict[str, object] | None:
     if all(isinstance(attributes.get(part), dict) for part in _PARTS):
         return _string_keyed(attributes["_modules"])
     if value.name.startswith(_SCRIPT) and isinstance(value.state, dict):
-        return {name: inner for name, inner in _string_keyed(attributes).items() if _is_script(inner)}
+        return {
+            name: inner for name, inner in _string_keyed(attributes).items() if _is_script(inner)
+        }
     return None
 
 
@@ -144,10 +157,15 @@ def _tensors(value: OpaqueObject) -> dict[str, object]:
     if not value.name.startswith(_SCRIPT) and "_parameters" not in attributes:
         return {}
     if value.name.startswith(_SCRIPT):
-        return {name: inner for name, inner in _string_keyed(attributes).items() if _is_tensor(inner)}
+        return {
+            name: inner for name, inner in _string_keyed(attributes).items() if _is_tensor(inner)
+        }
     passing = attributes.get("_non_persistent_buffers_set")
     passing = passing if isinstance(passing, set | frozenset | list | tuple) else ()
-    parameters, buffers = _string_keyed(attributes["_parameters"]), _string_keyed(attributes["_buffers"])
+    parameters, buffers = (
+        _string_keyed(attributes["_parameters"]),
+        _string_keyed(attributes["_buffers"]),
+    )
     kept = {name: buffer for name, buffer in buffers.items() if name not in passing}
     return {name: inner for name, inner in (parameters | kept).items() if _is_tensor(inner)}
 
@@ -159,4 +177,8 @@ def _is_tensor(value: object) -> bool:
 
 
 def _string_keyed(values: object) -> dict[str, object]:
-    return {key: value for key, value in values.items() if isinstance(key, str)} if isinstance(values, dict) else {}
+    return (
+        {key: value for key, value in values.items() if isinstance(key, str)}
+        if isinstance(values, dict)
+        else {}
+    )

@@ -24,7 +24,11 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         size = path.stat().st_size
         promised = _promised_size(path)
         found = f"{size:,} of them" if size < promised else str(error)
-        expected = f"the {promised:,} bytes its header promises" if size < promised else "a safetensors file"
+        expected = (
+            f"the {promised:,} bytes its header promises"
+            if size < promised
+            else "a safetensors file"
+        )
         raise CheckpointError(
             f"{path}: expected {expected}, found {found}. "
             "The file is damaged or was cut short; copy or download it again."
@@ -63,8 +67,20 @@ def _promised_size(path: Path) -> int:
     if start > path.stat().st_size:
         return start
     try:
-        entries = [entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"]
+        entries = [
+            entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"
+        ]
         # Nobody has a larger file, and Python refuses to print much larger numbers.
-        return start + min(max((int(entry["data_offsets"][1]) for entry in entries), default=0), 1 << 63)
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError):
+        return start + min(
+            max((int(entry["data_offsets"][1]) for entry in entries), default=0), 1 << 63
+        )
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ):
         return 0

@@ -79,7 +79,9 @@ def _modules(root: object, path: Path) -> Iterator[_Module]:
             continue
         count += 1
         if depth > _DEEPEST or count > _MOST:
-            raise CheckpointError(f"{path}: expected a tree of modules, found one without end. Do not use this file.")
+            raise CheckpointError(
+                f"{path}: expected a tree of modules, found one without end. Do not use this file."
+            )
         yield _Module(prefix, value.name, value.state)
         children = [(f"{prefix}{key}.", child, depth + 1) for key, child in value.state.items()]
         waiting.extend(reversed(children))
@@ -93,12 +95,16 @@ def _classes(path: Path) -> dict[str, _Class]:
             if record.startswith("code/") and record.endswith(".py"):
                 module = record.removeprefix("code/").removesuffix(".py").replace("/", ".")
                 text = archive.read(record).decode("utf-8", "replace")
-                found.update({f"{module}.{m[1]}": _parse_class(m[1], m[2]) for m in _CLASS.finditer(text)})
+                found.update(
+                    {f"{module}.{m[1]}": _parse_class(m[1], m[2]) for m in _CLASS.finditer(text)}
+                )
     return found
 
 
 def _parse_class(name: str, body: str) -> _Class:
-    names = [quoted for listed in _NAMES.findall(body) for quoted in re.findall(r'"([^"]+)"', listed)]
+    names = [
+        quoted for listed in _NAMES.findall(body) for quoted in re.findall(r'"([^"]+)"', listed)
+    ]
     rates = {
         key: float(number)
         for key, number in _CONSTANT.findall(body)

@@ -30,7 +30,9 @@ def open_zip_archive(path: Path, what: str) -> Iterator[Archive]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
     except Exception as error:  # zipfile and its codecs raise errors of many kinds
         found = (
             error

@@ -19,7 +19,15 @@ _MOST = 1 << 28  # bytes a call, between which an interrupt gets through
 
 # Answers that mean "not like this": other file systems, old kernels, containers that forbid a call.
 _REFUSALS = frozenset(
-    {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
+    {
+        errno.EXDEV,
+        errno.ENOSYS,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EBADF,
+        errno.ENOTSOCK,
+    }
 )
 
 
@@ -40,7 +48,9 @@ def copy_range(source: int, target: int, count: int, *, at: int, to: int) -> Non
         at, to = at + moved, to + moved
 
 
-def _try_copy(way: Callable[..., int], source: int, target: int, step: int, at: int, to: int) -> int:
+def _try_copy(
+    way: Callable[..., int], source: int, target: int, step: int, at: int, to: int
+) -> int:
     try:
         return way(source, target, step, at, to)
     except OSError as error:

@@ -12,7 +12,9 @@ from ckpt_tools.storage.reading import reread_checkpoint
 
 __all__ = ["require_same_stamps", "require_unchanged"]
 
-_LARGE = 1 << 26  # bytes, which take longer to compare than it takes the system to tell about mappings
+_LARGE = (
+    1 << 26
+)  # bytes, which take longer to compare than it takes the system to tell about mappings
 _AGAIN = "Run again, on a file that nobody is writing to."
 
 
@@ -44,10 +46,14 @@ def _find_changed_key(checkpoint: Checkpoint) -> str | None:
     """The first key whose tensor differs from a fresh reading; memory that still maps the file needs none."""
     if checkpoint.module is not None:
         return None  # read with trust; it is not executed a second time
-    stored = reread_checkpoint(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
+    stored = reread_checkpoint(
+        checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix
+    ).tensors
     large = sum(tensor.nbytes for tensor in stored.values()) >= _LARGE
     mappings = read_file_mappings() if large else FileMappings()
     for key, tensor in checkpoint.tensors.items():
-        if key not in stored or not (mappings.same_place(tensor, stored[key]) or same_bytes(tensor, stored[key])):
+        if key not in stored or not (
+            mappings.same_place(tensor, stored[key]) or same_bytes(tensor, stored[key])
+        ):
             return key
     return next((key for key in stored if key not in checkpoint.tensors), None)

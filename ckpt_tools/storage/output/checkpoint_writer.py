@@ -22,12 +22,25 @@ from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
-from ckpt_tools.storage.formats.safetensors_file import data_offset, load_safetensors, read_safetensors_header
+from ckpt_tools.storage.formats.safetensors_file import (
+    data_offset,
+    load_safetensors,
+    read_safetensors_header,
+)
 from ckpt_tools.storage.output.atomic_write import check_target, sync_to_disk, write_atomically
 from ckpt_tools.storage.output.change_detection import require_same_stamps, require_unchanged
 from ckpt_tools.storage.output.hashing import hash_in_background
-from ckpt_tools.storage.output.patching import OutputDigests, find_copyable_source, write_patched_copy
-from ckpt_tools.storage.output.safetensors_layout import FilePart, Layout, encode_header, verify_and_hash
+from ckpt_tools.storage.output.patching import (
+    OutputDigests,
+    find_copyable_source,
+    write_patched_copy,
+)
+from ckpt_tools.storage.output.safetensors_layout import (
+    FilePart,
+    Layout,
+    encode_header,
+    verify_and_hash,
+)
 from ckpt_tools.storage.provenance import BLANK_DIGEST, Seal, add_seal, output_metadata, seal_header
 from ckpt_tools.storage.reading import checkpoint_sha256
 
@@ -58,7 +71,9 @@ def save(
     the source, if a replacement does not fit, if the source is no longer what was read, or if the file cannot be
     written or reads back differently.
     """
-    return replace_tensors(path, checkpoint, replacements, provenance=provenance, overwrite=overwrite).output
+    return replace_tensors(
+        path, checkpoint, replacements, provenance=provenance, overwrite=overwrite
+    ).output
 
 
 def replace_tensors(
@@ -95,7 +110,11 @@ def replace_tensors(
 
 
 def write_safetensors(
-    target: Path | str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], overwrite: bool = False
+    target: Path | str,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
 ) -> OutputDigests:
     """Write tensors to a safetensors file, all or nothing, and return its digest and size.
 
@@ -118,10 +137,14 @@ def _output(
 
     Raises OutputError for what the system refuses.
     """
-    may_replace = partial(_is_still, target, replaces) if replaces is not None and not overwrite else None
+    may_replace = (
+        partial(_is_still, target, replaces) if replaces is not None and not overwrite else None
+    )
     replace = overwrite or replaces is not None
     try:
-        with write_atomically(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
+        with write_atomically(
+            target, overwrite=replace, sources=sources, may_replace=may_replace
+        ) as temporary:
             yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
@@ -173,11 +196,16 @@ def _is_same(target: Path, file: Path) -> bool:
         return False  # no such target
 
 
-def _apply_replacements(tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _apply_replacements(
+    tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     if unknown := [key for key in replacements if key not in tensors]:
-        raise OutputError(f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the model.")
+        raise OutputError(
+            f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the model."
+        )
     return {
-        key: _cast(key, tensor, replacements[key]) if key in replacements else tensor for key, tensor in tensors.items()
+        key: _cast(key, tensor, replacements[key]) if key in replacements else tensor
+        for key, tensor in tensors.items()
     }
 
 
@@ -208,26 +236,43 @@ def _write_new(
     _check_header(path, tensors, complete)
     start, header = data_offset(path), read_safetensors_header(path)
     spans = {key: header[key]["data_offsets"] for key in tensors}
-    parts = [FilePart(key, start + begin, end - begin, tensors[key]) for key, (begin, end) in spans.items()]
+    parts = [
+        FilePart(key, start + begin, end - begin, tensors[key])
+        for key, (begin, end) in spans.items()
+    ]
     with path.open("rb", buffering=0) as file:
         size = path.stat().st_size
-        return OutputDigests(source_sha256, verify_and_hash(file.fileno(), size, Layout(file.read(start), parts)), size)
+        return OutputDigests(
+            source_sha256,
+            verify_and_hash(file.fileno(), size, Layout(file.read(start), parts)),
+            size,
+        )
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, str]:
     """Write a file and put its header in order; the metadata in it, sealed if they are those of an output."""
     copied = _keys_to_copy(tensors)
     dense = {
-        key: tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        key: tensor.detach()
+        .resolve_conj()
+        .resolve_neg()
+        .clone(memory_format=torch.contiguous_format)
         if key in copied
         else tensor.detach()
         for key, tensor in tensors.items()
     }
     try:
-        save_file(dense, path, metadata=add_seal(metadata, Seal(BLANK_DIGEST, _size(tensors), _ROOMY)))
+        save_file(
+            dense, path, metadata=add_seal(metadata, Seal(BLANK_DIGEST, _size(tensors), _ROOMY))
+        )
     except KeyError as error:
         raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
-    with path.open("r+b") as file, hash_in_background(file.fileno(), start=data_offset(path)) as data_digest:
+    with (
+        path.open("r+b") as file,
+        hash_in_background(file.fileno(), start=data_offset(path)) as data_digest,
+    ):
         sync_to_disk(path)  # the disk works while the data is hashed
         complete = _finish_header(file, path, list(tensors), metadata, data_digest())
     sync_to_disk(path)
@@ -237,7 +282,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 def _keys_to_copy(tensors: Mapping[str, Tensor]) -> set[str]:
     """Keys that need a copy, because safetensors takes neither gaps nor tensors that share memory."""
     copied = {
-        key for key, tensor in tensors.items() if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
+        key
+        for key, tensor in tensors.items()
+        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
     }
     end = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):

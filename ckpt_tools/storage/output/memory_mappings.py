@@ -42,7 +42,11 @@ class FileMappings:
 
     def same_place(self, one: Tensor, other: Tensor) -> bool:
         """Whether two tensors are alike and surely the same bytes of one file; False where nobody can tell."""
-        return _form(one) == _form(other) and (place := self._place(one)) is not None and place == self._place(other)
+        return (
+            _form(one) == _form(other)
+            and (place := self._place(one)) is not None
+            and place == self._place(other)
+        )
 
     def _place(self, tensor: Tensor) -> tuple[str, int] | None:
         address = tensor.data_ptr()
@@ -59,7 +63,9 @@ def read_file_mappings() -> FileMappings:
         text = _SMAPS.read_text("utf-8", "surrogateescape")
     except OSError:
         return FileMappings()
-    return FileMappings(_mapping(found) for found in _MAPPING.finditer(text) if _is_untouched(found["fields"]))
+    return FileMappings(
+        _mapping(found) for found in _MAPPING.finditer(text) if _is_untouched(found["fields"])
+    )
 
 
 def _is_untouched(fields: str) -> bool:

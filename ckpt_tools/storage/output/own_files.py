@@ -18,7 +18,13 @@ from ckpt_tools.paths import identity
 from ckpt_tools.remote.local_copies import read_remote_file
 from ckpt_tools.remote.mirror import is_remote
 
-__all__ = ["OwnFileKind", "open_own_file", "read_own_file", "require_distinct_file", "require_own_content"]
+__all__ = [
+    "OwnFileKind",
+    "open_own_file",
+    "read_own_file",
+    "require_distinct_file",
+    "require_own_content",
+]
 
 _LARGEST = 1 << 30  # bytes of a file that is looked at
 # O_NONBLOCK: a pipe that takes the file's place after it was looked at would be waited for.
@@ -94,7 +100,9 @@ def open_own_file(path: Path, kind: OwnFileKind, flags: int) -> int:
     """
     try:
         if not flags & os.O_EXCL:
-            _require_plain(path, path.lstat(), kind)  # before it is opened: to open a device may set it in motion
+            _require_plain(
+                path, path.lstat(), kind
+            )  # before it is opened: to open a device may set it in motion
         descriptor = os.open(path, flags | _ALWAYS, 0o666)
     except (FileNotFoundError, FileExistsError):
         raise

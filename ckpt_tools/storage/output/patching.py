@@ -17,9 +17,19 @@ from torch import Tensor
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.formats.safetensors_file import data_offset, read_safetensors_header
-from ckpt_tools.storage.output.byte_transfer import BLOCK_BYTES, copy_range, flush_in_background, write_at
+from ckpt_tools.storage.output.byte_transfer import (
+    BLOCK_BYTES,
+    copy_range,
+    flush_in_background,
+    write_at,
+)
 from ckpt_tools.storage.output.hashing import hash_in_background
-from ckpt_tools.storage.output.safetensors_layout import FilePart, Layout, encode_header, verify_and_hash
+from ckpt_tools.storage.output.safetensors_layout import (
+    FilePart,
+    Layout,
+    encode_header,
+    verify_and_hash,
+)
 from ckpt_tools.storage.provenance import BLANK_DIGEST, Seal, add_seal, seal_header
 from ckpt_tools.storage.tensor_bytes import raw_bytes
 
@@ -55,7 +65,10 @@ class CopyableSource:
     def parts(self, start: int, replaced: Mapping[str, Tensor]) -> list[FilePart]:
         """The tensors in the order of the file, where the data begins at ``start``."""
         spans = sorted((*entry["data_offsets"], key) for key, entry in self.entries.items())
-        return [FilePart(key, start + begin, end - begin, replaced.get(key)) for begin, end, key in spans]
+        return [
+            FilePart(key, start + begin, end - begin, replaced.get(key))
+            for begin, end, key in spans
+        ]
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """The first bytes of an output: the header's length and the header, padded as the format asks."""
@@ -95,7 +108,11 @@ def _is_whole(original: CopyableSource, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def write_patched_copy(
-    original: CopyableSource, path: Path, replaced: Mapping[str, Tensor], describe: MakeMetadata, known: str = ""
+    original: CopyableSource,
+    path: Path,
+    replaced: Mapping[str, Tensor],
+    describe: MakeMetadata,
+    known: str = "",
 ) -> tuple[OutputDigests, dict[str, str]]:
     """Write a new file, read it back and compare it byte by byte; its digests and its metadata.
 
@@ -103,23 +120,36 @@ def write_patched_copy(
     seal is added to them. Raises OSError, ValueError.
     """
     with original.path.open("rb", buffering=0) as source, path.open("x+b", buffering=0) as file:
-        with hash_in_background(source.fileno(), known) as digest, flush_in_background(file.fileno()) as flush:
+        with (
+            hash_in_background(source.fileno(), known) as digest,
+            flush_in_background(file.fileno()) as flush,
+        ):
             # All digests have the same length, so that the header's size is known before they are.
-            start = len(original.header(add_seal(describe(known or BLANK_DIGEST), Seal(BLANK_DIGEST, original.size))))
+            start = len(
+                original.header(
+                    add_seal(describe(known or BLANK_DIGEST), Seal(BLANK_DIGEST, original.size))
+                )
+            )
             parts = original.parts(start, replaced)
             write_parts(parts, source.fileno(), file.fileno(), start - original.start, flush)
             source_sha256 = digest()
         with hash_in_background(file.fileno(), start=start) as data_digest:
             os.fsync(file.fileno())  # the disk works while the data is hashed
-            header, metadata = seal_header(original.header, describe(source_sha256), data_digest(), original.size)
+            header, metadata = seal_header(
+                original.header, describe(source_sha256), data_digest(), original.size
+            )
         write_at(file.fileno(), header, 0)
         os.fsync(file.fileno())
         layout = Layout(header, parts, source.fileno(), start - original.start)
         size = os.fstat(file.fileno()).st_size
-        return OutputDigests(source_sha256, verify_and_hash(file.fileno(), size, layout), size), metadata
+        return OutputDigests(
+            source_sha256, verify_and_hash(file.fileno(), size, layout), size
+        ), metadata
 
 
-def write_parts(parts: list[FilePart], source: int, target: int, shift: int, flush: Callable[[], None]) -> None:
+def write_parts(
+    parts: list[FilePart], source: int, target: int, shift: int, flush: Callable[[], None]
+) -> None:
     """Write all parts of an output but its header into an open file; ``flush`` is called now and then.
 
     What keeps the source's bytes has them ``shift`` bytes before its place in the output. Raises OSError.

@@ -10,7 +10,9 @@ from pathlib import Path
 
 __all__ = ["set_permissions"]
 
-_ACCESS_LIST = "system.posix_acl_access"  # the extended attribute in which Linux keeps a POSIX access list
+_ACCESS_LIST = (
+    "system.posix_acl_access"  # the extended attribute in which Linux keeps a POSIX access list
+)
 _OWNER = stat.S_IRUSR | stat.S_IWUSR
 _FOR_ALL = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
@@ -51,7 +53,9 @@ def _shared_bits(source: os.stat_result, group: int) -> int:
 def _hand_group_on(path: Path, sources: Sequence[os.stat_result]) -> None:
     """Give a file the group of its sources if only the group may read them, where the system allows that."""
     groups = {source.st_gid for source in sources}
-    only_group = any(source.st_mode & stat.S_IRGRP and not source.st_mode & stat.S_IROTH for source in sources)
+    only_group = any(
+        source.st_mode & stat.S_IRGRP and not source.st_mode & stat.S_IROTH for source in sources
+    )
     if len(groups) == 1 and only_group and groups != {path.stat().st_gid} and hasattr(os, "chown"):
         with contextlib.suppress(OSError):
             os.chown(path, -1, groups.pop())
@@ -61,6 +65,9 @@ def _has_access_list(path: Path) -> bool:
     """Whether a file has a POSIX access list, under which the bits of the group mean something else."""
     try:
         os.getxattr(path, _ACCESS_LIST)
-    except (OSError, AttributeError):  # no list, a file system without them, or a system without the call
+    except (
+        OSError,
+        AttributeError,
+    ):  # no list, a file system without them, or a system without the call
         return False
     return True

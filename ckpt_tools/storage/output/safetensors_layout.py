@@ -35,7 +35,9 @@ class Layout:
     ``source``, an open file, has the parts without a value, each ``shift`` bytes before its place here.
     """
 
-    def __init__(self, header: bytes, parts: Sequence[FilePart], source: int = -1, shift: int = 0) -> None:
+    def __init__(
+        self, header: bytes, parts: Sequence[FilePart], source: int = -1, shift: int = 0
+    ) -> None:
         self.size = len(header) + sum(part.size for part in parts)
         self._header = np.frombuffer(header, np.uint8)
         self._parts = sorted(parts, key=lambda part: (part.at, part.size))
@@ -52,7 +54,9 @@ class Layout:
         for part in self._within(start, start + len(piece)):
             if part.value is not None:
                 first, last = max(start, part.at), min(start + len(piece), part.at + part.size)
-                piece[first - start : last - start] = self._raw(part)[first - part.at : last - part.at]
+                piece[first - start : last - start] = self._raw(part)[
+                    first - part.at : last - part.at
+                ]
 
     def name_at(self, place: int) -> str:
         """What lies at a place."""

@@ -25,17 +25,23 @@ _COPIED = 4  # times, of records that are stored as they are; nobody reads one m
 _SLACK = 1 << 26
 
 
-def read_archive(blob: Blob, limits: Limits, inner: Callable[[bytes], object], pickle: str = "data.pkl") -> object:
+def read_archive(
+    blob: Blob, limits: Limits, inner: Callable[[bytes], object], pickle: str = "data.pkl"
+) -> object:
     """The value of one pickle of an archive, whose storages are records beside it. Raises Fault."""
     archive = Archive(blob)
     if pickle not in archive.records:
-        raise MalformedFileError(f"a zip archive that torch.save did not write (there is no {pickle} in it)")
+        raise MalformedFileError(
+            f"a zip archive that torch.save did not write (there is no {pickle} in it)"
+        )
     data = archive.read(pickle)
     folder = pickle.removesuffix(".pkl")
     storages = _Storages(archive, folder)
     # Arrays are the weights only where nothing else is.
     arrays = not any(name.startswith(f"{folder}/") for name in archive.records)
-    return read_pickle(data, SafeResolver(limits, inner=inner, storages=storages.load, arrays=arrays), limits)[0]
+    return read_pickle(
+        data, SafeResolver(limits, inner=inner, storages=storages.load, arrays=arrays), limits
+    )[0]
 
 
 class Archive:
@@ -65,11 +71,15 @@ class Archive:
             start = self._start(record)
             self._copied -= record.file_size
             if self._copied < 0:
-                raise MalformedFileError(f"an archive that wants its record {name[:100]} over and over again")
+                raise MalformedFileError(
+                    f"an archive that wants its record {name[:100]} over and over again"
+                )
             return cast(bytes, self._blob.data[start : start + record.file_size])
         self._inflated -= record.file_size
         if record.compress_type != zipfile.ZIP_DEFLATED or self._inflated < 0:
-            raise MalformedFileError(f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes")
+            raise MalformedFileError(
+                f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes"
+            )
         return self._zip.read(record)
 
     def storage(self, name: str) -> torch.UntypedStorage:
@@ -86,8 +96,17 @@ class Archive:
         """Where a stored record's bytes begin: behind its local header, whose length varies."""
         at = record.header_offset
         header = self._blob.data[at : at + 30] if at >= 0 else b""
-        start = at + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        if header[:4] != ZIP_MAGIC or record.flag_bits & 1 or start + record.file_size > len(self._blob.data):
+        start = (
+            at
+            + 30
+            + int.from_bytes(header[26:28], "little")
+            + int.from_bytes(header[28:30], "little")
+        )
+        if (
+            header[:4] != ZIP_MAGIC
+            or record.flag_bits & 1
+            or start + record.file_size > len(self._blob.data)
+        ):
             raise MalformedFileError(
                 f"an archive whose record {record.filename[:100]} is not where its table of contents says"
             )

@@ -57,5 +57,8 @@ def open_blob(path: Path) -> Iterator[Blob]:
 def _map_file(path: Path, nbytes: int) -> torch.UntypedStorage | None:
     try:
         return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, nbytes))
-    except (RuntimeError, UnicodeError):  # a name that torch cannot spell, or a file system that cannot map
+    except (
+        RuntimeError,
+        UnicodeError,
+    ):  # a name that torch cannot spell, or a file system that cannot map
         return None

@@ -6,7 +6,11 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 
-from ckpt_tools.storage.formats.pickles.literals import LITERAL_INSTRUCTIONS, decode_text, push_value
+from ckpt_tools.storage.formats.pickles.literals import (
+    LITERAL_INSTRUCTIONS,
+    decode_text,
+    push_value,
+)
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
 from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.stack_machine import Buffer, PickleMachine, ValueResolver
@@ -14,7 +18,9 @@ from ckpt_tools.storage.formats.pickles.stack_machine import Buffer, PickleMachi
 __all__ = ["read_pickle"]
 
 
-def read_pickle(data: Buffer, meaning: ValueResolver, limits: Limits, position: int = 0) -> tuple[object, int]:
+def read_pickle(
+    data: Buffer, meaning: ValueResolver, limits: Limits, position: int = 0
+) -> tuple[object, int]:
     """The value of the pickle that starts at ``position``, and where it ends.
 
     Nothing is imported, looked up or called but ``meaning``. Raises Fault.

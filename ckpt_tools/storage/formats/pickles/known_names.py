@@ -58,7 +58,9 @@ def _bytearray(value: object = b"", *_: object) -> bytearray:
 def _number(kind: Callable[..., object]) -> Callable[..., object]:
     def make(*parts: object) -> object:
         return (
-            kind(*parts) if all(isinstance(part, int | float) for part in parts) else OpaqueObject(kind.__name__, parts)
+            kind(*parts)
+            if all(isinstance(part, int | float) for part in parts)
+            else OpaqueObject(kind.__name__, parts)
         )
 
     return make
@@ -66,7 +68,9 @@ def _number(kind: Callable[..., object]) -> Callable[..., object]:
 
 def _slice(*parts: object) -> object:
     return (
-        slice(*parts) if all(isinstance(part, int | None) for part in parts) else OpaqueObject("builtins.slice", parts)
+        slice(*parts)
+        if all(isinstance(part, int | None) for part in parts)
+        else OpaqueObject("builtins.slice", parts)
     )
 
 
@@ -130,7 +134,9 @@ def evaluate_call(function: object, args: tuple[object, ...]) -> object:
         return OpaqueObject(f"{type(function).__module__}.{type(function).__qualname__}", args)
     known = GLOBAL_CALLS.get(function.name) if function.args is None else None
     if known:
-        with suppress(TypeError, ValueError, ArithmeticError):  # other arguments than the class has taken so far
+        with suppress(
+            TypeError, ValueError, ArithmeticError
+        ):  # other arguments than the class has taken so far
             return known(*args)
     return OpaqueObject(function.name, args)
 
@@ -154,7 +160,9 @@ GLOBAL_VALUES: dict[str, object] = {
     **{f"{module}.NotImplemented": None for module in ("builtins", "__builtin__")},
 }
 
-SET_TYPES = frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
+SET_TYPES = frozenset(
+    f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset")
+)
 
 GLOBAL_CALLS: dict[str, Callable[..., object]] = {
     **TENSOR_REBUILDERS,
@@ -184,7 +192,9 @@ GLOBAL_CALLS: dict[str, Callable[..., object]] = {
     "datetime.time": _moment(datetime.time),
     "datetime.timedelta": _timedelta,
     "datetime.timezone": _timezone,
-    **{f"pathlib.{place}{kind}": make for place in ("", "_local.") for kind, make in _PATHS.items()},
+    **{
+        f"pathlib.{place}{kind}": make for place in ("", "_local.") for kind, make in _PATHS.items()
+    },
     "torch.device": _device,
     "torch.Size": _tuple,
     "torch.serialization._get_layout": _layout,

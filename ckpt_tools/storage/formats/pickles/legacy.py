@@ -25,7 +25,9 @@ __all__ = [
 
 LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER as pickle writes it
 _PROTOCOL = 1001
-_SAME_MACHINE = 3  # pickles before the object: magic number, protocol, sizes of the writer's integers
+_SAME_MACHINE = (
+    3  # pickles before the object: magic number, protocol, sizes of the writer's integers
+)
 
 
 def read_legacy(blob: Blob, limits: Limits, inner: Callable[[bytes], object]) -> object:
@@ -45,7 +47,12 @@ def read_legacy(blob: Blob, limits: Limits, inner: Callable[[bytes], object]) ->
     keys, end = read_pickle(data, StorageCollector(), limits, end)
     storages = _behind(blob, scan, keys, end)
     arrays = data.find(b"_rebuild_", start, end) < 0
-    return read_pickle(data, SafeResolver(limits, inner=inner, storages=storages.load, arrays=arrays), limits, start)[0]
+    return read_pickle(
+        data,
+        SafeResolver(limits, inner=inner, storages=storages.load, arrays=arrays),
+        limits,
+        start,
+    )[0]
 
 
 class StorageCollector:
@@ -120,8 +127,12 @@ class LegacyStorages:
         whole = self.found[key].bytes
         return Storage(whole if view is None else self._view(whole, view, dtype), dtype)
 
-    def _view(self, whole: torch.UntypedStorage, view: object, dtype: torch.dtype) -> torch.UntypedStorage:
-        _, offset, count = view if isinstance(view, tuple) and len(view) == 3 else (None, None, None)
+    def _view(
+        self, whole: torch.UntypedStorage, view: object, dtype: torch.dtype
+    ) -> torch.UntypedStorage:
+        _, offset, count = (
+            view if isinstance(view, tuple) and len(view) == 3 else (None, None, None)
+        )
         return slice_storage(whole, offset, count, dtype)
 
 

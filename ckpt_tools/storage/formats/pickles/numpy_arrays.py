@@ -34,7 +34,9 @@ def read_numpy_scalar(dtype: object = None, raw: object = None, *_: object) -> o
         return OpaqueObject("numpy.generic", (dtype, raw))
     kind = numpy.dtype(order + code)
     if len(raw) != kind.itemsize or kind.itemsize > 1 << 16:
-        raise MalformedFileError(f"a numpy number of {len(raw):,} bytes where {code} has {kind.itemsize:,}")
+        raise MalformedFileError(
+            f"a numpy number of {len(raw):,} bytes where {code} has {kind.itemsize:,}"
+        )
     return numpy.frombuffer(raw, kind)[0].item()
 
 
@@ -52,11 +54,17 @@ class ArrayConverter:
             return self._tensor(array, raw, dtype, shape, "F" if fortran else "C")
         return array
 
-    def from_buffer(self, raw: object = None, dtype: object = None, shape: object = (), order: object = "C") -> object:
+    def from_buffer(
+        self, raw: object = None, dtype: object = None, shape: object = (), order: object = "C"
+    ) -> object:
         """A tensor for numpy's ``_frombuffer``, which protocol 5 uses, or an Opaque."""
-        return self._tensor(OpaqueObject(NUMPY_ARRAY, (raw, dtype, shape, order)), raw, dtype, shape, order)
+        return self._tensor(
+            OpaqueObject(NUMPY_ARRAY, (raw, dtype, shape, order)), raw, dtype, shape, order
+        )
 
-    def _tensor(self, array: OpaqueObject, raw: object, dtype: object, shape: object, order: object) -> object:
+    def _tensor(
+        self, array: OpaqueObject, raw: object, dtype: object, shape: object, order: object
+    ) -> object:
         code, byte_order = _type(dtype)
         kind = _TORCH.get(code)
         raw = raw.encode("latin-1") if isinstance(raw, str) else raw
@@ -66,11 +74,15 @@ class ArrayConverter:
         if not all(type(size) is int and size >= 0 for size in sizes) or len(sizes) > 64:
             raise MalformedFileError("a numpy array whose shape is no short tuple of counts")
         if math.prod(sizes) * kind.itemsize != len(raw):
-            raise MalformedFileError(f"a numpy array of shape {sizes} with {len(raw):,} bytes of {code}")
+            raise MalformedFileError(
+                f"a numpy array of shape {sizes} with {len(raw):,} bytes of {code}"
+            )
         storage = Storage(self._copy(raw, code, byte_order, kind), kind)
         return tensor_over_storage(storage, 0, sizes, _strides(sizes, order == "F"), kind)
 
-    def _copy(self, raw: bytes | bytearray, code: str, order: str, kind: torch.dtype) -> torch.UntypedStorage:
+    def _copy(
+        self, raw: bytes | bytearray, code: str, order: str, kind: torch.dtype
+    ) -> torch.UntypedStorage:
         key = (id(raw), code, order)
         if key not in self._copies:
             storage = copy_tensor(raw)
@@ -90,7 +102,9 @@ def _type(dtype: object) -> tuple[str, str]:
     ):
         return "", "="
     state = dtype.state
-    order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else "="
+    order = (
+        state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else "="
+    )
     return dtype.args[0].lstrip("<>|="), order
 
 

@@ -53,10 +53,16 @@ class Limits:
             self.charge_copies(_check_key(key))
             if not isinstance(key, int):
                 if hashes is None:
-                    hashes = Counter() if holder is None else self._hashes.setdefault(id(holder), Counter())
+                    hashes = (
+                        Counter()
+                        if holder is None
+                        else self._hashes.setdefault(id(holder), Counter())
+                    )
                 hashes[hash(key)] += 1
                 if hashes[hash(key)] > _SAME_HASH:
-                    raise MalformedFileError("a pickle with keys of a dict that were chosen to share one hash")
+                    raise MalformedFileError(
+                        "a pickle with keys of a dict that were chosen to share one hash"
+                    )
 
 
 def limit_exceeded_error() -> MalformedFileError:
@@ -75,7 +81,9 @@ def _check_key(key: object) -> int:
                 raise MalformedFileError("a pickle with an endless key in a dict")
             todo.extend(item)
         elif isinstance(item, list | dict | set | bytearray | slice) or _is_long(item):
-            raise MalformedFileError(f"a pickle with a key of a dict that cannot be one ({type(item).__name__})")
+            raise MalformedFileError(
+                f"a pickle with a key of a dict that cannot be one ({type(item).__name__})"
+            )
     return seen
 
 

@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
-from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError, limit_exceeded_error
+from ckpt_tools.storage.formats.pickles.pickle_limits import (
+    Limits,
+    MalformedFileError,
+    limit_exceeded_error,
+)
 
 __all__ = ["Buffer", "PickleMachine", "ValueResolver"]
 
@@ -40,7 +44,9 @@ class ValueResolver(Protocol):
 class PickleMachine:
     """Reads one pickle from ``data`` at ``position``; afterwards ``position`` is where it ended."""
 
-    def __init__(self, data: Buffer, meaning: ValueResolver, limits: Limits, position: int = 0) -> None:
+    def __init__(
+        self, data: Buffer, meaning: ValueResolver, limits: Limits, position: int = 0
+    ) -> None:
         self.data = data
         self.meaning = meaning
         self.limits = limits
@@ -131,7 +137,9 @@ class PickleMachine:
         try:
             self.stack.append(self.memo[index])
         except KeyError:
-            raise MalformedFileError(f"a pickle that refers to value {index}, which it never gave") from None
+            raise MalformedFileError(
+                f"a pickle that refers to value {index}, which it never gave"
+            ) from None
 
     def replace_top(self, value: Any) -> Any:
         """Put a value where an Opaque stood, on the stack and in the memo, and return it."""
@@ -146,7 +154,11 @@ class PickleMachine:
 
     def push_global(self, module: object, name: object) -> None:
         """Push the meaning of a global."""
-        if type(module) is not str or type(name) is not str or len(module) + len(name) > _LONGEST_NAME:
+        if (
+            type(module) is not str
+            or type(name) is not str
+            or len(module) + len(name) > _LONGEST_NAME
+        ):
             raise MalformedFileError("a pickle that names a global by something other than a name")
         self.stack.append(self.meaning.resolve_global(f"{module}.{name}"))
 

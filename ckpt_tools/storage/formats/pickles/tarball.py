@@ -12,7 +12,12 @@ from torch import Tensor
 from ckpt_tools.storage.formats.pickles.archive import BlobReader
 from ckpt_tools.storage.formats.pickles.blob import Blob
 from ckpt_tools.storage.formats.pickles.instructions import read_pickle
-from ckpt_tools.storage.formats.pickles.legacy import StorageCollector, slice_storage, storage_at, storage_key
+from ckpt_tools.storage.formats.pickles.legacy import (
+    StorageCollector,
+    slice_storage,
+    storage_at,
+    storage_key,
+)
 from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
 from ckpt_tools.storage.formats.pickles.tensors import Storage, storage_dtype, tensor_over_storage
 from ckpt_tools.storage.formats.pickles.value_resolver import SafeResolver
@@ -28,10 +33,16 @@ def is_tar(head: bytes) -> bool:
 def read_tar(blob: Blob, limits: Limits, inner: Callable[[bytes], object]) -> object:
     """The value of the archive's pickle. Raises Fault."""
     with tarfile.open(fileobj=cast("IO[bytes]", BlobReader(blob)), mode="r:") as archive:
-        members = {member.name: member for member in archive.getmembers() if member.isreg() and not member.issparse()}
+        members = {
+            member.name: member
+            for member in archive.getmembers()
+            if member.isreg() and not member.issparse()
+        }
     for name in ("storages", "tensors", "pickle"):
         if name not in members:
-            raise MalformedFileError(f"a tar archive without {name}, which torch.save did not write")
+            raise MalformedFileError(
+                f"a tar archive without {name}, which torch.save did not write"
+            )
     starts = {name: member.offset_data for name, member in members.items()}
     storages = _storages(blob, limits, starts["storages"])
     tensors = _tensors(blob, limits, starts["tensors"], storages)
@@ -44,7 +55,9 @@ def read_tar(blob: Blob, limits: Limits, inner: Callable[[bytes], object]) -> ob
             raise MalformedFileError("a persistent id that names no tensor")
         return tensors.get(key, storages.get(key))
 
-    return read_pickle(blob.data, SafeResolver(limits, inner=inner, storages=persistent), limits, starts["pickle"])[0]
+    return read_pickle(
+        blob.data, SafeResolver(limits, inner=inner, storages=persistent), limits, starts["pickle"]
+    )[0]
 
 
 def _storages(blob: Blob, limits: Limits, at: int) -> dict[str, Storage]:
@@ -58,11 +71,15 @@ def _storages(blob: Blob, limits: Limits, at: int) -> dict[str, Storage]:
     for view in views if isinstance(views, list) else []:
         target, root, offset, size = _items(view, 4)
         whole = _require_storage(found, root)
-        found[storage_key(target)] = Storage(slice_storage(whole.bytes, offset, size, whole.dtype), whole.dtype)
+        found[storage_key(target)] = Storage(
+            slice_storage(whole.bytes, offset, size, whole.dtype), whole.dtype
+        )
     return found
 
 
-def _tensors(blob: Blob, limits: Limits, at: int, storages: dict[str, Storage]) -> dict[str, Tensor]:
+def _tensors(
+    blob: Blob, limits: Limits, at: int, storages: dict[str, Storage]
+) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     count, at = read_pickle(blob.data, StorageCollector(), limits, at)
     for _ in range(_count(count, blob)):
@@ -71,7 +88,9 @@ def _tensors(blob: Blob, limits: Limits, at: int, storages: dict[str, Storage]) 
         (dimensions,) = _integers(blob, "<i", at)
         if not 0 <= dimensions <= 64:
             raise MalformedFileError(f"a tensor of {dimensions} dimensions")
-        numbers = _integers(blob, f"<{2 * dimensions + 1}q", at + 8)  # the count of dimensions takes 8 bytes
+        numbers = _integers(
+            blob, f"<{2 * dimensions + 1}q", at + 8
+        )  # the count of dimensions takes 8 bytes
         at += 8 + 8 * len(numbers)
         over = _require_storage(storages, storage)
         size, stride = numbers[:dimensions], numbers[dimensions:-1]

@@ -11,7 +11,14 @@ from torch import Tensor
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
 from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
 
-__all__ = ["DTYPES", "NOT_DENSE", "TENSOR_REBUILDERS", "Storage", "storage_dtype", "tensor_over_storage"]
+__all__ = [
+    "DTYPES",
+    "NOT_DENSE",
+    "TENSOR_REBUILDERS",
+    "Storage",
+    "storage_dtype",
+    "tensor_over_storage",
+]
 
 _LARGEST = (1 << 63) - 1
 _UNFOLDED = 1 << 26  # bytes; up to here a view may be any multiple of its storage
@@ -39,7 +46,11 @@ _STORAGES = {
     "_Untyped": torch.uint8,
 }
 
-DTYPES = {f"torch.{name}": value for name, value in sorted(vars(torch).items()) if isinstance(value, torch.dtype)}
+DTYPES = {
+    f"torch.{name}": value
+    for name, value in sorted(vars(torch).items())
+    if isinstance(value, torch.dtype)
+}
 
 # Rebuilders whose result is no dense tensor on the CPU, and what it is instead.
 NOT_DENSE = {
@@ -65,16 +76,24 @@ class Storage:
 def storage_dtype(kind: object) -> torch.dtype:
     """The element type that a storage class names, such as ``torch.FloatStorage``. Raises Fault."""
     name = kind.name if type(kind) is OpaqueObject else ""
-    found = _STORAGES.get(name.rpartition(".")[2].removesuffix("Storage")) if name.startswith("torch.") else None
+    found = (
+        _STORAGES.get(name.rpartition(".")[2].removesuffix("Storage"))
+        if name.startswith("torch.")
+        else None
+    )
     if found is None:
         raise MalformedFileError(f"a storage of the unknown type {name or type(kind).__name__}")
     return found
 
 
-def tensor_over_storage(storage: object, offset: object, size: object, stride: object, dtype: torch.dtype) -> Tensor:
+def tensor_over_storage(
+    storage: object, offset: object, size: object, stride: object, dtype: torch.dtype
+) -> Tensor:
     """A view of a storage; offset and strides count elements. Raises Fault for one that leaves the storage."""
     if type(storage) is not Storage:
-        raise MalformedFileError(f"a tensor over something that is no storage ({type(storage).__name__})")
+        raise MalformedFileError(
+            f"a tensor over something that is no storage ({type(storage).__name__})"
+        )
     sizes, strides = _counts(size), _counts(stride)
     (start,) = _counts((offset,))
     if len(sizes) != len(strides):
@@ -85,7 +104,9 @@ def tensor_over_storage(storage: object, offset: object, size: object, stride: o
         extent += (length - 1) * step
     held = storage.bytes.nbytes() // dtype.itemsize
     if (extent if elements else start) > held:
-        raise MalformedFileError(f"a tensor of shape {sizes} that reaches element {extent:,} of a storage of {held:,}")
+        raise MalformedFileError(
+            f"a tensor of shape {sizes} that reaches element {extent:,} of a storage of {held:,}"
+        )
     if elements > max(_UNFOLDED // dtype.itemsize, _REPEATS * held):
         raise MalformedFileError(f"a tensor that repeats {held:,} stored numbers to {elements:,}")
     return torch.empty(0, dtype=dtype).set_(storage.bytes, start, sizes, strides)
@@ -96,12 +117,16 @@ def _counts(values: object) -> tuple[int, ...]:
         raise MalformedFileError("a tensor whose shape is no short tuple of integers")
     for value in values:
         if type(value) is not int or not 0 <= value <= _LARGEST:
-            shown = value if type(value) is int and abs(value) <= _LARGEST + 1 else type(value).__name__
+            shown = (
+                value if type(value) is int and abs(value) <= _LARGEST + 1 else type(value).__name__
+            )
             raise MalformedFileError(f"a tensor with the size, stride or offset {shown}")
     return tuple(values)
 
 
-def _rebuild(storage: object = None, offset: object = 0, size: object = (), stride: object = (), *_: object) -> Tensor:
+def _rebuild(
+    storage: object = None, offset: object = 0, size: object = (), stride: object = (), *_: object
+) -> Tensor:
     dtype = storage.dtype if type(storage) is Storage else torch.uint8
     if dtype in _QUANTISED:
         raise MalformedFileError(f"a plain tensor over a storage of {dtype}")
@@ -117,7 +142,8 @@ def _rebuild_v3(*args: object) -> object:
     if not isinstance(dtype, torch.dtype) or dtype in _QUANTISED:
         raise MalformedFileError("a tensor without a type")
     return _with_metadata(
-        tensor_over_storage(args[0], args[1], args[2], args[3], dtype), args[7] if len(args) > 7 else None
+        tensor_over_storage(args[0], args[1], args[2], args[3], dtype),
+        args[7] if len(args) > 7 else None,
     )
 
 
@@ -133,7 +159,9 @@ def _first_tensor(value: object = None, *_: object) -> object:
     return value
 
 
-def _from_type(function: object = None, kind: object = None, args: object = (), *_: object) -> object:
+def _from_type(
+    function: object = None, kind: object = None, args: object = (), *_: object
+) -> object:
     name = function.name if type(function) is OpaqueObject else ""
     if name not in TENSOR_REBUILDERS or type(args) is not tuple:
         # A subclass that keeps its values elsewhere, such as a distributed tensor.

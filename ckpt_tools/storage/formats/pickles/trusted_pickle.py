@@ -23,7 +23,11 @@ def load_trusted(path: Path) -> object:
         head = file.read(512)
         file.seek(0)
         try:
-            if head.startswith(archive.ZIP_MAGIC) or legacy.LEGACY_MAGIC in head[:32] or is_tar(head):
+            if (
+                head.startswith(archive.ZIP_MAGIC)
+                or legacy.LEGACY_MAGIC in head[:32]
+                or is_tar(head)
+            ):
                 # An open file, as torch takes a path that ends in .safetensors for that format.
                 return torch.load(file, map_location="cpu", weights_only=False)
             return _OnCpu(file).load()

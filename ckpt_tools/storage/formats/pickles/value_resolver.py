@@ -47,7 +47,9 @@ class SafeResolver:
 
     def resolve_call(self, function: object, args: tuple[object, ...]) -> object:
         """What ``function(*args)`` means. Raises Fault."""
-        self._limits.charge_copies(len(args) + sum(len(arg) for arg in args if isinstance(arg, _SIZED)))
+        self._limits.charge_copies(
+            len(args) + sum(len(arg) for arg in args if isinstance(arg, _SIZED))
+        )
         name = function.name if type(function) is OpaqueObject and function.args is None else ""
         if name in _COPYREG:
             return self._copyreg(name, args)
@@ -56,7 +58,9 @@ class SafeResolver:
         if name == _FROM_BYTES:
             return self._blob(*args)
         if name in _FROM_BUFFER:
-            return self._arrays.from_buffer(*args) if self._arrays else OpaqueObject(NUMPY_ARRAY, args)
+            return (
+                self._arrays.from_buffer(*args) if self._arrays else OpaqueObject(NUMPY_ARRAY, args)
+            )
         return evaluate_call(function, args)
 
     def _copyreg(self, name: str, args: tuple[object, ...]) -> object:
@@ -80,18 +84,27 @@ class SafeResolver:
             if self._arrays and value.name == NUMPY_ARRAY and value.args is not None:
                 return self._arrays.from_state(value, state)
             value.state = self._merge_states(value.state, state)
-        elif isinstance(value, argparse.Namespace | types.SimpleNamespace) and isinstance(state, dict):
+        elif isinstance(value, argparse.Namespace | types.SimpleNamespace) and isinstance(
+            state, dict
+        ):
             self._limits.charge_copies(len(state))
             vars(value).update((key, inner) for key, inner in state.items() if isinstance(key, str))
         return value
 
     def resolve_persistent_id(self, pid: object) -> object:
         """A storage of the file; an Opaque in a pickle that has none."""
-        return self._storages(pid) if self._storages else OpaqueObject("pickle.persistent_id", (pid,))
+        return (
+            self._storages(pid) if self._storages else OpaqueObject("pickle.persistent_id", (pid,))
+        )
 
     def _merge_states(self, old: object, new: object) -> object:
         # (dict, dict of slots) is how objects with both are pickled.
-        if isinstance(new, tuple) and len(new) == 2 and isinstance(new[1], dict) and isinstance(new[0], dict | None):
+        if (
+            isinstance(new, tuple)
+            and len(new) == 2
+            and isinstance(new[1], dict)
+            and isinstance(new[0], dict | None)
+        ):
             new = {**(new[0] or {}), **new[1]}
             self._limits.charge_copies(len(new))
         if isinstance(old, dict) and isinstance(new, dict):
