@@ -108,7 +108,7 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeyp
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize(
     "call",
-    [(patching, "write_data"), (patching.os, "fsync"), (atomic_write, "_move")],
+    [(patching, "write_parts"), (patching.os, "fsync"), (atomic_write, "_move")],
     ids=["write", "fsync", "rename"],
 )
 def test_disk_full(root: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[object, str], number: int) -> None:

@@ -1,4 +1,4 @@
-"""The files that a checkpoint is read from, as far as names tell."""
+"""The files that a checkpoint is read from, as far as names tell: no output may replace one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ __all__ = ["files_of_checkpoint"]
 
 
 def files_of_checkpoint(path: Path) -> tuple[Path, ...]:
-    """A checkpoint's file, or those of its folder; shards that an index names; what stands beside and describes it.
+    """Return a checkpoint's file or those of its folder, the shards of an index, and descriptions
+    beside them.
 
-    Nothing is fetched, and nothing is read but an index. What cannot be listed is left out.
+    Nothing is fetched, and nothing is read but an index. Files that cannot be listed are left out.
     """
     try:
         if is_remote(path) or not path.exists():

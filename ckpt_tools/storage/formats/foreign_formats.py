@@ -1,4 +1,8 @@
-"""Files and folders that are no checkpoints of PyTorch: what they are, and what to do about it."""
+"""Files and folders that are no checkpoints of PyTorch: what they are, and what to do about it.
+
+Each table has patterns of first bytes or of names, a description to stand behind "found", and
+advice.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,24 @@ _UNPACK = "Unpack it first."
 _CONVERT = (
     "Convert its weights to PyTorch first (a state dict saved with torch.save or as safetensors)."
 )
-_TF = "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in transformers, and save them."
-_FLAX = "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_flax=True) in transformers."
-_GGUF = "It holds quantised weights of a language model; give the checkpoint that it was converted from."
-_ONNX = "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was exported from."
+_TF = (
+    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in "
+    "transformers, and save them."
+)
+_FLAX = (
+    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_flax=True) in "
+    "transformers."
+)
+_GGUF = (
+    "It holds quantised weights of a language model; give the checkpoint that it was converted "
+    "from."
+)
+_ONNX = (
+    "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was "
+    "exported from."
+)
 
+# The first bytes of files, matched from the start; the first match counts.
 _SIGNATURES = (
     (
         rb"version https://git-lfs",
@@ -51,6 +68,7 @@ _SIGNATURES = (
     (rb"\s*<\?xml", "an XML file", ""),
 )
 
+# The names of a zip archive's records.
 _ARCHIVES = (
     (r"model\.weights\.h5$", "a Keras model", _TF),
     (
@@ -71,6 +89,7 @@ _ARCHIVES = (
     (r"(^|/)mlmodel$|\.mlmodel$", "a Core ML package", _CONVERT),
 )
 
+# The names of the files in a folder.
 _FOLDERS = (
     (r"^saved_model\.pb$", "a TensorFlow SavedModel", _TF),
     (r"\.data-\d{5}-of-\d{5}$", "a TensorFlow checkpoint", _TF),
@@ -83,7 +102,8 @@ _FOLDERS = (
     (
         r"^(zero_to_fp32\.py|latest)$",
         "a DeepSpeed checkpoint",
-        "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and give what it writes.",
+        "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and "
+        "give what it writes.",
     ),
     (
         r"\.distcp$",
@@ -94,57 +114,60 @@ _FOLDERS = (
 
 
 def foreign_file_error(path: Path, head: bytes) -> CheckpointError:
-    """The error for a file that is no checkpoint, from its first bytes (about 512)."""
-    known = [(what, advice) for signature, what, advice in _SIGNATURES if re.match(signature, head)]
-    what, advice = known[0] if known else (_tar_text_or_bytes(head), "")
+    """Return the error for a file that is no checkpoint, from its first bytes (about 512)."""
+    matches = [entry[1:] for entry in _SIGNATURES if re.match(entry[0], head)]
+    description, advice = matches[0] if matches else (_describe_unknown_bytes(head), "")
     return CheckpointError(
-        f"{path}: expected a checkpoint (torch.save or safetensors), found {what}. "
+        f"{path}: expected a checkpoint (torch.save or safetensors), found {description}. "
         + (advice or "Give the file that the training script saved.")
     )
 
 
 def foreign_archive_error(path: Path, names: Collection[str]) -> CheckpointError:
-    """The error for a zip archive that is no checkpoint, from the names of its records."""
-    what, advice = _match_names(_ARCHIVES, names) or (
+    """Return the error for a zip archive that is no checkpoint, from the names of its records."""
+    description, advice = _match_names(_ARCHIVES, names) or (
         "a zip archive that torch.save did not write",
         "If it holds a checkpoint, unpack it and give the file inside.",
     )
-    return CheckpointError(f"{path}: expected a checkpoint, found {what}. {advice}")
+    return CheckpointError(f"{path}: expected a checkpoint, found {description}. {advice}")
 
 
 def foreign_folder_error(folder: Path, names: Collection[str]) -> CheckpointError | None:
-    """The error for a folder in another library's layout, from the names in it; None for any other folder."""
-    known = _match_names(_FOLDERS, names)
-    return (
-        CheckpointError(f"{folder}: expected a checkpoint, found {known[0]}. {known[1]}")
-        if known
-        else None
-    )
+    """Return the error for a folder in another library's layout, from the names in it.
+
+    For any other folder this is None.
+    """
+    match = _match_names(_FOLDERS, names)
+    if match is None:
+        return None
+    description, advice = match
+    return CheckpointError(f"{folder}: expected a checkpoint, found {description}. {advice}")
 
 
 def _match_names(
     table: tuple[tuple[str, str, str], ...], names: Collection[str]
 ) -> tuple[str, str] | None:
-    for pattern, what, advice in table:
+    for pattern, description, advice in table:
         if any(re.search(pattern, name) for name in names):
-            return what, advice
+            return description, advice
     return None
 
 
-def _tar_text_or_bytes(head: bytes) -> str:
+def _describe_unknown_bytes(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive of other files"
     if b"\0" in head:
-        return _bytes(head)
+        return _describe_binary(head)
     try:
         head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # a character cut in two by our own reading does not count
-            return _bytes(head)
+        # The end of ``head`` may cut a character in two, which does not make the text binary.
+        if error.start < len(head) - 4:
+            return _describe_binary(head)
     return "a text file"
 
 
-def _bytes(head: bytes) -> str:
+def _describe_binary(head: bytes) -> str:
     if not any(head):
         return "nothing but zeros at its start, as an interrupted copy leaves them"
     return f"bytes of no known format, starting with {head[:8].hex(' ')}"
