@@ -45,9 +45,7 @@ _SOURCE = ("source", "source_sha256", "weights", "prefix")
 
 @dataclass(frozen=True)
 class Seal:
-    """The digests that prove an output complete: SHA-256 and size of its data, SHA-256 of its
-    header.
-    """
+    """The SHA-256 and size of an output's data, and the SHA-256 of its header."""
 
     data_sha256: str
     data_bytes: int
@@ -124,7 +122,7 @@ def seal_header(
 
 
 def add_seal(metadata: Mapping[str, str], seal: Seal) -> dict[str, str]:
-    """Return the metadata with a seal in this tool's entry, or as they are if they have no entry."""
+    """Return the metadata with a seal in this tool's entry, if they have that entry."""
     entry = _parse_entry(metadata)
     if entry is None:
         return dict(metadata)
@@ -134,10 +132,10 @@ def add_seal(metadata: Mapping[str, str], seal: Seal) -> dict[str, str]:
 def output_metadata(
     checkpoint: Checkpoint | None, provenance: Mapping[str, object], source_sha256: str = ""
 ) -> dict[str, str]:
-    """Return the metadata of an output: all of the source's, ``format: pt``, and one entry with the
-    provenance.
+    """Return the metadata of an output.
 
-    Without a ``checkpoint`` the output has no source, and its provenance names none.
+    They are all of the source's, ``format: pt``, and one entry with the provenance. Without a
+    ``checkpoint`` the output has no source, and its provenance names none.
     """
     entry = {**provenance, "version": VERSION}
     if checkpoint is not None:
@@ -184,7 +182,7 @@ def _parse_own_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
 
 
 def _names_source(entry: Mapping[str, object]) -> bool:
-    """Return whether an entry has all values about a source, in the right types, or none of them."""
+    """Return whether an entry has all values about a source in the right types, or none."""
     present = [name for name in _SOURCE if name in entry]
     if not present:
         return True

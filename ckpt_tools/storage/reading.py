@@ -1,6 +1,4 @@
-"""Reading a checkpoint: ``read_checkpoint`` for the state dict in it, ``checkpoint_sha256`` for its
-identity.
-"""
+"""Reading the state dict in a checkpoint, and the SHA-256 that identifies the checkpoint."""
 
 from __future__ import annotations
 
@@ -70,8 +68,7 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
 def reread_checkpoint(
     path: Path | str, *, weights: str, prefix: str, trust: bool = False
 ) -> Checkpoint:
-    """Read the part of a file that was read earlier: the entry ``weights``, without ``prefix``
-    before its keys.
+    """Read the entry ``weights`` of a file once more, without ``prefix`` before its keys.
 
     Raises CheckpointError if it is not there any more.
     """
@@ -144,9 +141,7 @@ def _take_tensors(
 
 
 def _require_unquantised(state: object, where: object, error: CheckpointError) -> None:
-    """Raise a CheckpointError that explains ``error`` better, if the keys are those of a quantised
-    model.
-    """
+    """Raise a CheckpointError that explains ``error``, if the keys show a quantised model."""
     names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []
     if explanation := missing_batch_norm(names):
         raise CheckpointError(f"{where}: expected dense tensors, found {explanation}") from error
@@ -170,16 +165,12 @@ def _describe_module(entry: StateDictEntry, prefix: str) -> dict[str, object]:
 
 
 def _trusted_module(entry: StateDictEntry, prefix: str) -> nn.Module | None:
-    """Return the model itself in a file that is trusted, out of the wrappers whose prefix its keys
-    have lost.
-    """
+    """Return the model itself of a file that is trusted, without the wrappers around it."""
     if not isinstance(entry.source, nn.Module):
         return None
     return entry.source.get_submodule(prefix.rstrip("."))
 
 
 def _list_other_parts(entry: StateDictEntry) -> list[str]:
-    """Return the parts of a larger state dict, of which the entry is one, that are not in the
-    entry.
-    """
+    """Return the parts of the larger state dict that are not in the entry."""
     return _count_by_module([key for key in entry.larger_state or () if key not in entry.state])

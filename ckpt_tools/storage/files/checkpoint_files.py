@@ -100,14 +100,15 @@ def load_checkpoint_files(source: CheckpointFiles, *, trust: bool = False) -> Fi
 
 
 def _load_weights(source: CheckpointFiles, trust: bool) -> FileContent:
-    if source.shard_of is None and source.index is not None:
-        folder = load_distributed(source.index.parent)
-        return FileContent("torch.distributed.checkpoint", folder.root, load=folder.load)
-    if len(source.files) > 1 and source.shard_of is None:
-        return FileContent(f"safetensors, {len(source.files)} ranks", load_rank_files(source.files))
+    files = source.files
     if source.shard_of is None:
-        return load_file_content(source.files[0], trust=trust)
-    shards = {file.name: load_file_content(file, trust=trust) for file in source.files}
+        if source.index is not None:
+            folder = load_distributed(source.index.parent)
+            return FileContent("torch.distributed.checkpoint", folder.root, load=folder.load)
+        if len(files) > 1:
+            return FileContent(f"safetensors, {len(files)} ranks", load_rank_files(files))
+        return load_file_content(files[0], trust=trust)
+    shards = {file.name: load_file_content(file, trust=trust) for file in files}
     tensors = {
         key: _require_tensor(source, shards[name], key, name)
         for key, name in source.shard_of.items()

@@ -25,8 +25,7 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", "
 
 
 def find_weight_candidates(names: Sequence[str]) -> list[str]:
-    """Return the files that may be the weights of a folder's checkpoint, or the index of its
-    shards.
+    """Return the files that may be the weights of a folder's checkpoint, or their index.
 
     This is one file if the choice is clear, and none if there is no checkpoint.
     """

@@ -16,8 +16,7 @@ __all__ = ["files_of_checkpoint"]
 
 
 def files_of_checkpoint(path: Path) -> tuple[Path, ...]:
-    """Return a checkpoint's file or those of its folder, the shards of an index, and descriptions
-    beside them.
+    """Return the files of a checkpoint, with the shards of an index and the descriptions beside it.
 
     Nothing is fetched, and nothing is read but an index. Files that cannot be listed are left out.
     """

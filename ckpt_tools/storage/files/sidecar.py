@@ -44,10 +44,9 @@ _MODEL_KEYS = frozenset(
 
 
 def find_hub_weights(names: list[str]) -> str | None:
-    """Return the name of the weights in a folder of Hugging Face's layout, safetensors before
-    pickles.
+    """Return the name of the weights in a folder of Hugging Face's layout.
 
-    This is None if no name is one of those.
+    Safetensors come before pickles. This is None if no name is one of those.
     """
     return next((name for name in _HUB_WEIGHTS if name in names), None)
 
@@ -58,8 +57,9 @@ def is_trainer_file(name: str) -> bool:
 
 
 def has_sidecars(name: str) -> bool:
-    """Return whether JSON files beside this one may describe it: it is named as weights on the
-    Hugging Face hub.
+    """Return whether a file is named as weights on the Hugging Face hub are.
+
+    Only then the JSON files beside it are taken for its description.
     """
     return name in _HUB_WEIGHTS or _SHARD.fullmatch(name) is not None
 

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
@@ -22,35 +20,24 @@ from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
-from ckpt_tools.storage.formats.safetensors_file import (
-    data_offset,
-    load_safetensors,
-    read_safetensors_header,
-)
-from ckpt_tools.storage.output.atomic_write import check_target, sync_to_disk, write_atomically
+from ckpt_tools.storage.output.atomic_write import check_target, write_atomically
 from ckpt_tools.storage.output.change_detection import require_same_stamps, require_unchanged
-from ckpt_tools.storage.output.hashing import hash_in_background
 from ckpt_tools.storage.output.patching import (
     OutputDigests,
     find_copyable_source,
     write_patched_copy,
 )
-from ckpt_tools.storage.output.safetensors_layout import (
-    FilePart,
-    Layout,
-    encode_header,
-    verify_and_hash,
+from ckpt_tools.storage.output.safetensors_writer import (
+    check_header,
+    total_bytes,
+    write_and_verify,
 )
-from ckpt_tools.storage.provenance import BLANK_DIGEST, Seal, add_seal, output_metadata, seal_header
+from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.reading import checkpoint_sha256
 
 __all__ = ["OutputDigests", "check_output", "replace_tensors", "save", "write_safetensors"]
 
 _PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".pt2"})
-
-# This holds the place of the header's digest and is longer than one, so that the header ends up
-# with more padding than the library ever writes.
-_ROOMY_DIGEST = BLANK_DIGEST + "0" * 8
 
 
 def save(
@@ -106,10 +93,10 @@ def replace_tensors(
             digests, metadata = write_patched_copy(
                 original, temporary, new, describe, source_sha256
             )
-            _check_header(temporary, tensors, metadata)
+            check_header(temporary, tensors, metadata)
         else:
             source_sha256 = source_sha256 or checkpoint_sha256(checkpoint.path)
-            digests = _write_and_verify(temporary, tensors, describe(source_sha256), source_sha256)
+            digests = write_and_verify(temporary, tensors, describe(source_sha256), source_sha256)
         require_same_stamps(checkpoint, stamps)
     return digests
 
@@ -127,7 +114,7 @@ def write_safetensors(
     sealed. Raises OutputError.
     """
     with _open_output(resolve_location(target), tensors, overwrite) as temporary:
-        return _write_and_verify(temporary, tensors, metadata)
+        return write_and_verify(temporary, tensors, metadata)
 
 
 @contextmanager
@@ -154,7 +141,7 @@ def _open_output(
             yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
-            f"{target}: expected to write {_size(tensors):,} bytes there, found: {error}. "
+            f"{target}: expected to write {total_bytes(tensors):,} bytes there, found: {error}. "
             "Nothing was left behind; free space or choose another folder with --output."
         ) from error
 
@@ -238,112 +225,3 @@ def _cast_replacement(key: str, stored: Tensor, value: Tensor) -> Tensor:
             "look at the data."
         )
     return cast
-
-
-def _write_and_verify(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source_sha256: str = ""
-) -> OutputDigests:
-    """Write a file from memory, read it back and compare.
-
-    Raises OSError, ValueError and the library's errors.
-    """
-    sealed_metadata = _write(path, tensors, metadata)
-    _check_header(path, tensors, sealed_metadata)
-    start, header = data_offset(path), read_safetensors_header(path)
-    spans = {key: header[key]["data_offsets"] for key in tensors}
-    parts = [
-        FilePart(key, start + begin, end - begin, tensors[key])
-        for key, (begin, end) in spans.items()
-    ]
-    with path.open("rb", buffering=0) as file:
-        size = path.stat().st_size
-        output_sha256 = verify_and_hash(file.fileno(), size, Layout(file.read(start), parts))
-        return OutputDigests(source_sha256, output_sha256, size)
-
-
-def _write(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> dict[str, str]:
-    """Write a file, put its header in order, and return the metadata in it.
-
-    They are sealed if they are those of an output.
-    """
-    dense = {key: tensor.detach() for key, tensor in tensors.items()}
-    for key in _keys_to_copy(tensors):
-        plain = dense[key].resolve_conj().resolve_neg()
-        dense[key] = plain.clone(memory_format=torch.contiguous_format)
-    blank_seal = Seal(BLANK_DIGEST, _size(tensors), _ROOMY_DIGEST)
-    try:
-        save_file(dense, path, metadata=add_seal(metadata, blank_seal))
-    except KeyError as error:
-        raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
-    with (
-        path.open("r+b") as file,
-        hash_in_background(file.fileno(), start=data_offset(path)) as data_digest,
-    ):
-        sync_to_disk(path)  # the disk works while the data is hashed
-        sealed_metadata = _finish_header(file, path, list(tensors), metadata, data_digest())
-    sync_to_disk(path)
-    return sealed_metadata
-
-
-def _keys_to_copy(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the keys of tensors that have to be copied before the library can write them.
-
-    It takes neither tensors with gaps nor tensors that share memory. Of those that share, the first
-    stays.
-    """
-    keys = {
-        key
-        for key, tensor in tensors.items()
-        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
-    }
-    end = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        if key not in keys and tensor.data_ptr() < end:
-            keys.add(key)
-        elif key not in keys:
-            end = tensor.data_ptr() + tensor.nbytes
-    return keys
-
-
-def _finish_header(
-    file: BinaryIO, path: Path, keys: list[str], metadata: Mapping[str, str], data_sha256: str
-) -> dict[str, str]:
-    """Seal the header, put its entries into the source's order, and return the metadata in it.
-
-    The library has sorted the entries by type and name. The header keeps its length. Raises
-    ValueError if it does not fit.
-    """
-    stored = read_safetensors_header(path)
-    stored.pop("__metadata__", None)
-    entries = {key: stored[key] for key in keys}
-    length = data_offset(path) - 8
-
-    def make_header(metadata: Mapping[str, str]) -> bytes:
-        return length.to_bytes(8, "little") + encode_header(entries, metadata).ljust(length)
-
-    data_bytes = path.stat().st_size - 8 - length
-    text, sealed_metadata = seal_header(make_header, metadata, data_sha256, data_bytes)
-    if len(text) != 8 + length:
-        raise ValueError(f"a header of {len(text) - 8:,} bytes, for which there are {length:,}")
-    file.seek(0)
-    file.write(text)
-    return sealed_metadata
-
-
-def _check_header(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Raise ValueError unless the library reads the keys, types, shapes and metadata in a file.
-
-    The library maps the file: nothing of the tensors is read.
-    """
-    written, written_metadata = load_safetensors(path)
-    if list(written) != list(tensors) or written_metadata != dict(metadata):
-        raise ValueError("keys or metadata that read back differently")
-    for key, tensor in tensors.items():
-        if written[key].dtype != tensor.dtype or written[key].shape != tensor.shape:
-            raise ValueError(f"{key} reading back differently from what was written")
-
-
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -71,10 +71,7 @@ def read_own_file(path: Path, kind: OwnFileKind) -> bytes | None:
     anything that is no file, one that cannot be read, and one that something else wrote. Raises
     RemoteError.
     """
-    if is_remote(path):
-        content = read_remote_file(path, _MAX_BYTES)
-    else:
-        content = _read_local_file(path, kind)
+    content = _read_content(path, kind)
     if content is not None:
         require_own_content(path, kind, content)
     return content
@@ -89,7 +86,9 @@ def require_own_content(path: Path, kind: OwnFileKind, content: bytes) -> None:
         )
 
 
-def _read_local_file(path: Path, kind: OwnFileKind) -> bytes | None:
+def _read_content(path: Path, kind: OwnFileKind) -> bytes | None:
+    if is_remote(path):
+        return read_remote_file(path, _MAX_BYTES)
     try:
         descriptor = open_own_file(path, kind, os.O_RDONLY)
     except FileNotFoundError:

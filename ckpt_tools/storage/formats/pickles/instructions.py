@@ -1,5 +1,4 @@
-"""One function for every instruction of pickle protocols 0 to 5, and the table that names them by
-opcode.
+"""One function for every instruction of pickle protocols 0 to 5, in a table by opcodes.
 
 The functions move values between the stack, the memo and containers. What a name, a call or a
 persistent id means is left to the machine's resolver, so that no function here can import or call
@@ -44,17 +43,11 @@ def read_pickle(
     return value, machine.position
 
 
-def _do_nothing(m: PickleMachine) -> None:
-    pass
-
-
 def _skip_bytes(count: int, m: PickleMachine) -> None:
     m.take_bytes(count)
 
 
-# ---- the stack ----
-
-
+# The stack.
 def _push_mark(m: PickleMachine) -> None:
     m.marks.append(len(m.stack))
 
@@ -75,9 +68,7 @@ def _duplicate_top(m: PickleMachine) -> None:
     m.stack.append(m.top())
 
 
-# ---- containers ----
-
-
+# Containers.
 def _build_short_tuple(count: int, m: PickleMachine) -> None:
     m.marks.append(max(m.marks[-1] if m.marks else 0, len(m.stack) - count))
     items = m.pop_to_mark()
@@ -163,9 +154,7 @@ def _set_items_of_top(m: PickleMachine, items: list[object]) -> None:
     target.update(zip(keys, items[1::2], strict=True))
 
 
-# ---- the memo ----
-
-
+# The memo, which holds values under numbers.
 def _store_at_line(m: PickleMachine) -> None:
     m.store_in_memo(int(m.take_line()))
 
@@ -194,9 +183,7 @@ def _recall_at_byte(m: PickleMachine) -> None:
     m.push_from_memo(m.take_byte())
 
 
-# ---- names, calls and persistent ids: the resolver says what they mean ----
-
-
+# Names, calls and persistent ids, of which the resolver says what they mean.
 def _push_global_of_lines(m: PickleMachine) -> None:
     module, name = m.take_line(), m.take_line()
     m.push_global(decode_text(module), decode_text(name))
@@ -303,6 +290,6 @@ _INSTRUCTIONS: dict[int, Instruction] = LITERAL_INSTRUCTIONS | {
         (pickle.PERSID, _resolve_id_of_line),
         (pickle.BINPERSID, _resolve_id_of_stack),
         (pickle.NEXT_BUFFER, _push_missing_buffer),
-        (pickle.READONLY_BUFFER, _do_nothing),
+        (pickle.READONLY_BUFFER, partial(_skip_bytes, 0)),
     )
 }

@@ -134,9 +134,7 @@ def _require_counts(values: object) -> tuple[int, ...]:
 def _rebuild_tensor(
     storage: object = None, offset: object = 0, size: object = (), stride: object = (), *_: object
 ) -> Tensor:
-    """Make the tensor of an argument list that any release of torch wrote; later arguments do not
-    matter.
-    """
+    """Make a tensor of the arguments that all releases of torch write; others do not matter."""
     dtype = storage.dtype if type(storage) is Storage else torch.uint8
     if dtype in _QUANTISED:
         raise MalformedFileError(f"a plain tensor over a storage of {dtype}")
