@@ -27,6 +27,7 @@ __all__ = [
 
 Expectation = Literal["nothing", "variance", "mean+variance", "init", "any"]
 
+# The last parts of the keys whose values may differ.
 _MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
     "nothing": (),
     "variance": ("running_var",),

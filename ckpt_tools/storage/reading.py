@@ -72,6 +72,7 @@ def reread_checkpoint(
 
     Raises CheckpointError if it is not there any more.
     """
+    # An entry at the top level has no name; "model" takes no averaged copy in its place.
     checkpoint = read_checkpoint(path, weights=weights or "model", trust=trust)
     inner_prefix = prefix.removeprefix(checkpoint.prefix)
     return select_prefix(checkpoint, inner_prefix) if inner_prefix else checkpoint

@@ -33,7 +33,7 @@ from ckpt_tools.storage.output import (
     safetensors_writer,
 )
 from ckpt_tools.storage.output.checkpoint_writer import replace_tensors, save, write_safetensors
-from ckpt_tools.storage.output.memory_mappings import read_file_mappings
+from ckpt_tools.storage.output.memory_mappings import FileMappings
 from ckpt_tools.storage.reading import read_checkpoint
 
 NAMES = {
@@ -439,7 +439,7 @@ def test_a_source_replaced_since_it_was_read(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-@pytest.mark.parametrize(("moment", "message"), [("copy_range", "reading back"), ("verified", "written to since")])
+@pytest.mark.parametrize(("moment", "message"), [("copy_range", "reading back"), ("verify_and_hash", "written to since")])
 def test_a_source_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, message: str) -> None:
     path = lay(tmp_path / "in.safetensors", state())
     checkpoint = read_checkpoint(path)
@@ -477,7 +477,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     lay(tmp_path / "a", {"x": torch.ones(5000), "y": torch.ones(5000), "z": torch.ones(5000)})
     (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes())
     one, again, other = (read_checkpoint(tmp_path / name).tensors for name in "aab")
-    mappings = read_file_mappings()
+    mappings = FileMappings()
     assert mappings.same_place(one["x"], again["x"])
     assert not mappings.same_place(one["x"], one["y"])
     assert not mappings.same_place(one["x"], other["x"])
@@ -485,7 +485,7 @@ def test_the_same_place_of_a_file(tmp_path: Path) -> None:
     assert not mappings.same_place(one["x"][::2], again["x"][::2])
     assert not mappings.same_place(one["x"].clone(), one["x"].clone())
     one["z"][0] = 2
-    assert not read_file_mappings().same_place(one["x"], again["x"])
+    assert not FileMappings().same_place(one["x"], again["x"])
 
 
 @LINUX

@@ -82,6 +82,8 @@ def load_distributed(folder: Path) -> DistributedCheckpoint:
     stand_ins: dict[int, TensorEntry] = {}
     leaves: dict[tuple[str | int, ...], object] = {}
     for entry in metadata.tensors:
+        # ``leaves``, and later ``root``, keep the stand-in alive, so that its identity stays its
+        # own.
         stand_in = torch.empty(entry.size, dtype=entry.dtype, device="meta")
         stand_ins[id(stand_in)] = entry
         leaves[metadata.paths[entry.name]] = stand_in
@@ -110,6 +112,8 @@ def _find_shards(folder: Path, metadata: DistributedMetadata) -> dict[str, Path]
     ]
     shards, sizes = {}, {}
     for name in sorted({piece.file for piece in pieces}):
+        # The names come from a file of unknown origin; path_below refuses those that lead
+        # elsewhere.
         file = shards[name] = path_below(folder, name, origin=folder / METADATA_NAME)
         if not file.is_file():
             raise CheckpointError(

@@ -96,7 +96,7 @@ def _parse_tensor(
         ):
             raise ValueError(f"{name}: a chunk of {length} at {start} in a tensor of {size}")
         chunks[start] = length
-    # torch could not even make an empty tensor of such a shape.
+    # A tensor without elements has strides, too, which must fit into 64 bits.
     if prod(max(length, 1) for length in size) > _LARGEST:
         raise ValueError(f"{name}: the size {size}")
     if prod(size) > sum(prod(length) for length in chunks.values()):

@@ -148,6 +148,7 @@ def _find_in_folder(folder: Path) -> CheckpointFiles:
     )
     if METADATA_NAME in names:
         return _distributed_files(folder, names)
+    # The files of ranks need no index: their metadata says where their parts of tensors belong.
     if ranks := [_member(folder, name) for name in names if is_rank_file(name)]:
         return CheckpointFiles(folder, tuple(ranks))
     candidates = find_weight_candidates(names)
@@ -214,6 +215,7 @@ def _sharded_files(path: Path, index: Path) -> CheckpointFiles:
         )
     files: dict[str, Path] = {}
     for key, name in shard_of.items():
+        # A name that is no text is passed on as well, and path_below refuses it.
         if not isinstance(name, str) or name not in files:
             file = _require_shard(index, key, name)
             files[file.name] = file

@@ -25,7 +25,7 @@ from ckpt_tools.storage.formats.zip_records import open_zip_archive
 
 __all__ = ["is_torch_export", "load_torch_export"]
 
-_PICKLED_STATE = "serialized_state_dict"
+_PICKLED_STATES = ("serialized_state_dict.pt", "serialized_state_dict.json")
 _PROGRAM = "serialized_exported_program.json"
 _WEIGHTS = "data/weights/"
 _CONFIG = re.compile(r"data/weights/(.+)_weights_config\.json")
@@ -62,11 +62,7 @@ def is_torch_export(names: set[str]) -> bool:
 
     ``names`` are the records' names without their common folder.
     """
-    return (
-        "archive_format" in names
-        or f"{_PICKLED_STATE}.pt" in names
-        or f"{_PICKLED_STATE}.json" in names
-    )
+    return "archive_format" in names or not names.isdisjoint(_PICKLED_STATES)
 
 
 def load_torch_export(path: Path) -> dict[str, object]:
@@ -82,19 +78,18 @@ def load_torch_export(path: Path) -> dict[str, object]:
 
 
 def _load_models(path: Path, archive: Archive) -> dict[str, dict[str, object]]:
-    if f"{_PICKLED_STATE}.pt" in archive.records or f"{_PICKLED_STATE}.json" in archive.records:
-        return {"model": _load_zip_of_pickles(path, archive)}
-    raw = {
-        m[1]: _load_described_state(path, archive, m[0])
-        for name in archive.records
-        if (m := _CONFIG.fullmatch(name))
-    }
-    pickled = {
-        m[1]: _load_pickled_state(path, archive, m[0])
-        for name in archive.records
-        if (m := _PICKLED_WEIGHTS.fullmatch(name))
-    }
-    if not raw and not pickled:
+    for name in _PICKLED_STATES:
+        if name in archive.records:
+            return {"model": _load_zip_of_pickles(path, archive, name)}
+    models = {}
+    for pattern, load in (
+        (_CONFIG, _load_described_state),
+        (_PICKLED_WEIGHTS, _load_pickled_state),
+    ):
+        for name in archive.records:
+            if match := pattern.fullmatch(name):
+                models[match[1]] = load(path, archive, name)
+    if not models:
         compiled = any(name.startswith(_COMPILED) for name in archive.records)
         content = "a package that AOTInductor compiled to machine code" if compiled else "none"
         raise CheckpointError(
@@ -102,20 +97,15 @@ def _load_models(path: Path, archive: Archive) -> dict[str, dict[str, object]]:
             "Give the checkpoint that it was made from, or save that with torch.export.save or "
             "torch.save."
         )
-    return {**raw, **pickled}
+    return models
 
 
-def _load_zip_of_pickles(path: Path, archive: Archive) -> dict[str, object]:
+def _load_zip_of_pickles(path: Path, archive: Archive, name: str) -> dict[str, object]:
     """Load a state dict of torch 2.1 to 2.6, without the buffers that are not persistent.
 
     Before torch 2.3 those stood in the state dict, too. The program's signature tells which they
     are.
     """
-    name = (
-        f"{_PICKLED_STATE}.pt"
-        if f"{_PICKLED_STATE}.pt" in archive.records
-        else f"{_PICKLED_STATE}.json"
-    )
     state = _load_pickled_state(path, archive, name)
     program = json.loads(archive.read(_PROGRAM)) if _PROGRAM in archive.records else {}
     specs = program.get("graph_module", {}).get("signature", {}).get("input_specs", [])

@@ -139,6 +139,7 @@ def _iterate_modules(root: object, budget: TreeBudget) -> Iterator[_Module]:
                 "trained."
             )
         yield _Module(path, value.name, _attributes(value), tensors)
+        # The last is taken first, so that reversed children come in their order.
         waiting += [
             (f"{path}{name}.", child, depth + 1) for name, child in reversed(children.items())
         ]

@@ -35,15 +35,11 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the JSON header, whose keys are in the order of the file.
+    """Return the JSON header. Raises ValueError if there is none.
 
-    Raises ValueError if there is none.
-
-    The library sorts the keys that it returns, so that the order has to be read here.
+    Its keys are in the order of the file. The library sorts the keys that it returns.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, HEADER_LIMIT)))
+    header = json.loads(read_header_bytes(path))
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
     return header
@@ -52,9 +48,10 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
 def read_header_bytes(path: Path) -> bytes:
     """Return the bytes of a safetensors file's header, with its padding.
 
-    Raises ValueError if the file ends before the header does.
+    Raises ValueError if the file ends before the header does, or if the header is too long.
     """
     with path.open("rb") as file:
+        # A damaged file may claim any length, so that no more than the limit is read.
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, HEADER_LIMIT))
     if len(text) != length:

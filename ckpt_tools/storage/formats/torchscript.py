@@ -21,6 +21,7 @@ from ckpt_tools.storage.formats.zip_records import open_zip_archive
 
 __all__ = ["is_torchscript", "load_torchscript"]
 
+# The text of a class ends where the next class or function begins.
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n(.*?)(?=^class |^def |\Z)", re.MULTILINE | re.DOTALL)
 _NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[([^\]\n]*)\]", re.MULTILINE)
 _DROPPING = re.compile("drop|StochasticDepth", re.IGNORECASE)
@@ -69,6 +70,7 @@ def load_torchscript(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             if isinstance(value, Tensor) and (declaration is None or key in declaration.tensors):
                 tensors[f"{module.path}{key}"] = value
         if declaration is not None and declaration.rates:
+            # What the pickle holds for a module takes precedence over a constant of its class.
             place = module.path.removesuffix(".")
             rates[place] = {**declaration.rates, **rates.get(place, {})}
     if not tensors:

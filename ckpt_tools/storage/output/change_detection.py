@@ -7,7 +7,7 @@ from ckpt_tools.errors import OutputError
 from ckpt_tools.storage.compare import same_bytes
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.files.stamps import FileStamp, StoredCheckpoint, stamp_checkpoint_files
-from ckpt_tools.storage.output.memory_mappings import FileMappings, read_file_mappings
+from ckpt_tools.storage.output.memory_mappings import FileMappings
 from ckpt_tools.storage.reading import reread_checkpoint
 
 __all__ = ["require_same_stamps", "require_unchanged"]
@@ -56,10 +56,11 @@ def _find_changed_key(checkpoint: Checkpoint) -> str | None:
         checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix
     ).tensors
     large = sum(tensor.nbytes for tensor in stored.values()) >= _LARGE
-    mappings = read_file_mappings() if large else FileMappings()
+    mappings = FileMappings() if large else None
     for key, tensor in checkpoint.tensors.items():
-        if key not in stored or not (
-            mappings.same_place(tensor, stored[key]) or same_bytes(tensor, stored[key])
-        ):
+        if key not in stored:
+            return key
+        is_mapped = mappings is not None and mappings.same_place(tensor, stored[key])
+        if not is_mapped and not same_bytes(tensor, stored[key]):
             return key
     return next((key for key in stored if key not in checkpoint.tensors), None)

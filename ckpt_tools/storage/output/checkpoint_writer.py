@@ -97,6 +97,7 @@ def replace_tensors(
         else:
             source_sha256 = source_sha256 or checkpoint_sha256(checkpoint.path)
             digests = write_and_verify(temporary, tensors, describe(source_sha256), source_sha256)
+        # Another program may have written to the source while it was copied.
         require_same_stamps(checkpoint, stamps)
     return digests
 

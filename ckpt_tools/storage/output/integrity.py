@@ -66,6 +66,7 @@ def measure_output(path: Path) -> MeasuredOutput:
     data = hashlib.sha256()
 
     def add_data(at: int, piece: ByteArray) -> None:
+        # A piece may begin within the header, which is no data.
         data.update(piece[max(0, start - at) :].data)
 
     read = _read_remote if is_remote(path) else _read_local

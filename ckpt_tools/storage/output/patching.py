@@ -80,11 +80,13 @@ class CopyableSource:
         """Return an output's first bytes: the header's length and the header with its padding."""
         text = encode_header(self.entries, metadata)
         start = 8 + len(text) + _MARGIN
-        block = BLOCK_BYTES if self.size >= _LARGE and self.start % 8 == 0 else 8
-        # Where they are apart by whole blocks, source and output have their data at the same places
-        # of pages, which the kernel copies faster. Otherwise the format asks for data that begins
-        # at a multiple of 8.
-        start += (self.start - start) % block if block == BLOCK_BYTES else -start % 8
+        if self.size >= _LARGE and self.start % 8 == 0:
+            # Where source and output are apart by whole blocks, their data lies at the same places
+            # of pages, which the kernel copies faster.
+            start += (self.start - start) % BLOCK_BYTES
+        else:
+            # The format asks for data that begins at a multiple of 8.
+            start += -start % 8
         return (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
 
 

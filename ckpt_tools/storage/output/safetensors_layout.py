@@ -44,6 +44,7 @@ class Layout:
     ) -> None:
         self.size = len(header) + sum(part.size for part in parts)
         self._header = np.frombuffer(header, np.uint8)
+        # A tensor without elements has the place of the next one, and must stand before it.
         self._parts = sorted(parts, key=lambda part: (part.at, part.size))
         self._starts = [part.at for part in self._parts]
         self._source, self._shift = source, shift

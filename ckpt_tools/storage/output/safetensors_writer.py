@@ -95,6 +95,8 @@ def _keys_to_copy(tensors: Mapping[str, Tensor]) -> set[str]:
         for key, tensor in tensors.items()
         if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
     }
+    # In the order of their memory, a tensor that begins before the last one ends shares bytes with
+    # it.
     end = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
         if key not in keys and tensor.data_ptr() < end:
@@ -117,6 +119,7 @@ def _finish_header(
     entries = {key: stored[key] for key in keys}
     length = data_offset(path) - 8
 
+    # Blanks behind the JSON are the format's own way of padding a header.
     def make_header(metadata: Mapping[str, str]) -> bytes:
         return length.to_bytes(8, "little") + encode_header(entries, metadata).ljust(length)
 

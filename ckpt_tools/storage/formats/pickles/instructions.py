@@ -70,6 +70,8 @@ def _duplicate_top(m: PickleMachine) -> None:
 
 # Containers.
 def _build_short_tuple(count: int, m: PickleMachine) -> None:
+    # A mark below the last ``count`` values, but never below an older mark, makes this a case of
+    # TUPLE.
     m.marks.append(max(m.marks[-1] if m.marks else 0, len(m.stack) - count))
     items = m.pop_to_mark()
     if len(items) != count:

@@ -75,6 +75,7 @@ def _read_any_format(blob: Blob, limits: Limits) -> object:
     inner = _nested_reader(limits)
     if head.startswith(archive.ZIP_MAGIC):
         return archive.read_archive(blob, limits, inner)
+    # The magic number is a pickle itself, so that other bytes stand before it.
     if legacy.LEGACY_MAGIC in head[:32]:
         return legacy.read_legacy(blob, limits, inner)
     if is_tar(head):

@@ -14,6 +14,7 @@ from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFi
 __all__ = ["SafeResolver"]
 
 _SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
+# numpy 1 and 2 keep the same function in `core` and `_core`.
 _FROM_BUFFER = frozenset({"numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"})
 # copyreg is named copy_reg in pickles of Python 2.
 _COPYREG = frozenset(
@@ -21,6 +22,7 @@ _COPYREG = frozenset(
     for module in ("copyreg", "copy_reg")
     for name in ("__newobj__", "__newobj_ex__", "_reconstructor")
 )
+# Outside torch.save files a storage is pickled as the bytes of a torch.save file.
 _FROM_BYTES = "torch.storage._load_from_bytes"
 
 
