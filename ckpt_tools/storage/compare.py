@@ -211,11 +211,9 @@ def _describe(tensor: Tensor) -> str:
 def _is_allowed(change: TensorChange, expect: Expectation, keys: Collection[str]) -> bool:
     if change.what != "values":
         return False
-    return (
-        change.key in keys
-        if expect == "init"
-        else change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
-    )
+    if expect == "init":
+        return change.key in keys
+    return change.key.rpartition(".")[2] in _MAY_CHANGE[expect]
 
 
 def _sentence(change: TensorChange) -> str:

@@ -193,6 +193,7 @@ def _names_source(entry: Mapping[str, object]) -> bool:
 def _has_seal(entry: Mapping[str, object]) -> bool:
     size = entry.get("data_bytes")
     digests = _is_digest(entry.get("data_sha256")) and _is_digest(entry.get("header_sha256"))
+    # True and False are integers, too.
     return digests and isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 

@@ -109,6 +109,8 @@ def _extract_checkpoint(
         _require_unquantised(root, source.path, error)
         raise
     words, beside = separate_remaining_entries(root, entry)
+    # Stand-ins of a distributed checkpoint are read for the chosen entry and for recorded values
+    # alone.
     state = content.load(entry.state)
     wrapped, other_keys = _take_tensors(state, source.path)
     tensors, prefix, counters = strip_wrappers(wrapped)

@@ -45,6 +45,7 @@ _AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "polyak"})
 _SWAPPED = frozenset({"state_dict", "current_model_state", "averaging_state"})
 # The beginnings of words in the names of what belongs to the trainer.
 _TRAINER = ("optim", "sched", "scaler", "rng", "random")
+# Words in the names of settings, which hold no weights.
 _SETTINGS = frozenset(
     {"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"}
 )

@@ -95,6 +95,7 @@ def load_distributed(folder: Path) -> DistributedCheckpoint:
     root = _nest_entries(
         path, {place: leaves[place] for place in metadata.paths.values() if place in leaves}
     )
+    # Where two names are equal, what torch.distributed.checkpoint saved counts.
     return DistributedCheckpoint(
         folder, shards, {**_load_trainer_values(folder), **root}, stand_ins
     )

@@ -64,6 +64,7 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
         if path.suffix == SHARD_SUFFIX:
             raise _single_shard_error(path)
         if path.is_file():
+            # Users may give the metadata in place of its folder.
             if path.name == METADATA_NAME:
                 return _distributed_files(
                     path.parent, sorted(file.name for file in path.parent.iterdir())

@@ -131,6 +131,7 @@ def _load_described_state(path: Path, archive: Archive, name: str) -> dict[str, 
 
 
 def _load_tensor(path: Path, archive: Archive, key: str, entry: Mapping[str, object]) -> object:
+    # The name can lead to another record of the archive, but never to a file.
     record = f"{_WEIGHTS}{entry['path_name']}"
     if entry["use_pickle"]:
         return load_stream(io.BytesIO(archive.read(record)), f"{path}: {record}")

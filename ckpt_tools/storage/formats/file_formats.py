@@ -75,6 +75,7 @@ def _load_archive(path: Path, head: bytes, *, trust: bool) -> FileContent:
     names = {"data.pkl"} if _is_torch_save(path, head) else record_names(path)
     if is_torch_export(names):
         return FileContent("torch.export", load_torch_export(path))
+    # TorchScript archives have a data.pkl, too, so that they must be recognised first.
     if is_torchscript(names):
         tensors, words = load_torchscript(path)
         return FileContent("TorchScript", tensors, words=words)

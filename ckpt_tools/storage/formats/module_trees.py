@@ -21,9 +21,10 @@ __all__ = ["TreeBudget", "module_class_name", "module_drop_rates", "module_state
 _PARTS = ("_parameters", "_buffers", "_modules")
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"  # pickled as the call (module, settings)
 _SCRIPT = "__torch__."  # how the classes in TorchScript archives are named
+# TorchScript tells classes of one name apart by a number in their path.
 _MANGLED = re.compile(r"___torch_mangle_\d+\.")
 _WRAPPED = ("module", "_orig_mod")  # DataParallel, AveragedModel; torch.compile
-_WRAPPERS = 8
+_MAX_WRAPPERS = 8  # around each other
 # Layers that hold packed weights, not the stubs of a model that could be quantised.
 _QUANTISED = re.compile(r"^torch\.(ao\.)?nn\.(intrinsic\.)?quantized\.(?!modules\.functional)")
 _MAX_VALUES = 100_000  # modules and tensors
@@ -106,7 +107,7 @@ def module_class_name(value: object) -> str:
 
     Of a wrapper such as DataParallel this is the class of the module inside.
     """
-    for _ in range(_WRAPPERS):
+    for _ in range(_MAX_WRAPPERS):
         children = _children(value) or {}
         if len(children) != 1:
             break

@@ -67,6 +67,7 @@ def load_torchscript(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     for module in _iterate_modules(root, path):
         declaration = declarations.get(module.class_name)
         for key, value in module.state.items():
+            # Where the text of a class is missing, all of its tensors are taken.
             if isinstance(value, Tensor) and (declaration is None or key in declaration.tensors):
                 tensors[f"{module.path}{key}"] = value
         if declaration is not None and declaration.rates:

@@ -84,6 +84,7 @@ def replace_tensors(
     tensors = _apply_replacements(checkpoint.tensors, replacements)
     stamps = require_unchanged(checkpoint)
     source_sha256 = str(provenance.get("source_sha256") or "")
+    # The metadata names the source's digest, which may be known only once the output is written.
     describe = partial(output_metadata, checkpoint, provenance)
     sources = _list_files(checkpoint.path)
     with _open_output(target, tensors, overwrite, sources, replaces) as temporary:

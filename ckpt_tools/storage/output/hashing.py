@@ -37,6 +37,7 @@ def hash_in_background(file: int, digest: str = "", start: int = 0) -> Iterator[
         try:
             yield future.result
         finally:
+            # The pool waits for its thread, which would otherwise hash the file to its end.
             stop.set()
 
 

@@ -55,6 +55,7 @@ class Layout:
     def fill(self, piece: ByteArray, start: int) -> None:
         """Fill ``piece`` with the bytes that belong at the place ``start``. Raises OSError."""
         ahead = self._header[start : start + len(piece)]
+        # The source is read for the complete piece, and the replaced parts in it are overwritten.
         if self._source >= 0 and len(ahead) < len(piece):
             read_at(self._source, piece[len(ahead) :], start + len(ahead) - self._shift)
         piece[: len(ahead)] = ahead

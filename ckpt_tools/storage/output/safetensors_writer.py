@@ -73,6 +73,7 @@ def _write(
     try:
         save_file(dense, path, metadata=add_seal(metadata, blank_seal))
     except KeyError as error:
+        # The library looks a tensor's type up in a table of those that it can write.
         raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
     with (
         path.open("r+b") as file,

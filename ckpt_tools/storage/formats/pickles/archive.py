@@ -63,6 +63,7 @@ class Archive:
         self._copies_left = _MAX_COPIES * len(blob.data) + _ALLOWANCE
         self._storages: dict[str, torch.UntypedStorage] = {}
         records = self._zip.infolist()
+        # torch.save puts all records of an archive into one folder.
         folder = records[0].filename.partition("/")[0] + "/" if records else ""
         self.records = {record.filename.removeprefix(folder): record for record in records}
         if len(self.records) != len(records):

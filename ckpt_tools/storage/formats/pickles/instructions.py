@@ -249,6 +249,7 @@ def _push_missing_buffer(m: PickleMachine) -> None:
 _INSTRUCTIONS: dict[int, Instruction] = LITERAL_INSTRUCTIONS | {
     code[0]: function
     for code, function in (
+        # The number of the protocol and the size of a frame say nothing that reading needs.
         (pickle.PROTO, partial(_skip_bytes, 1)),
         (pickle.FRAME, partial(_skip_bytes, 8)),
         (pickle.MARK, _push_mark),

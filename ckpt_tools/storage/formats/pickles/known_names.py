@@ -19,12 +19,11 @@ import torch
 
 from ckpt_tools.storage.formats.pickles.numpy_arrays import NUMPY_ARRAY, read_numpy_scalar
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
-from ckpt_tools.storage.formats.pickles.pickle_limits import LARGEST_INTEGER_KEY
+from ckpt_tools.storage.formats.pickles.pickle_limits import LARGEST_INTEGER_KEY, LONGEST_NAME
 from ckpt_tools.storage.formats.pickles.tensors import DTYPES, TENSOR_REBUILDERS
 
 __all__ = ["GLOBAL_VALUES", "SET_TYPES", "evaluate_call"]
 
-_LONGEST_NAME = 2000  # characters
 _LAYOUTS = {str(layout): layout for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr)}
 
 
@@ -131,7 +130,7 @@ def _name_attribute(owner: object = None, name: object = None, *_: object) -> Op
     """
     if type(owner) is not OpaqueObject or owner.args is not None or not isinstance(name, str):
         return OpaqueObject("builtins.getattr", (owner, name))
-    if len(owner.name) + len(name) >= _LONGEST_NAME:
+    if len(owner.name) + len(name) >= LONGEST_NAME:
         return OpaqueObject("builtins.getattr", (owner, name))
     return OpaqueObject(f"{owner.name}.{name}")
 
@@ -192,6 +191,7 @@ GLOBAL_CALLS: dict[str, Callable[..., object]] = {
     **_name_builtin("float", _number_maker(float)),
     **_name_builtin("complex", _number_maker(complex)),
     **_name_builtin("bool", _number_maker(bool)),
+    # A range of any length is a few bytes of a file, so that nobody gets it to iterate over.
     **_name_builtin("range", lambda *parts: OpaqueObject("builtins.range", parts)),
     **_name_builtin("slice", _make_slice),
     **_name_builtin("getattr", _name_attribute),

@@ -70,6 +70,7 @@ def _push_float_of_line(m: PickleMachine) -> None:
 
 
 def _push_float(m: PickleMachine) -> None:
+    # Unlike the integers of a pickle, its floats are big-endian.
     m.stack.append(struct.unpack(">d", m.take_bytes(8))[0])
 
 

@@ -127,5 +127,6 @@ def _strides(sizes: tuple[int, ...], fortran: bool) -> tuple[int, ...]:
     In Fortran's order the first index runs fastest, in C's the last.
     """
     lengths = sizes if fortran else sizes[::-1]
+    # A length of 0 counts as 1, as in the strides that torch gives to empty tensors.
     strides = [math.prod(max(1, size) for size in lengths[:at]) for at in range(len(lengths))]
     return tuple(strides if fortran else strides[::-1])

@@ -93,6 +93,7 @@ def _nested_reader(limits: Limits) -> Callable[[bytes], object]:
 def _load_nested_pickle(raw: bytes, limits: Limits) -> object:
     if not limits.nesting:
         raise MalformedFileError("a pickle inside a pickle inside a pickle, and so on")
+    # The outer pickle has the same limits, so that nesting does not multiply what a file may cost.
     limits.nesting -= 1
     try:
         return _read_any_format(Blob(raw), limits)

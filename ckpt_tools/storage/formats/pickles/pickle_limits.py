@@ -6,8 +6,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["LARGEST_INTEGER_KEY", "Limits", "MalformedFileError", "limit_exceeded_error"]
+__all__ = [
+    "LARGEST_INTEGER_KEY",
+    "LONGEST_NAME",
+    "Limits",
+    "MalformedFileError",
+    "limit_exceeded_error",
+]
 
+LONGEST_NAME = 2000  # characters; a class nested in a function in a package stays far below
 # Tuples of tuples that share their items take a few bytes of a file, and exponential time to hash.
 _MAX_KEY_ITEMS = 64
 # Python's hash of an integer is its remainder modulo 2**61 - 1. Larger integers can therefore be
@@ -53,18 +60,16 @@ class Limits:
         ``holder`` is the container to which the keys are added, if there is one already: hashes are
         counted over all keys that it gets. Texts pass, because Python salts their hashes.
         """
-        hashes = None
+        hashes: Counter[int] | None = None
         for key in keys:
             if type(key) is str:
                 continue
             self.charge_copies(_check_key(key))
             if not isinstance(key, int):
                 if hashes is None:
-                    hashes = (
-                        Counter()
-                        if holder is None
-                        else self._hashes.setdefault(id(holder), Counter())
-                    )
+                    hashes = Counter()
+                    if holder is not None:
+                        hashes = self._hashes.setdefault(id(holder), hashes)
                 hashes[hash(key)] += 1
                 if hashes[hash(key)] > _MAX_EQUAL_HASHES:
                     raise MalformedFileError(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
 from ckpt_tools.storage.formats.pickles.pickle_limits import (
+    LONGEST_NAME,
     Limits,
     MalformedFileError,
     limit_exceeded_error,
@@ -18,8 +19,6 @@ from ckpt_tools.storage.formats.pickles.pickle_limits import (
 __all__ = ["TOO_FEW_VALUES", "Buffer", "Instruction", "PickleMachine", "ValueResolver"]
 
 TOO_FEW_VALUES = "a pickle that takes more values than it gave"
-
-_LONGEST_NAME = 2000  # characters; a class nested in a function in a package stays far below
 
 
 class Buffer(Protocol):
@@ -66,6 +65,7 @@ class PickleMachine:
         self.position = position
         self.stack: list[Any] = []
         self.marks: list[int] = []
+        # This is a dict and no list, because a hostile file could choose a huge number.
         self.memo: dict[int, object] = {}
 
     def run(self, instructions: Mapping[int, Instruction], stop: int) -> object:
@@ -188,7 +188,7 @@ class PickleMachine:
         if (
             type(module) is not str
             or type(name) is not str
-            or len(module) + len(name) > _LONGEST_NAME
+            or len(module) + len(name) > LONGEST_NAME
         ):
             raise MalformedFileError("a pickle that names a global by something other than a name")
         self.stack.append(self.resolver.resolve_global(f"{module}.{name}"))

@@ -27,6 +27,7 @@ _LARGEST = (1 << 63) - 1
 _FREE_BYTES = 1 << 26
 _MAX_REPEATS = 16
 
+# The classes are named for their element types: torch.FloatStorage. Untyped storages count bytes.
 _STORAGES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -181,6 +182,7 @@ TENSOR_REBUILDERS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    # A parameter, or a tensor of another device, is its first argument.
     "torch._utils._rebuild_parameter": _first_argument,
     "torch._utils._rebuild_parameter_with_state": _first_argument,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first_argument,

@@ -13,6 +13,7 @@ from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFi
 
 __all__ = ["SafeResolver"]
 
+_NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
 _SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
 # numpy 1 and 2 keep the same function in `core` and `_core`.
 _FROM_BUFFER = frozenset({"numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"})
@@ -58,9 +59,8 @@ class SafeResolver:
         The arguments count as copied, because a call can copy them: a list of a list, a text of
         bytes.
         """
-        self._limits.charge_copies(
-            len(args) + sum(len(arg) for arg in args if isinstance(arg, _SIZED))
-        )
+        items = sum(len(arg) for arg in args if isinstance(arg, _SIZED))
+        self._limits.charge_copies(len(args) + items)
         name = function.name if type(function) is OpaqueObject and function.args is None else ""
         if name in _COPYREG:
             return self._rebuild_object(name, args)
@@ -68,10 +68,10 @@ class SafeResolver:
             self._limits.check_keys(args[0] if args and isinstance(args[0], list | tuple) else ())
         if name == _FROM_BYTES:
             return self._read_nested_pickle(*args)
+        if name in _FROM_BUFFER and self._arrays:
+            return self._arrays.from_buffer(*args)
         if name in _FROM_BUFFER:
-            return (
-                self._arrays.from_buffer(*args) if self._arrays else OpaqueObject(NUMPY_ARRAY, args)
-            )
+            return OpaqueObject(NUMPY_ARRAY, args)
         return evaluate_call(function, args)
 
     def _rebuild_object(self, name: str, args: tuple[object, ...]) -> object:
@@ -100,18 +100,16 @@ class SafeResolver:
             if self._arrays and value.name == NUMPY_ARRAY and value.args is not None:
                 return self._arrays.from_state(value, state)
             value.state = self._merge_states(value.state, state)
-        elif isinstance(value, argparse.Namespace | types.SimpleNamespace) and isinstance(
-            state, dict
-        ):
+        elif isinstance(value, _NAMESPACES) and isinstance(state, dict):
             self._limits.charge_copies(len(state))
             vars(value).update((key, inner) for key, inner in state.items() if isinstance(key, str))
         return value
 
     def resolve_persistent_id(self, pid: object) -> object:
         """Return a storage of the file; an OpaqueObject in a pickle that has no storages."""
-        return (
-            self._storages(pid) if self._storages else OpaqueObject("pickle.persistent_id", (pid,))
-        )
+        if self._storages is None:
+            return OpaqueObject("pickle.persistent_id", (pid,))
+        return self._storages(pid)
 
     def _merge_states(self, old: object, new: object) -> object:
         # Objects with attributes and slots have the state (dict of attributes, dict of slots).
