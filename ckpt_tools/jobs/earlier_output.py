@@ -66,4 +66,4 @@ def find_earlier_output(
     # A record of an output that was made of other bytes, or with other settings, says nothing of this one.
     tells_of_this = in_manifest is not None and replace(in_manifest, file=None) == made
     why = measured.describe_damage(seal, in_manifest.file if in_manifest is not None and tells_of_this else None)
-    return DamagedOutput(why, stamp) if why else replace(made, file=measured.whole)
+    return DamagedOutput(why, stamp) if why else replace(made, file=measured.file)

@@ -1,9 +1,10 @@
-"""What an output file says about where it comes from, and the digests by which it proves to be whole.
+"""The provenance that an output file records, and the digests that prove it complete.
 
-Both stand in one entry of its safetensors metadata. An output cannot hold the digest of all its bytes, so it holds
-two: ``data_sha256`` of the ``data_bytes`` bytes behind the header, and ``header_sha256`` of the header itself, in
-which 64 zeros stand for this digest while it is computed. The second tells an output from a file into which another
-program has copied its metadata: such a file is a checkpoint like any other.
+Both stand in one entry of its safetensors metadata. An output cannot hold the digest of all its
+bytes, as the digest is among them. So it holds two: ``data_sha256`` of the ``data_bytes`` bytes
+behind the header, and ``header_sha256`` of the header itself, in which 64 zeros stand for this
+digest while it is computed. The second tells an output from a file into which another program has
+copied an output's metadata: such a file is a checkpoint like any other.
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ __all__ = [
     "seal_header",
 ]
 
-BLANK_DIGEST = "0" * 64  # holds the place of a SHA-256
+BLANK_DIGEST = "0" * 64  # stands for a SHA-256 that is not known yet
 _ENTRY = "ckpt_tools"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNSEALED = "0.1.0"  # the only version that wrote outputs without digests
-_DEEPEST = 100  # levels of an entry: an output that is made of an output holds its source's entry, too
+_UNSEALED_VERSION = "0.1.0"  # the only version that wrote outputs without digests
+# An output that is made of an output holds the entry of its source, too, and so on.
+_MAX_LEVELS = 100
 _SOURCE = ("source", "source_sha256", "weights", "prefix")
 
 
 @dataclass(frozen=True)
 class Seal:
-    """By what an output proves to be whole: SHA-256 and size of its data, SHA-256 of its header."""
+    """The SHA-256 and size of an output's data, and the SHA-256 of its header."""
 
     data_sha256: str
     data_bytes: int
@@ -54,62 +56,73 @@ _SEAL = tuple(Seal.__dataclass_fields__)
 
 
 def checkpoint_provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
-    """What a checkpoint's entry says about where it comes from; None without one.
+    """Return what a checkpoint records about its origin; None for one that records nothing.
 
-    ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken, if one was; ``earlier`` is
-    the source's own provenance if that was an output as well. The digests of the file itself are left out.
+    ``source_sha256``, ``weights`` and ``prefix`` tell which entry of which file was taken, if one
+    was. ``earlier`` is the provenance of the source, if that was an output as well. The digests of
+    the file itself are left out.
     """
     entry = _parse_entry(checkpoint.metadata)
     return None if entry is None else _without_seal(entry)
 
 
 def read_provenance_entry(path: Path) -> dict[str, object] | None:
-    """The entry of a safetensors file that this tool wrote, from its header alone; None for any other file.
+    """Return the entry of a safetensors file that this tool wrote; None for any other file.
 
-    The entry must have the structure that this tool writes, and the header must be the very bytes that it wrote. Of
-    a remote file nothing but the header is read. Raises RemoteError.
+    The entry must have the structure that this tool writes, and the header must have the very bytes
+    that it wrote. Nothing but the header is read, also of a remote file. Raises RemoteError.
     """
     try:
         if not path.exists():
             fetch_header(path)
-        if not path.is_file():  # a pipe would be waited for
+        # Opening a pipe would wait for somebody who writes into it.
+        if not path.is_file():
             return None
         text = read_header_bytes(path)
         metadata = json.loads(text).get("__metadata__")
     except (OSError, ValueError, AttributeError, RecursionError, MemoryError):
         return None
-    entry = _own_entry(metadata) if isinstance(metadata, dict) else None
+    entry = _parse_own_entry(metadata) if isinstance(metadata, dict) else None
     if entry is None:
         return None
     seal = read_seal(entry)
-    return entry if seal is None or _header_digest(text, seal) == seal.header_sha256 else None
+    return entry if seal is None or _hash_header(text, seal) == seal.header_sha256 else None
 
 
-def _header_digest(text: bytes, seal: Seal) -> str:
-    """The SHA-256 of a header with its padding, 64 zeros standing in the place of this digest."""
-    return hashlib.sha256(text.replace(seal.header_sha256.encode(), BLANK_DIGEST.encode())).hexdigest()
+def _hash_header(text: bytes, seal: Seal) -> str:
+    """Return the SHA-256 of a header with its padding, in which 64 zeros stand for this digest."""
+    return hashlib.sha256(
+        text.replace(seal.header_sha256.encode(), BLANK_DIGEST.encode())
+    ).hexdigest()
 
 
 def read_seal(entry: Mapping[str, Any]) -> Seal | None:
-    """The seal in an entry that ``read_provenance_entry`` has found; None for an output of version 0.1.0, which has none."""
+    """Return the seal in an entry that ``read_provenance_entry`` has returned.
+
+    This is None for an output of version 0.1.0, which has no seal.
+    """
     return Seal(**{name: entry[name] for name in _SEAL}) if "header_sha256" in entry else None
 
 
 def seal_header(
-    header: Callable[[Mapping[str, str]], bytes], metadata: Mapping[str, str], data_sha256: str, data_bytes: int
+    make_header: Callable[[Mapping[str, str]], bytes],
+    metadata: Mapping[str, str],
+    data_sha256: str,
+    data_bytes: int,
 ) -> tuple[bytes, dict[str, str]]:
-    """The first bytes of an output and the metadata in them, sealed. ``header`` makes such bytes from metadata.
+    """Return the sealed first bytes of an output, and the metadata in them.
 
-    They begin with the header's length, which has eight bytes.
+    ``make_header`` makes such bytes from metadata; they begin with the header's length, which has
+    eight bytes.
     """
-    blank = header(add_seal(metadata, Seal(data_sha256, data_bytes)))
+    blank = make_header(add_seal(metadata, Seal(data_sha256, data_bytes)))
     seal = Seal(data_sha256, data_bytes, hashlib.sha256(blank[8:]).hexdigest())
-    complete = add_seal(metadata, seal)
-    return header(complete), complete
+    sealed_metadata = add_seal(metadata, seal)
+    return make_header(sealed_metadata), sealed_metadata
 
 
 def add_seal(metadata: Mapping[str, str], seal: Seal) -> dict[str, str]:
-    """The metadata with a seal in this tool's entry; without an entry, the metadata as it is."""
+    """Return the metadata with a seal in this tool's entry, if they have that entry."""
     entry = _parse_entry(metadata)
     if entry is None:
         return dict(metadata)
@@ -117,32 +130,34 @@ def add_seal(metadata: Mapping[str, str], seal: Seal) -> dict[str, str]:
 
 
 def output_metadata(
-    checkpoint: Checkpoint | None, said: Mapping[str, object], source_sha256: str = ""
+    checkpoint: Checkpoint | None, provenance: Mapping[str, object], source_sha256: str = ""
 ) -> dict[str, str]:
-    """Metadata of an output: all of the source's, ``format: pt``, and one entry with the provenance.
+    """Return the metadata of an output.
 
-    ``checkpoint`` None: the output has no source, and its provenance names none.
+    They are all of the source's, ``format: pt``, and one entry with the provenance. Without a
+    ``checkpoint`` the output has no source, and its provenance names none.
     """
-    entry = {**said, "version": VERSION}
+    entry = {**provenance, "version": VERSION}
     if checkpoint is not None:
         entry |= {
-            # the folder is nobody's business; a name is bytes, a header UTF-8
+            # The folder could tell about its owner and is left out. A name may have bytes that are
+            # no UTF-8, which a header must be.
             "source": os.fsencode(checkpoint.path.name).decode(errors="replace"),
             "source_sha256": source_sha256,
             "weights": checkpoint.weights,
             "prefix": checkpoint.prefix,
         }
-        earlier = _own_entry(checkpoint.metadata)
-        if earlier is not None and _is_shallow(earlier, _DEEPEST - 1):
+        earlier = _parse_own_entry(checkpoint.metadata)
+        if earlier is not None and _is_shallow(earlier, _MAX_LEVELS - 1):
             entry["earlier"] = _without_seal(earlier)
-    # JSON knows neither NaN nor infinity.
+    # JSON knows neither NaN nor infinity, which become null.
     clean = json.loads(json.dumps(entry, default=str), parse_constant=lambda _: None)
-    kept = {} if checkpoint is None else checkpoint.metadata
-    return {**kept, "format": "pt", _ENTRY: json.dumps(clean, ensure_ascii=False)}
+    source_metadata = {} if checkpoint is None else checkpoint.metadata
+    return {**source_metadata, "format": "pt", _ENTRY: json.dumps(clean, ensure_ascii=False)}
 
 
 def _parse_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
-    """The object of JSON in the entry, whoever wrote it."""
+    """Return the JSON object in this tool's entry, which any program may have written."""
     try:
         entry = json.loads(metadata.get(_ENTRY, ""))
     except (ValueError, TypeError, RecursionError):
@@ -154,8 +169,8 @@ def _without_seal(entry: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in entry.items() if name not in _SEAL}
 
 
-def _own_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
-    """The entry if it has the structure of those that this tool writes; None for anything else."""
+def _parse_own_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
+    """Return the entry if it has the structure that this tool writes; None otherwise."""
     entry = _parse_entry(metadata)
     if entry is None or not isinstance(entry.get("version"), str) or not _is_shallow(entry):
         return None
@@ -167,7 +182,7 @@ def _own_entry(metadata: Mapping[str, str]) -> dict[str, object] | None:
 
 
 def _names_source(entry: Mapping[str, object]) -> bool:
-    """Whether an entry says all of a source, in the right types, or nothing."""
+    """Return whether an entry has all values about a source in the right types, or none."""
     present = [name for name in _SOURCE if name in entry]
     if not present:
         return True
@@ -178,25 +193,34 @@ def _names_source(entry: Mapping[str, object]) -> bool:
 def _has_seal(entry: Mapping[str, object]) -> bool:
     size = entry.get("data_bytes")
     digests = _is_digest(entry.get("data_sha256")) and _is_digest(entry.get("header_sha256"))
+    # True and False are integers, too.
     return digests and isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 
 def _is_unsealed_output(entry: Mapping[str, object]) -> bool:
-    """Whether version 0.1.0 can have written an entry: one with a source, or one of ``init-rewrite`` without."""
-    if entry["version"] != _UNSEALED:
+    """Return whether version 0.1.0 can have written an entry.
+
+    It has a source, or it is that of a network which ``init-rewrite`` initialised without one.
+    """
+    if entry["version"] != _UNSEALED_VERSION:
         return False
-    return "source" in entry or (entry.get("expect") == "init" and isinstance(entry.get("scheme"), str))
+    return "source" in entry or (
+        entry.get("expect") == "init" and isinstance(entry.get("scheme"), str)
+    )
 
 
 def _is_digest(value: object) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
-def _is_shallow(value: object, levels: int = _DEEPEST) -> bool:
-    """Whether plain data is nested no deeper than an entry of ours: what is much deeper cannot be written again."""
+def _is_shallow(value: object, levels: int = _MAX_LEVELS) -> bool:
+    """Return whether plain data is nested no deeper than an entry of this tool.
+
+    Data that is much deeper cannot be written as JSON again.
+    """
     level = [value]
     for _ in range(levels):
-        level = [item for part in level for item in _children(part)]
+        level = [item for container in level for item in _children(container)]
         if not level:
             return True
     return False

@@ -1,4 +1,4 @@
-"""The bytes of tensors, and whether they are equal."""
+"""The raw bytes of tensors, and comparing them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from torch import Tensor
 
 __all__ = ["PIECE_BYTES", "ByteArray", "equal_bytes", "raw_bytes"]
 
-PIECE_BYTES = 1 << 20  # bytes handled at a time: what two of them need stays in a core's own cache
+# Bytes are handled in pieces of this size: two of them fit into the cache of one core.
+PIECE_BYTES = 1 << 20
 
 ByteArray = npt.NDArray[np.uint8]
 
 
 def raw_bytes(tensor: Tensor) -> ByteArray:
-    """A tensor's bytes in row-major order, shape (nbytes,): a view where it lies in memory like that, else a copy."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    # A tensor of one number counts as contiguous with any stride, but is no row of bytes then.
-    found: ByteArray = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
-    return found
+    """Return a tensor's bytes in row-major order, shape (nbytes,).
 
-
-def equal_bytes(one: ByteArray, other: ByteArray) -> bool:
-    """Whether two arrays of bytes are equal.
-
-    Piece by piece: numpy's answer for each byte takes as much memory as the bytes. (``torch.equal`` waits for threads
-    that a busy machine does not give it.)
+    They are a view of a tensor that lies in memory like that, and a copy of any other.
     """
-    return len(one) == len(other) and all(
-        np.array_equal(one[i : i + PIECE_BYTES], other[i : i + PIECE_BYTES]) for i in range(0, len(one), PIECE_BYTES)
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # A tensor with one element counts as contiguous whatever its stride is, and view() refuses such
+    # a stride.
+    row: ByteArray = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
+    return row
+
+
+def equal_bytes(first: ByteArray, second: ByteArray) -> bool:
+    """Return whether two arrays of bytes are equal.
+
+    They are compared in pieces, because numpy's answer for each byte takes as much memory as the
+    bytes. ``torch.equal`` is not used: on a busy machine it waits for its threads.
+    """
+    return len(first) == len(second) and all(
+        np.array_equal(first[start : start + PIECE_BYTES], second[start : start + PIECE_BYTES])
+        for start in range(0, len(first), PIECE_BYTES)
     )

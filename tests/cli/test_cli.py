@@ -285,7 +285,7 @@ def test_a_write_that_the_system_refuses(files: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ckpt_tools.storage.output.checkpoint_writer.save_file", refuse)
+    monkeypatch.setattr("ckpt_tools.storage.output.safetensors_writer.save_file", refuse)
     result = run(*job(files))
     assert result.exit_code == 1
     assert "Permission denied" in result.stderr

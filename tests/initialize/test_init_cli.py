@@ -370,7 +370,7 @@ def test_a_failing_write_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ckpt_tools.storage.output.checkpoint_writer.save_file", refuse)
+    monkeypatch.setattr("ckpt_tools.storage.output.safetensors_writer.save_file", refuse)
     assert run("init-rewrite", fresh, *DENSE).exit_code == 1
     assert names_in(fresh.parent) == ["fresh.pt"]
 

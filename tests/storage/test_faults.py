@@ -26,7 +26,7 @@ from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.prefetch import read_ahead, track_reading
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote import temporary_folders
-from ckpt_tools.storage.output import atomic_write, checkpoint_writer, patching
+from ckpt_tools.storage.output import atomic_write, patching, safetensors_writer
 from stress import trials
 
 SHAPE = (3, 8, 8)
@@ -92,7 +92,7 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeyp
         beside.update(one.name for one in path.parent.parent.iterdir() if one.is_file())
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", watched)
+    monkeypatch.setattr(safetensors_writer, "save_file", watched)
     assert cli("m.pt").exit_code == 0
     assert beside == {"data.npy", "m.safetensors", "m.pt"}
     assert files(root) == {"data.npy", "m.safetensors", "m.pt", "m.bn.safetensors"}
@@ -104,7 +104,7 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeyp
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize(
     "call",
-    [(patching, "write_data"), (patching.os, "fsync"), (atomic_write, "_move")],
+    [(patching, "write_parts"), (patching.os, "fsync"), (atomic_write, "_move")],
     ids=["write", "fsync", "rename"],
 )
 def test_disk_full(root: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[object, str], number: int) -> None:

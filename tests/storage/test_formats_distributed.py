@@ -31,9 +31,9 @@ def test_optimizer_states_stay_on_the_disk(tmp_path: Path, model: nn.Module, mon
     from ckpt_tools.storage.dcp import dcp_folder
 
     read: list[str] = []
-    inner = dcp_folder._read
+    inner = dcp_folder._read_piece
     monkeypatch.setattr(
-        dcp_folder, "_read", lambda folder, name, piece: (read.append(name), inner(folder, name, piece))[1]
+        dcp_folder, "_read_piece", lambda folder, name, piece: (read.append(name), inner(folder, name, piece))[1]
     )
     read_checkpoint(format_files.distributed(model, tmp_path))
     assert {name.partition(".")[0] for name in read} == {"model", "epoch", "args"}

@@ -30,6 +30,7 @@ from ckpt_tools.storage.output import (
     hashing,
     patching,
     safetensors_layout,
+    safetensors_writer,
 )
 from ckpt_tools.storage.output.checkpoint_writer import replace_tensors, save, write_safetensors
 from ckpt_tools.storage.output.memory_mappings import FileMappings
@@ -121,7 +122,7 @@ def source(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is written must be a copy of the source's file."""
-    monkeypatch.setattr(checkpoint_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
+    monkeypatch.setattr(safetensors_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
 
 
 @pytest.fixture
@@ -209,8 +210,8 @@ def test_any_file(
     chosen = choices.draw(st.sets(st.sampled_from(list(checkpoint.tensors))))
     new = {key: torch.ones_like(checkpoint.tensors[key]) for key in chosen}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
-        patched.setattr(hashing, "PIECE", choices.draw(st.sampled_from([24, 1 << 20])))
+        patched.setattr(safetensors_writer, "save_file", lambda *_, **__: pytest.fail("written from memory"))
+        patched.setattr(hashing, "PIECE_BYTES", choices.draw(st.sampled_from([24, 1 << 20])))
         patched.setattr(patching, "_LARGE", choices.draw(st.sampled_from([0, 1 << 26])))
         patched.setattr(patching, "_SMALL", choices.draw(st.sampled_from([-1, 0, 8, 1 << 20])))
         save(folder / "out.safetensors", checkpoint, new, provenance={})
@@ -353,14 +354,14 @@ def test_a_failed_sync_is_noticed_though_the_system_tells_once(
     [
         (patching, "copy_range"),
         (patching, "write_at"),
-        (patching, "verified"),
-        (safetensors_layout, "read_back"),
+        (patching, "verify_and_hash"),
+        (safetensors_layout, "hash_and_check"),
         (hashing, "read_at"),
         (os, "fsync"),
         (os, "preadv"),
-        (checkpoint_writer, "load_safetensors"),
-        (checkpoint_writer, "require_stamps"),
-        (atomic_write, "sync"),
+        (safetensors_writer, "load_safetensors"),
+        (checkpoint_writer, "require_same_stamps"),
+        (atomic_write, "sync_to_disk"),
         (os, "link"),
     ],
 )
@@ -438,7 +439,7 @@ def test_a_source_replaced_since_it_was_read(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-@pytest.mark.parametrize(("moment", "message"), [("copy_range", "reading back"), ("verified", "written to since")])
+@pytest.mark.parametrize(("moment", "message"), [("copy_range", "reading back"), ("verify_and_hash", "written to since")])
 def test_a_source_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, message: str) -> None:
     path = lay(tmp_path / "in.safetensors", state())
     checkpoint = read_checkpoint(path)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.storage.compare import compare_checkpoints
-from ckpt_tools.storage.output import atomic_write, checkpoint_writer
+from ckpt_tools.storage.output import atomic_write, checkpoint_writer, safetensors_writer
 from ckpt_tools.storage.output.checkpoint_writer import save, write_safetensors
 from ckpt_tools.storage.provenance import checkpoint_provenance, output_metadata
 from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
@@ -325,7 +325,7 @@ def test_read_only_folder_and_full_disk(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", fail)
+    monkeypatch.setattr(safetensors_writer, "save_file", fail)
     with pytest.raises(OutputError, match=str(error.args[-1])[:20]):
         save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert files(tmp_path) == {"source.pt"}
@@ -342,14 +342,23 @@ def test_really_full_disk(tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
-@pytest.mark.parametrize("place", ["save_file", "sync", "load_safetensors", "sha256"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        (safetensors_writer, "save_file"),
+        (safetensors_writer, "sync_to_disk"),
+        (safetensors_writer, "load_safetensors"),
+        (checkpoint_writer, "checkpoint_sha256"),
+    ],
+    ids=["save_file", "sync_to_disk", "load_safetensors", "checkpoint_sha256"],
+)
 def test_interrupt_leaves_nothing(
-    tmp_path: Path, source: Checkpoint, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, source: Checkpoint, monkeypatch: pytest.MonkeyPatch, place: tuple[object, str]
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_writer, place, interrupt)
+    monkeypatch.setattr(*place, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert files(tmp_path) == {"source.pt"}
@@ -367,7 +376,7 @@ def test_a_write_that_reads_back_differently(
     def flip(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file({**tensors, "0.bias": tensors["0.bias"] + 1}, path, metadata)
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", flip)
+    monkeypatch.setattr(safetensors_writer, "save_file", flip)
     with pytest.raises(OutputError, match=r"0\.bias reading back differently"):
         save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert files(tmp_path) == {"source.pt"}

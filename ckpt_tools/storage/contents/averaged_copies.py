@@ -1,4 +1,7 @@
-"""Averaged copies of a model within one state dict, as training modules keep them: ``model.*`` and ``ema_model.*``."""
+"""Averaged copies of a model within one state dict.
+
+Training modules keep them beside the model itself: ``model.*`` and ``ema_model.*``.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,55 @@ __all__ = ["AveragedCopy", "find_averaged_copies"]
 _AVERAGED = frozenset({"ema", "swa", "averaged", "polyak"})
 _MODELS = frozenset({"model", "module", "net", "network", "weights"})
 _STATISTIC = "running_var"
-_MOST = 64  # attributes that sound like averages, and places of a copy; a hostile file can have one in every key
+# Bounds attributes that sound like averages, and places of a copy: a hostile file can have one in
+# every key.
+_MAX_CANDIDATES = 64
 
 
 @dataclass(frozen=True)
 class AveragedCopy:
-    """``root`` is the attribute that holds the averaging, ``prefix`` what stands before the copy's keys in it."""
+    """An averaged copy of a model in a state dict.
+
+    ``root`` is the prefix of the attribute that holds the averaging, with its counters; ``prefix``
+    is that of the copy.
+    """
 
     root: str
     prefix: str
 
 
 def find_averaged_copies(state: Mapping[str, object]) -> list[AveragedCopy]:
-    """The parts of a state dict whose name speaks of averages and whose keys and shapes occur once more elsewhere."""
+    """Return the averaged copies in a state dict.
+
+    A copy's attribute has a name that speaks of averages, and its keys and shapes occur once more
+    elsewhere.
+    """
     attributes = {tuple(key.split(".")[:-1][:2]) for key in state}
-    roots = sorted({root for parts in attributes for root in _roots(parts)})
-    if not roots or len(roots) > _MOST:
+    roots = sorted({root for parts in attributes for root in _averaged_roots(parts)})
+    if not roots or len(roots) > _MAX_CANDIDATES:
         return []
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-    found = [AveragedCopy(root, prefix) for root in roots if (prefix := _copy_in(root, shapes)) is not None]
-    return [copy for copy in found if not any(copy.root != x.root and copy.root.startswith(x.root) for x in found)]
+    copies = [
+        AveragedCopy(root, prefix)
+        for root in roots
+        if (prefix := _find_copy_prefix(root, shapes)) is not None
+    ]
+    # An average of an average is a part of the outer one.
+    return [
+        copy
+        for copy in copies
+        if not any(copy.root != x.root and copy.root.startswith(x.root) for x in copies)
+    ]
 
 
-def _roots(parts: tuple[str, ...]) -> list[str]:
-    """``("model", "ema")`` → ``["model.ema."]``."""
-    return [".".join(parts[: i + 1]) + "." for i, part in enumerate(parts) if _sounds_averaged(part)]
+def _averaged_roots(parts: tuple[str, ...]) -> list[str]:
+    """Return the prefixes in a path that speak of averages.
+
+    ``("model", "ema")`` gives ``["model.ema."]``.
+    """
+    return [
+        ".".join(parts[: i + 1]) + "." for i, part in enumerate(parts) if _sounds_averaged(part)
+    ]
 
 
 def _sounds_averaged(name: str) -> bool:
@@ -47,11 +74,12 @@ def _sounds_averaged(name: str) -> bool:
     return not _AVERAGED.isdisjoint(tokens) or ("avg" in tokens and not _MODELS.isdisjoint(tokens))
 
 
-def _copy_in(root: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _find_copy_prefix(root: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     inside = [key for key in shapes if key.startswith(root)]
     outside = {key: shape for key, shape in shapes.items() if not key.startswith(root)}
+    # The copy may stand below the root, as in ``ema.module.*`` with counters beside ``module``.
     inner = Counter(root + key.removeprefix(root).partition(".")[0] + "." for key in inside)
-    for prefix in (root, *(one for one, count in inner.items() if count * 2 >= len(inside))):
+    for prefix in (root, *(name for name, count in inner.items() if count * 2 >= len(inside))):
         part = {key.removeprefix(prefix): shapes[key] for key in inside if key.startswith(prefix)}
         if part and len(part) * 2 >= len(inside) and _occurs(part, outside):
             return prefix
@@ -59,17 +87,24 @@ def _copy_in(root: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def _occurs(part: Mapping[str, tuple[int, ...]], outside: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether all of ``part`` stands elsewhere under one prefix, and all running variances there in it."""
+    """Return whether all of ``part`` stands outside under one prefix.
+
+    The running variances under that prefix must all be in ``part``: otherwise it is a copy of
+    another model.
+    """
     first = next(iter(part))
-    places = [key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)][:_MOST]
-    if bool(_statistics(part)) != bool(_statistics(outside)):
+    places = [
+        key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)
+    ][:_MAX_CANDIDATES]
+    if bool(_running_variances(part)) != bool(_running_variances(outside)):
         return False
-    return any(
-        all(outside.get(place + key) == shape for key, shape in part.items())
-        and _statistics(key.removeprefix(place) for key in outside if key.startswith(place)) == _statistics(part)
-        for place in places
-    )
+    for place in places:
+        inside = (key.removeprefix(place) for key in outside if key.startswith(place))
+        same_shapes = all(outside.get(place + key) == shape for key, shape in part.items())
+        if same_shapes and _running_variances(inside) == _running_variances(part):
+            return True
+    return False
 
 
-def _statistics(keys: Iterable[str]) -> set[str]:
+def _running_variances(keys: Iterable[str]) -> set[str]:
     return {key for key in keys if key.rpartition(".")[2] == _STATISTIC}

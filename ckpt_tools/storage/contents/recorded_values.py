@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself besides tensors, as plain Python values."""
+"""The values that a checkpoint records beside its tensors, such as settings, as plain data."""
 
 from __future__ import annotations
 
@@ -22,126 +22,150 @@ from ckpt_tools.storage.formats.pickles import OpaqueObject
 
 __all__ = ["plain_words"]
 
-_DEEPEST = 16  # nobody's settings are nested deeper, and a hostile pickle's must not exhaust the stack
-_MOST = 200_000  # values, written out: sharing lets a few bytes unfold to any number
-_LONGEST_INT = 1024  # bits; Python refuses to print very long ones
+# Nobody's settings are nested deeper, and a hostile pickle's must not exhaust the stack.
+_MAX_DEPTH = 16
+_MAX_VALUES = (
+    200_000  # written out: containers that are shared let a few bytes unfold to any number
+)
+_MAX_INTEGER_BITS = 1024  # Python refuses to print very long integers
 _CUT = "<...>"
-_A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/]*:[^@]*@|:.*:/)")  # one slash: of a URL that was made a path
+# A URL, also one with a single slash, as it is left when a URL was made a path.
+_A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/]*:[^@]*@|:.*:/)")
 
 
 def plain_words(words: Mapping[str, object]) -> dict[str, object]:
-    """Copy with only None, bool, int, float, str, bytes, list and dict in it.
+    """Return a copy with only None, bool, int, float, str, bytes, list and dict in it.
 
-    Namespaces and objects of foreign classes become dicts of their attributes, enum members their values, paths and
-    dtypes strings, dates ISO 8601, one-number tensors numbers; anything else becomes the name of its type in
-    angle brackets. What is nested too deeply or unfolds to too much becomes "<...>".
+    Namespaces and objects of foreign classes become dicts of their attributes, enum members their
+    values, paths and dtypes strings, dates ISO 8601, one-number tensors numbers; anything else
+    becomes the name of its type in angle brackets. What is nested too deeply or unfolds to too much
+    becomes "<...>".
     """
-    copy, left = _Copy(), _MOST
-    plain = {}
+    copier, left = _Copier(), _MAX_VALUES
+    copies = {}
     for key, value in words.items():
-        found, size = copy.plain(value, 0)
+        copy, size = copier.copy(value, 0)
         left -= size
-        plain[str(_text(key))] = found if left >= 0 else _CUT
-    return plain
+        copies[str(_clean_text(key))] = copy if left >= 0 else _CUT
+    return copies
 
 
-class _Copy:
-    """Plain copies and how many values each has. Every container is copied once: pickles may share them."""
+class _Copier:
+    """Makes plain copies and counts the values in each.
+
+    Every container is copied once: pickles may share them.
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[object, int]] = {}
+        self._copies: dict[int, tuple[object, int]] = {}  # by the identity of the container
 
-    def plain(self, value: object, depth: int) -> tuple[object, int]:
-        """A plain copy of a value, and its size."""
+    def copy(self, value: object, depth: int) -> tuple[object, int]:
+        """Return a plain copy of a value, and how many values it has written out."""
         value = _unwrap_value(value)
         if isinstance(value, Mapping | list | tuple | set | frozenset):
-            return self._container(value, depth)
-        return _leaf(value), 1
+            return self._copy_container(value, depth)
+        return _copy_leaf(value), 1
 
-    def _container(self, value: Mapping[object, object] | object, depth: int) -> tuple[object, int]:
-        if id(value) not in self._seen:
-            self._seen[id(value)] = (_CUT, 1)  # what it is to itself
-            if depth < _DEEPEST:
-                contents, size = self._contents(value, depth + 1)
-                self._seen[id(value)] = (contents, size) if size <= _MOST else (_CUT, 1)
-        return self._seen[id(value)]
+    def _copy_container(self, value: object, depth: int) -> tuple[object, int]:
+        if id(value) not in self._copies:
+            # A container that contains itself meets this entry, and its copy is cut there.
+            self._copies[id(value)] = (_CUT, 1)
+            if depth < _MAX_DEPTH:
+                contents, size = self._copy_contents(value, depth + 1)
+                self._copies[id(value)] = (contents, size) if size <= _MAX_VALUES else (_CUT, 1)
+        return self._copies[id(value)]
 
-    def _contents(self, value: object, depth: int) -> tuple[object, int]:
+    def _copy_contents(self, value: object, depth: int) -> tuple[object, int]:
         if isinstance(value, Mapping):
-            pairs = [(_key(key), self.plain(inner, depth)) for key, inner in value.items()]
-            return {key: plain for key, (plain, _) in pairs}, 1 + sum(size for _, (_, size) in pairs)
+            pairs = [(_copy_key(key), self.copy(inner, depth)) for key, inner in value.items()]
+            size = 1 + sum(size for _, (_, size) in pairs)
+            return {key: copy for key, (copy, _) in pairs}, size
         assert isinstance(value, list | tuple | set | frozenset)
-        items = [self.plain(inner, depth) for inner in value]
-        return [plain for plain, _ in items], 1 + sum(size for _, size in items)
+        items = [self.copy(inner, depth) for inner in value]
+        return [copy for copy, _ in items], 1 + sum(size for _, size in items)
 
 
 def _unwrap_value(value: object) -> object:
-    """What an object holds, for those that are mere holders."""
-    for _ in range(_DEEPEST):
+    """Return the content of a namespace, an enum member or an object that only wraps a value.
+
+    Objects can wrap each other. Other values are returned as they are.
+    """
+    for _ in range(_MAX_DEPTH):
         if isinstance(value, argparse.Namespace | types.SimpleNamespace):
             return vars(value)
         if type(value) is not OpaqueObject:
             return value.value if isinstance(value, enum.Enum) else value
-        held = _unwrap_opaque(value)
-        if held is value:
+        content = _unwrap_opaque(value)
+        if content is value:
             return value
-        value = held
+        value = content
     return value
 
 
 def _unwrap_opaque(value: OpaqueObject) -> object:
     state = value.state
-    if value.args is None or module_class_name(value):  # a class; a network
+    # A class has no content, and that of a network is its weights.
+    if value.args is None or module_class_name(value):
         return value
     if isinstance(state, dict) and value.name.startswith("omegaconf."):
         return state.get("_content", state.get("_val", value))
     if isinstance(state, dict) and value.name == "uuid.UUID":
-        return _uuid(state)
+        return _format_uuid(state)
     if isinstance(state, dict) or value.items:
         return state if isinstance(state, dict) else value.items
     # An enum member, or something as simple. A function is no class: its argument says nothing.
     is_class = value.name.rpartition(".")[2][:1].isupper()
-    return (
-        value.args[0] if is_class and len(value.args) == 1 and isinstance(value.args[0], str | int | float) else value
-    )
+    if is_class and len(value.args) == 1 and isinstance(value.args[0], str | int | float):
+        return value.args[0]
+    return value
 
 
-def _uuid(state: Mapping[object, object]) -> object:
+def _format_uuid(state: Mapping[object, object]) -> str:
     number = state.get("int")
-    return str(uuid.UUID(int=number)) if isinstance(number, int) and 0 <= number < 1 << 128 else "<uuid.UUID>"
+    if isinstance(number, int) and 0 <= number < 1 << 128:
+        return str(uuid.UUID(int=number))
+    return "<uuid.UUID>"
 
 
-def _key(key: object) -> object:
-    return _leaf(key) if isinstance(key, str | int | float | bool | None) else str(_leaf(key))
+def _copy_key(key: object) -> object:
+    copy = _copy_leaf(key)
+    return copy if isinstance(key, str | int | float | bool | None) else str(copy)
 
 
-def _leaf(value: object) -> object:
+def _copy_leaf(value: object) -> object:
     if value is None or isinstance(value, bool | bytes):
         return value
     if isinstance(value, int):
-        return int(value) if value.bit_length() <= _LONGEST_INT else f"<int of {value.bit_length():,} bits>"
-    if isinstance(value, float):  # subclasses too, such as numpy's float64
+        if value.bit_length() > _MAX_INTEGER_BITS:
+            return f"<int of {value.bit_length():,} bits>"
+        return int(value)
+    if isinstance(value, float):  # also numpy's float64, which is a subclass
         return float(value)
     if isinstance(value, str):
-        return _text(value)
+        return _clean_text(value)
     if isinstance(value, torch.dtype | torch.device | PurePath):
-        return _text(str(value))
+        return _clean_text(str(value))
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
-    if isinstance(value, Tensor | numpy.ndarray | numpy.generic) and value.ndim == 0 and _has_value(value):
+    if (
+        isinstance(value, Tensor | numpy.ndarray | numpy.generic)
+        and value.ndim == 0
+        and _has_value(value)
+    ):
         return value.item()
     if type(value) is OpaqueObject:
-        return _text(repr(value))
+        return _clean_text(repr(value))
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
-def _text(value: str) -> str:
-    """The same text without credentials, and with escapes for what is no Unicode and could not be printed.
+def _clean_text(value: str) -> str:
+    """Return a text without credentials, and with escapes for what is no Unicode.
 
-    Training scripts record where their data was, with the keys to it. A value that is a URL is one from its beginning
-    to its end, blanks and quotes in the password included. So it loses them here, before it is cut or quoted.
+    Training scripts record the URLs of their data, with passwords in them. Here it is still known
+    that the text as a whole is a URL, even where the password has blanks or quotes in it. Once a
+    message has cut or quoted the text, nobody can tell where the URL ends.
     """
     text = str(value).encode("utf-8", "backslashreplace").decode()
     if ":/" not in text and "::" not in text:
@@ -150,4 +174,6 @@ def _text(value: str) -> str:
 
 
 def _has_value(value: object) -> bool:
-    return not isinstance(value, Tensor) or (value.device.type == "cpu" and value.layout == torch.strided)
+    return not isinstance(value, Tensor) or (
+        value.device.type == "cpu" and value.layout == torch.strided
+    )

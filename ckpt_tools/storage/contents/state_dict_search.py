@@ -24,47 +24,68 @@ __all__ = [
     "separate_remaining_entries",
 ]
 
-# Entries that timm, torchvision references, Lightning, BasicSR, DeepSpeed and plain scripts save weights under.
+# Entries that timm, torchvision references, Lightning, BasicSR, DeepSpeed and plain scripts save
+# weights under.
 _WEIGHTS = frozenset(
-    {"state_dict", "model", "model_state_dict", "model_state", "model_weights", "net", "net_state_dict", "network"}
+    {
+        "state_dict",
+        "model",
+        "model_state_dict",
+        "model_state",
+        "model_weights",
+        "net",
+        "net_state_dict",
+        "network",
+    }
     | {"network_state_dict", "weights", "params", "module", "current_model_state"}
 )
 _AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "polyak"})
-_SWAPPED = frozenset({"state_dict", "current_model_state", "averaging_state"})  # Lightning's WeightAveraging
-_TRAINER = ("optim", "sched", "scaler", "rng", "random")  # how a word in the name begins
-_SETTINGS = frozenset({"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"})
+# Lightning's WeightAveraging saves the averaged weights as state_dict, and those of the training
+# beside them.
+_SWAPPED = frozenset({"state_dict", "current_model_state", "averaging_state"})
+# The beginnings of words in the names of what belongs to the trainer.
+_TRAINER = ("optim", "sched", "scaler", "rng", "random")
+# Words in the names of settings, which hold no weights.
+_SETTINGS = frozenset(
+    {"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"}
+)
 
-_FEW = 16
-_MOST = 200  # state dicts in one file; a pickle can name one of them any number of times
-_UNFOLDED = 300_000  # modules and tensors in all of them
+_MAX_PARTS = 16  # of a list or tuple at the top of a file
+_MAX_STATE_DICTS = 200  # in one file; a pickle can name one of them any number of times
+_MAX_TREE_VALUES = 300_000  # modules and tensors in all pickled modules of one file
 
 
 @dataclass(frozen=True)
 class SearchMemory:
-    """What a search has met, by identity: a pickle can hold one value in many places, and each is searched once.
+    """What a search has met so far, by identity: a pickle can hold one value in many places.
 
-    ``barren`` has the mappings without any state dict, and how many levels of them were searched; ``states`` the state
-    dicts of modules.
+    ``barren`` has the mappings without any state dict, and how many levels of them were searched.
+    ``states`` has the state dicts of modules. ``budget`` bounds the modules in all of them.
     """
 
     barren: dict[int, int] = field(default_factory=dict)
     states: dict[int, Mapping[str, object] | None] = field(default_factory=dict)
-    allowance: TreeBudget = field(default_factory=lambda: TreeBudget(_UNFOLDED))
+    budget: TreeBudget = field(default_factory=lambda: TreeBudget(_MAX_TREE_VALUES))
 
     def state_of(self, value: object) -> Mapping[str, object] | None:
-        """The state dict of a whole module, trusted and alive or read as a tree of placeholders."""
+        """Return the state dict of a whole module; None for other values.
+
+        The module is a real one in a file that is trusted, and a tree of placeholders elsewhere.
+        """
         if id(value) not in self.states:
-            self.states[id(value)] = (
-                value.state_dict() if isinstance(value, nn.Module) else module_state(value, self.allowance)
-            )
+            if isinstance(value, nn.Module):
+                self.states[id(value)] = value.state_dict()
+            else:
+                self.states[id(value)] = module_state(value, self.budget)
         return self.states[id(value)]
 
 
 @dataclass(frozen=True)
 class StateDictEntry:
-    """A state dict and where it stands: ``path`` is () for the top level.
+    """A state dict and its place in a file: ``path`` is () for the top level.
 
-    ``copy`` is the prefix of an averaged copy within a larger state dict, which ``whole`` then is; ``source`` is the
+    Where an averaged copy stands within a larger state dict, ``copy`` is its prefix.
+    ``larger_state`` is that state dict, for the copy and for the model beside it. ``source`` is the
     module whose state dict this is, if one was pickled.
     """
 
@@ -72,75 +93,94 @@ class StateDictEntry:
     state: Mapping[str, object]
     averaged: bool = False  # over training steps (EMA, SWA)
     copy: str = ""
-    whole: Mapping[str, object] | None = None
+    larger_state: Mapping[str, object] | None = None
     source: object = None
 
     @property
     def name(self) -> str:
-        """The path as the user sees it and writes it after ``--weights``."""
+        """The path as the user sees it, and gives it to ``--weights``."""
         return ".".join((*self.path, self.copy.rstrip("."))).rstrip(".")
 
     @property
     def rank(self) -> tuple[bool, int]:
-        """Order of preference: names that mean weights first, then the least nested."""
-        known = self.averaged or bool(self.path and self.path[-1] in _WEIGHTS)
-        return (not known, max(1, len(self.path)))
+        """The order of preference: names that mean weights first, then the least nested."""
+        means_weights = self.averaged or bool(self.path and self.path[-1] in _WEIGHTS)
+        return (not means_weights, max(1, len(self.path)))
 
 
-def list_entries(root: object, seen: SearchMemory | None = None) -> list[StateDictEntry]:
-    """Every state dict at the top level and up to two levels down; optimizer states are none.
+def list_entries(root: object, memory: SearchMemory | None = None) -> list[StateDictEntry]:
+    """Return every state dict at the top level and up to two levels down, without optimizer states.
 
-    ``seen``: what earlier searches of the same file have met.
+    ``memory`` is that of earlier searches of the same file.
     """
-    searched = _search(root, (), False, seen or SearchMemory())
-    return [entry for found in islice(searched, _MOST) for entry in _split(found)]
+    entries = islice(_search(root, (), False, memory or SearchMemory()), _MAX_STATE_DICTS)
+    return [part for entry in entries for part in _split_averaged_copies(entry)]
 
 
 def as_mapping(root: object) -> object:
-    """What stands at the top of a file as a mapping, where it has parts: a pair by index, an object by attribute."""
-    if isinstance(root, list | tuple) and len(root) <= _FEW:
+    """Return the object in a file as a mapping of its parts, if it has parts.
+
+    Those of a list are named by index, those of an object by attribute. An object without parts,
+    and a whole module, are returned as they are.
+    """
+    if isinstance(root, list | tuple) and len(root) <= _MAX_PARTS:
         return {str(i): value for i, value in enumerate(root)}
-    if isinstance(root, OpaqueObject) and isinstance(root.state, Mapping) and module_state(root) is None:
+    if (
+        isinstance(root, OpaqueObject)
+        and isinstance(root.state, Mapping)
+        and module_state(root) is None
+    ):
         return root.state
     return root
 
 
 def choose_entry(root: object, weights: str, where: object) -> StateDictEntry:
-    """The entry that ``weights`` asks for: "auto" (averaged ones if there are any), "model", "ema" or a name.
+    """Return the entry that ``weights`` asks for.
 
-    Raises CheckpointError if there is none, or more than one.
+    This is "auto" (averaged weights if there are any), "model", "ema", or the name of an entry.
+    Raises CheckpointError if there is no such entry, or more than one of the best rank.
     """
     entries = list_entries(root)
-    found = ", ".join(entry.name or "(top level)" for entry in entries)
     named = [entry for entry in entries if entry.name and entry.name == weights]
-    pool = named or _pool(entries, weights)
+    candidates = named or _filter_entries(entries, weights)
     if not entries:
         raise CheckpointError(
-            f"{where}: expected a state dict (names to tensors) at the top level or up to two levels down, found none. "
-            f"Save model.state_dict() with torch.save{_trust(root)}."
+            f"{where}: expected a state dict (names to tensors) at the top level or up to two "
+            "levels down, found none. Save model.state_dict() with "
+            f"torch.save{_suggest_trust(root)}."
         )
-    if not pool:
+    if not candidates:
         kind = {"model": "weights that are not averaged", "ema": "averaged (EMA) weights"}
-        wanted = kind.get(weights, f"an entry named {weights!r}")
-        raise CheckpointError(f"{where}: expected {wanted}, found only {found}. Pass --weights auto, or one of these.")
-    best = [entry for entry in pool if entry.rank == min(entry.rank for entry in pool)]
-    if len(best) > 1:
-        names = ", ".join(entry.name or "(top level)" for entry in best)
+        expected = kind.get(weights, f"an entry named {weights!r}")
         raise CheckpointError(
-            f"{where}: expected one state dict, found {len(best)} that could be meant: {names}. "
-            "Pass one of these names to --weights."
+            f"{where}: expected {expected}, found only {_join_names(entries)}. Pass --weights "
+            "auto, or one of these."
+        )
+    best_rank = min(entry.rank for entry in candidates)
+    best = [entry for entry in candidates if entry.rank == best_rank]
+    if len(best) > 1:
+        raise CheckpointError(
+            f"{where}: expected one state dict, found {len(best)} that could be meant: "
+            f"{_join_names(best)}. Pass one of these names to --weights."
         )
     return best[0]
 
 
-def separate_remaining_entries(root: object, chosen: StateDictEntry) -> tuple[dict[str, object], list[str]]:
-    """Split what stands beside the chosen state dict into words and the names of what is left out.
+def _join_names(entries: list[StateDictEntry]) -> str:
+    return ", ".join(entry.name or "(top level)" for entry in entries)
 
-    Left out: optimizer and other trainer state, further state dicts, loose tensors with dimensions.
+
+def separate_remaining_entries(
+    root: object, chosen: StateDictEntry
+) -> tuple[dict[str, object], list[str]]:
+    """Return the values that are recorded beside the chosen state dict, and the names left out.
+
+    Left out are the states of the optimizer and the trainer, further state dicts, and single
+    tensors with dimensions.
     """
     words: dict[str, object] = {}
     left_out: list[str] = []
-    seen = SearchMemory()
+    memory = SearchMemory()
     holder = root
     for depth, step in enumerate(chosen.path):
         if not isinstance(holder, Mapping):
@@ -148,8 +188,9 @@ def separate_remaining_entries(root: object, chosen: StateDictEntry) -> tuple[di
         for key, value in holder.items():
             if key == step:
                 continue
-            if _is_word(str(key), value, seen):
-                words[str(key)] = value  # the nearer to the state dict, the more it says about it
+            if _is_recorded_value(str(key), value, memory):
+                # Of two values with one name the one nearer to the state dict says more about it.
+                words[str(key)] = value
             else:
                 left_out.append(".".join((*chosen.path[:depth], str(key))))
         holder = holder[step]
@@ -157,79 +198,94 @@ def separate_remaining_entries(root: object, chosen: StateDictEntry) -> tuple[di
 
 
 def is_trainer_state(key: str) -> bool:
-    """Whether an entry's name says that it is the optimizer's, the scheduler's and the like."""
+    """Return whether an entry's name says that it belongs to an optimizer or the like."""
     return "." not in key and any(token.startswith(_TRAINER) for token in _tokens(key))
 
 
-def _trust(root: object) -> str:
-    """Advice for a file with objects that only their own code can open."""
+def _suggest_trust(root: object) -> str:
+    """Return advice for a file with objects of foreign classes; "" for other files."""
     values = list(root.values()) if isinstance(root, Mapping) else [root]
     names = [value.name for value in values if isinstance(value, OpaqueObject)]
     shown = "".join(c for c in names[0][:100] if c.isprintable()) if names else ""
-    return f", or pass --trust if you trust the file: {shown} in it can then run any code" if shown else ""
+    if not shown:
+        return ""
+    return f", or pass --trust if you trust the file: {shown} in it can then run any code"
 
 
-def _pool(entries: list[StateDictEntry], weights: str) -> list[StateDictEntry]:
+def _filter_entries(entries: list[StateDictEntry], weights: str) -> list[StateDictEntry]:
     averaged = [entry for entry in entries if entry.averaged]
     plain = [entry for entry in entries if not entry.averaged]
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(value: object, path: tuple[str, ...], averaged: bool, seen: SearchMemory) -> Iterator[StateDictEntry]:
-    state = value if isinstance(value, Mapping) else seen.state_of(value)
+def _search(
+    value: object, path: tuple[str, ...], averaged: bool, memory: SearchMemory
+) -> Iterator[StateDictEntry]:
+    """Yield the state dicts in a value that stands at ``path``."""
+    state = value if isinstance(value, Mapping) else memory.state_of(value)
     levels = 2 - len(path)
-    if state is None or seen.barren.get(id(value), -1) >= levels:
+    if state is None or memory.barren.get(id(value), -1) >= levels:
         return
-    found = any_inside = _holds_weights(state)
-    if found:
+    is_state_dict = is_fruitful = _holds_weights(state)
+    if is_state_dict:
         yield StateDictEntry(path, state, averaged, source=None if state is value else value)
-    # The top level may hold a stray tensor beside the state dict; deeper down a state dict ends the search.
-    if state is value and len(path) < 2 and not (found and path):
-        swapped = state.keys() >= _SWAPPED
+    # The top level may hold a stray tensor beside the state dict; deeper down a state dict ends the
+    # search.
+    if state is value and len(path) < 2 and not (is_state_dict and path):
+        is_swapped = state.keys() >= _SWAPPED
         for key, inner in state.items():
-            if isinstance(key, str) and not _is_aside(key):
-                means = not _AVERAGED.isdisjoint(_tokens(key)) or (swapped and key == "state_dict")
-                for entry in _search(inner, (*path, key), averaged or means, seen):
-                    any_inside = True
+            if isinstance(key, str) and not _is_no_weights(key):
+                names_average = not _AVERAGED.isdisjoint(_tokens(key))
+                inner_averaged = averaged or names_average or (is_swapped and key == "state_dict")
+                for entry in _search(inner, (*path, key), inner_averaged, memory):
+                    is_fruitful = True
                     yield entry
-    if not any_inside:
-        seen.barren[id(value)] = levels
+    if not is_fruitful:
+        memory.barren[id(value)] = levels
 
 
-def _split(entry: StateDictEntry) -> list[StateDictEntry]:
-    """A state dict in which a training module kept an averaged copy of its model is two entries."""
+def _split_averaged_copies(entry: StateDictEntry) -> list[StateDictEntry]:
+    """Return the model and each averaged copy of it in a state dict as entries of their own."""
     copies = [] if entry.averaged else find_averaged_copies(entry.state)
     if not copies:
         return [entry]
     roots = tuple(copy.root for copy in copies)
-    rest = {key: value for key, value in entry.state.items() if not key.startswith(roots)}
-    parts = {
-        copy.prefix: {key: value for key, value in entry.state.items() if key.startswith(copy.prefix)}
-        for copy in copies
-    }
-    return [
-        replace(entry, state=rest, whole=entry.state),
-        *(replace(entry, state=part, averaged=True, copy=copy, whole=entry.state) for copy, part in parts.items()),
-    ]
+    items = entry.state.items()
+    model = {key: value for key, value in items if not key.startswith(roots)}
+    parts = [replace(entry, state=model, larger_state=entry.state)]
+    for prefix in dict.fromkeys(copy.prefix for copy in copies):
+        copy = {key: value for key, value in items if key.startswith(prefix)}
+        parts.append(
+            replace(entry, state=copy, averaged=True, copy=prefix, larger_state=entry.state)
+        )
+    return parts
 
 
 def _holds_weights(value: Mapping[Any, object]) -> bool:
-    """Names to tensors, at least one of which is no mere number; no optimizer state."""
+    """Return whether a mapping is a state dict: names to tensors, at least one with dimensions.
+
+    The state of an optimizer is none.
+    """
     if "param_groups" in value or not all(isinstance(key, str) for key in value):
         return False
-    return any(isinstance(x, Tensor) and x.dim() > 0 and not _is_aside(str(key)) for key, x in value.items())
+    return any(
+        isinstance(item, Tensor) and item.dim() > 0 and not _is_no_weights(str(key))
+        for key, item in value.items()
+    )
 
 
-def _is_word(key: str, value: object, seen: SearchMemory) -> bool:
+def _is_recorded_value(key: str, value: object, memory: SearchMemory) -> bool:
     if is_trainer_state(key) or (isinstance(value, Mapping) and "param_groups" in value):
         return False
-    if any(isinstance(x, Tensor) and x.dim() > 0 for x in (value if isinstance(value, list) else [value])):
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, Tensor) and item.dim() > 0 for item in items):
         return False
-    return _is_settings(key) or not list_entries(value, seen)
+    return _is_settings(key) or not list_entries(value, memory)
 
 
-def _is_aside(key: str) -> bool:
-    """Whether an entry's name says that it holds no weights. Keys with dots are parameters, not entries."""
+def _is_no_weights(key: str) -> bool:
+    """Return whether a name says that it is not one of weights."""
+    # Keys with dots are those of parameters, whose modules may have such names.
     if "." in key:
         return key.endswith("._extra_state")
     return is_trainer_state(key) or _is_settings(key)

@@ -1,7 +1,8 @@
-"""The metadata of a distributed checkpoint: which tensors it has, in which chunks, and where their bytes lie.
+"""The metadata of a distributed checkpoint: its tensors, their chunks, and where the bytes lie.
 
-Written against torch.distributed.checkpoint.metadata and .filesystem of torch 2.15; older releases pickle the same
-classes with fewer attributes. Objects arrive as inert placeholders.
+Written against torch.distributed.checkpoint.metadata and .filesystem of torch 2.15; older releases
+pickle the same classes with fewer attributes. Objects arrive as inert placeholders
+(``OpaqueObject``), and nothing in them is believed before it is checked.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from reprlib import repr as shown  # of foreign values: short, and shallow
+from reprlib import repr as shorten  # a short and shallow text of a foreign value
 
 import torch
 
@@ -18,7 +19,7 @@ from ckpt_tools.storage.formats.pickles import OpaqueObject
 
 __all__ = ["DistributedMetadata", "ShardPiece", "TensorEntry", "parse_distributed_metadata"]
 
-_DEEPEST = 64  # containers within containers
+_MAX_LENGTH = 64  # of a path, and of sizes
 _LARGEST = 2**62
 
 Ints = tuple[int, ...]
@@ -26,7 +27,7 @@ Ints = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ShardPiece:
-    """Some bytes of a shard: what torch.save wrote for one chunk or one word."""
+    """Some bytes of a shard, which torch.save wrote for one chunk or one recorded value."""
 
     file: str
     offset: int
@@ -36,7 +37,10 @@ class ShardPiece:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of shape ``size``: ``chunks`` maps the offsets of each chunk to its shape, ``pieces`` to its bytes."""
+    """A tensor of shape ``size``.
+
+    ``chunks`` maps the offsets of each chunk to its shape, ``pieces`` to its bytes.
+    """
 
     name: str
     dtype: torch.dtype
@@ -47,7 +51,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class DistributedMetadata:
-    """All entries by their flat names; ``paths`` says where each stood, in the order it was saved."""
+    """All entries of a checkpoint by their flat names.
+
+    ``paths`` are their places in the object that was saved, in its order.
+    """
 
     tensors: tuple[TensorEntry, ...]
     words: Mapping[str, ShardPiece]
@@ -55,130 +62,155 @@ class DistributedMetadata:
 
 
 def parse_distributed_metadata(content: object) -> DistributedMetadata:
-    """What a ``.metadata`` file says. Raises ValueError, with a phrase for what was found instead."""
-    state = _state(content, "Metadata")
-    entries = _mapping(state.get("state_dict_metadata"), "state_dict_metadata")
-    pieces = _pieces(_mapping(state.get("storage_data"), "storage_data"))
-    paths = _paths(state.get("planner_data"), entries)
+    """Return the entries of a ``.metadata`` file.
+
+    Raises ValueError, whose message stands behind "found", for a malformed one.
+    """
+    state = _require_state(content, "Metadata")
+    entries = _require_mapping(state.get("state_dict_metadata"), "state_dict_metadata")
+    pieces = _parse_pieces(_require_mapping(state.get("storage_data"), "storage_data"))
+    paths = _parse_paths(state.get("planner_data"), entries)
     tensors, words = [], {}
     for name in paths:
-        kind = _class(entries[name])
+        kind = _class_name(entries[name])
         if kind == "TensorStorageMetadata":
-            tensors.append(_tensor(name, _state(entries[name], kind), pieces))
+            tensors.append(_parse_tensor(name, _require_state(entries[name], kind), pieces))
         elif kind == "BytesStorageMetadata":
-            words[name] = _piece_of(pieces, name, None)
+            words[name] = _find_piece(pieces, name, None)
         else:
-            raise ValueError(f"{name} described by {shown(entries[name])}")
+            raise ValueError(f"{name} described by {shorten(entries[name])}")
     return DistributedMetadata(tuple(tensors), words, paths)
 
 
-def _tensor(
+def _parse_tensor(
     name: str, state: Mapping[str, object], pieces: Mapping[tuple[str, Ints | None], ShardPiece]
 ) -> TensorEntry:
-    dtype, size = _dtype(state.get("properties")), _ints(state.get("size"), name)
+    dtype, size = _require_dtype(state.get("properties")), _require_sizes(state.get("size"), name)
     chunks: dict[Ints, Ints] = {}
-    for chunk in _sequence(state.get("chunks"), f"chunks of {name}"):
-        said = _state(chunk, "ChunkStorageMetadata")
-        start, length = _ints(said.get("offsets"), name), _ints(said.get("sizes"), name)
+    for chunk in _require_sequence(state.get("chunks"), f"chunks of {name}"):
+        chunk_state = _require_state(chunk, "ChunkStorageMetadata")
+        start = _require_sizes(chunk_state.get("offsets"), name)
+        length = _require_sizes(chunk_state.get("sizes"), name)
         if not len(start) == len(length) == len(size) or any(
-            first + count > whole for first, count, whole in zip(start, length, size, strict=True)
+            first + count > total for first, count, total in zip(start, length, size, strict=True)
         ):
             raise ValueError(f"{name}: a chunk of {length} at {start} in a tensor of {size}")
         chunks[start] = length
+    # A tensor without elements has strides, too, which must fit into 64 bits.
     if prod(max(length, 1) for length in size) > _LARGEST:
         raise ValueError(f"{name}: the size {size}")
     if prod(size) > sum(prod(length) for length in chunks.values()):
         raise ValueError(f"{name}: chunks that do not cover its {size}")
-    found = {start: _piece_of(pieces, name, start) for start in chunks}
+    pieces_of_chunks = {start: _find_piece(pieces, name, start) for start in chunks}
     for start, length in chunks.items():
-        if prod(length) * dtype.itemsize > found[start].length and not found[start].transformed:
-            raise ValueError(f"{name}: {found[start].length} bytes for a chunk of {length}")
-    return TensorEntry(name, dtype, size, chunks, found)
+        piece = pieces_of_chunks[start]
+        if prod(length) * dtype.itemsize > piece.length and not piece.transformed:
+            raise ValueError(f"{name}: {piece.length} bytes for a chunk of {length}")
+    return TensorEntry(name, dtype, size, chunks, pieces_of_chunks)
 
 
-def _pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | None], ShardPiece]:
-    found: dict[tuple[str, Ints | None], ShardPiece] = {}
+def _parse_pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | None], ShardPiece]:
+    pieces: dict[tuple[str, Ints | None], ShardPiece] = {}
     for key, value in storage.items():
-        index, info = _state(key, "MetadataIndex"), _state(value, "_StorageInfo")
-        name = _text(index.get("fqn"), "fqn")
-        start = None if index.get("offset") is None else _ints(index["offset"], name)
-        offset, length = _ints((info.get("offset"), info.get("length")), name)
+        index, info = _require_state(key, "MetadataIndex"), _require_state(value, "_StorageInfo")
+        name = _require_text(index.get("fqn"), "fqn")
+        start = None if index.get("offset") is None else _require_sizes(index["offset"], name)
+        offset, length = _require_sizes((info.get("offset"), info.get("length")), name)
         extensions = info.get("transform_descriptors") or ()
-        transformed = ", ".join(shown(x) for x in _sequence(extensions, "transform_descriptors")[:8])
-        found[name, start] = ShardPiece(_file(info.get("relative_path")), offset, length, transformed)
-    return found
+        descriptors = _require_sequence(extensions, "transform_descriptors")[:8]
+        transformed = ", ".join(shorten(descriptor) for descriptor in descriptors)
+        file = _require_file_name(info.get("relative_path"))
+        pieces[name, start] = ShardPiece(file, offset, length, transformed)
+    return pieces
 
 
-def _piece_of(pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None) -> ShardPiece:
+def _find_piece(
+    pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None
+) -> ShardPiece:
     piece = pieces.get((name, start))
-    if piece is None and not any(start or ()):  # whole tensors may be filed without an offset, scalars with one
+    # Complete tensors may be filed without an offset, scalars with an empty one.
+    if piece is None and not any(start or ()):
         piece = pieces.get((name, None)) or pieces.get((name, ()))
     if piece is None:
         raise ValueError(f"no bytes for {name}" + (f" at {start}" if start else ""))
     return piece
 
 
-def _paths(planner: object, entries: Mapping[object, object]) -> dict[str, tuple[str | int, ...]]:
-    """Where each entry stood. Without the planner's word the state dict was flat."""
-    said = planner if isinstance(planner, Mapping) else {}
-    names = [*(name for name in said if name in entries), *(name for name in entries if name not in said)]
-    return {_text(name, "name"): _path(said.get(name), str(name)) for name in names}
+def _parse_paths(
+    planner: object, entries: Mapping[object, object]
+) -> dict[str, tuple[str | int, ...]]:
+    """Return the path of each entry.
+
+    An entry for which the planner has recorded none stood at the top level.
+    """
+    recorded_paths = planner if isinstance(planner, Mapping) else {}
+    names = [
+        *(name for name in recorded_paths if name in entries),
+        *(name for name in entries if name not in recorded_paths),
+    ]
+    return {
+        _require_text(name, "name"): _parse_path(recorded_paths.get(name), str(name))
+        for name in names
+    }
 
 
-def _path(said: object, name: str) -> tuple[str | int, ...]:
-    if not isinstance(said, tuple | list) or not 0 < len(said) <= _DEEPEST:
+def _parse_path(path: object, name: str) -> tuple[str | int, ...]:
+    if not isinstance(path, tuple | list) or not 0 < len(path) <= _MAX_LENGTH:
         return (name,)
-    if not all(type(part) in (str, int) for part in said):
-        raise ValueError(f"the path {shown(said)} of {name}")
-    return tuple(said)
+    if not all(type(part) in (str, int) for part in path):
+        raise ValueError(f"the path {shorten(path)} of {name}")
+    return tuple(path)
 
 
-def _file(name: object) -> str:
-    text, fault = _text(name, "relative_path"), name_fault(name)
+def _require_file_name(name: object) -> str:
+    text, fault = _require_text(name, "relative_path"), name_fault(name)
     if fault is not None:
         raise ValueError(f"the shard {shown_name(text)}, {fault}")
     return text
 
 
-def _dtype(properties: object) -> torch.dtype:
+def _require_dtype(properties: object) -> torch.dtype:
     state = properties.state if isinstance(properties, OpaqueObject) else None
-    said = state[0] if isinstance(state, tuple | list) and state else None
-    if not isinstance(said, torch.dtype):
-        raise ValueError(f"the type {shown(said)} of a tensor")
-    return said
+    # The state of TensorProperties is a tuple that begins with the dtype.
+    dtype = state[0] if isinstance(state, tuple | list) and state else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"the type {shorten(dtype)} of a tensor")
+    return dtype
 
 
-def _class(value: object) -> str:
-    return value.name.rpartition(".")[2] if isinstance(value, OpaqueObject) else type(value).__name__
+def _class_name(value: object) -> str:
+    return (
+        value.name.rpartition(".")[2] if isinstance(value, OpaqueObject) else type(value).__name__
+    )
 
 
-def _state(value: object, kind: str) -> Mapping[str, object]:
-    state = value.state if isinstance(value, OpaqueObject) and _class(value) == kind else None
+def _require_state(value: object, kind: str) -> Mapping[str, object]:
+    state = value.state if isinstance(value, OpaqueObject) and _class_name(value) == kind else None
     if not isinstance(state, Mapping):
-        raise ValueError(f"{shown(value)} in place of {kind}")
+        raise ValueError(f"{shorten(value)} in place of {kind}")
     return state
 
 
-def _mapping(value: object, what: str) -> Mapping[object, object]:
+def _require_mapping(value: object, name: str) -> Mapping[object, object]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{shown(value)} in place of {what}")
+        raise ValueError(f"{shorten(value)} in place of {name}")
     return value
 
 
-def _sequence(value: object, what: str) -> tuple[object, ...]:
+def _require_sequence(value: object, name: str) -> tuple[object, ...]:
     if not isinstance(value, tuple | list):
-        raise ValueError(f"{shown(value)} in place of {what}")
+        raise ValueError(f"{shorten(value)} in place of {name}")
     return tuple(value)
 
 
-def _text(value: object, what: str) -> str:
+def _require_text(value: object, name: str) -> str:
     if type(value) is not str:
-        raise ValueError(f"{shown(value)} in place of {what}")
+        raise ValueError(f"{shorten(value)} in place of {name}")
     return value
 
 
-def _ints(value: object, name: str) -> Ints:
-    numbers = _sequence(value, f"numbers of {name}")
-    if len(numbers) > _DEEPEST or not all(type(x) is int and 0 <= x < _LARGEST for x in numbers):
-        raise ValueError(f"{name}: {shown(value)} in place of sizes")
+def _require_sizes(value: object, name: str) -> Ints:
+    numbers = _require_sequence(value, f"numbers of {name}")
+    if len(numbers) > _MAX_LENGTH or not all(type(x) is int and 0 <= x < _LARGEST for x in numbers):
+        raise ValueError(f"{name}: {shorten(value)} in place of sizes")
     return tuple(int(x) for x in numbers)  # type: ignore[call-overload]

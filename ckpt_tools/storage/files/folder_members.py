@@ -1,4 +1,4 @@
-"""Which files of a folder make up its checkpoint, by their names alone."""
+"""Telling by names alone which files of a folder make up its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,37 +25,47 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", "
 
 
 def find_weight_candidates(names: Sequence[str]) -> list[str]:
-    """The files that may stand for the checkpoint of a folder: its weights or the index of its shards. One if it is
-    clear, none if there is no checkpoint.
+    """Return the files that may be the weights of a folder's checkpoint, or their index.
+
+    This is one file if the choice is clear, and none if there is no checkpoint.
     """
     if hub := find_hub_weights(list(names)):
         return [hub]
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if len(indices) > 1:  # Hugging Face repositories often hold the same weights in both formats
+    # Hugging Face repositories often hold the same weights in both formats.
+    if len(indices) > 1:
         indices = [name for name in indices if "safetensors" in name] or indices
-    return indices or [name for name in names if name.endswith(CHECKPOINT_SUFFIXES) and not is_trainer_file(name)]
+    return indices or [
+        name for name in names if name.endswith(CHECKPOINT_SUFFIXES) and not is_trainer_file(name)
+    ]
 
 
 def list_checkpoint_members(names: Sequence[str]) -> list[str]:
-    """The files of a folder's checkpoint that its names tell: all of a distributed one, all ranks, the weights, or the
-    index, whose content names the shards. None where the choice is not clear.
+    """Return the files of a folder's checkpoint, as far as names tell.
+
+    They are all files of a distributed checkpoint, those of all ranks, the weights, or the index,
+    whose content names the shards. The list is empty where the choice is not clear.
     """
     if METADATA_NAME in names:
         return [name for name in names if name == METADATA_NAME or name.endswith(SHARD_SUFFIX)]
-    found = find_weight_candidates(names)
-    return [name for name in names if is_rank_file(name)] or (found if len(found) == 1 else [])
+    if ranks := [name for name in names if is_rank_file(name)]:
+        return ranks
+    candidates = find_weight_candidates(names)
+    return candidates if len(candidates) == 1 else []
 
 
 def is_checkpoint_related(name: str) -> bool:
-    """Whether a file can be a checkpoint, a part of one, or what describes it."""
-    return name.lower().endswith((*CHECKPOINT_SUFFIXES, INDEX_SUFFIX, SHARD_SUFFIX)) or name in (
-        METADATA_NAME,
-        *SIDECAR_NAMES,
-    )
+    """Return whether a file can be a checkpoint, a part of one, or a description of one."""
+    suffixes = (*CHECKPOINT_SUFFIXES, INDEX_SUFFIX, SHARD_SUFFIX)
+    return name.lower().endswith(suffixes) or name in (METADATA_NAME, *SIDECAR_NAMES)
 
 
 def read_shard_names(index: Path) -> list[str]:
-    """The files beside an index of shards that it names, sorted; what is no name of a file there is left out."""
+    """Return the names of the shards that an index lists, sorted.
+
+    Names that could lead out of the index's folder are left out, and an index that cannot be read
+    gives none: whoever loads the checkpoint reports what is wrong.
+    """
     try:
         content = json.loads(index.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint were like when they were read, to notice a later change."""
+"""Stamps of files: their state at the time they were read, to notice a later change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ __all__ = ["FileStamp", "StoredCheckpoint", "stamp_checkpoint_files", "stamp_fil
 
 @dataclass(frozen=True)
 class FileStamp:
-    """One file's identity. A file written anew has another inode, one written in place another time."""
+    """The identity of one file.
+
+    A file that was written anew has another inode, and one that was written in place another time.
+    """
 
     device: int
     inode: int
@@ -24,23 +27,26 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class StoredCheckpoint(Checkpoint):
-    """A checkpoint from files; ``stamps`` are theirs from just before they were read.
+    """A checkpoint from files; ``stamps`` were taken just before the files were read.
 
-    Its tensors cannot tell of a change: mapped ones show whatever the file holds now.
+    Its tensors alone would not show a change: those that are memory-mapped hold whatever the file
+    holds now.
     """
 
     stamps: tuple[FileStamp, ...] = ()
 
 
 def stamp_checkpoint_files(source: CheckpointFiles) -> tuple[FileStamp, ...]:
-    """The stamps of a checkpoint's files, its index's last. Raises CheckpointError."""
+    """Return the stamps of a checkpoint's files, that of its index last. Raises CheckpointError."""
     try:
         return tuple(map(stamp_file, (*source.files, *([source.index] if source.index else []))))
     except OSError as error:
-        raise CheckpointError(f"{source.path}: cannot be opened ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{source.path}: cannot be opened ({error.strerror}). Check its permissions."
+        ) from error
 
 
 def stamp_file(path: Path) -> FileStamp:
-    """The stamp of one file. Raises OSError."""
+    """Return the stamp of one file. Raises OSError."""
     stat = path.stat()
     return FileStamp(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -1,1 +1,1 @@
-"""One module for each file format: bytes become tensors and plain values, and nothing is executed."""
+"""One module for each file format: bytes become tensors and plain values, nothing is executed."""

@@ -1,4 +1,8 @@
-"""Files and folders that are no checkpoints of PyTorch: what they are, and what to do about it."""
+"""Files and folders that are no checkpoints of PyTorch: what they are, and what to do about it.
+
+Each table has patterns of first bytes or of names, a description to stand behind "found", and
+advice.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,33 @@ __all__ = ["foreign_archive_error", "foreign_file_error", "foreign_folder_error"
 
 _FRESH = "The download gave an error page; fetch the file again."
 _UNPACK = "Unpack it first."
-_CONVERT = "Convert its weights to PyTorch first (a state dict saved with torch.save or as safetensors)."
-_TF = (
-    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in transformers, and save them."
+_CONVERT = (
+    "Convert its weights to PyTorch first (a state dict saved with torch.save or as safetensors)."
 )
-_FLAX = "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_flax=True) in transformers."
-_GGUF = "It holds quantised weights of a language model; give the checkpoint that it was converted from."
-_ONNX = "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was exported from."
+_TF = (
+    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in "
+    "transformers, and save them."
+)
+_FLAX = (
+    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_flax=True) in "
+    "transformers."
+)
+_GGUF = (
+    "It holds quantised weights of a language model; give the checkpoint that it was converted "
+    "from."
+)
+_ONNX = (
+    "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was "
+    "exported from."
+)
 
+# The first bytes of files, matched from the start; the first match counts.
 _SIGNATURES = (
-    (rb"version https://git-lfs", "a Git LFS pointer", "Fetch the file itself with `git lfs pull`."),
+    (
+        rb"version https://git-lfs",
+        "a Git LFS pointer",
+        "Fetch the file itself with `git lfs pull`.",
+    ),
     (rb"\xff\xd8\xff", "a JPEG image", ""),
     (rb"\x89PNG", "a PNG image", ""),
     (rb"%PDF", "a PDF document", ""),
@@ -32,7 +53,11 @@ _SIGNATURES = (
     (rb"(?s).{4}ET\d\d", "an ExecuTorch program", "Give the checkpoint that it was exported from."),
     (rb"\x08\x01\x12", "a TensorFlow SavedModel", _TF),
     (rb"\x08[\x02-\x14][\x12\x1a\x22\x28\x32\x3a]", "an ONNX model", _ONNX),
-    (rb"[\x81-\x8f][\xa1-\xbf][ -~]|\xde\x00.[\xa1-\xbf][ -~]", "a msgpack file, as Flax writes it", _FLAX),
+    (
+        rb"[\x81-\x8f][\xa1-\xbf][ -~]|\xde\x00.[\xa1-\xbf][ -~]",
+        "a msgpack file, as Flax writes it",
+        _FLAX,
+    ),
     (rb"\x1f\x8b", "a gzip archive", _UNPACK),
     (rb"BZh", "a bzip2 archive", _UNPACK),
     (rb"7z\xbc\xaf", "a 7-zip archive", _UNPACK),
@@ -43,10 +68,19 @@ _SIGNATURES = (
     (rb"\s*<\?xml", "an XML file", ""),
 )
 
+# The names of a zip archive's records.
 _ARCHIVES = (
     (r"model\.weights\.h5$", "a Keras model", _TF),
-    (r"\.npy$", "an archive of numpy arrays (.npz)", "Save them as a state dict: torch.save({name: tensor, …}, path)."),
-    (r"(^|/)\.data/extern_modules$", "a torch.package archive", "It holds code; torch.save the model's state_dict()."),
+    (
+        r"\.npy$",
+        "an archive of numpy arrays (.npz)",
+        "Save them as a state dict: torch.save({name: tensor, …}, path).",
+    ),
+    (
+        r"(^|/)\.data/extern_modules$",
+        "a torch.package archive",
+        "It holds code; torch.save the model's state_dict().",
+    ),
     (
         r"^([^/]+/)?model\.json$",
         "a TorchScript archive of PyTorch 1.3 or older",
@@ -55,66 +89,85 @@ _ARCHIVES = (
     (r"(^|/)mlmodel$|\.mlmodel$", "a Core ML package", _CONVERT),
 )
 
+# The names of the files in a folder.
 _FOLDERS = (
     (r"^saved_model\.pb$", "a TensorFlow SavedModel", _TF),
     (r"\.data-\d{5}-of-\d{5}$", "a TensorFlow checkpoint", _TF),
     (r"^(_METADATA|_CHECKPOINT_METADATA|manifest\.ocdbt)$", "an Orbax checkpoint of JAX", _CONVERT),
-    (r"^(flax_model\.msgpack|tf_model\.h5)$", "a Hugging Face folder without PyTorch weights", _FLAX),
+    (
+        r"^(flax_model\.msgpack|tf_model\.h5)$",
+        "a Hugging Face folder without PyTorch weights",
+        _FLAX,
+    ),
     (
         r"^(zero_to_fp32\.py|latest)$",
         "a DeepSpeed checkpoint",
-        "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and give what it writes.",
+        "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and "
+        "give what it writes.",
     ),
-    (r"\.distcp$", "shards of a distributed checkpoint without their .metadata", "Fetch the whole folder again."),
+    (
+        r"\.distcp$",
+        "shards of a distributed checkpoint without their .metadata",
+        "Fetch the whole folder again.",
+    ),
 )
 
 
 def foreign_file_error(path: Path, head: bytes) -> CheckpointError:
-    """The error for a file that is no checkpoint, from its first bytes (about 512)."""
-    known = [(what, advice) for signature, what, advice in _SIGNATURES if re.match(signature, head)]
-    what, advice = known[0] if known else (_tar_text_or_bytes(head), "")
+    """Return the error for a file that is no checkpoint, from its first bytes (about 512)."""
+    matches = [entry[1:] for entry in _SIGNATURES if re.match(entry[0], head)]
+    description, advice = matches[0] if matches else (_describe_unknown_bytes(head), "")
     return CheckpointError(
-        f"{path}: expected a checkpoint (torch.save or safetensors), found {what}. "
+        f"{path}: expected a checkpoint (torch.save or safetensors), found {description}. "
         + (advice or "Give the file that the training script saved.")
     )
 
 
 def foreign_archive_error(path: Path, names: Collection[str]) -> CheckpointError:
-    """The error for a zip archive that is no checkpoint, from the names of its records."""
-    what, advice = _match_names(_ARCHIVES, names) or (
+    """Return the error for a zip archive that is no checkpoint, from the names of its records."""
+    description, advice = _match_names(_ARCHIVES, names) or (
         "a zip archive that torch.save did not write",
         "If it holds a checkpoint, unpack it and give the file inside.",
     )
-    return CheckpointError(f"{path}: expected a checkpoint, found {what}. {advice}")
+    return CheckpointError(f"{path}: expected a checkpoint, found {description}. {advice}")
 
 
 def foreign_folder_error(folder: Path, names: Collection[str]) -> CheckpointError | None:
-    """The error for a folder in another library's layout, from the names in it; None for any other folder."""
-    known = _match_names(_FOLDERS, names)
-    return CheckpointError(f"{folder}: expected a checkpoint, found {known[0]}. {known[1]}") if known else None
+    """Return the error for a folder in another library's layout, from the names in it.
+
+    For any other folder this is None.
+    """
+    match = _match_names(_FOLDERS, names)
+    if match is None:
+        return None
+    description, advice = match
+    return CheckpointError(f"{folder}: expected a checkpoint, found {description}. {advice}")
 
 
-def _match_names(table: tuple[tuple[str, str, str], ...], names: Collection[str]) -> tuple[str, str] | None:
-    for pattern, what, advice in table:
+def _match_names(
+    table: tuple[tuple[str, str, str], ...], names: Collection[str]
+) -> tuple[str, str] | None:
+    for pattern, description, advice in table:
         if any(re.search(pattern, name) for name in names):
-            return what, advice
+            return description, advice
     return None
 
 
-def _tar_text_or_bytes(head: bytes) -> str:
+def _describe_unknown_bytes(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive of other files"
     if b"\0" in head:
-        return _bytes(head)
+        return _describe_binary(head)
     try:
         head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # a character cut in two by our own reading does not count
-            return _bytes(head)
+        # The end of ``head`` may cut a character in two, which does not make the text binary.
+        if error.start < len(head) - 4:
+            return _describe_binary(head)
     return "a text file"
 
 
-def _bytes(head: bytes) -> str:
+def _describe_binary(head: bytes) -> str:
     if not any(head):
         return "nothing but zeros at its start, as an interrupted copy leaves them"
     return f"bytes of no known format, starting with {head[:8].hex(' ')}"

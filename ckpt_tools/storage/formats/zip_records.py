@@ -1,4 +1,4 @@
-"""The records of a zip archive that is no torch.save file: programs and scripts."""
+"""The records of zip archives other than those of torch.save: exported programs and TorchScript."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ __all__ = ["open_zip_archive", "record_names"]
 
 
 @contextmanager
-def open_zip_archive(path: Path, what: str) -> Iterator[Archive]:
-    """The records of ``what``, as a message calls it.
+def open_zip_archive(path: Path, expected: str) -> Iterator[Archive]:
+    """Open a zip archive and give its records; ``expected`` is its name in messages.
 
-    Raises CheckpointError for a damaged archive, and for whatever shows inside the ``with`` that it is none.
+    Raises CheckpointError for a damaged archive. Other errors inside the ``with`` become
+    CheckpointErrors, too, as they mean that the records are not what they should be.
     """
     try:
         with open_blob(path) as blob:
             archive = Archive(blob)
-            # An archive cut short may end in a whole one that was a record of it; zipfile takes that.
+            # An archive that was cut short may end in a complete one, which was a record of it, and
+            # zipfile would open that one. Its first record does not begin with the file.
             if min((record.header_offset for record in archive.records.values()), default=0) > 0:
                 raise MalformedFileError("one whose end belongs to another archive")
             yield archive
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
-    except Exception as error:  # zipfile and its codecs raise errors of many kinds
-        found = (
-            error
-            if isinstance(error, MalformedFileError)
-            else f"one that cannot be read ({type(error).__name__}: {error})"
-        )
         raise CheckpointError(
-            f"{path}: expected {what}, found {found}. The file is damaged or was cut short; copy or download it again."
+            f"{path}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
+    except Exception as error:  # zipfile and its codecs raise errors of many kinds
+        problem = f"one that cannot be read ({type(error).__name__}: {error})"
+        if isinstance(error, MalformedFileError):
+            problem = str(error)
+        raise CheckpointError(
+            f"{path}: expected {expected}, found {problem}. The file is damaged or was cut short; "
+            "copy or download it again."
         ) from error
 
 
 def record_names(path: Path) -> set[str]:
-    """The names of a zip archive's records, without the folder that holds them all. Raises CheckpointError."""
+    """Return the names of a zip archive's records, without the folder that holds them all.
+
+    Raises CheckpointError.
+    """
     with open_zip_archive(path, f"a complete archive of {path.stat().st_size:,} bytes") as archive:
         return set(archive.records)

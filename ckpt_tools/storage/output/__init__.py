@@ -1,1 +1,1 @@
-"""Writing a file that appears whole and verified, or not at all."""
+"""Writing files that appear complete and verified, or not at all."""

@@ -1,4 +1,4 @@
-"""Putting a finished file in place in one step, or leaving no trace."""
+"""Writing a file that appears under its name in one step, or leaves no trace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.remote.mirror import is_remote
-from ckpt_tools.remote.temporary_folders import create_locked_folder, new_temporary_name, remove_abandoned_folders
+from ckpt_tools.remote.temporary_folders import (
+    create_locked_folder,
+    new_temporary_name,
+    remove_abandoned_folders,
+)
 from ckpt_tools.remote.uploads import check_remote_target, upload_file
 from ckpt_tools.storage.output.permissions import set_permissions
 
@@ -24,26 +28,30 @@ def write_atomically(
     sources: Sequence[Path] = (),
     may_replace: Callable[[], bool] | None = None,
 ) -> Iterator[Path]:
-    """A temporary path beside the target; what the block writes there takes the target's name at the end.
+    """Give a temporary path; what the block writes there takes the target's name at the end.
 
-    The temporary path lies in a folder of its own that only this user can enter, so that nobody reads the file before
-    it has its permissions: those that new files have here, without those that any of ``sources`` denies. If the block
-    raises anything, KeyboardInterrupt included, the folder is removed and the target stays as it was.
+    The temporary path lies beside the target, in a folder of its own that only this user can enter,
+    so that nobody reads the file before it has its permissions: those that new files have here,
+    without those that any of ``sources`` denies. If the block raises anything, KeyboardInterrupt
+    included, the folder is removed and the target stays as it was.
 
-    A target that appears meanwhile is replaced only with ``overwrite``. ``may_replace``, if it is given, decides that
-    instead, just before the target is replaced; it raises where the file must not be written at all.
+    A target that appears meanwhile is replaced only with ``overwrite``. ``may_replace``, if it is
+    given, decides that instead, just before the target is replaced. It raises an error where the
+    file must not be written at all.
 
     Raises OutputError for a target that is taken, OSError if the file system refuses.
     """
     check_target(target, overwrite=overwrite)
     claimed = create_locked_folder(target.with_name(f".{new_temporary_name()}.tmp"))
     try:
-        temporary = claimed.folder / "output"  # libraries take not every name
+        # Not the target's name: libraries do not take every name.
+        temporary = claimed.folder / "output"
         yield temporary
         set_permissions(temporary, claimed.file_mode(), sources)
         sync_to_disk(temporary)
         replace = overwrite if may_replace is None else may_replace()
-        (upload_file if is_remote(target) else _move)(temporary, target, overwrite=replace)
+        put_in_place = upload_file if is_remote(target) else _move
+        put_in_place(temporary, target, overwrite=replace)
     finally:
         claimed.remove_folder()
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
@@ -51,33 +59,43 @@ def write_atomically(
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse at once what cannot be written at the end; what killed processes left in the folder is removed.
+    """Raise OutputError at once for a target that could not be written at the end.
 
-    Raises OutputError, and RemoteError for a remote target.
+    What killed processes left in the folder is removed. Raises RemoteError for a remote target.
     """
     if is_remote(target):
         check_remote_target(target, overwrite=overwrite)
         return
     try:
         if target.is_dir():
-            raise OutputError(f"{target}: expected the name of a file to write, found a folder. Add a file name.")
+            raise OutputError(
+                f"{target}: expected the name of a file to write, found a folder. Add a file name."
+            )
         if target.exists() and not target.is_file():
             raise OutputError(
-                f"{target}: expected the name of a file to write, found a device or pipe. Choose another."
+                f"{target}: expected the name of a file to write, found a device or pipe. Choose "
+                "another."
             )
         if not target.parent.is_dir():
-            raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
+            raise OutputError(
+                f"{target}: expected the folder {target.parent} to exist, found none. Create it "
+                "first."
+            )
         if not os.access(target.parent, os.W_OK):
-            raise OutputError(f"{target}: the folder {target.parent} is read-only. Choose another with --output.")
+            raise OutputError(
+                f"{target}: the folder {target.parent} is read-only. Choose another with --output."
+            )
         remove_abandoned_folders(target.parent)
         if not overwrite and os.path.lexists(target):
             raise _target_exists_error(target)
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written there ({error.strerror}). Choose another name.") from error
+        raise OutputError(
+            f"{target}: cannot be written there ({error.strerror}). Choose another name."
+        ) from error
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file's or a folder's content is on the disk. Raises OSError."""
+    """Wait until the content of a file or a folder is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,7 +104,10 @@ def sync_to_disk(path: Path) -> None:
 
 
 def _target_exists_error(target: Path) -> OutputError:
-    return OutputError(f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another name.")
+    return OutputError(
+        f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another "
+        "name."
+    )
 
 
 def _move(temporary: Path, target: Path, *, overwrite: bool) -> None:
@@ -94,11 +115,13 @@ def _move(temporary: Path, target: Path, *, overwrite: bool) -> None:
         os.replace(temporary, target)
         return
     try:
-        os.link(temporary, target)  # unlike a rename, fails if the name was taken meanwhile
+        # Unlike a rename, this fails if the name was taken meanwhile.
+        os.link(temporary, target)
     except FileExistsError:
         raise _target_exists_error(target) from None
     except OSError:  # a file system without hard links
-        # A look, then a rename: to reserve the name would leave an empty output if we are killed in between.
+        # A file that is created in between is lost. Reserving the name instead would leave an empty
+        # output if this process is killed.
         if os.path.lexists(target):
             raise _target_exists_error(target) from None
         os.replace(temporary, target)

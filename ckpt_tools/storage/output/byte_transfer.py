@@ -1,4 +1,4 @@
-"""Bytes at given places of open files: read, written, and copied by the kernel."""
+"""Reading, writing and copying bytes at given places of open files, which need not be in order."""
 
 from __future__ import annotations
 
@@ -12,60 +12,72 @@ from ckpt_tools.storage.tensor_bytes import PIECE_BYTES, ByteArray
 
 __all__ = ["BLOCK_BYTES", "copy_range", "flush_in_background", "read_at", "write_at"]
 
-# What the kernel moves at a time. Where source and target are apart by whole blocks, it fills large pages at once
-# (1.4 times as fast on ext4), and file systems that can share blocks copy nothing.
+# Where source and target are apart by a multiple of this, the kernel fills large pages at once (1.4
+# times as fast on ext4), and file systems that can share blocks copy nothing.
 BLOCK_BYTES = 1 << 16
-_MOST = 1 << 28  # bytes a call, between which an interrupt gets through
+_MAX_CALL_BYTES = 1 << 28  # an interrupt gets through between two calls
 
 # Answers that mean "not like this": other file systems, old kernels, containers that forbid a call.
 _REFUSALS = frozenset(
-    {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
+    {
+        errno.EXDEV,
+        errno.ENOSYS,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EBADF,
+        errno.ENOTSOCK,
+    }
 )
 
 
 def copy_range(source: int, target: int, count: int, *, at: int, to: int) -> None:
     """Copy ``count`` bytes from the place ``at`` of one open file to the place ``to`` of another.
 
-    In the kernel, by the first way that it does not refuse, else through memory. Raises OSError.
+    The kernel copies them, by the first system call that it does not refuse; if it refuses all,
+    they go through memory. Raises OSError, also if the source ends before.
     """
-    ways = [_by_range, _by_sending, _through_memory]
+    ways = [_copy_file_range, _send_file, _copy_through_memory]
     end = at + count
     while at < end:
-        step = min(end - at, -at % BLOCK_BYTES or _MOST)
+        step = min(end - at, -at % BLOCK_BYTES or _MAX_CALL_BYTES)
         moved = _try_copy(ways[0], source, target, step, at, to)
         if moved == 0 and len(ways) == 1:
             raise _truncated_file_error(at)
-        if moved == 0:  # some file systems say 0 where they cannot
+        # Some file systems answer 0, and no error, where they cannot do it.
+        if moved == 0:
             ways.pop(0)
         at, to = at + moved, to + moved
 
 
-def _try_copy(way: Callable[..., int], source: int, target: int, step: int, at: int, to: int) -> int:
+def _try_copy(
+    way: Callable[..., int], source: int, target: int, step: int, at: int, to: int
+) -> int:
     try:
         return way(source, target, step, at, to)
     except OSError as error:
-        if error.errno not in _REFUSALS or way is _through_memory:
+        if error.errno not in _REFUSALS or way is _copy_through_memory:
             raise
         return 0
 
 
-def _by_range(source: int, target: int, count: int, at: int, to: int) -> int:
-    if not hasattr(os, "copy_file_range"):  # Linux has it
+def _copy_file_range(source: int, target: int, count: int, at: int, to: int) -> int:
+    if not hasattr(os, "copy_file_range"):  # only Linux has it
         return 0
     return os.copy_file_range(source, target, count, at, to)
 
 
-def _by_sending(source: int, target: int, count: int, at: int, to: int) -> int:
+def _send_file(source: int, target: int, count: int, at: int, to: int) -> int:
     os.lseek(target, to, os.SEEK_SET)
     return os.sendfile(target, source, at, count)
 
 
-def _through_memory(source: int, target: int, count: int, at: int, to: int) -> int:
+def _copy_through_memory(source: int, target: int, count: int, at: int, to: int) -> int:
     return os.pwrite(target, os.pread(source, min(count, PIECE_BYTES), at), to)
 
 
 def read_at(file: int, piece: ByteArray, at: int) -> None:
-    """Fill ``piece`` from an open file. Raises OSError, also if the file ends before."""
+    """Fill ``piece`` with a file's bytes from ``at`` on. Raises OSError if it ends before."""
     view = piece.data
     while view:
         count = os.preadv(file, [view], at)
@@ -75,7 +87,7 @@ def read_at(file: int, piece: ByteArray, at: int) -> None:
 
 
 def write_at(file: int, data: memoryview | bytes, at: int) -> None:
-    """Write all of ``data`` into an open file. Raises OSError."""
+    """Write all of ``data`` into an open file, from the place ``at`` on. Raises OSError."""
     view = memoryview(data)
     while view:
         count = os.pwrite(file, view, at)
@@ -84,12 +96,16 @@ def write_at(file: int, data: memoryview | bytes, at: int) -> None:
 
 @contextmanager
 def flush_in_background(file: int) -> Iterator[Callable[[], None]]:
-    """Have the disk work on what an open file has so far, in a thread, at each call of the result. Raises OSError."""
+    """Give a function that starts writing an open file's content to the disk, in a thread.
+
+    Each call is for what the file holds by then. Raises OSError at the end if one of them failed.
+    """
     pending: list[Future[None]] = []
     with ThreadPoolExecutor(1) as pool:
         yield lambda: pending.append(pool.submit(os.fsync, file))
         for future in pending:
-            future.result()  # the system tells of a failure once: the last sync would know of none
+            # The system reports a failure once only: a sync after this one would know of none.
+            future.result()
 
 
 def _truncated_file_error(at: int) -> OSError:

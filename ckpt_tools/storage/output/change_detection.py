@@ -1,4 +1,4 @@
-"""Whether a checkpoint in memory is still what its files hold."""
+"""Refusing a checkpoint whose files, or whose tensors in memory, changed after it was read."""
 
 from __future__ import annotations
 
@@ -12,39 +12,49 @@ from ckpt_tools.storage.reading import reread_checkpoint
 
 __all__ = ["require_same_stamps", "require_unchanged"]
 
-_LARGE = 1 << 26  # bytes; to compare fewer is faster than to read the table of mappings
+# From this many bytes on, asking the system for its mappings takes less time than comparing the
+# tensors.
+_LARGE = 1 << 26
 _AGAIN = "Run again, on a file that nobody is writing to."
 
 
 def require_unchanged(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
-    """Refuse if a checkpoint's files or its tensors in memory are no longer what was read; the files' stamps.
+    """Raise OutputError if a checkpoint's files or tensors in memory changed since they were read.
 
-    An output would not match its source. Raises OutputError, CheckpointError.
+    An output made of them would not match its source. Returns the files' stamps. Raises
+    CheckpointError.
     """
     stamps = checkpoint.stamps if isinstance(checkpoint, StoredCheckpoint) else ()
     stamps = stamps or stamp_checkpoint_files(find_checkpoint_files(checkpoint.path))
     require_same_stamps(checkpoint, stamps)
     if changed := _find_changed_key(checkpoint):
         raise OutputError(
-            f"{checkpoint.path}: expected the tensors as they were read, found {changed} changed in the file or in "
-            f"memory since. {_AGAIN}"
+            f"{checkpoint.path}: expected the tensors as they were read, found {changed} changed "
+            f"in the file or in memory since. {_AGAIN}"
         )
     return stamps
 
 
 def require_same_stamps(checkpoint: Checkpoint, stamps: tuple[FileStamp, ...]) -> None:
-    """Refuse if a checkpoint's files were written to after their stamps were taken. Raises OutputError."""
+    """Raise OutputError if a checkpoint's files were written to after their stamps were taken."""
     if stamp_checkpoint_files(find_checkpoint_files(checkpoint.path)) != stamps:
         raise OutputError(
-            f"{checkpoint.path}: expected the file as it was read, found that it was written to since. {_AGAIN}"
+            f"{checkpoint.path}: expected the file as it was read, found that it was written to "
+            f"since. {_AGAIN}"
         )
 
 
 def _find_changed_key(checkpoint: Checkpoint) -> str | None:
-    """The first key whose tensor differs from a fresh reading; memory that still maps the file needs none."""
+    """Return the first key whose tensor differs from a fresh reading.
+
+    Memory that still maps the same place of the file is not compared: it is equal.
+    """
     if checkpoint.module is not None:
-        return None  # read with trust; it is not executed a second time
-    stored = reread_checkpoint(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
+        # The checkpoint was read with trust, and the code in it must not run a second time.
+        return None
+    stored = reread_checkpoint(
+        checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix
+    ).tensors
     large = sum(tensor.nbytes for tensor in stored.values()) >= _LARGE
     mappings = FileMappings() if large else None
     for key, tensor in checkpoint.tensors.items():

@@ -1,4 +1,7 @@
-"""Whether an output is still what was written: a full disk, a bad copy or a program may have changed it since."""
+"""Whether an output is still what was written.
+
+A full disk, a bad copy or another program may have changed it since.
+"""
 
 from __future__ import annotations
 
@@ -30,52 +33,57 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class MeasuredOutput:
-    """What an output's bytes are now: of the whole file, and of the data behind its header."""
+    """The digests that an output has now: of the file, and of the data behind its header."""
 
-    whole: FileDigest
+    file: FileDigest
     data_sha256: str
     data_bytes: int
 
     def describe_damage(self, seal: Seal, recorded: FileDigest | None) -> str:
-        """How an output differs from what was written; empty if it does not.
+        """Say how an output differs from what was written; empty if it does not.
 
-        ``seal`` is the output's own, ``read_provenance_entry`` what a manifest says of it, if one does.
+        ``seal`` stands in the output itself, ``recorded`` in a manifest, if there is one.
         """
         if self.data_bytes != seal.data_bytes:
-            return f"it holds {self.data_bytes:,} bytes of data, of {seal.data_bytes:,} that were written"
+            return (
+                f"it holds {self.data_bytes:,} bytes of data, of {seal.data_bytes:,} that were "
+                "written"
+            )
         if self.data_sha256 != seal.data_sha256:
             return "its data is not what was written: the SHA-256 differs"
-        if recorded is not None and recorded != self.whole:
+        if recorded is not None and recorded != self.file:
             return "it is not the file that the manifest records: the SHA-256 differs"
         return ""
 
 
 def measure_output(path: Path) -> MeasuredOutput:
-    """Read a safetensors file once, for all of its digests.
+    """Read a safetensors file once, and return all of its digests.
 
-    Of a remote file only the header needs to be at its place: the file is read in pieces, and no copy is kept. Raises
-    OSError, RemoteError.
+    Of a remote file only the header needs to be at its place here: the file is read in pieces, and
+    no copy is kept. Raises OSError, RemoteError.
     """
     start = data_offset(path)
     data = hashlib.sha256()
 
     def add_data(at: int, piece: ByteArray) -> None:
+        # A piece may begin within the header, which is no data.
         data.update(piece[max(0, start - at) :].data)
 
-    whole = _read_remote(path, add_data) if is_remote(path) else _read_local(path, add_data)
-    return MeasuredOutput(whole, data.hexdigest(), max(0, whole.size - start))
+    read = _read_remote if is_remote(path) else _read_local
+    digest = read(path, add_data)
+    return MeasuredOutput(digest, data.hexdigest(), max(0, digest.size - start))
 
 
-def _read_local(path: Path, see: Callable[[int, ByteArray], None]) -> FileDigest:
+def _read_local(path: Path, receive: Callable[[int, ByteArray], None]) -> FileDigest:
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        return FileDigest(hash_and_check(file.fileno(), size, see), size)
+        return FileDigest(hash_and_check(file.fileno(), size, receive), size)
 
 
-def _read_remote(path: Path, see: Callable[[int, ByteArray], None]) -> FileDigest:
+def _read_remote(path: Path, receive: Callable[[int, ByteArray], None]) -> FileDigest:
     digest, size = hashlib.sha256(), 0
     for piece in iterate_remote_bytes(path):
         digest.update(piece)
-        see(size, np.frombuffer(piece, np.uint8))
+        receive(size, np.frombuffer(piece, np.uint8))
         size += len(piece)
     return FileDigest(digest.hexdigest(), size)

@@ -1,7 +1,8 @@
-"""Files that this tool appends to or replaces without being told to: they must be its own.
+"""Manifests and reports, which this tool appends to or replaces: they must be its own files.
 
-A folder from somebody else may bring a file of the right name along, a link that leads elsewhere, or a second name of a
-file that matters. Each road to a manifest or a report therefore passes through here before anything is written.
+A folder from somebody else may hold a foreign file of the right name, a link that leads elsewhere,
+or a second name of a file that matters. Every manifest and report is therefore checked here before
+anything is written to it.
 """
 
 from __future__ import annotations
@@ -18,90 +19,107 @@ from ckpt_tools.paths import identity
 from ckpt_tools.remote.local_copies import read_remote_file
 from ckpt_tools.remote.mirror import is_remote
 
-__all__ = ["OwnFileKind", "open_own_file", "read_own_file", "require_distinct_file", "require_own_content"]
+__all__ = [
+    "OwnFileKind",
+    "open_own_file",
+    "read_own_file",
+    "require_distinct_file",
+    "require_own_content",
+]
 
-_LARGEST = 1 << 30  # bytes of a file that is looked at
-# O_NONBLOCK: a pipe that takes the file's place after it was looked at would be waited for.
+_MAX_BYTES = 1 << 30  # of a file that is read
+# O_NOFOLLOW refuses a link. Without O_NONBLOCK, opening a pipe that takes the file's place after it
+# was checked would wait for ever.
 _ALWAYS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
 class OwnFileKind:
-    """A kind of file that this tool writes: its name in messages, its option, and how its content is recognised."""
+    """A kind of file that this tool writes.
+
+    It has a name for messages, the option that names such a file, and a test of the content.
+    """
 
     name: str
     option: str
     is_own: Callable[[bytes], bool]
 
 
-def require_distinct_file(path: Path, kind: OwnFileKind, others: Iterable[Path | None]) -> None:
-    """Refuse a file that is also another file of the run, under whatever name.
+def require_distinct_file(path: Path, kind: OwnFileKind, job_files: Iterable[Path | None]) -> None:
+    """Raise UsageError for a file that is also another file of the job, under whatever name.
 
-    Files are compared by device and inode, those that are not there yet by their resolved paths. Raises UsageError.
+    Files are compared by device and inode, those that do not exist yet by their resolved paths.
     """
-    own = _file_behind(path)
-    for other in others:
-        if other is not None and _file_behind(other) == own:
+    file = _identify(path)
+    for other in job_files:
+        if other is not None and _identify(other) == file:
             raise UsageError(
-                f"{kind.option} {path}: expected a file of its own, found another file of this job ({other}). "
-                "Rename it."
+                f"{kind.option} {path}: expected a file of its own, found another file of this "
+                f"job ({other}). Rename it."
             )
 
 
-def _file_behind(path: Path) -> object:
-    """Equal for all names of one file."""
+def _identify(path: Path) -> object:
+    """Return something that is equal for all names of one file."""
     return identity(path) or os.path.realpath(path)
 
 
 def read_own_file(path: Path, kind: OwnFileKind) -> bytes | None:
-    """The content of a file that this tool wrote, or of an empty one; None if there is no such file.
+    """Return the content of a file that this tool wrote, or of an empty one.
 
-    Raises OutputError for a link, a file with several names, anything that is no file, one that cannot be read, and one
-    that something else wrote; RemoteError.
+    This is None if there is no such file. Raises OutputError for a link, a file with several names,
+    anything that is no file, one that cannot be read, and one that something else wrote. Raises
+    RemoteError.
     """
-    content = read_remote_file(path, _LARGEST) if is_remote(path) else _local_content(path, kind)
+    content = _read_content(path, kind)
     if content is not None:
         require_own_content(path, kind, content)
     return content
 
 
 def require_own_content(path: Path, kind: OwnFileKind, content: bytes) -> None:
-    """Raise OutputError for the content of a file that something else wrote. An empty file is nobody's."""
-    if content and (len(content) > _LARGEST or not kind.is_own(content)):
+    """Raise OutputError for content that another program wrote. An empty file belongs to nobody."""
+    if content and (len(content) > _MAX_BYTES or not kind.is_own(content)):
         raise OutputError(
-            f"{path}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. It stays as it is; "
-            f"give another name with {kind.option}."
+            f"{path}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. "
+            f"It stays as it is; give another name with {kind.option}."
         )
 
 
-def _local_content(path: Path, kind: OwnFileKind) -> bytes | None:
+def _read_content(path: Path, kind: OwnFileKind) -> bytes | None:
+    if is_remote(path):
+        return read_remote_file(path, _MAX_BYTES)
     try:
         descriptor = open_own_file(path, kind, os.O_RDONLY)
     except FileNotFoundError:
         return None
     with os.fdopen(descriptor, "rb") as file:
         try:
-            return file.read(_LARGEST + 1)
+            return file.read(_MAX_BYTES + 1)
         except OSError as error:
-            raise _unusable(path, kind, str(error.strerror)) from error
+            raise _unusable_file_error(path, kind, str(error.strerror)) from error
 
 
 def open_own_file(path: Path, kind: OwnFileKind, flags: int) -> int:
-    """Open a local file that exists, or with ``O_CREAT | O_EXCL`` a new one, and return its descriptor.
+    """Open a local file and return its descriptor.
 
-    No link is followed. Raises OutputError for a link, a file with several names, anything that is no file, and what
-    the system refuses; FileNotFoundError, FileExistsError.
+    The file exists, or is created with the flags ``O_CREAT | O_EXCL``. No link is followed. Raises
+    OutputError for a link, a file with several names, anything that is no file, and what the system
+    refuses. Raises FileNotFoundError and FileExistsError.
     """
     try:
         if not flags & os.O_EXCL:
-            _require_plain(path, path.lstat(), kind)  # before it is opened: to open a device may set it in motion
+            # This is checked before it is opened, because opening a device may start it.
+            _require_plain(path, path.lstat(), kind)
         descriptor = os.open(path, flags | _ALWAYS, 0o666)
     except (FileNotFoundError, FileExistsError):
         raise
     except OSError as error:
-        found = "a link" if error.errno == errno.ELOOP else str(error.strerror)
-        raise _unusable(path, kind, found) from error
+        problem = "a link" if error.errno == errno.ELOOP else str(error.strerror)
+        raise _unusable_file_error(path, kind, problem) from error
     try:
+        # Another file may have taken the name since the first check; this one is about what was
+        # opened.
         _require_plain(path, os.fstat(descriptor), kind)
     except BaseException:
         os.close(descriptor)
@@ -109,20 +127,20 @@ def open_own_file(path: Path, kind: OwnFileKind, flags: int) -> int:
     return descriptor
 
 
-def _require_plain(path: Path, there: os.stat_result, kind: OwnFileKind) -> None:
+def _require_plain(path: Path, status: os.stat_result, kind: OwnFileKind) -> None:
     """Raise OutputError for anything but a file with a single name."""
-    if stat.S_ISLNK(there.st_mode):
-        raise _unusable(path, kind, "a link")
-    if stat.S_ISDIR(there.st_mode):
-        raise _unusable(path, kind, "a folder")
-    if not stat.S_ISREG(there.st_mode):
-        raise _unusable(path, kind, "a device or pipe")
-    if there.st_nlink > 1:
-        raise _unusable(path, kind, f"a file with {there.st_nlink} names (hard links)")
+    if stat.S_ISLNK(status.st_mode):
+        raise _unusable_file_error(path, kind, "a link")
+    if stat.S_ISDIR(status.st_mode):
+        raise _unusable_file_error(path, kind, "a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise _unusable_file_error(path, kind, "a device or pipe")
+    if status.st_nlink > 1:
+        raise _unusable_file_error(path, kind, f"a file with {status.st_nlink} names (hard links)")
 
 
-def _unusable(path: Path, kind: OwnFileKind, found: str) -> OutputError:
+def _unusable_file_error(path: Path, kind: OwnFileKind, problem: str) -> OutputError:
     return OutputError(
-        f"{path}: expected no file, or {kind.name} as ckpt-fix wrote it, found: {found}. Nothing was written to it; "
-        f"give another name with {kind.option}."
+        f"{path}: expected no file, or {kind.name} as ckpt-fix wrote it, found: {problem}. "
+        f"Nothing was written to it; give another name with {kind.option}."
     )

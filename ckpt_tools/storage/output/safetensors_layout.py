@@ -1,4 +1,4 @@
-"""Every byte that a safetensors file should have, from first to last: its header, then its tensors."""
+"""The bytes that a safetensors file should have: its header, then its tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _HEADER = "the header"
 
 @dataclass(frozen=True)
 class FilePart:
-    """``size`` bytes from the place ``at`` on. ``value`` None: those that the source has there."""
+    """A tensor's ``size`` bytes in a file, from the place ``at`` on.
+
+    Without a ``value`` they are the bytes that the source has there.
+    """
 
     name: str
     at: int
@@ -30,44 +33,51 @@ class FilePart:
 
 
 class Layout:
-    """A header and the parts behind it, without gaps.
+    """The expected content of a file: a header and the parts behind it, without gaps.
 
-    ``source``, an open file, has the parts without a value, each ``shift`` bytes before its place here.
+    ``source``, an open file, has the parts without a value, each ``shift`` bytes before its place
+    here.
     """
 
-    def __init__(self, header: bytes, parts: Sequence[FilePart], source: int = -1, shift: int = 0) -> None:
+    def __init__(
+        self, header: bytes, parts: Sequence[FilePart], source: int = -1, shift: int = 0
+    ) -> None:
         self.size = len(header) + sum(part.size for part in parts)
         self._header = np.frombuffer(header, np.uint8)
+        # A tensor without elements has the place of the next one, and must stand before it.
         self._parts = sorted(parts, key=lambda part: (part.at, part.size))
         self._starts = [part.at for part in self._parts]
         self._source, self._shift = source, shift
+        # A tensor that does not lie in memory as in the file is copied once, not for each piece of
+        # it.
         self._last: tuple[FilePart, ByteArray] | None = None
 
     def fill(self, piece: ByteArray, start: int) -> None:
-        """Put into ``piece`` what belongs at the place ``start``. Raises OSError."""
+        """Fill ``piece`` with the bytes that belong at the place ``start``. Raises OSError."""
         ahead = self._header[start : start + len(piece)]
+        # The source is read for the complete piece, and the replaced parts in it are overwritten.
         if self._source >= 0 and len(ahead) < len(piece):
             read_at(self._source, piece[len(ahead) :], start + len(ahead) - self._shift)
         piece[: len(ahead)] = ahead
-        for part in self._within(start, start + len(piece)):
+        for part in self._parts_between(start, start + len(piece)):
             if part.value is not None:
                 first, last = max(start, part.at), min(start + len(piece), part.at + part.size)
-                piece[first - start : last - start] = self._raw(part)[first - part.at : last - part.at]
+                raw = self._raw_bytes(part)
+                piece[first - start : last - start] = raw[first - part.at : last - part.at]
 
     def name_at(self, place: int) -> str:
-        """What lies at a place."""
+        """Return the name of the tensor at a place, or "the header"."""
         at = bisect_right(self._starts, place) - 1
         return self._parts[at].name if at >= 0 else _HEADER
 
-    def _within(self, start: int, stop: int) -> Iterator[FilePart]:
+    def _parts_between(self, start: int, stop: int) -> Iterator[FilePart]:
         for number in range(max(0, bisect_right(self._starts, start) - 1), len(self._parts)):
             if self._starts[number] >= stop:
                 return
             if self._starts[number] + self._parts[number].size > start:
                 yield self._parts[number]
 
-    def _raw(self, part: FilePart) -> ByteArray:
-        # A tensor that does not lie in memory as in the file is copied once, not for each piece of it.
+    def _raw_bytes(self, part: FilePart) -> ByteArray:
         if self._last is None or self._last[0] is not part:
             assert part.value is not None
             self._last = part, raw_bytes(part.value)
@@ -75,14 +85,17 @@ class Layout:
 
 
 def encode_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-    """The JSON of a safetensors header, entries in the given order, without padding."""
-    # Sorted: the library hands metadata out in another order each time, and equal runs should give equal bytes.
+    """Return the JSON of a safetensors header without padding; entries keep their order."""
+    # The library gives metadata in another order each time; sorted, equal runs give equal bytes.
     content = {"__metadata__": dict(sorted(metadata.items())), **entries}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def verify_and_hash(file: int, size: int, layout: Layout) -> str:
-    """The SHA-256 of an open file of ``size`` bytes that has exactly these. Raises ValueError for others, OSError."""
+    """Return the SHA-256 of an open file that has exactly the bytes of ``layout``.
+
+    Raises ValueError for a file of another ``size`` or with other bytes, and OSError.
+    """
     if size != layout.size:
         raise ValueError(f"{size:,} bytes instead of {layout.size:,}")
     expected = np.empty(0, np.uint8)

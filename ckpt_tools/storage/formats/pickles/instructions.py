@@ -1,4 +1,10 @@
-"""One function for every instruction of pickle protocols 0 to 5: stack, memo, containers, names and calls."""
+"""One function for every instruction of pickle protocols 0 to 5, in a table by opcodes.
+
+The functions move values between the stack, the memo and containers. What a name, a call or a
+persistent id means is left to the machine's resolver, so that no function here can import or call
+anything from a file. ``pickletools`` of the standard library describes the instructions and their
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -6,88 +12,106 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 
-from ckpt_tools.storage.formats.pickles.literals import LITERAL_INSTRUCTIONS, decode_text, push_value
+from ckpt_tools.storage.formats.pickles.literals import (
+    LITERAL_INSTRUCTIONS,
+    decode_text,
+    push_value,
+)
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
 from ckpt_tools.storage.formats.pickles.pickle_limits import Limits, MalformedFileError
-from ckpt_tools.storage.formats.pickles.stack_machine import Buffer, PickleMachine, ValueResolver
+from ckpt_tools.storage.formats.pickles.stack_machine import (
+    TOO_FEW_VALUES,
+    Buffer,
+    Instruction,
+    PickleMachine,
+    ValueResolver,
+)
 
 __all__ = ["read_pickle"]
 
 
-def read_pickle(data: Buffer, meaning: ValueResolver, limits: Limits, position: int = 0) -> tuple[object, int]:
-    """The value of the pickle that starts at ``position``, and where it ends.
+def read_pickle(
+    data: Buffer, resolver: ValueResolver, limits: Limits, position: int = 0
+) -> tuple[object, int]:
+    """Return the value of the pickle that starts at ``position``, and where that pickle ends.
 
-    Nothing is imported, looked up or called but ``meaning``. Raises Fault.
+    Nothing that the pickle names is imported, looked up or called: ``resolver`` decides what stands
+    for it. Raises MalformedFileError.
     """
-    machine = PickleMachine(data, meaning, limits, position)
+    machine = PickleMachine(data, resolver, limits, position)
     value = machine.run(_INSTRUCTIONS, pickle.STOP[0])
     return value, machine.position
 
 
-def _mark(m: PickleMachine) -> None:
+def _skip_bytes(count: int, m: PickleMachine) -> None:
+    m.take_bytes(count)
+
+
+# The stack.
+def _push_mark(m: PickleMachine) -> None:
     m.marks.append(len(m.stack))
 
 
-def _pop(m: PickleMachine) -> None:
+def _pop_value_or_mark(m: PickleMachine) -> None:
+    # POP takes a mark off where nothing lies above it, as pickle itself does.
     if m.marks and len(m.stack) == m.marks[-1]:
         m.marks.pop()
     else:
         m.pop()
 
 
-def _pop_mark(m: PickleMachine) -> None:
-    m.pop_mark()
+def _pop_to_mark(m: PickleMachine) -> None:
+    m.pop_to_mark()
 
 
-def _dup(m: PickleMachine) -> None:
+def _duplicate_top(m: PickleMachine) -> None:
     m.stack.append(m.top())
 
 
-def _skip(count: int, m: PickleMachine) -> None:
-    m.take_bytes(count)
-
-
-def _tuple(count: int, m: PickleMachine) -> None:
+# Containers.
+def _build_short_tuple(count: int, m: PickleMachine) -> None:
+    # A mark below the last ``count`` values, but never below an older mark, makes this a case of
+    # TUPLE.
     m.marks.append(max(m.marks[-1] if m.marks else 0, len(m.stack) - count))
-    items = m.pop_mark()
+    items = m.pop_to_mark()
     if len(items) != count:
-        raise MalformedFileError("a pickle that takes more values than it gave")
+        raise MalformedFileError(TOO_FEW_VALUES)
     m.stack.append(tuple(items))
 
 
-def _tuple_of_mark(m: PickleMachine) -> None:
-    m.stack.append(tuple(m.pop_mark()))
+def _build_tuple(m: PickleMachine) -> None:
+    m.stack.append(tuple(m.pop_to_mark()))
 
 
-def _list_of_mark(m: PickleMachine) -> None:
-    m.stack.append(m.pop_mark())
+def _build_list(m: PickleMachine) -> None:
+    m.stack.append(m.pop_to_mark())
 
 
-def _dict_of_mark(m: PickleMachine) -> None:
-    items = m.pop_mark()
+def _build_dict(m: PickleMachine) -> None:
+    items = m.pop_to_mark()
     m.stack.append({})
-    _set(m, items)
+    _set_items_of_top(m, items)
 
 
-def _frozenset_of_mark(m: PickleMachine) -> None:
-    items = m.pop_mark()
+def _build_frozenset(m: PickleMachine) -> None:
+    items = m.pop_to_mark()
     m.limits.check_keys(items)
     m.stack.append(frozenset(items))
 
 
-def _empty(kind: Callable[[], object], m: PickleMachine) -> None:
+def _push_empty(kind: Callable[[], object], m: PickleMachine) -> None:
     m.stack.append(kind())
 
 
-def _append(m: PickleMachine) -> None:
-    _extend(m, [m.pop()])
+def _append_item(m: PickleMachine) -> None:
+    _extend_top(m, [m.pop()])
 
 
-def _appends(m: PickleMachine) -> None:
-    _extend(m, m.pop_mark())
+def _append_items(m: PickleMachine) -> None:
+    _extend_top(m, m.pop_to_mark())
 
 
-def _extend(m: PickleMachine, items: list[object]) -> None:
+def _extend_top(m: PickleMachine, items: list[object]) -> None:
     target = m.top()
     if type(target) is OpaqueObject:
         target = target.items
@@ -96,8 +120,8 @@ def _extend(m: PickleMachine, items: list[object]) -> None:
     target.extend(items)
 
 
-def _additems(m: PickleMachine) -> None:
-    items, target = m.pop_mark(), m.top()
+def _add_items(m: PickleMachine) -> None:
+    items, target = m.pop_to_mark(), m.top()
     if type(target) is OpaqueObject:
         target = target.items
     if type(target) is list:
@@ -109,20 +133,22 @@ def _additems(m: PickleMachine) -> None:
         raise MalformedFileError(f"a pickle that adds to a {type(target).__name__}")
 
 
-def _setitem(m: PickleMachine) -> None:
+def _set_item(m: PickleMachine) -> None:
     value, key = m.pop(), m.pop()
-    _set(m, [key, value])
+    _set_items_of_top(m, [key, value])
 
 
-def _setitems(m: PickleMachine) -> None:
-    _set(m, m.pop_mark())
+def _set_items(m: PickleMachine) -> None:
+    _set_items_of_top(m, m.pop_to_mark())
 
 
-def _set(m: PickleMachine, items: list[object]) -> None:
+def _set_items_of_top(m: PickleMachine, items: list[object]) -> None:
+    """Set items of the container on top of the stack; ``items`` are keys and values in turn."""
     target = m.top()
     if type(target) is OpaqueObject:
+        # An object of a foreign class of dict becomes a plain dict here, wherever it is held.
         target.items = target.items or {}
-        target = m.replace_top(target.items)  # a foreign kind of dict is a dict from here on
+        target = m.replace_top(target.items)
     if type(target) is not dict or len(items) % 2:
         raise MalformedFileError(f"a pickle that sets items of a {type(target).__name__}")
     keys = items[::2]
@@ -130,141 +156,143 @@ def _set(m: PickleMachine, items: list[object]) -> None:
     target.update(zip(keys, items[1::2], strict=True))
 
 
-def _remember_line(m: PickleMachine) -> None:
+# The memo, which holds values under numbers.
+def _store_at_line(m: PickleMachine) -> None:
     m.store_in_memo(int(m.take_line()))
 
 
-def _remember(width: int, m: PickleMachine) -> None:
-    m.store_in_memo(m.take_integer(width))
+def _store_at_integer(m: PickleMachine) -> None:
+    m.store_in_memo(m.take_integer(4))
 
 
-def _remember_byte(m: PickleMachine) -> None:
+def _store_at_byte(m: PickleMachine) -> None:
     m.store_in_memo(m.take_byte())
 
 
-def _remember_next(m: PickleMachine) -> None:
+def _store_at_end(m: PickleMachine) -> None:
     m.store_in_memo(len(m.memo))
 
 
-def _recall_line(m: PickleMachine) -> None:
+def _recall_at_line(m: PickleMachine) -> None:
     m.push_from_memo(int(m.take_line()))
 
 
-def _recall(width: int, m: PickleMachine) -> None:
-    m.push_from_memo(m.take_integer(width))
+def _recall_at_integer(m: PickleMachine) -> None:
+    m.push_from_memo(m.take_integer(4))
 
 
-def _recall_byte(m: PickleMachine) -> None:
+def _recall_at_byte(m: PickleMachine) -> None:
     m.push_from_memo(m.take_byte())
 
 
-def _global(m: PickleMachine) -> None:
+# Names, calls and persistent ids, of which the resolver says what they mean.
+def _push_global_of_lines(m: PickleMachine) -> None:
     module, name = m.take_line(), m.take_line()
     m.push_global(decode_text(module), decode_text(name))
 
 
-def _stack_global(m: PickleMachine) -> None:
+def _push_global_of_stack(m: PickleMachine) -> None:
     name, module = m.pop(), m.pop()
     m.push_global(module, name)
 
 
-def _extension(width: int, m: PickleMachine) -> None:
+def _push_extension(width: int, m: PickleMachine) -> None:
+    # An extension is a number for a global that the writer had registered with copyreg.
     m.push_global("copyreg.extension", str(m.take_integer(width)))
 
 
-def _inst(m: PickleMachine) -> None:
+def _call_global_of_lines(m: PickleMachine) -> None:
     module, name = m.take_line(), m.take_line()
-    args = tuple(m.pop_mark())
+    args = tuple(m.pop_to_mark())
     m.push_global(decode_text(module), decode_text(name))
     m.push_call_result(m.pop(), args)
 
 
-def _obj(m: PickleMachine) -> None:
-    items = m.pop_mark()
+def _call_first_of_mark(m: PickleMachine) -> None:
+    items = m.pop_to_mark()
     if not items:
-        raise MalformedFileError("a pickle that takes more values than it gave")
+        raise MalformedFileError(TOO_FEW_VALUES)
     m.push_call_result(items[0], tuple(items[1:]))
 
 
-def _reduce(m: PickleMachine) -> None:
+def _call(m: PickleMachine) -> None:
     args, function = m.pop(), m.pop()
     m.push_call_result(function, args)
 
 
-def _newobj_ex(m: PickleMachine) -> None:
+def _call_with_keywords(m: PickleMachine) -> None:
     keywords, args, function = m.pop(), m.pop(), m.pop()
     m.push_call_result(function, args)
     if keywords:
-        m.replace_top(m.meaning.apply_state(m.top(), keywords))
+        # No signature is known, so that keyword arguments are taken for attributes.
+        m.replace_top(m.resolver.apply_state(m.top(), keywords))
 
 
-def _build(m: PickleMachine) -> None:
+def _apply_state(m: PickleMachine) -> None:
     state, value = m.pop(), m.top()
-    m.replace_top(m.meaning.apply_state(value, state))
+    m.replace_top(m.resolver.apply_state(value, state))
 
 
-def _persid(m: PickleMachine) -> None:
-    m.stack.append(m.meaning.resolve_persistent_id(decode_text(m.take_line())))
+def _resolve_id_of_line(m: PickleMachine) -> None:
+    m.stack.append(m.resolver.resolve_persistent_id(decode_text(m.take_line())))
 
 
-def _binpersid(m: PickleMachine) -> None:
-    m.stack.append(m.meaning.resolve_persistent_id(m.pop()))
+def _resolve_id_of_stack(m: PickleMachine) -> None:
+    m.stack.append(m.resolver.resolve_persistent_id(m.pop()))
 
 
-def _nothing(m: PickleMachine) -> None:
-    pass
+def _push_missing_buffer(m: PickleMachine) -> None:
+    # The writer of an out-of-band buffer kept its bytes outside the file.
+    m.push_global("pickle", "PickleBuffer")
 
 
-def _buffer(m: PickleMachine) -> None:
-    m.push_global("pickle", "PickleBuffer")  # its bytes were kept outside the file
-
-
-_INSTRUCTIONS: dict[int, Callable[[PickleMachine], None]] = LITERAL_INSTRUCTIONS | {
+_INSTRUCTIONS: dict[int, Instruction] = LITERAL_INSTRUCTIONS | {
     code[0]: function
     for code, function in (
-        (pickle.PROTO, partial(_skip, 1)),
-        (pickle.FRAME, partial(_skip, 8)),
-        (pickle.MARK, _mark),
-        (pickle.POP, _pop),
-        (pickle.POP_MARK, _pop_mark),
-        (pickle.DUP, _dup),
+        # The number of the protocol and the size of a frame say nothing that reading needs.
+        (pickle.PROTO, partial(_skip_bytes, 1)),
+        (pickle.FRAME, partial(_skip_bytes, 8)),
+        (pickle.MARK, _push_mark),
+        (pickle.POP, _pop_value_or_mark),
+        (pickle.POP_MARK, _pop_to_mark),
+        (pickle.DUP, _duplicate_top),
         (pickle.EMPTY_TUPLE, partial(push_value, ())),
-        (pickle.TUPLE1, partial(_tuple, 1)),
-        (pickle.TUPLE2, partial(_tuple, 2)),
-        (pickle.TUPLE3, partial(_tuple, 3)),
-        (pickle.TUPLE, _tuple_of_mark),
-        (pickle.EMPTY_LIST, partial(_empty, list)),
-        (pickle.LIST, _list_of_mark),
-        (pickle.APPEND, _append),
-        (pickle.APPENDS, _appends),
-        (pickle.EMPTY_SET, partial(_empty, set)),
-        (pickle.ADDITEMS, _additems),
-        (pickle.FROZENSET, _frozenset_of_mark),
-        (pickle.EMPTY_DICT, partial(_empty, dict)),
-        (pickle.DICT, _dict_of_mark),
-        (pickle.SETITEM, _setitem),
-        (pickle.SETITEMS, _setitems),
-        (pickle.PUT, _remember_line),
-        (pickle.BINPUT, _remember_byte),
-        (pickle.LONG_BINPUT, partial(_remember, 4)),
-        (pickle.MEMOIZE, _remember_next),
-        (pickle.GET, _recall_line),
-        (pickle.BINGET, _recall_byte),
-        (pickle.LONG_BINGET, partial(_recall, 4)),
-        (pickle.GLOBAL, _global),
-        (pickle.STACK_GLOBAL, _stack_global),
-        (pickle.EXT1, partial(_extension, 1)),
-        (pickle.EXT2, partial(_extension, 2)),
-        (pickle.EXT4, partial(_extension, 4)),
-        (pickle.INST, _inst),
-        (pickle.OBJ, _obj),
-        (pickle.REDUCE, _reduce),
-        (pickle.NEWOBJ, _reduce),
-        (pickle.NEWOBJ_EX, _newobj_ex),
-        (pickle.BUILD, _build),
-        (pickle.PERSID, _persid),
-        (pickle.BINPERSID, _binpersid),
-        (pickle.NEXT_BUFFER, _buffer),
-        (pickle.READONLY_BUFFER, _nothing),
+        (pickle.TUPLE1, partial(_build_short_tuple, 1)),
+        (pickle.TUPLE2, partial(_build_short_tuple, 2)),
+        (pickle.TUPLE3, partial(_build_short_tuple, 3)),
+        (pickle.TUPLE, _build_tuple),
+        (pickle.EMPTY_LIST, partial(_push_empty, list)),
+        (pickle.LIST, _build_list),
+        (pickle.APPEND, _append_item),
+        (pickle.APPENDS, _append_items),
+        (pickle.EMPTY_SET, partial(_push_empty, set)),
+        (pickle.ADDITEMS, _add_items),
+        (pickle.FROZENSET, _build_frozenset),
+        (pickle.EMPTY_DICT, partial(_push_empty, dict)),
+        (pickle.DICT, _build_dict),
+        (pickle.SETITEM, _set_item),
+        (pickle.SETITEMS, _set_items),
+        (pickle.PUT, _store_at_line),
+        (pickle.BINPUT, _store_at_byte),
+        (pickle.LONG_BINPUT, _store_at_integer),
+        (pickle.MEMOIZE, _store_at_end),
+        (pickle.GET, _recall_at_line),
+        (pickle.BINGET, _recall_at_byte),
+        (pickle.LONG_BINGET, _recall_at_integer),
+        (pickle.GLOBAL, _push_global_of_lines),
+        (pickle.STACK_GLOBAL, _push_global_of_stack),
+        (pickle.EXT1, partial(_push_extension, 1)),
+        (pickle.EXT2, partial(_push_extension, 2)),
+        (pickle.EXT4, partial(_push_extension, 4)),
+        (pickle.INST, _call_global_of_lines),
+        (pickle.OBJ, _call_first_of_mark),
+        (pickle.REDUCE, _call),
+        (pickle.NEWOBJ, _call),
+        (pickle.NEWOBJ_EX, _call_with_keywords),
+        (pickle.BUILD, _apply_state),
+        (pickle.PERSID, _resolve_id_of_line),
+        (pickle.BINPERSID, _resolve_id_of_stack),
+        (pickle.NEXT_BUFFER, _push_missing_buffer),
+        (pickle.READONLY_BUFFER, partial(_skip_bytes, 0)),
     )
 }

@@ -1,8 +1,13 @@
-"""The format of ``torch.save`` before PyTorch 1.6, still there as an option: pickles, and the storages behind them."""
+"""The format of ``torch.save`` before PyTorch 1.6: pickles, then storages.
+
+PyTorch still writes it on request. The file has a magic number, the number of the protocol, a
+description of the writer's machine, the object, the list of its storages' keys (one pickle each),
+and at the end the storages, each as a count of elements and the elements.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -25,76 +30,93 @@ __all__ = [
 
 LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.serialization.MAGIC_NUMBER as pickle writes it
 _PROTOCOL = 1001
-_SAME_MACHINE = 3  # pickles before the object: magic number, protocol, sizes of the writer's integers
+_HEAD_PICKLES = 3  # before the object: magic number, protocol, sizes of the writer's integers
 
 
 def read_legacy(blob: Blob, limits: Limits, inner: Callable[[bytes], object]) -> object:
-    """The value of a file whose storages follow the pickle. Raises Fault.
+    """Return the object in a file whose storages follow the pickle. Raises MalformedFileError.
 
-    The pickle is read twice: first for the storages it wants, and for its end, then over the storages found there.
+    The pickle is read twice. The first time tells which storages it refers to, and where it ends;
+    there the storages begin. The second time builds the tensors over them.
     """
     data, start = blob.data, 0
     head: list[object] = []
-    for _ in range(_SAME_MACHINE):
+    for _ in range(_HEAD_PICKLES):
         value, start = read_pickle(data, StorageCollector(), limits, start)
         head.append(value)
     if head[1] != _PROTOCOL:
         raise MalformedFileError("a file of an unknown protocol of torch.save")
-    scan = StorageCollector()
-    _, end = read_pickle(data, scan, limits, start)
+    collector = StorageCollector()
+    _, end = read_pickle(data, collector, limits, start)
     keys, end = read_pickle(data, StorageCollector(), limits, end)
-    storages = _behind(blob, scan, keys, end)
+    storages = _read_storages(blob, collector.sizes, keys, end)
+    # Every tensor is pickled as a call of a function whose name begins with _rebuild_.
     arrays = data.find(b"_rebuild_", start, end) < 0
-    return read_pickle(data, SafeResolver(limits, inner=inner, storages=storages.load, arrays=arrays), limits, start)[0]
+    return read_pickle(
+        data,
+        SafeResolver(limits, inner=inner, storages=storages.load, arrays=arrays),
+        limits,
+        start,
+    )[0]
 
 
 class StorageCollector:
-    """Takes down which storages a pickle names, and makes nothing."""
+    """A resolver that only notes which storages a pickle refers to.
+
+    ``sizes`` are their element types and counts of elements, by their keys.
+    """
 
     def __init__(self) -> None:
-        self.wanted: dict[str, tuple[torch.dtype, int]] = {}
+        self.sizes: dict[str, tuple[torch.dtype, int]] = {}
 
     def resolve_global(self, name: str) -> object:
-        """The bare name."""
+        """Return the bare name."""
         return OpaqueObject(name)
 
     def resolve_call(self, function: object, args: tuple[object, ...]) -> object:
-        """Nothing but something to put on the stack."""
+        """Return a placeholder, as something has to stand on the stack."""
         return OpaqueObject("", args)
 
     def apply_state(self, value: object, state: object) -> object:
-        """The value without its state."""
+        """Return the value without its state."""
         return value
 
     def resolve_persistent_id(self, pid: object) -> object:
-        """Take down a storage's type and size."""
+        """Note a storage's type and size, and return a placeholder. Raises MalformedFileError."""
         if isinstance(pid, tuple) and len(pid) == 6 and storage_key(pid[0]) == "storage":
             dtype, key, count = storage_dtype(pid[1]), storage_key(pid[2]), pid[4]
             if type(count) is not int or count < 0:
                 raise MalformedFileError("a storage without a size")
-            self.wanted.setdefault(key, (dtype, count))
+            self.sizes.setdefault(key, (dtype, count))
         return OpaqueObject("torch.storage")
 
 
-def _behind(blob: Blob, scan: StorageCollector, keys: object, start: int) -> LegacyStorages:
-    """The storages that stand one after the other from ``start`` on: a count, then the numbers."""
+def _read_storages(
+    blob: Blob, sizes: Mapping[str, tuple[torch.dtype, int]], keys: object, start: int
+) -> LegacyStorages:
+    """Return the storages that follow each other from ``start`` on, in the order of ``keys``."""
     if not isinstance(keys, list):
         raise MalformedFileError("a file without a list of its storages")
-    found: dict[str, Storage] = {}
+    storages: dict[str, Storage] = {}
     for key in map(storage_key, keys):
-        if key not in scan.wanted or key in found:
+        # A key that comes twice would be read twice, and a hostile file can repeat one without end.
+        if key not in sizes or key in storages:
             raise MalformedFileError("a file with a storage that nothing in it uses")
-        dtype, count = scan.wanted[key]
-        found[key], start = storage_at(blob, start, dtype)
-        if found[key].bytes.nbytes() != count * dtype.itemsize:
+        dtype, count = sizes[key]
+        storages[key], start = storage_at(blob, start, dtype)
+        nbytes = storages[key].bytes.nbytes()
+        if nbytes != count * dtype.itemsize:
             raise MalformedFileError(
-                f"a storage of {found[key].bytes.nbytes():,} bytes where {count:,} {dtype} are announced"
+                f"a storage of {nbytes:,} bytes where {count:,} {dtype} are announced"
             )
-    return LegacyStorages(found)
+    return LegacyStorages(storages)
 
 
 def storage_at(blob: Blob, start: int, dtype: torch.dtype) -> tuple[Storage, int]:
-    """The storage whose count of numbers stands at ``start``, and where it ends. Raises Fault."""
+    """Return the storage whose count of elements stands at ``start``, and where the storage ends.
+
+    Raises MalformedFileError.
+    """
     header = blob.data[start : start + 8]
     if len(header) < 8:
         raise MalformedFileError("a file that ends before its last storage")
@@ -103,45 +125,57 @@ def storage_at(blob: Blob, start: int, dtype: torch.dtype) -> tuple[Storage, int
 
 
 class LegacyStorages:
-    """Storages by key, and the parts of them that old files name as views."""
+    """Storages by their keys, and views of them: a persistent id may name a part of a storage."""
 
-    def __init__(self, found: dict[str, Storage]) -> None:
-        self.found = found
+    def __init__(self, storages: Mapping[str, Storage]) -> None:
+        self._storages = storages
 
     def load(self, pid: object) -> object:
-        """The storage or class behind a persistent id. Raises Fault."""
+        """Return the storage or class behind a persistent id. Raises MalformedFileError.
+
+        A storage's id is ("storage", type, key, device, elements, view); a view is (key, offset,
+        elements) or None.
+        """
         if isinstance(pid, tuple) and len(pid) > 1 and storage_key(pid[0]) == "module":
-            return pid[1]  # a class, with its source beside it
+            return pid[1]  # the class of a module, with its source code beside it
         if not isinstance(pid, tuple) or len(pid) != 6 or storage_key(pid[0]) != "storage":
             raise MalformedFileError("a persistent id that names no storage")
         dtype, key, view = storage_dtype(pid[1]), storage_key(pid[2]), pid[5]
-        if key not in self.found:
+        if key not in self._storages:
             raise MalformedFileError("a file without one of the storages that its tensors use")
-        whole = self.found[key].bytes
-        return Storage(whole if view is None else self._view(whole, view, dtype), dtype)
-
-    def _view(self, whole: torch.UntypedStorage, view: object, dtype: torch.dtype) -> torch.UntypedStorage:
-        _, offset, count = view if isinstance(view, tuple) and len(view) == 3 else (None, None, None)
-        return slice_storage(whole, offset, count, dtype)
+        storage = self._storages[key].bytes
+        if view is None:
+            return Storage(storage, dtype)
+        _, offset, count = view if isinstance(view, tuple) and len(view) == 3 else (None,) * 3
+        return Storage(slice_storage(storage, offset, count, dtype), dtype)
 
 
 def slice_storage(
-    whole: torch.UntypedStorage, offset: object, count: object, dtype: torch.dtype
+    storage: torch.UntypedStorage, offset: object, count: object, dtype: torch.dtype
 ) -> torch.UntypedStorage:
-    """Part of a storage, in elements. Raises Fault if it reaches beyond the end."""
+    """Return ``count`` elements of a storage from the element ``offset`` on.
+
+    Raises MalformedFileError for a part that reaches beyond the end of the storage.
+    """
     if type(offset) is not int or type(count) is not int or offset < 0 or count < 0:
         raise MalformedFileError("a view of a storage without an offset or a size")
-    if (offset + count) * dtype.itemsize > whole.nbytes():
+    if (offset + count) * dtype.itemsize > storage.nbytes():
         raise MalformedFileError(
-            f"a view that reaches element {offset + count:,} of a storage of {whole.nbytes():,} bytes"
+            f"a view that reaches element {offset + count:,} of a storage of "
+            f"{storage.nbytes():,} bytes"
         )
-    return whole[offset * dtype.itemsize : (offset + count) * dtype.itemsize]  # type: ignore[no-any-return]
+    start, stop = offset * dtype.itemsize, (offset + count) * dtype.itemsize
+    return storage[start:stop]  # type: ignore[no-any-return]
 
 
 def storage_key(value: object) -> str:
-    """A storage's key as text; old files have integers and bytes. Raises Fault."""
+    """Return a storage's key as text; old files have integers and bytes.
+
+    Raises MalformedFileError.
+    """
     if isinstance(value, bytes):
         return value.decode("latin-1")
+    # Addresses of 64 bits were keys once. Python refuses to print much larger integers.
     if not isinstance(value, str | int) or (isinstance(value, int) and abs(value) >> 64):
         raise MalformedFileError("a key of a storage that is no text")
     return str(value)
