@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.arrays.array_files import StoredArray
+from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote.local_copies import fetch_file
