@@ -16,9 +16,9 @@ __all__ = ["decode_jpeg"]
 def decode_jpeg(file: Path | BytesIO, size: tuple[int, int]) -> Tensor | None:
     """Uint8 (3, H, W) of a colour JPEG of this width and height, unrotated; None where PIL has to read it.
 
-    Torchvision is used only if something else, say the model, has imported it: that takes as long as decoding
-    thousands of files. Its decoder is announced to be removed; then PIL reads everything. PIL also says what is
-    wrong with a file.
+    Torchvision is used only if something else, say the model, has imported it: that takes as long
+    as decoding thousands of files. Its decoder is announced to be removed; then PIL reads
+    everything. PIL also says what is wrong with a file.
     """
     decode = getattr(sys.modules.get("torchvision.io"), "decode_jpeg", None)
     if decode is None:

@@ -31,7 +31,8 @@ class RemoteFolder:
     def names(self, suffixes: Collection[str]) -> list[str]:
         """All files below it, by their paths from here; hidden files and folders are left out.
 
-        Raises RemoteError, also where the name of a file with one of the ``suffixes`` could lead out of the folder.
+        Raises RemoteError, also where the name of a file with one of the ``suffixes`` could lead
+        out of the folder.
         """
 
         def is_wanted(name: str) -> bool:
@@ -49,7 +50,8 @@ class RemoteFolder:
     def read(self, names: Sequence[str]) -> list[BytesIO | Exception]:
         """The content of files, all at once where the store can do that, or the error of one that is not there.
 
-        What fails otherwise is tried again a few times: a network that drops out is no damaged image.
+        What fails otherwise is tried again a few times: a network that drops out is no damaged
+        image.
 
         Raises RemoteError.
         """

@@ -24,10 +24,11 @@ _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicu
 def matches_pil(size: tuple[int, int], goal: tuple[int, int], interpolation: str) -> bool:
     """Whether ``resize_like_pil`` gives PIL's pixels for images of this width and height: to 0.01 levels on average.
 
-    PIL's weights have 22 bits, torch's about 15, so a pixel in a few hundred is rounded to the other side.
+    PIL's weights have 22 bits, torch's about 15, so a pixel in a few hundred is rounded to the
+    other side.
     """
-    # PIL resizes rows before columns, as torch always does, unless the height shrinks by over twice the width.
-    # After each it rounds and clips, so that the order shows.
+    # PIL resizes rows before columns, as torch always does, unless the height shrinks by over twice
+    # the width. After each it rounds and clips, so that the order shows.
     shrinks = size[1] - goal[1]
     rows_first = shrinks <= 0 or shrinks <= 2 * (size[0] - goal[0])
     return INTERPOLATIONS[interpolation] in _MODES and rows_first

@@ -1,8 +1,8 @@
 """From an image to a sample: the evaluation transforms of timm and torchvision, without importing them.
 
-Both libraries resize, crop, divide by 255 and normalise, and train their models to expect exactly that. The
-geometry here follows ``timm.data.transforms_factory.transforms_imagenet_eval`` and torchvision's
-``ImageClassification`` preset, rounding included; the tests compare with both.
+Both libraries resize, crop, divide by 255 and normalise, and train their models to expect exactly
+that. The geometry here follows ``timm.data.transforms_factory.transforms_imagenet_eval`` and
+torchvision's ``ImageClassification`` preset, rounding included; the tests compare with both.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
 class ImageTransform:
     """Turns any PIL image into a uint8 tensor (C, H, W): convert, resize, crop or pad.
 
-    Raises UsageError for an interpolation, crop mode or crop fraction that means nothing, and DataError if
-    the model's input is no image of one or three channels.
+    Raises UsageError for an interpolation, crop mode or crop fraction that means nothing, and
+    DataError if the model's input is no image of one or three channels.
     """
 
     spec: InputSpec
@@ -99,7 +99,8 @@ class ImageTransform:
     def size_before_crop(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height, before the crop, of an image of this width and height."""
         width, height = size
-        # crop_pct often is crop / resize of torchvision: 224 / (224 / 232) must not fall short of 232.
+        # crop_pct often is crop / resize of torchvision: 224 / (224 / 232) must not fall short of
+        # 232.
         goal_w, goal_h = (math.floor(side / self.spec.crop_pct + 1e-6) for side in self.size)
         if self.spec.crop_mode == "squash":
             return goal_w, goal_h
@@ -142,8 +143,8 @@ def stack_images(images: Sequence[Tensor]) -> Tensor:
     """A uint8 batch (n, C, H, W) of the tensors that ``to_tensor`` made, channels last in memory like them."""
     channels, height, width = images[0].shape
     batch = np.empty((len(images), height, width, channels), np.uint8)
-    # numpy copies in this thread; torch.stack wakes all its threads for every image, on a busy machine
-    # at a higher cost than decoding
+    # numpy copies in this thread; torch.stack wakes all its threads for every image, on a busy
+    # machine at a higher cost than decoding
     for place, image in zip(batch, images, strict=True):
         place[:] = image.permute(1, 2, 0).numpy()
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
@@ -163,8 +164,8 @@ def _offset(have: int, want: int) -> int:
 class PixelScale:
     """``(x / 255 − mean) / std`` per channel, as one float32 operation.
 
-    ``spec.mean`` and ``spec.std`` hold one value, one per channel, or none (0 and 1). Raises UsageError for
-    any other number of values, or a std that is not above 0.
+    ``spec.mean`` and ``spec.std`` hold one value, one per channel, or none (0 and 1). Raises
+    UsageError for any other number of values, or a std that is not above 0.
     """
 
     def __init__(self, spec: InputSpec) -> None:
@@ -200,8 +201,8 @@ class PixelScale:
 
 
 def _scale_and_shift(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    # numpy stays in this thread, where torch would wait for cores that are busy decoding, and asks for
-    # large memory pages: a batch in small ones takes longer to allocate than to compute
+    # numpy stays in this thread, where torch would wait for cores that are busy decoding, and asks
+    # for large memory pages: a batch in small ones takes longer to allocate than to compute
     values = np.empty(pixels.shape, np.float32)
     np.multiply(pixels.numpy(), scale.numpy(), out=values)
     values += shift.numpy()
