@@ -21,12 +21,7 @@ from ckpt_tools.data.device_transfer import prefetch_to_device
 from ckpt_tools.data.prefetch import read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
 from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes
-from ckpt_tools.data.unreadable_samples import (
-    SkippedSample,
-    SkippedSamples,
-    refuse_unreadable,
-    translate_reading_errors,
-)
+from ckpt_tools.data.unreadable_samples import SkippedSample, SkippedSamples, translate_reading_errors
 from ckpt_tools.errors import UsageError
 
 __all__ = [
@@ -34,11 +29,11 @@ __all__ = [
     "BatchStream",
     "Chunk",
     "IndexedStream",
+    "SampleStream",
     "Samples",
     "SkippedSample",
     "concatenate_parts",
     "first_not_finite",
-    "refuse_unreadable",
 ]
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -60,49 +55,45 @@ class Samples(Protocol):
 
     def __getitem__(self, indices: list[int], /) -> Chunk:
         """Read the samples with these indices, in this order."""
-        ...
 
     def name(self, index: int, /) -> str:
         """Return the name of a sample as messages show it, such as its file or row."""
-        ...
 
 
-class BatchStream(Protocol):
+class SampleStream(Protocol):
+    """What streams with and without labels have in common."""
+
+    @property
+    def count(self) -> int | None:
+        """Number of samples in one pass before any is skipped; None if only a pass can tell."""
+
+    @property
+    def transform(self) -> str:
+        """A description of what is done to a stored sample."""
+
+    @property
+    def skipped_samples(self) -> tuple[SkippedSample, ...]:
+        """The samples that could not be read so far, each once, in the order of their failure."""
+
+
+class BatchStream(SampleStream, Protocol):
     """Batches of training data.
 
     Every iteration is a new pass over the same samples in the same order.
     """
 
     @property
-    def count(self) -> int | None:
-        """Number of samples in one pass before any is skipped; None if only a pass can tell."""
-        ...
-
-    @property
     def batch_count(self) -> int | None:
         """Number of batches in one pass; None if only a pass can tell."""
-        ...
-
-    @property
-    def transform(self) -> str:
-        """A description of what is done to a stored sample."""
-        ...
-
-    @property
-    def skipped_samples(self) -> tuple[SkippedSample, ...]:
-        """The samples that could not be read so far, each once, in the order of their first failure."""
-        ...
 
     def sample_name(self, batch: int, row: int, /) -> str:
         """Return the name of a sample as messages show it.
 
         ``batch`` counts the batches of the current pass, and ``row`` the samples in that batch.
         """
-        ...
 
     def __iter__(self) -> Iterator[Batch]:
         """Start a pass. Raises DataError where the data cannot be used."""
-        ...
 
 
 class IndexedStream:
@@ -221,7 +212,7 @@ class IndexedStream:
 
 
 def first_not_finite(batch: Tensor) -> int | None:
-    """Return the row of the first sample in a batch (N, …) that holds NaN or infinity, if any does."""
+    """Return the row of the first sample in a batch (N, …) that holds NaN or infinity, if any."""
     finite = torch.isfinite(batch)
     if bool(finite.all()):
         return None

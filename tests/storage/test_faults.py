@@ -208,8 +208,8 @@ def test_two_runs_race_for_one_output(root: Path, overwrite: bool) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     monkeypatch.setattr(prefetch, "READ_TIMEOUT_SECONDS", 2.0)
-    monkeypatch.setattr(prefetch, "_GLANCE", 0.1)
-    monkeypatch.setattr(prefetch, "_GRACE", 0.01)
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "_SHUTDOWN_SECONDS", 0.01)
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     forever, read, warm = threading.Event(), image_files._read, False
@@ -243,7 +243,7 @@ def test_a_reader_that_dies() -> None:
 
     with pytest.raises(SystemExit):
         list(read_ahead([[die]], 2))
-    assert not prefetch._underway
+    assert not prefetch._current_files
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,23 +49,19 @@ def _find_in_npz(path: Path) -> dict[str, StoredArray]:
             name = entry.filename.removesuffix(".npy")
             with _open_entry(archive, entry) as stream:
                 shape, dtype = _read_npy_header(stream, max_decompressed_bytes(path))
-            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, _npz_reader(path, entry))
+            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, partial(_read_npz_entry, path, entry))
     return arrays
 
 
-def _npz_reader(path: Path, entry: zipfile.ZipInfo) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        if entry.file_size > max_decompressed_bytes(path):
-            raise ValueError(f"it claims to hold {entry.file_size:,} bytes, which is out of all proportion")
-        with zipfile.ZipFile(path) as archive:
-            with _open_entry(archive, entry) as stream:
-                shape, dtype = _read_npy_header(stream, entry.file_size)
-                _require_bytes(shape, dtype, entry.file_size - stream.tell())
-            with _open_entry(archive, entry) as stream:
-                array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-        return _as_tensor(array)
-
-    return read
+def _read_npz_entry(path: Path, entry: zipfile.ZipInfo) -> Tensor:
+    if entry.file_size > max_decompressed_bytes(path):
+        raise ValueError(f"it claims to hold {entry.file_size:,} bytes, which is out of all proportion")
+    with zipfile.ZipFile(path) as archive:
+        with _open_entry(archive, entry) as stream:
+            shape, dtype = _read_npy_header(stream, entry.file_size)
+            _require_bytes(shape, dtype, entry.file_size - stream.tell())
+        with _open_entry(archive, entry) as stream:
+            return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
 
 
 def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
@@ -114,9 +111,8 @@ def _find_in_pt(path: Path) -> dict[str, StoredArray]:
         content = load_pickle(path)
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        raise DataError(
-            f"{path}: it cannot be read: {reason} Save a plain tensor with torch.save(images, path)."
-        ) from error
+        advice = "Save a plain tensor with torch.save(images, path)."
+        raise DataError(f"{path}: it cannot be read: {reason} {advice}") from error
     if isinstance(content, tuple | list):
         if len(content) == 2:
             images, labels = content[0], _list_to_tensor(content[1])
@@ -175,17 +171,14 @@ def _find_in_safetensors(path: Path) -> dict[str, StoredArray]:
             entry = file.get_slice(name)
             dtype = _SAFETENSORS_TYPES.get(entry.get_dtype(), entry.get_dtype())
             shape = tuple(entry.get_shape())
-            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype, _safetensors_reader(path, name))
+            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype, partial(_read_safetensors, path, name))
     return arrays
 
 
-def _safetensors_reader(path: Path, name: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        with safe_open(path, "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    return read
+def _read_safetensors(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 _SAFETENSORS_TYPES = {

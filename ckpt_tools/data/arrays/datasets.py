@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -131,14 +132,11 @@ def _find_mnist(root: Path, split: Split) -> StoredArray:
     name = "t10k" if split == "test" else split
     file, shape = _locate_idx_file(root, f"{name}-images-idx3-ubyte", 3)
 
-    def read_images() -> Tensor:
-        return _read_idx_values(file, shape)
-
     def read_labels() -> Tensor:
         return _read_idx_values(*_locate_idx_file(root, f"{name}-labels-idx1-ubyte", 1))
 
     labels = StoredArray(f"{root}[{name}-labels]", shape[:1], "uint8", read_labels)
-    return _stored_images(str(file), shape, read_images, labels, 10)
+    return _stored_images(str(file), shape, partial(_read_idx_values, file, shape), labels, 10)
 
 
 def _locate_idx_file(root: Path, name: str, dimensions: int) -> tuple[Path, tuple[int, ...]]:

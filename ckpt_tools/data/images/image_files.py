@@ -78,7 +78,10 @@ class ImageSource(ABC):
         device: str | torch.device = "cpu",
         share: Share = FULL_SHARE,
     ) -> IndexedStream:
-        """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
+        """Return a stream of normalised float32 batches (n, C, H, W).
+
+        Raises DataError unless ``input_spec`` describes images.
+        """
         image, scale = image_transforms(self.spec, input_spec)
         return IndexedStream(
             self.samples(image),

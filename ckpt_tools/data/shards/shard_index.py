@@ -109,8 +109,8 @@ def no_images_error(spec: str, extensions: Counter[str]) -> DataError:
     listed = ", ".join(f"{number:,} × .{extension}" for extension, number in extensions.most_common(5))
     return DataError(
         f"{spec}: expected images (KEY.jpg, .png, .webp, …) in these shards, found "
-        f"{listed or 'no samples at all'}. The extension is all behind the first dot of a name; other "
-        "data can come from package.module:callable."
+        f"{listed or 'no samples at all'}. The extension is all behind the first dot of a name; "
+        "other data can come from package.module:callable."
     )
 
 
