@@ -182,6 +182,7 @@ _END = object()
 
 
 def _has_length(data: object) -> bool:
+    # Every Dataset may define __len__, but an IterableDataset has no samples by number.
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
 

@@ -22,10 +22,11 @@ def silence_decoder_warnings() -> Iterator[None]:
     """Ignore warnings of the modules that decode images, in all threads. Other filters stay."""
     # warnings.catch_warnings would undo filters that another thread has set in the meantime.
     filters = cast("list[object]", warnings.filters)
-    filters.insert(0, _RULE)
+    filters.insert(0, _RULE)  # the first filter that matches decides
     try:
         yield
     finally:
+        # In the meantime another thread may have put a different list in place of the first.
         filters = cast("list[object]", warnings.filters)
         if _RULE in filters:
             filters.remove(_RULE)

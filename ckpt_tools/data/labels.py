@@ -111,7 +111,7 @@ def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: Cl
     map does not name.
     """
     for name in names:
-        if len(Path(name).parts) < 2:
+        if len(Path(name).parts) < 2:  # the image lies in ``root`` itself
             raise DataError(f"{root}: {name} lies in no class folder. Expected {root}/CLASS/IMAGE.")
     class_names = [Path(name).parts[0] for name in names]
     if class_map is None:
@@ -133,6 +133,7 @@ def _alphabetical_labels(root: Path | RemoteFolder, class_names: Sequence[str]) 
         # A store may list files of folders that it does not list.
         folders = sorted({*root.folders(), *class_names})
     else:
+        # Empty folders count, because torchvision numbers them, too.
         folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     numbers = {name: number for number, name in enumerate(folders)}
     values = torch.tensor([numbers[name] for name in class_names])
@@ -148,11 +149,12 @@ def array_labels(array: StoredArray) -> Labels:
     if labels is None:
         raise DataError(
             f"{array.label}: no labels that can be read, which an evaluation needs. Save them "
-            "beside the images: numpy.savez(FILE, images=…, labels=…), in a .pt file as a tensor or a "
-            "list; or give a folder with a subfolder for every class."
+            "beside the images: numpy.savez(FILE, images=…, labels=…), in a .pt file as a tensor or "
+            "a list; or give a folder with a subfolder for every class."
         )
     if not _INTEGER_TYPE.fullmatch(labels.dtype):
-        raise DataError(f"{labels.label}: expected whole numbers, found {labels.dtype}. Save class numbers.")
+        advice = "Save class numbers from 0."
+        raise DataError(f"{labels.label}: expected whole numbers, found {labels.dtype}. {advice}")
     values = as_class_numbers(labels.load(), array.shape[0], labels.label)
     hint = "Is this the data that the head is for?"
     return Labels(values, array.classes, f"the classes of {array.label}", hint)
@@ -169,6 +171,7 @@ def parse_class_number(text: bytes | None, image_name: Callable[[], str]) -> int
             f"{image_name()}: it has no label, which an evaluation needs: expected a member "
             f"KEY.cls, the class number as text, right before or behind the image."
         )
+    # 18 digits fit into int64. int() alone would also accept underscores.
     if not re.fullmatch(rb"\s*-?[0-9]{1,18}\s*", text):
         shown = f"{text[:20]!r}"
         raise DataError(f"{image_name()}: expected a class number from 0 in its .cls member, found {shown}.")

@@ -40,6 +40,7 @@ def resolve_input_spec(model_spec: InputSpec | None, options: Preprocessing, sou
     Raises UsageError if the shape is unknown, or if options would change data that is preprocessed.
     """
     shape = options.input_size or (model_spec.shape if model_spec else None)
+    # Preprocessed samples cannot be resized, so their own shape counts, whatever else is known.
     if source is not None and source.sample_shape is not None and (source.is_preprocessed or shape is None):
         shape = source.sample_shape
     if shape is None:

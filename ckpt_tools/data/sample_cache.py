@@ -92,6 +92,7 @@ class PixelCache:
             return
         file = self._open_file()
         file.seek(self._end)
+        # The bytes are written in the order of memory, and the strides restore the memory format.
         file.write(batch.as_strided((batch.numel(),), (1,)).numpy().data)
         file.flush()
         self._on_disk[number] = _StoredBatch(self._end, tuple(batch.shape), batch.stride())

@@ -37,6 +37,7 @@ FULL_SHARE = Share()
 
 def random_order(count: int, *, limit: int | None, seed: int) -> Tensor:
     """Return ``limit`` of ``count`` indices in random order. Every prefix is a fair sample."""
+    # A generator of its own leaves the user's random state alone.
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
 
 
@@ -57,6 +58,7 @@ def default_workers() -> int:
 
     The ranks that torchrun starts on one machine divide its cores among them.
     """
+    # A container or a job scheduler may allow fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
     return max(1, min(8, cores // int(ranks) if ranks.isdigit() and int(ranks) else cores))

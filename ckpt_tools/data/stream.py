@@ -171,6 +171,8 @@ class IndexedStream:
         Raises DataError when more than 1 % of all samples are unreadable, or when reading fails
         otherwise.
         """
+        # Pixels are copied to the GPU as bytes and scaled there: float32 would be four times as
+        # much.
         batches = self._raw_batches()
         if self._device.type == "cuda":
             batches = prefetch_to_device(batches, self._device)
@@ -187,6 +189,8 @@ class IndexedStream:
             parts = [chunk.samples for chunk in chunks if chunk.samples is not None]
             if parts:
                 batch = concatenate_parts(parts)
+                # Floats come from arrays in memory or in a mapped file, so only decoded pixels are
+                # cached.
                 if batch.is_floating_point():
                     batch = batch.float()
                 elif self._cache is not None:
@@ -207,6 +211,7 @@ class IndexedStream:
             if self._cache is not None and number in self._cache:
                 yield [partial(_read_cached_batch, self._cache, number)]
             else:
+                # Without threads there is no reason to divide a batch.
                 parts = torch.split(indices, balanced_batch_sizes(size, _CHUNK_SIZE)) if self._workers else [indices]
                 yield [partial(self._samples.__getitem__, part.tolist()) for part in parts]
 

@@ -27,6 +27,8 @@ def import_callable(spec: str) -> Callable[[], object]:
     module_name, _, name = spec.partition(":")
     module = _import_module(spec, module_name)
     try:
+        # attrgetter, and not getattr, because the name may lead through a class:
+        # module:Class.method.
         function: object = attrgetter(name)(module)
     except AttributeError as error:
         near = get_close_matches(name, dir(module), 1)
@@ -47,7 +49,7 @@ def _import_module(spec: str, name: str) -> ModuleType:
             places = f"{Path.cwd()} or the environment"
             raise DataError(f"{spec}: expected a module to import, {error.name!r} is not in {places}.") from error
         raise DataError(f"{spec}: importing {name} failed: {error}. Install what is missing.") from error
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a module may call sys.exit when it is imported
         raise DataError(f"{spec}: importing {name} raised {describe_error(error)}.") from error
 
 
@@ -77,7 +79,7 @@ class CallableResult:
         readable = isinstance(product, Iterable) or hasattr(product, "__getitem__")
         if not readable or isinstance(product, Tensor | Mapping | str | bytes):
             raise DataError(
-                f"{self._spec}: expected an iterable of batches, a torch Dataset or a DataLoader, the "
-                f"call returned {type(product).__name__}. For one batch, return a list of it."
+                f"{self._spec}: expected an iterable of batches, a torch Dataset or a DataLoader, "
+                f"the call returned {type(product).__name__}. For one batch, return a list of it."
             )
         return product

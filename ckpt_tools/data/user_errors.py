@@ -21,7 +21,7 @@ def convert_to_data_error(action: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # sys.exit in the user's code must not end this program
         raise DataError(f"{action} raised {describe_error(error)}.") from error
 
 

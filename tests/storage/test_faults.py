@@ -212,14 +212,14 @@ def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wo
     monkeypatch.setattr(prefetch, "_SHUTDOWN_SECONDS", 0.01)
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    forever, read, warm = threading.Event(), image_files._read, False
+    forever, read, warm = threading.Event(), image_files._decode_image, False
 
     def hang(file: Path, transform: object) -> Tensor:
         if file.name == "7.png" and warm:
             forever.wait()
         return read(file, transform)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(image_files, "_read", hang)
+    monkeypatch.setattr(image_files, "_decode_image", hang)
     spec = image_files.InputSpec(SHAPE, mean=(0.5,) * 3, std=(0.5,) * 3)
     stream = FolderSource.open("train", tmp_path, limit=None, seed=0).batches(spec, batch_size=8, workers=workers)
     list(stream)  # the first image imports what decodes it

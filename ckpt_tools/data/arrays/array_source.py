@@ -49,6 +49,7 @@ class ArraySource:
     def sample_shape(self) -> tuple[int, ...]:
         """The shape of one stored sample, channels first."""
         if not self.is_preprocessed:
+            # A tensor on "meta" has a shape and no values, so nothing is read here.
             return tuple(_channels_first(torch.empty(self.array.shape, device="meta")).shape[1:])
         return self.array.shape[1:]
 

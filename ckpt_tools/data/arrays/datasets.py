@@ -31,7 +31,7 @@ def find_dataset(name: str, root: Path, split: Split = "train") -> StoredArray:
     Raises DataError if files are missing or damaged.
     """
     try:
-        return DATASETS[name](root, split)
+        array = DATASETS[name](root, split)
     except DataError:
         raise
     except Exception as error:  # readers of damaged files raise whatever the damage leads them to
@@ -39,6 +39,9 @@ def find_dataset(name: str, root: Path, split: Split = "train") -> StoredArray:
             f"{name}:{root}: the files cannot be read: {type(error).__name__}: {error}. "
             f"They may be truncated; unpack or fetch them again."
         ) from error
+    if 0 in array.shape:
+        raise DataError(f"{array.label}: the data set is empty, shape {array.shape}. Fetch it again.")
+    return array
 
 
 def recognise_dataset(root: Path) -> str | None:
@@ -77,7 +80,7 @@ def _read_cifar(root: Path, files: list[Path], labels_key: str, classes: int) ->
     images = torch.cat([_cifar_images(file, batch) for file, batch in zip(files, batches, strict=True)])
     numbers = [label for batch in batches for label in _cifar_labels(batch, labels_key)]
     labels = StoredArray(f"{root}[{labels_key}]", (len(numbers),), "int64", lambda: torch.tensor(numbers))
-    return _stored_images(str(root), tuple(images.shape), lambda: images, labels, classes)
+    return StoredArray(str(root), tuple(images.shape), "uint8", lambda: images, labels, classes)
 
 
 def _read_cifar_batch(file: Path) -> dict[Any, Any]:
@@ -114,6 +117,7 @@ def _find_svhn(root: Path, split: Split) -> StoredArray:
     if pixels.nbytes + (digits.nbytes if digits else 0) > max_decompressed_bytes(file):
         raise ValueError(f"it claims to hold an array of shape {pixels.shape}, which is out of all proportion")
 
+    # MATLAB stores (height, width, channels, N).
     def read_images() -> Tensor:
         return torch.from_numpy(pixels.read()).permute(3, 2, 0, 1)
 
@@ -124,8 +128,9 @@ def _find_svhn(root: Path, split: Split) -> StoredArray:
         return torch.from_numpy(digits.read().astype(np.int64)).flatten() % 10
 
     height, width, channels, count = pixels.shape
+    shape = (count, channels, height, width)
     labels = StoredArray(f"{file}[y]", (count,), "int64", read_labels)
-    return _stored_images(str(file), (count, channels, height, width), read_images, labels, 10)
+    return StoredArray(str(file), shape, "uint8", read_images, labels, 10)
 
 
 def _find_mnist(root: Path, split: Split) -> StoredArray:
@@ -136,7 +141,7 @@ def _find_mnist(root: Path, split: Split) -> StoredArray:
         return _read_idx_values(*_locate_idx_file(root, f"{name}-labels-idx1-ubyte", 1))
 
     labels = StoredArray(f"{root}[{name}-labels]", shape[:1], "uint8", read_labels)
-    return _stored_images(str(file), shape, partial(_read_idx_values, file, shape), labels, 10)
+    return StoredArray(str(file), shape, "uint8", partial(_read_idx_values, file, shape), labels, 10)
 
 
 def _locate_idx_file(root: Path, name: str, dimensions: int) -> tuple[Path, tuple[int, ...]]:
@@ -167,14 +172,6 @@ def _read_idx_values(file: Path, shape: tuple[int, ...]) -> Tensor:
 
 def _open_idx_file(file: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
-
-
-def _stored_images(
-    label: str, shape: tuple[int, ...], read: Callable[[], Tensor], labels: StoredArray, classes: int
-) -> StoredArray:
-    if 0 in shape:
-        raise DataError(f"{label}: the data set is empty, shape {shape}. Fetch it again.")
-    return StoredArray(label, shape, "uint8", read, labels, classes)
 
 
 def _locate_file(dataset: str, root: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:

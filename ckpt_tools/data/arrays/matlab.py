@@ -67,6 +67,7 @@ class MatlabArray:
         stored = np.dtype(self.byte_order + _TYPES.get(code, "V0"))
         if code not in _TYPES or len(values) != math.prod(self.shape) * stored.itemsize:
             raise ValueError(f"{self.name}: {len(values):,} bytes for the shape {self.shape}")
+        # MATLAB stores columns first.
         return np.frombuffer(values, stored).astype(self.kind).reshape(self.shape, order="F")
 
 
@@ -105,6 +106,7 @@ def _read_description(blank: MatlabArray) -> MatlabArray | None:
     """Return the array with its name, shape and kind; None for text, cells and the like."""
     elements = _iterate_elements(_read_content(blank, _DESCRIPTION_BYTES), blank.byte_order, 3)
     (_, flags), (_, dimensions), (_, name) = elements
+    # The lowest byte of the flags is the class; others say whether the array is complex or global.
     array_class = int.from_bytes(flags[:4], "little" if blank.byte_order == "<" else "big") & 0xFF
     sizes = np.frombuffer(dimensions[: 4 * _MAX_DIMENSIONS], blank.byte_order + "i4")
     shape = tuple(int(size) for size in sizes)

@@ -68,6 +68,8 @@ class RemoteFolder:
 
     def _read_into(self, contents: dict[str, BytesIO | Exception], names: Sequence[str]) -> Exception | None:
         """Read files, and return an error that a further attempt may avoid, if there was one."""
+        # cat_ranges without ranges reads complete files, many at a time where the store supports
+        # that.
         paths = [self.remote.child_path(name) for name in names]
         failure = None
         for name, content in zip(names, self.remote.fs.cat_ranges(paths, None, None, on_error="return"), strict=True):

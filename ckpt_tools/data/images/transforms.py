@@ -183,6 +183,7 @@ class PixelScale:
         self.std = _per_channel(spec.std or (1.0,), spec, "std")
         if not bool((self.std > 0).all()):
             raise UsageError(f"std {spec.std} must be above 0 in every channel. Give --std.")
+        # Computed in float64 and rounded once: (x - 255 mean) / (255 std) = x scale + shift.
         cpu = torch.device("cpu")
         self._constants = {cpu: ((1 / (255 * self.std)).float(), (-self.mean / self.std).float())}
 

@@ -62,6 +62,7 @@ def mixed_samples(
     by_shard = limit is None and len(order) >= share.world
     with ExitStack() as stack:
         sources = [_read_samples(url, ignored) for url in (share.select_items(order) if by_shard else order)]
+        # The stack closes in reverse order: first the threads end, then the files that they read.
         for source in sources:
             stack.callback(source.close)
         pool = stack.enter_context(ThreadPoolExecutor(_OPEN_SHARDS, "ckpt-tools-shard")) if threads else None

@@ -88,6 +88,7 @@ class ShardIndex:
 
     def find(self, number: int) -> tuple[IndexedShard, int]:
         """Return the shard of an image, and its row there."""
+        # "right": shards without images, which end where the one before does, are passed over.
         shard = int(np.searchsorted(self.ends, number, "right"))
         return self.shards[shard], number - (int(self.ends[shard - 1]) if shard else 0)
 

@@ -177,6 +177,7 @@ class ShardStream:
                 if self._cache is not None:
                     self._cache.keep(number, batch)
                 self._names[number] = [name for part in parts for name in part.names]
+                # Older names are dropped: those of all samples would fill the memory.
                 self._names.pop(number - _NAMED_BATCHES, None)
                 pass_labels.append([label for part in parts for label in part.labels])
                 labels.append(pass_labels[-1])

@@ -65,6 +65,8 @@ class TarReader:
             overrides = {}
             padded_size = 0 if kind in _WITHOUT_CONTENT else size + -size % _BLOCK
             end = self._position + padded_size
+            # Seeking beyond the end of a file would succeed, so the end is compared with the
+            # length.
             if self._length is not None and end > self._length:
                 raise self._cut_off_error()
             if is_sparse:
@@ -92,6 +94,7 @@ class TarReader:
         if self._length is not None:
             self._file.seek(position)
         else:
+            # In pieces, so that a large member that is skipped is never in memory as a whole.
             while position - self._position > _READ_BYTES:
                 self.read(_READ_BYTES)
             self.read(position - self._position)
