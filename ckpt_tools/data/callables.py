@@ -119,8 +119,7 @@ class CallableStream:
         """Prepare passes over the batches of ``product``.
 
         ``numbers`` has the numbers of its batches, and ``indices`` the numbers of the samples in
-        each. Both are None for an iterable, which yields all batches, of which the ``share`` is
-        kept.
+        each. Both are None for an iterable: it yields all batches, and the ``share`` is kept.
         """
         self.count, self.batch_count = count, None if numbers is None else len(numbers)
         self._numbers, self._indices, self._share = numbers, indices, share
@@ -133,6 +132,7 @@ class CallableStream:
         """
         remaining = self._limit
         number = -1
+        # An iterable is read by every process as a whole, and each keeps the batches of its share.
         for batch, number in zip(self._items(), self._numbers or itertools.count(), strict=False):
             size = self._count_samples(batch, number)
             is_ours = self._numbers is not None or number % self._share.world == self._share.rank

@@ -1,7 +1,6 @@
 """Silence the warnings of image decoders.
 
-They tell of odd EXIF data or palettes, in thousands of files, and the user can do nothing about
-them.
+They tell of odd EXIF data or palettes in thousands of files. The user cannot act on them.
 """
 
 from __future__ import annotations

@@ -28,8 +28,6 @@ def prefetch_to_device(batches: Iterable[Tensor], device: torch.device) -> Itera
 
 
 class _BatchCopy:
-    """A batch that is being copied to the GPU."""
-
     def __init__(self, batch: Tensor, device: torch.device, copy_stream: torch.cuda.Stream) -> None:
         # The pinned memory may be released at once: its allocator waits for the copy before reuse.
         pinned = batch.pin_memory()

@@ -97,8 +97,7 @@ class _IndexedWithLabels:
         _check_range(self._spec, labels, outputs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # The two iterators run in step: samples are marked as skipped before their batch is
-        # yielded.
+        # The two iterators run in step: samples are marked as skipped before their batch comes.
         numbers = self._stream.indices()
         for batch in self._stream:
             rows = list(islice(numbers, len(batch)))
@@ -138,7 +137,7 @@ class _StreamWithLabels:
         if isinstance(batch, Mapping):
             for key in _LABEL_KEYS:
                 if key in batch:
-                    inputs = {name: value for name, value in batch.items() if name != key}
+                    inputs = {field: value for field, value in batch.items() if field != key}
                     return inputs, as_class_numbers(batch[key], count, name)
         elif isinstance(batch, tuple | list) and len(batch) > 1:
             return batch[0], as_class_numbers(batch[1], count, name)

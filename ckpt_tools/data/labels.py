@@ -51,8 +51,8 @@ class ClassMap:
 class Labels:
     """The class of every stored sample, (N,) int64.
 
-    ``told_by`` says in words where that number comes from, ``hint`` what to do if the head has
-    another.
+    ``outputs`` is how many outputs the model must have; None if any number will do.
+    ``outputs_origin`` says where that number comes from, and ``hint`` what to do if it is another.
     """
 
     values: Tensor
@@ -149,8 +149,8 @@ def array_labels(array: StoredArray) -> Labels:
     if labels is None:
         raise DataError(
             f"{array.label}: no labels that can be read, which an evaluation needs. Save them "
-            "beside the images: numpy.savez(FILE, images=…, labels=…), in a .pt file as a tensor or "
-            "a list; or give a folder with a subfolder for every class."
+            "beside the images: numpy.savez(FILE, images=…, labels=…), in a .pt file as a tensor "
+            "or a list; or give a folder with a subfolder for every class."
         )
     if not _INTEGER_TYPE.fullmatch(labels.dtype):
         advice = "Save class numbers from 0."

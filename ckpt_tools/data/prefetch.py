@@ -36,8 +36,7 @@ def track_reading(name: str) -> Iterator[None]:
         del _current_files[thread]
 
 
-# By thread. Every file has a list of its own: two files of one name differ by the identity of the
-# list.
+# By thread. Every file has a list of its own, so that two files of the same name can be told apart.
 _current_files: dict[int, list[str]] = {}
 
 
@@ -49,8 +48,8 @@ def read_ahead(groups: Iterable[Sequence[Callable[[], T]]], workers: int) -> Ite
     asked for.
 
     Raises whatever a job raises, and ReadTimeoutError if one file (``track_reading``) takes longer
-    than ``READ_TIMEOUT_SECONDS``. The thread that hangs cannot be ended, but neither the pass nor
-    the process waits for it.
+    than ``READ_TIMEOUT_SECONDS``. The thread that hangs cannot be ended, but it keeps neither the
+    pass nor the process from ending.
     """
     readers = _Readers[T](workers)
     waiting: deque[list[_Task[T]]] = deque()
@@ -69,15 +68,13 @@ def read_ahead(groups: Iterable[Sequence[Callable[[], T]]], workers: int) -> Ite
 
 
 def _is_enough_ahead(waiting: Sequence[Sequence[object]], workers: int) -> bool:
-    """Whether enough jobs have been submitted to wait for the first group."""
+    # The jobs of the first group do not count: their results are about to be used.
     if not workers:
         return bool(waiting)
     return sum(map(len, waiting)) - len(waiting[0]) >= max(2 * workers, len(waiting[0]))
 
 
 class _Task(Generic[T]):
-    """A job and its result."""
-
     def __init__(self, job: Callable[[], T]) -> None:
         self._job, self._future = job, Future[T]()
         self._thread = 0
@@ -133,6 +130,7 @@ class _Readers(Generic[T]):
 
     def _work(self) -> None:
         if self._workers:
+            # Else every reader would start as many threads of torch as there are cores.
             torch.set_num_threads(1)
         while (task := self._tasks.get()) is not None:
             task.run()
@@ -144,6 +142,6 @@ class _Readers(Generic[T]):
             while (task := self._tasks.get_nowait()) is not None:
                 task.cancel()
         for _ in self._threads:
-            self._tasks.put(None)
+            self._tasks.put(None)  # ends one thread
         for thread in self._threads:
             thread.join(_SHUTDOWN_SECONDS)

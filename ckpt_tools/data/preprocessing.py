@@ -34,8 +34,7 @@ def resolve_input_spec(model_spec: InputSpec | None, options: Preprocessing, sou
     """Return the input shape and preprocessing to use.
 
     The user's ``options`` override ``model_spec``, which comes from the checkpoint and the library.
-    Returns None for preprocessed data of an unknown architecture: samples go to the model as they
-    are.
+    Returns None for preprocessed data of an unknown architecture, which need no InputSpec.
 
     Raises UsageError if the shape is unknown, or if options would change data that is preprocessed.
     """

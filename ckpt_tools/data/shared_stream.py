@@ -45,9 +45,11 @@ def _run_pass(stream: BatchStream, readers: Sequence[_Reader], watch: Callable[[
     try:
         for batch in stream:
             for reader in readers:
+                # The only reader of a batch may change it.
                 reader.resume_job(batch if len(readers) == 1 else _copy(batch))
             if watch is not None:
                 watch(len(batch) if isinstance(batch, Tensor) else 0)
+            # The others have ended, or have broken off this pass and wait for the next.
             readers = [reader for reader in readers if reader.waits_for == "batch"]
             if not readers:
                 return
@@ -70,8 +72,7 @@ class _Reader:
         self.error: BaseException | None = None
         self.count, self.batch_count, self.transform = stream.count, stream.batch_count, stream.transform
         self._stream = stream
-        # The main thread releases the first when the job may compute, the job the second when it
-        # waits.
+        # The caller releases the first to let the job compute, the job the second when it waits.
         self._may_compute, self._is_waiting = threading.Semaphore(0), threading.Semaphore(0)
         self._message: object = None  # a batch, the end of a pass, or an error
         self._thread = threading.Thread(target=self._work, args=(job,), daemon=True)

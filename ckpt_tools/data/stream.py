@@ -102,8 +102,7 @@ class IndexedStream:
     n samples at batch size b make ⌈n/b⌉ batches whose sizes differ by at most one, apart from
     samples that are skipped. This process reads only its ``share`` of the batches, but ``count`` is
     the number of samples in all of them. ``finish`` turns a batch that was read into float32, on
-    ``device``. A ``cache`` keeps decoded batches for the next pass. Only one pass may be iterated
-    at a time.
+    ``device``. A ``cache`` keeps decoded batches for the next pass. Iterate one pass at a time.
     """
 
     def __init__(
@@ -134,8 +133,8 @@ class IndexedStream:
         self._cache = cache
         self._device = torch.device(device)
         self._skipped = SkippedSamples(name)
-        # Numbers of the batches that the current pass has yielded. One without a readable sample is
-        # not.
+        # Numbers of the batches that the current pass has yielded. Those without a readable sample
+        # are not among them.
         self._yielded_batches: list[int] = []
 
     @property
@@ -149,7 +148,7 @@ class IndexedStream:
         return tuple(self._skipped.by_key.values())
 
     def indices(self) -> Iterator[int]:
-        """Yield the numbers of the samples in the order of a pass.
+        """Iterate over the numbers of the samples in the order of a pass.
 
         A sample is left out if it has turned out to be unreadable by the time it is reached.
         """
@@ -168,13 +167,11 @@ class IndexedStream:
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the float32 batches (n, …) of one pass.
 
-        Raises DataError when more than 1 % of all samples are unreadable, or when reading fails
-        otherwise.
+        Raises DataError if more than 1 % of all samples are unreadable, or if reading fails.
         """
-        # Pixels are copied to the GPU as bytes and scaled there: float32 would be four times as
-        # much.
         batches = self._raw_batches()
         if self._device.type == "cuda":
+            # Pixels are copied as bytes and scaled on the GPU: float32 would be four times as much.
             batches = prefetch_to_device(batches, self._device)
         for batch in batches:
             yield self._finish(batch)
@@ -189,8 +186,7 @@ class IndexedStream:
             parts = [chunk.samples for chunk in chunks if chunk.samples is not None]
             if parts:
                 batch = concatenate_parts(parts)
-                # Floats come from arrays in memory or in a mapped file, so only decoded pixels are
-                # cached.
+                # Only decoded pixels are cached: floats are in memory, or in a mapped file.
                 if batch.is_floating_point():
                     batch = batch.float()
                 elif self._cache is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ckpt_tools.data.prefetch import ReadTimeoutError
 from ckpt_tools.data.user_errors import describe_error
@@ -18,7 +19,10 @@ MAX_UNREADABLE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that could not be read, and the reason."""
+    """A sample that could not be read, and the reason.
+
+    ``name`` is its file, or whatever messages call it.
+    """
 
     name: str
     reason: str
@@ -32,18 +36,18 @@ class SkippedSamples:
     """
 
     def __init__(self, data_name: str) -> None:
-        self.by_key: dict[Hashable, SkippedSample] = {}
+        self.by_key: dict[Any, SkippedSample] = {}
         self._data_name = data_name
         self._first_pass_ended = False
 
-    def add(self, skipped: Mapping[int, SkippedSample] | Mapping[tuple[str, str], SkippedSample]) -> None:
+    def add(self, skipped: Mapping[Any, SkippedSample]) -> None:
         """Record samples that could not be read.
 
         Raises DataError for one that was read in an earlier pass, because every pass must see the
         same samples.
         """
         for key, sample in skipped.items():
-            if key in self.by_key:
+            if key in self.by_key:  # every pass meets it again
                 continue
             if self._first_pass_ended:
                 raise DataError(

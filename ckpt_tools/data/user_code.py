@@ -21,14 +21,12 @@ __all__ = ["CallableResult", "import_callable"]
 def import_callable(spec: str) -> Callable[[], object]:
     """Import the callable that ``package.module:name`` names, also from the current folder.
 
-    Raises DataError if the module or the name is not there, the module fails, or the object is no
-    callable.
+    Raises DataError if module or name is missing, the module fails, or the object is no callable.
     """
     module_name, _, name = spec.partition(":")
     module = _import_module(spec, module_name)
     try:
-        # attrgetter, and not getattr, because the name may lead through a class:
-        # module:Class.method.
+        # The name may lead through a class (module:Class.method), which getattr does not follow.
         function: object = attrgetter(name)(module)
     except AttributeError as error:
         near = get_close_matches(name, dir(module), 1)
@@ -43,8 +41,7 @@ def _import_module(spec: str, name: str) -> ModuleType:
     try:
         return import_user_module(name)
     except ModuleNotFoundError as error:
-        # The module itself, or a package that it lies in, is missing; else it failed to import
-        # another.
+        # error.name is the module itself or a package around it; else the module imports another.
         if error.name and f"{name}.".startswith(f"{error.name}."):
             places = f"{Path.cwd()} or the environment"
             raise DataError(f"{spec}: expected a module to import, {error.name!r} is not in {places}.") from error
@@ -76,6 +73,7 @@ class CallableResult:
     def _call(self) -> object:
         with convert_to_data_error(f"{self._spec}: the call without arguments"), user_code_for_children():
             product = self._function()
+        # A tensor or a dict is iterable as well, but it is one batch, and not several.
         readable = isinstance(product, Iterable) or hasattr(product, "__getitem__")
         if not readable or isinstance(product, Tensor | Mapping | str | bytes):
             raise DataError(

@@ -19,8 +19,7 @@ ARRAY_SUFFIXES = tuple(ARRAY_READERS)
 
 _USUAL_NAMES = ("images", "x", "data", "x_train", "train_images", "inputs", "arr_0")
 _TEST_NAMES = ("x_test", "test_images", "x_val", "val_images")  # as Keras and MedMNIST call them
-# The names of labels for the names of images. numpy.savez calls arrays without a name arr_0, arr_1,
-# …
+# The names of labels by the names of images. numpy.savez calls unnamed arrays arr_0, arr_1, …
 _LABELS_OF = {"x_train": "y_train", "train_images": "train_labels", "arr_0": "arr_1"}
 _LABELS_OF |= {"x_test": "y_test", "test_images": "test_labels", "x_val": "y_val", "val_images": "val_labels"}
 _LABEL_NAMES = ("labels", "y", "label", "targets", "target")

@@ -76,8 +76,7 @@ def _read_npy_header(stream: IO[bytes], available: int) -> tuple[tuple[int, ...]
     Raises ValueError if the array needs more bytes than are ``available``.
     """
     version = np.lib.format.read_magic(stream)
-    # From version 2 on the length field is wider; version 3 differs in the names of record fields
-    # alone.
+    # From version 2 on the length field is wider. Version 3 differs in names of record fields.
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, _, dtype = read(stream, max_header_size=_MAX_HEADER_BYTES)

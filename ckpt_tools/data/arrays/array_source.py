@@ -160,6 +160,7 @@ def _fit_image(image: Image.Image, transform: ImageTransform) -> Tensor:
 
 
 def _to_image(row: Tensor) -> Image.Image:
+    # PIL takes images of one channel as (H, W).
     pixels = row.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 

@@ -137,6 +137,7 @@ def _find_mnist(root: Path, split: Split) -> StoredArray:
     name = "t10k" if split == "test" else split
     file, shape = _locate_idx_file(root, f"{name}-images-idx3-ubyte", 3)
 
+    # The file of labels is looked for when it is needed: a re-estimation does without it.
     def read_labels() -> Tensor:
         return _read_idx_values(*_locate_idx_file(root, f"{name}-labels-idx1-ubyte", 1))
 

@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 __all__ = ["MatlabArray", "matlab_arrays"]
 
-# A file is a header and then elements. An element is a tag of 8 bytes (type and length) and
-# content.
+# A file is a header and then elements. An element is a tag (type and length) and its content.
 _HEADER_BYTES = 128
 _TAG_BYTES = 8
 _MATRIX, _COMPRESSED = 14, 15  # types of elements that hold an array

@@ -60,7 +60,10 @@ class ImageSource(ABC):
         """Return the name of an image as messages show it."""
 
     def samples(self, transform: ImageTransform) -> Samples:
-        """Return an object that reads and transforms images by number."""
+        """Return an object that reads and transforms images by number.
+
+        Several threads may use it at the same time.
+        """
         return _TransformedImages(self, transform)
 
     @property

@@ -79,8 +79,7 @@ def _file_names(root: Path) -> Iterator[str]:
 def _walk_folders(root: Path) -> Iterator[tuple[str, list[str]]]:
     visited: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise_data_error):
-        # A link may lead back to a folder above it. Device and inode identify a folder under any
-        # name.
+        # A link may lead back to a folder above it. Device and inode identify a folder.
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in visited:
             subfolders.clear()

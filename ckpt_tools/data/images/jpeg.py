@@ -19,8 +19,7 @@ def decode_jpeg(file: Path | BytesIO, size: tuple[int, int]) -> Tensor | None:
     Returns None where PIL has to read the file; PIL then also says what is wrong with it.
     """
     # Torchvision is used only if something else, such as the model, has imported it: importing it
-    # takes as long as decoding thousands of files. It has announced that it will remove this
-    # decoder.
+    # takes as long as decoding thousands of files. A later version will not have this decoder.
     decode = getattr(sys.modules.get("torchvision.io"), "decode_jpeg", None)
     if decode is None:
         return None

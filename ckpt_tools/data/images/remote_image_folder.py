@@ -21,7 +21,10 @@ def _is_visible(name: str) -> bool:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A remote folder of images, used in place of a path."""
+    """A remote folder of images, used in place of a path.
+
+    Its methods leave hidden files and folders out, as a local search does.
+    """
 
     remote: RemotePath
 
@@ -51,8 +54,9 @@ class RemoteFolder:
         """Read the contents of files, all at once where the store can do that.
 
         For a file that is not there, its error is returned. Other failures are tried again a few
-        times, because an image must not count as damaged when the network drops out. Raises
-        RemoteError.
+        times, because an image must not count as damaged when the network drops out.
+
+        Raises RemoteError.
         """
         contents: dict[str, BytesIO | Exception] = {}
         for pause in (*_RETRY_PAUSES, None):
@@ -68,8 +72,7 @@ class RemoteFolder:
 
     def _read_into(self, contents: dict[str, BytesIO | Exception], names: Sequence[str]) -> Exception | None:
         """Read files, and return an error that a further attempt may avoid, if there was one."""
-        # cat_ranges without ranges reads complete files, many at a time where the store supports
-        # that.
+        # Without ranges, cat_ranges reads complete files, many at a time if the store can do that.
         paths = [self.remote.child_path(name) for name in names]
         failure = None
         for name, content in zip(names, self.remote.fs.cat_ranges(paths, None, None, on_error="return"), strict=True):

@@ -91,8 +91,7 @@ class ImageTransform:
 
     def _goal(self, size: tuple[int, int]) -> tuple[int, int]:
         goal = self.size_before_crop(size)
-        # A strip of 1×60000 pixels is no large image, but its shorter side is enlarged to the
-        # model's.
+        # A strip of 1×60000 pixels is no large image, but resizing its short side makes it one.
         if goal[0] * goal[1] > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels would be resized to {goal[0]}×{goal[1]}")
         return goal
@@ -113,8 +112,7 @@ class ImageTransform:
         if self.spec.crop_mode == "squash":
             return goal_w, goal_h
         if self.spec.crop_mode == "center" and goal_w == goal_h:
-            # As torchvision does, the longer side is rounded down; the other modes follow timm and
-            # round.
+            # The longer side is rounded down, as in torchvision. The other modes round, as in timm.
             if width <= height:
                 return goal_w, int(goal_w * height / width)
             return int(goal_h * width / height), goal_h
@@ -134,6 +132,7 @@ class ImageTransform:
         return canvas
 
     def _fill(self) -> list[int]:
+        # As in timm, the border has the mean colour of the training data; other padding is black.
         channels = self.spec.shape[0]
         if self.spec.crop_mode != "border" or not self.spec.mean:
             return [0] * channels
@@ -194,8 +193,7 @@ class PixelScale:
             return pixels.float().mul_(scale).add_(shift)
         if pixels.ndim == 4 and pixels.is_contiguous(memory_format=torch.channels_last):
             count, _, height, width = pixels.shape
-            # The constants are repeated for a row of pixels: three at a time would keep vector
-            # units idle.
+            # The constants are repeated to a row of pixels: three values leave vector units idle.
             rows = pixels.permute(0, 2, 3, 1).reshape(count, height, -1)
             repeated = (constant.expand(pixels.shape[1], 1, 1).flatten().repeat(width) for constant in (scale, shift))
             return _scale_and_shift(rows, *repeated).reshape(count, height, width, -1).permute(0, 3, 1, 2)

@@ -69,4 +69,5 @@ def shard_labels(source: ShardSource) -> Labels:
                 values.append(parse_class_number(shard.read_label(row), partial(shard.name, row)))
         except OSError as error:
             raise DataError(f"{shard.path}: the shard cannot be read: {error.strerror or error}.") from error
+    # A shard does not say how many classes there are, so any number of outputs will do.
     return Labels(torch.tensor(values), None, "", "")

@@ -85,8 +85,7 @@ def _read_samples(url: str, ignored: Counter[str]) -> Generator[RawSample]:
     shard = urlsplit(shown).path.rpartition("/")[2]
     with translate_store_errors(url), open_url(url) as file:
         tar = TarReader(file, shown)
-        # The content is read while its member is the current one: this file cannot be read
-        # backwards.
+        # The content is read at once, because the file cannot be read backwards.
         members = ((member.name, (member.name, _read_content(tar, member))) for member in tar)
         for sample in group_members(members, shown):
             extension = image_extension(sample.parts)

@@ -23,7 +23,10 @@ _SHARD_METADATA = re.compile(r"__[^/]*__(/|$)")
 
 @dataclass(frozen=True)
 class Sample(Generic[T]):
-    """Neighbouring members of a shard that share a key, by their extensions in lower case."""
+    """Neighbouring members of a shard that share a key.
+
+    ``parts`` has, by extension in lower case, what the caller of ``group_members`` gave for each.
+    """
 
     key: str
     parts: Mapping[str, T]

@@ -89,6 +89,7 @@ def batch_evenly(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _start_reading(source: Iterator[T], pool: Executor | None, weight: Callable[[T], int]) -> Iterator[T]:
     if pool is None:
         return source
+    # The first group is requested at once: a generator would wait until it is asked for an item.
     return _read_in_groups(source, pool, weight, pool.submit(_read_group, source, weight))
 
 

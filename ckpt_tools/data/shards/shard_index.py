@@ -36,8 +36,7 @@ class IndexedShard:
     counts the members of samples without an image.
     """
 
-    # One table and one byte string take a fraction of the memory of n objects: shards hold
-    # millions.
+    # One table and one byte string, and not n objects, because shards may hold millions of images.
 
     path: Path
     places: npt.NDArray[np.int64]
@@ -63,8 +62,7 @@ class IndexedShard:
         return self._read(offset, size)
 
     def _read(self, offset: int, size: int) -> bytes:
-        # The shard is opened for every piece: threads then share no position, and few files are
-        # open.
+        # The shard is opened for every piece, so that threads share no position in the file.
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
             content = file.read(size)

@@ -86,6 +86,7 @@ def _matching_files(name: str) -> Sequence[Path]:
     if not glob.has_magic(name):
         return []
     matches = matching_paths(name)
+    # If no file is a shard, all are returned, so that a message can name one of them.
     return [match for match in matches if is_shard(match.name)] or matches
 
 
@@ -107,6 +108,7 @@ def remote_shards(url: str) -> tuple[str, ...]:
 
 
 def _matching_urls(url: str) -> Sequence[str]:
+    # A URL may be signed: redact_url drops the query that then stands behind the extension.
     if "*" in url:
         return open_remote(url).matches(is_shard)
     if is_shard(redact_url(url)):

@@ -34,8 +34,7 @@ __all__ = ["ShardStream", "ShardStreamSource"]
 
 _CHUNK_SIZE = 16  # samples that one thread decodes at a time
 _NAMED_BATCHES = 4  # batches whose samples' names are remembered
-# The share of unreadable samples is judged from so many samples on, and at the end: one of ten says
-# little.
+# The share of unreadable samples is judged from so many samples on, and at the end of a pass.
 _MIN_SAMPLES_TO_JUDGE = 1000
 
 
@@ -144,8 +143,7 @@ class ShardStream:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass.
 
-        Raises DataError or RemoteError where the shards, or more than 1 % of the samples, cannot be
-        read.
+        Raises DataError or RemoteError if shards or more than 1 % of the samples are unreadable.
         """
         labels: deque[list[int]] = deque()
         batches = self._pixel_batches(labels)

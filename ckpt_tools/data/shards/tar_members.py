@@ -30,7 +30,10 @@ _COMPRESSED |= {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 class TarMember(NamedTuple):
-    """A regular file in a tar: its name, the offset of its content, and its size in bytes."""
+    """A regular file in a tar.
+
+    ``offset`` is where its content begins in the tar, and ``size`` how long that is, in bytes.
+    """
 
     name: str
     offset: int
@@ -65,8 +68,7 @@ class TarReader:
             overrides = {}
             padded_size = 0 if kind in _WITHOUT_CONTENT else size + -size % _BLOCK
             end = self._position + padded_size
-            # Seeking beyond the end of a file would succeed, so the end is compared with the
-            # length.
+            # Seeking beyond the end of a file would raise no error.
             if self._length is not None and end > self._length:
                 raise self._cut_off_error()
             if is_sparse:
