@@ -77,7 +77,10 @@ def labelled_batches(
 
 
 class _IndexedWithLabels:
-    """Samples that have a number, by which their label is looked up."""
+    """A stream of samples that have a number, by which their label is looked up.
+
+    That is every source but callables and shards behind a URL.
+    """
 
     def __init__(self, spec: str, stream: IndexedStream, labels: Labels) -> None:
         self.count, self.transform = stream.count, stream.transform

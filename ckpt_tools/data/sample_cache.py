@@ -50,7 +50,10 @@ class PixelCache:
         return number in self._in_memory or number in self._on_disk
 
     def keep(self, number: int, batch: Tensor) -> None:
-        """Keep a batch if there is room. The caller must not write to it afterwards."""
+        """Keep a batch if there is room, in memory or else on disk.
+
+        The caller must not write to the batch afterwards, because it is not copied.
+        """
         if number in self:
             return
         if self._memory_left is None:

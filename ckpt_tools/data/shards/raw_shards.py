@@ -34,7 +34,10 @@ _BUFFER_BYTES = 2**28
 
 @dataclass(frozen=True, eq=False)
 class RawSample:
-    """A sample with an image: the file, or why it is not read, and the beginning of its label."""
+    """A sample with an image: the file, or why it is not read, and the beginning of its label.
+
+    ``name`` is made of the shard and the member, as messages show it.
+    """
 
     url: str
     name: str
