@@ -1,4 +1,4 @@
-"""``package.module:callable``: batches that the user's own code makes."""
+"""Batches that the user's own code makes, given as ``package.module:callable``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["CallableSource", "CallableStream", "input_tensors"]
 
 @dataclass(frozen=True)
 class CallableSource:
-    """What a callable without arguments returned: an iterable of batches, a DataLoader, or a Dataset.
+    """What a callable returned: an iterable of batches, a DataLoader, or a Dataset.
 
-    A Dataset with a length is batched here, in random order and, unless asked for, without its labels; of an
-    iterable, the first ``limit`` samples are taken in its own order.
+    A Dataset with a length is batched here, in random order and, unless they are asked for, without
+    labels. Of an iterable, the first ``limit`` samples are taken in its own order.
     """
 
     spec: str
@@ -40,7 +40,10 @@ class CallableSource:
 
     @classmethod
     def open(cls, spec: str, *, limit: int | None, seed: int) -> CallableSource:
-        """Imports and calls it. Raises DataError, with the user's exception as its cause."""
+        """Import and call the callable.
+
+        Raises DataError, with the user's exception as its cause.
+        """
         source = cls(spec, CallableResult(spec, import_callable(spec)), limit, seed)
         if source.count == 0:
             raise DataError(f"{spec}: expected samples, the Dataset is empty.")
@@ -48,7 +51,7 @@ class CallableSource:
 
     @property
     def count(self) -> int | None:
-        """Samples in one pass; None unless the callable returned a Dataset."""
+        """Number of samples in one pass; None for anything but a Dataset with a length."""
         data = self.product.latest
         if not _has_length(data):
             return None
@@ -67,8 +70,9 @@ class CallableSource:
     ) -> CallableStream:
         """The user's batches as they come, where they come.
 
-        ``batch_size``, ``workers`` (processes) and ``labelled`` concern a Dataset only. Of an iterable every process
-        makes all batches and keeps its ``share``; the other arguments are not used.
+        ``batch_size``, ``workers`` (processes) and ``labelled`` concern a Dataset only. Of an
+        iterable every process makes all batches and keeps its ``share``; the other arguments are
+        not used.
         """
         data = self.product.latest
         if not _has_length(data):
@@ -84,7 +88,7 @@ class CallableSource:
                 data,
                 batch_sampler=plan,
                 num_workers=workers,
-                collate_fn=_pairs if labelled else _inputs,
+                collate_fn=_collate_pairs if labelled else _collate_inputs,
                 persistent_workers=workers > 0,
                 generator=torch.Generator(),  # leaves the user's random state alone
             )
@@ -112,41 +116,48 @@ class CallableStream:
         indices: Sequence[Sequence[int]] | None = None,
         share: Share = FULL_SHARE,
     ) -> None:
-        """``numbers``: of the batches that ``product`` gives; None: of an unknown number it gives all.
+        """Prepare passes over the batches of ``product``.
 
-        ``indices``: of the samples in each of those batches, where they have some.
+        ``numbers`` has the numbers of its batches, and ``indices`` the numbers of the samples in
+        each. Both are None for an iterable: it yields all batches, and the ``share`` is kept.
         """
         self.count, self.batch_count = count, None if numbers is None else len(numbers)
         self._numbers, self._indices, self._share = numbers, indices, share
         self._spec, self._product, self._limit, self._seed = spec, product, limit, seed
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass. Raises DataError if the user's code raises, or for batches that no model can take."""
-        left = self._limit
+        """Yield the batches of one pass.
+
+        Raises DataError if the user's code raises, and for batches that no model can take.
+        """
+        remaining = self._limit
         number = -1
+        # An iterable is read by every process as a whole, and each keeps the batches of its share.
         for batch, number in zip(self._items(), self._numbers or itertools.count(), strict=False):
-            size = self._check(batch, number)
-            mine = self._numbers is not None or number % self._share.world == self._share.rank
-            if left is not None and size >= left:
-                if mine:
-                    yield _head(batch, size, left)
+            size = self._count_samples(batch, number)
+            is_ours = self._numbers is not None or number % self._share.world == self._share.rank
+            if remaining is not None and size >= remaining:
+                if is_ours:
+                    yield _first_samples(batch, size, remaining)
                 return
-            left = None if left is None else left - size
-            if mine:
+            if remaining is not None:
+                remaining -= size
+            if is_ours:
                 yield batch
         if number < 0 and self.batch_count is None:
             raise DataError(f"{self._spec}: expected batches, found none. An iterator may be used up.")
 
     def sample_name(self, batch: int, row: int) -> str:
-        """The number of a Dataset's sample, or its place among the batches that the callable yields."""
+        """Return the number of a Dataset's sample, or the place of a sample in its batch."""
         if self._indices is not None:
             return f"sample {self._indices[batch][row]}"
         return f"sample {row} of batch {self._share.rank + batch * self._share.world}"
 
     def _items(self) -> Iterator[Any]:
-        # a shuffling DataLoader draws its order from torch's global state, on the first step
-        blame = convert_to_data_error(f"{self._spec}: reading")
-        with blame, torch.random.fork_rng(devices=[]), user_code_for_children():  # the workers start here
+        # A DataLoader that shuffles draws its order from torch's global state, on the first step.
+        # With the same seed, every pass has the same order. Worker processes start there, too.
+        translation = convert_to_data_error(f"{self._spec}: reading")
+        with translation, torch.random.fork_rng(devices=[]), user_code_for_children():
             torch.default_generator.manual_seed(self._seed)
             items = iter(self._product())
             item = next(items, _END)
@@ -155,13 +166,14 @@ class CallableStream:
             with convert_to_data_error(f"{self._spec}: reading"):
                 item = next(items, _END)
 
-    def _check(self, batch: object, number: int) -> int:
-        """How many samples the batch holds."""
+    def _count_samples(self, batch: object, number: int) -> int:
+        """Return how many samples a batch holds. Raises DataError if no model can take it."""
         inputs = input_tensors(batch)
         if not inputs or any(tensor.ndim == 0 or not len(tensor) for tensor in inputs):
             raise DataError(
-                f"{self._spec}: batch {number} is {_describe_batch(batch)}. Expected a tensor (N, …), a tuple or "
-                f"list whose first item is one, or a dict of tensors for model(**batch)."
+                f"{self._spec}: batch {number} is {_describe_batch(batch)}. Expected a tensor "
+                f"(N, …), a tuple or list whose first item is one, or a dict of tensors for "
+                f"model(**batch)."
             )
         return len(inputs[0])
 
@@ -170,21 +182,22 @@ _END = object()
 
 
 def _has_length(data: object) -> bool:
+    # Every Dataset may define __len__, but an IterableDataset has no samples by number.
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
 
-def _inputs(samples: list[Any]) -> Any:
-    """Collates the inputs of samples and drops the labels, which need not be of one size."""
+def _collate_inputs(samples: list[Any]) -> Any:
+    """Collate the inputs of samples, and drop the labels, which need not be of one size."""
     return default_collate([sample[0] if isinstance(sample, tuple | list) else sample for sample in samples])
 
 
-def _pairs(samples: list[Any]) -> Any:
-    """Collates inputs and labels, and drops what else a sample holds."""
+def _collate_pairs(samples: list[Any]) -> Any:
+    """Collate inputs and labels, and drop further items of a sample."""
     return default_collate([tuple(sample[:2]) if isinstance(sample, tuple | list) else sample for sample in samples])
 
 
 def input_tensors(batch: object) -> list[Tensor]:
-    """The tensors (N, …) that go into the model."""
+    """Return the tensors (N, …) in a batch that go into the model, and not the labels."""
     if isinstance(batch, tuple | list):
         batch = batch[0] if batch else None
     if isinstance(batch, Mapping):
@@ -192,12 +205,12 @@ def input_tensors(batch: object) -> list[Tensor]:
     return [batch] if isinstance(batch, Tensor) else []
 
 
-def _head(batch: Any, size: int, count: int) -> Any:
-    """The first ``count`` of ``size`` samples of a batch, whatever holds them."""
+def _first_samples(batch: Any, size: int, count: int) -> Any:
+    """Return the first ``count`` of ``size`` samples of a batch, in all its parts."""
     if isinstance(batch, Mapping):
-        return {name: _head(value, size, count) for name, value in batch.items()}
+        return {name: _first_samples(value, size, count) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [_head(value, size, count) for value in batch]
+        return [_first_samples(value, size, count) for value in batch]
     return batch[:count] if isinstance(batch, Tensor) and batch.ndim and len(batch) == size else batch
 
 

@@ -1,4 +1,4 @@
-"""``--data SPEC``: what a spec stands for."""
+"""Open the training data that ``--data SPEC`` names."""
 
 from __future__ import annotations
 
@@ -32,32 +32,30 @@ __all__ = ["Source", "describe_source", "open_source"]
 
 
 class Source(Protocol):
-    """Training data that has been found and counted, but not read."""
+    """Training data that has been found and, where possible, counted, but not read."""
 
     @property
     def spec(self) -> str:
         """The data as the user named it."""
-        ...
 
     @property
     def kind(self) -> Literal["folder", "shards", "array", "dataset", "callable"]:
-        """What the spec turned out to be."""
-        ...
+        """The kind of data that the spec turned out to name."""
 
     @property
     def count(self) -> int | None:
-        """Samples in one pass, after the limit; None if only a pass can tell."""
-        ...
+        """Number of samples in one pass, after the limit; None if only a pass can tell."""
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
-        """Shape of a stored sample, images channels first; None where only decoding can tell."""
-        ...
+        """Shape of a stored sample, with channels first for images.
+
+        None where only decoding can tell.
+        """
 
     @property
     def is_preprocessed(self) -> bool:
         """Whether samples go to the model as they are, so that ``input_spec`` may be None."""
-        ...
 
     def batches(
         self,
@@ -79,13 +77,19 @@ class Source(Protocol):
 
 
 def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Split = "train") -> Source:
-    """Finds and counts the data that ``spec`` names, without reading a sample.
+    """Find and count the data that ``spec`` names, without reading a sample.
 
-    ``spec``: a folder of images; an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file; WebDataset shards, as a
-    ``.tar``, a folder or a pattern of them; ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``; a URL
-    (``s3://…``) of such a folder, file or pattern; or ``package.module:callable``. ``limit`` samples are
-    drawn at random with ``seed``, all if there are fewer. ``split`` concerns data sets, and files of arrays, that have
-    two. Raises DataError, naming what is wrong with it.
+    ``spec`` is one of:
+
+    - a folder of images,
+    - an ``.npz``, ``.npy``, ``.pt`` or ``.safetensors`` file,
+    - WebDataset shards, as a ``.tar``, a folder or a pattern of them,
+    - ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or ``mnist:DIR``,
+    - a URL (``s3://…``) of such a folder, file or pattern,
+    - ``package.module:callable``.
+
+    ``limit`` samples are drawn at random with ``seed``; all, if there are fewer. ``split`` matters
+    for data sets and array files that have both splits. Raises DataError, which says what is wrong.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
@@ -98,14 +102,13 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
     path = _path(spec)
     if spec and os.path.lexists(path):
         return _on_disk(spec, path, limit, seed, split)
-    prefix, colon, rest = spec.partition(":")
+    prefix, colon, folder = spec.partition(":")
     if colon and prefix in DATASETS:
-        root = _path(rest)
-        if is_url(rest):
-            raise DataError(
-                f"{prefix}:{redact_url(rest)}: expected {prefix}:DIR with a folder of this machine. Fetch it first."
-            )
-        if not rest or not root.is_dir():
+        root = _path(folder)
+        if is_url(folder):
+            shown = f"{prefix}:{redact_url(folder)}"
+            raise DataError(f"{shown}: expected {prefix}:DIR with a folder of this machine. Fetch it first.")
+        if not folder or not root.is_dir():
             raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
         return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
     if _IMPORT_PATH.fullmatch(spec):
@@ -119,7 +122,7 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 
 
 def describe_source(source: Source) -> str:
-    """The kind of a source, and which array of a file is read."""
+    """Return the kind of a source and, for an array file, the name of the array."""
     name = source.array.name if isinstance(source, ArraySource) else ""
     return f"{source.kind} {name}" if name else source.kind
 
@@ -153,9 +156,9 @@ def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:
     try:
         return FolderSource.open(spec, path, limit=limit, seed=seed)
     except DataError as error:
-        known = recognise_dataset(path)
-        if known is not None:
-            raise DataError(f"{error} It looks like {known}: give {known}:{spec}.") from error
+        dataset = recognise_dataset(path)
+        if dataset is not None:
+            raise DataError(f"{error} It looks like {dataset}: give {dataset}:{spec}.") from error
         shards = list_shards(path)
         if not shards:
             raise
@@ -166,9 +169,11 @@ def _file(spec: str, path: Path, limit: int | None, seed: int, split: Split) -> 
     if is_shard(path.name):
         return ShardSource.open(spec, [path], limit=limit, seed=seed)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
+        formats = " ".join(ARRAY_SUFFIXES)
+        kind = path.suffix or "without extension"
         raise DataError(
-            f"{spec}: expected a folder of images or an array file ({' '.join(ARRAY_SUFFIXES)}), or .tar shards, found "
-            f"a file {path.suffix or 'without extension'}. Give the folder, or save the samples as an array."
+            f"{spec}: expected a folder of images or an array file ({formats}), or .tar "
+            f"shards, found a file {kind}. Give the folder, or save the samples as an array."
         )
     return ArraySource(spec, find_array(path, split), limit, seed)
 
@@ -177,12 +182,12 @@ def _callable(spec: str, limit: int | None, seed: int) -> Source:
     try:
         return CallableSource.open(spec, limit=limit, seed=seed)
     except DataError as error:
-        # cifr10:data reads like an import path, too
-        prefix, _, rest = spec.partition(":")
+        # A misspelled data set such as cifr10:data reads like an import path, too.
+        prefix, _, folder = spec.partition(":")
         near = get_close_matches(prefix.lower(), DATASETS, 1)
         if not near or not isinstance(error.__cause__, ModuleNotFoundError):
             raise
-        raise DataError(f"{error} Did you mean {near[0]}:{rest}?") from error
+        raise DataError(f"{error} Did you mean {near[0]}:{folder}?") from error
 
 
 def _unknown(spec: str, prefix: str | None) -> str:
@@ -190,17 +195,17 @@ def _unknown(spec: str, prefix: str | None) -> str:
         return f"{spec or 'an empty --data'}: no such file or folder.{_near_path(_path(spec))}"
     near = get_close_matches(prefix.lower(), DATASETS, 1)
     hint = f" Did you mean {near[0]}:?" if near else ""
-    known = ", ".join(f"{name}:DIR" for name in sorted(DATASETS))
+    datasets = ", ".join(f"{name}:DIR" for name in sorted(DATASETS))
     return (
         f"{spec}: neither a file or folder that exists nor a data set.{hint} "
-        f"Expected a path, {known}, or package.module:callable."
+        f"Expected a path, {datasets}, or package.module:callable."
     )
 
 
 def _path(text: str) -> Path:
     try:
         return (is_url(text) and local_path_of_url(text)) or Path(text).expanduser()
-    except RuntimeError:  # ~somebody, of whom there is no home
+    except RuntimeError:  # raised for "~name" if no such user exists
         return Path(text)
 
 

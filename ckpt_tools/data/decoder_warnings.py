@@ -1,4 +1,7 @@
-"""Decoders' warnings are not passed on: odd EXIF or palettes in thousands of files, and nothing to act on."""
+"""Silence the warnings of image decoders.
+
+They tell of odd EXIF data or palettes in thousands of files. The user cannot act on them.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ _RULE = ("ignore", None, Warning, re.compile(r"PIL\.|torchvision\.io\."), 0)
 
 @contextmanager
 def silence_decoder_warnings() -> Iterator[None]:
-    """Ignores warnings of the modules that decode, in all threads; everybody else's filters stay as they are."""
-    # warnings.catch_warnings would put back what another thread has changed in the meantime
+    """Ignore warnings of the modules that decode images, in all threads. Other filters stay."""
+    # warnings.catch_warnings would undo filters that another thread has set in the meantime.
     filters = cast("list[object]", warnings.filters)
-    filters.insert(0, _RULE)
+    filters.insert(0, _RULE)  # the first filter that matches decides
     try:
         yield
     finally:
+        # In the meantime another thread may have put a different list in place of the first.
         filters = cast("list[object]", warnings.filters)
         if _RULE in filters:
             filters.remove(_RULE)

@@ -1,4 +1,4 @@
-"""Batches on the GPU: the next is on its way while one is in use."""
+"""Copy batches to the GPU: the next is copied while one is in use."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ __all__ = ["prefetch_to_device"]
 
 
 def prefetch_to_device(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The same batches on ``device`` (CUDA), ready for work on its current stream, in the same memory format.
+    """Yield the same batches on ``device`` (CUDA), in the same memory format.
 
-    They go from pinned memory on a stream of their own, so that copying takes no time from computing. One batch
-    is read, and sent, ahead.
+    They are copied from pinned memory on a CUDA stream of their own, so that copying takes no time
+    from computing. One batch is read and copied ahead.
     """
-    aside = torch.cuda.Stream(device)
-    before: _Sent | None = None
+    copy_stream = torch.cuda.Stream(device)
+    previous: _BatchCopy | None = None
     for batch in batches:
-        sent = _Sent(batch, device, aside)
-        if before is not None:
-            yield before.wait_for_copy()
-        before = sent
-    if before is not None:
-        yield before.wait_for_copy()
+        current = _BatchCopy(batch, device, copy_stream)
+        if previous is not None:
+            yield previous.wait()
+        previous = current
+    if previous is not None:
+        yield previous.wait()
 
 
-class _Sent:
-    """A batch under way."""
-
-    def __init__(self, batch: Tensor, device: torch.device, aside: torch.cuda.Stream) -> None:
-        # the pinned memory may go at once: its allocator waits for the copy before it gives it to others
+class _BatchCopy:
+    def __init__(self, batch: Tensor, device: torch.device, copy_stream: torch.cuda.Stream) -> None:
+        # The pinned memory may be released at once: its allocator waits for the copy before reuse.
         pinned = batch.pin_memory()
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(copy_stream):
             self._tensor = pinned.to(device, non_blocking=True)
-            self._copied = aside.record_event()
+            self._copy_event = copy_stream.record_event()
 
-    def wait_for_copy(self) -> Tensor:
-        """The batch; what the current stream does from now on waits for the copy."""
+    def wait(self) -> Tensor:
+        """Return the batch. Only later work on the current stream waits for the copy."""
         stream = torch.cuda.current_stream(self._tensor.device)
-        stream.wait_event(self._copied)
-        self._tensor.record_stream(stream)  # its memory belongs to the other stream, which must not reuse it early
+        stream.wait_event(self._copy_event)
+        # The memory belongs to the copy stream, which must not reuse it while this stream needs it.
+        self._tensor.record_stream(stream)
         return self._tensor

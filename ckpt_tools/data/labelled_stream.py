@@ -1,4 +1,4 @@
-"""Batches with the class of every sample: what an evaluation reads."""
+"""Batches with the class of every sample, for an evaluation."""
 
 from __future__ import annotations
 
@@ -17,39 +17,28 @@ from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.labels import ClassMap, Labels, array_labels, as_class_numbers, folder_labels
 from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
 from ckpt_tools.data.shards.shard_stream import ShardStream, ShardStreamSource
-from ckpt_tools.data.stream import Batch, IndexedStream, SkippedSample, first_not_finite
+from ckpt_tools.data.stream import Batch, IndexedStream, SampleStream, SkippedSample, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 
 __all__ = ["LabelledStream", "labelled_batches"]
 
-_KEYS = ("labels", "label", "targets", "target", "y")
+_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
-class LabelledStream(Protocol):
-    """Batches and their labels. Every iteration is a new pass over the same samples in the same order."""
+class LabelledStream(SampleStream, Protocol):
+    """Batches and their labels.
 
-    @property
-    def count(self) -> int | None:
-        """Samples in one pass before any is skipped; None if only a pass can tell."""
-        ...
-
-    @property
-    def transform(self) -> str:
-        """What is done to a stored sample, in words."""
-        ...
-
-    @property
-    def skipped_samples(self) -> tuple[SkippedSample, ...]:
-        """Samples that no pass so far could read."""
-        ...
+    Every iteration is a new pass over the same samples in the same order.
+    """
 
     def check(self, labels: Tensor, outputs: int) -> None:
-        """Raises DataError if the classes, or these labels, are not those of a head with so many outputs."""
-        ...
+        """Raise DataError unless classes and labels fit a model with so many outputs."""
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
-        """Starts a pass: inputs for the model, and class numbers (n,) int64 on the CPU. Raises DataError."""
-        ...
+        """Start a pass over inputs for the model and class numbers (n,), int64 on the CPU.
+
+        Raises DataError where the data or the labels cannot be used.
+        """
 
 
 def labelled_batches(
@@ -64,17 +53,17 @@ def labelled_batches(
 ) -> LabelledStream:
     """Like ``source.batches``, with labels.
 
-    Folders give the first subfolder's name, arrays what lies beside them in the file, data sets their own labels,
-    shards their ``.cls`` members; callables yield (inputs, labels), or dicts with "labels". ``class_map`` is for
-    folders. Raises DataError where there are no labels.
+    Folders give the first subfolder's name, arrays what lies beside them in the file, data sets
+    their own labels, shards their ``.cls`` members; callables yield (inputs, labels), or dicts with
+    "labels". ``class_map`` is for folders. Raises DataError where there are no labels.
     """
     if class_map is not None and not isinstance(source, FolderSource):
-        raise UsageError(f"--class-map names folders, and the labels of {source.spec} are numbers already. Drop it.")
+        raise UsageError(f"--class-map names folders; the labels of {source.spec} are numbers already. Drop it.")
     if isinstance(source, CallableSource | ShardStreamSource):
         yielded = source.batches(
             input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device, labelled=True
         )
-        return _Yielded(source.spec, yielded)
+        return _StreamWithLabels(source.spec, yielded)
     if isinstance(source, FolderSource):
         labels = folder_labels(source.root, source.names, class_map)
     elif isinstance(source, ArraySource):
@@ -82,15 +71,16 @@ def labelled_batches(
     elif isinstance(source, ShardSource):
         labels = shard_labels(source)
     else:
-        raise DataError(
-            f"{source.spec}: labels of a {source.kind} are not known. Give a folder, an .npz or a callable."
-        )
+        raise DataError(f"{source.spec}: a {source.kind} has no labels. Give a folder, an .npz or a callable.")
     stream = source.batches(input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device)
-    return _Numbered(source.spec, stream, labels)
+    return _IndexedWithLabels(source.spec, stream, labels)
 
 
-class _Numbered:
-    """Samples that have a number, and so a label."""
+class _IndexedWithLabels:
+    """A stream of samples that have a number, by which their label is looked up.
+
+    That is every source but callables and shards behind a URL.
+    """
 
     def __init__(self, spec: str, stream: IndexedStream, labels: Labels) -> None:
         self.count, self.transform = stream.count, stream.transform
@@ -101,16 +91,17 @@ class _Numbered:
         return self._stream.skipped_samples
 
     def check(self, labels: Tensor, outputs: int) -> None:
-        wanted = self._labels.outputs
-        if wanted is not None and wanted != outputs:
+        expected = self._labels.outputs
+        if expected is not None and expected != outputs:
             raise DataError(
-                f"{self._spec}: expected a head with {wanted} outputs ({self._labels.told_by}), this one has "
-                f"{outputs}. {self._labels.hint}"
+                f"{self._spec}: expected a head with {expected} outputs "
+                f"({self._labels.outputs_origin}), this one has {outputs}. {self._labels.hint}"
             )
         _check_range(self._spec, labels, outputs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        numbers = self._stream.indices()  # what is skipped is known before its batch comes
+        # The two iterators run in step: samples are marked as skipped before their batch comes.
+        numbers = self._stream.indices()
         for batch in self._stream:
             rows = list(islice(numbers, len(batch)))
             if len(rows) < len(batch):
@@ -124,8 +115,8 @@ class _Numbered:
         return DataError(f"{self._spec}: it changed while it was read. Leave it alone, and run again.")
 
 
-class _Yielded:
-    """Labels that a user's callable, or a shard, yields beside the inputs."""
+class _StreamWithLabels:
+    """A stream that yields labels beside the inputs: a user's callable, or shards behind a URL."""
 
     def __init__(self, spec: str, stream: CallableStream | ShardStream) -> None:
         self.count, self.transform = stream.count, stream.transform
@@ -147,26 +138,26 @@ class _Yielded:
     def _split_labels(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
         count = len(input_tensors(batch)[0])
         if isinstance(batch, Mapping):
-            key = next((one for one in _KEYS if one in batch), None)
-            if key is not None:
-                inputs = {word: value for word, value in batch.items() if word != key}
-                return inputs, as_class_numbers(batch[key], count, name)
+            for key in _LABEL_KEYS:
+                if key in batch:
+                    inputs = {field: value for field, value in batch.items() if field != key}
+                    return inputs, as_class_numbers(batch[key], count, name)
         elif isinstance(batch, tuple | list) and len(batch) > 1:
             return batch[0], as_class_numbers(batch[1], count, name)
-        raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict with 'labels' among the inputs.")
+        raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict that also holds 'labels'.")
 
 
 def _check_finite(batch: Tensor, name: str, numbers: Sequence[int]) -> None:
-    """Raise DataError for NaN or infinity: metrics are of all samples or of none."""
-    bad = first_not_finite(batch)
-    if bad is not None:
-        raise DataError(f"{name} holds NaN or infinity, first in sample {numbers[bad]}. Remove or repair that sample.")
+    # An evaluation does not leave such samples out: its metrics are of all samples or of none.
+    row = first_not_finite(batch)
+    if row is not None:
+        raise DataError(f"{name} holds NaN or infinity, first in sample {numbers[row]}. Repair or remove it.")
 
 
 def _check_range(spec: str, labels: Tensor, outputs: int) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= outputs:
-        raise DataError(
-            f"{spec}: the label {low if low < 0 else high} is no class of a head with {outputs} outputs; expected 0 to "
-            f"{outputs - 1}. Number the classes as in training."
-        )
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < outputs:
+            raise DataError(
+                f"{spec}: the label {label} is no class of a head with {outputs} outputs; "
+                f"expected 0 to {outputs - 1}. Number the classes as in training."
+            )

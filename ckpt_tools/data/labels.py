@@ -1,4 +1,4 @@
-"""Which output of the head a sample belongs to: by folder name, by class map, by number."""
+"""Find the class of every sample: by folder name, by class map, or by number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.arrays.array_files import StoredArray
+from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote.local_copies import fetch_file
@@ -26,18 +26,20 @@ __all__ = [
     "read_class_map",
 ]
 
-_MOST = 2**31  # outputs of a head
-_WHOLE = re.compile(r"u?int\d+|[IU]\d+")  # as numpy and torch, or as safetensors name them
-_HINT = (
-    'Say which output each folder is: --class-map FILE, JSON {"folder": 0, …} or one name a line in the head\'s order.'
+_MAX_OUTPUTS = 2**31
+# Types of whole numbers, as numpy and torch, or as safetensors name them.
+_INTEGER_TYPE = re.compile(r"u?int\d+|[IU]\d+")
+_CLASS_MAP_HINT = (
+    'Say which output each folder is: --class-map FILE, JSON {"folder": 0, …} or one name a line, '
+    "in the order of the outputs."
 )
 
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The outputs of a head that class names stand for.
+    """The number of the model's output for each class name.
 
-    ``outputs`` is how many the head must have, None where the file does not say.
+    ``outputs`` is how many outputs the model must have; None where the file does not say.
     """
 
     path: Path
@@ -47,125 +49,149 @@ class ClassMap:
 
 @dataclass(frozen=True)
 class Labels:
-    """The class of every stored sample, (N,) int64, and how many outputs the head must have, None if any will do.
+    """The class of every stored sample, (N,) int64.
 
-    ``told_by`` says in words where that number comes from, ``hint`` what to do if the head has another.
+    ``outputs`` is how many outputs the model must have; None if any number will do.
+    ``outputs_origin`` says where that number comes from, and ``hint`` what to do if it is another.
     """
 
     values: Tensor
     outputs: int | None
-    told_by: str
+    outputs_origin: str
     hint: str
 
 
 def read_class_map(path: Path) -> ClassMap:
-    """Reads JSON, ``{"folder name": index, …}`` or a list of names, or a text file with one class name a line.
+    """Read a class map: JSON, or a text file with one class name a line.
 
-    Names without numbers stand in the order of the head. Raises DataError.
+    JSON is ``{"folder name": index, …}`` or a list of names. Names without numbers stand in the
+    order of the model's outputs. Raises DataError.
     """
     try:
         text = fetch_file(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"--class-map {path}: expected a text or JSON file: {error}.") from error
     if path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
-        return _in_order(path, [line.strip() for line in text.rstrip().splitlines()])
+        return _class_map_from_names(path, [line.strip() for line in text.rstrip().splitlines()])
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"--class-map {path}: expected JSON: {error}.") from error
-    if isinstance(found, list):
-        return _in_order(path, found)
-    return _class_map_from_json(path, found)
+    if isinstance(content, list):
+        return _class_map_from_names(path, content)
+    return _class_map_from_dict(path, content)
 
 
-def _in_order(path: Path, names: Sequence[object]) -> ClassMap:
-    known: dict[str, int] = {}
+def _class_map_from_names(path: Path, names: Sequence[object]) -> ClassMap:
+    numbers: dict[str, int] = {}
     for number, name in enumerate(names):
-        if not isinstance(name, str) or not name or name in known:
+        if not isinstance(name, str) or not name or name in numbers:
             raise DataError(f"--class-map {path}: class {number} is {name!r}; expected names, each once.")
-        known[name] = number
-    if not known:
+        numbers[name] = number
+    if not numbers:
         raise DataError(f"--class-map {path}: expected class names, found none.")
-    return ClassMap(path, known, len(known))
+    return ClassMap(path, numbers, len(numbers))
 
 
-def _class_map_from_json(path: Path, found: object) -> ClassMap:
-    if not isinstance(found, dict) or not found:
+def _class_map_from_dict(path: Path, content: object) -> ClassMap:
+    if not isinstance(content, dict) or not content:
         raise DataError(f'--class-map {path}: expected {{"folder name": index, …}} or a list of names.')
-    for name, number in found.items():
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MOST:
-            raise DataError(f"--class-map {path}: {name!r} is {number!r}; expected the number of an output, from 0.")
-    return ClassMap(path, found, None)
+    for name, number in content.items():
+        if type(number) is not int or not 0 <= number < _MAX_OUTPUTS:  # true and false are no numbers
+            expected = "the number of an output, from 0"
+            raise DataError(f"--class-map {path}: {name!r} is {number!r}; expected {expected}.")
+    return ClassMap(path, content, None)
 
 
 def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: ClassMap | None) -> Labels:
-    """Labels of images by the first folder on their way from ``root``.
+    """Label images by the topmost folder below ``root`` that they lie in.
 
-    Without a map, folders in alphabetical order are the outputs, empty ones too, as with torchvision's ImageFolder.
-    Raises DataError for images in no folder, and for folders that the map does not name.
+    Without a map, folders in alphabetical order are the outputs, empty ones too, as with
+    torchvision's ImageFolder. Raises DataError for images in no folder, and for folders that the
+    map does not name.
     """
-    owners = [Path(name).parts[0] for name in names]
-    loose = next((name for name in names if len(Path(name).parts) < 2), None)
-    if loose is not None:
-        raise DataError(f"{root}: {loose} lies in no class folder. Expected {root}/CLASS/IMAGE.")
+    for name in names:
+        if len(Path(name).parts) < 2:  # the image lies in ``root`` itself
+            raise DataError(f"{root}: {name} lies in no class folder. Expected {root}/CLASS/IMAGE.")
+    class_names = [Path(name).parts[0] for name in names]
     if class_map is None:
-        return _alphabetical(root, owners)
-    unknown = sorted(set(owners) - set(class_map.numbers))
+        return _alphabetical_labels(root, class_names)
+    unknown = sorted(set(class_names) - set(class_map.numbers))
     if unknown:
-        some = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise DataError(f"--class-map {class_map.path}: class folders of {root} are not in it: {some}. Add them.")
-    values = torch.tensor([class_map.numbers[owner] for owner in owners])
+        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise DataError(
+            f"--class-map {class_map.path}: class folders of {root} are not in it: "
+            f"{listed}. Add these folders to that file, each with the number of its output."
+        )
+    values = torch.tensor([class_map.numbers[name] for name in class_names])
     hint = f"Name every output of the head, in its order, in {class_map.path}."
     return Labels(values, class_map.outputs, f"the names in {class_map.path}", hint)
 
 
-def _alphabetical(root: Path | RemoteFolder, owners: Sequence[str]) -> Labels:
+def _alphabetical_labels(root: Path | RemoteFolder, class_names: Sequence[str]) -> Labels:
     if isinstance(root, RemoteFolder):
-        folders = sorted({*root.folders(), *owners})  # a store may list files of folders that it does not list
+        # A store may list files of folders that it does not list.
+        folders = sorted({*root.folders(), *class_names})
     else:
+        # Empty folders count, because torchvision numbers them, too.
         folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     numbers = {name: number for number, name in enumerate(folders)}
-    values = torch.tensor([numbers[owner] for owner in owners])
-    return Labels(values, len(folders), f"one for each class folder in {root}", _HINT)
+    values = torch.tensor([numbers[name] for name in class_names])
+    return Labels(values, len(folders), f"one for each class folder in {root}", _CLASS_MAP_HINT)
 
 
 def array_labels(array: StoredArray) -> Labels:
-    """The labels that came with an array. Raises DataError if there are none, or no whole numbers (N,)."""
-    if array.labels is None:
+    """Read the labels that lie beside an array in its file.
+
+    Raises DataError if there are none, and if they are no whole numbers (N,).
+    """
+    labels = array.labels
+    if labels is None:
         raise DataError(
-            f"{array.label}: no labels that can be read, which an evaluation needs. Save them beside the images: "
-            "numpy.savez(FILE, images=…, labels=…), in a .pt file as a tensor or a list; or give a folder with a "
-            "subfolder for every class."
+            f"{array.label}: no labels that can be read, which an evaluation needs. Save them "
+            "beside the images: numpy.savez(FILE, images=…, labels=…), in a .pt file as a tensor "
+            "or a list; or give a folder with a subfolder for every class."
         )
-    found = array.labels
-    if not _WHOLE.fullmatch(found.dtype):
-        raise DataError(f"{found.label}: expected whole numbers, found {found.dtype}. Save class numbers from 0.")
-    values = as_class_numbers(found.load(), array.shape[0], found.label)
-    return Labels(values, array.classes, f"the classes of {array.label}", "Is this the data that the head is for?")
+    if not _INTEGER_TYPE.fullmatch(labels.dtype):
+        advice = "Save class numbers from 0."
+        raise DataError(f"{labels.label}: expected whole numbers, found {labels.dtype}. {advice}")
+    values = as_class_numbers(labels.load(), array.shape[0], labels.label)
+    hint = "Is this the data that the head is for?"
+    return Labels(values, array.classes, f"the classes of {array.label}", hint)
 
 
-def parse_class_number(text: bytes | None, image: Callable[[], str]) -> int:
-    """The number in the ``.cls`` member beside an ``image`` of a shard. Raises DataError if it is none or missing."""
+def parse_class_number(text: bytes | None, image_name: Callable[[], str]) -> int:
+    """Parse the content of the ``.cls`` member beside an image of a shard.
+
+    Raises DataError if there is no such member (None), or if it holds no number.
+    """
+    # The name is a function, because making the names of millions of images takes long.
     if text is None:
         raise DataError(
-            f"{image()}: it has no label, which an evaluation needs: expected a member KEY.cls, the class number as "
-            f"text, right before or behind the image."
+            f"{image_name()}: it has no label, which an evaluation needs: expected a member "
+            f"KEY.cls, the class number as text, right before or behind the image."
         )
+    # 18 digits fit into int64. int() alone would also accept underscores.
     if not re.fullmatch(rb"\s*-?[0-9]{1,18}\s*", text):
-        raise DataError(f"{image()}: expected a class number from 0 in its .cls member, found {text[:20]!r}.")
+        shown = f"{text[:20]!r}"
+        raise DataError(f"{image_name()}: expected a class number from 0 in its .cls member, found {shown}.")
     return int(text)
 
 
 def as_class_numbers(labels: object, count: int, name: str) -> Tensor:
-    """Class numbers (count,) int64 of a tensor (count,) or (count, 1), or a list. Raises DataError."""
+    """Convert a tensor (count,) or (count, 1), or a list, to int64 (count,) on the CPU.
+
+    Raises DataError if it holds anything but one whole number for each sample.
+    """
     try:
-        found = torch.as_tensor(labels)
+        values = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DataError(f"{name}: expected class numbers, found {type(labels).__name__}: {error}.") from error
-    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-    if not whole or found.numel() != count or (found.ndim and found.shape[0] != count):
+    is_integer = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    if not is_integer or values.numel() != count or (values.ndim and values.shape[0] != count):
+        dtype = str(values.dtype).removeprefix("torch.")
         raise DataError(
-            f"{name}: expected class numbers, one for each of {count} samples, found labels of shape "
-            f"{tuple(found.shape)}, {str(found.dtype).removeprefix('torch.')}. Give whole numbers from 0."
+            f"{name}: expected class numbers, one for each of {count} samples, found labels of "
+            f"shape {tuple(values.shape)}, {dtype}. Give whole numbers from 0."
         )
-    return found.reshape(count).to("cpu", torch.int64)
+    return values.reshape(count).to("cpu", torch.int64)

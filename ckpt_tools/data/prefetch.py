@@ -1,4 +1,4 @@
-"""Reading ahead: threads fill what comes next while a batch is in use."""
+"""Read ahead: threads read and decode the next samples while a batch is in use."""
 
 from __future__ import annotations
 
@@ -16,63 +16,65 @@ __all__ = ["ReadTimeoutError", "read_ahead", "track_reading"]
 
 T = TypeVar("T")
 
-READ_TIMEOUT_SECONDS = 300.0  # seconds for one image: disks fall asleep, networks hang for a while
-_GLANCE = 1.0  # seconds between two looks at what is under way; while we are stopped (Ctrl-Z) no time passes
-_GRACE = 5.0  # seconds for what is under way when nobody wants it any more
+READ_TIMEOUT_SECONDS = 300.0  # for one file: disks fall asleep, and networks hang for a while
+_POLL_SECONDS = 1.0
+_SHUTDOWN_SECONDS = 5.0  # how long the end of a pass waits for jobs that are still running
 
 
 class ReadTimeoutError(Exception):
-    """A file that a thread does not come back from; the message names it."""
+    """A thread has been reading one file for too long. The message names the file."""
 
 
 @contextmanager
 def track_reading(name: str) -> Iterator[None]:
-    """Say what this thread reads now, so that it can be named if that does not end."""
+    """Record which file this thread reads, so that an error can name it if reading does not end."""
     thread = threading.get_ident()
-    _underway[thread] = [name]
+    _current_files[thread] = [name]
     try:
         yield
     finally:
-        del _underway[thread]
+        del _current_files[thread]
 
 
-_underway: dict[int, list[str]] = {}  # by thread; a new list for every file
+# By thread. Every file has a list of its own, so that two files of the same name can be told apart.
+_current_files: dict[int, list[str]] = {}
 
 
 def read_ahead(groups: Iterable[Sequence[Callable[[], T]]], workers: int) -> Iterator[list[T]]:
-    """The results of every group of jobs, in order; whatever a job raises is raised here.
+    """Yield the results of every group of jobs, in order.
 
-    With ``workers`` threads, the next group and at least two jobs a thread are under way or done while the
-    consumer is busy. With none, one thread runs jobs when their group is asked for.
+    With ``workers`` threads, the next group and at least two jobs for each thread are running or
+    done while the consumer is busy. Without workers, one thread runs the jobs when their group is
+    asked for.
 
-    Raises Stuck if one file (``track_reading``) takes longer than ``READ_TIMEOUT_SECONDS``. Its thread cannot be ended; it keeps neither
-    the pass nor the process from ending.
+    Raises whatever a job raises, and ReadTimeoutError if one file (``track_reading``) takes longer
+    than ``READ_TIMEOUT_SECONDS``. The thread that hangs cannot be ended, but it keeps neither the
+    pass nor the process from ending.
     """
     readers = _Readers[T](workers)
     waiting: deque[list[_Task[T]]] = deque()
     try:
         for group in groups:
             waiting.append([readers.submit(job) for job in group])
-            while _suffice(waiting, workers):
+            while _is_enough_ahead(waiting, workers):
                 yield [task.result() for task in waiting.popleft()]
         while waiting:
             yield [task.result() for task in waiting.popleft()]
     finally:
         readers.end()
-        # a reader's thread count of 1 also holds for threads that are started later, until someone sets another
+        # The readers set torch's thread count to 1, which also holds for threads that start later.
+        # Setting the count of this thread again ends that.
         torch.set_num_threads(torch.get_num_threads())
 
 
-def _suffice(waiting: Sequence[Sequence[object]], workers: int) -> bool:
-    """Whether enough is under way to ask for the first group."""
+def _is_enough_ahead(waiting: Sequence[Sequence[object]], workers: int) -> bool:
+    # The jobs of the first group do not count: their results are about to be used.
     if not workers:
         return bool(waiting)
     return sum(map(len, waiting)) - len(waiting[0]) >= max(2 * workers, len(waiting[0]))
 
 
 class _Task(Generic[T]):
-    """A job, and what comes of it."""
-
     def __init__(self, job: Callable[[], T]) -> None:
         self._job, self._future = job, Future[T]()
         self._thread = 0
@@ -92,23 +94,25 @@ class _Task(Generic[T]):
         self._future.cancel()
 
     def result(self) -> T:
-        """Wait for the result. Raises Stuck, and what the job raised."""
-        left, seen = READ_TIMEOUT_SECONDS, None
-        while not wait([self._future], _GLANCE).done:
-            now = _underway.get(self._thread)
-            left = left - _GLANCE if now is seen else READ_TIMEOUT_SECONDS
-            seen = now
-            if now is not None and left <= 0:
-                raise ReadTimeoutError(f"{now[0]}: not read after {READ_TIMEOUT_SECONDS:.0f} s")
+        """Wait for the result. Raises ReadTimeoutError, and what the job raised."""
+        # The time is counted in polls and not by a clock: while the process is stopped (Ctrl-Z), no
+        # time passes. It starts again with every file, because a job reads several.
+        remaining, previous_file = READ_TIMEOUT_SECONDS, None
+        while not wait([self._future], _POLL_SECONDS).done:
+            file = _current_files.get(self._thread)
+            remaining = remaining - _POLL_SECONDS if file is previous_file else READ_TIMEOUT_SECONDS
+            previous_file = file
+            if file is not None and remaining <= 0:
+                raise ReadTimeoutError(f"{file[0]}: not read after {READ_TIMEOUT_SECONDS:.0f} s")
         return self._future.result()
 
 
 class _Readers(Generic[T]):
-    """Threads that are started as tasks come, up to a number."""
+    """Threads that run tasks. They are started as tasks come, up to a number."""
 
-    # Threads, not processes: decoding and resizing release the interpreter's lock, nothing needs pickling or
-    # shared memory, and a spawned process would first import torch for seconds. Daemons, not an executor, which at
-    # the process's end would wait for a thread that hangs.
+    # Threads, not processes: decoding and resizing release the interpreter's lock, nothing needs
+    # pickling or shared memory, and a spawned process would first import torch for seconds.
+    # Daemon threads, not an executor: that would wait at the process's end for a thread that hangs.
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._tasks = SimpleQueue[_Task[T] | None]()
@@ -126,17 +130,18 @@ class _Readers(Generic[T]):
 
     def _work(self) -> None:
         if self._workers:
+            # Else every reader would start as many threads of torch as there are cores.
             torch.set_num_threads(1)
         while (task := self._tasks.get()) is not None:
             task.run()
-            del task  # it holds the result
+            del task  # else this thread would keep the result alive until its next task
 
     def end(self) -> None:
-        """Cancel what has not begun, and wait a little for the rest."""
+        """Cancel the tasks that have not begun, and wait a little for those that have."""
         with suppress(Empty):
             while (task := self._tasks.get_nowait()) is not None:
                 task.cancel()
         for _ in self._threads:
-            self._tasks.put(None)
+            self._tasks.put(None)  # ends one thread
         for thread in self._threads:
-            thread.join(_GRACE)
+            thread.join(_SHUTDOWN_SECONDS)

@@ -1,4 +1,4 @@
-"""What a model is fed with: the user's word, then the checkpoint's, then the library's."""
+"""Choose input shape and preprocessing: by the user's options, else by checkpoint and library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt_tools.errors import UsageError
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the user says about the input; None leaves it to the checkpoint and the library."""
+    """The user's options for the input. None leaves a value to the checkpoint and the library."""
 
     input_size: tuple[int, ...] | None = None
     mean: tuple[float, ...] | None = None
@@ -25,36 +25,45 @@ class Preprocessing:
 
     @property
     def transform_options(self) -> dict[str, Any]:
-        """What was said about turning images into inputs."""
-        said = dataclasses.asdict(self)
-        return {name: value for name, value in said.items() if value is not None and name != "input_size"}
+        """The options that concern how images become inputs, and that the user gave."""
+        options = dataclasses.asdict(self)
+        return {name: value for name, value in options.items() if value is not None and name != "input_size"}
 
 
-def resolve_input_spec(known: InputSpec | None, said: Preprocessing, source: Source | None) -> InputSpec | None:
-    """Input shape and preprocessing in force: the user's word, then the checkpoint's and the library's.
+def resolve_input_spec(model_spec: InputSpec | None, options: Preprocessing, source: Source | None) -> InputSpec | None:
+    """Return the input shape and preprocessing to use.
 
-    None for preprocessed data of unknown architectures: samples go to the model as they are.
+    The user's ``options`` override ``model_spec``, which comes from the checkpoint and the library.
+    Returns None for preprocessed data of an unknown architecture, which need no InputSpec.
+
+    Raises UsageError if the shape is unknown, or if options would change data that is preprocessed.
     """
-    shape = said.input_size or (known.shape if known else None)
+    shape = options.input_size or (model_spec.shape if model_spec else None)
+    # Preprocessed samples cannot be resized, so their own shape counts, whatever else is known.
     if source is not None and source.sample_shape is not None and (source.is_preprocessed or shape is None):
         shape = source.sample_shape
     if shape is None:
         if source is not None and source.is_preprocessed:
             return None
         raise UsageError(
-            "the input size of this architecture is not known. Give one sample's shape, e.g. --input-size 3,224,224."
+            "the input size of this architecture is not known. "
+            "Give the shape of one sample, for example --input-size 3,224,224."
         )
-    changes = said.transform_options
+    changes = options.transform_options
     if changes and source is not None and source.is_preprocessed:
-        raise UsageError(f"--{next(iter(changes)).replace('_', '-')}: {source.spec} is taken as preprocessed already.")
-    base = known or InputSpec(shape)
-    if said.input_size or changes:
-        changes["origin"] = f"{base.origin}, changed by options" if known else "options"
+        option = f"--{next(iter(changes)).replace('_', '-')}"
+        raise UsageError(f"{option}: {source.spec} is taken as preprocessed already.")
+    base = model_spec or InputSpec(shape)
+    if options.input_size or changes:
+        changes["origin"] = f"{base.origin}, changed by options" if model_spec else "options"
     return dataclasses.replace(base, shape=shape, **changes)
 
 
 def example_input(spec: InputSpec | None, source: Source | None) -> object:
-    """A batch to walk with: zeros of the input's shape, else the first batch of the data."""
+    """Return a batch for a trial run of the model: zeros of the input's shape, else data.
+
+    Without ``spec``, the first batch of ``source`` is read.
+    """
     if spec is not None:
         return torch.zeros(2, *spec.shape)
     assert source is not None

@@ -1,4 +1,4 @@
-"""What a first pass decoded, kept for the next: in memory, then in a file, up to a bound in each."""
+"""A cache of decoded batches for later passes: in memory first, then in a temporary file."""
 
 from __future__ import annotations
 
@@ -19,52 +19,59 @@ from ckpt_tools.remote.temporary_folders import large_temporary_folder
 
 __all__ = ["PixelCache"]
 
-_SHARE = 4  # of the memory, and of the disk, that is free: a quarter
+_FREE_SPACE_DIVISOR = 4  # the cache takes up to a quarter of the free memory, and of the free disk
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredBatch:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class PixelCache:
-    """Uint8 batches by number. One that fits nowhere is not kept, and is decoded again.
+    """Uint8 batches by number.
 
-    A pass that is broken off leaves what it read, and every batch is kept whole or not at all: the next pass takes
-    those and reads the others. ``memory`` and ``disk`` are bounds in bytes, by default a quarter of what is free
-    when the first batch arrives. The file has no name, so that the system removes it however the process ends.
+    A batch that fits nowhere is not kept, and is decoded again in the next pass. A batch is kept
+    complete or not at all, so a pass that is broken off leaves batches that the next pass can use.
+    ``memory`` and ``disk`` are bounds in bytes, by default a quarter of the free space when the
+    first batch arrives.
     """
 
     def __init__(self, *, memory: int | None = None, disk: int | None = None) -> None:
         self._memory_left, self._disk_left = memory, disk
-        self._held: dict[int, Tensor] = {}
-        self._stored: dict[int, _Stored] = {}
+        self._in_memory: dict[int, Tensor] = {}
+        self._on_disk: dict[int, _StoredBatch] = {}
         self._file: IO[bytes] | None = None
         self._end = 0
-        self._lock = Lock()  # readers share one position in the file
+        self._lock = Lock()  # threads that read share one position in the file
 
     def __contains__(self, number: int) -> bool:
-        return number in self._held or number in self._stored
+        return number in self._in_memory or number in self._on_disk
 
     def keep(self, number: int, batch: Tensor) -> None:
-        """Keeps a batch that nobody will write to, if there is room."""
+        """Keep a batch if there is room, in memory or else on disk.
+
+        The caller must not write to the batch afterwards, because it is not copied.
+        """
         if number in self:
             return
         if self._memory_left is None:
-            self._memory_left = available_bytes() // _SHARE
+            self._memory_left = available_bytes() // _FREE_SPACE_DIVISOR
         if batch.nbytes <= self._memory_left:
             self._memory_left -= batch.nbytes
-            self._held[number] = batch
+            self._in_memory[number] = batch
         else:
             self._store(number, batch)
 
     def read(self, number: int) -> Tensor:
-        """The batch as it was kept, in the same memory format. Threads may read at the same time."""
-        if number in self._held:
-            return self._held[number]
-        stored = self._stored[number]
+        """Return a batch in the memory format in which it was kept.
+
+        Threads may read at the same time. Raises OSError if the file cannot be read.
+        """
+        if number in self._in_memory:
+            return self._in_memory[number]
+        stored = self._on_disk[number]
         pixels = np.empty(math.prod(stored.shape), np.uint8)
         with self._lock:
             file = self._open_file()
@@ -76,25 +83,28 @@ class PixelCache:
     def _store(self, number: int, batch: Tensor) -> None:
         try:
             with self._lock:
-                self._append(number, batch.clone())  # without gaps between the pixels, which a view may have
-        except OSError:  # the disk is full or cannot be written to: then there is no room
+                # A view may have gaps between its pixels; a clone has none.
+                self._append(number, batch.clone())
+        except OSError:  # a disk that is full or cannot be written to has no room
             self._disk_left = 0
 
     def _append(self, number: int, batch: Tensor) -> None:
         if self._disk_left is None:
-            self._disk_left = shutil.disk_usage(large_temporary_folder()).free // _SHARE
+            self._disk_left = shutil.disk_usage(large_temporary_folder()).free // _FREE_SPACE_DIVISOR
         if batch.nbytes > self._disk_left:
             return
         file = self._open_file()
         file.seek(self._end)
+        # The bytes are written in the order of memory, and the strides restore the memory format.
         file.write(batch.as_strided((batch.numel(),), (1,)).numpy().data)
         file.flush()
-        self._stored[number] = _Stored(self._end, tuple(batch.shape), batch.stride())
+        self._on_disk[number] = _StoredBatch(self._end, tuple(batch.shape), batch.stride())
         self._end += batch.nbytes
         self._disk_left -= batch.nbytes
 
     def _open_file(self) -> IO[bytes]:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=large_temporary_folder())  # noqa: SIM115  # it lives as long as this object
+            # A temporary file has no name, so the system removes it however the process ends.
+            self._file = tempfile.TemporaryFile(dir=large_temporary_folder())  # noqa: SIM115  # open as long as this object
             weakref.finalize(self, self._file.close)
         return self._file

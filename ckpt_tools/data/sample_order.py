@@ -1,4 +1,4 @@
-"""Which samples make up a pass, in which order, in batches of what sizes."""
+"""The order of samples in a pass, the sizes of batches, and how processes divide them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of the batches of a pass: those number ``rank``, ``rank + world``, …"""
+    """The part of one process in the batches of a pass: numbers ``rank``, ``rank + world``, …
+
+    ``rank`` is the number of the process, and ``world`` the number of processes.
+    """
 
     rank: int = 0
     world: int = 1
 
     def select_items(self, items: Sequence[T]) -> Sequence[T]:
-        """The part of this process."""
+        """Return every ``world``-th item, which are those of this process."""
         return items[self.rank :: self.world]
 
 
@@ -33,23 +36,29 @@ FULL_SHARE = Share()
 
 
 def random_order(count: int, *, limit: int | None, seed: int) -> Tensor:
-    """A permutation of ``count`` indices, cut after ``limit``: every prefix is a fair sample."""
+    """Return ``limit`` of ``count`` indices in random order. Every prefix is a fair sample."""
+    # A generator of its own leaves the user's random state alone.
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
 
 
 def balanced_batch_sizes(count: int, size: int) -> list[int]:
-    """Sizes of the ⌈count/size⌉ batches of at most ``size`` that differ by at most one.
+    """Divide ``count`` samples into ⌈count/size⌉ batches whose sizes differ by at most one.
 
-    A small last batch would distort a batch variance, so there is none. Raises UsageError if ``size`` < 1.
+    A small last batch would distort a batch variance, so there is none. Raises UsageError if
+    ``size`` is less than 1.
     """
     if size < 1:
         raise UsageError(f"--batch-size is {size}. Give at least 1.")
-    batches = -(-count // size)
+    batches = -(-count // size)  # rounded up
     return [count // batches + (number < count % batches) for number in range(batches)]
 
 
 def default_workers() -> int:
-    """Threads for decoding: one for each core this process may use, at most eight; ranks of torchrun divide them."""
+    """Return how many threads decode: one for each core that this process may use, at most eight.
+
+    The ranks that torchrun starts on one machine divide its cores among them.
+    """
+    # A container or a job scheduler may allow fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
     return max(1, min(8, cores // int(ranks) if ranks.isdigit() and int(ranks) else cores))

@@ -1,4 +1,8 @@
-"""Batches that can be read again and again: one order, balanced sizes, unreadable samples skipped."""
+"""Streams of batches that can be read again and again.
+
+Every pass yields the same samples in the same order, in batches of balanced sizes. Samples that
+cannot be read are skipped.
+"""
 
 from __future__ import annotations
 
@@ -14,100 +18,91 @@ from torch import Tensor
 
 from ckpt_tools.data.decoder_warnings import silence_decoder_warnings
 from ckpt_tools.data.device_transfer import prefetch_to_device
-from ckpt_tools.data.prefetch import ReadTimeoutError, read_ahead
+from ckpt_tools.data.prefetch import read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
 from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes
-from ckpt_tools.data.user_errors import describe_error
-from ckpt_tools.errors import DataError, RemoteError, UsageError
+from ckpt_tools.data.unreadable_samples import SkippedSample, SkippedSamples, translate_reading_errors
+from ckpt_tools.errors import UsageError
 
 __all__ = [
     "Batch",
     "BatchStream",
     "Chunk",
     "IndexedStream",
+    "SampleStream",
     "Samples",
     "SkippedSample",
     "concatenate_parts",
     "first_not_finite",
-    "refuse_unreadable",
 ]
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
-"""A tensor (N, …), a tuple or list whose first item is one, or the keyword arguments of the model."""
+"""A tensor (N, …), a tuple or list whose first item is one, or keyword arguments of the model."""
 
-MAX_UNREADABLE_SHARE = 0.01
-"""Share of unreadable samples above which the data set is refused."""
-
-_CHUNK = 16  # samples that one thread reads at a time
-
-
-@dataclass(frozen=True)
-class SkippedSample:
-    """A sample that could not be read, and why."""
-
-    name: str
-    reason: str
+_CHUNK_SIZE = 16  # samples that one thread reads at a time
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a reader returns: the samples it read, (n, …), and by index those it could not."""
+    """What a reader returns: samples (n, …), and by index the samples that it could not read."""
 
     samples: Tensor | None
     skipped: Mapping[int, SkippedSample]
 
 
 class Samples(Protocol):
-    """A data set that reads several samples at once, in several threads."""
+    """A data set whose samples have numbers. Several threads may read from it at the same time."""
 
     def __getitem__(self, indices: list[int], /) -> Chunk:
-        """The samples with these indices, in this order."""
-        ...
+        """Read the samples with these indices, in this order."""
 
     def name(self, index: int, /) -> str:
-        """What people call the sample with this index."""
-        ...
+        """Return the name of a sample as messages show it, such as its file or row."""
 
 
-class BatchStream(Protocol):
-    """Batches of training data. Every iteration is a new pass over the same samples in the same order."""
+class SampleStream(Protocol):
+    """What streams with and without labels have in common."""
 
     @property
     def count(self) -> int | None:
-        """Samples in one pass before any is skipped; None if only a pass can tell."""
-        ...
-
-    @property
-    def batch_count(self) -> int | None:
-        """Batches in one pass; None if only a pass can tell."""
-        ...
+        """Number of samples in one pass before any is skipped; None if only a pass can tell."""
 
     @property
     def transform(self) -> str:
-        """What is done to a stored sample, in words."""
-        ...
+        """A description of what is done to a stored sample."""
 
     @property
     def skipped_samples(self) -> tuple[SkippedSample, ...]:
-        """Samples that no pass so far could read, each once, in the order in which they were met."""
-        ...
+        """The samples that could not be read so far, each once, in the order of their failure."""
+
+
+class BatchStream(SampleStream, Protocol):
+    """Batches of training data.
+
+    Every iteration is a new pass over the same samples in the same order.
+    """
+
+    @property
+    def batch_count(self) -> int | None:
+        """Number of batches in one pass; None if only a pass can tell."""
 
     def sample_name(self, batch: int, row: int, /) -> str:
-        """What people call a sample of the pass under way, by the number of its batch in it, and its row there."""
-        ...
+        """Return the name of a sample as messages show it.
+
+        ``batch`` counts the batches of the current pass, and ``row`` the samples in that batch.
+        """
 
     def __iter__(self) -> Iterator[Batch]:
-        """Starts a pass. Raises DataError where the data cannot be used."""
-        ...
+        """Start a pass. Raises DataError where the data cannot be used."""
 
 
 class IndexedStream:
     """Batches from samples that have a number: files in a folder, rows of an array.
 
-    n samples at batch size b come as ⌈n/b⌉ batches whose sizes differ by at most one, less the samples that
-    were skipped. Of these, the ``share`` of this process is read; ``count`` is that of all. ``finish`` turns what was
-    read into float32, on ``device``. What one pass has decoded, a ``cache`` keeps for the next. Iterate one pass at
-    a time.
+    n samples at batch size b make ⌈n/b⌉ batches whose sizes differ by at most one, apart from
+    samples that are skipped. This process reads only its ``share`` of the batches, but ``count`` is
+    the number of samples in all of them. ``finish`` turns a batch that was read into float32, on
+    ``device``. A ``cache`` keeps decoded batches for the next pass. Iterate one pass at a time.
     """
 
     def __init__(
@@ -133,116 +128,92 @@ class IndexedStream:
         self._finish = finish
         self._sizes = balanced_batch_sizes(len(order), batch_size)
         self._ends = list(itertools.accumulate(self._sizes))
-        self._numbers = share.select_items(range(len(self._sizes)))
+        self._batch_numbers = share.select_items(range(len(self._sizes)))
         self._workers = workers
         self._cache = cache
         self._device = torch.device(device)
-        self._skipped: dict[int, SkippedSample] = {}
-        self._given: list[int] = []  # numbers of the batches of this pass that were not skipped as a whole
-        self._passed = False
+        self._skipped = SkippedSamples(name)
+        # Numbers of the batches that the current pass has yielded. Those without a readable sample
+        # are not among them.
+        self._yielded_batches: list[int] = []
 
     @property
     def batch_count(self) -> int:
-        """Batches in one pass of this process."""
-        return len(self._numbers)
+        """Number of batches in one pass of this process."""
+        return len(self._batch_numbers)
 
     @property
     def skipped_samples(self) -> tuple[SkippedSample, ...]:
-        """Samples that no pass so far could read, each once."""
-        return tuple(self._skipped.values())
+        """The samples that could not be read so far, each once."""
+        return tuple(self._skipped.by_key.values())
 
     def indices(self) -> Iterator[int]:
-        """Numbers of the samples of a pass, in its order; whoever is known to be unreadable by then is left out."""
-        return (index for index in self._order.tolist() if index not in self._skipped)
+        """Iterate over the numbers of the samples in the order of a pass.
+
+        A sample is left out if it has turned out to be unreadable by the time it is reached.
+        """
+        return (index for index in self._order.tolist() if index not in self._skipped.by_key)
 
     def sample_name(self, batch: int, row: int) -> str:
-        """The file, or the row of the array, that became this row of this batch of the pass under way."""
-        rows = [index for index in self._indices_of(self._given[batch]).tolist() if index not in self._skipped]
-        return self._samples.name(rows[row])
+        """Return the file, or the row of the array, that this row of this batch was read from."""
+        indices = self._batch_indices(self._yielded_batches[batch]).tolist()
+        readable = [index for index in indices if index not in self._skipped.by_key]
+        return self._samples.name(readable[row])
 
-    def _indices_of(self, number: int) -> Tensor:
+    def _batch_indices(self, number: int) -> Tensor:
         end = self._ends[number]
         return self._order[end - self._sizes[number] : end]
 
     def __iter__(self) -> Iterator[Tensor]:
-        """One pass of float32 tensors (n, …).
+        """Yield the float32 batches (n, …) of one pass.
 
-        Raises DataError when more than 1 % of all samples are unreadable, or when reading fails otherwise.
+        Raises DataError if more than 1 % of all samples are unreadable, or if reading fails.
         """
-        batches = self._batches()
+        batches = self._raw_batches()
         if self._device.type == "cuda":
+            # Pixels are copied as bytes and scaled on the GPU: float32 would be four times as much.
             batches = prefetch_to_device(batches, self._device)
         for batch in batches:
             yield self._finish(batch)
 
-    def _batches(self) -> Iterator[Tensor]:
-        """What ``finish`` takes: pixels, or floats."""
-        self._given = []
-        for number, chunks in zip(self._numbers, self._chunks(), strict=True):
+    def _raw_batches(self) -> Iterator[Tensor]:
+        """Yield batches as ``finish`` takes them: uint8 pixels, or floats."""
+        self._yielded_batches = []
+        for number, chunks in zip(self._batch_numbers, self._chunks(), strict=True):
             for chunk in chunks:
-                self._note(chunk.skipped)
-            read = [chunk.samples for chunk in chunks if chunk.samples is not None]
-            if read:
-                batch = concatenate_parts(read)
+                self._skipped.add(chunk.skipped)
+            self._skipped.refuse_too_many(self.count)
+            parts = [chunk.samples for chunk in chunks if chunk.samples is not None]
+            if parts:
+                batch = concatenate_parts(parts)
+                # Only decoded pixels are cached: floats are in memory, or in a mapped file.
                 if batch.is_floating_point():
                     batch = batch.float()
                 elif self._cache is not None:
                     self._cache.keep(number, batch)
-                self._given.append(number)
+                self._yielded_batches.append(number)
                 yield batch
-        self._passed = True
+        self._skipped.end_pass()
 
     def _chunks(self) -> Iterator[list[Chunk]]:
-        try:
-            with silence_decoder_warnings():
-                yield from read_ahead(self._jobs(), self._workers)
-        except RemoteError:
-            raise
-        except ReadTimeoutError as error:
-            raise DataError(
-                f"{self._name}: {error}. Look at that file, and at the disk or network it comes from; leave it out, or "
-                "run again."
-            ) from error
-        except Exception as error:  # whatever reading raised
-            raise DataError(
-                f"{self._name}: reading failed with {describe_error(error)}. If memory ran out, try fewer --workers, "
-                f"--workers 0, or a smaller --batch-size."
-            ) from error
+        with translate_reading_errors(self._name), silence_decoder_warnings():
+            yield from read_ahead(self._jobs(), self._workers)
 
     def _jobs(self) -> Iterator[list[Callable[[], Chunk]]]:
-        """For every batch, how its parts are read; made one by one, as lists of millions would fill memory."""
-        for number in self._numbers:
-            size, indices = self._sizes[number], self._indices_of(number)
+        """Yield for every batch the calls that read its parts."""
+        # A generator and no list: the jobs of millions of samples would fill the memory.
+        for number in self._batch_numbers:
+            size, indices = self._sizes[number], self._batch_indices(number)
             if self._cache is not None and number in self._cache:
                 yield [partial(_read_cached_batch, self._cache, number)]
             else:
-                parts = torch.split(indices, balanced_batch_sizes(size, _CHUNK)) if self._workers else [indices]
+                # Without threads there is no reason to divide a batch.
+                parts = torch.split(indices, balanced_batch_sizes(size, _CHUNK_SIZE)) if self._workers else [indices]
                 yield [partial(self._samples.__getitem__, part.tolist()) for part in parts]
-
-    def _note(self, skipped: Mapping[int, SkippedSample]) -> None:
-        new = {index: what for index, what in skipped.items() if index not in self._skipped}
-        if new and self._passed:
-            first = next(iter(new.values()))
-            raise DataError(
-                f"{self._name}: {first.name} was readable in the first pass, now: {first.reason}. All passes "
-                f"must see the same samples: leave the data alone while it is read, and run again."
-            )
-        self._skipped.update(new)
-        refuse_unreadable(self._name, self.skipped_samples, self.count)
-
-
-def refuse_unreadable(name: str, skipped: Sequence[SkippedSample], count: int) -> None:
-    """Raise DataError if more than 1 % of ``count`` samples were skipped."""
-    if len(skipped) > MAX_UNREADABLE_SHARE * count:
-        first_few = "; ".join(f"{what.name} ({what.reason})" for what in skipped[:5])
-        raise DataError(
-            f"{name}: {len(skipped)} of {count} samples are unreadable so far, expected "
-            f"at most {MAX_UNREADABLE_SHARE:.0%}: {first_few}. Repair or remove them."
-        )
 
 
 def first_not_finite(batch: Tensor) -> int | None:
-    """Position of the first sample of a batch (N, …) with NaN or infinity; None if all values are finite."""
+    """Return the row of the first sample in a batch (N, …) that holds NaN or infinity, if any."""
     finite = torch.isfinite(batch)
     if bool(finite.all()):
         return None
@@ -250,12 +221,12 @@ def first_not_finite(batch: Tensor) -> int | None:
 
 
 def concatenate_parts(parts: list[Tensor]) -> Tensor:
-    """The parts of a batch (n, …) as one, in the same memory format."""
+    """Join the parts (n, …) of a batch, in the same memory format."""
     if len(parts) == 1 or parts[0].ndim != 4 or parts[0].dtype != torch.uint8:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-    # numpy copies in this thread; torch.cat would compete with the readers for every core, at the price of decoding
-    last = [part.permute(0, 2, 3, 1).numpy() for part in parts]
-    return torch.from_numpy(np.concatenate(last)).permute(0, 3, 1, 2)
+    # Numpy copies in this thread. torch.cat would take every core from the threads that decode.
+    channels_last = [part.permute(0, 2, 3, 1).numpy() for part in parts]
+    return torch.from_numpy(np.concatenate(channels_last)).permute(0, 3, 1, 2)
 
 
 def _read_cached_batch(cache: PixelCache, number: int) -> Chunk:

@@ -1,4 +1,4 @@
-"""Importing and calling what the user wrote."""
+"""Import and call the user's function that returns training data."""
 
 from __future__ import annotations
 
@@ -19,39 +19,41 @@ __all__ = ["CallableResult", "import_callable"]
 
 
 def import_callable(spec: str) -> Callable[[], object]:
-    """The callable that ``package.module:name`` names; modules of the current folder are found too.
+    """Import the callable that ``package.module:name`` names, also from the current folder.
 
-    Raises DataError if the module or the name is not there, the module fails, or the object is no callable.
+    Raises DataError if module or name is missing, the module fails, or the object is no callable.
     """
     module_name, _, name = spec.partition(":")
-    module = _module(spec, module_name)
+    module = _import_module(spec, module_name)
     try:
-        found: object = attrgetter(name)(module)
+        # The name may lead through a class (module:Class.method), which getattr does not follow.
+        function: object = attrgetter(name)(module)
     except AttributeError as error:
         near = get_close_matches(name, dir(module), 1)
         hint = f"Did you mean {module_name}:{near[0]}?" if near else f"It is {module.__file__}."
         raise DataError(f"{spec}: {module_name} has no {name!r}. {hint}") from error
-    if not callable(found):
-        raise DataError(f"{spec}: expected a callable without arguments, found {type(found).__name__}.")
-    return found
+    if not callable(function):
+        raise DataError(f"{spec}: expected a callable without arguments, found {type(function).__name__}.")
+    return function
 
 
-def _module(spec: str, name: str) -> ModuleType:
+def _import_module(spec: str, name: str) -> ModuleType:
     try:
         return import_user_module(name)
     except ModuleNotFoundError as error:
+        # error.name is the module itself or a package around it; else the module imports another.
         if error.name and f"{name}.".startswith(f"{error.name}."):
-            raise DataError(
-                f"{spec}: expected a module to import, {error.name!r} is not in {Path.cwd()} or the environment."
-            ) from error
+            places = f"{Path.cwd()} or the environment"
+            raise DataError(f"{spec}: expected a module to import, {error.name!r} is not in {places}.") from error
         raise DataError(f"{spec}: importing {name} failed: {error}. Install what is missing.") from error
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a module may call sys.exit when it is imported
         raise DataError(f"{spec}: importing {name} raised {describe_error(error)}.") from error
 
 
 class CallableResult:
-    """What the callable returned. An iterator can be read once, so every pass after the first calls again.
+    """The object that the user's callable returned.
 
+    An iterator can be read only once, so every pass after the first calls the function again.
     Raises DataError if the call raises, or returns nothing that could hold batches.
     """
 
@@ -61,7 +63,7 @@ class CallableResult:
         self._unread = True
 
     def unread_iterable(self) -> Iterable[object]:
-        """An iterable that no pass has used up."""
+        """Return an iterable that no pass has used up. Raises DataError if a new call fails."""
         if not self._unread and isinstance(self.latest, Iterator):
             self.latest = self._call()
         self._unread = False
@@ -71,10 +73,11 @@ class CallableResult:
     def _call(self) -> object:
         with convert_to_data_error(f"{self._spec}: the call without arguments"), user_code_for_children():
             product = self._function()
+        # A tensor or a dict is iterable as well, but it is one batch, and not several.
         readable = isinstance(product, Iterable) or hasattr(product, "__getitem__")
         if not readable or isinstance(product, Tensor | Mapping | str | bytes):
             raise DataError(
-                f"{self._spec}: expected an iterable of batches, a torch Dataset or a DataLoader, the call "
-                f"returned {type(product).__name__}. For one batch, return a list that holds it."
+                f"{self._spec}: expected an iterable of batches, a torch Dataset or a DataLoader, "
+                f"the call returned {type(product).__name__}. For one batch, return a list of it."
             )
         return product

@@ -1,4 +1,4 @@
-"""Errors that are not ours: the user's code and worker processes raise anything; it becomes a DataError."""
+"""Turn errors of any type, from the user's code or worker processes, into a DataError."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ __all__ = ["convert_to_data_error", "describe_error"]
 
 
 @contextmanager
-def convert_to_data_error(what: str) -> Iterator[None]:
-    """Turns any exception inside into a DataError that says ``what`` raised it, with the original as cause."""
+def convert_to_data_error(action: str) -> Iterator[None]:
+    """Turn any exception in the block into a DataError that says which ``action`` raised it.
+
+    The original exception is its cause.
+    """
     try:
         yield
     except DataError:
         raise
-    except (Exception, SystemExit) as error:
-        raise DataError(f"{what} raised {describe_error(error)}.") from error
+    except (Exception, SystemExit) as error:  # sys.exit in the user's code must not end this program
+        raise DataError(f"{action} raised {describe_error(error)}.") from error
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and message of an exception, without the secrets of the URLs that it may quote."""
+    """Return type and message of an exception, without secrets in URLs that it may quote."""
     text = without_fragments(str(error)).strip()
-    if "Original Traceback" in text:  # torch ships a worker's traceback as the message
+    if "Original Traceback" in text:  # torch passes on a worker's traceback as the message
         return text.splitlines()[-1]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

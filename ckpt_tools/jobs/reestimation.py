@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.stream import SkippedSample, refuse_unreadable
+from ckpt_tools.data.unreadable_samples import SkippedSample, refuse_unreadable
 from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse_unlike_training_data
 from ckpt_tools.evaluate.scores import Metrics, compute_gated_metrics
 from ckpt_tools.identify.key_matching import has_counters

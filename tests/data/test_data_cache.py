@@ -73,7 +73,7 @@ def test_skipped_samples_stay_skipped_and_are_named_once():
     batches = stream(Counted({7}), PixelCache())
     batches.count = 1000  # one of ninety would be too many
     assert [sum(map(len, batches)) for _ in range(3)] == [89, 89, 89]
-    assert [what.name for what in batches.skipped] == ["#7"]
+    assert [what.name for what in batches.skipped_samples] == ["#7"]
 
 
 def test_a_full_disk_is_no_error(monkeypatch):

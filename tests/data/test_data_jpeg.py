@@ -35,7 +35,8 @@ def read(root, monkeypatch, content, *, pil=False):
     with monkeypatch.context() as patch, silence_decoder_warnings():
         if pil:
             patch.setattr(image_files, "decode_jpeg", lambda *_: None)
-        return image_folder.FolderImages(root, ("a.jpg",), TRANSFORM)[[0]]
+        source = image_folder.FolderSource.open("a folder", root, limit=None, seed=0)
+        return source.samples(TRANSFORM)[[0]]
 
 
 def fast(path):

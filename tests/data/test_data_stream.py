@@ -72,8 +72,8 @@ def test_unreadable_samples_are_skipped_counted_once_and_named(workers):
     first, second = list(batches), list(batches)
     assert sum(map(len, first)) == 198
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert {what.name for what in batches.skipped} == {"#7", "#160"}
-    assert len(batches.skipped) == 2
+    assert {what.name for what in batches.skipped_samples} == {"#7", "#160"}
+    assert len(batches.skipped_samples) == 2
 
 
 def test_a_batch_of_unreadable_samples_is_left_out():

@@ -374,9 +374,9 @@ def test_mixing_loses_nothing(shards: list[list[int]], together: int, size: int)
     items = list(interleave_sources(map(iter, shards), together))
     everything = Counter(item for shard in shards for item in shard)
     assert Counter(items) == everything
-    mixed = list(shuffle_within_buffer(items, 0, most=5, weight=lambda _: 1, heaviest=99))
+    mixed = list(shuffle_within_buffer(items, 0, max_items=5, weight=lambda _: 1, max_weight=99))
     assert Counter(mixed) == everything
-    assert mixed == list(shuffle_within_buffer(items, 0, most=5, weight=lambda _: 1, heaviest=99))
+    assert mixed == list(shuffle_within_buffer(items, 0, max_items=5, weight=lambda _: 1, max_weight=99))
     batches = list(batch_evenly(mixed, size))
     assert [item for batch in batches for item in batch] == mixed
     sizes = [len(batch) for batch in batches]
@@ -387,11 +387,11 @@ def test_mixing_loses_nothing(shards: list[list[int]], together: int, size: int)
 
 def test_shuffling_holds_back_what_it_may() -> None:
     drawn = []
-    for item in shuffle_within_buffer(iter(range(100)), 1, most=10, weight=lambda _: 1, heaviest=1000):
+    for item in shuffle_within_buffer(iter(range(100)), 1, max_items=10, weight=lambda _: 1, max_weight=1000):
         drawn.append(item)
     assert all(item <= place + 10 for place, item in enumerate(drawn))
     assert drawn != list(range(100))
-    heavy = list(shuffle_within_buffer(iter(range(100)), 1, most=50, weight=lambda _: 10, heaviest=10))
+    heavy = list(shuffle_within_buffer(iter(range(100)), 1, max_items=50, weight=lambda _: 10, max_weight=10))
     assert all(item <= place + 1 for place, item in enumerate(heavy))
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tools.cli import main
 from ckpt_tools.cli.many_checkpoints import _data_files
-from ckpt_tools.data.arrays.array_files import StoredArray
+from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.data.shared_stream import read_together
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.many.folder_run import plan_items, reestimate_items

@@ -553,7 +553,7 @@ def test_runs_on_remote_data_and_labels(images: Path, files: Path) -> None:
 
 
 def test_a_network_that_drops_out_is_no_damaged_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_image_folder, "_PAUSES", (0, 0))
+    monkeypatch.setattr(remote_image_folder, "_RETRY_PAUSES", (0, 0))
     url = upload_all(images, "fragile://bucket/images")
     Fragile.read_limit, Fragile.faults = 0, 2
     stream = batches(url, 0)

@@ -204,18 +204,18 @@ def test_two_runs_race_for_one_output(root: Path, overwrite: bool) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     monkeypatch.setattr(prefetch, "READ_TIMEOUT_SECONDS", 2.0)
-    monkeypatch.setattr(prefetch, "_GLANCE", 0.1)
-    monkeypatch.setattr(prefetch, "_GRACE", 0.01)
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "_SHUTDOWN_SECONDS", 0.01)
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    forever, read, warm = threading.Event(), image_files._read, False
+    forever, read, warm = threading.Event(), image_files._decode_image, False
 
     def hang(file: Path, transform: object) -> Tensor:
         if file.name == "7.png" and warm:
             forever.wait()
         return read(file, transform)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(image_files, "_read", hang)
+    monkeypatch.setattr(image_files, "_decode_image", hang)
     spec = image_files.InputSpec(SHAPE, mean=(0.5,) * 3, std=(0.5,) * 3)
     stream = FolderSource.open("train", tmp_path, limit=None, seed=0).batches(spec, batch_size=8, workers=workers)
     list(stream)  # the first image imports what decodes it
@@ -239,7 +239,7 @@ def test_a_reader_that_dies() -> None:
 
     with pytest.raises(SystemExit):
         list(read_ahead([[die]], 2))
-    assert not prefetch._underway
+    assert not prefetch._current_files
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Data in image files: reading, decoding, resizing, normalising."""
+"""Training data in image files: reading, decoding, resizing and normalising them."""

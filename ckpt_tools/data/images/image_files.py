@@ -1,10 +1,10 @@
-"""Image files, on disk or in memory, as pixels and as batches."""
+"""Decode image files, on disk or in memory, and make batches of them."""
 
 from __future__ import annotations
 
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -28,13 +28,17 @@ __all__ = ["IMAGE_EXTENSIONS", "ImageSource", "image_transforms", "read_images"]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
-# By content, not by name. PIL knows more formats, and hands some of them (EPS) to other programs.
+# Files are recognised by content, not by name. PIL knows more formats than these, but it hands some
+# of them (EPS) to other programs, which a file must not be able to start.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 
 
 @dataclass(frozen=True)
 class ImageSource(ABC):
-    """Images that have a number, drawn from all of them at random."""
+    """Images that are numbered from 0, and read in random order.
+
+    A subclass says how many there are, how to read their files, and what messages call them.
+    """
 
     spec: str
     limit: int | None = field(default=None, kw_only=True)
@@ -45,15 +49,26 @@ class ImageSource(ABC):
     @property
     @abstractmethod
     def total(self) -> int:
-        """Images there are."""
+        """Number of images, before the limit."""
 
     @abstractmethod
+    def files(self, numbers: Sequence[int], /) -> Iterable[Path | BytesIO | Exception]:
+        """Return for each number the path or the content of the image, or why there is none."""
+
+    @abstractmethod
+    def name(self, number: int, /) -> str:
+        """Return the name of an image as messages show it."""
+
     def samples(self, transform: ImageTransform) -> Samples:
-        """What reads images by number."""
+        """Return an object that reads and transforms images by number.
+
+        Several threads may use it at the same time.
+        """
+        return _TransformedImages(self, transform)
 
     @property
     def count(self) -> int:
-        """Images in one pass."""
+        """Number of images in one pass."""
         return self.total if self.limit is None else min(self.limit, self.total)
 
     def batches(
@@ -66,7 +81,10 @@ class ImageSource(ABC):
         device: str | torch.device = "cpu",
         share: Share = FULL_SHARE,
     ) -> IndexedStream:
-        """Float32 batches (n, C, H, W), normalised. Raises DataError unless ``input_spec`` is an image's."""
+        """Return a stream of normalised float32 batches (n, C, H, W).
+
+        Raises DataError unless ``input_spec`` describes images.
+        """
         image, scale = image_transforms(self.spec, input_spec)
         return IndexedStream(
             self.samples(image),
@@ -82,8 +100,23 @@ class ImageSource(ABC):
         )
 
 
+@dataclass(frozen=True)
+class _TransformedImages:
+    source: ImageSource
+    transform: ImageTransform
+
+    def __getitem__(self, indices: list[int]) -> Chunk:
+        return read_images(indices, self.source.files(indices), self.source.name, self.transform)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
 def image_transforms(spec: str, input_spec: InputSpec | None) -> tuple[ImageTransform, PixelScale]:
-    """What makes uint8 pixels of an image, and what then makes float32. Raises DataError if there is no telling."""
+    """Return what turns an image into uint8 pixels, and what turns those into float32.
+
+    Raises DataError if it is not known how an image becomes an input.
+    """
     if input_spec is None:
         raise DataError(
             f"{spec}: how an image becomes an input of this model is unknown. "
@@ -98,27 +131,29 @@ def read_images(
     name: Callable[[int], str],
     transform: ImageTransform,
 ) -> Chunk:
-    """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others.
+    """Decode images to uint8 (n, C, H, W); the chunk also names those that cannot be read.
 
-    ``files``: for each number its path, its content, or why there is none; ``name`` gives what to call it.
+    ``files`` has for each number the path or the content of the image, or why there is none.
+    ``name`` returns the name of an image as messages show it.
     """
     images, skipped = [], {}
     for number, file in zip(numbers, files, strict=True):
         try:
             with track_reading(name(number)):
-                images.append(_read(file, transform))
-        # PIL's plugins raise whatever a broken header leads them to
+                images.append(_decode_image(file, transform))
+        # PIL's plugins raise whatever a broken header leads them to.
         except Exception as error:  # noqa: BLE001
-            skipped[number] = SkippedSample(name(number), _reason(error, file))
+            skipped[number] = SkippedSample(name(number), _describe_failure(error, file))
     return Chunk(stack_images(images) if images else None, skipped)
 
 
-def _read(file: Path | BytesIO | Exception, transform: ImageTransform) -> Tensor:
+def _decode_image(file: Path | BytesIO | Exception, transform: ImageTransform) -> Tensor:
     if isinstance(file, Exception):
         raise file
-    if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+    if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # reading a pipe could wait forever
         raise OSError("no regular file")
-    with Image.open(file, formats=_FORMATS) as image, _one_at_a_time(image.size):  # opening reads the header alone
+    # Image.open reads the header alone; the pixels are decoded under the lock.
+    with Image.open(file, formats=_FORMATS) as image, _memory_guard(image.size):
         if image.format == "JPEG" and image.mode == transform.mode == "RGB":
             pixels = decode_jpeg(file, image.size) if transform.accepts_pixels(image.size) else None
             if pixels is not None:
@@ -126,20 +161,24 @@ def _read(file: Path | BytesIO | Exception, transform: ImageTransform) -> Tensor
         return transform(image)
 
 
-def _one_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
-    """Several threads with an image of 300 MB each are more than a small machine has."""
+def _memory_guard(size: tuple[int, int]) -> AbstractContextManager[object]:
+    """Return a lock for a large image, so that one thread at a time decodes such an image.
+
+    Several threads with an image of 300 MB each need more memory than a small machine has.
+    Raises PIL's DecompressionBombError for an image that is larger still.
+    """
     pixels = size[0] * size[1]
     if pixels > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels, more than {MAX_PIXELS:,}")
-    return _LARGE if pixels > _ALONE else nullcontext()
+    return _LARGE_IMAGE_LOCK if pixels > _LARGE_IMAGE_PIXELS else nullcontext()
 
 
-_ALONE = 1 << 24  # pixels from which on an image is decoded alone
-_LARGE = Lock()
+_LARGE_IMAGE_PIXELS = 1 << 24
+_LARGE_IMAGE_LOCK = Lock()
 
 
-def _reason(error: Exception, file: Path | BytesIO | Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
+def _describe_failure(error: Exception, file: Path | BytesIO | Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text quotes the file or a memory address
         size = file.stat().st_size if isinstance(file, Path) else isinstance(file, BytesIO) and len(file.getbuffer())
         return "no image" if size else "empty file"
     if isinstance(error, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""A folder of images: what is in it."""
+"""Find the images in a folder and its subfolders."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Literal
 
-from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS, ImageSource, read_images
+from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS, ImageSource
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
-from ckpt_tools.data.images.transforms import ImageTransform
-from ckpt_tools.data.stream import Chunk
 from ckpt_tools.errors import DataError
 from ckpt_tools.paths import is_deep
 
@@ -22,7 +20,7 @@ __all__ = ["FolderSource", "find_images"]
 
 @dataclass(frozen=True)
 class FolderSource(ImageSource):
-    """All images below a folder, whatever its structure; folder names are no labels here."""
+    """All images below a folder, whatever its structure. Names of subfolders are no labels here."""
 
     root: Path | RemoteFolder
     names: tuple[str, ...]  # relative to root, sorted
@@ -30,95 +28,78 @@ class FolderSource(ImageSource):
 
     @classmethod
     def open(cls, spec: str, root: Path | RemoteFolder, *, limit: int | None, seed: int) -> FolderSource:
-        """Lists the images without reading one. Raises DataError if there is none."""
+        """List the images without reading one. Raises DataError if there is none."""
         return cls(spec, root, find_images(root), limit=limit, seed=seed)
 
     @property
     def total(self) -> int:
-        """Images below the folder."""
+        """Number of images below the folder."""
         return len(self.names)
 
-    def samples(self, transform: ImageTransform) -> FolderImages:
-        """What reads images by number."""
-        return FolderImages(self.root, self.names, transform)
-
-
-@dataclass(frozen=True)
-class FolderImages:
-    """Reads images by number."""
-
-    root: Path | RemoteFolder
-    names: tuple[str, ...]
-    transform: ImageTransform
-
-    def __getitem__(self, indices: list[int]) -> Chunk:
-        """Uint8 (n, C, H, W) of those that can be read, and the reasons for the others."""
-        return read_images(indices, self._files(indices), lambda index: _printable(self.names[index]), self.transform)
-
-    def name(self, index: int) -> str:
-        """The file below the folder."""
-        return _printable(self.names[index])
-
-    def _files(self, indices: list[int]) -> Sequence[Path | BytesIO | Exception]:
-        names = [self.names[index] for index in indices]
+    def files(self, numbers: Sequence[int]) -> Sequence[Path | BytesIO | Exception]:
+        """Return the paths of images or, from a remote folder, their contents."""
+        names = [self.names[number] for number in numbers]
         if isinstance(self.root, RemoteFolder):
             return self.root.read(names)
         return [self.root / name for name in names]
 
-
-def _printable(name: str) -> str:
-    # file names are bytes; those that are not UTF-8 cannot be printed as they are
-    return os.fsencode(name).decode("utf-8", "replace")
+    def name(self, number: int) -> str:
+        """Return the path of an image below the folder."""
+        # File names are bytes; those that are not UTF-8 cannot be printed as they are.
+        return os.fsencode(self.names[number]).decode("utf-8", "replace")
 
 
 def find_images(root: Path | RemoteFolder) -> tuple[str, ...]:
-    """Paths of all images below ``root``, relative to it and sorted; hidden files and folders are left out.
+    """Find all images below ``root``: their paths relative to it, sorted, without hidden ones.
 
-    Links are followed, and every folder is read once, however many links lead to it. Raises DataError if
-    there is no image, or a folder cannot be listed, RemoteError for a store that does not answer.
+    Links are followed, and every folder is read once, however many links lead to it.
+
+    Raises DataError if there is no image or a folder cannot be listed, and RemoteError for a store
+    that does not answer.
     """
     images: list[str] = []
-    others: Counter[str] = Counter()
-    for name in root.names(IMAGE_EXTENSIONS) if isinstance(root, RemoteFolder) else _names(root):
+    other_suffixes: Counter[str] = Counter()
+    for name in root.names(IMAGE_EXTENSIONS) if isinstance(root, RemoteFolder) else _file_names(root):
         suffix = PurePath(name).suffix.lower()
         if suffix in IMAGE_EXTENSIONS:
             images.append(name)
         else:
-            others[suffix or "no extension"] += 1
+            other_suffixes[suffix or "no extension"] += 1
     if not images:
-        raise DataError(_no_images(root, others))
+        raise _no_images_error(root, other_suffixes)
     return tuple(sorted(images))
 
 
-def _names(root: Path) -> Iterator[str]:
-    for folder, names in _walk(root):
+def _file_names(root: Path) -> Iterator[str]:
+    for folder, names in _walk_folders(root):
         prefix = os.path.relpath(folder, root)
         yield from names if prefix == "." else (f"{prefix}/{name}" for name in names)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
+def _walk_folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    visited: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise_data_error):
+        # A link may lead back to a folder above it. Device and inode identify a folder.
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         if is_deep(root, Path(folder)):
-            raise DataError(f"{folder}: expected images in fewer folders within folders. Give a folder closer to them.")
-        # in place: os.walk then descends in this order, and not into what was removed
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+            raise DataError(f"{folder}: expected images in fewer nested folders. Give a folder closer to them.")
+        # Changed in place: os.walk then descends in this order, and not into hidden folders.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield folder, [name for name in names if not name.startswith(".")]
 
 
-def _refuse(error: OSError) -> None:
+def _raise_data_error(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from error
 
 
-def _no_images(root: Path | RemoteFolder, others: Counter[str]) -> str:
-    if others:
-        listed = ", ".join(f"{number} × {suffix}" for suffix, number in others.most_common(5))
-        found = f"{others.total()} other files ({listed})"
-    else:
-        found = "no files at all"
-    return f"{root}: no image ({' '.join(sorted(IMAGE_EXTENSIONS))}) in this folder or below it; found {found}."
+def _no_images_error(root: Path | RemoteFolder, other_suffixes: Counter[str]) -> DataError:
+    contents = "no files at all"
+    if other_suffixes:
+        listed = ", ".join(f"{count} × {suffix}" for suffix, count in other_suffixes.most_common(5))
+        contents = f"{other_suffixes.total()} other files ({listed})"
+    extensions = " ".join(sorted(IMAGE_EXTENSIONS))
+    return DataError(f"{root}: no image ({extensions}) in this folder or below it; found {contents}.")

@@ -1,4 +1,4 @@
-"""A folder of images behind a URL: listed once, read file by file."""
+"""A folder of images behind a URL, which is listed once and read file by file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckpt_tools.remote.remote_store import RemotePath, is_missing_file_error, tr
 
 __all__ = ["RemoteFolder"]
 
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before a read is tried again
+_RETRY_PAUSES = (0.5, 2.0, 8.0)  # seconds before a read is tried again
 
 
 def _is_visible(name: str) -> bool:
@@ -21,7 +21,10 @@ def _is_visible(name: str) -> bool:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """What takes the place of a path where the folder is remote."""
+    """A remote folder of images, used in place of a path.
+
+    Its methods leave hidden files and folders out, as a local search does.
+    """
 
     remote: RemotePath
 
@@ -29,9 +32,10 @@ class RemoteFolder:
         return str(self.remote)
 
     def names(self, suffixes: Collection[str]) -> list[str]:
-        """All files below it, by their paths from here; hidden files and folders are left out.
+        """List all files below the folder, without hidden files and folders.
 
-        Raises RemoteError, also where the name of a file with one of the ``suffixes`` could lead out of the folder.
+        The names are paths within the folder. Raises RemoteError, also if the name of a file with
+        one of the ``suffixes`` could lead out of the folder.
         """
 
         def is_wanted(name: str) -> bool:
@@ -40,40 +44,42 @@ class RemoteFolder:
         return [name for name in self.remote.sizes(is_wanted) if _is_visible(name)]
 
     def folders(self) -> list[str]:
-        """Names of the folders directly in it, sorted. Raises RemoteError."""
+        """List the names of the folders directly in it, sorted. Raises RemoteError."""
         with translate_store_errors(self.remote.url):
             entries = self.remote.fs.ls(self.remote.path, detail=True)
             names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
         return sorted({name for name in names if name and not name.startswith(".")})
 
     def read(self, names: Sequence[str]) -> list[BytesIO | Exception]:
-        """The content of files, all at once where the store can do that, or the error of one that is not there.
+        """Read the contents of files, all at once where the store can do that.
 
-        What fails otherwise is tried again a few times: a network that drops out is no damaged image.
+        For a file that is not there, its error is returned. Other failures are tried again a few
+        times, because an image must not count as damaged when the network drops out.
 
         Raises RemoteError.
         """
-        found: dict[str, BytesIO | Exception] = {}
-        for pause in (*_PAUSES, None):
-            missing = [name for name in names if name not in found]
-            failure = self._read_into(found, missing)
+        contents: dict[str, BytesIO | Exception] = {}
+        for pause in (*_RETRY_PAUSES, None):
+            missing = [name for name in names if name not in contents]
+            failure = self._read_into(contents, missing)
             if failure is None:
                 break
             if pause is None:
                 with translate_store_errors(self.remote.url):
                     raise failure
             time.sleep(pause)
-        return [found[name] for name in names]
+        return [contents[name] for name in names]
 
-    def _read_into(self, found: dict[str, BytesIO | Exception], names: Sequence[str]) -> Exception | None:
-        """One try for files; an error that another try may mend."""
+    def _read_into(self, contents: dict[str, BytesIO | Exception], names: Sequence[str]) -> Exception | None:
+        """Read files, and return an error that a further attempt may avoid, if there was one."""
+        # Without ranges, cat_ranges reads complete files, many at a time if the store can do that.
         paths = [self.remote.child_path(name) for name in names]
         failure = None
         for name, content in zip(names, self.remote.fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
             if not isinstance(content, Exception):
-                found[name] = BytesIO(content)
+                contents[name] = BytesIO(content)
             elif is_missing_file_error(content):
-                found[name] = content
+                contents[name] = content
             else:
                 failure = content
         return failure

@@ -1,4 +1,4 @@
-"""Resizing pixels as PIL does, several times faster, where the two agree."""
+"""Resize pixels with torch where the result is the same as PIL's: it is several times faster."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicu
 
 
 def matches_pil(size: tuple[int, int], goal: tuple[int, int], interpolation: str) -> bool:
-    """Whether ``resize_like_pil`` gives PIL's pixels for images of this width and height: to 0.01 levels on average.
+    """Whether ``resize_like_pil`` gives PIL's pixels for images of this width and height.
 
-    PIL's weights have 22 bits, torch's about 15, so a pixel in a few hundred is rounded to the other side.
+    The two agree to 0.01 levels on average.
+
+    PIL's weights have 22 bits, torch's about 15, so a pixel in a few hundred is rounded to the
+    other side.
     """
-    # PIL resizes rows before columns, as torch always does, unless the height shrinks by over twice the width.
-    # After each it rounds and clips, so that the order shows.
+    # PIL resizes rows before columns, as torch always does, unless the height shrinks by more than
+    # twice as much as the width. The order matters, because each step rounds and clips.
     shrinks = size[1] - goal[1]
     rows_first = shrinks <= 0 or shrinks <= 2 * (size[0] - goal[0])
     return INTERPOLATIONS[interpolation] in _MODES and rows_first
 
 
 def resize_like_pil(pixels: Tensor, goal: tuple[int, int], interpolation: str) -> Tensor:
-    """Uint8 (C, height, width) of ``goal`` = (width, height) from uint8 (C, H, W), channels last in memory.
+    """Resize uint8 (C, H, W), channels last in memory, to ``goal`` = (width, height).
 
-    ``interpolation`` is one for which the two agree, that is bilinear, bicubic or random.
+    ``interpolation`` must be one for which ``matches_pil`` is true: bilinear, bicubic or random.
     """
     mode = _MODES[INTERPOLATIONS[interpolation]]
-    # pixels[None] alone does not count as channels last, and would be copied
+    # pixels[None] alone does not count as channels last, so torch would copy it.
     batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, size=(goal[1], goal[0]), mode=mode, antialias=True)[0]

@@ -1,8 +1,8 @@
-"""From an image to a sample: the evaluation transforms of timm and torchvision, without importing them.
+"""Turn images into samples, as the evaluation transforms of timm and torchvision do.
 
-Both libraries resize, crop, divide by 255 and normalise, and train their models to expect exactly that. The
-geometry here follows ``timm.data.transforms_factory.transforms_imagenet_eval`` and torchvision's
-``ImageClassification`` preset, rounding included; the tests compare with both.
+Both libraries resize, crop, divide by 255 and normalise, and train their models to expect exactly
+that. The geometry here follows ``timm.data.transforms_factory.transforms_imagenet_eval`` and
+torchvision's ``ImageClassification`` preset, rounding included; the tests compare with both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from ckpt_tools.errors import DataError, UsageError
 __all__ = ["MAX_PIXELS", "ImageTransform", "PixelScale", "stack_images"]
 
 MAX_PIXELS = 1 << 26
-"""Pixels of an image, before and after resizing: PIL and torch hold it two or three times, with 3 or 4 bytes each."""
+"""Pixels that an image may have before and after resizing.
+
+PIL and torch hold an image two or three times, with 3 or 4 bytes for each pixel.
+"""
 
 _CROP_MODES = ("center", "squash", "border")
 _MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
@@ -34,8 +37,8 @@ _MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
 class ImageTransform:
     """Turns any PIL image into a uint8 tensor (C, H, W): convert, resize, crop or pad.
 
-    Raises UsageError for an interpolation, crop mode or crop fraction that means nothing, and DataError if
-    the model's input is no image of one or three channels.
+    Raises UsageError for an unknown interpolation or crop mode and for an impossible crop fraction,
+    and DataError if the model's input is no image of one or three channels.
     """
 
     spec: InputSpec
@@ -44,11 +47,12 @@ class ImageTransform:
         spec = self.spec
         if len(spec.shape) != 3 or spec.shape[0] not in _MODES:
             raise DataError(
-                f"images become samples of shape (1, H, W) or (3, H, W), the model takes {spec.shape} "
-                f"(says {spec.origin}). Give --input-size, or the data as an array of that shape."
+                f"images become samples of shape (1, H, W) or (3, H, W), the model takes "
+                f"{spec.shape} (says {spec.origin}). Give --input-size, or the data as an array."
             )
         if spec.interpolation not in INTERPOLATIONS:
-            raise UsageError(f"interpolation {spec.interpolation!r} is unknown. One of: {', '.join(INTERPOLATIONS)}.")
+            names = ", ".join(INTERPOLATIONS)
+            raise UsageError(f"interpolation {spec.interpolation!r} is unknown. One of: {names}.")
         if spec.crop_mode not in _CROP_MODES:
             raise UsageError(f"crop mode {spec.crop_mode!r} is unknown. One of: {', '.join(_CROP_MODES)}.")
         if not 0 < spec.crop_pct < math.inf:
@@ -65,46 +69,50 @@ class ImageTransform:
         return self.spec.shape[2], self.spec.shape[1]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """A uint8 tensor (C, H, W). Raises PIL's DecompressionBombError for absurd strips."""
+        """Return a uint8 tensor (C, H, W).
+
+        Raises PIL's DecompressionBombError for an image that resizing would make too large.
+        """
         image = self._convert_mode(image)
         if self.accepts_pixels(image.size):
             return self.transform_pixels(to_tensor(image))
         return self._crop(to_tensor(image.resize(self._goal(image.size), INTERPOLATIONS[self.spec.interpolation])))
 
     def accepts_pixels(self, size: tuple[int, int]) -> bool:
-        """Whether ``of_pixels`` makes the same of an image of this width and height."""
-        # one channel takes torch longer than PIL
+        """Whether ``transform_pixels`` gives the same result for an image of this size."""
+        # Torch needs longer than PIL for images of one channel.
         return self.mode == "RGB" and matches_pil(size, self._goal(size), self.spec.interpolation)
 
     def transform_pixels(self, pixels: Tensor) -> Tensor:
-        """A uint8 tensor (3, H, W) of a decoded image, uint8 (3, H, W) and channels last in memory."""
+        """Resize and crop a decoded image, uint8 (3, H, W) and channels last in memory."""
         return self._crop(
             resize_like_pil(pixels, self._goal((pixels.shape[2], pixels.shape[1])), self.spec.interpolation)
         )
 
     def _goal(self, size: tuple[int, int]) -> tuple[int, int]:
         goal = self.size_before_crop(size)
-        # A strip of 1×60000 pixels is no large image, and would grow to gigabytes here.
+        # A strip of 1×60000 pixels is no large image, but resizing its short side makes it one.
         if goal[0] * goal[1] > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels would be resized to {goal[0]}×{goal[1]}")
         return goal
 
     def convert_colours(self, image: Image.Image) -> Tensor:
-        """A uint8 tensor (C, H, W) of the image at its own size."""
+        """Return a uint8 tensor (C, H, W) of the image at its own size."""
         return to_tensor(self._convert_mode(image))
 
     def _convert_mode(self, image: Image.Image) -> Image.Image:
         return image if image.mode == self.mode else image.convert(self.mode)
 
     def size_before_crop(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height, before the crop, of an image of this width and height."""
+        """Return the size to which an image of this width and height is resized before the crop."""
         width, height = size
-        # crop_pct often is crop / resize of torchvision: 224 / (224 / 232) must not fall short of 232.
+        # crop_pct often comes from torchvision as crop / resize. Without the small number, rounding
+        # could make 224 / (224 / 232) a little less than 232, and floor would return 231.
         goal_w, goal_h = (math.floor(side / self.spec.crop_pct + 1e-6) for side in self.size)
         if self.spec.crop_mode == "squash":
             return goal_w, goal_h
         if self.spec.crop_mode == "center" and goal_w == goal_h:
-            # torchvision cuts the longer side off; everything else in timm rounds it
+            # The longer side is rounded down, as in torchvision. The other modes round, as in timm.
             if width <= height:
                 return goal_w, int(goal_w * height / width)
             return int(goal_h * width / height), goal_h
@@ -113,18 +121,18 @@ class ImageTransform:
         return round(width / ratio), round(height / ratio)
 
     def _crop(self, pixels: Tensor) -> Tensor:
-        (top, height), (left, width) = (
-            (_offset(have, want), want) for have, want in zip(pixels.shape[1:], self.spec.shape[1:], strict=True)
-        )
+        height, width = self.spec.shape[1:]
+        top, left = _offset(pixels.shape[1], height), _offset(pixels.shape[2], width)
         if top >= 0 and left >= 0:
             return pixels[:, top : top + height, left : left + width]
         canvas = torch.tensor(self._fill(), dtype=torch.uint8).repeat(height, width, 1).permute(2, 0, 1)
-        seen = pixels[:, max(top, 0) : top + height, max(left, 0) : left + width]
+        visible = pixels[:, max(top, 0) : top + height, max(left, 0) : left + width]
         y, x = max(-top, 0), max(-left, 0)
-        canvas[:, y : y + seen.shape[1], x : x + seen.shape[2]] = seen
+        canvas[:, y : y + visible.shape[1], x : x + visible.shape[2]] = visible
         return canvas
 
     def _fill(self) -> list[int]:
+        # As in timm, the border has the mean colour of the training data; other padding is black.
         channels = self.spec.shape[0]
         if self.spec.crop_mode != "border" or not self.spec.mean:
             return [0] * channels
@@ -134,37 +142,39 @@ class ImageTransform:
     def __str__(self) -> str:
         width, height = self.size
         resized = "×".join(str(math.floor(side / self.spec.crop_pct + 1e-6)) for side in (height, width))
-        how = {"center": "shorter side to fit", "squash": "squashed to", "border": "longer side to fit"}
-        return f"{self.mode}, {how[self.spec.crop_mode]} {resized} ({self.spec.interpolation}), centre {height}×{width}"
+        modes = {"center": "shorter side to fit", "squash": "squashed to", "border": "longer side to fit"}
+        geometry = f"{modes[self.spec.crop_mode]} {resized} ({self.spec.interpolation})"
+        return f"{self.mode}, {geometry}, centre {height}×{width}"
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """A uint8 batch (n, C, H, W) of the tensors that ``to_tensor`` made, channels last in memory like them."""
+    """Stack uint8 images (C, H, W) of one size to a batch (n, C, H, W), channels last in memory."""
     channels, height, width = images[0].shape
     batch = np.empty((len(images), height, width, channels), np.uint8)
-    # numpy copies in this thread; torch.stack wakes all its threads for every image, on a busy machine
-    # at a higher cost than decoding
+    # Numpy copies in this thread. torch.stack wakes all its threads for every image, which on a
+    # busy machine costs more than decoding.
     for place, image in zip(batch, images, strict=True):
         place[:] = image.permute(1, 2, 0).numpy()
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A uint8 tensor (C, H, W) on the image's own pixel order, that is, channels last in memory."""
+    """Return a uint8 tensor (C, H, W) in the order of PIL's pixels: channels last in memory."""
     pixels = np.array(image)
     return torch.from_numpy(pixels.reshape(image.height, image.width, -1)).permute(2, 0, 1)
 
 
-def _offset(have: int, want: int) -> int:
-    # torchvision's rounding: to even where pixels are cut off, downwards where they are added
-    return round((have - want) / 2) if have >= want else -((want - have) // 2)
+def _offset(length: int, goal: int) -> int:
+    """Return where a centre crop of ``goal`` pixels begins, negative where pixels are added."""
+    # Torchvision rounds to even where pixels are cut off, and down where they are added.
+    return round((length - goal) / 2) if length >= goal else -((goal - length) // 2)
 
 
 class PixelScale:
     """``(x / 255 − mean) / std`` per channel, as one float32 operation.
 
-    ``spec.mean`` and ``spec.std`` hold one value, one per channel, or none (0 and 1). Raises UsageError for
-    any other number of values, or a std that is not above 0.
+    ``spec.mean`` and ``spec.std`` hold one value, one per channel, or none (0 and 1). Raises
+    UsageError for any other number of values, or a std that is not above 0.
     """
 
     def __init__(self, spec: InputSpec) -> None:
@@ -172,36 +182,39 @@ class PixelScale:
         self.std = _per_channel(spec.std or (1.0,), spec, "std")
         if not bool((self.std > 0).all()):
             raise UsageError(f"std {spec.std} must be above 0 in every channel. Give --std.")
+        # Computed in float64 and rounded once: (x - 255 mean) / (255 std) = x scale + shift.
         cpu = torch.device("cpu")
         self._constants = {cpu: ((1 / (255 * self.std)).float(), (-self.mean / self.std).float())}
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Float32 (N, C, …) from uint8 (N, C, …), on the same device, in the same memory format."""
+        """Return float32 from uint8 (N, C, …), on the same device, in the same memory format."""
         scale, shift = self._constants_on(pixels.device)
         if pixels.device.type != "cpu":
             return pixels.float().mul_(scale).add_(shift)
         if pixels.ndim == 4 and pixels.is_contiguous(memory_format=torch.channels_last):
             count, _, height, width = pixels.shape
-            # constants as long as a row of pixels: three at a time would keep vector units idle
+            # The constants are repeated to a row of pixels: three values leave vector units idle.
             rows = pixels.permute(0, 2, 3, 1).reshape(count, height, -1)
-            along = (constant.expand(pixels.shape[1], 1, 1).flatten().repeat(width) for constant in (scale, shift))
-            return _scale_and_shift(rows, *along).reshape(count, height, width, -1).permute(0, 3, 1, 2)
+            repeated = (constant.expand(pixels.shape[1], 1, 1).flatten().repeat(width) for constant in (scale, shift))
+            return _scale_and_shift(rows, *repeated).reshape(count, height, width, -1).permute(0, 3, 1, 2)
         return _scale_and_shift(pixels, scale, shift)
 
     def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._constants:  # sent once: every such copy waits for the device
+        if device not in self._constants:  # copied once, because every copy waits for the device
             scale, shift = self._constants[torch.device("cpu")]
             self._constants[device] = scale.to(device), shift.to(device)
         return self._constants[device]
 
     def __str__(self) -> str:
-        mean, std = (", ".join(f"{v:.4g}" for v in t.flatten().tolist()) for t in (self.mean, self.std))
+        mean, std = (
+            ", ".join(f"{value:.4g}" for value in values.flatten().tolist()) for values in (self.mean, self.std)
+        )
         return f"/255, mean {mean}, std {std}"
 
 
 def _scale_and_shift(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    # numpy stays in this thread, where torch would wait for cores that are busy decoding, and asks for
-    # large memory pages: a batch in small ones takes longer to allocate than to compute
+    # Numpy stays in this thread, where torch would wait for cores that are busy decoding. It also
+    # asks for large memory pages: a batch in small ones takes longer to allocate than to compute.
     values = np.empty(pixels.shape, np.float32)
     np.multiply(pixels.numpy(), scale.numpy(), out=values)
     values += shift.numpy()

@@ -1,4 +1,4 @@
-"""Which members of a shard are one sample, as WebDataset has it."""
+"""Group the members of a shard into samples, by the rules of WebDataset."""
 
 from __future__ import annotations
 
@@ -17,58 +17,70 @@ T = TypeVar("T")
 LABEL_EXTENSION = "cls"
 """Extension of a member that holds a class number as text."""
 
-_IMAGES = tuple(extension[1:] for extension in IMAGE_EXTENSIONS)
-_SHOWN = 300  # characters
-_ABOUT_THE_SHARD = re.compile(r"__[^/]*__(/|$)")
+_MAX_NAME_LENGTH = 300  # characters of a name in a message
+_SHARD_METADATA = re.compile(r"__[^/]*__(/|$)")
 
 
 @dataclass(frozen=True)
 class Sample(Generic[T]):
-    """Neighbours in a shard that share a key: what stands for each of them, by extension in lower case."""
+    """Neighbouring members of a shard that share a key.
+
+    ``parts`` has, by extension in lower case, what the caller of ``group_members`` gave for each.
+    """
 
     key: str
     parts: Mapping[str, T]
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension: all before the first dot of the last part of the name, and all behind it.
+    """Split the name of a member into key and extension, at the first dot behind the last slash.
 
-    None for names without extension, hidden files and what WebDataset says about the shard itself.
+    Returns None for names without extension, hidden files, and members with metadata of the shard.
     """
     folder, slash, last = name.rpartition("/")
     stem, dot, extension = last.partition(".")
-    if not stem or not dot or (name.startswith("__") and _ABOUT_THE_SHARD.match(name)):
+    if not stem or not dot or (name.startswith("__") and _SHARD_METADATA.match(name)):
         return None
     return folder + slash + stem, extension.lower()
 
 
 def group_members(members: Iterable[tuple[str, T]], shard: str) -> Iterator[Sample[T]]:
-    """The samples of the named members of a shard. Raises DataError for two members of the same name in a sample."""
-    key, parts = "", dict[str, T]()
+    """Group named members of a shard into samples: neighbours with the same key are one sample.
+
+    Raises DataError for two members of the same name in a sample.
+    """
+    current_key, parts = "", dict[str, T]()
     for name, member in members:
-        split = split_name(name)
-        if split is None:
+        key_and_extension = split_name(name)
+        if key_and_extension is None:
             continue
-        if split[0] != key:
+        key, extension = key_and_extension
+        if key != current_key:
             if parts:
-                yield Sample(key, parts)
-            key, parts = split[0], {}
-        if split[1] in parts:
-            raise DataError(
-                f"{shard}: expected every member of a sample once, found {printable_name(name)} again. Write it anew."
-            )
-        parts[split[1]] = member
+                yield Sample(current_key, parts)
+            current_key, parts = key, {}
+        if extension in parts:
+            shown = printable_name(name)
+            raise DataError(f"{shard}: expected members of different names, found {shown} again. Write it anew.")
+        parts[extension] = member
     if parts:
-        yield Sample(key, parts)
+        yield Sample(current_key, parts)
 
 
 def image_extension(extensions: Iterable[str]) -> str | None:
-    """The extension of the image of a sample; of several, the first in the order of ``IMAGE_EXTENSIONS``."""
-    found = set(extensions)
-    return next((extension for extension in _IMAGES if extension in found), None)
+    """Return the extension of the image in a sample; None if there is no image.
+
+    Of several images, the first in the order of ``IMAGE_EXTENSIONS`` is taken.
+    """
+    present = {f".{extension}" for extension in extensions}
+    return next((suffix[1:] for suffix in IMAGE_EXTENSIONS if suffix in present), None)
 
 
 def printable_name(name: str) -> str:
-    """A name in a shard as it can be shown: it may hold anything, also what steers a terminal."""
+    """Return a name in a shard as it can be shown.
+
+    A tar's names may hold any bytes, also control characters that change what a terminal does.
+    """
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(character if character.isprintable() else "�" for character in text)[:_SHOWN]
+    printable = "".join(character if character.isprintable() else "�" for character in text)
+    return printable[:_MAX_NAME_LENGTH]

@@ -1,4 +1,4 @@
-"""Where the images of shards on disk lie, so that they can be read in any order."""
+"""An index of the images in shards on disk, so that they can be read in any order."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ from ckpt_tools.errors import DataError
 __all__ = ["MAX_IMAGE_BYTES", "MAX_LABEL_BYTES", "ShardIndex", "index_shards", "no_images_error"]
 
 MAX_IMAGE_BYTES = 2**28
-"""Bytes of an image file that are read into memory at most."""
+"""Size of the largest image file that is read into memory."""
 
 MAX_LABEL_BYTES = 64
-"""Bytes of a label that are read at most: a number has fewer."""
+"""Bytes of a label that are read at most. A class number has fewer."""
 
 
 @dataclass(frozen=True, eq=False)
 class IndexedShard:
-    """One shard: (n, 5) offset and size of every image and of its label (−1 if it has none), and where its name begins.
+    """One shard, and where its n images lie in it.
 
-    Each of the ``names`` ends in a NUL. ``extensions`` counts those of samples without an image.
+    ``places`` is (n, 5): offset and size of the image, offset and size of its label (size −1 if it
+    has none), and the position of its name in ``names``, where a NUL ends each name. ``extensions``
+    counts the members of samples without an image.
     """
+
+    # One table and one byte string, and not n objects, because shards may hold millions of images.
 
     path: Path
     places: npt.NDArray[np.int64]
@@ -40,25 +44,25 @@ class IndexedShard:
     extensions: Counter[str]
 
     def name(self, row: int) -> str:
-        """What to call an image."""
+        """Return the shard and the member that hold an image, as messages show them."""
         start = int(self.places[row, 4])
         name = self.names[start : self.names.index(b"\0", start)].decode("utf-8", "surrogateescape")
         return printable_name(f"{self.path.name}/{name}")
 
-    def label(self, row: int) -> bytes | None:
-        """The beginning of the label of an image. Raises OSError."""
+    def read_label(self, row: int) -> bytes | None:
+        """Read the beginning of the label of an image; None if it has none. Raises OSError."""
         offset, size = self.places[row, 2:4].tolist()
         return None if size < 0 else self._read(offset, min(size, MAX_LABEL_BYTES))
 
-    def image(self, row: int) -> bytes:
-        """The file. Raises OSError, ValueError if it is too large."""
+    def read_image(self, row: int) -> bytes:
+        """Read an image file. Raises OSError, and ValueError if it is too large."""
         offset, size = self.places[row, :2].tolist()
         if size > MAX_IMAGE_BYTES:
             raise ValueError(f"{size:,} bytes, more than an image has")
         return self._read(offset, size)
 
     def _read(self, offset: int, size: int) -> bytes:
-        # opened for every piece, as a file of a folder would be: nobody shares a position, and few are open
+        # The shard is opened for every piece, so that threads share no position in the file.
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
             content = file.read(size)
@@ -69,7 +73,10 @@ class IndexedShard:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The images of several shards, numbered in the order in which they lie there."""
+    """The images of several shards, numbered in the order in which they lie there.
+
+    ``ends`` holds for each shard the number of images in it and all shards before it.
+    """
 
     shards: Sequence[IndexedShard]
     ends: npt.NDArray[np.int64]
@@ -78,13 +85,17 @@ class ShardIndex:
         return int(self.ends[-1])
 
     def find(self, number: int) -> tuple[IndexedShard, int]:
-        """The shard of an image, and its row there."""
+        """Return the shard of an image, and its row there."""
+        # "right": shards without images, which end where the one before does, are passed over.
         shard = int(np.searchsorted(self.ends, number, "right"))
         return self.shards[shard], number - (int(self.ends[shard - 1]) if shard else 0)
 
 
 def index_shards(spec: str, paths: Sequence[Path]) -> ShardIndex:
-    """Reads the headers of all shards. Raises DataError for one that is no complete tar, and if there is no image."""
+    """Read the headers of all shards, several at a time.
+
+    Raises DataError for a shard that is no complete tar, and if there is no image.
+    """
     jobs = ([partial(_index_shard, path)] for path in paths)
     shards = [shard for group in read_ahead(jobs, default_workers()) for shard in group]
     if not any(len(shard.places) for shard in shards):
@@ -93,11 +104,12 @@ def index_shards(spec: str, paths: Sequence[Path]) -> ShardIndex:
 
 
 def no_images_error(spec: str, extensions: Counter[str]) -> DataError:
-    """What to say of shards without images."""
+    """Return the error for shards without images, which says what they hold instead."""
     listed = ", ".join(f"{number:,} × .{extension}" for extension, number in extensions.most_common(5))
     return DataError(
-        f"{spec}: expected images (KEY.jpg, .png, .webp, …) in these shards, found {listed or 'no samples at all'}. "
-        f"The extension is all behind the first dot of a name; other data can come from package.module:callable."
+        f"{spec}: expected images (KEY.jpg, .png, .webp, …) in these shards, found "
+        f"{listed or 'no samples at all'}. The extension is all behind the first dot of a name; "
+        "other data can come from package.module:callable."
     )
 
 

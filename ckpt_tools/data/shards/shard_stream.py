@@ -1,4 +1,4 @@
-"""WebDataset shards behind URLs: batches of what comes by."""
+"""Batches from WebDataset shards behind URLs, which can only be read forward."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ from ckpt_tools.data.device_transfer import prefetch_to_device
 from ckpt_tools.data.images.image_files import image_transforms, read_images
 from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.data.labels import parse_class_number
-from ckpt_tools.data.prefetch import ReadTimeoutError, read_ahead
+from ckpt_tools.data.prefetch import read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
 from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes, default_workers
 from ckpt_tools.data.shards.raw_shards import RawSample, mixed_samples
 from ckpt_tools.data.shards.sample_mixing import batch_evenly
 from ckpt_tools.data.shards.shard_index import no_images_error
 from ckpt_tools.data.shards.shard_names import remote_shards
-from ckpt_tools.data.stream import Batch, SkippedSample, concatenate_parts, refuse_unreadable
-from ckpt_tools.data.user_errors import describe_error
-from ckpt_tools.errors import CkptToolsError, DataError, UsageError
+from ckpt_tools.data.stream import Batch, concatenate_parts
+from ckpt_tools.data.unreadable_samples import SkippedSample, SkippedSamples, translate_reading_errors
+from ckpt_tools.errors import UsageError
 from ckpt_tools.remote.address import redact_url
 
 __all__ = ["ShardStream", "ShardStreamSource"]
 
-_CHUNK = 16  # samples that one thread decodes at a time
-_NAMED = 4  # batches whose samples' names are remembered
-_MIN_SAMPLES_TO_JUDGE = 1000  # samples after which the share of unreadable ones means something before all are read
+_CHUNK_SIZE = 16  # samples that one thread decodes at a time
+_NAMED_BATCHES = 4  # batches whose samples' names are remembered
+# The share of unreadable samples is judged from so many samples on, and at the end of a pass.
+_MIN_SAMPLES_TO_JUDGE = 1000
 
 
 @dataclass(frozen=True)
 class ShardStreamSource:
-    """The images in shards behind URLs; how many there are, only a pass can tell.
+    """The images in shards behind URLs. How many there are, only a pass can tell.
 
-    Shards come in random order, several at a time, and the next sample is drawn among a thousand: a limit takes from
-    few shards, and is as fair a sample as their contents are mixed.
+    Shards are read in random order, several at a time, and the next sample is drawn among a
+    thousand. So a limit takes samples from few shards, and they represent the data set only as well
+    as the contents of the shards are mixed.
     """
 
     spec: str
@@ -56,7 +58,7 @@ class ShardStreamSource:
 
     @classmethod
     def open(cls, url: str, *, limit: int | None, seed: int) -> ShardStreamSource:
-        """Finds the shards. Raises DataError, RemoteError, UsageError."""
+        """Find the shards that a URL names. Raises DataError, RemoteError, UsageError."""
         return cls(redact_url(url), remote_shards(url), limit, seed)
 
     def batches(
@@ -84,20 +86,20 @@ class ShardStreamSource:
 
 @dataclass(frozen=True, eq=False)
 class _Decoded:
-    """A part of a batch: pixels of what could be read, the labels of that, and the others."""
+    """A part of a batch: pixels, labels and names of readable images, and the samples skipped."""
 
     pixels: Tensor | None
     labels: Sequence[int]
     skipped: Mapping[tuple[str, str], SkippedSample]  # by URL and name
     count: int
-    names: Sequence[str]  # of what could be read
+    names: Sequence[str]
 
 
 class ShardStream:
-    """Passes over shards behind URLs, each in the same order. Ranks divide them; see ``mixed_samples``.
+    """Passes over shards behind URLs, each in the same order. Ranks divide them among each other.
 
-    Batches are of one size, except that the last two share what is left, and for samples that were skipped. With a
-    ``cache`` that holds all of the first pass, nothing is read again.
+    Batches are of one size, except that the last two divide the remaining samples evenly, and that
+    skipped samples are missing. If a ``cache`` holds all of the first pass, nothing is read again.
     """
 
     count: None = None
@@ -120,93 +122,95 @@ class ShardStream:
         self._source, self._image, self._finish = source, image, scale
         self._batch_size, self._workers, self._device, self._share = batch_size, workers, device, share
         self._labelled, self._cache = labelled, cache
-        self._skipped: dict[tuple[str, str], SkippedSample] = {}
-        self._kept: list[list[int]] | None = None  # labels of the batches in the cache, if all are there
+        self._skipped = SkippedSamples(source.spec)
+        self._cached_labels: list[list[int]] | None = None  # by batch, if the cache holds all batches
         self._names: dict[int, list[str]] = {}  # of the samples in the batches that were read last
-        self._passed = False
 
     @property
     def skipped_samples(self) -> tuple[SkippedSample, ...]:
-        """Samples that no pass so far could read, each once."""
-        return tuple(self._skipped.values())
+        """The samples that could not be read so far, each once."""
+        return tuple(self._skipped.by_key.values())
 
     def sample_name(self, batch: int, row: int) -> str:
-        """The shard and the member that became this row of a batch that was just read; of cached ones, the place."""
+        """Return the shard and the member that this row of this batch was read from.
+
+        They are known for the batches that were read last; for others, and for cached ones, the
+        numbers of row and batch are returned.
+        """
         names = self._names.get(batch)
         return f"sample {row} of batch {batch}" if names is None else names[row]
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass. Raises DataError, RemoteError where the shards or more than 1 % of the samples cannot be read."""
+        """Yield the batches of one pass.
+
+        Raises DataError or RemoteError if shards or more than 1 % of the samples are unreadable.
+        """
         labels: deque[list[int]] = deque()
-        batches = self._pixels(labels)
+        batches = self._pixel_batches(labels)
         if self._device.type == "cuda":
             batches = prefetch_to_device(batches, self._device)
         for batch in batches:
-            known = labels.popleft()
-            yield (self._finish(batch), torch.tensor(known)) if self._labelled else self._finish(batch)
+            batch_labels = labels.popleft()
+            inputs = self._finish(batch)
+            yield (inputs, torch.tensor(batch_labels)) if self._labelled else inputs
 
-    def _pixels(self, labels: deque[list[int]]) -> Iterator[Tensor]:
-        """Uint8 batches; the labels of each are added before it comes."""
+    def _pixel_batches(self, labels: deque[list[int]]) -> Iterator[Tensor]:
+        """Yield uint8 batches, and append the labels of each to ``labels`` before it is yielded.
+
+        The labels do not travel with the pixels, because those may pass through
+        ``prefetch_to_device``, which asks for a batch in advance.
+        """
         self._names = {}
-        if self._kept is not None and self._cache is not None:
-            for number, known in enumerate(self._kept):
-                labels.append(known)
+        if self._cached_labels is not None and self._cache is not None:
+            for number, batch_labels in enumerate(self._cached_labels):
+                labels.append(batch_labels)
                 yield self._cache.read(number)
             return
-        seen: list[list[int]] = []
-        for parts in self._parts():
-            read = [part.pixels for part in parts if part.pixels is not None]
-            if read:
-                batch = concatenate_parts(read)
+        pass_labels: list[list[int]] = []
+        for parts in self._checked_parts():
+            pixels = [part.pixels for part in parts if part.pixels is not None]
+            if pixels:
+                batch = concatenate_parts(pixels)
+                number = len(pass_labels)
                 if self._cache is not None:
-                    self._cache.keep(len(seen), batch)
-                self._names[len(seen)] = [name for part in parts for name in part.names]
-                self._names.pop(len(seen) - _NAMED, None)
-                seen.append([label for part in parts for label in part.labels])
-                labels.append(seen[-1])
+                    self._cache.keep(number, batch)
+                self._names[number] = [name for part in parts for name in part.names]
+                # Older names are dropped: those of all samples would fill the memory.
+                self._names.pop(number - _NAMED_BATCHES, None)
+                pass_labels.append([label for part in parts for label in part.labels])
+                labels.append(pass_labels[-1])
                 yield batch
-        self._passed = True
-        if self._cache is not None and all(number in self._cache for number in range(len(seen))):
-            self._kept = seen
+        self._skipped.end_pass()
+        if self._cache is not None and all(number in self._cache for number in range(len(pass_labels))):
+            self._cached_labels = pass_labels
 
-    def _parts(self) -> Iterator[list[_Decoded]]:
-        """What becomes of every batch, and the end that too many unreadable samples make of a pass."""
-        count, others = 0, Counter[str]()
-        for parts in self._read(others):
-            count += sum(part.count for part in parts)
+    def _checked_parts(self) -> Iterator[list[_Decoded]]:
+        """Yield the parts of every batch. Raises DataError once too many samples are unreadable."""
+        count, ignored = 0, Counter[str]()
+        for parts in self._read_parts(ignored):
             for part in parts:
-                self._note(part.skipped)
+                count += part.count
+                self._skipped.add(part.skipped)
             if count >= _MIN_SAMPLES_TO_JUDGE:
-                refuse_unreadable(self._source.spec, self.skipped_samples, count)
+                self._skipped.refuse_too_many(count)
             yield parts
-        refuse_unreadable(self._source.spec, self.skipped_samples, count)
+        self._skipped.refuse_too_many(count)
+        # One of several ranks may have no sample of a small data set.
         if not count and self._share.world == 1:
-            raise no_images_error(self._source.spec, others)
+            raise no_images_error(self._source.spec, ignored)
 
-    def _read(self, others: Counter[str]) -> Iterator[list[_Decoded]]:
+    def _read_parts(self, ignored: Counter[str]) -> Iterator[list[_Decoded]]:
         source = self._source
-        samples = mixed_samples(source.urls, source.seed, self._share, source.limit, others, threads=self._workers > 0)
-        try:
-            with closing(samples), silence_decoder_warnings():
-                groups = map(self._jobs, batch_evenly(samples, self._batch_size))
-                yield from read_ahead(groups, self._workers)
-        except CkptToolsError:
-            raise
-        except ReadTimeoutError as error:
-            raise DataError(
-                f"{source.spec}: {error}. Look at that file, and at the disk or network it comes from; leave it "
-                "out, or run again."
-            ) from error
-        except Exception as error:  # whatever reading raised
-            raise DataError(
-                f"{source.spec}: reading failed with {describe_error(error)}. If memory ran out, try fewer --workers, "
-                f"--workers 0, or a smaller --batch-size."
-            ) from error
+        threads = self._workers > 0
+        samples = mixed_samples(source.urls, source.seed, self._share, source.limit, ignored, threads=threads)
+        with translate_reading_errors(source.spec), closing(samples), silence_decoder_warnings():
+            groups = map(self._jobs, batch_evenly(samples, self._batch_size))
+            yield from read_ahead(groups, self._workers)
 
     def _jobs(self, samples: list[RawSample]) -> list[Callable[[], _Decoded]]:
         jobs: list[Callable[[], _Decoded]] = []
         start = 0
-        for size in balanced_batch_sizes(len(samples), _CHUNK):
+        for size in balanced_batch_sizes(len(samples), _CHUNK_SIZE):
             jobs.append(partial(self._decode_samples, samples[start : start + size]))
             start += size
         return jobs
@@ -219,15 +223,6 @@ class ShardStream:
             for number, sample in enumerate(samples if self._labelled else ())
             if number not in chunk.skipped
         ]
-        skipped = {(samples[number].url, what.name): what for number, what in chunk.skipped.items()}
-        read = [name for number, name in enumerate(names) if number not in chunk.skipped]
-        return _Decoded(chunk.samples, labels, skipped, len(samples), read)
-
-    def _note(self, skipped: Mapping[tuple[str, str], SkippedSample]) -> None:
-        for place, what in skipped.items():
-            if self._passed and place not in self._skipped:
-                raise DataError(
-                    f"{self._source.spec}: {what.name} was readable in the first pass, now: {what.reason}. All passes "
-                    f"must see the same samples: leave the data alone while it is read, and run again."
-                )
-            self._skipped[place] = what
+        skipped = {(samples[number].url, sample.name): sample for number, sample in chunk.skipped.items()}
+        readable = [name for number, name in enumerate(names) if number not in chunk.skipped]
+        return _Decoded(chunk.samples, labels, skipped, len(samples), readable)

@@ -1,7 +1,11 @@
-"""The members of a tar, one after the other, from a file or from what can only be read forward.
+"""Iterate over the members of a tar, from a file or from a stream that can only be read forward.
 
-The standard library takes an archive for complete that is cut off between two members or damaged in a header, reads
-names of any length into memory, and needs four times as long for a header. The tests compare the two.
+The standard library's tarfile is not used: it takes an archive for complete that is cut off between
+two members or damaged in a header, it reads names of any length into memory, and it needs four
+times as long for a header. The tests compare the two.
+
+A tar is a sequence of blocks of 512 bytes. Each member has a header block and then its content,
+padded to full blocks. A block of zeros marks the end.
 """
 
 from __future__ import annotations
@@ -16,17 +20,20 @@ __all__ = ["TarMember", "TarReader"]
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_LONGEST = 2**20  # bytes of an extended header: a name, time stamps, attributes
-_LOT = 2**20  # bytes to read at once
+_MAX_EXTENDED_HEADER = 2**20  # bytes; an honest one holds a name, time stamps and attributes
+_READ_BYTES = 2**20  # bytes to read at once
+# Kinds of members, as the type flag of a header gives them.
 _REGULAR = (b"0", b"\0", b"7")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip",
-}  # fmt: skip
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_COMPRESSED |= {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 class TarMember(NamedTuple):
-    """A regular file in a tar: its name, where its content begins, how long it is."""
+    """A regular file in a tar.
+
+    ``offset`` is where its content begins in the tar, and ``size`` how long that is, in bytes.
+    """
 
     name: str
     offset: int
@@ -34,73 +41,81 @@ class TarMember(NamedTuple):
 
 
 class TarReader:
-    """Iterates over the regular files of a tar (v7, ustar, GNU or pax). Names are only labels here.
+    """Iterates over the regular files of a tar (v7, ustar, GNU or pax).
 
-    ``length`` is that of a file which can be sought in; without one, it is read from its beginning to its end. Raises
-    DataError for anything but a complete archive; reading raises what the file does.
+    Names are only labels here, so they need not be safe paths. ``length`` is the size of a file
+    that supports seeking; without it, the file is read from its beginning to its end.
+
+    Raises DataError for anything but a complete archive, and whatever reading the file raises.
     """
 
     def __init__(self, file: IO[bytes], name: str, length: int | None = None) -> None:
         self._file, self._name, self._length = file, name, length
-        self._at = 0
+        self._position = 0
 
     def __iter__(self) -> Iterator[TarMember]:
-        """While a member is the current one, ``read`` gives its content."""
-        said: dict[str, bytes] = {}  # by extended headers, about the next member
-        while (block := self._header()) is not None:
-            kind, size = block[156:157], self._number(block[124:136])
+        """Yield the members. ``read`` returns the content of the one that was yielded last."""
+        overrides: dict[str, bytes] = {}  # what extended headers say about the next member
+        while (block := self._read_header()) is not None:
+            kind, size = block[156:157], self._parse_number(block[124:136])
             if kind in (b"L", b"K", b"x", b"X", b"g"):
-                said |= self._read_extended_header(kind, size)
+                overrides |= self._read_extended_header(kind, size)
                 continue
-            if "size" in said:
-                size = self._number(said["size"], 10)
-            name = said.get("path") or _name(block)
-            sparse = kind == b"S" or "sparse" in said
-            said = {}
-            end = self._at if kind in _WITHOUT_DATA else self._at + size + -size % _BLOCK
+            if "size" in overrides:
+                size = self._parse_number(overrides["size"], 10)
+            name = overrides.get("path") or _header_name(block)
+            is_sparse = kind == b"S" or "sparse" in overrides
+            overrides = {}
+            padded_size = 0 if kind in _WITHOUT_CONTENT else size + -size % _BLOCK
+            end = self._position + padded_size
+            # Seeking beyond the end of a file would raise no error.
             if self._length is not None and end > self._length:
                 raise self._cut_off_error()
-            if sparse:
-                raise DataError(
-                    f"{self._name}: {_text(name)!r:.300} is stored as a sparse file. Write the shard without -S."
-                )
+            if is_sparse:
+                shown = f"{_decode_name(name)!r:.300}"
+                raise DataError(f"{self._name}: {shown} is a sparse file. Write the shard without -S.")
             if kind in _REGULAR:
-                yield TarMember(_text(name), self._at, size)
-            self._go(end)
+                yield TarMember(_decode_name(name), self._position, size)
+            self._skip_to(end)
 
     def read(self, count: int) -> bytearray:
-        """The next ``count`` bytes. Raises DataError if the archive ends before."""
+        """Read the next ``count`` bytes of the current member.
+
+        Raises DataError if the archive ends before.
+        """
         content = bytearray()
         while len(content) < count:
-            lot = self._file.read(min(_LOT, count - len(content)))
-            if not lot:
+            piece = self._file.read(min(_READ_BYTES, count - len(content)))
+            if not piece:
                 raise self._cut_off_error()
-            content += lot
-            self._at += len(lot)
+            content += piece
+            self._position += len(piece)
         return content
 
-    def _go(self, to: int) -> None:
+    def _skip_to(self, position: int) -> None:
         if self._length is not None:
-            self._file.seek(to)
+            self._file.seek(position)
         else:
-            while to - self._at > _LOT:
-                self.read(_LOT)
-            self.read(to - self._at)
-        self._at = to
+            # In pieces, so that a large member that is skipped is never in memory as a whole.
+            while position - self._position > _READ_BYTES:
+                self.read(_READ_BYTES)
+            self.read(position - self._position)
+        self._position = position
 
-    def _header(self) -> bytes | None:
-        """The next header; None for the zeros at the end."""
-        start = self._at
+    def _read_header(self) -> bytes | None:
+        """Read the next header block; None for the zeros at the end."""
+        start = self._position
         block = self._file.read(_BLOCK)
+        # A file behind a URL may return fewer bytes than were asked for.
         while 0 < len(block) < _BLOCK and (more := self._file.read(_BLOCK - len(block))):
             block += more
-        self._at += len(block)
+        self._position += len(block)
         if block == _ZEROS:
             return None
         if start and not block:
             raise DataError(
-                f"{self._name}: expected a mark at the end of this tar, found none: it may be cut off. Write it again, "
-                f"or, if it is whole, add the mark: head -c 1024 /dev/zero >> FILE."
+                f"{self._name}: no mark at the end of this tar: it may be cut off. "
+                "Write it again or, if it is complete, add one: head -c 1024 /dev/zero >> FILE."
             )
         if start and len(block) < _BLOCK:
             raise self._cut_off_error()
@@ -109,72 +124,79 @@ class TarReader:
         return block
 
     def _read_extended_header(self, kind: bytes, size: int) -> dict[str, bytes]:
-        """What a header says that precedes a member's own: its name, its size; of all others, nothing."""
-        start = self._at - _BLOCK
-        if size > _LONGEST:
-            raise DataError(f"{self._name}: the header at byte {start:,} has {size:,} bytes. This is no usable shard.")
+        """Read a header that precedes the header of a member.
+
+        Returns the "path", "size" and "sparse" of that member, where they are given. The kinds "K"
+        (the target of a link) and "g" (defaults for all members) hold nothing that is needed.
+        """
+        start = self._position - _BLOCK
+        if size > _MAX_EXTENDED_HEADER:
+            raise DataError(f"{self._name}: a header of {size:,} bytes at byte {start:,}. Do not use this tar.")
         content = bytes(self.read(size))
         self.read(-size % _BLOCK)
         if kind == b"L":
             return {"path": content.partition(b"\0")[0]}
         try:
-            return dict(_records(content)) if kind in (b"x", b"X") else {}
+            return dict(_parse_pax_records(content)) if kind in (b"x", b"X") else {}
         except ValueError:
             raise self._damaged_error(start) from None
 
-    def _number(self, field: bytes, base: int = 8) -> int:
+    def _parse_number(self, field: bytes, base: int = 8) -> int:
         try:
-            if field[:1] == b"\x80":  # GNU's way to write what has too many digits
+            if field[:1] == b"\x80":  # GNU tar writes numbers with too many digits in binary
                 return int.from_bytes(field[1:])
             number = int(field.partition(b"\0")[0].strip() or b"0", base)
         except ValueError:
             number = -1
         if number < 0:
-            raise self._damaged_error(self._at - _BLOCK)
+            raise self._damaged_error(self._position - _BLOCK)
         return number
 
     def _cut_off_error(self) -> DataError:
-        length = self._at if self._length is None else self._length
+        length = self._position if self._length is None else self._length
         return DataError(f"{self._name}: this tar is cut off after {length:,} bytes. Copy or write it again.")
 
     def _damaged_error(self, start: int) -> DataError:
-        return DataError(
-            f"{self._name}: expected a tar, found no header at byte {start:,}: it is damaged. Copy it again."
-        )
+        return DataError(f"{self._name}: expected a tar, found no header at byte {start:,}. Copy it again.")
 
     def _no_tar_error(self, block: bytes) -> DataError:
         kind = next((kind for magic, kind in _COMPRESSED.items() if block.startswith(magic)), None)
         if kind is not None:
-            advice = "samples are drawn at random, which compression does not allow. Unpack it to a plain .tar"
+            advice = "samples are drawn at random, which compression prevents. Unpack it to a plain .tar"
             return DataError(f"{self._name}: expected a plain tar, found {kind}; {advice}.")
         return DataError(f"{self._name}: expected a tar, found {'something else' if block else 'an empty file'}.")
 
 
 def _has_valid_checksum(block: bytes) -> bool:
     try:
-        said = int(block[148:156].partition(b"\0")[0].strip() or b"0", 8)
+        expected = int(block[148:156].partition(b"\0")[0].strip() or b"0", 8)
     except ValueError:
         return False
-    # a sum of bytes, fast: the low half of Adler-32 is one more, modulo 65521; the sum's own digits count as blanks
-    found = zlib.adler32(block[:148] + b" " * 8 + block[156:]) & 0xFFFF
-    return found == (said + 1) % 65521
+    # The checksum is the sum of all bytes, with blanks in place of its own digits. The low half of
+    # Adler-32 is that sum plus one, modulo 65521, and zlib computes it faster than Python can add.
+    actual = zlib.adler32(block[:148] + b" " * 8 + block[156:]) & 0xFFFF
+    return actual == (expected + 1) % 65521
 
 
-def _name(block: bytes) -> bytes:
+def _header_name(block: bytes) -> bytes:
     name, prefix = (field.partition(b"\0")[0] for field in (block[:100], block[345:500]))
+    # Only ustar has a prefix; in other formats these bytes mean something else.
     return prefix + b"/" + name if prefix and block[257:263] == b"ustar\0" else name
 
 
-def _text(name: bytes) -> str:
+def _decode_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _records(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """What a pax header, ``LENGTH KEY=VALUE`` and a line end each, says of interest. Raises ValueError."""
-    at = 0
-    while at < len(content) and content[at]:
-        space = content.index(b" ", at, at + 9)
-        end = at + int(content[at:space])
+def _parse_pax_records(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield the records of a pax header that matter: "path", "size", and "sparse" if it is sparse.
+
+    A record is ``LENGTH KEY=VALUE`` and a line end; LENGTH counts all its bytes. Raises ValueError.
+    """
+    position = 0
+    while position < len(content) and content[position]:
+        space = content.index(b" ", position, position + 9)
+        end = position + int(content[position:space])
         if not space < end <= len(content):
             raise ValueError
         key, equals, value = content[space + 1 : end].removesuffix(b"\n").partition(b"=")
@@ -184,4 +206,4 @@ def _records(content: bytes) -> Iterator[tuple[str, bytes]]:
             yield key.decode(), value
         elif key.startswith(b"GNU.sparse"):
             yield "sparse", value
-        at = end
+        position = end
