@@ -133,7 +133,7 @@ def activate_dropout(model: nn.Module) -> None:
     for module in model.modules():
         is_leaf = not any(True for _ in module.children()) and not module._parameters
         for name, value in vars(module).items():
-            # ``p`` means the drop rate in a layer such as nn.Dropout; elsewhere it may mean anything.
+            # ``p`` is the drop rate of a layer such as nn.Dropout; elsewhere it may mean anything.
             is_rate = "drop" in name or (is_leaf and name == "p")
             if is_rate and type(value) in (int, float) and value == 0:
                 # A module's own __setattr__ may do more than to store the value, or refuse it.

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.model.batch import Batch, slice_samples, to_device
+from ckpt_tools.model.batch import Batch, slice_samples, to_device, to_pytree
 from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, force_eager
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
@@ -199,8 +199,7 @@ def _run(
     if inactive_sites.set_attributes:
         activate_dropout(twin)
     layers = set_mode(twin, mode)
-    # pytree looks into a dict, but not into a mapping of any other class.
-    recorder = Recorder(twin, find_tensors(dict(batch) if isinstance(batch, Mapping) else batch))
+    recorder = Recorder(twin, find_tensors(to_pytree(batch)))
     record = ForwardRecord("meta" if meta else "cpu", recorder.graph)
     tracker = TaintTracker(twin, record, recorder, training=mode != "evaluation")
     with ExitStack() as stack:

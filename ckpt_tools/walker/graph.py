@@ -149,7 +149,7 @@ class Recorder:
             module: the name of the module that has run it.
         """
         args, kwargs = operands
-        # The storage of a view is known already, and so is that of a result of an operation in place.
+        # The storage of a view is known already, and so is that of what was written in place.
         new = [tensor for tensor in outputs if _storage_key(tensor) not in self._current]
         changed = [*new, *written]
         if not changed:
