@@ -44,6 +44,7 @@ def copy_model(model: nn.Module, *, meta: bool) -> nn.Module:
     except Exception:  # noqa: BLE001 - a lock or an open file among the attributes
         copies = memo  # a copying that failed has left parts of a copy in the other
         twin = _copy_by_attribute(model, copies)
+    # A wrapped forward or a hook would otherwise still run the original.
     rebind_functions(twin, copies)
     return twin
 

@@ -51,6 +51,7 @@ class ContainerState:
         container, content = self._container, self._content
         if _holds_same(container, content):
             return
+        # Cleared and filled, because the model may hold the container itself in several places.
         container.clear()
         (container.update if hasattr(container, "update") else container.extend)(content)
 

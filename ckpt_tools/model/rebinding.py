@@ -80,6 +80,7 @@ class _Rebinder:
         if not changed:
             self._copies[id(function)] = function
             return function
+        # The rest of what FunctionType does not take: keyword defaults, and attributes.
         new.__defaults__ = defaults or function.__defaults__
         new.__kwdefaults__, new.__dict__ = function.__kwdefaults__, dict(function.__dict__)
         return new

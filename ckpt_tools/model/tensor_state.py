@@ -118,6 +118,7 @@ class TensorState:
                 yield storage, *_span(part, storage)
 
 
+# Where torch keeps the hooks of a tensor.
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 

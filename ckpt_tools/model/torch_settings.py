@@ -62,6 +62,7 @@ _UNREADABLE = object()
 def _read_value(setting: TorchSetting) -> object:
     try:
         return setting.read()
+    # AttributeError: this version of torch does not have the setting.
     except (AttributeError, RuntimeError, Warning):
         return _UNREADABLE
 

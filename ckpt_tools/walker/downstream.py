@@ -20,7 +20,7 @@ from ckpt_tools.model.model_copy import RecordingMode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
-from ckpt_tools.walker.forward_recording import InactiveSitePolicy, record_forward
+from ckpt_tools.walker.forward_recording import ForwardCall, InactiveSitePolicy, record_forward
 from ckpt_tools.walker.taint import ForwardRecord
 from ckpt_tools.walker.weights import weight_layers
 
@@ -69,13 +69,16 @@ def walk_preserved_model(
     Arguments and errors are those of ``walk``.
     """
     _refuse_scripted(model)
-    evaluation = _record(model, example_input, forward, "evaluation", state)
-    mode, training = _record_training(model, example_input, forward, state)
-    probing = _record_active_sites([probe, model], example_input, forward, mode, state) or training
+    call = ForwardCall(example_input, forward, state)
+    evaluation = _record(model, call, "evaluation")
+    mode, training = _record_training(model, call)
+    probing = _record_active_sites([probe, model], call, mode) or training
 
+    # The probe may have sites that the model lacks: at rate zero, timm builds no DropPath.
     inactive_names = [name for name in probing.sites if name not in training.sites]
     inactive_sites = [DropoutSite(name, probing.sites[name].op, 0.0) for name in inactive_names]
     layers, left_alone = _find_normalisers(model)
+    # The variance is measured where F.batch_norm is called, and nowhere else.
     for name in [*layers]:
         if name in evaluation.called and name not in evaluation.inputs:
             kind = type(layers.pop(name)[0]).__name__
@@ -103,17 +106,17 @@ def record_training_forward(model: nn.Module, example_input: Batch, forward: For
     """
     _refuse_scripted(model)
     with preserve_models(model, forward) as state:
-        return _record_training(model, example_input, forward, state)[1]
+        return _record_training(model, ForwardCall(example_input, forward, state))[1]
 
 
 def _batch_norm_layer(
     name: str,
-    modules: tuple[_BatchNorm, list[str]],
+    module_and_aliases: tuple[_BatchNorm, list[str]],
     training: ForwardRecord,
     probing: ForwardRecord,
     evaluation: ForwardRecord,
 ) -> BatchNormLayer:
-    module, aliases = modules
+    module, aliases = module_and_aliases
     sites = training.inputs.get(name, frozenset())
     further_sites = probing.inputs.get(name, frozenset()) - sites - set(training.sites)
     return BatchNormLayer(
@@ -134,25 +137,23 @@ def _refuse_scripted(model: nn.Module) -> None:
             raise ModelError(f"{name}: TorchScript cannot be walked. Load the Python model.")
 
 
-def _record_training(
-    model: nn.Module, batch: Batch, forward: Forward, state: ModelState
-) -> tuple[RecordingMode, ForwardRecord]:
+def _record_training(model: nn.Module, call: ForwardCall) -> tuple[RecordingMode, ForwardRecord]:
     """Record a forward with dropout on; return it with the mode in which the model could be run.
 
     Detection models demand targets when the outermost module is in training mode. Then only the
     leaf modules are set to it. If that fails, too, the first error is raised.
     """
     try:
-        return "training", _record(model, batch, forward, "training", state)
+        return "training", _record(model, call, "training")
     except ModelError:
         with contextlib.suppress(ModelError):
-            return "leaves", _record(model, batch, forward, "leaves", state)
+            return "leaves", _record(model, call, "leaves")
         raise
 
 
-def _record(model: nn.Module, batch: Batch, forward: Forward, mode: RecordingMode, state: ModelState) -> ForwardRecord:
+def _record(model: nn.Module, call: ForwardCall, mode: RecordingMode) -> ForwardRecord:
     try:
-        return record_forward(model, batch, forward, mode, state)
+        return record_forward(model, call, mode)
     except CkptToolsError:
         raise
     except Exception as error:
@@ -164,11 +165,7 @@ def _record(model: nn.Module, batch: Batch, forward: Forward, mode: RecordingMod
 
 
 def _record_active_sites(
-    models: Sequence[nn.Module | None],
-    batch: Batch,
-    forward: Forward,
-    mode: RecordingMode,
-    state: ModelState,
+    models: Sequence[nn.Module | None], call: ForwardCall, mode: RecordingMode
 ) -> ForwardRecord | None:
     """Record a forward with every drop rate above zero.
 
@@ -182,7 +179,7 @@ def _record_active_sites(
         for set_attributes in (True, False):
             policy = InactiveSitePolicy(run=True, set_attributes=set_attributes)
             with contextlib.suppress(Exception):
-                return record_forward(unwrap_model(model), batch, forward, mode, state, policy)
+                return record_forward(unwrap_model(model), call, mode, policy)
     return None
 
 

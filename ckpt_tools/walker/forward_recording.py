@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,6 +135,19 @@ class _FunctionMode(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
+class ForwardCall:
+    """How to run a model once: an example batch, and ``forward(model, batch)``.
+
+    ``state`` is that of the model and of all that ``forward`` may run. They have it back after
+    every recorded forward.
+    """
+
+    batch: Batch
+    forward: Forward
+    state: ModelState
+
+
+@dataclass(frozen=True)
 class InactiveSitePolicy:
     """What becomes of sites at rate zero.
 
@@ -149,25 +162,21 @@ class InactiveSitePolicy:
 
 def record_forward(
     model: nn.Module,
-    batch: Batch,
-    forward: Forward,
+    call: ForwardCall,
     mode: RecordingMode,
-    state: ModelState,
     inactive_sites: InactiveSitePolicy = InactiveSitePolicy(),
 ) -> ForwardRecord:
-    """Run ``forward(model, batch)`` once on a copy of the model and record it.
+    """Run a copy of the model once and record its forward.
 
-    Code that is bound to the model may run it in place of its copy. Afterwards it has its ``state``
-    back.
+    Code that is bound to the model may run it in place of its copy, which is why its state has to
+    be known.
 
     Args:
         model: any nn.Module without a wrapper.
-        batch: an example input.
-        forward: how to run the model on a batch.
+        call: how to run it.
         mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for
             modules without children only: detection models want targets when the outer module is
             training), or "evaluation".
-        state: that of the model and of all that ``forward`` may run.
         inactive_sites: what becomes of sites at rate zero.
 
     Raises whatever the model raises when neither a meta nor a real forward gets through.
@@ -176,21 +185,19 @@ def record_forward(
     with torch.inference_mode(False):
         try:
             # On meta tensors a forward computes shapes only, which takes neither memory nor a GPU.
-            meta_batch = to_device(batch, "meta")
-            return _run(model, meta_batch, forward, mode, state, inactive_sites, meta=True)
+            meta_call = replace(call, batch=to_device(call.batch, "meta"))
+            return _run(model, meta_call, mode, inactive_sites, meta=True)
         except CkptToolsError:
             raise
         except Exception:  # noqa: BLE001 - then a real forward is needed
-            samples = to_device(slice_samples(batch, 0, 2), device_of(model))
-            return _run(model, samples, forward, mode, state, inactive_sites, meta=False)
+            samples = to_device(slice_samples(call.batch, 0, 2), device_of(model))
+            return _run(model, replace(call, batch=samples), mode, inactive_sites, meta=False)
 
 
 def _run(
     model: nn.Module,
-    batch: Batch,
-    forward: Forward,
+    call: ForwardCall,
     mode: RecordingMode,
-    state: ModelState,
     inactive_sites: InactiveSitePolicy,
     *,
     meta: bool,
@@ -199,13 +206,13 @@ def _run(
     if inactive_sites.set_attributes:
         activate_dropout(twin)
     layers = set_mode(twin, mode)
-    recorder = Recorder(twin, find_tensors(to_pytree(batch)))
+    recorder = Recorder(twin, find_tensors(to_pytree(call.batch)))
     record = ForwardRecord("meta" if meta else "cpu", recorder.graph)
     tracker = TaintTracker(twin, record, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
         # Comparing takes a quarter of a ResNet-18's recorded forward, so it is left out where
         # nothing can have changed.
-        stack.callback(lambda: state.put_back() if tracker.foreign_module_ran else None)
+        stack.callback(lambda: call.state.put_back() if tracker.foreign_module_ran else None)
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(preserve_random_generators())
@@ -218,7 +225,7 @@ def _run(
         stack.enter_context(_FunctionMode(tracker, layers, run=inactive_sites.run))
         track_memory = mode == "evaluation"
         stack.enter_context(_OperationMode(tracker, meta=meta, track_memory=track_memory))
-        forward(twin, batch)
+        call.forward(twin, call.batch)
     return record
 
 
