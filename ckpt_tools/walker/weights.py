@@ -72,13 +72,13 @@ def weight_layers(graph: Graph, model: nn.Module) -> tuple[WeightLayer, ...]:
 
 
 def reason_not_rewritten(graph: Graph, parameter: str, tensor: Tensor) -> str:
-    """Return why a parameter is no weight that an init rewrite sets, to complete "NAME …"."""
+    """Return why an init rewrite leaves a parameter alone; it completes the sentence "NAME …"."""
     leaves = [index for index, node in enumerate(graph.nodes) if node.parameter == parameter]
     operations = [graph[reader] for leaf in leaves for reader in graph.readers[leaf]]
     names = list(dict.fromkeys(node.op._schema.name.partition("::")[2] for node in operations))
+    # Several reasons may hold; the most telling one comes first.
     if not tensor.requires_grad:
         return "is not trained"
-    # The most telling reason comes first: several may hold.
     if not names:
         return "is never read by the forward"
     if "embedding" in names:
