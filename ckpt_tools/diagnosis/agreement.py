@@ -131,17 +131,15 @@ def measure_agreement(
     usable = _usable_layers(model, walk, counted)[:layers]
     if not usable:
         return Agreement((), 0, normalise, None, _reason_without_layers(walk))
-    # Without the noise of training, variances behind dropout differ on the very training data.
-    means_only = set()
-    if not rates_known:
-        means_only = {layer.name for layer in usable if _may_be_behind_dropout(layer)}
-    modules = dict(model.named_modules())
     measured_layers: list[Layer] = []
-    for name in (layer.name for layer in usable):
-        module = modules[name]
-        assert isinstance(module, _BatchNorm)
-        layer = Layer(name, module, rewritten=True)
-        layer.begin_pass(batch_only if normalise == "batch" or name in means_only else stored)
+    means_only: set[str] = set()
+    for walked, module in usable:
+        # Without the noise of training, variances behind dropout differ on the very training data.
+        if not rates_known and (walked.downstream_of or walked.potentially_downstream_of):
+            means_only.add(walked.name)
+        layer = Layer(walked.name, module, rewritten=True)
+        by_batch = normalise == "batch" or walked.name in means_only
+        layer.begin_pass(batch_only if by_batch else stored)
         measured_layers.append(layer)
     runner = Runner(model, forward, Interception(dropout=rates_known))
     with (
@@ -175,17 +173,17 @@ def best_candidate(agreements: Mapping[str, Agreement]) -> str | None:
     return name if best < CLEAR_WIN_RATIO * second else None
 
 
-def _usable_layers(model: nn.Module, walk: Walk, counted: bool) -> list[BatchNormLayer]:
+def _usable_layers(model: nn.Module, walk: Walk, counted: bool) -> list[tuple[BatchNormLayer, _BatchNorm]]:
     """Return the layers that a forward reaches, and whose statistics come from training.
 
-    They stand in order of execution.
+    They stand in order of execution, each with its module.
     """
     modules = dict(model.named_modules())
     layers = []
     for layer in walk.batch_norms:
         module = modules.get(layer.name)
         if layer.reached and isinstance(module, _BatchNorm) and trained(module, counted=counted):
-            layers.append(layer)
+            layers.append((layer, module))
     return layers
 
 
@@ -194,10 +192,6 @@ def _reason_without_layers(walk: Walk) -> str:
         return "a forward reaches no BN layer with running statistics"
     few = "the counters of the BN layers do not show enough training batches"
     return f"{few} to forget the initial statistics"
-
-
-def _may_be_behind_dropout(layer: BatchNormLayer) -> bool:
-    return bool(layer.downstream_of or layer.potentially_downstream_of)
 
 
 def _run_batches(runner: Runner, batches: Iterable[Batch], layers: Sequence[Layer], *, stop: bool) -> Iterator[int]:

@@ -127,20 +127,22 @@ def preprocessing_hypotheses(batch: Tensor, spec: InputSpec | None, *, preproces
     identity = _normalisation((0.0,), (1.0,), channels)
     tried: list[tuple[_Affine, bool]] = [(identity, False)]
     hypotheses: list[Hypothesis] = []
+    orders = (False, True) if _is_coloured(batch) else (False,)
     for to_pixels in _changes_to_pixels(batch, spec, preprocessed=preprocessed):
         norms = [*_usual_norms(channels), *_norms_of_the_data(to_pixels, batch)]
-        for swapped in (False, True) if _is_coloured(batch) else (False,):
-            for norm in [None, *norms]:  # None changes nothing but the order of the channels
-                target = to_pixels.inverse()
-                if norm is not None:
-                    target = _normalisation(norm.mean, norm.std, channels)
-                first = to_pixels.with_channels_reversed() if swapped else to_pixels
-                change = first.followed_by(target)
-                # Several ways to pixels lead to the same change.
-                if any(change.is_close_to(other) and swapped == before for other, before in tried):
-                    continue
-                tried.append((change, swapped))
-                hypotheses.append(_hypothesis(norm, change, swapped=swapped, preprocessed=preprocessed))
+        # The norm None changes nothing but the order of the channels.
+        for swapped, norm in itertools.product(orders, [None, *norms]):
+            target = to_pixels.inverse()
+            if norm is not None:
+                target = _normalisation(norm.mean, norm.std, channels)
+            first = to_pixels.with_channels_reversed() if swapped else to_pixels
+            change = first.followed_by(target)
+            # Several ways to pixels lead to the same change.
+            if any(change.is_close_to(other) and swapped == before for other, before in tried):
+                continue
+            tried.append((change, swapped))
+            hypothesis = _hypothesis(norm, change, swapped=swapped, preprocessed=preprocessed)
+            hypotheses.append(hypothesis)
     return hypotheses
 
 

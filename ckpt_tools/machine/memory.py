@@ -10,7 +10,8 @@ _CGROUP = Path("/sys/fs/cgroup")  # where a container finds its limits (control 
 _FALLBACK_BYTES = 4 * 2**30  # macOS and Windows have no /proc/meminfo
 _NO_LIMIT = 2**62
 
-LARGEST_BATCH_SIZE = 512  # the bias of `pooled` falls like 1/batch; beyond, sampling error dominates
+# The bias of the estimator `pooled` falls like 1/batch. Beyond this size, sampling error dominates.
+LARGEST_BATCH_SIZE = 512
 # The part of the free memory that activations may take. Convolution workspaces and the slack of the
 # allocator come on top of them.
 _ACTIVATION_SHARE = 0.25
