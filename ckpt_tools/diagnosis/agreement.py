@@ -1,8 +1,10 @@
-"""How well data agrees with the BN statistics of a trained model: a checkpoint remembers its training inputs.
+"""How well data agrees with the BN statistics of a trained model.
 
-A channel's input is described by mean and variance, m̂ and v̂ on the data, m and v as stored. Their distance is
-√(Δ² + λ²/2) with Δ = (m̂ − m)/√(v + ε) and λ = ln((v̂ + ε)/(v + ε)): the length of a small step between two normal
-distributions in Fisher's metric. It is cut off at 1, and averaged over the channels of a layer, then over layers.
+The running statistics of a checkpoint remember the inputs of its training. A channel's input is
+described by mean and variance, m̂ and v̂ on the data, m and v as stored. Their distance is
+√(Δ² + λ²/2) with Δ = (m̂ − m)/√(v + ε) and λ = ln((v̂ + ε)/(v + ε)): the length of a small step
+between two normal distributions in Fisher's metric. It is cut off at 1, and averaged over the
+channels of a layer, then over layers.
 """
 
 from __future__ import annotations
@@ -30,15 +32,22 @@ from ckpt_tools.results import BatchNormLayer, Walk
 Normalise = Literal["stored", "batch"]
 
 CLEAR_WIN_RATIO = 0.8  # a candidate wins if its score is below this share of the next one's
-_FEWEST = 2  # images
+_MIN_IMAGES = 2  # one image has no variance
+_MEAN_OF_ABS_NORMAL = 0.8  # E|z| of z ~ N(0, 1), which is √(2/π) ≈ 0.80
 
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """One BN layer. ``distance`` is the mean over channels, in 0–1; the others are medians over channels.
+    """How well the inputs of one BN layer agree with its stored statistics.
 
-    ``shift``: |m̂ − m| in stored standard deviations; ``deviation``: |ln(v̂/v)|, None where unknown dropout keeps
-    the variance from being compared; ``error``: the distance that sampling these images alone would make.
+    Attributes:
+        name: the layer.
+        channels: how many it has.
+        distance: mean over the channels, 0–1.
+        shift: |m̂ − m| in stored standard deviations, median over the channels.
+        deviation: |ln(v̂/v)|, median over the channels; None where the variances cannot be
+            compared, because the layer may lie behind dropout with an unknown rate.
+        error: the distance that sampling so few images would make by itself.
     """
 
     name: str
@@ -51,10 +60,15 @@ class LayerAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """All layers in order of execution, and the mean of their distances: 0 is perfect, 1 as far as it goes.
+    """How well data agrees with the stored statistics of a whole model.
 
-    ``score`` is None, with the ``reason``, where no layer can serve. ``batches``: how many the layers have counted in
-    training, None where none did.
+    Attributes:
+        layers: the layers that were compared, in order of execution.
+        images: how many samples were compared.
+        normalise: what the layers normalised by, as in ``measure_agreement``.
+        score: the mean of the layers' distances, from 0 (perfect) to 1; None if no layer can serve.
+        reason: why there is no score.
+        batches: how many batches of training the layers have counted; None if none of them did.
     """
 
     layers: tuple[LayerAgreement, ...]
@@ -66,8 +80,10 @@ class Agreement:
 
     @property
     def error(self) -> float:
-        """The score that sampling these images alone would make."""
-        return sum(layer.error for layer in self.layers) / len(self.layers) if self.layers else math.inf
+        """The score that sampling so few images would make by itself."""
+        if not self.layers:
+            return math.inf
+        return sum(layer.error for layer in self.layers) / len(self.layers)
 
     @property
     def worst(self) -> LayerAgreement | None:
@@ -89,9 +105,9 @@ def measure_agreement(
 ) -> Agreement:
     """Compare the inputs of BN layers under training conditions with what the layers have stored.
 
-    Dropout is on at its rates where they are known, else off; then layers that it may reach count with their
-    means alone and normalise by the batch, so that nothing behind them inherits the difference. The model comes back
-    as it was, and so do the random generators.
+    Dropout is on if its rates are known. Else it is off, and layers that it may reach count with
+    their means alone. They then normalise by the batch, so that nothing behind them inherits the
+    difference. The model comes back as it was, and so do the random generators.
 
     Args:
         model: any nn.Module; wrappers are looked through.
@@ -99,9 +115,10 @@ def measure_agreement(
         walk: of this model.
         rates_known: whether the model's drop rates are those of the training run.
         forward: ``forward(model, batch)`` for batches that the default cannot run.
-        layers: end every forward at the first so many usable layers in order of execution; None: all.
-        normalise: "stored" statistics, as in the final network: differences add up from layer to layer; or those of
-            the "batch", as in training: every layer is judged by itself.
+        layers: how many layers to compare, from the first in order of execution; every forward ends
+            at the last of them. None compares all.
+        normalise: by "stored" statistics, as the final network does, differences add up from layer
+            to layer. By those of the "batch", as in training, every layer is judged by itself.
         counted: whether the counters of the model's BN layers are those of the training run.
         seed: of dropout.
 
@@ -110,63 +127,73 @@ def measure_agreement(
         ModelError: the model cannot run on a batch.
     """
     model = unwrap_model(model)
-    usable = _usable(model, walk, counted)[:layers]
+    usable = _usable_layers(model, walk, counted)[:layers]
     if not usable:
-        return Agreement((), 0, normalise, None, _reason(walk))
-    masked = {found.name for found in usable if not rates_known and _may_drop(found)}
-    modules = dict(model.named_modules())
-    observed: dict[str, Layer] = {}
-    for found in usable:
-        module = modules[found.name]
-        assert isinstance(module, _BatchNorm)
-        observed[found.name] = Layer(found.name, module, rewritten=True)
-        by_batch = normalise == "batch" or found.name in masked
-        observed[found.name].begin_pass(batch_statistics if by_batch else current_statistics)
+        return Agreement((), 0, normalise, None, _reason_without_layers(walk))
+    measured_layers: list[Layer] = []
+    means_only: set[str] = set()
+    for walked, module in usable:
+        # Without the noise of training, variances behind dropout differ on the very training data.
+        if not rates_known and (walked.downstream_of or walked.potentially_downstream_of):
+            means_only.add(walked.name)
+        layer = Layer(walked.name, module, rewritten=True)
+        by_batch = normalise == "batch" or walked.name in means_only
+        layer.begin_pass(batch_statistics if by_batch else current_statistics)
+        measured_layers.append(layer)
     runner = Runner(model, forward, Interception(dropout=rates_known))
-    with preserved_evaluation_mode(model, forward), seed_temporarily(seed), torch.no_grad(), force_eager():
+    with (
+        preserved_evaluation_mode(model, forward),
+        seed_temporarily(seed),
+        torch.no_grad(),
+        force_eager(),
+    ):
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
-        images = sum(_run(runner, batches, list(observed.values()), stop=layers is not None))
-    seen = {name: layer for name, layer in observed.items() if layer.moments is not None}
-    return _summary(seen, masked, images, normalise)
+        images = sum(_run_batches(runner, batches, measured_layers, stop=layers is not None))
+    reached_layers = [layer for layer in measured_layers if layer.moments is not None]
+    return _summarise(reached_layers, means_only, images, normalise)
 
 
 def best_candidate(agreements: Mapping[str, Agreement]) -> str | None:
-    """The name whose statistics the data fits clearly best; None if there is no such name.
+    """Return the name whose statistics the data fits clearly best; None if there is no such name.
 
-    Measured with ``normalise="batch"`` over all layers; a candidate without a score cannot win, and a single one
-    has won nothing.
+    The agreements are measured with ``normalise="batch"`` over all layers. If any candidate has no
+    score, none wins; neither does a single one.
     """
-    ranked = sorted((a.score, name) for name, a in agreements.items() if a.score is not None and math.isfinite(a.score))
+    ranked = sorted(
+        (agreement.score, name)
+        for name, agreement in agreements.items()
+        if agreement.score is not None and math.isfinite(agreement.score)
+    )
     if len(ranked) < 2 or len(ranked) < len(agreements):
         return None
     (best, name), (second, _) = ranked[:2]
     return name if best < CLEAR_WIN_RATIO * second else None
 
 
-def _usable(model: nn.Module, walk: Walk, counted: bool) -> list[BatchNormLayer]:
-    """Layers that a forward reaches, and whose statistics training has made, in order of execution."""
+def _usable_layers(model: nn.Module, walk: Walk, counted: bool) -> list[tuple[BatchNormLayer, _BatchNorm]]:
+    """Return the layers that a forward reaches, and whose statistics come from training.
+
+    They stand in order of execution, each with its module.
+    """
     modules = dict(model.named_modules())
-    found = []
+    layers = []
     for layer in walk.batch_norms:
         module = modules.get(layer.name)
         if layer.reached and isinstance(module, _BatchNorm) and is_trained(module, counted=counted):
-            found.append(layer)
-    return found
+            layers.append((layer, module))
+    return layers
 
 
-def _reason(walk: Walk) -> str:
+def _reason_without_layers(walk: Walk) -> str:
     if not any(layer.reached for layer in walk.batch_norms):
         return "a forward reaches no BN layer with running statistics"
-    return "the counters of the BN layers do not show enough training batches to forget the initial statistics"
+    few = "the counters of the BN layers do not show enough training batches"
+    return f"{few} to forget the initial statistics"
 
 
-def _may_drop(layer: BatchNormLayer) -> bool:
-    return bool(layer.downstream_of or layer.potentially_downstream_of)
-
-
-def _run(runner: Runner, batches: Iterable[Batch], layers: Sequence[Layer], *, stop: bool) -> Iterator[int]:
-    """All batches through the model; how many images each held."""
+def _run_batches(runner: Runner, batches: Iterable[Batch], layers: Sequence[Layer], *, stop: bool) -> Iterator[int]:
+    """Run all batches through the model, and yield how many images each has held."""
     for number, batch in enumerate(batches):
         check_input(batch, number)
         for images in runner.run(batch, number, layers, stop=stop):
@@ -175,46 +202,51 @@ def _run(runner: Runner, batches: Iterable[Batch], layers: Sequence[Layer], *, s
             yield images
 
 
-def _summary(seen: Mapping[str, Layer], masked: set[str], images: int, normalise: Normalise) -> Agreement:
-    if not seen or images < _FEWEST:
-        why = "the data reaches no BN layer" if not seen else f"{images} image(s) cannot show a variance"
-        return Agreement((), images, normalise, None, why)
-    layers = tuple(_compare_layer(layer, variance=name not in masked) for name, layer in seen.items())
-    score = sum(layer.distance for layer in layers) / len(layers)
-    counts = [count for layer in seen.values() if (count := batches_seen(layer.module))]
-    return Agreement(layers, images, normalise, score, batches=min(counts, default=None))
+def _summarise(layers: Sequence[Layer], means_only: set[str], images: int, normalise: Normalise) -> Agreement:
+    if not layers:
+        return Agreement((), images, normalise, None, "the data reaches no BN layer")
+    if images < _MIN_IMAGES:
+        reason = f"{images} image(s) cannot show a variance"
+        return Agreement((), images, normalise, None, reason)
+    agreements = tuple(_compare_layer(layer, layer.name not in means_only) for layer in layers)
+    score = sum(agreement.distance for agreement in agreements) / len(agreements)
+    counts = [count for layer in layers if (count := batches_seen(layer.module))]
+    return Agreement(agreements, images, normalise, score, batches=min(counts, default=None))
 
 
-def _compare_layer(layer: Layer, *, variance: bool) -> LayerAgreement:
+def _compare_layer(layer: Layer, compare_variance: bool) -> LayerAgreement:
     assert layer.moments is not None
     assert layer.clusters is not None
-    # Of a dead channel, the rest of the initial variance may be all there is.
+    # The stored variance of a dead channel may be nothing but what is left of the initial one.
     eps = layer.module.eps + 3 * initial_weight(layer.module)
-    there, here = layer.stored.variance + eps, layer.moments.variance() + eps
-    shift = (layer.moments.mean - layer.stored.mean).abs() / there.sqrt()
-    deviation = (here / there).log().abs() if variance else torch.zeros_like(shift)
-    mean_error = layer.clusters.mean_error(layer.moments, layer.stored.mean) / there.sqrt()
-    variance_error = layer.relative_error() * layer.moments.variance() / here
-    # 0.8: the mean of |z|; NaN and infinity (an overflow) are as far as it goes.
-    error = 0.8 * _distance(mean_error, variance_error if variance else torch.zeros_like(shift))
+    stored_variance, variance = layer.stored.variance + eps, layer.moments.variance() + eps
+    shift = (layer.moments.mean - layer.stored.mean).abs() / stored_variance.sqrt()
+    mean_error = layer.clusters.mean_error(layer.moments, layer.stored.mean)
+    mean_error = mean_error / stored_variance.sqrt()
+    deviation, variance_error = torch.zeros_like(shift), torch.zeros_like(shift)
+    if compare_variance:
+        deviation = (variance / stored_variance).log().abs()
+        variance_error = layer.relative_error() * layer.moments.variance() / variance
+    error = _MEAN_OF_ABS_NORMAL * _distance(mean_error, variance_error)
     return LayerAgreement(
         name=layer.name,
         channels=len(shift),
         distance=float(_distance(shift, deviation).mean()),
         shift=float(shift.nan_to_num(torch.inf).median()),
-        deviation=float(deviation.nan_to_num(torch.inf).median()) if variance else None,
+        deviation=float(deviation.nan_to_num(torch.inf).median()) if compare_variance else None,
         error=float(error.mean()),
     )
 
 
 def _distance(shift: Tensor, deviation: Tensor) -> Tensor:
+    # An overflow makes NaN or infinity, which is as far away as can be.
     return (shift.square() + deviation.square() / 2).sqrt().nan_to_num(1.0, 1.0).clamp(max=1.0)
 
 
 def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
-    """Training mode for all but BN layers; with ``containers=False`` for leaf modules only.
+    """Set all modules but BN layers to training mode; with ``containers=False`` only leaf modules.
 
-    Flags are set one by one, and whoever calls this restores them.
+    The caller restores the flags. They are set one by one: a module's own ``train()`` may do more.
     """
     for module in model.modules():
         leaf = not any(True for _ in module.children())

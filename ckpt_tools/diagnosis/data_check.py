@@ -1,12 +1,14 @@
-"""Is this the training data? What the model remembers of its inputs, against what it is about to be given.
+"""Is this the training data? The verdict compares it with what the model remembers of its inputs.
 
-Three scores in 0–1 (``reestimate.agreement``): ``early``, the first BN layers on their stored statistics, is the most
-sensitive; ``first``, the first of them, and ``deep``, all layers on batch statistics, do not add up how far the
-weights of an unfinished training have moved since the statistics were taken.
+It rests on three scores in 0–1 (see ``agreement``). ``early`` compares the first BN layers on
+their stored statistics and is the most sensitive. ``first`` (the first layer alone) and ``deep``
+(all layers) are measured on batch statistics. So they do not add up how far the weights of an
+unfinished training have moved since the statistics were taken.
 
-Of data that looks suspicious two questions are asked: would some usual training augmentation explain it (then it
-is excused), and does another preprocessing fit much better (then it is refused, and the better one named)? The
-thresholds come from ``scripts/run bench data-check``; its figures, false alarms and misses, stand in
+Of data that looks suspicious two questions are asked. Would some usual training augmentation
+explain it? Then it is excused. Does another preprocessing fit much better? Then the data is
+refused, and the message names the better one. The thresholds come from ``scripts/run bench
+data-check``; its figures, false alarms and misses, stand in
 ``scripts/bench/results/data_check.json``.
 """
 
@@ -22,50 +24,62 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.diagnosis.agreement import Agreement
+from ckpt_tools.diagnosis.augmentations import training_augmentations
 from ckpt_tools.diagnosis.data_sample import Sample, ScoredHypothesis, draw_sample
-from ckpt_tools.diagnosis.hypotheses import preprocessing_hypotheses, size_hypotheses, training_augmentations
+from ckpt_tools.diagnosis.hypotheses import preprocessing_hypotheses, size_hypotheses
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model
 from ckpt_tools.results import Walk
 
 
+# A dataclass and no tuple, because the JSON report shows the names of the scores.
 @dataclass(frozen=True)
 class AgreementScores:
-    """0 where the stored statistics are those of the data, 1 as far as it goes."""
+    """Distances between the data and the stored statistics, from 0 (none) to 1.
+
+    The module's docstring says which layers each of them compares.
+    """
 
     early: float
     first: float
     deep: float
 
     def are_below(self, bounds: AgreementScores, spare: float) -> bool:
-        """Whether no score is above its bound by more than ``spare``."""
+        """Tell whether no score exceeds its bound by more than ``spare``."""
         pairs = zip(astuple(self), astuple(bounds), strict=True)
         return all(score <= bound + spare for score, bound in pairs)
 
     def elementwise_minimum(self, other: AgreementScores) -> AgreementScores:
-        """The smaller of each."""
+        """Return the smaller of both, score by score."""
         return AgreementScores(*map(min, astuple(self), astuple(other)))
 
 
-SAMPLE_IMAGES = 256  # looked at
-UNSUSPICIOUS_SCORES = AgreementScores(early=0.12, first=0.15, deep=0.12)  # below all, nothing else is tried
-REFUSAL_SCORES = AgreementScores(early=0.22, first=0.22, deep=0.17)  # above one, with every excuse, the data is refused
-EARLY_TRAINING_MARGIN = AgreementScores(
-    early=0.15, first=0.10, deep=0.08
-)  # on top for a training that has hardly begun
-SETTLED_BATCHES = 150  # batches after which weights, and with them the statistics, move no faster than at the end
-MAX_EXCUSED_SCORE = 0.15  # an augmentation that leaves more than this of the early score explains nothing
+SAMPLE_IMAGES = 256  # how many images are looked at, and the thresholds were measured on
+# Data with all scores below these agrees, and no hypothesis is tried.
+UNSUSPICIOUS_SCORES = AgreementScores(early=0.12, first=0.15, deep=0.12)
+# Data with a score above these is refused, unless an augmentation excuses it.
+REFUSAL_SCORES = AgreementScores(early=0.22, first=0.22, deep=0.17)
+# This comes on top of them for a training that has hardly begun.
+EARLY_TRAINING_MARGIN = AgreementScores(early=0.15, first=0.10, deep=0.08)
+# After so many batches weights, and with them the statistics, move no faster than at the end.
+SETTLED_BATCHES = 150
+MAX_EXCUSED_SCORE = 0.15  # an augmentation that leaves a higher early score explains nothing
 PERFECT_FIT_SCORE = 0.06  # an early score that no other preprocessing needs to beat
-_FINAL = 3  # hypotheses, ranked on few images, that are then scored on all
+_FINALISTS = 3  # of the hypotheses, ranked on few images, so many are scored on all
 
 
 @dataclass(frozen=True)
 class DataVerdict:
     """Whether the data looks like the training data, in numbers and in a sentence.
 
-    ``scores`` is None for "none", whose ``cause`` says why nobody can tell. ``tried``: every hypothesis, best first;
-    empty where nothing was suspicious. ``layers``: the deep score, layer by layer.
+    Attributes:
+        verdict: "none" if nobody can tell.
+        cause: why the data disagrees, or why nobody can tell; empty for "agree".
+        scores: None if nobody can tell.
+        images: how many samples were compared.
+        tried: every hypothesis, best first; empty if nothing was suspicious.
+        layers: the deep score, layer by layer.
     """
 
     verdict: Literal["agree", "disagree", "none"]
@@ -77,7 +91,7 @@ class DataVerdict:
 
     @property
     def early_score(self) -> float | None:
-        """The most sensitive score."""
+        """The most sensitive score, that of the first layers."""
         return self.scores.early if self.scores else None
 
     @property
@@ -92,7 +106,7 @@ class DataVerdict:
 
 
 def refuse_unlike_training_data(verdict: DataVerdict) -> None:
-    """Raise CheckFailed if the data disagrees."""
+    """Raise CheckFailed, which ends a command with exit code 4, if the data disagrees."""
     if verdict.verdict == "disagree":
         raise CheckFailed(
             f"this does not look like the data that the model was trained on: {verdict.cause}. "
@@ -114,10 +128,10 @@ def check_data(
     images: int = SAMPLE_IMAGES,
     seed: int = 0,
 ) -> DataVerdict:
-    """Compare a sample of the data with the statistics that training left in the model, which is not changed.
+    """Compare a sample of the data with the statistics that training has left in the model.
 
-    Data that agrees costs little more than one forward of the sample; suspicious data some dozen forwards of
-    64 images that end at the third BN layer.
+    The model is not changed. Data that agrees costs little more than one forward of the sample.
+    Suspicious data costs some dozen forwards of 64 images that end at the third BN layer.
 
     Args:
         model: on its device; wrappers are looked through.
@@ -136,116 +150,150 @@ def check_data(
         DataError: NaN in a batch, a batch of one value per channel.
         ModelError: the model cannot run on a batch.
     """
-    sample = Sample(model, draw_sample(batches, images), walk, rates_known, counted, forward, seed)
+    sample = Sample(
+        model=model,
+        batches=draw_sample(batches, images),
+        walk=walk,
+        spec=spec,
+        preprocessed=preprocessed,
+        usual_size=usual_size,
+        rates_known=rates_known,
+        counted=counted,
+        forward=forward,
+        seed=seed,
+    )
     deep = sample.deep_agreement()
     scores = _scores(sample.early_agreement(), deep)
     if scores is None:
         return DataVerdict("none", deep.reason, images=deep.images)
     if scores.are_below(UNSUSPICIOUS_SCORES, _spare(deep.images)):
         return DataVerdict("agree", "", scores, deep.images, layers=deep)
-    tried = _score_hypotheses(sample, spec, preprocessed, usual_size)
-    cause = _cause(
-        sample, scores, _scores_with_augmentation(sample, scores, spec, preprocessed), deep, tried, usual_size
-    )
+    tried = _score_hypotheses(sample)
+    excused_scores = _scores_with_augmentation(sample, scores)
+    cause = _cause_of_refusal(sample, scores, excused_scores, deep, tried)
     return DataVerdict("disagree" if cause else "agree", cause, scores, deep.images, tried, deep)
 
 
 def _scores(early: Agreement, deep: Agreement) -> AgreementScores | None:
     if early.score is None or deep.score is None:
         return None
+    # The input of the first layer has passed no other BN layer.
     return AgreementScores(early.score, deep.layers[0].distance, deep.score)
 
 
 def score_bounds(batches: int | None) -> AgreementScores:
-    """What the data may score, by the number of batches the model was trained on; None: nobody counted."""
-    moving = 0.0 if batches is None else max(0.0, 1 - batches / SETTLED_BATCHES)
-    return AgreementScores(
-        *(
-            wrong + moving * more
-            for wrong, more in zip(astuple(REFUSAL_SCORES), astuple(EARLY_TRAINING_MARGIN), strict=True)
-        )
-    )
+    """Return the scores that the data may have.
+
+    Args:
+        batches: the number of batches that the model was trained on; None if nobody counted.
+    """
+    unsettled = 0.0 if batches is None else max(0.0, 1 - batches / SETTLED_BATCHES)
+    pairs = zip(astuple(REFUSAL_SCORES), astuple(EARLY_TRAINING_MARGIN), strict=True)
+    return AgreementScores(*(bound + unsettled * margin for bound, margin in pairs))
 
 
 def _spare(images: int) -> float:
-    """What thresholds that were measured on IMAGES images need on top for fewer: scores of n grow like 1/√n."""
+    """Return what comes on top of the thresholds for a sample of fewer than SAMPLE_IMAGES."""
+    # Sampling n images moves Δ and λ/√2 of a channel (see ``agreement``) by 1/√n, and so the score
+    # by 0.8 · √2/√n = 1.13/√n.
     return max(0.0, 1.13 * (1 / math.sqrt(images) - 1 / math.sqrt(SAMPLE_IMAGES)))
 
 
-def _cause(
+def _cause_of_refusal(
     sample: Sample,
     scores: AgreementScores,
-    excused: AgreementScores,
+    excused_scores: AgreementScores,
     deep: Agreement,
     tried: tuple[ScoredHypothesis, ...],
-    usual_size: tuple[int, ...] | None,
 ) -> str:
-    """Why the data is refused; empty if it is not."""
+    """Return why the data is refused; empty if it is not."""
     spare = _spare(deep.images)
-    suspicious = scores.early > UNSUSPICIOUS_SCORES.early + spare
-    if tried and suspicious and excused.early > max(PERFECT_FIT_SCORE + spare, tried[0].needed):
+    # First question: does another preprocessing fit much better than the data with any excuse?
+    is_suspicious = scores.early > UNSUSPICIOUS_SCORES.early + spare
+    if tried and is_suspicious:
         best = tried[0]
-        fit = f"the stored statistics fit {best.title} (score {best.score:.2f} against {scores.early:.2f})"
-        return f"{_describe_value_range(sample)}; {fit}: {best.advice}"
-    allowed = score_bounds(deep.batches)
-    if excused.are_below(allowed, spare):
+        if excused_scores.early > max(PERFECT_FIT_SCORE + spare, best.needed):
+            comparison = f"score {best.score:.2f} against {scores.early:.2f}"
+            fit = f"the stored statistics fit {best.title} ({comparison})"
+            return f"{_describe_value_range(sample)}; {fit}: {best.advice}"
+    # Second question: is the data too far away whatever its preprocessing?
+    bounds = score_bounds(deep.batches)
+    if excused_scores.are_below(bounds, spare):
         return ""
     worst = deep.worst
     assert worst is not None
+    measured = f"score {scores.early:.2f} in the first BN layers and {scores.deep:.2f} over all"
+    expected = f"expected below {bounds.early:.2f} and {bounds.deep:.2f}"
     return (
-        f"no usual preprocessing fits (score {scores.early:.2f} in the first BN layers and {scores.deep:.2f} over all, "
-        f"expected below {allowed.early:.2f} and {allowed.deep:.2f}; most in {worst.name}): "
-        f"another data set{_other_size(sample, usual_size)}"
+        f"no usual preprocessing fits ({measured}, {expected}; most in {worst.name}): "
+        f"another data set{_describe_size(sample)}"
     )
 
 
-def _scores_with_augmentation(
-    sample: Sample, scores: AgreementScores, spec: InputSpec | None, preprocessed: bool
-) -> AgreementScores:
-    """The scores under the training augmentation that explains the early one best, if any does."""
+def _scores_with_augmentation(sample: Sample, scores: AgreementScores) -> AgreementScores:
+    """Return the scores under the training augmentation that explains the early one best.
+
+    If none explains it, these are the ``scores`` of the data as it is.
+    """
     if not sample.batch_tensors:
         return scores
-    few = sample.small_sample
-    changes = training_augmentations(sample.concatenated_inputs, _black(sample.concatenated_inputs, spec, preprocessed))
-    found = [(score, change) for change in changes if (score := few.early_agreement(change).score) is not None]
-    if not found:
+    batch, small_sample = sample.concatenated_inputs, sample.small_sample
+    scored_changes = []
+    for change in training_augmentations(batch, _black(sample, batch)):
+        score = small_sample.early_agreement(change).score
+        if score is not None:
+            scored_changes.append((score, change))
+    if not scored_changes:
         return scores
-    _, change = min(found, key=lambda one: one[0])
-    changed = _scores(sample.early_agreement(change), sample.deep_agreement(change))
-    if changed is None or changed.early > MAX_EXCUSED_SCORE + _spare(sum(map(len, sample.batch_tensors))):
+    _, best_change = min(scored_changes, key=lambda pair: pair[0])
+    changed = _scores(sample.early_agreement(best_change), sample.deep_agreement(best_change))
+    images = sum(map(len, sample.batch_tensors))
+    if changed is None or changed.early > MAX_EXCUSED_SCORE + _spare(images):
         return scores
     return scores.elementwise_minimum(changed)
 
 
-def _black(batch: Tensor, spec: InputSpec | None, preprocessed: bool) -> Tensor:
-    """The value (C,) of a black pixel; of preprocessed floats, the lowest there is."""
-    channels = batch.shape[1]
-    if preprocessed or spec is None:
+def _black(sample: Sample, batch: Tensor) -> Tensor:
+    """Return the value (C,) of a black pixel; of preprocessed floats that is the lowest value."""
+    channels, spec = batch.shape[1], sample.spec
+    if sample.preprocessed or spec is None:
         return batch.transpose(0, 1).reshape(channels, -1).amin(1)
-    mean, std = (torch.tensor(v).expand(channels) for v in (spec.mean or (0.0,), spec.std or (1.0,)))
-    return -mean / std
+    mean, std = torch.tensor(spec.mean or (0.0,)), torch.tensor(spec.std or (1.0,))
+    return -mean.expand(channels) / std.expand(channels)
 
 
-def _score_hypotheses(
-    sample: Sample, spec: InputSpec | None, preprocessed: bool, usual_size: tuple[int, ...] | None
-) -> tuple[ScoredHypothesis, ...]:
+def _score_hypotheses(sample: Sample) -> tuple[ScoredHypothesis, ...]:
+    """Score all hypotheses, the best ones on the whole sample, and return them, best first."""
     if not sample.batch_tensors:
         return ()
-    batch, few = sample.concatenated_inputs, sample.small_sample
-    possible = [*preprocessing_hypotheses(batch, spec, preprocessed=preprocessed), *size_hypotheses(batch, usual_size)]
-    ranked = sorted(((few.score_hypothesis(one), one) for one in possible), key=lambda pair: pair[0].needed)
-    tried = [sample.score_hypothesis(one) for _, one in ranked[:_FINAL]] + [tried for tried, _ in ranked[_FINAL:]]
-    return tuple(sorted(tried, key=lambda one: one.needed))
+    batch, small_sample = sample.concatenated_inputs, sample.small_sample
+    hypotheses = [
+        *preprocessing_hypotheses(batch, sample.spec, preprocessed=sample.preprocessed),
+        *size_hypotheses(batch, sample.usual_size),
+    ]
+    # The small sample is enough for a ranking, and only the best ones cost a run of the whole one.
+    scored = [(small_sample.score_hypothesis(hypothesis), hypothesis) for hypothesis in hypotheses]
+    scored.sort(key=lambda pair: pair[0].needed)
+    results = [sample.score_hypothesis(hypothesis) for _, hypothesis in scored[:_FINALISTS]]
+    results += [result for result, _ in scored[_FINALISTS:]]
+    return tuple(sorted(results, key=lambda result: result.needed))
 
 
 def _describe_value_range(sample: Sample) -> str:
-    values = torch.stack([torch.stack(torch.aminmax(tensor)) for tensor in sample.batch_tensors])
-    return f"the values reach the model as {float(values.min()):.3g} to {float(values.max()):.3g}"
+    low = min(float(tensor.min()) for tensor in sample.batch_tensors)
+    high = max(float(tensor.max()) for tensor in sample.batch_tensors)
+    return f"the values reach the model as {low:.3g} to {high:.3g}"
 
 
-def _other_size(sample: Sample, usual_size: tuple[int, ...] | None) -> str:
-    shape = tuple(sample.batch_tensors[0].shape[1:]) if sample.batch_tensors else None
-    if shape is None or usual_size is None or shape == usual_size:
+def _describe_size(sample: Sample) -> str:
+    """Return how the size differs from the usual one, as the end of a message.
+
+    It is empty if the sizes are equal or unknown.
+    """
+    if sample.usual_size is None or not sample.batch_tensors:
         return ""
-    usual, given = ("×".join(map(str, size)) for size in (usual_size, shape))
-    return f", or another input size (the architecture usually takes {usual}, given {given})"
+    shape = tuple(sample.batch_tensors[0].shape[1:])
+    if shape == sample.usual_size:
+        return ""
+    usual_text, text = ("×".join(map(str, size)) for size in (sample.usual_size, shape))
+    return f", or another input size (the architecture usually takes {usual_text}, given {text})"

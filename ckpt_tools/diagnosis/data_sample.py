@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ckpt_tools.contract import InputSpec
 from ckpt_tools.diagnosis.agreement import Agreement, measure_agreement
-from ckpt_tools.diagnosis.hypotheses import BatchChange, Hypothesis
+from ckpt_tools.diagnosis.augmentations import BatchChange
+from ckpt_tools.diagnosis.hypotheses import Hypothesis
 from ckpt_tools.errors import ModelError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors, slice_samples
 from ckpt_tools.model.calling import Forward
@@ -17,15 +20,16 @@ from ckpt_tools.model.randomness import seed_temporarily
 from ckpt_tools.reestimate.outliers import InputFilter
 from ckpt_tools.results import Walk
 
-EARLY_LAYERS = 3
-_FEW = 64  # images
+EARLY_LAYERS = 3  # how many layers the early score compares
+_SMALL_SAMPLE_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class ScoredHypothesis:
-    """A hypothesis with its early score, 1 if the model cannot run on what it makes of the data.
+    """A hypothesis with the early score of the data as it changes it.
 
-    ``needed`` is what the data as given must score for the hypothesis to be believed.
+    The ``score`` is 1 if the model cannot run on the changed data. ``needed`` is the score that the
+    data as given must exceed for the hypothesis to be believed.
     """
 
     title: str
@@ -36,58 +40,85 @@ class ScoredHypothesis:
 
 @dataclass(frozen=True)
 class Sample:
-    """A few batches, the model they go into, and how to run it."""
+    """A few batches, what is known about them, the model that they go into, and how to run it.
+
+    Attributes:
+        model: on its device.
+        batches: ready for the model.
+        walk: of this model.
+        spec: the preprocessing in force; None where unknown.
+        preprocessed: whether the samples go to the model as they were stored.
+        usual_size: one sample's shape as the architecture usually takes it; None where unknown.
+        rates_known: whether the model's drop rates are those of the training run.
+        counted: whether the counters of the model's BN layers are those of the training run.
+        forward: ``forward(model, batch)``.
+        seed: of dropout and of the random changes.
+    """
 
     model: nn.Module
     batches: Sequence[Batch]
     walk: Walk
+    spec: InputSpec | None
+    preprocessed: bool
+    usual_size: tuple[int, ...] | None
     rates_known: bool
     counted: bool
     forward: Forward
     seed: int
 
     def early_agreement(self, change: BatchChange | None = None) -> Agreement:
-        """The first layers, on stored statistics: preprocessing and colours show here, and it costs little."""
-        return self._measure_changed(change, lambda batches: self._measure(batches, early=True))
+        """Measure the first layers, which normalise by their stored statistics.
+
+        Preprocessing and colours show there, and it costs little.
+        """
+        return self._measure(change, early=True)
 
     def deep_agreement(self, change: BatchChange | None = None) -> Agreement:
-        """All layers, on batch statistics: contents and sizes show here."""
-        return self._measure_changed(change, lambda batches: self._measure(batches, early=False))
+        """Measure all layers, which normalise by batch statistics.
+
+        The contents and the sizes of images show there.
+        """
+        return self._measure(change, early=False)
 
     def score_hypothesis(self, hypothesis: Hypothesis) -> ScoredHypothesis:
-        """The early score of a hypothesis."""
-        try:
+        """Measure the early score of the data as a hypothesis changes it."""
+        score = None
+        # The architecture may not take images of this size.
+        with contextlib.suppress(ModelError):
             score = self.early_agreement(hypothesis.change).score
-        except ModelError:  # a size that this architecture does not take, say
-            score = None
         score = 1.0 if score is None else score
-        return ScoredHypothesis(hypothesis.title, hypothesis.advice, score, score / hypothesis.enough)
+        needed = score / hypothesis.max_ratio
+        return ScoredHypothesis(hypothesis.title, hypothesis.advice, score, needed)
 
     @property
     def batch_tensors(self) -> list[Tensor]:
-        """The inputs, if every batch is one tensor (N, C, …); else nothing, and nothing can be tried."""
-        found = [input_tensors(batch) for batch in self.batches]
-        return [one[0] for one in found] if all(len(one) == 1 and one[0].ndim > 1 for one in found) else []
+        """The inputs of all batches, if each is one tensor (N, C, …).
+
+        Otherwise this is empty, and no change of the data can be tried.
+        """
+        inputs = [input_tensors(batch) for batch in self.batches]
+        if any(len(tensors) != 1 or tensors[0].ndim < 2 for tensors in inputs):
+            return []
+        return [tensors[0] for tensors in inputs]
 
     @property
     def concatenated_inputs(self) -> Tensor:
-        """All inputs of the first one's shape in one batch."""
+        """All inputs that have the shape of the first one, in one batch."""
         tensors = self.batch_tensors
-        return torch.cat([one for one in tensors if one.shape[1:] == tensors[0].shape[1:]])
+        shape = tensors[0].shape[1:]
+        return torch.cat([tensor for tensor in tensors if tensor.shape[1:] == shape])
 
     @property
     def small_sample(self) -> Sample:
         """The first images alone, to rank hypotheses with."""
-        return replace(self, batches=[self.concatenated_inputs[:_FEW]])
+        return replace(self, batches=[self.concatenated_inputs[:_SMALL_SAMPLE_IMAGES]])
 
-    def _measure_changed(self, change: BatchChange | None, run: Callable[[Iterable[Batch]], Agreement]) -> Agreement:
-        if change is None:
-            return run(self.batches)
-        with seed_temporarily(self.seed):
-            changed = [change(tensor) for tensor in self.batch_tensors]
-        return run(changed)
-
-    def _measure(self, batches: Iterable[Batch], *, early: bool) -> Agreement:
+    def _measure(self, change: BatchChange | None, *, early: bool) -> Agreement:
+        batches: Iterable[Batch] = self.batches
+        if change is not None:
+            # Every hypothesis and every call sees the same random change.
+            with seed_temporarily(self.seed):
+                batches = [change(tensor) for tensor in self.batch_tensors]
         return measure_agreement(
             self.model,
             batches,
@@ -102,14 +133,20 @@ class Sample:
 
 
 def draw_sample(batches: Iterable[Batch], images: int) -> list[Batch]:
-    """The first batches until ``images`` samples are together, the last one cut, without outliers."""
-    found: list[Batch] = []
-    usual = InputFilter()
+    """Return the first batches, with ``images`` samples in all, less those that are outliers.
+
+    The last batch is cut. Of the iterable no more batches are taken than needed.
+    """
+    sample: list[Batch] = []
+    # A single outlier can move the moments of every layer.
+    usual_inputs = InputFilter()
     for number, batch in enumerate(batches):
         size = batch_size(batch)
+        if size > images:
+            batch = slice_samples(batch, 0, images)
         if size:
-            found.append(usual.remove_outliers(batch if size <= images else slice_samples(batch, 0, images), number))
+            sample.append(usual_inputs.remove_outliers(batch, number))
         images -= size
         if images <= 0:
             break
-    return found
+    return sample

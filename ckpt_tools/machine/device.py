@@ -10,35 +10,47 @@ from ckpt_tools.errors import ModelError, UsageError
 
 
 def move_to_device(model: nn.Module, device: str) -> nn.Module:
-    """The model on its device, channels last where its weights have no more than two spatial dimensions."""
+    """Move a model to its device, in channels-last layout where that is possible.
+
+    Channels last makes convolutions over images faster. A model with tensors of more than four
+    dimensions (video, volumes) keeps its layout.
+    """
     model = model.to(device)
-    if any(tensor.ndim > 4 for tensor in (*model.parameters(), *model.buffers())):  # torch refuses those
+    # torch raises if a module with such tensors is converted.
+    if any(tensor.ndim > 4 for tensor in (*model.parameters(), *model.buffers())):
         return model
     return model.to(memory_format=torch.channels_last)
 
 
-def resolve_device(said: str, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
-    """What ``--device`` means on this machine: of several ranks each gets the GPU with its number.
+def resolve_device(option: str, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
+    """Return the device that the option ``--device`` means on this machine.
 
-    Raises UsageError, ModelError for a device that is not there.
+    Of several ranks each gets the GPU with its number.
+
+    Raises:
+        UsageError: the option is none of auto, cpu, cuda and cuda:N.
+        ModelError: this machine has no such device.
     """
-    if said == "auto":
-        said = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks.local_world > 1 and said.startswith("cuda"):
-        if said != "cuda":
+    device = option
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.local_world > 1 and device.startswith("cuda"):
+        if device != "cuda":
             raise UsageError(
-                f"--device {said}: expected auto, cpu or cuda under torchrun; each rank takes its own GPU."
+                f"--device {device}: expected auto, cpu or cuda under torchrun, where each rank "
+                "takes its own GPU. Use --device cuda."
             )
-        said = f"cuda:{ranks.local_rank}"
+        device = f"cuda:{ranks.local_rank}"
     try:
-        kind, index = torch.device(said).type, torch.device(said).index or 0
-    except RuntimeError:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:  # torch does not know the word
         kind, index = "unknown", 0
     if kind not in ("cpu", "cuda"):
-        raise UsageError(f"--device {said}: expected auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N.")
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise ModelError(
-            f"--device {said}: this machine has no such CUDA device that torch {torch.__version__} can use. "
+            f"--device {device}: this machine has no such CUDA device that torch "
+            f"{torch.__version__} can use. "
             "Use --device cpu, or install a CUDA build of torch and its driver."
         )
-    return said
+    return device

@@ -3,94 +3,121 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeGuard
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+# A tensor, a tuple or list whose first item is the input, or a mapping for ``model(**batch)``.
 Batch: TypeAlias = object
-"""A tensor, a tuple or list whose first item is the input, or a mapping for ``model(**batch)``."""
+
+
+def to_pytree(batch: Batch) -> object:
+    """Return the batch in containers that pytree knows: of mappings it knows dict alone."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _input(batch: Batch) -> object:
-    """The part of a batch that goes into the model, in containers that pytree knows."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    """Return the part of a batch that goes into the model; labels stand behind it."""
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else to_pytree(batch)
 
 
 def input_tensors(batch: Batch) -> list[Tensor]:
-    """The floating-point tensors that go into the model, in order."""
+    """Return the floating-point tensors that go into the model, in order."""
     leaves = pytree.tree_leaves(_input(batch))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of samples: the length of a list of images, else the first dimension that most tensors share.
+    """Return the number of samples.
 
-    Of equally frequent ones that of the largest tensor counts. A batch that only the caller's ``forward`` understands
-    counts as one.
+    That is the length of a list of images, else the first dimension that most tensors share. If
+    several are equally frequent, that of the largest tensor counts. A batch that only the caller's
+    ``forward`` understands counts as one sample.
     """
-    given = _input(batch)
-    if _are_images(given):
-        return len(given)
-    leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim]
-    firsts = [leaf.shape[0] for leaf in leaves]
-    best = max(leaves, key=lambda leaf: (firsts.count(leaf.shape[0]), leaf.numel()), default=None)
-    return 1 if best is None else best.shape[0]
+    inputs = _input(batch)
+    if _are_images(inputs):
+        return len(inputs)
+    leaves = pytree.tree_leaves(inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors:
+        return 1
+    sizes = [len(tensor) for tensor in tensors]
+    return len(max(tensors, key=lambda tensor: (sizes.count(len(tensor)), tensor.numel())))
 
 
-def _are_images(given: object) -> TypeGuard[Sequence[Tensor]]:
-    """Whether this is a list of images (C, H, W), as detection models take it, and not of several batched inputs."""
-    if not isinstance(given, (tuple, list)) or not given:
+# Images (C, H, W) have as many dimensions as a batch of sequences (N, T, F). They have at most four
+# channels, and a batch of so few samples is rare.
+_MAX_IMAGE_CHANNELS = 4
+
+
+def _are_images(inputs: object) -> TypeGuard[Sequence[Tensor]]:
+    """Tell whether this is a list of images (C, H, W), as detection models take it."""
+    if not isinstance(inputs, (tuple, list)) or not inputs:
         return False
-    return all(isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] <= _CHANNELS for item in given)
-
-
-_CHANNELS = 4  # of an image, at most
+    return all(isinstance(item, Tensor) and item.ndim == 3 and len(item) <= _MAX_IMAGE_CHANNELS for item in inputs)
 
 
 def slice_samples(batch: Batch, start: int, stop: int) -> Batch:
-    """The input of a batch cut to some of its samples, as a batch."""
-    given, size = _input(batch), batch_size(batch)
-    if _are_images(given):
-        return [given[start:stop]]
-
-    def cut(leaf: Tensor) -> Tensor:
-        return leaf[start:stop] if leaf.ndim and leaf.shape[0] == size else leaf
-
-    return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
+    """Return the samples from ``start`` to ``stop`` as a batch of views."""
+    return _map_samples(batch, lambda samples: samples[start:stop])
 
 
 def select_samples(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Some samples of a batch, given by their numbers, as a batch of copies."""
-    given, size = _input(batch), batch_size(batch)
-    if _are_images(given):
-        return [[given[row] for row in rows]]
+    """Return the samples with the numbers ``rows`` as a batch; its tensors are copies.
 
-    def cut(leaf: Tensor) -> Tensor:
-        return leaf[torch.tensor(rows, device=leaf.device)] if leaf.ndim and leaf.shape[0] == size else leaf
+    Images in a list are not copied.
+    """
 
-    return pytree.tree_map_only(Tensor, cut, dict(batch) if isinstance(batch, Mapping) else batch)
+    def select_rows(samples: Tensor | Sequence[Tensor]) -> object:
+        if isinstance(samples, Tensor):
+            return samples[torch.tensor(rows, device=samples.device)]
+        return [samples[row] for row in rows]
+
+    return _map_samples(batch, select_rows)
+
+
+def _map_samples(batch: Batch, select: Callable[[Any], object]) -> Batch:
+    """Apply ``select`` to the list of images, or to every tensor with one row for each sample.
+
+    Tensors of other lengths (a scalar, a mask that all samples share) stay as they are.
+    """
+    inputs, size = _input(batch), batch_size(batch)
+    if _are_images(inputs):
+        return [select(inputs)]
+
+    def select_rows(tensor: Tensor) -> object:
+        return select(tensor) if tensor.ndim and len(tensor) == size else tensor
+
+    return pytree.tree_map_only(Tensor, select_rows, to_pytree(batch))
 
 
 def iterate_inputs(batch: Batch) -> Iterator[tuple[int | None, Tensor]]:
-    """The floating-point tensors that go into the model, each with its sample if it is one of a list of images."""
+    """Yield the floating-point tensors that go into the model, each with a row.
+
+    In a list of images that is the number of the image, and each is a sample. In any other batch
+    it is None: a tensor has one row for each sample.
+    """
     tensors = input_tensors(batch)
-    listed = _are_images(_input(batch)) and len(tensors) == batch_size(batch)
-    rows = range(len(tensors)) if listed else itertools.repeat(None)
+    are_samples = _are_images(_input(batch)) and len(tensors) == batch_size(batch)
+    rows = range(len(tensors)) if are_samples else itertools.repeat(None)
     yield from zip(rows, tensors, strict=False)
 
 
 def to_device(batch: Batch, device: torch.device | str, memory_format: torch.memory_format | None = None) -> Batch:
-    """Every tensor of a batch on ``device``; those with four dimensions in ``memory_format``, if there is one."""
-    overlap = torch.device(device).type == "cuda"  # towards the CPU, a copy under way could be read too early
+    """Move every tensor of a batch to ``device``.
 
-    def move_tensor(leaf: Tensor) -> Tensor:
-        format_ = memory_format if memory_format is not None and leaf.ndim == 4 else torch.preserve_format
-        return leaf.to(device, non_blocking=overlap, memory_format=format_)
+    Tensors with four dimensions get the ``memory_format``, if there is one: torch refuses channels
+    last for other numbers of dimensions.
+    """
+    # Towards the CPU, a copy that is still under way could be read too early.
+    non_blocking = torch.device(device).type == "cuda"
 
-    plain = dict(batch) if isinstance(batch, Mapping) else batch
-    return pytree.tree_map_only(Tensor, move_tensor, plain)
+    def move_tensor(tensor: Tensor) -> Tensor:
+        if memory_format is None or tensor.ndim != 4:
+            return tensor.to(device, non_blocking=non_blocking)
+        return tensor.to(device, non_blocking=non_blocking, memory_format=memory_format)
+
+    return pytree.tree_map_only(Tensor, move_tensor, to_pytree(batch))

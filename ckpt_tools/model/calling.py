@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.model.batch import Batch
+from ckpt_tools.model.process_context import ProcessContext
 
 Forward: TypeAlias = Callable[[nn.Module, Batch], object]
 
 
 def call_model(model: nn.Module, batch: Batch) -> object:
-    """Run ``model`` on the input part of a batch; the labels that a loader may add are ignored."""
+    """Run ``model`` on the input part of a batch and return what it returns.
+
+    Labels that a loader may add are ignored. Raises DataError for a batch of any other type than
+    ``Batch`` describes.
+    """
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)) and batch:
@@ -27,72 +33,53 @@ def call_model(model: nn.Module, batch: Batch) -> object:
     if isinstance(batch, Tensor):
         return model(batch)
     raise DataError(
-        f"a batch is of type {type(batch).__name__}; expected a tensor, a tuple or list whose first item is "
-        "the input, or a dict of the model's arguments. Pass forward=lambda model, batch: … for anything else."
+        f"a batch is of type {type(batch).__name__}; expected a tensor, a tuple or list "
+        "whose first item is the input, or a dict of the model's arguments. "
+        "Pass forward=lambda model, batch: … for anything else."
     )
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The module inside any nesting of DataParallel, DistributedDataParallel and torch.compile."""
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile.
+
+    The wrappers may be nested in any way.
+    """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
+        # torch.compile keeps the module under this name.
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
             return model
 
 
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_BATCH_NORM_PARAMETERS = list(inspect.signature(F.batch_norm).parameters)
 
 
 def batch_norm_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, Any]:
-    """The arguments of a call of ``F.batch_norm`` by name, those that it uses in evaluation mode always among them."""
-    return {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(_BATCH_NORM, args, strict=False)), **kwargs}
+    """Return the arguments of a call of ``F.batch_norm`` by name.
+
+    Those that it uses in evaluation mode are always among them.
+    """
+    defaults = {"weight": None, "bias": None, "eps": 1e-5}
+    return {**defaults, **dict(zip(_BATCH_NORM_PARAMETERS, args, strict=False)), **kwargs}
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lives."""
+    """Return the device of the model's first tensor; the CPU for a model without any."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
-@contextmanager
-def force_eager() -> Iterator[None]:
-    """Compiled submodules run uncompiled: our modes see operations, not graphs.
+def force_eager() -> AbstractContextManager[None]:
+    """Within this context, compiled submodules run uncompiled.
 
-    The stance belongs to the process: where models take turns in several threads, the last to leave restores it.
+    Dispatch modes and hooks then see operations; of a compiled graph they would see one call.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
-        yield
-        return
-    _STANCE.enter()
-    try:
-        yield
-    finally:
-        _STANCE.leave()
+    # Without this module nothing can have been compiled, and setting a stance would import it.
+    return _EAGER if "torch._dynamo" in sys.modules else nullcontext()
 
 
-class _Stance:
-    """torch.compiler's stance while anybody needs it to be eager."""
-
-    def __init__(self) -> None:
-        self._lock, self._users = threading.Lock(), 0
-        self._held: AbstractContextManager[object] = nullcontext()
-
-    def enter(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._held = torch.compiler.set_stance("force_eager")
-                self._held.__enter__()
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._held.__exit__(None, None, None)
-
-
-_STANCE = _Stance()
+_EAGER = ProcessContext(lambda: torch.compiler.set_stance("force_eager"))

@@ -1,4 +1,8 @@
-"""A copy of a model that a walk may run in any mode: what the copy's forward writes, the model never sees."""
+"""A copy of a model, to be run in any mode.
+
+Training mode may write to anything that a model holds; what the copy's forward writes, the model
+never sees.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +14,45 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.model.rebinding import rebind_functions
 
+# "leaves": training mode for modules without children alone. ``record_forward`` says why.
 RecordingMode = Literal["training", "leaves", "evaluation"]
 
 
 def copy_model(model: nn.Module, *, meta: bool) -> nn.Module:
-    """A copy of the model for one forward, on meta or for real: training mode may write to anything it holds."""
+    """Return a copy of the model for one forward, on meta tensors or with copies of all contents.
 
-    def copied(tensor: Tensor) -> Tensor:
+    Parameters, buffers and the tensors among the attributes of modules are copied, so that the
+    copy's forward may write to them. Attributes that cannot be copied, such as locks and open
+    files, are shared. Parameters of the copy require no gradients.
+    """
+
+    def copy_tensor(tensor: Tensor) -> Tensor:
         return tensor.detach().to("meta") if meta else tensor.detach().clone()
 
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(copied(parameter), requires_grad=False) for parameter in model.parameters()
-    }
+    # deepcopy takes from its memo what stands there, and so uses these copies of tensors.
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(copy_tensor(parameter), requires_grad=False)
     for module in model.modules():
-        loose = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        for tensor in [*module._buffers.values(), *loose]:
+        attributes = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        for tensor in [*module._buffers.values(), *attributes]:
             if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = copied(tensor)
-    known = dict(memo)
+                memo[id(tensor)] = copy_tensor(tensor)
+    copies = dict(memo)
     try:
-        twin = copy.deepcopy(model, known)
-    except Exception:  # noqa: BLE001 - a lock or an open file among the attributes; they can be shared
-        known = memo
-        twin = _copy_by_attribute(model, known)
-    rebind_functions(twin, known)
+        twin = copy.deepcopy(model, copies)
+    except Exception:  # noqa: BLE001 - a lock or an open file among the attributes
+        copies = memo  # a copying that failed has left parts of a copy in the other
+        twin = _copy_by_attribute(model, copies)
+    # A wrapped forward or a hook would otherwise still run the original.
+    rebind_functions(twin, copies)
     return twin
 
 
 def _copy_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy that shares the attributes that cannot be copied."""
+    """Copy each module attribute by attribute, and share the attributes that cannot be copied."""
     modules = list(model.modules())
+    # All modules first: an attribute may refer to any of them.
     for module in modules:
         memo[id(module)] = type(module).__new__(type(module))
     for module in modules:
@@ -55,11 +68,16 @@ def _copy_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def set_mode(model: nn.Module, mode: RecordingMode) -> dict[int, str]:
-    """Set every module's train flag; BN layers by the identity of their running_var."""
+    """Set the ``training`` flag of every module, and return the names of BN layers.
+
+    BN layers are always in evaluation mode. Their names stand under the ``id`` of their
+    ``running_var``, by which the layer of a call of ``F.batch_norm`` can be recognised.
+    """
     layers: dict[int, str] = {}
     for name, module in model.named_modules():
         module.training = mode == "training" or (mode == "leaves" and not module._modules)
         if isinstance(module, _BatchNorm):
-            module.training = False  # not .eval(): the layer may hold drop and activation modules
+            # Not with .eval(): BN layers of timm hold drop and activation modules.
+            module.training = False
             layers.setdefault(id(module.running_var), name)
     return layers

@@ -1,4 +1,7 @@
-"""The state of what modules hold besides tensors: their classes, containers, numpy arrays, random generators."""
+"""The state of what modules hold besides tensors.
+
+That are their classes and attributes, containers, numpy arrays and random generators.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# An object of these very types is nothing but its elements. A subclass may keep more.
 _MAPPINGS = (dict, OrderedDict, defaultdict, set)
 _SEQUENCES = (list, deque)
-"""Types whose whole state are their elements. Subclasses may keep more, so they are left alone."""
 
 
 class ModuleState:
-    """The class of a module (parametrisations exchange it) and the dict of its attributes."""
+    """The class of a module and the dict of its attributes.
+
+    A parametrisation exchanges the class of its module. The contents of the dict are remembered by
+    a ``ContainerState``.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._class, self._attributes = module, type(module), vars(module)
 
     def put_back(self) -> None:
-        """Past any ``__setattr__`` of the module's own."""
+        """Put class and dict back, past any ``__setattr__`` of the module's own."""
         if type(self._module) is not self._class:
             object.__setattr__(self._module, "__class__", self._class)
         if vars(self._module) is not self._attributes:
@@ -40,20 +47,22 @@ class ContainerState:
         self._container, self._content = container, container.copy()
 
     def put_back(self) -> None:
-        """Put the same objects back."""
+        """Put the same objects back in the same order, if anything has changed."""
         container, content = self._container, self._content
         if _holds_same(container, content):
             return
+        # Cleared and filled, because the model may hold the container itself in several places.
         container.clear()
         (container.update if hasattr(container, "update") else container.extend)(content)
 
 
 def holds_model_state(container: Any) -> bool:
-    """Whether the elements of a container belong to the state of a model, so that it is to have them back.
+    """Tell whether the elements of a container belong to the state of a model.
 
-    Those of dicts and sets do: a module may remember there what it has built. A list or deque does where it holds
-    tensors or modules, as the flat weights of an RNN. Any other, and a Counter, is a log, in which a forward tells its
-    author what it has done.
+    Those of dicts and sets do: a module may remember there what it has built. Those of a list or
+    deque do if there are tensors or modules among them, such as the flat weights of an RNN. Any
+    other list, and a Counter, is taken for a log, in which a forward tells its author what it has
+    done.
     """
     if type(container) in _SEQUENCES:
         return any(isinstance(element, (Tensor, nn.Module)) for element in container)
@@ -61,7 +70,11 @@ def holds_model_state(container: Any) -> bool:
 
 
 def container_elements(thing: object) -> Iterator[object]:
-    """The elements of a container of any class, read past overridden methods; the values of a dict."""
+    """Yield the elements of a container of any class, or the values of a dict.
+
+    Anything that is no container yields nothing.
+    """
+    # A subclass may override its methods, and compute something else or raise.
     if isinstance(thing, dict):
         yield from dict.values(thing)
         return
@@ -72,29 +85,35 @@ def container_elements(thing: object) -> Iterator[object]:
 
 
 def bound_modules(function: object) -> Iterator[object]:
-    """The modules that a function would run: those it is bound to, closes over or finds among its globals.
+    """Yield the modules and functions that a function refers to, and so may run.
 
-    Functions that it wraps are yielded, too. Other things that it closes over are none of the model's: a hook may
-    collect activations for its author.
+    It may be bound to them, close over them, have them as default arguments or use them as global
+    names. Other things that it closes over do not belong to the model: a hook may collect
+    activations for its author.
     """
-    held: list[object] = []
+    references: list[object] = []
     if isinstance(function, MethodType):
-        held = [function.__self__]
+        references = [function.__self__]
     elif isinstance(function, partial):
-        held = [function.func, *function.args, *function.keywords.values()]
+        references = [function.func, *function.args, *function.keywords.values()]
     elif isinstance(function, FunctionType):
         for cell in function.__closure__ or ():
-            with suppress(ValueError):  # an empty one
-                held.append(cell.cell_contents)
-        held += function.__defaults__ or ()
-        held += (function.__kwdefaults__ or {}).values()
-        names = (function.__globals__.get(name) for name in function.__code__.co_names)
-        yield from (value for value in names if isinstance(value, nn.Module))
-    yield from (value for value in held if isinstance(value, (nn.Module, FunctionType, MethodType, partial)))
+            with suppress(ValueError):  # the cell is empty
+                references.append(cell.cell_contents)
+        references += function.__defaults__ or ()
+        references += (function.__kwdefaults__ or {}).values()
+        # Of the globals only modules: following functions would lead through whole libraries.
+        used = (function.__globals__.get(name) for name in function.__code__.co_names)
+        references += (value for value in used if isinstance(value, nn.Module))
+    kinds = (nn.Module, FunctionType, MethodType, partial)
+    yield from (value for value in references if isinstance(value, kinds))
 
 
 def _holds_same(container: Any, content: Any) -> bool:
-    """Whether both hold the very same objects in the same order; tensors do not compare as one."""
+    """Tell whether both hold the very same objects in the same order.
+
+    ``==`` would not do: that of tensors compares element by element.
+    """
     if len(container) != len(content):
         return False
     pairs = [(container, content)]
@@ -104,19 +123,20 @@ def _holds_same(container: Any, content: Any) -> bool:
 
 
 class ArrayState:
-    """The values of a numpy array."""
+    """The values of a numpy array that can be written to."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self._array, self._content = array, array.copy()
 
     def put_back(self) -> None:
-        """Nothing is written where nothing has changed."""
-        if self._array.tobytes() != self._content.tobytes():  # NaN equals itself here
+        """Put the values back; nothing is written where nothing has changed."""
+        # As bytes, because NaN does not equal itself.
+        if self._array.tobytes() != self._content.tobytes():
             self._array[...] = self._content
 
 
 class GeneratorState:
-    """Where a random generator stands."""
+    """The position of a random generator of torch, numpy or Python."""
 
     def __init__(self, generator: Any) -> None:
         get, self._set = _generator_access(generator)
@@ -127,16 +147,19 @@ class GeneratorState:
         self._set(self._state)
 
 
-_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
+_GENERATORS = (
+    *(torch.Generator, random.Random),
+    *(np.random.RandomState, np.random.Generator, np.random.BitGenerator),
+)
 
 
 def is_generator(thing: object) -> bool:
-    """Whether ``GeneratorState`` can hold its state; ``random.SystemRandom`` has none."""
+    """Tell whether this is a random generator with a state; ``random.SystemRandom`` has none."""
     return isinstance(thing, _GENERATORS) and not isinstance(thing, random.SystemRandom)
 
 
 def _generator_access(generator: Any) -> tuple[Callable[[], object], Callable[[Any], object]]:
-    """How the state of a generator is read and set."""
+    """Return two functions, which read and set the state of a generator."""
     if isinstance(generator, random.Random):
         return generator.getstate, generator.setstate
     if isinstance(generator, (torch.Generator, np.random.RandomState)):

@@ -11,8 +11,12 @@ from ckpt_tools.model.model_state import ModelState
 
 
 def overwrite_tensor(buffer: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``buffer``, wherever the buffer was made."""
-    # What was made in inference mode can only be written there; leaving that mode switches gradients on.
+    """Copy ``value`` into ``buffer``, wherever the buffer was made.
+
+    The buffer may be an inference tensor, require gradients or be expanded (``Tensor.expand``).
+    """
+    # A tensor that was made in inference mode can only be written there. For any other that mode is
+    # left, which switches gradients on; autograd refuses to write to leaves that require them.
     with torch.inference_mode(buffer.is_inference()), torch.no_grad():
         for dim in _expanded_dimensions(buffer):
             buffer, value = buffer.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
@@ -20,14 +24,21 @@ def overwrite_tensor(buffer: Tensor, value: Tensor) -> None:
 
 
 def _expanded_dimensions(tensor: Tensor) -> list[int]:
-    """Dimensions along which all elements are one place in memory, which cannot be written as many."""
+    """Return the dimensions along which all elements are the same place in memory.
+
+    torch refuses to write several values to one place.
+    """
     if tensor.layout is not torch.strided:
         return []
     return [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
 
 
 def overwrite_tensors(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second of each pair into the first: into all of them, or, if that is interrupted, into none."""
+    """Copy the second of each pair into the first: into all of them, or into none.
+
+    If anything raises on the way, an interrupt included, the tensors already written get their old
+    contents back.
+    """
     state = ModelState([target for target, _ in writes])
     try:
         for target, value in writes:

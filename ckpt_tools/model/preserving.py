@@ -1,4 +1,4 @@
-"""A caller's models and the process around them come back as they came, whatever runs in between."""
+"""Context managers that put a caller's models, and the process around them, back as they were."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ckpt_tools.model.torch_settings import preserve_torch_settings
 
 @contextmanager
 def preserve_models(*roots: object) -> Iterator[ModelState]:
-    """Afterwards models, torch's settings and the global random generators are as they were, also if it raises.
+    """Put models, torch's settings and the global random generators back as they were.
 
-    Everything that runs code of a caller's model runs within this.
+    This happens at the end of the context, also when it raises. Everything that runs code of a
+    caller's model runs within such a context.
 
     Args:
-        *roots: models, and functions that may run other models. ``ModelState`` says what belongs to a model, and what
-            it costs to remember it.
+        *roots: models, and functions that may run other models. ``ModelState`` says what belongs to
+            a model, and what it costs to remember it.
 
     Yields:
-        The state of the roots, to put them back on the way, too.
+        The state of the roots, with which they can also be put back on the way.
 
     Raises:
         ModelError: a model is not initialised yet, or could not be put back.
@@ -39,17 +40,20 @@ def preserve_models(*roots: object) -> Iterator[ModelState]:
 
 
 @contextmanager
-def preserved_evaluation_mode(model: nn.Module, *others: object) -> Iterator[None]:
-    """Evaluation mode for every module of a model; it is preserved, as are the ``others``."""
-    with preserve_models(model, *others), evaluation_mode(model):
+def preserved_evaluation_mode(model: nn.Module, *further_roots: object) -> Iterator[None]:
+    """Set every module of a model to evaluation mode, and preserve the model meanwhile.
+
+    ``further_roots`` are preserved as well; only ``model`` changes its mode.
+    """
+    with preserve_models(model, *further_roots), evaluation_mode(model):
         yield
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module; afterwards the flags are as they were.
+    """Set every module to evaluation mode; afterwards the flags are as they were.
 
-    They are set one by one: a module's own ``eval()`` may do more than that (merge weights, say).
+    Flags are set one by one: a module's own ``eval()`` may do more (merge weights, say).
     """
     flags = [(module, module.training) for module in model.modules()]
     try:

@@ -12,7 +12,10 @@ import torch
 
 @contextmanager
 def preserve_random_generators() -> Iterator[None]:
-    """All global generators come back as they were: Python's, numpy's, and torch's on every device in use."""
+    """Put all global generators back as they were at the end of the context.
+
+    That are Python's, numpy's, and torch's on the CPU and on every device in use.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(_devices_in_use()):
@@ -23,21 +26,23 @@ def preserve_random_generators() -> Iterator[None]:
 
 
 def seed_random_generators(seed: int) -> None:
-    """Start every global generator at ``seed``. torch.manual_seed would also seed devices not in use yet, for good."""
+    """Seed every global generator."""
+    # torch.manual_seed would also seed devices that are not in use yet, for good.
     torch.default_generator.manual_seed(seed)
     if _devices_in_use():
         torch.cuda.manual_seed_all(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # numpy refuses larger seeds
 
 
 def _devices_in_use() -> list[int]:
+    # To read the generators of GPUs that nobody has used would initialise CUDA.
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 @contextmanager
 def seed_temporarily(seed: int) -> Iterator[None]:
-    """Every global generator starts from ``seed``, and afterwards stands where it stood."""
+    """Seed every global generator; at the end of the context they stand where they stood before."""
     with preserve_random_generators():
         seed_random_generators(seed)
         yield

@@ -1,24 +1,27 @@
-"""Carrying out steps that put something back: all of them, whatever one of them raises."""
+"""How steps that put something back are carried out: all of them, whatever one of them raises."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-_MOST_TRIES = 3  # an interrupt can hit a step in its midst, and a second one its repetition
+# An interrupt can hit a step while it runs, and a second one can hit the repetition.
+_MAX_TRIES = 3
 
 
 def run_all_steps(steps: Iterable[Callable[[], object]]) -> None:
-    """Call every step, and call one again that was interrupted; a step must bear being called twice.
+    """Call every step, and repeat those that fail or are interrupted.
+
+    A step must work when it is called a second time.
 
     Raises:
-        BaseException: the first interrupt (anything that is no ``Exception``), else the error of the first step that
-            failed every time, once all other steps have been carried out.
+        BaseException: once all steps have been carried out: the first interrupt (anything that is
+            no ``Exception``), else the error of the first step that failed every time.
     """
     interrupt: BaseException | None = None
     failure: Exception | None = None
     for step in steps:
         error: BaseException | None = None
-        for _ in range(_MOST_TRIES):
+        for _ in range(_MAX_TRIES):
             error = _error_of(step)
             if error is None:
                 break

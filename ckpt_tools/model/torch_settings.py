@@ -1,8 +1,10 @@
-"""The settings of torch: those of the process and those of the running thread, kept while somebody else's code runs."""
+"""The settings of torch, which are put back after somebody else's code has run.
+
+Some belong to the process, the others to the running thread.
+"""
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +15,13 @@ from typing import Any
 import torch
 
 from ckpt_tools.errors import ModelError
+from ckpt_tools.model.process_context import ProcessContext
 from ckpt_tools.model.restoring import run_all_steps
 
 
 @dataclass(frozen=True)
 class TorchSetting:
-    """A setting of torch: how its value is read, and how it is set."""
+    """A setting of torch: its name for messages, and functions that read and write its value."""
 
     name: str
     read: Callable[[], object]
@@ -27,97 +30,85 @@ class TorchSetting:
 
 @contextmanager
 def preserve_torch_settings() -> Iterator[None]:
-    """Afterwards torch is set as it was before: dtypes, devices, precision, determinism, kernels, autocast, threads.
+    """Put torch's settings back as they were at the end of the context.
 
-    Settings of the process are shared by its threads: where models take turns in several of them, the first to enter
-    reads the settings, and the last to leave restores them. What this version of torch does not have is left out.
+    That are dtypes, devices, precision, determinism, kernels, autocast and threads. Some settings
+    belong to the running thread, the others to the process: see ``ProcessContext`` for models that
+    take turns in several threads. What this version of torch does not have is left out.
     """
-    own = _read(_OF_THE_THREAD)
-    _PROCESS.enter()
+    with _PROCESS, _preserve(_OF_THE_THREAD):
+        yield
+
+
+@contextmanager
+def _preserve(settings: Sequence[TorchSetting]) -> Iterator[None]:
+    values = _read(settings)
     try:
         yield
     finally:
-        try:
-            _PROCESS.leave()
-        finally:
-            _restore(own)
+        _restore(values)
+
+
+_PROCESS = ProcessContext(lambda: _preserve(_OF_THE_PROCESS))
 
 
 SettingValues = Sequence[tuple[TorchSetting, object]]
 
+# The value of a setting that torch refuses to tell. It raises where its old and its new names for
+# TF32 contradict each other. The new ones decide how torch computes, and they can still be read.
 _UNREADABLE = object()
-"""Of a setting that torch refuses to tell: it raises where its old and its new names for TF32 contradict each other.
-
-The new names, which decide how torch computes, can be read even then."""
 
 
-def _value(setting: TorchSetting) -> object:
+def _read_value(setting: TorchSetting) -> object:
     try:
         return setting.read()
+    # AttributeError: this version of torch does not have the setting.
     except (AttributeError, RuntimeError, Warning):
         return _UNREADABLE
 
 
-def _read(kept: Sequence[TorchSetting]) -> SettingValues:
-    return [(setting, _value(setting)) for setting in kept]
+def _read(settings: Sequence[TorchSetting]) -> SettingValues:
+    return [(setting, _read_value(setting)) for setting in settings]
 
 
 def _restore(values: SettingValues) -> None:
-    """Write the settings that have changed. The order counts: one setting of a precision changes others."""
-    run_all_steps(partial(_restore_one, setting, value) for setting, value in values)
+    """Write the settings that have changed, in order: one setting of a precision changes others."""
+    run_all_steps(partial(_restore_setting, setting, value) for setting, value in values)
 
 
-def _restore_one(setting: TorchSetting, value: object) -> None:
-    if value is _UNREADABLE or _value(setting) == value:
+def _restore_setting(setting: TorchSetting, value: object) -> None:
+    if value is _UNREADABLE or _read_value(setting) == value:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of old names for TF32, which the caller has not used
+        # torch warns of old names for TF32, which the caller has not used.
+        warnings.simplefilter("ignore")
         try:
             setting.write(value)
         except RuntimeError as error:  # torch.backends.disable_global_flags() forbids it
             raise ModelError(
-                f"torch's {setting.name}: expected to set it back to {value}, but torch refuses: {error} "
-                "Start a new process, and keep the model from changing settings for good."
+                f"torch's {setting.name}: expected to set it back to {value}, but torch refuses: "
+                f"{error} Start a new process, and keep the model from changing settings for good."
             ) from error
 
 
-class _ProcessSettings:
-    """The settings of the process, while anybody may change them."""
-
-    def __init__(self) -> None:
-        self._lock, self._users = threading.Lock(), 0
-        self._before: SettingValues = ()
-
-    def enter(self) -> None:
-        with self._lock:
-            if not self._users:
-                self._before = _read(_OF_THE_PROCESS)
-            self._users += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            try:
-                if self._users == 1:
-                    _restore(self._before)
-            finally:
-                self._users -= 1
-
-
-_PROCESS = _ProcessSettings()
-
-
 def _attribute(path: str) -> TorchSetting:
-    """An attribute of a module of torch, such as ``backends.cudnn.benchmark``."""
+    """Return the setting that is an attribute, such as ``backends.cudnn.benchmark``."""
     *parents, name = path.split(".")
 
     def owner() -> Any:
         return reduce(getattr, parents, torch)
 
-    return TorchSetting(path, lambda: getattr(owner(), name), lambda value: setattr(owner(), name, value))
+    def write(value: object) -> None:
+        setattr(owner(), name, value)
+
+    return TorchSetting(path, lambda: getattr(owner(), name), write)
 
 
 def _pair(getter: str, setter: str) -> TorchSetting:
-    """Two functions of torch, given by their paths; they may be missing."""
+    """Return the setting behind two functions of torch, given by their paths.
+
+    They are looked up late, because this version of torch may not have them.
+    """
 
     def function(path: str) -> Any:
         return reduce(getattr, path.split("."), torch)
@@ -126,12 +117,17 @@ def _pair(getter: str, setter: str) -> TorchSetting:
 
 
 def _pair_of_tuples(name: str, getters: Sequence[Callable[[], object]], setter: Callable[..., object]) -> TorchSetting:
-    """A setting of several values, which one function sets together."""
-    return TorchSetting(name, lambda: tuple(getter() for getter in getters), lambda values: setter(*values))
+    """Return a setting of several values, which one function sets together."""
+
+    def read() -> object:
+        return tuple(getter() for getter in getters)
+
+    return TorchSetting(name, read, lambda values: setter(*values))
 
 
 def _reductions(dtype: str) -> TorchSetting:
-    """Whether matrix products may add up in ``dtype``: in newer torch a pair, of which the attribute tells one."""
+    """Return whether matrix products may add up in ``dtype``."""
+    # In newer torch the value is a pair, of which the attribute tells only one.
     name = f"allow_{dtype}_reduced_precision_reduction"
     return TorchSetting(
         f"backends.cuda.matmul.{name}",
@@ -156,13 +152,15 @@ def _autocast(device: str) -> tuple[TorchSetting, TorchSetting]:
 
 
 def _default_device() -> object:
-    """What ``torch.set_default_device`` has set; ``torch.get_default_device`` would also tell of ``with device:``."""
+    """Return what ``torch.set_default_device`` has set."""
+    # torch.get_default_device would also tell of the caller's own ``with device:``.
     context: Any = torch._GLOBAL_DEVICE_CONTEXT
     mode = getattr(context, "device_context", None)
     return None if mode is None else mode.device
 
 
 def _current_device() -> int | None:
+    # The question itself would initialise CUDA.
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
@@ -176,11 +174,14 @@ def _set_sparse_checks(enabled: bool) -> None:
     (checks.enable if enabled else checks.disable)()
 
 
-_OF_THE_PROCESS = (
+_OF_THE_PROCESS: Sequence[TorchSetting] = (
     _pair("get_default_dtype", "set_default_dtype"),
     _pair_of_tuples(
         "deterministic algorithms",
-        (torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled),
+        (
+            torch.are_deterministic_algorithms_enabled,
+            torch.is_deterministic_algorithms_warn_only_enabled,
+        ),
         lambda enabled, warn_only: torch.use_deterministic_algorithms(enabled, warn_only=warn_only),
     ),
     _attribute("utils.deterministic.fill_uninitialized_memory"),
@@ -191,13 +192,20 @@ _OF_THE_PROCESS = (
     ),
     _pair("is_warn_always_enabled", "set_warn_always"),
     TorchSetting(
-        "checks of sparse tensors", torch.sparse.check_sparse_tensor_invariants.is_enabled, _set_sparse_checks
+        "checks of sparse tensors",
+        torch.sparse.check_sparse_tensor_invariants.is_enabled,
+        _set_sparse_checks,
     ),
     _pair(
-        "__future__.get_overwrite_module_params_on_conversion", "__future__.set_overwrite_module_params_on_conversion"
+        "__future__.get_overwrite_module_params_on_conversion",
+        "__future__.set_overwrite_module_params_on_conversion",
     ),
-    _pair("__future__.get_swap_module_params_on_conversion", "__future__.set_swap_module_params_on_conversion"),
-    # The old names of TF32 come first, as setting them sets new ones, too; then from all backends to single operators.
+    _pair(
+        "__future__.get_swap_module_params_on_conversion",
+        "__future__.set_swap_module_params_on_conversion",
+    ),
+    # The old names of TF32 come first, because setting them sets new ones, too. Then the order is
+    # from all backends to single operators.
     _pair("get_float32_matmul_precision", "set_float32_matmul_precision"),
     _attribute("backends.cuda.matmul.allow_tf32"),
     _attribute("backends.cudnn.allow_tf32"),
@@ -228,12 +236,15 @@ _OF_THE_PROCESS = (
     _pair("backends.cuda.mem_efficient_sdp_enabled", "backends.cuda.enable_mem_efficient_sdp"),
     _pair("backends.cuda.math_sdp_enabled", "backends.cuda.enable_math_sdp"),
     _pair("backends.cuda.cudnn_sdp_enabled", "backends.cuda.enable_cudnn_sdp"),
-    _pair("backends.cuda.fp16_bf16_reduction_math_sdp_allowed", "backends.cuda.allow_fp16_bf16_reduction_math_sdp"),
+    _pair(
+        "backends.cuda.fp16_bf16_reduction_math_sdp_allowed",
+        "backends.cuda.allow_fp16_bf16_reduction_math_sdp",
+    ),
     _pair("backends.cuda.preferred_linalg_library", "backends.cuda.preferred_linalg_library"),
     _pair("backends.cuda.preferred_blas_library", "backends.cuda.preferred_blas_library"),
 )
 
-_OF_THE_THREAD = (
+_OF_THE_THREAD: Sequence[TorchSetting] = (
     _pair("is_grad_enabled", "set_grad_enabled"),
     _pair("get_num_threads", "set_num_threads"),
     _pair("is_autocast_cache_enabled", "set_autocast_cache_enabled"),

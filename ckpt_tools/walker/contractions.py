@@ -1,4 +1,9 @@
-"""Which operations multiply activations with a weight, and how the weight's dimensions map inputs to units."""
+"""The operations that multiply activations with a weight.
+
+A convolution or a matrix product sums products of its two factors. This module knows where the
+factors and the bias stand among the arguments, and how the dimensions of a weight map inputs to
+units (output channels or neurons).
+"""
 
 from __future__ import annotations
 
@@ -11,41 +16,46 @@ from torch._ops import OpOverload
 
 from ckpt_tools.results import Geometry
 
-_ATEN = torch.ops.aten
-_PRODUCTS = {
-    _ATEN.mm.default: (0, 1),
-    _ATEN.addmm.default: (1, 2),
-    _ATEN.bmm.default: (0, 1),
-    _ATEN.baddbmm.default: (1, 2),
-}
-"""Matrix products and the positions of their two factors; a bias stands in front of them."""
-
 
 @dataclass(frozen=True)
 class Contraction:
-    """Where an operation that sums products has its two factors and its bias, as positions among its arguments.
+    """Where an operation that sums products has its factors and its bias among its arguments.
 
-    Of a convolution the second factor is the weight; of a matrix product it may be either.
+    The second factor of a convolution is its weight. In a matrix product either may be the weight.
     """
 
     factors: tuple[int, int]
     bias: int | None
 
 
-def contraction(func: OpOverload) -> Contraction | None:
-    """The factors of a convolution or a matrix product; None for any other operation."""
-    if func is _ATEN.convolution.default:
-        return Contraction((0, 1), 2)
-    if func in _PRODUCTS:
-        first, second = _PRODUCTS[func]
-        return Contraction((first, second), 0 if first == 1 else None)
-    return None
+_ATEN = torch.ops.aten
+# The "add" forms of the matrix products take the bias as their first argument.
+_CONTRACTIONS: dict[OpOverload | None, Contraction] = {
+    _ATEN.convolution.default: Contraction((0, 1), bias=2),
+    _ATEN.mm.default: Contraction((0, 1), bias=None),
+    _ATEN.bmm.default: Contraction((0, 1), bias=None),
+    _ATEN.addmm.default: Contraction((1, 2), bias=0),
+    _ATEN.baddbmm.default: Contraction((1, 2), bias=0),
+}
+
+
+def contraction(func: OpOverload | None) -> Contraction | None:
+    """Return the positions of the factors of a convolution or matrix product.
+
+    Any other operation, and a leaf of the graph (``func`` is None), gives None.
+    """
+    return _CONTRACTIONS.get(func)
 
 
 def weight_geometry(func: OpOverload, args: Sequence[Any]) -> Geometry:
-    """How the weight of a contraction maps inputs to units."""
+    """Return how the weight of a contraction maps inputs to units, given the operation's arguments.
+
+    Matrix products have the geometry "linear", which is the default.
+    """
     if func is not _ATEN.convolution.default:
         return Geometry()
+    # aten::convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding,
+    # groups) serves every number of spatial dimensions, transposed or not.
     stride, dilation, transposed, groups = args[3], args[5], args[6], args[8]
     if not transposed:
         return Geometry("convolution", groups)

@@ -1,4 +1,8 @@
-"""The walk: BN layers in order of execution, dropout sites, and which layer lies behind which site."""
+"""The walk: BN layers in order of execution, dropout sites, and which lies behind which.
+
+A BN layer behind an active dropout site has seen noisy inputs in training, so its running variance
+is one of noisy inputs. Only such layers need a correction.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +20,32 @@ from ckpt_tools.model.model_copy import RecordingMode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
-from ckpt_tools.walker.forward_recording import ForwardRecord, InactiveSitePolicy, record_forward
+from ckpt_tools.walker.forward_recording import ForwardCall, InactiveSitePolicy, record_forward
+from ckpt_tools.walker.taint import ForwardRecord
 from ckpt_tools.walker.weights import weight_layers
 
 
 def walk(
-    model: nn.Module, example_input: Batch, *, probe: nn.Module | None = None, forward: Forward = call_model
+    model: nn.Module,
+    example_input: Batch,
+    *,
+    probe: nn.Module | None = None,
+    forward: Forward = call_model,
 ) -> Walk:
     """Find the dropout sites and BN layers of a model, and which BN layers lie behind which site.
 
-    A BN layer is downstream of a site if its input changes when the site injects noise: one recorded forward
-    in training mode (BN layers in evaluation mode) follows the dataflow from every operation that draws random
-    numbers. A second one with all rates above zero shows what inactive sites could reach, a third one in
-    evaluation mode which layers are reached at all. ``model`` is not changed.
+    A BN layer is downstream of a site if its input changes when the site injects noise. The model
+    is run three times. A forward in training mode (BN layers in evaluation mode) follows the
+    dataflow from every operation that draws random numbers. A second one with all rates above zero
+    shows what inactive sites could reach. A third one in evaluation mode shows which layers are
+    reached at all. ``model`` is not changed.
 
     Args:
         model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
-        example_input: a batch: tensor, tuple or list whose first item is the input, or dict of arguments.
-        probe: the same architecture with every drop rate above zero, where the constructor leaves sites out
-            at rate zero (timm's DropPath).
+        example_input: a batch: tensor, tuple or list whose first item is the input, or dict of
+            arguments.
+        probe: the same architecture with every drop rate above zero, where the constructor leaves
+            sites out at rate zero (timm's DropPath).
         forward: how to run the model on a batch, ``forward(model, batch)``.
 
     Raises:
@@ -53,136 +64,151 @@ def walk_preserved_model(
     probe: nn.Module | None = None,
     forward: Forward = call_model,
 ) -> Walk:
-    """The walk of a model that a caller preserves already, whose ``state`` each recorded forward starts from.
+    """Walk a model that a caller already preserves; every forward starts from its ``state``.
 
-    Arguments and errors as in ``walk``.
+    Arguments and errors are those of ``walk``.
     """
     _refuse_scripted(model)
-    evaluated = _record(model, example_input, forward, "evaluation", state)
-    mode, trained = _record_training(model, example_input, forward, state)
-    possible = _possible([probe, model], example_input, forward, mode, state) or trained
+    call = ForwardCall(example_input, forward, state)
+    evaluation = _record(model, call, "evaluation")
+    mode, training = _record_training(model, call)
+    probing = _record_active_sites([probe, model], call, mode) or training
 
-    active = trained.sites
-    dormant = {name: DropoutSite(name, site.op, 0.0) for name, site in possible.sites.items() if name not in active}
-    order = [*evaluated.inputs, *(name for name in trained.inputs if name not in evaluated.inputs)]
-    layers, left_alone = _survey(model)
-    for name in [name for name in layers if name in evaluated.called and name not in evaluated.inputs]:
-        module, _ = layers.pop(name)
-        reason = "normalises without torch.nn.functional.batch_norm, so its variance cannot be measured"
-        left_alone.append(LeftAlone(name, f"{type(module).__name__}: {reason}"))
-    ranked = sorted(layers, key=lambda name: order.index(name) if name in order else len(order))
+    # The probe may have sites that the model lacks: at rate zero, timm builds no DropPath.
+    inactive_names = [name for name in probing.sites if name not in training.sites]
+    inactive_sites = [DropoutSite(name, probing.sites[name].op, 0.0) for name in inactive_names]
+    layers, left_alone = _find_normalisers(model)
+    # The variance is measured where F.batch_norm is called, and nowhere else.
+    for name in [*layers]:
+        if name in evaluation.called and name not in evaluation.inputs:
+            kind = type(layers.pop(name)[0]).__name__
+            reason = "normalises without F.batch_norm, so its variance cannot be measured"
+            left_alone.append(LeftAlone(name, f"{kind}: {reason}"))
+    # Layers that no forward reaches come last, in the order of the model's modules.
+    executed = list(dict.fromkeys([*evaluation.inputs, *training.inputs]))
+    position = {name: index for index, name in enumerate(executed)}
+    names = sorted(layers, key=lambda name: position.get(name, len(position)))
     return Walk(
-        batch_norms=tuple(_layer(name, layers[name], trained, possible, evaluated) for name in ranked),
-        dropout_sites=(*active.values(), *dormant.values()),
-        weights=weight_layers(trained.graph, model),
+        batch_norms=tuple(_batch_norm_layer(name, layers[name], training, probing, evaluation) for name in names),
+        dropout_sites=(*training.sites.values(), *inactive_sites),
+        weights=weight_layers(training.graph, model),
         left_alone=tuple(left_alone),
-        device=trained.device,
+        device=training.device,
         containers_trained=mode == "training",
-        bytes_per_sample=_bytes_per_sample(evaluated, example_input),
+        bytes_per_sample=_bytes_per_sample(evaluation, example_input),
     )
 
 
 def record_training_forward(model: nn.Module, example_input: Batch, forward: Forward = call_model) -> ForwardRecord:
-    """One recorded forward with dropout on; of the leaf modules only where the whole model cannot be in training mode.
+    """Record one forward with dropout on.
 
-    Raises ModelError.
+    Where the whole model cannot be in training mode, only its leaf modules are. Raises ModelError.
     """
     _refuse_scripted(model)
     with preserve_models(model, forward) as state:
-        return _record_training(model, example_input, forward, state)[1]
+        return _record_training(model, ForwardCall(example_input, forward, state))[1]
 
 
-def _layer(
+def _batch_norm_layer(
     name: str,
-    modules: tuple[_BatchNorm, list[str]],
-    trained: ForwardRecord,
-    possible: ForwardRecord,
-    evaluated: ForwardRecord,
+    module_and_aliases: tuple[_BatchNorm, list[str]],
+    training: ForwardRecord,
+    probing: ForwardRecord,
+    evaluation: ForwardRecord,
 ) -> BatchNormLayer:
-    module, aliases = modules
-    behind = trained.inputs.get(name, frozenset())
-    could = possible.inputs.get(name, frozenset()) - behind - set(trained.sites)
+    module, aliases = module_and_aliases
+    sites = training.inputs.get(name, frozenset())
+    further_sites = probing.inputs.get(name, frozenset()) - sites - set(training.sites)
     return BatchNormLayer(
         name=name,
         kind=type(module).__name__,
         channels=module.num_features,
-        reached=name in evaluated.inputs,
-        downstream_of=tuple(site for site in trained.sites if site in behind),
-        potentially_downstream_of=tuple(site for site in possible.sites if site in could),
+        reached=name in evaluation.inputs,
+        downstream_of=tuple(site for site in training.sites if site in sites),
+        potentially_downstream_of=tuple(site for site in probing.sites if site in further_sites),
         aliases=tuple(aliases),
     )
 
 
 def _refuse_scripted(model: nn.Module) -> None:
-    """Raise ModelError for TorchScript, whose operations cannot be recorded."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(f"{name or type(module).__name__}: TorchScript cannot be walked. Load the Python model.")
+            name = name or type(module).__name__
+            raise ModelError(f"{name}: TorchScript cannot be walked. Load the Python model.")
 
 
-def _record_training(
-    model: nn.Module, batch: Batch, forward: Forward, state: ModelState
-) -> tuple[RecordingMode, ForwardRecord]:
-    """The record with dropout on, and in which mode the model could be run."""
+def _record_training(model: nn.Module, call: ForwardCall) -> tuple[RecordingMode, ForwardRecord]:
+    """Record a forward with dropout on; return it with the mode in which the model could be run.
+
+    Detection models demand targets when the outermost module is in training mode. Then only the
+    leaf modules are set to it. If that fails, too, the first error is raised.
+    """
     try:
-        return "training", _record(model, batch, forward, "training", state)
+        return "training", _record(model, call, "training")
     except ModelError:
         with contextlib.suppress(ModelError):
-            return "leaves", _record(model, batch, forward, "leaves", state)
+            return "leaves", _record(model, call, "leaves")
         raise
 
 
-def _record(model: nn.Module, batch: Batch, forward: Forward, mode: RecordingMode, state: ModelState) -> ForwardRecord:
+def _record(model: nn.Module, call: ForwardCall, mode: RecordingMode) -> ForwardRecord:
     try:
-        return record_forward(model, batch, forward, mode, state)
+        return record_forward(model, call, mode)
     except CkptToolsError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}: a forward in {mode} mode failed: {type(error).__name__}: {error}. "
+            f"{type(model).__name__}: a forward in {mode} mode failed: "
+            f"{type(error).__name__}: {error}. "
             "Expected the model to run on the example input; check its shape (--input-size)."
         ) from error
 
 
-def _possible(
-    models: Sequence[nn.Module | None], batch: Batch, forward: Forward, mode: RecordingMode, state: ModelState
+def _record_active_sites(
+    models: Sequence[nn.Module | None], call: ForwardCall, mode: RecordingMode
 ) -> ForwardRecord | None:
-    """The record with every rate above zero, of the first model that runs like that; None if none does."""
+    """Record a forward with every drop rate above zero.
+
+    The first model that runs like that is taken; if none does, the result is None.
+    """
     for model in models:
-        for attributes in (True, False):  # a zero that is no rate may stand under a name like drop_tokens
-            if model is None:
-                continue
+        if model is None:
+            continue
+        # The second try leaves attributes alone: a name such as drop_tokens may hold a zero that
+        # is no rate, and a forward with another value there fails.
+        for set_attributes in (True, False):
+            policy = InactiveSitePolicy(run=True, set_attributes=set_attributes)
             with contextlib.suppress(Exception):
-                return record_forward(
-                    unwrap_model(model),
-                    batch,
-                    forward,
-                    mode,
-                    state,
-                    InactiveSitePolicy(alive=True, attributes=attributes),
-                )
+                return record_forward(unwrap_model(model), call, mode, policy)
     return None
 
 
-def _bytes_per_sample(evaluated: ForwardRecord, batch: Batch) -> int:
-    samples = batch_size(batch) if evaluated.device == "meta" else min(2, batch_size(batch))
-    return evaluated.peak_bytes // max(1, samples)
+def _bytes_per_sample(evaluation: ForwardRecord, batch: Batch) -> int:
+    samples = batch_size(batch)
+    if evaluation.device != "meta":  # a real forward has seen two samples at most
+        samples = min(2, samples)
+    return evaluation.peak_bytes // max(1, samples)
 
 
-def _survey(model: nn.Module) -> tuple[dict[str, tuple[_BatchNorm, list[str]]], list[LeftAlone]]:
-    """BN layers with running statistics by first name with their aliases, and normalisers left alone."""
+def _find_normalisers(
+    model: nn.Module,
+) -> tuple[dict[str, tuple[_BatchNorm, list[str]]], list[LeftAlone]]:
+    """Return the BN layers with running statistics, and the normalisers that are left alone.
+
+    Each layer stands under its first name, with the other names that it has.
+    """
     layers: dict[str, tuple[_BatchNorm, list[str]]] = {}
     first_names: dict[int, str] = {}
     left_alone = []
     for name, module in model.named_modules(remove_duplicate=False):
         variance = module._buffers.get("running_var")
-        # Modules that share their running variance are one layer, as is one module under several names.
-        first = first_names.setdefault(id(module) if variance is None else id(variance), name)
-        if first != name:
-            if first in layers:
-                layers[first][1].append(name)
+        # Modules that share their running variance are one layer, as is a module with two names.
+        first_name = first_names.setdefault(id(module if variance is None else variance), name)
+        if first_name != name:
+            if first_name in layers:
+                layers[first_name][1].append(name)
             continue
-        reason = _reason_to_leave(module)
+        reason = _reason_left_alone(module)
         if reason:
             left_alone.append(LeftAlone(name, f"{type(module).__name__}: {reason}"))
         elif isinstance(module, _BatchNorm):
@@ -190,10 +216,11 @@ def _survey(model: nn.Module) -> tuple[dict[str, tuple[_BatchNorm, list[str]]], 
     return layers, left_alone
 
 
-def _reason_to_leave(module: nn.Module) -> str:
-    variance = module._buffers.get("running_var")
-    if isinstance(module, _BatchNorm):
-        return (
-            "" if variance is not None else "keeps no running statistics; it uses those of the batch at test time too"
-        )
-    return "" if variance is None else "no BatchNorm; its statistics are constants or mean something else"
+def _reason_left_alone(module: nn.Module) -> str:
+    """Return why a normaliser is left alone; empty for BN layers and for all other modules."""
+    has_statistics = module._buffers.get("running_var") is not None
+    if isinstance(module, _BatchNorm) and not has_statistics:
+        return "keeps no running statistics; it uses those of the batch at test time too"
+    if has_statistics and not isinstance(module, _BatchNorm):
+        return "no BatchNorm; its statistics are constants or mean something else"
+    return ""

@@ -1,7 +1,7 @@
 """Dropout sites: which operations inject noise, at which rate, and under which name.
 
-No list of module classes decides this. A site is wherever an operation draws random numbers during a forward
-in training mode; the calls of ``torch.nn.functional`` are read for their rate only.
+No list of module classes decides this. A site is wherever an operation draws random numbers during
+a forward in training mode. The calls of ``torch.nn.functional`` are only read for their rate.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverload
 
+# Functions with the arguments (input, p, training, …) that return their input when not training.
 DROPOUT_FUNCTIONS: dict[Callable[..., object], str] = {
     F.dropout: "dropout",
     F.dropout1d: "dropout1d",
@@ -34,16 +35,16 @@ DROPOUT_FUNCTIONS: dict[Callable[..., object], str] = {
     torch.feature_alpha_dropout: "feature_alpha_dropout",
     torch.feature_alpha_dropout_: "feature_alpha_dropout",
 }
-"""Functions with arguments (input, p, training, …) that return their input when not training."""
 
-PROBE_RATE = 0.5  # the rate given to sites that are switched off, to see what they would reach
+PROBE_RATE = 0.5  # sites that are switched off run at this rate, to see what they would reach
+# Under these names modules keep their rate: ``p`` in nn.Dropout, ``drop_prob`` in timm's DropPath.
 _RATE_ATTRIBUTES = ("p", "drop_prob", "drop_rate", "dropout", "prob")
 _PROBABILITY_ARGUMENTS = ("p", "dropout_p")
 
 
 @dataclass(frozen=True)
 class DropoutCall:
-    """One call of a function in DROPOUT_CALLS with its arguments sorted out."""
+    """One call of a function in DROPOUT_FUNCTIONS, with the arguments that matter by name."""
 
     op: str
     input: torch.Tensor
@@ -54,93 +55,114 @@ class DropoutCall:
 def parse_dropout_call(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> DropoutCall | None:
-    """Read a call of the dropout family; None if ``func`` is something else."""
+    """Read the arguments of a dropout function; return None if ``func`` is another function."""
     op = DROPOUT_FUNCTIONS.get(func)
     if op is None:
         return None
-    defaults = {"p": 0.5, "training": func not in (F.alpha_dropout, F.feature_alpha_dropout)}
-    given = {**defaults, **dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
-    given.setdefault("p", given.get("dropout_p", 0.5))
-    given["training"] = given.get("train", given["training"])
-    tensor = given["input"]
+    # These two drop nothing unless they are called with training=True; the others drop by default.
+    training: object = func not in (F.alpha_dropout, F.feature_alpha_dropout)
+    arguments = {"p": 0.5, "training": training}
+    arguments |= dict(zip(("input", "p", "training"), args, strict=False)) | dict(kwargs)
+    training = arguments.get("train", arguments["training"])  # torch.dropout calls it "train"
+    tensor = arguments["input"]
     assert isinstance(tensor, torch.Tensor)
-    return DropoutCall(op, tensor, float(given["p"]), bool(given["training"]))  # type: ignore[arg-type]
+    return DropoutCall(op, tensor, float(arguments["p"]), bool(training))  # type: ignore[arg-type]
 
 
 def disable_attention_dropout(
     func: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with which attention drops nothing; those of any other function as they are."""
+    """Return arguments with which an attention function drops nothing.
+
+    The arguments of any other function come back as they are. Attention needs this because it
+    applies dropout inside, without a call of a function in DROPOUT_FUNCTIONS.
+    """
     if func is F.scaled_dot_product_attention:
-        return args[:4], {**dict(zip(_ATTENTION, args[4:], strict=False)), **kwargs, "dropout_p": 0.0}
+        by_name = dict(zip(("dropout_p", "is_causal"), args[4:], strict=False))
+        return args[:4], {**by_name, **kwargs, "dropout_p": 0.0}  # query, key, value, mask
     if func is F.multi_head_attention_forward and len(args) <= _MHA_TRAINING:
         return args, {**kwargs, "training": False}
     return args, kwargs
 
 
-_ATTENTION = ("dropout_p", "is_causal")  # positional arguments behind query, key, value and mask
-_MHA_TRAINING = list(inspect.signature(F.multi_head_attention_forward).parameters).index("training")
+# A call that passes so many arguments by position has passed ``training`` among them.
+_MHA_PARAMETERS = inspect.signature(F.multi_head_attention_forward).parameters
+_MHA_TRAINING = list(_MHA_PARAMETERS).index("training")
 
 
 def draws_random_numbers(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-    """Whether this operation, called like this, makes random numbers."""
+    """Tell whether this operation, called with these arguments, makes random numbers.
+
+    torch tags its random operations. Dropout that is off, at rate 0 or with ``train=False``, and a
+    Bernoulli draw with the probability 0 or 1 have only one possible outcome and do not count.
+    """
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    arguments = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
+    names = (argument.name for argument in func._schema.arguments)
+    arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
     if arguments.get("train") is False:
         return False
     certain = (0.0, 1.0) if "bernoulli" in func._schema.name else (0.0,)
-    return all(arguments.get(name) not in certain for name in _PROBABILITY_ARGUMENTS if name in arguments)
+    probabilities = [arguments[name] for name in _PROBABILITY_ARGUMENTS if name in arguments]
+    return not any(probability in certain for probability in probabilities)
 
 
 def module_drop_rate(module: nn.Module | None) -> float | None:
-    """The drop rate that a module keeps among its attributes; None if it keeps none above zero."""
+    """Return the drop rate that a module keeps among its attributes; None if none is above zero."""
     for attribute in _RATE_ATTRIBUTES:
         value = getattr(module, attribute, None)
+        # True is an int in Python, but a flag named ``dropout`` is no rate of 1.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
             return float(value)
     return None
 
 
 def bernoulli_drop_rate(func: OpOverload, args: Sequence[object]) -> float | None:
-    """The drop rate that follows from the keep probability of a Bernoulli draw; None for any other operation."""
+    """Return 1 − p of a Bernoulli draw with the keep probability p; None for other operations."""
     if "bernoulli" in func._schema.name and len(args) > 1 and isinstance(args[1], float):
         return 1.0 - args[1]
     return None
 
 
 def activate_dropout(model: nn.Module) -> None:
-    """Give every drop rate that is zero, wherever a module of ``model`` keeps one, the value ALIVE.
+    """Set every drop rate of zero that a module of ``model`` keeps to PROBE_RATE.
 
-    Brings to life sites that a forward hides behind ``if self.drop_rate > 0``. Changes ``model``.
+    This brings sites to life that a forward hides behind ``if self.drop_rate > 0``. It changes
+    ``model``, so pass a copy.
     """
     for module in model.modules():
-        leaf = not any(True for _ in module.children()) and not module._parameters
+        is_leaf = not any(True for _ in module.children()) and not module._parameters
         for name, value in vars(module).items():
-            is_rate = "drop" in name or (leaf and name == "p")
+            # ``p`` is the drop rate of a layer such as nn.Dropout; elsewhere it may mean anything.
+            is_rate = "drop" in name or (is_leaf and name == "p")
             if is_rate and type(value) in (int, float) and value == 0:
+                # A module's own __setattr__ may do more than to store the value, or refuse it.
                 object.__setattr__(module, name, PROBE_RATE)
 
 
 def ignores_input_values(func: OpOverload) -> bool:
-    """Whether the output depends on the shape of the input alone, as with ``zeros_like`` and ``new_empty``."""
+    """Tell whether the output depends only on the input's shape (``zeros_like``, ``new_empty``)."""
     name = func._schema.name.removeprefix("aten::")
     return name.endswith("_like") or name.startswith("new_")
 
 
 class HostRandomness:
-    """Notices draws from Python's and numpy's global generators, which no tensor operation shows."""
+    """Notices draws from Python's and numpy's global generators, which no tensor operation shows.
+
+    Both are Mersenne Twisters. Comparing their positions is cheaper than comparing whole states,
+    and it happens before every operation.
+    """
 
     def __init__(self) -> None:
-        self._seen = self._position()
+        self._position = self._read_position()
 
     def has_advanced(self) -> bool:
-        """Whether anything was drawn since the last call."""
-        before, self._seen = self._seen, self._position()
-        return before != self._seen
+        """Tell whether anything has been drawn since the last call."""
+        before, self._position = self._position, self._read_position()
+        return before != self._position
 
     @staticmethod
-    def _position() -> tuple[int, int]:
+    def _read_position() -> tuple[int, int]:
         state = np.random.get_state(legacy=False)
         assert isinstance(state, dict)
         return random.getstate()[1][-1], state["state"]["pos"]

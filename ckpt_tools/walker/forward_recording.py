@@ -1,156 +1,62 @@
 """One recorded forward: which dropout sites reach the input of which BN layer.
 
-Dataflow is followed by storage under a dispatch mode. The output of an operation that draws random numbers is
-tainted by the site that ran it; every output and every tensor written in place carries the taint of the
-inputs; views share their storage and so their taint. Where a model decides by a random number (``.item()`` of a
-tainted tensor, Python's ``random``), everything the deciding module does from then on is tainted.
+Dataflow is followed by storage under a dispatch mode. The output of an operation that draws random
+numbers is tainted by the site that ran it. Every output, and every tensor written in place, carries
+the taint of the inputs. Views share their storage and so their taint. Where a model decides by a
+random number (``.item()`` of a tainted tensor, Python's ``random``), everything that the deciding
+module does from then on is tainted.
 
-The forward runs on a copy of the model, so the model itself is never touched: on meta tensors first, and where
-that is impossible (data-dependent control flow) for real, on two samples.
+The forward runs on a copy of the model, so the model itself is never touched: on meta tensors
+first, and where that is impossible (data-dependent control flow) for real, on two samples.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.model.batch import Batch, slice_samples, to_device
+from ckpt_tools.model.batch import Batch, slice_samples, to_device, to_pytree
 from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, force_eager
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import evaluation_mode
 from ckpt_tools.model.randomness import preserve_random_generators
-from ckpt_tools.results import DropoutSite
 from ckpt_tools.walker.dropout_sites import (
     PROBE_RATE,
-    HostRandomness,
     activate_dropout,
-    bernoulli_drop_rate,
     draws_random_numbers,
     ignores_input_values,
-    module_drop_rate,
     parse_dropout_call,
 )
-from ckpt_tools.walker.graph import Graph, Recorder
+from ckpt_tools.walker.graph import Recorder
+from ckpt_tools.walker.taint import ForwardRecord, TaintTracker, find_tensors
 
+# Operations that hand a value of a tensor to Python, which may decide by it.
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
 
-@dataclass
-class ForwardRecord:
-    """What one forward showed. ``inputs``: BN layer → sites that reach its input, in order of execution."""
+class _OperationMode(TorchDispatchMode):
+    """Sees every operation: records it, and hands the taint of its inputs on to its outputs."""
 
-    device: str
-    graph: Graph
-    inputs: dict[str, frozenset[str]] = field(default_factory=dict)
-    sites: dict[str, DropoutSite] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)  # BN modules that ran at all
-    peak_bytes: int = 0
-
-
-@dataclass
-class _Frame:
-    """A module whose forward is running. ``decided_by``: sites whose random numbers chose its path."""
-
-    name: str
-    module: nn.Module | None
-    sites: int = 0
-    decided_by: frozenset[str] = frozenset()
-
-
-class _Tape:
-    """The state that the two modes and the module hooks share during one forward."""
-
-    def __init__(self, model: nn.Module, record: ForwardRecord, recorder: Recorder, *, training: bool) -> None:
-        self.record, self.recorder, self.training = record, recorder, training
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self.frames = [_Frame("", model)]
-        self.declared: tuple[str, float] | None = None  # op and rate of the dropout call under way
-        self.host = HostRandomness()
-        self.others_ran = False  # modules that are not the copy's
-        self._taint: dict[StorageWeakRef, frozenset[str]] = {}
-        self._sizes: dict[StorageWeakRef, int] = {}
-
-    def taint_of(self, tensors: Sequence[Tensor]) -> frozenset[str]:
-        found: frozenset[str] = frozenset()
-        for tensor in tensors:
-            found |= self._taint.get(StorageWeakRef(tensor.untyped_storage()), frozenset())
-        return found
-
-    def add_taint(self, tensors: Sequence[Tensor], taint: frozenset[str]) -> None:
-        for tensor in tensors:
-            key = StorageWeakRef(tensor.untyped_storage())
-            if taint:
-                self._taint[key] = self._taint.get(key, frozenset()) | taint
-
-    def track_memory(self, tensors: Sequence[Tensor]) -> None:
-        """Keep account of the bytes alive after an operation."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._sizes[StorageWeakRef(storage)] = storage.nbytes()
-        self._sizes = {key: size for key, size in self._sizes.items() if not key.expired()}
-        self.record.peak_bytes = max(self.record.peak_bytes, sum(self._sizes.values()))
-
-    def decision_taint(self) -> frozenset[str]:
-        return frozenset().union(*(frame.decided_by for frame in self.frames))
-
-    def add_site(self, op: str, rate: float | None) -> str:
-        frame = self.frames[-1]
-        frame.sites += 1
-        place = frame.name or "(root)"
-        name = place if frame.sites == 1 else f"{place}:{frame.sites}"
-        self.record.sites.setdefault(name, DropoutSite(name, op, rate))
-        return name
-
-    def add_site_of_operation(self, func: OpOverload, args: Sequence[object]) -> str:
-        if self.declared is not None:
-            return self.add_site(*self.declared)
-        module = self.frames[-1].module
-        is_noise_module = module is not None and not module._modules and not module._parameters
-        op = type(module).__name__ if is_noise_module else func._schema.name.replace("::", ".")
-        rate = module_drop_rate(module)
-        return self.add_site(op, bernoulli_drop_rate(func, args) if rate is None else rate)
-
-    def taint_by_host_randomness(self) -> None:
-        """A draw that no operation shows taints whatever the running module does next."""
-        if self.training and self.host.has_advanced():
-            frame = self.frames[-1]
-            frame.decided_by |= {self.add_site("random", module_drop_rate(frame.module))}
-
-    def enter_module(self, module: nn.Module, args: object) -> None:
-        self.taint_by_host_randomness()
-        self.others_ran |= id(module) not in self.names
-        name = self.names.get(id(module), self.frames[-1].name)
-        self.frames.append(_Frame(name, module))
-        if isinstance(module, _BatchNorm):
-            self.record.called.add(name)
-
-    def leave_module(self, module: nn.Module, args: object, output: object) -> None:
-        self.taint_by_host_randomness()
-        frame = self.frames.pop()
-        if frame.decided_by:
-            self.add_taint(_tensors(output), frame.decided_by)
-
-
-class _Dataflow(TorchDispatchMode):
-    def __init__(self, tape: _Tape, *, meta: bool, weigh: bool) -> None:
+    def __init__(self, tracker: TaintTracker, *, meta: bool, track_memory: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape, self.meta, self.track_memory = tape, meta, weigh
+        self.tracker, self.meta, self.track_memory = tracker, meta, track_memory
 
     def __torch_dispatch__(
         self,
@@ -159,34 +65,37 @@ class _Dataflow(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        tape, kwargs = self.tape, kwargs or {}
-        tape.taint_by_host_randomness()
-        read, written = _tensors((args, kwargs)), _written_tensors(func, args, kwargs)
-        taint = tape.decision_taint()
+        tracker, kwargs = self.tracker, kwargs or {}
+        tracker.taint_by_host_randomness()
+        inputs, written = find_tensors((args, kwargs)), _written_tensors(func, args, kwargs)
+        taint = tracker.decision_taint()
         if not ignores_input_values(func):
-            taint |= tape.taint_of(read)
-        operands = tape.recorder.to_operands((args, kwargs))
-        if self.meta and any(tensor.is_meta for tensor in read):
-            args, kwargs = _all_meta(args, kwargs, written)
+            taint |= tracker.taint_of(inputs)
+        # Before the operation runs: one in place would replace the contents that it has read.
+        operands = tracker.recorder.to_operands((args, kwargs))
+        if self.meta and any(tensor.is_meta for tensor in inputs):
+            args, kwargs = _move_to_meta(args, kwargs, written)
         output = func(*args, **kwargs)
+        # The operation that draws the numbers is the first that the site taints.
         if draws_random_numbers(func, args, kwargs):
-            taint |= {tape.add_site_of_operation(func, args)}
-        made = _tensors(output)
-        tape.recorder.add_operation(func, operands, made, written, tape.frames[-1].name)
-        tape.add_taint([*made, *written], taint)
+            taint |= {tracker.add_site_of_operation(func, args)}
+        outputs = find_tensors(output)
+        running = tracker.running[-1]
+        tracker.recorder.add_operation(func, operands, outputs, written, running.name)
+        tracker.add_taint([*outputs, *written], taint)
         if func in _DECISIONS and taint:
-            tape.frames[-1].decided_by |= taint
+            running.decided_by |= taint
         if self.track_memory:
-            tape.track_memory(made)
+            tracker.track_memory(outputs)
         return output
 
 
-class _Calls(TorchFunctionMode):
-    """Sees calls of the functional API before they fall apart into operations."""
+class _FunctionMode(TorchFunctionMode):
+    """Sees calls of functions such as F.dropout before they fall apart into operations."""
 
-    def __init__(self, tape: _Tape, layers: Mapping[int, str], *, alive: bool) -> None:
+    def __init__(self, tracker: TaintTracker, layers: Mapping[int, str], *, run: bool) -> None:
         super().__init__()
-        self.tape, self.layers, self.alive = tape, layers, alive
+        self.tracker, self.layers, self.run_inactive = tracker, layers, run
 
     def __torch_function__(
         self,
@@ -197,124 +106,146 @@ class _Calls(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            self._reach(args, kwargs)
-        drop = parse_dropout_call(func, args, kwargs)
-        if drop is None or not drop.training:
+            self._record_layer_input(args, kwargs)
+        dropout = parse_dropout_call(func, args, kwargs)
+        if dropout is None or not dropout.training:
             return func(*args, **kwargs)
-        if drop.rate == 0 and not self.alive:
-            self.tape.frames[-1].sites += 1  # it keeps its number, and so the next site its name
+        if dropout.rate == 0 and not self.run_inactive:
+            # The site keeps its number, and so the next one in this module keeps its name.
+            self.tracker.running[-1].sites += 1
             return func(*args, **kwargs)
-        self.tape.declared = (drop.op, drop.rate)
+        self.tracker.dropout_call = (dropout.op, dropout.rate)
         try:
-            if 0 < drop.rate < 1:
+            if 0 < dropout.rate < 1:
                 return func(*args, **kwargs)
             # At rate 0 or 1 nothing random runs; any other rate shows what the site reaches.
-            return F.dropout(drop.input, PROBE_RATE, True, bool(kwargs.get("inplace", func.__name__.endswith("_"))))
+            in_place = bool(kwargs.get("inplace", func.__name__.endswith("_")))
+            return F.dropout(dropout.input, PROBE_RATE, True, in_place)
         finally:
-            self.tape.declared = None
+            self.tracker.dropout_call = None
 
-    def _reach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = batch_norm_arguments(args, kwargs)
-        name = self.layers.get(id(given["running_var"]))
+    def _record_layer_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments, tracker = batch_norm_arguments(args, kwargs), self.tracker
+        name = self.layers.get(id(arguments["running_var"]))
         if name is not None:
-            inputs = self.tape.record.inputs
-            taint = self.tape.taint_of([given["input"]]) | self.tape.decision_taint()
+            taint = tracker.taint_of([arguments["input"]]) | tracker.decision_taint()
+            # A layer may run several times in one forward.
+            inputs = tracker.record.inputs
             inputs[name] = inputs.get(name, frozenset()) | taint
 
 
 @dataclass(frozen=True)
-class InactiveSitePolicy:
-    """What becomes of sites at rate zero: left off, or run at ALIVE to see what they could reach.
+class ForwardCall:
+    """How to run a model once: an example batch, and ``forward(model, batch)``.
 
-    ``attributes``: also set attributes of modules, for sites hidden behind ``if self.drop_rate > 0``.
+    ``state`` is that of the model and of all that ``forward`` may run. They have it back after
+    every recorded forward.
     """
 
-    alive: bool = False
-    attributes: bool = False
+    batch: Batch
+    forward: Forward
+    state: ModelState
+
+
+@dataclass(frozen=True)
+class InactiveSitePolicy:
+    """What becomes of sites at rate zero.
+
+    ``run``: they run at PROBE_RATE to show what they could reach; else they stay off.
+    ``set_attributes``: rates among the attributes of modules are set, too, for sites that are
+    hidden behind ``if self.drop_rate > 0``.
+    """
+
+    run: bool = False
+    set_attributes: bool = False
 
 
 def record_forward(
     model: nn.Module,
-    batch: Batch,
-    forward: Forward,
+    call: ForwardCall,
     mode: RecordingMode,
-    state: ModelState,
-    rates: InactiveSitePolicy = InactiveSitePolicy(),
+    inactive_sites: InactiveSitePolicy = InactiveSitePolicy(),
 ) -> ForwardRecord:
-    """Run ``forward(model, batch)`` once on a copy and record it.
+    """Run a copy of the model once and record its forward.
 
-    mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for modules without
-        children only: detection models want targets when the outer module is training), or "evaluation".
-    Code that is bound to the model may run it in place of its copy: afterwards it has its ``state`` back.
+    Code that is bound to the model may run it in place of its copy, which is why its state has to
+    be known.
+
+    Args:
+        model: any nn.Module without a wrapper.
+        call: how to run it.
+        mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for
+            modules without children only: detection models want targets when the outer module is
+            training), or "evaluation".
+        inactive_sites: what becomes of sites at rate zero.
+
     Raises whatever the model raises when neither a meta nor a real forward gets through.
     """
-    with torch.inference_mode(False):  # in that mode torch takes operations less far apart
+    # In inference mode torch takes operations less far apart.
+    with torch.inference_mode(False):
         try:
-            return _run(model, to_device(batch, "meta"), forward, mode, state, rates, meta=True)
+            # On meta tensors a forward computes shapes only, which takes neither memory nor a GPU.
+            meta_call = replace(call, batch=to_device(call.batch, "meta"))
+            return _run(model, meta_call, mode, inactive_sites, meta=True)
         except CkptToolsError:
             raise
-        except Exception:  # noqa: BLE001 - any failure on meta tensors only means that a real forward is needed
-            few = to_device(slice_samples(batch, 0, 2), device_of(model))
-            return _run(model, few, forward, mode, state, rates, meta=False)
+        except Exception:  # noqa: BLE001 - then a real forward is needed
+            samples = to_device(slice_samples(call.batch, 0, 2), device_of(model))
+            return _run(model, replace(call, batch=samples), mode, inactive_sites, meta=False)
 
 
 def _run(
     model: nn.Module,
-    batch: Batch,
-    forward: Forward,
+    call: ForwardCall,
     mode: RecordingMode,
-    state: ModelState,
-    rates: InactiveSitePolicy,
+    inactive_sites: InactiveSitePolicy,
     *,
     meta: bool,
 ) -> ForwardRecord:
     twin = copy_model(model, meta=meta)
-    if rates.attributes:
+    if inactive_sites.set_attributes:
         activate_dropout(twin)
     layers = set_mode(twin, mode)
-    recorder = Recorder(twin, _tensors(dict(batch) if isinstance(batch, Mapping) else batch))
-    result = ForwardRecord("meta" if meta else "cpu", recorder.graph)
-    tape = _Tape(twin, result, recorder, training=mode != "evaluation")
+    recorder = Recorder(twin, find_tensors(to_pytree(call.batch)))
+    record = ForwardRecord("meta" if meta else "cpu", recorder.graph)
+    tracker = TaintTracker(twin, record, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
-        # Comparing takes a quarter of a ResNet-18's recorded forward, so it is left out where nothing can have changed.
-        stack.callback(lambda: state.put_back() if tape.others_ran else None)
+        # Comparing takes a quarter of a ResNet-18's recorded forward, so it is left out where
+        # nothing can have changed.
+        stack.callback(lambda: call.state.put_back() if tracker.foreign_module_ran else None)
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_quiet())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(preserve_random_generators())
         stack.enter_context(torch.no_grad())
         stack.enter_context(force_eager())
-        stack.callback(register_module_forward_pre_hook(tape.enter_module).remove)
-        stack.callback(register_module_forward_hook(tape.leave_module, always_call=True).remove)
-        stack.enter_context(_Calls(tape, layers, alive=rates.alive))
-        stack.enter_context(_Dataflow(tape, meta=meta, weigh=mode == "evaluation"))
-        forward(twin, batch)
-    return result
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Random generators and warning filters come back as they were."""
-    with warnings.catch_warnings(), preserve_random_generators():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        # Hooks for all modules also see those outside the copy; always_call: also when one raises.
+        stack.callback(register_module_forward_pre_hook(tracker.enter_module).remove)
+        after = register_module_forward_hook(tracker.leave_module, always_call=True)
+        stack.callback(after.remove)
+        stack.enter_context(_FunctionMode(tracker, layers, run=inactive_sites.run))
+        track_memory = mode == "evaluation"
+        stack.enter_context(_OperationMode(tracker, meta=meta, track_memory=track_memory))
+        call.forward(twin, call.batch)
+    return record
 
 
 def _written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+    """Return the arguments that an operation writes to, as its schema says."""
     written = []
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written += _tensors(value)
+            written += find_tensors(value)
     return written
 
 
-def _all_meta(
+def _move_to_meta(
     args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Constants that a forward made on the CPU join the meta tensors they are combined with."""
+    """Move an operation's arguments to meta: the forward has made constants on the CPU.
+
+    Raises RuntimeError where the operation would write to a real tensor: its values would be lost.
+    """
     if any(not tensor.is_meta for tensor in written):
         raise RuntimeError("a meta tensor is written into a real one")
     converted: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(

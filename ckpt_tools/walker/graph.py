@@ -1,8 +1,8 @@
-"""The operations of one recorded forward as a graph: what each of them read and what it made.
+"""The operations of one recorded forward as a graph: what each of them has read and written.
 
-A node stands for the contents of a storage at one time: a parameter, an input, the result of an operation. An
-operation in place makes a new node for the same storage. Views are no nodes; an operand tells which part of its node it
-saw.
+A node stands for the contents of a storage at one time: a parameter, an input, the result of an
+operation. An operation in place makes a new node for the same storage. Views are no nodes: an
+operand tells which part of its node an operation has read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ckpt_tools.walker.dropout_sites import draws_random_numbers, ignores_input_
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor as an operation saw it: this view of output number ``output`` of a node."""
+    """A tensor that an operation has read: a view of output number ``output`` of a node."""
 
     node: int
     output: int
@@ -34,17 +34,30 @@ class Operand:
 
     @property
     def numel(self) -> int:
-        """Elements of memory that it covers; broadcast dimensions count once."""
-        return math.prod(size for size, step in zip(self.shape, self.stride, strict=True) if step or size == 0)
+        """The number of elements of memory that the view covers.
+
+        A dimension that is broadcast has stride 0 and takes no memory of its own.
+        """
+        dimensions = zip(self.shape, self.stride, strict=True)
+        return math.prod(size for size, stride in dimensions if stride or not size)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation with Operands in place of the tensors among its arguments, or a leaf (``func`` is None).
+    """One operation, or a leaf (``func`` is None): a parameter, an input or another tensor.
 
-    ``parameter``: the leaf is this parameter or buffer. ``value``: the leaf is a tensor that came from outside.
-    ``static``: it depends on neither the input nor random numbers. ``outputs``: shapes. An operation in place has the
-    contents before as ``base`` and overwrites the part ``coverage`` of them.
+    Attributes:
+        func: the operation.
+        args: its arguments, with Operands in place of tensors.
+        kwargs: its keyword arguments, likewise.
+        outputs: the shapes of the tensors that it has made or changed.
+        module: the name of the module that has run it.
+        parameter: the leaf is the parameter or buffer of this name.
+        value: the leaf is this tensor, which came from outside.
+        static: the contents depend on neither the input nor random numbers.
+        random: the operation draws random numbers.
+        base: what an operation in place has found in the storage.
+        coverage: the part of ``base`` that it has overwritten, 0–1.
     """
 
     func: OpOverload | None
@@ -68,7 +81,7 @@ class Node:
     @cached_property
     def operands(self) -> tuple[Operand, ...]:
         """The tensors among the arguments, in order."""
-        return tuple(leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Operand))
+        return tuple(_find_operands((self.args, dict(self.kwargs))))
 
 
 class Graph:
@@ -86,73 +99,111 @@ class Graph:
     @cached_property
     def readers(self) -> list[list[int]]:
         """For each node the operations that read it, in order."""
-        found: list[list[int]] = [[] for _ in self.nodes]
+        readers: list[list[int]] = [[] for _ in self.nodes]
         for index, node in enumerate(self.nodes):
-            for read in {operand.node for operand in node.operands}:
-                found[read].append(index)
-        return found
+            for source in {operand.node for operand in node.operands}:
+                readers[source].append(index)
+        return readers
 
 
 class Recorder:
-    """Builds a Graph while a forward runs under a dispatch mode."""
+    """Builds a Graph while a forward runs under a dispatch mode.
+
+    ``inputs`` are the tensors of the batch. All other leaves are static: the model's parameters and
+    buffers, and tensors that the forward takes from elsewhere.
+    """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.graph = Graph()
+        # For every storage the node that has its present contents, and which of the node's outputs.
+        # A weak reference is a safe key: an address could be used again after the storage is freed.
         self._current: dict[StorageWeakRef, tuple[int, int]] = {}
         for name, tensor in _named_tensors(model):
-            if _key(tensor) not in self._current:
-                self._leaf(tensor, Node(None, parameter=name, static=True))
+            if _storage_key(tensor) not in self._current:  # tied weights have one node
+                self._add_leaf(tensor, Node(None, parameter=name, static=True))
         for tensor in inputs:
-            self._leaf(tensor, Node(None))
+            self._add_leaf(tensor, Node(None))
 
     def to_operands(self, tree: Any) -> Any:
-        """The arguments of an operation with Operands in place of tensors; call it before the operation runs."""
-        return pytree.tree_map_only(Tensor, self._operand, tree)
+        """Replace the tensors in an operation's arguments by Operands.
+
+        Call this before the operation runs: it may overwrite what it reads.
+        """
+        return pytree.tree_map_only(Tensor, self._to_operand, tree)
 
     def add_operation(
-        self, func: OpOverload, read: Any, outputs: Sequence[Tensor], written: Sequence[Tensor], module: str
+        self,
+        func: OpOverload,
+        operands: Any,
+        outputs: Sequence[Tensor],
+        written: Sequence[Tensor],
+        module: str,
     ) -> None:
-        """Note an operation that has run: ``read`` are its arguments as ``read`` gave them."""
-        args, kwargs = read
-        new = [tensor for tensor in outputs if _key(tensor) not in self._current]
+        """Add an operation that has run; one that only makes views is left out.
+
+        Args:
+            func: the operation.
+            operands: its arguments and keyword arguments as ``to_operands`` returned them.
+            outputs: the tensors that it has returned.
+            written: the arguments that it has written to.
+            module: the name of the module that has run it.
+        """
+        args, kwargs = operands
+        # The storage of a view is known already, and so is that of what was written in place.
+        new = [tensor for tensor in outputs if _storage_key(tensor) not in self._current]
         changed = [*new, *written]
         if not changed:
-            return  # a view
+            return
         in_place = bool(written) and not new
-        base = self._operand(written[0]) if in_place else None
         random = draws_random_numbers(func, args, kwargs)
-        sources = {leaf.node for leaf in pytree.tree_leaves(read) if isinstance(leaf, Operand)}
-        static = not random and (ignores_input_values(func) or all(self.graph[index].static for index in sources))
-        shapes = tuple(tuple(tensor.shape) for tensor in changed)
-        coverage = _coverage(written[0]) if in_place else 1.0
-        node = Node(func, args, kwargs, shapes, module, static=static, random=random, base=base, coverage=coverage)
-        self.graph.nodes.append(node)
-        for position, tensor in enumerate(changed):
-            self._current[_key(tensor)] = (len(self.graph) - 1, position)
-
-    def _operand(self, tensor: Tensor) -> Operand:
-        if _key(tensor) not in self._current:
-            self._leaf(tensor, Node(None, value=None if tensor.is_meta else tensor, static=True))
-        node, output = self._current[_key(tensor)]
-        strides = tuple(map(int, tensor.stride()))
-        return Operand(
-            node, output, tuple(tensor.shape), strides, int(tensor.storage_offset()), tensor.is_floating_point()
+        sources = [self.graph[operand.node] for operand in _find_operands(operands)]
+        made_of_constants = ignores_input_values(func) or all(node.static for node in sources)
+        self.graph.nodes.append(
+            Node(
+                func,
+                args,
+                kwargs,
+                outputs=tuple(tuple(tensor.shape) for tensor in changed),
+                module=module,
+                static=made_of_constants and not random,
+                random=random,
+                base=self._to_operand(written[0]) if in_place else None,
+                coverage=_coverage(written[0]) if in_place else 1.0,
+            )
         )
+        for position, tensor in enumerate(changed):
+            self._current[_storage_key(tensor)] = (len(self.graph) - 1, position)
 
-    def _leaf(self, tensor: Tensor, node: Node) -> None:
+    def _to_operand(self, tensor: Tensor) -> Operand:
+        if _storage_key(tensor) not in self._current:
+            # A meta tensor has no values to keep.
+            value = None if tensor.is_meta else tensor
+            self._add_leaf(tensor, Node(None, value=value, static=True))
+        node, output = self._current[_storage_key(tensor)]
+        shape, strides = tuple(tensor.shape), tuple(map(int, tensor.stride()))
+        offset = int(tensor.storage_offset())
+        return Operand(node, output, shape, strides, offset, tensor.is_floating_point())
+
+    def _add_leaf(self, tensor: Tensor, node: Node) -> None:
         self.graph.nodes.append(node)
-        self._current[_key(tensor)] = (len(self.graph) - 1, 0)
+        self._current[_storage_key(tensor)] = (len(self.graph) - 1, 0)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # By default torch leaves out the further names of a module or tensor that has several.
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _key(tensor: Tensor) -> StorageWeakRef:
+def _find_operands(tree: Any) -> list[Operand]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Operand)]
+
+
+def _storage_key(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
 
 
 def _coverage(tensor: Tensor) -> float:
-    held = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.numel() / held if held else 1.0
+    """Return which part of its storage a tensor covers, 0–1."""
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.numel() / elements if elements else 1.0

@@ -1,0 +1,86 @@
+"""What training may have done to the same images, each as a random change of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BatchChange = Callable[[Tensor], Tensor]
+_AREAS = (0.08, 1.0)  # the default range of torchvision's RandomResizedCrop
+
+
+def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
+    """Return usual augmentations: shifts over black or over zeros, crops, and mixing.
+
+    They draw from torch's global generator. Mixing alone serves batches that are no images.
+
+    Args:
+        batch: (N, C, …), as it goes into the model.
+        black: (C,), the value of a black pixel.
+    """
+    if batch.ndim != 4:
+        return [_mix_samples] if batch.ndim == 2 else []
+    # Images are padded either before or after they are normalised.
+    shift_over_black, shift_over_zeros = _Shift(black), _Shift(torch.zeros_like(black))
+    return [
+        shift_over_black,
+        shift_over_zeros,
+        _crop_randomly,
+        _mix_samples,
+        lambda x: _mix_samples(_crop_randomly(x)),
+        lambda x: _mix_samples(shift_over_black(x)),
+    ]
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """Moves every image by up to an eighth of its width; what comes in has the value ``fill``."""
+
+    fill: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        edge = max(1, x.shape[-1] // 8)
+        fill = self.fill.to(x).reshape(1, -1, 1, 1)
+        # F.pad takes one number as fill value, and not one for each channel.
+        padded = F.pad(x - fill, (edge,) * 4) + fill
+        height, width = x.shape[2:]
+        tops, lefts = torch.randint(2 * edge + 1, (2, len(x))).tolist()
+        windows = [
+            image[:, top : top + height, left : left + width]
+            for image, top, left in zip(padded, tops, lefts, strict=True)
+        ]
+        return torch.stack(windows)
+
+
+def _crop_randomly(x: Tensor) -> Tensor:
+    """Enlarge a window of every image to the image's size, as in training on ImageNet.
+
+    It covers 8–100 % of the area.
+    """
+    height, width = x.shape[2:]
+    sides = torch.empty(len(x)).uniform_(*_AREAS).sqrt().tolist()
+    windows = []
+    for image, side in zip(x, sides, strict=True):
+        h, w = max(2, round(height * side)), max(2, round(width * side))
+        top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+        window = image[None, :, top : top + h, left : left + w]
+        windows.append(resize_bilinear(window, height, width))
+    return torch.cat(windows)
+
+
+def resize_bilinear(x: Tensor, height: int, width: int) -> Tensor:
+    """Resize a batch of images (N, C, H, W), with smoothing where it gets smaller."""
+    size = (height, width)
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _mix_samples(x: Tensor) -> Tensor:
+    """Average every sample with another one.
+
+    This is mixup with equal shares, which changes the samples more than any other shares.
+    """
+    return (x + x[torch.randperm(len(x))]) / 2
