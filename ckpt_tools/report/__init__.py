@@ -1,1 +1,1 @@
-"""Results as text and as JSON."""
+"""Results as text for a terminal, as pages for a browser or a CI summary, and as records for programs."""

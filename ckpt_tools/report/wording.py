@@ -1,4 +1,4 @@
-"""Sentences that the text and the pages share."""
+"""Phrases that the text for a terminal and the pages share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ DROP_RATE_SOURCES = {
     "model": "those of the model",
     "unknown": "not recorded",
 }
-
 
 RECOGNISED_BY_TEXT: Mapping[RecognisedBy, str] = {
     "user": "you (--arch); its tensors fit",
