@@ -1,1 +1,1 @@
-"""Results as text for a terminal, as pages for a browser or a CI summary, and as records for programs."""
+"""Results as text for a terminal, pages for a browser or CI summary, and records for programs."""

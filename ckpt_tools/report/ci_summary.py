@@ -1,4 +1,4 @@
-"""What a CI step shows beside the report: a failure as Markdown, and warnings about runs that ended well.
+"""What a CI step shows beside the report: failures, and warnings about runs that ended well.
 
 This module is imported when a command fails, also by usage errors, which must not wait for torch.
 """
@@ -23,23 +23,26 @@ def failure_markdown(message: str, code: int) -> str:
 def checkpoint_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what a user should look at although the output was written, one sentence each.
 
-    ``facts`` is the dict of ``outcome_json``. A file that could not be read, a verdict that ``--force`` overruled, and
-    data about which neither the data check nor a control layer says anything are worth a warning.
+    ``facts`` is the dict of ``outcome_json``. A file that could not be read, a verdict that
+    ``--force`` overruled, and data about which neither the data check nor a control layer says
+    anything are worth a warning.
     """
     data, controls = facts["data"]["agreement"], facts["controls"]
     warnings = _skipped_warnings(facts["data"]["skipped"], "sample")
     warnings += skipped_image_warnings(facts)
     if data["verdict"] == "disagree":
-        warnings.append(f"the data does not look like the training data and was used all the same: {data['cause']}")
+        doubt = "the data does not look like the training data and was used all the same"
+        warnings.append(f"{doubt}: {data['cause']}")
     if controls["verdict"] == "disagree":
         warnings.append("control layers disagree with the data, which was used all the same")
     if (data["verdict"], controls["verdict"]) == ("none", "none"):
-        warnings.append(f"nothing vouches for the data: {data['cause']}; no control layer ({controls['reason']})")
+        no_control = f"no control layer ({controls['reason']})"
+        warnings.append(f"nothing vouches for the data: {data['cause']}; {no_control}")
     return tuple(warnings)
 
 
 def folder_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the warnings of all checkpoints that this run has done, each behind its checkpoint's path."""
+    """Return the warnings of all checkpoints that this run has done, each behind its path."""
     return tuple(
         f"{record['checkpoint']}: {warning}"
         for record in records
@@ -70,7 +73,7 @@ def _skipped_warnings(skipped: Sequence[Mapping[str, Any]], noun: str) -> list[s
 
 
 def _escape_markup(text: str) -> str:
-    """Return the text on one line, with entities for all that Markdown or HTML could take for markup.
+    """Return the text on one line, with entities for what could be markup in Markdown or HTML.
 
     ``html.escape`` alone would leave the characters that Markdown gives a meaning to.
     """

@@ -15,7 +15,8 @@ def count_text(number: int, noun: str) -> str:
 def list_names(names: Iterable[str], limit: int = 5) -> str:
     """Return the first ``limit`` names, and how many more there are.
 
-    Every name becomes harmless and short by ``one_line``, since names come from other people's files.
+    Every name becomes harmless and short by ``one_line``, since names come from other people's
+    files.
     """
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

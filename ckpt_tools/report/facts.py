@@ -1,7 +1,7 @@
-"""Read the facts of a run, a plain dict as ``outcome_json`` makes it, without trusting that all are there.
+"""Read the facts of a run, a dict as ``outcome_json`` makes it, of which any part may be missing.
 
-The report of a folder is made from its manifest. An earlier version may have written that file, or somebody may have
-edited it, so every value may be missing or of another type.
+The report of a folder is made from its manifest. An earlier version may have written that file, or
+somebody may have edited it, so every value may be missing or of another type.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def get_mappings(facts: Facts, name: str) -> list[Facts]:
 
 
 def median_ratios(facts: Facts) -> dict[str, float]:
-    """Return the median over channels of stored / new variance for every rewritten layer, by its name.
+    """Return the median over channels of stored / new variance, by name of the rewritten layer.
 
     Layers that were not measured are left out.
     """
@@ -71,7 +71,7 @@ def other_names_sentence(record: Facts) -> str:
 
 
 def layer_role(layer: Facts) -> str:
-    """Return whether a layer was rewritten, served as a control, was never reached, or was kept for another reason."""
+    """Return the role of a layer in a word or two: rewritten, control, not reached, or kept."""
     if layer.get("rewritten"):
         return "rewritten"
     if layer.get("control"):

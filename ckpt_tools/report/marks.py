@@ -1,9 +1,10 @@
-"""The mark at the end of a report, which proves that ckpt-fix wrote the file and that nobody has changed it since.
+"""The mark at the end of a report: it proves that ckpt-fix wrote it and that nobody changed it.
 
-Only such a file is replaced by a later report. The mark holds the SHA-256 of all that stands before it. Notes that
-mention this tool, or that quote a report with its mark, do not carry the digest of themselves, and neither does a
-report to which somebody has added notes. JSON has no place for a mark: a report in JSON is recognised by its object
-``tool``, which comes first, and by having no keys but those of a report.
+Only such a file is replaced by a later report. The mark holds the SHA-256 of all that stands before
+it. Notes that mention this tool, or that quote a report with its mark, do not carry the digest of
+themselves, and neither does a report to which somebody has added notes. JSON has no place for a
+mark: a report in JSON is recognised by its object ``tool``, which comes first, and by having no
+keys but those of a report.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from ckpt_tools.storage.output.own_files import OwnFileKind
 __all__ = ["add_mark", "is_own_report", "report_kind"]
 
 _JSON_HEAD = re.compile(rb'\s*\{\s*"tool"\s*:\s*\{\s*"name"\s*:\s*"ckpt-tools"\s*,\s*"version"\s*:\s*"')
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG file (specification, section 11.2.5)
+# The last chunk of every PNG file (specification, section 11.2.5).
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 # The keys that may stand at the top of a report in JSON of one checkpoint; "checkpoint" must.
 # fmt: off
 _REPORT_KEYS = frozenset({
-    "tool", "libraries", "checkpoint", "architecture", "model_kwargs", "recognised_by", "twins", "scores",
-    "rates", "data", "estimator", "statistics", "passes", "residual", "stopped_early", "precision",
-    "deviation", "why", "layers", "controls", "outliers", "common_outliers", "left_alone", "dropout_sites",
-    "metrics", "output", "command", "containers_trained", "device", "processes", "seconds",
+    "tool", "libraries", "checkpoint", "architecture", "model_kwargs", "recognised_by", "twins",
+    "scores", "rates", "data", "estimator", "statistics", "passes", "residual", "stopped_early",
+    "precision", "deviation", "why", "layers", "controls", "outliers", "common_outliers",
+    "left_alone", "dropout_sites", "metrics", "output", "command", "containers_trained", "device",
+    "processes", "seconds",
 })
 # fmt: on
 _FOLDER_KEYS = frozenset({"tool", "checkpoints"})  # of the report of a folder
@@ -41,16 +44,17 @@ def report_kind(suffix: str) -> OwnFileKind:
 
 
 def add_mark(content: bytes, suffix: str) -> bytes:
-    """Return a report in HTML or Markdown, or a picture in PNG, SVG or PDF, with the mark at its end.
+    """Return a report in HTML or Markdown, or a picture in PNG, SVG or PDF, with its mark.
 
-    HTML, Markdown and SVG take it as an XML comment, PDF as a comment line, PNG as a text chunk before its last one.
+    HTML, Markdown and SVG take it as an XML comment, PDF as a comment line, PNG as a text chunk
+    before its last one.
     """
     body = content.removesuffix(_PNG_END) if suffix == ".png" else content
     return body + _mark(body, suffix)
 
 
 def is_own_report(content: bytes, suffix: str) -> bool:
-    """Return whether the content of a file is a report of this tool that nobody has changed since."""
+    """Return whether a file's content is a report of this tool that nobody has changed since."""
     if suffix == ".json":
         return _is_own_json(content)
     length = len(_mark(b"", suffix))  # a digest has the same length for every content
@@ -61,8 +65,9 @@ def is_own_report(content: bytes, suffix: str) -> bool:
 def _mark(body: bytes, suffix: str) -> bytes:
     text = b"ckpt-tools sha256:" + hashlib.sha256(body).hexdigest().encode()
     if suffix == ".png":
-        # A PNG chunk is its length without type and checksum, its type and data, and a CRC of these two
-        # (specification, section 5.3). A tEXt chunk holds a keyword, a zero byte and the text (section 11.3.4.3).
+        # A PNG chunk is the length of its data, its type, its data, and a CRC of type and data
+        # (specification, section 5.3). A tEXt chunk holds a keyword, a zero byte and the text
+        # (section 11.3.4.3).
         chunk = b"tEXtComment\0" + text
         return (len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) + _PNG_END
     return b"% " + text + b"\n" if suffix == ".pdf" else b"<!-- " + text + b" -->\n"

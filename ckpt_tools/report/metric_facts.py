@@ -10,9 +10,10 @@ from ckpt_tools.report.number_format import value_and_error
 
 
 def metrics_by_name(facts: Facts) -> dict[str, tuple[object, object, object]]:
-    """Return the entries before, after, and of the change for every metric, None where one was not measured.
+    """Return every metric's entries before, after and of the change, None where not measured.
 
-    The metrics after temperature scaling, which stand in a mapping of their own, are named ``calibration error`` …
+    The metrics after temperature scaling, which stand in a mapping of their own, are named
+    ``calibration error`` …
     """
     metrics = get_mapping(facts, "metrics")
     before, after, change = (

@@ -42,7 +42,9 @@ def percent_text(value: object) -> str:
 def deviation_text(logarithm: object) -> str:
     """Return ``4.4 %`` for the logarithm of 1.044."""
     number = finite_number(logarithm)
-    return UNKNOWN if number is None else percent_text(math.expm1(min(number, 700)))  # e^710 is no float
+    if number is None:
+        return UNKNOWN
+    return percent_text(math.expm1(min(number, 700)))  # e^710 is no float
 
 
 def seconds_text(value: object) -> str:
@@ -57,9 +59,10 @@ def seconds_text(value: object) -> str:
 
 
 def value_with_error_text(entry: object, *, signed: bool = False) -> str:
-    """Return ``3.20 ± 0.10`` for ``{"value": 3.2, "standard_error": 0.1}``, and ``3.2`` for a plain number.
+    """Return ``3.20 ± 0.10`` for ``{"value": 3.2, "standard_error": 0.1}``, ``3.2`` for 3.2.
 
-    The error has two digits, and the value as many decimals as its error. ``signed`` shows a plus, for changes.
+    The error has two digits, and the value as many decimals as its error. ``signed`` shows a plus,
+    for changes.
     """
     value, error = value_and_error(entry)
     if value is None:
@@ -80,7 +83,7 @@ def value_and_error(entry: object) -> tuple[float | None, float | None]:
 
 
 def number_cell(value: object, text: str | None = None) -> Cell:
-    """Return a cell that is sorted by its value and shows ``text``, by default the value as an integer."""
+    """Return a cell that is sorted by its value and shows ``text``, or the value as an integer."""
     number = finite_number(value)
     return Cell(integer_text(value) if text is None else text, number, "quiet" if number is None else "")
 

@@ -1,4 +1,4 @@
-"""What a report says, before it is HTML or Markdown: both are made from these classes, so both say the same."""
+"""The content of a report before it is HTML or Markdown, so that both say the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Tone = Literal["", "good", "bad", "quiet"]
 class Cell:
     """A value as text.
 
-    ``order`` is the value that sorting compares, None where the cell has none; ``link`` is an anchor of the page.
+    ``order`` is the value that sorting compares, None where the cell has none; ``link`` is an
+    anchor of the page.
     """
 
     text: str
@@ -24,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """The head of a column, and how its cells are set: numbers on the right, code in a fixed width."""
+    """The head of a column, and how its cells look: numbers on the right, code in monospace."""
 
     title: str
     kind: Literal["text", "number", "code", "prose"] = "text"
@@ -61,13 +62,14 @@ class KeyFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with its content, in this order: sentences, named values, a chart, a command, a table."""
+    """A heading and its content: sentences, a chart, named values, a command, a table."""
 
     title: str
     sentences: tuple[str, ...] = ()
     tone: Tone = ""  # of the first sentence, where that is a verdict
     pairs: tuple[tuple[str, str], ...] = ()
-    chart: Mapping[str, Any] | None = None  # the facts of a run, which HTML draws and Markdown describes
+    # The facts of a run: HTML draws their chart, Markdown describes it.
+    chart: Mapping[str, Any] | None = None
     table: Table | None = None
     code: str = ""
 
@@ -79,7 +81,7 @@ def join_subtitle(*parts: object) -> str:
 
 @dataclass(frozen=True)
 class Page:
-    """The page of one checkpoint: what was done, first in a sentence, then in a few numbers, then in full."""
+    """The page of one checkpoint: what was done, in a sentence, in a few numbers, and in full."""
 
     title: str
     subtitle: str
@@ -93,8 +95,8 @@ class Page:
 class FolderPage:
     """The page of many checkpoints: a table with a row for each, and below it a page for each.
 
-    ``failures`` holds anchor, name and error message of every checkpoint that failed. ``pages`` holds every
-    checkpoint's page behind the anchor that its row links to.
+    ``failures`` holds anchor, name and error message of every checkpoint that failed. ``pages``
+    holds every checkpoint's page behind the anchor that its row links to.
     """
 
     title: str

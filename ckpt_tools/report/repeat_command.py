@@ -16,8 +16,9 @@ _OPTION_NAMES = {"architecture": "arch"}  # fields whose option has another name
 def repeating_command(plan: Plan) -> str:
     """Return the command line that makes the same bytes again.
 
-    It holds what the user asked for, and the batch size that the plan chose: the default depends on the free memory,
-    and another batch size gives other variances. Credentials and query strings of URLs are left out.
+    It holds what the user asked for, and the batch size that the plan chose: the default depends on
+    the free memory, and another batch size gives other variances. Credentials and query strings of
+    URLs are left out.
     """
     request = dataclasses.replace(plan.request, batch_size=plan.batch_size)
     checkpoint = str(request.checkpoint)
@@ -29,8 +30,8 @@ def repeating_command(plan: Plan) -> str:
 def _options(settings: object) -> Iterator[str]:
     """Yield the option and the value of every field that does not have its default.
 
-    An option is named like its field. A mapping gives its option once for every entry, a flag has no value, and a
-    dataclass within the request stands for the options of its own fields.
+    An option is named like its field. A mapping gives its option once for every entry, a flag has
+    no value, and a dataclass within the request stands for the options of its own fields.
     """
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
@@ -57,7 +58,8 @@ def _default(field: dataclasses.Field[object]) -> object:
 def _literal(value: object) -> str:
     """Return a value as ``--model-kwargs`` reads it back.
 
-    A text like ``1`` or ``None`` would come back as a number or as None, so it is quoted; others stay as they are.
+    A text like ``1`` or ``None`` would come back as a number or as None, so it is quoted; others
+    stay as they are.
     """
     if isinstance(value, str) and parse_model_kwargs([f"name={value}"])["name"] == value:
         return value

@@ -33,7 +33,7 @@ class LogAxis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return the values to label: round ones within the range, as many as fit without crowding."""
+        """Return round values within the range to be labelled, as many as fit."""
         ticks = _equal_steps(self.low, self.high) if self.high / self.low < 4 else []
         for ladder in _LADDERS if not ticks else ():
             candidates = _round_values(self.low, self.high, ladder)
@@ -44,11 +44,11 @@ class LogAxis:
 
 
 def covering_range(values: Sequence[float], extremes: Sequence[float]) -> tuple[float, float]:
-    """Return a range that holds all ``values`` and 1, and the ``extremes`` that are not far beyond these.
+    """Return a range that holds 1, all ``values``, and the ``extremes`` that are not far beyond.
 
-    One channel of many may have changed by a factor of a million. If the axis held it, all layers would lie on a line.
-    So an extreme more than tenfold beyond the values is left out, and the range is widened so that an arrow towards it
-    has room.
+    One channel of many may have changed by a factor of a million. If the axis held it, all layers
+    would lie on a line. So an extreme more than tenfold beyond the values is left out, and the
+    range is widened so that an arrow towards it has room.
     """
     low, high = min([*values, 1.0]), max([*values, 1.0])
     within = [value for value in extremes if low / 10 <= value <= high * 10]
@@ -75,7 +75,7 @@ def _round_values(low: float, high: float, ladder: Sequence[float]) -> list[floa
 
 
 def _equal_steps(low: float, high: float) -> list[float]:
-    """Return multiples of a round step, for a range so short that it may hold a single value of a ladder."""
+    """Return multiples of a round step, for a range that is too short for a ladder."""
     for step in (factor * 10.0**power for power in range(-6, 1) for factor in (1, 2, 5)):
         multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
         if len(multiples) <= _MAX_LABELS:

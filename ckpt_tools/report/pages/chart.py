@@ -1,7 +1,7 @@
-"""The chart of a report: stored / new variance of every BN layer against depth, as geometry that a template draws.
+"""The chart of a report: stored / new variance against depth, as geometry for a template.
 
-All marks of one kind are one SVG path. That keeps the page small: a network has hundreds of layers, and a folder
-hundreds of networks.
+All marks of one kind are one SVG path. That keeps the page small: a network has hundreds of layers,
+and a folder hundreds of networks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from ckpt_tools.report.pages.axis import LogAxis, covering_range, integer_ticks
 NORMAL_QUANTILE = 1.96  # standard errors to either side hold 95 %
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 40  # margins around the plot in pixels
 _SITES_HEIGHT = 22  # of the strip below the plot that shows the dropout sites
-# Width of a mark as a share of the distance between layers, with its least and its largest width in pixels.
-_PENS = {"rewritten": (0.7, 2.6, 5.0), "ranges": (0.3, 0.6, 1.5), "errors": (0.4, 1.2, 2.0), "sites": (0.3, 0.8, 1.75)}
+# Width of a mark as a share of the distance between layers; its least and largest width in pixels.
+_PENS = {
+    "rewritten": (0.7, 2.6, 5.0), "ranges": (0.3, 0.6, 1.5),
+    "errors": (0.4, 1.2, 2.0), "sites": (0.3, 0.8, 1.75),
+}  # fmt: skip
 
 
 class LayerPoint(NamedTuple):
     """A BN layer whose variance was measured.
 
-    ``depth`` is its place in order of execution, from 1. ``median``, ``low`` and ``high`` are stored / new variance in
-    the median, the smallest and the largest channel. ``error`` is the relative standard error of the new variance in
-    the median channel, None where it is not known.
+    ``depth`` is its place in order of execution, from 1. ``median``, ``low`` and ``high`` are
+    stored / new variance in the median, the smallest and the largest channel. ``error`` is the
+    relative standard error of the new variance in the median channel, None where it is not known.
     """
 
     name: str
@@ -86,7 +89,8 @@ def draw_chart(facts: Mapping[str, Any], *, width: int, height: int, tooltips: b
         return None
     layers = max(len(get_mappings(facts, "layers")), 1)
     plot_right, bottom = width - _RIGHT, height - _BOTTOM - _SITES_HEIGHT
-    low, high = covering_range(_required_values(points), [end for point in points for end in (point.low, point.high)])
+    extremes = [extreme for point in points for extreme in (point.low, point.high)]
+    low, high = covering_range(_required_values(points), extremes)
     y = LogAxis(low, high, bottom, _TOP)
     step = (plot_right - _LEFT) / layers
     points_by_x = [(_LEFT + (point.depth - 0.5) * step, point) for point in points]
@@ -98,14 +102,15 @@ def draw_chart(facts: Mapping[str, Any], *, width: int, height: int, tooltips: b
         **_dots(points_by_x, y, step),
         **_ticks(get_mappings(facts, "dropout_sites"), step, layers, bottom),
     }
+    depths = integer_ticks(layers, max(2, width // 90))  # a label needs about 90 pixels
     return Drawing(
-        width=width, height=height, left=_LEFT, right=plot_right, bottom=bottom, unit_ratio=y.pixel_of(1),
-        pens=_pens(step), marks=marks,
+        width=width, height=height, left=_LEFT, right=plot_right, bottom=bottom,
+        unit_ratio=y.pixel_of(1), pens=_pens(step), marks=marks,
         y_labels=tuple((y.pixel_of(value), f"{value:g}") for value in y.ticks()),
-        x_labels=tuple(
-            (_LEFT + (depth - 0.5) * step, str(depth)) for depth in integer_ticks(layers, max(2, width // 90))
+        x_labels=tuple((_LEFT + (depth - 0.5) * step, str(depth)) for depth in depths),
+        tooltips=tuple(
+            (x - step / 2, step, point.tooltip_text) for x, point in points_by_x if tooltips
         ),
-        tooltips=tuple((x - step / 2, step, point.tooltip_text) for x, point in points_by_x) if tooltips else (),
         title="Stored over new running variance of every BatchNorm layer, by depth",
         description=describe_chart(facts, points, low, high),
     )  # fmt: skip
@@ -119,7 +124,8 @@ def measured_points(facts: Mapping[str, Any]) -> list[LayerPoint]:
         median, low, high = (_drawable(ratio.get(key)) for key in ("median", "min", "max"))
         if median is not None:
             error = finite_number(get_mapping(layer, "relative_standard_error").get("median"))
-            if error is not None and error < 0:  # the facts may come from a file that somebody has edited
+            # The facts may come from a file that somebody has edited.
+            if error is not None and error < 0:
                 error = None
             name = str(layer.get("name") or "(root)")
             points.append(LayerPoint(name, layer_role(layer), depth, median, low or median, high or median, error))
@@ -140,12 +146,14 @@ def describe_chart(
 ) -> str:
     """Return the chart in words: the range of the ratios, the control layers, the dropout sites.
 
-    Markdown has no picture, and a screen reader reads this. ``low`` and ``high`` are the ends of the chart's axis.
+    Markdown has no picture, and a screen reader reads this. ``low`` and ``high`` are the ends of
+    the chart's axis.
     """
     lowest = min(points, key=lambda point: point.median)
     highest = max(points, key=lambda point: point.median)
     sentences = [
-        f"{count_text(len(points), 'layer')}. Median ratios run from {ratio_text(lowest.median)} ({lowest.name}) "
+        f"{count_text(len(points), 'layer')}. "
+        f"Median ratios run from {ratio_text(lowest.median)} ({lowest.name}) "
         f"to {ratio_text(highest.median)} ({highest.name})."
     ]
     controls = [point.median for point in points if point.role == "control"]
@@ -155,8 +163,10 @@ def describe_chart(
     sites = [site for site in get_mappings(facts, "dropout_sites") if site.get("active")]
     depths = [depth for depth in (finite_number(site.get("depth")) for site in sites) if depth is not None]
     if depths:
-        span = f"the first before layer {min(depths) + 1:.0f}, the last before layer {max(depths) + 1:.0f}"
-        sentences.append(f"{count_text(len(sites), 'active dropout site')}, {span}.")
+        sentences.append(
+            f"{count_text(len(sites), 'active dropout site')}, the first before layer "
+            f"{min(depths) + 1:.0f}, the last before layer {max(depths) + 1:.0f}."
+        )
     cut = sum(point.low < low or point.high > high for point in points)
     if cut:
         sentences.append(f"The ranges of {count_text(cut, 'layer')} go beyond the chart (arrows).")
@@ -187,17 +197,17 @@ def _arrows(x: float, y: LogAxis, point: LayerPoint) -> str:
 
 
 def _dots(points_by_x: Sequence[tuple[float, LayerPoint]], y: LogAxis, step: float) -> dict[str, str]:
-    """Return the marks of the medians: dots for rewritten layers, diamonds for controls, crosses for all others."""
+    """Return the medians: dots for rewritten layers, diamonds for controls, crosses for others."""
     size = min(5.5, max(3.5, step / 2 + 1))
     marks = dict.fromkeys(("rewritten", "control", "kept"), "")
     for x, point in points_by_x:
         height = y.pixel_of(point.median)
         if point.role == "rewritten":
-            marks["rewritten"] += f"M{x:.1f} {height:.1f}h0"  # a line of length 0 with round ends is a dot
+            # A line of length 0 with round ends is a dot.
+            marks["rewritten"] += f"M{x:.1f} {height:.1f}h0"
         elif point.role == "control":
-            marks["control"] += (
-                f"M{x - size:.1f} {height:.1f}l{size:.1f} -{size:.1f} {size:.1f} {size:.1f} -{size:.1f} {size:.1f}z"
-            )
+            up, down = f"{size:.1f} -{size:.1f}", f"{size:.1f} {size:.1f}"
+            marks["control"] += f"M{x - size:.1f} {height:.1f}l{up} {down} -{down}z"
         else:
             marks["kept"] += f"M{x - 3:.1f} {height - 3:.1f}l6 6m0 -6l-6 6"
     return marks
@@ -209,13 +219,16 @@ def _pens(step: float) -> dict[str, float]:
 
 
 def _ticks(sites: Sequence[Mapping[str, Any]], step: float, layers: int, bottom: float) -> dict[str, str]:
-    """Return a tick for every dropout site, between the layers before and behind it; short ones are inactive.
+    """Return a tick for every dropout site between the layers before and behind it.
 
-    A site that reaches no layer stands behind the last one. Sites at one place share a tick.
+    Inactive sites have short ticks. A site that reaches no layer stands behind the last one. Sites
+    at one place share a tick, which keeps the path short.
     """
     marks = {"sites": "", "inactive": ""}
     for kind, height in (("sites", 12), ("inactive", 6)):
-        depths = [finite_number(site.get("depth")) for site in sites if bool(site.get("active")) == (kind == "sites")]
+        wanted = [site for site in sites if bool(site.get("active")) == (kind == "sites")]
+        depths = [finite_number(site.get("depth")) for site in wanted]
         for depth in dict.fromkeys(layers if depth is None else depth for depth in depths):
-            marks[kind] += f"M{_LEFT + depth * step:.1f} {bottom + _SITES_HEIGHT - 4:.1f}v-{height}"
+            x, y = _LEFT + depth * step, bottom + _SITES_HEIGHT - 4
+            marks[kind] += f"M{x:.1f} {y:.1f}v-{height}"
     return marks

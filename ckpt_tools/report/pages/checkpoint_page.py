@@ -38,19 +38,21 @@ from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT
 VERDICT_TONES: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "quiet"}
 
 _HOW_TO_REPEAT = (
-    "The same versions on the same machine give the same bytes. An existing output is replaced with --overwrite only."
+    "The same versions of the libraries on the same machine give the same bytes. "
+    "An existing output is replaced with --overwrite only."
 )
 _HOW_TO_READ_THE_CHART = (
-    "A ratio above 1 means that the stored variance was too large for a network without dropout, below 1 too small. "
-    "Layers stand in order of execution."
+    "A ratio above 1 means that the stored variance was too large for a network without dropout, "
+    "below 1 too small. Layers stand in order of execution."
 )
-_WHY_CONTROLS = "On the training data their variance is the stored one; what is off here would be off everywhere."
+_WHY_CONTROLS = "On the training data their variance is the stored one; other data changes every layer."
 
 
 def checkpoint_page(facts: Facts) -> Page:
     """Return the page of one checkpoint from the facts of its run.
 
-    Credentials, control characters and endless texts are taken out of the facts first, so nothing below has to do it.
+    Credentials, control characters and endless texts are taken out of the facts first, so nothing
+    below has to do it.
     """
     facts = presentable(facts)
     source = get_mapping(facts, "checkpoint")
@@ -79,7 +81,9 @@ def _headline(facts: Facts) -> str:
     layers = count_text(len(get_mappings(facts, "layers")), "BatchNorm layer")
     images = integer_text(get_mapping(facts, "data").get("images"))
     statistics_text = "means and variances" if facts.get("statistics") == "mean+variance" else "variances"
-    doubt = "The data does not look like the training data; the run was forced. " if _is_doubtful(facts) else ""
+    doubt = ""
+    if _is_doubtful(facts):
+        doubt = "The data does not look like the training data; the run was forced. "
     return (
         f"{doubt}{len(rewritten_layers(facts)):,} of {layers} got new running {statistics_text}, "
         f"measured on {images} images with dropout off. Nothing else in the checkpoint differs."
@@ -126,6 +130,7 @@ def _controls_section(controls: Facts) -> Section:
     deviation, worst, shift = (finite_number(controls.get(key)) for key in ("deviation", "worst", "shift"))
     if verdict == "none" or deviation is None or worst is None:
         return Section("Control layers", (f"No verdict: {controls.get('reason') or 'there are none'}.",), "quiet")
+    layers = count_text(len(names), "layer")
     word = verdict + ("s" if len(names) == 1 else "")  # "1 layer agrees", "2 layers agree"
     forced = "" if verdict == "agree" else "; it was used all the same (--force)"
     rows = [
@@ -137,7 +142,7 @@ def _controls_section(controls: Facts) -> Section:
         rows.append(("Means differ by", f"{shift:.2g} standard deviations"))
     return Section(
         "Control layers",
-        (f"{count_text(len(names), 'layer')} that no dropout reaches {word} with the data{forced}.", _WHY_CONTROLS),
+        (f"{layers} that no dropout reaches {word} with the data{forced}.", _WHY_CONTROLS),
         VERDICT_TONES.get(verdict, ""),
         pairs=tuple(rows),
     )
@@ -147,31 +152,38 @@ def _data_section(data: Facts) -> Section:
     agreement = get_mapping(data, "agreement")
     scores, verdict = get_mapping(agreement, "scores"), str(agreement.get("verdict", "none"))
     cause = agreement.get("cause")
-    sentence = {
-        "agree": "It agrees with the statistics of the training data that the BatchNorm layers have stored.",
-        "disagree": f"It does not look like the training data: {cause}. It was used all the same (--force).",
-    }.get(verdict, f"It was not compared with the training data: {cause or 'the reason is not recorded'}.")
+    doubt = f"It does not look like the training data: {cause}."
+    sentences = {
+        "agree": "It agrees with the statistics that the BatchNorm layers have stored in training.",
+        "disagree": f"{doubt} It was used all the same (--force).",
+        "none": f"It was not compared with the training data: {cause or 'no reason is recorded'}.",
+    }
+    # Where memory was short, batches were cut to a smaller size than the planned one.
+    batch_size = integer_text(data.get("cut_to") or data.get("batch_size"))
+    images, batches = integer_text(data.get("images")), integer_text(data.get("batches"))
     rows = [
         ("Data", f"{data.get('spec')} ({data.get('kind')})"),
-        ("Images", f"{integer_text(data.get('images'))} in {integer_text(data.get('batches'))} batches of "
-         f"{integer_text(data.get('cut_to') or data.get('batch_size'))}"),
+        ("Images", f"{images} in {batches} batches of {batch_size}"),
         ("Preprocessing", str(data.get("transform") or "none")),
         ("Taken from", str(get_mapping(data, "input").get("origin") or "")),
     ]  # fmt: skip
     if scores:
-        distances = ", ".join(
-            f"{name} layers {value:.2f}" for name, value in scores.items() if finite_number(value) is not None
-        )
-        rows.append(("Distance, 0 is perfect", f"{distances}; on {integer_text(agreement.get('images'))} samples"))
+        finite = {name: score for name, score in scores.items() if finite_number(score) is not None}
+        distances = ", ".join(f"{name} layers {score:.2f}" for name, score in finite.items())
+        samples = integer_text(agreement.get("images"))
+        rows.append(("Distance, 0 is perfect", f"{distances}; on {samples} samples"))
+    sentence = sentences.get(verdict, sentences["none"])
     return Section("Data", (sentence,), VERDICT_TONES.get(verdict, ""), pairs=_nonempty_rows(rows))
 
 
 def _provenance_section(facts: Facts) -> Section:
-    """Return where the checkpoint came from and what was done to it, in full: enough to repeat the run."""
+    """Return where the checkpoint came from and what was done to it, in full."""
     source, output, tool = (get_mapping(facts, name) for name in ("checkpoint", "output", "tool"))
-    recognised_by = RECOGNISED_BY_TEXT.get(str(facts.get("recognised_by")), "")  # type: ignore[call-overload]
-    architecture = str(facts.get("architecture") or "") + (f", told by {recognised_by}" if recognised_by else "")
+    architecture = str(facts.get("architecture") or "")
+    if facts.get("recognised_by") in RECOGNISED_BY_TEXT:
+        architecture += f", told by {RECOGNISED_BY_TEXT[facts['recognised_by']]}"
     arguments = (f"{name}={value!r}" for name, value in get_mapping(facts, "model_kwargs").items())
+    libraries, rates = get_mapping(facts, "libraries"), str(facts.get("rates") or "")
     passes = finite_number(facts.get("passes")) or 1
     method = [facts.get("estimator"), facts.get("statistics"), facts.get("precision")]
     left_alone = (f"{layer.get('name')} ({layer.get('reason')})" for layer in get_mappings(facts, "left_alone"))
@@ -183,7 +195,7 @@ def _provenance_section(facts: Facts) -> Section:
         ("SHA-256 of the output", str(output.get("sha256") or "")),
         ("Architecture", architecture),
         ("Arguments", ", ".join(arguments)),
-        ("Drop rates", DROP_RATE_SOURCES.get(str(facts.get("rates")), str(facts.get("rates") or ""))),
+        ("Drop rates", DROP_RATE_SOURCES.get(rates, rates)),
         ("Layers chosen", str(facts.get("why") or "")),
         ("Estimator", ", ".join(str(word) for word in method if word)),
         ("Passes", f"{passes:,.0f}" if passes > 1 else ""),
@@ -191,7 +203,7 @@ def _provenance_section(facts: Facts) -> Section:
         ("Left alone", list_names(left_alone)),
         ("Device", str(facts.get("device") or "")),
         ("Tool", f"{tool.get('name', 'ckpt-tools')} {tool.get('version', '')}"),
-        ("Libraries", ", ".join(f"{name} {version}" for name, version in get_mapping(facts, "libraries").items())),
+        ("Libraries", ", ".join(f"{name} {version}" for name, version in libraries.items())),
     ]  # fmt: skip
     return Section("Provenance", pairs=_nonempty_rows(rows))
 

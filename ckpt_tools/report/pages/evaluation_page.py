@@ -15,8 +15,8 @@ from ckpt_tools.report.pages.metric_tables import metrics_section
 def evaluation_page(facts: Facts) -> Page:
     """Return the page of an evaluation from the facts of ``evaluation_json`` or ``refusal_json``.
 
-    The latter are those of a ``bn-reestimate`` whose gate was not passed. They have the architecture at the top, those
-    of an evaluation beside the path of each checkpoint.
+    The latter are those of a ``bn-reestimate`` whose gate was not passed. They have the
+    architecture at the top, those of an evaluation beside the path of each checkpoint.
     """
     facts = presentable(facts)
     metrics, source, before = (get_mapping(facts, name) for name in ("metrics", "checkpoint", "before"))

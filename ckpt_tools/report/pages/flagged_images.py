@@ -15,8 +15,8 @@ _SHOWN_OUTLIERS = 10
 def flagged_section(facts: Facts) -> Section:
     """Return a table of the samples that did not count.
 
-    Some could not be read, among the labelled images as well; others were left out as outliers. The facts of
-    an evaluation have no list of outliers, since nothing is left out there.
+    Some could not be read, among the labelled images as well; others were left out as outliers. The
+    facts of an evaluation have no list of outliers, since nothing is left out there.
     """
     skipped = [("skipped", sample) for sample in get_list(get_mapping(facts, "data"), "skipped")]
     skipped += [("skipped (labelled data)", image) for image in get_list(get_mapping(facts, "metrics"), "skipped")]
@@ -25,7 +25,8 @@ def flagged_section(facts: Facts) -> Section:
         ending = ", and none stood out." if "outliers" in facts else "."
         return Section("Flagged images", (f"None: every image could be read{ending}",), "quiet")
     rows = tuple(_row(outcome, entry) for outcome, entry in [*skipped, *outliers[:_SHOWN_OUTLIERS]])
-    sentence = f"{count_text(len(skipped), 'sample')} skipped as unreadable, {len(outliers):,} flagged and not counted."
+    samples = count_text(len(skipped), "sample")
+    sentence = f"{samples} skipped as unreadable, {len(outliers):,} flagged and not counted."
     if len(outliers) > _SHOWN_OUTLIERS:
         sentence += f" The first {_SHOWN_OUTLIERS} are listed; --json names all."
     columns = (Column("Image", "code"), Column("What"), Column("Why"))

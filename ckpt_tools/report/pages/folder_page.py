@@ -1,4 +1,4 @@
-"""The page of a folder of checkpoints, from the records of its manifest alone: a row and a page for each of them."""
+"""The page of a folder, from the records of its manifest: a row and a page for each checkpoint."""
 
 from __future__ import annotations
 
@@ -90,7 +90,10 @@ def _table(named_records: Sequence[tuple[str, str, Record]]) -> Table:
         Column("Checkpoint", "code"), Column("Outcome"), Column("Rewritten", "number"),
         Column("Median ratio", "number"),
         Column("Largest change", "number"), Column("Images", "number"), Column("Controls"),
-        *(Column(f"{name} {stage}{unit}", "number") for name, unit in units.items() for stage in ("before", "after")),
+        *(
+            Column(f"{name} {stage}{unit}", "number")
+            for name, unit in units.items() for stage in ("before", "after")
+        ),
         Column("Time", "number"), Column("Message", "prose"),
     )  # fmt: skip
     rows = tuple(_row(anchor, name, record, tuple(units)) for anchor, name, record in named_records)
@@ -98,7 +101,10 @@ def _table(named_records: Sequence[tuple[str, str, Record]]) -> Table:
 
 
 def _metric_units(records: Sequence[Record]) -> dict[str, str]:
-    """Return the metrics that any checkpoint has, each with its unit for the head of a column: `` (percent)``."""
+    """Return the metrics that any checkpoint has, with their units as column heads show them.
+
+    A unit is `` (percent)``, or "" where none is recorded.
+    """
     units: dict[str, str] = {}
     for facts in map(_facts_with_metrics, records):
         for name in metrics_by_name(facts):
@@ -110,7 +116,8 @@ def _metric_units(records: Sequence[Record]) -> dict[str, str]:
 def _facts_with_metrics(record: Record) -> Record:
     """Return the part of a record that holds the metrics.
 
-    That is the report; where a gate was not passed there is none, and the metrics stand in the record itself.
+    That is the report; where a gate was not passed there is none, and the metrics stand in the
+    record itself.
     """
     return get_mapping(record, "report") or record
 

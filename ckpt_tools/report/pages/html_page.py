@@ -1,7 +1,7 @@
 """A report as one page of HTML that loads nothing: styles, script, chart and icon stand in it.
 
-So it can be sent by mail or kept for years. The templates are jinja2's with autoescape on, since the names of files and
-layers come from other people.
+So it can be sent by mail or kept for years. The templates are jinja2's with autoescape on, since
+the names of files and layers come from other people.
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ _ICON = (  # a dot above a line, 16 × 16
 
 
 def checkpoint_html(facts: Mapping[str, Any]) -> str:
-    """Return the report of one checkpoint from the facts of ``outcome_json``. Raises UsageError without jinja2."""
+    """Return the report of one checkpoint from the facts of ``outcome_json``.
+
+    Raises UsageError without jinja2.
+    """
     page = checkpoint_page(facts)
     return _render_template("page.html", page=page, drawings=_drawings(page, tooltips=True))
 
 
 def folder_html(records: Sequence[Mapping[str, Any]], title: str = "") -> str:
-    """Return the report of many checkpoints: a sortable table, and every checkpoint's report folded away below it.
+    """Return the report of many checkpoints: a sortable table, and below it a report for each.
 
-    A record holds ``checkpoint``, ``status``, ``output``, ``error``, ``report`` (the facts of ``outcome_json`` or
-    null) and ``seconds``. Raises UsageError without jinja2.
+    A record holds ``checkpoint``, ``status``, ``output``, ``error``, ``report`` (the facts of
+    ``outcome_json`` or null) and ``seconds``. Raises UsageError without jinja2.
     """
     page = folder_page(records, title)
     # Without tooltips: there may be hundreds of checkpoints with hundreds of layers each.
@@ -80,8 +83,8 @@ def _render_template(name: str, **variables: object) -> str:
     # The page's content security policy allows the script with this digest, and no other.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = _environment().get_template(name).render(
-        version=VERSION, icon=_ICON, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}",
-        **variables,
+        version=VERSION, icon=_ICON, style=Markup(style), script=Markup(script),
+        script_hash=f"sha256-{digest}", **variables,
     )  # fmt: skip
     # The name of a file may hold lone surrogates, which UTF-8 cannot encode.
     return add_mark(text.encode("utf-8", errors="replace"), ".html").decode()
@@ -93,12 +96,12 @@ def _environment() -> Environment:
         from jinja2 import DictLoader, Environment, StrictUndefined
     except ImportError as error:
         raise UsageError(
-            "a report in HTML: expected jinja2 to write it with, found none. Run: pip install 'ckpt-tools[report]'"
+            "a report in HTML: expected jinja2, found none. Run: pip install 'ckpt-tools[report]'"
         ) from error
     names = ("parts.html", "page.html", "folder.html")
     environment = Environment(
-        loader=DictLoader({name: _template_text(name) for name in names}), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, keep_trailing_newline=True,
+        loader=DictLoader({name: _template_text(name) for name in names}), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["anchor"] = lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     environment.filters["soft"] = _allow_line_breaks
@@ -106,9 +109,10 @@ def _environment() -> Environment:
 
 
 def _allow_line_breaks(name: str) -> Markup:
-    """Return a name, escaped, that a browser may break behind its dots and slashes, but not within a number.
+    """Return a name, escaped, that may be broken behind dots and slashes outside of numbers.
 
-    Names of layers are long words of many parts: without a place to break they would widen a phone's page.
+    Names of layers are long words of many parts: without a place to break they would widen a
+    phone's page.
     """
     from markupsafe import Markup, escape
 

@@ -33,7 +33,8 @@ def _rate(site: Facts) -> str:
 
 
 _SITE_COLUMNS = (
-    Column("Site", "code"), Column("Operation"), Column("Rate", "number"), Column("First layer behind it", "number")
+    Column("Site", "code"), Column("Operation"), Column("Rate", "number"),
+    Column("First layer behind it", "number"),
 )  # fmt: skip
 
 
@@ -45,18 +46,18 @@ def _behind(site: Facts, layers: int) -> Cell:
 
 
 _LAYER_COLUMNS = (
-    Column("Layer", "code"), Column("Depth", "number"), Column("Channels", "number"), Column("Role"),
-    Column("Stored ÷ new", "number"), Column("Smallest", "number"), Column("Largest", "number"),
-    Column("Std. error", "number"), Column("Worst", "number"),
+    Column("Layer", "code"), Column("Depth", "number"), Column("Channels", "number"),
+    Column("Role"), Column("Stored ÷ new", "number"), Column("Smallest", "number"),
+    Column("Largest", "number"), Column("Std. error", "number"), Column("Worst", "number"),
 )  # fmt: skip
 
 
 def layers_section(facts: Facts) -> Section:
-    """Return a table of all BN layers in order of execution with their ratios and standard errors."""
+    """Return a table of all BN layers in order of execution: ratios and standard errors."""
     rows = tuple(_layer_row(depth, layer) for depth, layer in enumerate(get_mappings(facts, "layers"), 1))
     sentence = (
-        "Stored variance over new variance: the median channel, the smallest and the largest; the relative standard "
-        "error of the new variance: median and worst channel."
+        "Stored variance over new variance: the median channel, the smallest and the largest; "
+        "the relative standard error of the new variance: median and worst channel."
     )
     return Section("Every layer", (sentence,), table=Table("Every layer", _LAYER_COLUMNS, rows))
 

@@ -1,4 +1,4 @@
-"""A report as GitHub-flavoured Markdown, for the summary of a CI job: it has the same content as the page of HTML."""
+"""A report as GitHub-flavoured Markdown, for the summary of a CI job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ckpt_tools.version import VERSION
 __all__ = ["checkpoint_markdown", "evaluation_markdown", "folder_markdown"]
 
 _SIGNS: Mapping[Tone, str] = {"good": "✅ ", "bad": "❌ ", "quiet": "", "": ""}
-# Characters that Markdown could take for markup. An underscore within a word is none: names of layers stay readable.
+# Characters that Markdown could take for markup. An underscore within a word is none, so that the
+# names of layers stay readable.
 _SPECIAL = re.compile(r"([\\`*{}\[\]~|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#>+=-]|(?<=^\d)[.)](?=\s|$))")
 _FIRST_LINE = f"<!-- ckpt-tools {VERSION} report -->"
 _LAST_LINE = f"Made by ckpt-tools {VERSION}."
@@ -31,7 +32,7 @@ def checkpoint_markdown(facts: Mapping[str, Any]) -> str:
 
 
 def evaluation_markdown(facts: Mapping[str, Any]) -> str:
-    """Return the metrics of one checkpoint from the facts of ``evaluation_json`` or ``refusal_json``."""
+    """Return the metrics from the facts of ``evaluation_json`` or ``refusal_json``."""
     return _page(evaluation_page(facts))
 
 
@@ -41,10 +42,11 @@ def _page(page: Page) -> str:
 
 
 def folder_markdown(records: Sequence[Mapping[str, Any]], title: str = "") -> str:
-    """Return the report of many checkpoints: a table, and every checkpoint's report folded away below it.
+    """Return the report of many checkpoints: a table, and below it a report for each.
 
-    GitHub refuses a summary that is too long. So if it does not fit, the long tables are left out, and if that is not
-    enough, the checkpoints' own reports, and a note says so.
+    The reports are folded away. GitHub refuses a summary that is too long. So if it does not fit,
+    the long tables are left out, and if that is not enough, the checkpoints' own reports, and a
+    note says so.
     """
     page = folder_page(records, title)
     pages = [item for _, item in page.pages]
@@ -141,7 +143,10 @@ def _fold_details(title: str, lines: Iterable[str]) -> Iterator[str]:
 
 
 def _fence_code(code: str) -> Iterator[str]:
-    """Yield a block of code, whose fence is longer than any run of backticks in it, so that none can close it."""
+    """Yield a block of code that nothing in the code can close.
+
+    Its fence is longer than any run of backticks in the code.
+    """
     longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     yield from (f"{fence}sh", code, fence, "")

@@ -1,4 +1,4 @@
-"""The metrics of a run with labelled data as a section: before, after, the change, and the verdict of the gate."""
+"""The metrics of a run with labelled data as a section, with the verdict of the gate."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def metrics_section(facts: Facts) -> Section | None:
     calibration = get_mapping(get_mapping(get_mapping(facts, "metrics"), "after"), "calibration")
     halves = get_list(calibration, "temperatures_of_halves")
     if len(halves) == 2:
-        # A temperature flatters the images that it was fitted on, so each half is scored with the other half's.
+        # A temperature flatters the images that it was fitted on.
         first, second = map(value_with_error_text, halves)
-        sentences.append(
-            f"The temperature is that of all images; below it either half has the other's ({first}, {second})."
-        )
+        sentences += [
+            "The temperature in the table is that of all images.",
+            f"For the metrics below it, each half has the other's ({first}, {second}).",
+        ]
     title = "Before and after" if compared else "Metrics"
     return Section(title, tuple(sentences), tone, pairs=tuple(_pairs(facts)), table=Table(title, columns, rows))
 
@@ -61,7 +62,10 @@ def _metric(entry: object, *, signed: bool = False) -> Cell:
 
 
 def _gate(facts: Facts) -> tuple[tuple[str, ...], Tone]:
-    """Return the verdict of the gate as a sentence and its colour, no sentence where no gate was set."""
+    """Return the verdict of the gate as a sentence and its colour.
+
+    There is no sentence where no gate was set.
+    """
     gate = get_mapping(get_mapping(facts, "metrics"), "gate")
     if not gate:
         return (), ""

@@ -1,4 +1,4 @@
-"""The picture of a verified initialisation: how z and δ are spread in every layer, before and after the rewrite.
+"""The picture of a verified initialisation: how z and δ are spread, before and after.
 
 These are Figures 1 and 5 of the paper (Hendrycks & Gimpel 2016) for the user's own model.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _BEFORE, _AFTER = "as the architecture initialises", "after the rewrite"
-_CENTRAL_SHARE = 0.98  # of all values lie on a panel's axis; a few far ones would squeeze the others
+_CENTRAL_SHARE = 0.98  # of all values lie on a panel's axis: far ones would squeeze the others
 _TALLEST_PEAK = 4.0  # in units of the median layer's peak; taller ones are cut off
 _BINS = 512  # of a density
 _COLOURS = {_BEFORE: "#c44e52", _AFTER: "#2f6db3"}
@@ -36,7 +36,7 @@ _COLOURS = {_BEFORE: "#c44e52", _AFTER: "#2f6db3"}
 
 @dataclass(frozen=True)
 class _Row:
-    """One of the two signals: its symbol, its texts, and how to get its values and its variance from a layer."""
+    """One of the two signals: its texts, and how to get its values and variance from a layer."""
 
     symbol: str
     title: str
@@ -66,20 +66,20 @@ def check_figure(path: Path) -> None:
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise UsageError(
-            f"{path}: expected a picture's name, ending in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; "
+            f"{path}: expected a picture's name, ending in .png, .svg or .pdf; "
             f"found {repr(path.suffix) if path.suffix else 'no suffix'}. Rename it."
         )
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise UsageError(
-            f"{path}: expected matplotlib to draw it with, found none. Run: pip install 'ckpt-tools[report]'"
-        ) from error
+        raise UsageError(f"{path}: expected matplotlib, found none. Run: pip install 'ckpt-tools[report]'") from error
     check_target(path, overwrite=True)
 
 
 def check_earlier_figure(path: Path, job_files: Iterable[Path | None]) -> None:
-    """Refuse to replace a file that is no earlier picture of this tool. ``job_files`` are the job's other files.
+    """Refuse to replace a file that is no earlier picture of this tool.
+
+    ``job_files`` are the job's other files.
 
     Raises:
         UsageError: the path is one of the job's other files.
@@ -93,18 +93,19 @@ def check_earlier_figure(path: Path, job_files: Iterable[Path | None]) -> None:
 def write_signals_figure(
     path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
 ) -> None:
-    """Draw the signals of all weight layers of a model, as it was and as it became, into a .png, .svg or .pdf file.
+    """Draw the signals of all weight layers, before and after, into a .png, .svg or .pdf file.
 
-    Two rows of densities have one line for each layer: outputs z (the paper's Figure 1) and error signals δ without
-    zeros (Figure 5). Below them stand Var(z) and Var(δ) against depth. An existing file is replaced; with ``only_own``
-    only if it is an earlier picture that nobody has changed.
+    Two rows of densities have one line for each layer: outputs z (the paper's Figure 1) and error
+    signals δ without zeros (Figure 5). Below them stand Var(z) and Var(δ) against depth. An
+    existing file is replaced; with ``only_own`` only if it is an earlier picture that nobody has
+    changed.
 
     Raises:
         UsageError: another suffix, or matplotlib is missing.
         OutputError: the file cannot be written.
     """
     check_figure(path)
-    # matplotlib is an optional dependency and slow to import, so every function that draws imports its own part.
+    # matplotlib is an optional dependency, so every function that draws imports its own part.
     from matplotlib import rc_context, rcdefaults
 
     suffix = path.suffix.lower()
@@ -115,8 +116,8 @@ def write_signals_figure(
 
     try:
         with rc_context():
-            # The settings may be those of a `matplotlibrc` in the current folder, which need not be the user's: with
-            # text.usetex they would run LaTeX.
+            # The settings may be those of a `matplotlibrc` in the current folder, which need not be
+            # the user's: with text.usetex they would run LaTeX.
             rcdefaults()
             figure = _draw_figure(before, after)
             with write_atomically(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
@@ -124,7 +125,8 @@ def write_signals_figure(
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
-            f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
+            f"{path}: expected to write a picture there, found: {error}. "
+            "Nothing was left behind there; choose another place for it."
         ) from error
 
 
@@ -152,7 +154,8 @@ def _colours() -> Colormap:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # its last yellows vanish on white
+    # The last yellows of viridis vanish on white.
+    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))
 
 
 def _finite(values: Sequence[float]) -> NDArray[np.float64]:
@@ -162,7 +165,10 @@ def _finite(values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _range_text(symbol: str, variances: Sequence[float | None]) -> str:
-    """Return from where to where Var goes over the layers; None stands for a layer where it was not measured."""
+    """Return the range of Var over the layers in words.
+
+    None stands for a layer where it was not measured.
+    """
     measured = [value for value in variances if value is not None]
     finite = [value for value in measured if math.isfinite(value)]
     if not finite:
@@ -175,12 +181,13 @@ def _range_text(symbol: str, variances: Sequence[float | None]) -> str:
 
 
 def _draw_densities(panel: Axes, samples: Sequence[NDArray[np.float64]], colours: Colormap) -> None:
-    """Draw the density of each layer's values as a line, over the central part of all layers' values.
+    """Draw the density of each layer's values, over the central part of all layers' values.
 
-    A layer whose values are far narrower than the others' has a high spike, which is cut off: the other lines would
-    lie flat on the axis.
+    A layer whose values are far narrower than the others' has a high spike, which is cut off: the
+    other lines would lie flat on the axis.
     """
-    pooled = np.concatenate([*samples, np.zeros(2)])  # without any value quantile would raise; two zeros do no harm
+    # Without any value quantile would raise, and two zeros do no harm.
+    pooled = np.concatenate([*samples, np.zeros(2)])
     low, high = np.quantile(pooled, [(1 - _CENTRAL_SHARE) / 2, (1 + _CENTRAL_SHARE) / 2])
     peaks = []
     for depth, values in enumerate(samples):
@@ -203,7 +210,8 @@ def _draw_densities(panel: Axes, samples: Sequence[NDArray[np.float64]], colours
 def _set_plain_ticks(panel: Axes) -> None:
     """Give the axes few ticks, each with its full number.
 
-    By default matplotlib writes a common power of ten beside the axis, where it would stand on top of a label.
+    By default matplotlib writes a common power of ten beside the axis, where it would stand on top
+    of a label.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -216,14 +224,15 @@ def _set_plain_ticks(panel: Axes) -> None:
 def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a kernel density estimate between two bounds, as positions and densities.
 
-    The values are counted in bins, and the counts smoothed with a Gaussian of Silverman's width, 0.9 A n^(-1/5), where
-    A is the smaller of the standard deviation and the quartiles' distance / 1.34 (Silverman 1986, eq. 3.31).
+    The values are counted in bins, and the counts smoothed with a Gaussian of Silverman's width,
+    0.9 A n^(-1/5), where A is the smaller of the standard deviation and the quartiles' distance /
+    1.34 (Silverman 1986, eq. 3.31).
     """
     margin = (high - low) / 2  # values beyond the bounds reach into the panel
     counts, edges = np.histogram(values, _BINS, (low - margin, high + margin))
     step = edges[1] - edges[0]
     quartiles = np.quantile(values, [0.25, 0.75])
-    # Where half of the values are equal the quartiles' distance is 0, and a width of 0 would smooth nothing.
+    # Where half of the values are equal the quartiles' distance is 0, which would smooth nothing.
     spread = min(values.std(), float(quartiles[1] - quartiles[0]) / 1.34) or values.std()
     width = min(max(0.9 * spread * len(values) ** -0.2 / step, 0.75), _BINS / 12)  # in bins
     reach = math.ceil(4 * width)
@@ -235,7 +244,8 @@ def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDAr
 def _draw_depth(panel: Axes, symbol: str, variances: Mapping[str, Sequence[float | None]]) -> None:
     """Draw Var against depth on a logarithmic axis.
 
-    A variance that is 0 or not finite has no place on it. The label below the axis says how many there are.
+    A variance that is 0 or not finite has no place on it. The label below the axis says how many
+    there are.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -243,7 +253,8 @@ def _draw_depth(panel: Axes, symbol: str, variances: Mapping[str, Sequence[float
     for stage, values in points.items():
         marker = "o" if len(values) <= 40 else ""
         panel.plot(range(1, len(values) + 1), values, marker=marker, markersize=3.5, color=_COLOURS[stage], label=stage)
-    pooled = np.concatenate([*points.values(), [0.1, 10]])  # at least two decades: a ratio of 1.1 must not look large
+    # The axis spans at least two decades: a ratio of 1.1 must not look large.
+    pooled = np.concatenate([*points.values(), [0.1, 10]])
     missing = int(np.isnan(pooled).sum())
     panel.set_yscale("log")
     panel.set_ylim(np.nanmin(pooled) / 1.5, np.nanmax(pooled) * 1.5)
@@ -258,7 +269,8 @@ def _draw_depth(panel: Axes, symbol: str, variances: Mapping[str, Sequence[float
 
 
 def _drawable(value: float | None) -> float:
-    return value if value is not None and 0 < value < math.inf else math.nan  # matplotlib leaves a gap at NaN
+    # matplotlib leaves a gap at NaN.
+    return value if value is not None and 0 < value < math.inf else math.nan
 
 
 def _add_colour_bar(figure: Figure, axes: NDArray[Any], layers: int, colours: Colormap) -> None:

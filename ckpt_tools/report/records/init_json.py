@@ -1,4 +1,4 @@
-"""An initialisation as JSON: settings, every weight with its factors or the reason why it was kept, the signals."""
+"""An initialisation as JSON: the settings, every weight, and the signals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ckpt_tools.report.records.reestimation_json import checkpoint_json
 def init_json(outcome: InitOutcome) -> dict[str, object]:
     """Return all about a finished ``init-rewrite``.
 
-    ``layers`` has the weights that are new, with the factors that each was divided by; ``left`` has the others, each
-    with the reason. ``verification`` has every layer's signals before and after, null where they were not measured.
+    ``layers`` has the weights that are new, with the factors that each was divided by; ``left`` has
+    the others, each with the reason. ``verification`` has every layer's signals before and after,
+    null where they were not measured.
     """
     loaded, result, trial = outcome.loaded, outcome.result, outcome.trial
     checkpoint = loaded.checkpoint and {**checkpoint_json(loaded.checkpoint), "sha256": outcome.source_sha256}

@@ -1,9 +1,9 @@
 """The manifest of a folder: one line of JSON for every checkpoint that was done or has failed.
 
-Each line is one record, and its first field is the checkpoint. A file counts as a manifest if every line has the fields
-of a record, in the right types, and no others. A killed run may leave an unfinished last line: it is recognised by how
-every record begins, and passed over. Any other line means that somebody else writes to the file, too, and then this
-tool does not touch it.
+Each line is one record, and its first field is the checkpoint. A file counts as a manifest if every
+line has the fields of a record, in the right types, and no others. A killed run may leave an
+unfinished last line: it is recognised by how every record begins, and passed over. Any other line
+means that somebody else writes to the file, too, and then this tool does not touch it.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ _NEWER_FIELDS: Mapping[str, _Types] = {  # version 0.1.0 did not write these, so
     "replaced": (str, _NONE),
     "also_named": list,
 }
-# A checkpoint of an earlier run is reported with its earlier record, but with these fields of its new one.
+# The report on a checkpoint of an earlier run has its earlier record, with these fields of the new.
 _FIELDS_OF_THIS_RUN = ("checkpoint", "also_named", "output", "status", "output_sha256", "output_bytes", "replaced")
 
 
 def check_manifest(path: Path, job_files: Iterable[Path | None] = ()) -> None:
-    """Refuse a manifest that could not be appended to, before any work is done. ``job_files``: the job's other files.
+    """Refuse a manifest that could not be appended to, before any work is done.
+
+    ``job_files`` are the job's other files.
 
     Raises:
         UsageError: the path is one of the job's other files.
@@ -78,8 +80,9 @@ def check_manifest(path: Path, job_files: Iterable[Path | None] = ()) -> None:
 class Manifest:
     """A JSONL file to which records are appended, and what its records say of earlier outputs.
 
-    A line is never changed, so a run that is killed loses one record at most. Object stores cannot append: a remote
-    manifest is fetched first, appended to on this machine, and uploaded as a whole by ``publish``.
+    A line is never changed, so a run that is killed loses one record at most. Object stores cannot
+    append: a remote manifest is fetched first, appended to on this machine, and uploaded as a whole
+    by ``publish``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,8 +109,8 @@ class Manifest:
         for record in parse_records(content):
             self._remember(record)
 
-    def _begin(self, *, create: bool) -> tuple[bytes, tuple[int, int]]:
-        """Return the content of the file that will be appended to, and its device and inode.
+    def _begin(self, *, create: bool) -> tuple[bytes, os.stat_result]:
+        """Return the content and the status of the file that will be appended to.
 
         The content is checked again here: the file may have been replaced since it was first read.
         """
@@ -117,7 +120,7 @@ class Manifest:
             require_own_content(self.path, _KIND, content)
             if content and not content.endswith(b"\n"):  # an earlier run was killed while it wrote
                 file.write(b"\n")
-            return content, _device_and_inode(file)
+            return content, os.fstat(file.fileno())
 
     def _open(self, *, create: bool) -> BinaryIO:
         # O_EXCL: a file or a link that somebody puts there in the meantime is not written to.
@@ -127,7 +130,8 @@ class Manifest:
     def publish(self) -> None:
         """Upload a remote manifest; remove one that this run has made and written nothing to.
 
-        Raises OutputError if the file at the remote place is no manifest any more, or cannot be replaced.
+        Raises OutputError if the file at the remote place is no manifest any more, or cannot be
+        replaced.
         """
         if self._is_new and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink(missing_ok=True)
@@ -136,7 +140,7 @@ class Manifest:
             upload_file(self.path, self.path, overwrite=True)
 
     def recorded_output(self, output: Path) -> EarlierOutput | None:
-        """Return what the latest record of an output says: source, settings, and digest where that was recorded.
+        """Return source, settings and digest of an output, as its latest record has them.
 
         None if no record says both what the output was made of and with which settings.
         """
@@ -150,9 +154,9 @@ class Manifest:
     def add_record(self, record: Record) -> Record:
         """Append a record, and return it for the report of this run.
 
-        A checkpoint that an earlier run has done has no new results. Where the manifest has its earlier record, made
-        of the same bytes with the same settings, no line is added and that record is returned instead, with this run's
-        names and status.
+        A checkpoint that an earlier run has done has no new results. Where the manifest has its
+        earlier record, made of the same bytes with the same settings, no line is added and that
+        record is returned instead, with this run's names and status.
         """
         earlier = self._by_origin.get(_output_origin(record))
         if record["status"] == "done before" and earlier is not None:
@@ -162,19 +166,21 @@ class Manifest:
         return record
 
     def _append(self, line: bytes) -> None:
-        """Append to the file that was checked in the beginning, and to no other that has its name by now.
+        """Append to the file that was checked in the beginning, and to no other of its name.
 
-        The line is on the disk when this returns, so that a crash of the machine does not lose the record.
+        The line is on the disk when this returns, so that a crash of the machine does not lose the
+        record.
         """
         try:
-            is_gone = not os.path.lexists(self.path)  # somebody has removed the file: a new one takes its place
+            is_gone = not os.path.lexists(self.path)  # somebody has removed it, so it is made anew
             with self._open(create=is_gone) as file:
+                status = os.fstat(file.fileno())
                 if is_gone:
-                    self._file = _device_and_inode(file)
-                if _device_and_inode(file) != self._file:
+                    self._file = status
+                if not os.path.samestat(status, self._file):
                     raise OutputError(
-                        f"{self.path}: expected the manifest that was there when the run began, found another file in "
-                        "its place. Nothing was written to it; run again."
+                        f"{self.path}: expected the manifest that was there when the run began, "
+                        "found another file in its place. Nothing was written to it; run again."
                     )
                 file.write(line)
                 file.flush()
@@ -194,10 +200,11 @@ class Manifest:
 def make_record(result: ItemResult) -> Record:
     """Return a result as a record of the manifest.
 
-    ``report`` is the dict that ``--json`` prints for a single checkpoint. ``metrics`` stands where a gate was not
-    passed. ``source_sha256`` and ``settings`` are those in the metadata of the output, ``output_sha256`` and
-    ``output_bytes`` those of its file. ``replaced`` says what was wrong with an earlier output that this one replaces.
-    ``also_named`` are further paths to the checkpoint's file.
+    ``report`` is the dict that ``--json`` prints for a single checkpoint. ``metrics`` stands where
+    a gate was not passed. ``source_sha256`` and ``settings`` are those in the metadata of the
+    output, ``output_sha256`` and ``output_bytes`` those of its file. ``replaced`` says what was
+    wrong with an earlier output that this one replaces. ``also_named`` are further paths to the
+    checkpoint's file.
     """
     error, made = result.error, result.made
     file = made.file if made else None
@@ -223,15 +230,11 @@ def make_record(result: ItemResult) -> Record:
     return record
 
 
-def _device_and_inode(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino
-
-
 def _message(error: BaseException, *, expected: bool) -> str:
     """Return the error's message without secrets and of bounded size.
 
-    The message of an error that this program does not raise itself may say little, so its class stands before it.
+    The message of an error that this program does not raise itself may say little, so its class
+    stands before it.
     """
     text = str(error) if expected else f"{type(error).__name__}: {error}"
     return shorten_message(without_fragments(restore_urls(text)))
@@ -254,7 +257,7 @@ def _is_manifest(content: bytes) -> bool:
 
 
 def _is_record(line: bytes) -> bool:
-    """Return whether a line has the fields of a record, of this version or an earlier one, and no others."""
+    """Return whether a line has the fields of a record, of any version, and no others."""
     record = _parse_line(line)
     if record is None or not _FIELDS.keys() <= record.keys():
         return False

@@ -13,7 +13,8 @@ from ckpt_tools.report.records.plain_values import to_plain_values
 def metrics_json(metrics: Metrics) -> dict[str, object]:
     """Return values and standard errors by metric.
 
-    ``before`` and ``change`` are null where only one checkpoint was evaluated, ``gate`` where no gate was set.
+    ``before`` and ``change`` are null where only one checkpoint was evaluated, ``gate`` where no
+    gate was set.
     """
     return {
         "data": metrics.data,

@@ -1,4 +1,4 @@
-"""Values of this program as plain values that JSON can hold, and what every JSON says of the tool that wrote it."""
+"""Values as JSON can hold them, and the entries about the tool that every JSON has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOOL = {"name": "ckpt-tools", "version": VERSION}
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the installed libraries that have a part in the numbers, by their names."""
+    """Return the versions of the installed libraries on which the numbers depend."""
     versions = {}
     for name in ("torch", "torchvision", "timm", "safetensors", "numpy"):
         try:
@@ -28,8 +28,8 @@ def library_versions() -> dict[str, str]:
 def to_plain_values(value: object) -> object:
     """Return a value as JSON can hold it.
 
-    JSON has no infinity and no NaN, so both become null. An object of a type that JSON does not know becomes its text,
-    and long texts are shortened, since they come from other people's files.
+    JSON has no infinity and no NaN, so both become null. An object of a type that JSON does not
+    know becomes its text, and long texts are shortened, since they come from other people's files.
     """
     if isinstance(value, Mapping):
         return {str(key): to_plain_values(item) for key, item in value.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from ckpt_tools.contract import Checkpoint, InputSpec
+from ckpt_tools.contract import Checkpoint
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationOutcome
@@ -25,7 +25,7 @@ from ckpt_tools.storage.compare import Comparison
 
 
 def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
-    """Return all about a finished ``bn-reestimate``: the settings in force, every layer, the controls, the output.
+    """Return all about a finished ``bn-reestimate``: settings, layers, controls, output.
 
     Reports and the lines of a manifest are made of this dict.
     """
@@ -48,7 +48,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
             "batch_size": plan.batch_size,
             "cut_to": result.cut_to,
             "transform": plan.stream.transform,
-            "input": _input(plan.input_spec),
+            "input": plan.input_spec and dataclass_to_dict(plan.input_spec),
             "skipped": [dataclasses.asdict(item) for item in outcome.skipped],
             "agreement": dataclass_to_dict(outcome.verdict),
         },
@@ -77,7 +77,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
 
 
 def refusal_json(plan: Plan, metrics: Metrics) -> dict[str, object]:
-    """Return the metrics of a ``bn-reestimate`` whose gate was not passed, so that no output was written."""
+    """Return the metrics of a ``bn-reestimate`` without an output: its gate was not passed."""
     return {
         "tool": TOOL,
         "libraries": library_versions(),
@@ -135,7 +135,7 @@ def inspection_json(inspection: Inspection) -> dict[str, object]:
         "parameters": inspection.parameters,
         "tensors": sum(tally.tensors for tally in inspection.types.values()),
         "dtypes": {name: dataclasses.asdict(tally) for name, tally in inspection.types.items()},
-        "input": _input(inspection.input_spec),
+        "input": inspection.input_spec and dataclass_to_dict(inspection.input_spec),
         "batch_norms": [_batch_norm(layer, inspection.steps) for layer in walk.batch_norms] if walk else [],
         "dropout_sites": [dataclasses.asdict(site) for site in walk.dropout_sites] if walk else [],
         "left_alone": [dataclasses.asdict(item) for item in walk.left_alone] if walk else [],
@@ -177,7 +177,7 @@ def conversion_json(conversion: Conversion) -> dict[str, object]:
 
 
 def comparison_json(comparison: Comparison, expect: str, violations: tuple[str, ...]) -> dict[str, object]:
-    """Return the differences between two checkpoints, and which of them ``expect`` does not allow."""
+    """Return the differences between two checkpoints, and those that were not expected."""
     return {**dataclass_to_dict(comparison), "expect": expect, "unexpected": list(violations), "ok": not violations}
 
 
@@ -207,14 +207,14 @@ def _layer(layer: LayerResult) -> dict[str, object]:
 
 
 def _site(site: DropoutSite, walk: Walk) -> dict[str, object]:
-    """``depth`` is how many BN layers run before the first one that the site reaches, null if it reaches none."""
+    """Return a dropout site with its ``depth``.
+
+    That is the number of BN layers that run before the first one that the site reaches, null if it
+    reaches none.
+    """
     reached = (
         depth
         for depth, layer in enumerate(walk.batch_norms)
         if site.name in (*layer.downstream_of, *layer.potentially_downstream_of)
     )
     return {**dataclasses.asdict(site), "active": site.active, "depth": next(reached, None)}
-
-
-def _input(spec: InputSpec | None) -> dict[str, object] | None:
-    return None if spec is None else dataclass_to_dict(spec)

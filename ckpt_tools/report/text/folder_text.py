@@ -16,9 +16,10 @@ from ckpt_tools.report.number_format import integer_text, value_and_error
 
 
 def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
-    """Return a table with a row for every checkpoint, then why some failed and which outputs were made again.
+    """Return a row for every checkpoint, then why some failed and which outputs were replaced.
 
-    ``records`` are those of the manifest. Error and NLL are columns if any checkpoint was evaluated.
+    ``records`` are those of the manifest. Error and NLL are columns if any checkpoint was
+    evaluated.
     """
     rows = [("checkpoint", "", "architecture", "layers", "ratio", "images"), *map(_row, records)]
     scores = [_scores(record) for record in records]

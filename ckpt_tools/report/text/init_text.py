@@ -1,4 +1,4 @@
-"""The result of ``init-rewrite`` as text: what each weight was divided by and why, what was kept, the signals."""
+"""The result of ``init-rewrite`` as text: the divisor of each weight, and the signals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ckpt_tools.report.text.reestimation_text import architecture_line, checkpoi
 from ckpt_tools.report.wording import DROP_RATE_SOURCES
 
 _SHOWN_ROWS = 40  # of a table before it is cut
-# f is the activation, f' its derivative; "keep" is the keep probability of the dropout on that side of the weight.
+# f is the activation and f' its derivative; "keep" is the keep probability of the dropout there.
 _HEAD = ("weight layer", "shape", "f before", "E[f²]", "keep", "f behind", "E[f'²]", "keep", "divided by")
 
 
 def init_text(outcome: InitOutcome) -> str:
-    """Return the settings, the weights in order of execution, those that were kept, the signals, and the output."""
+    """Return the settings, the weights in order of execution, the signals, and the output."""
     result = outcome.result
     parts = [_settings(outcome), "", rewritten_weights_text(result), *_unchanged_weights_lines(result)]
     if outcome.trial is not None:
@@ -26,13 +26,14 @@ def init_text(outcome: InitOutcome) -> str:
     if outcome.request.report is not None:
         parts.append(f"picture: {one_line(outcome.request.report)}")
     biases = sum(bool(layer.bias) for layer in result.rewritten)
+    weights = count_text(len(result.layers), "weight")
     zeroed = f"{biases:,} {'bias' if biases == 1 else 'biases'} set to 0"
     remainder = "nothing else differs"
     if outcome.source_sha256 is None:
         remainder = "the rest is the library's own initialisation"
     parts += [
         "",
-        f"{len(result.rewritten)} of {count_text(len(result.layers), 'weight')} rewritten, {zeroed}",
+        f"{len(result.rewritten)} of {weights} rewritten, {zeroed}",
         f"written: {one_line(outcome.output)}",
         f"         sha256 {outcome.output_sha256}; {remainder}",
     ]
@@ -42,13 +43,13 @@ def init_text(outcome: InitOutcome) -> str:
 def _settings(outcome: InitOutcome) -> str:
     loaded, result = outcome.loaded, outcome.result
     source = "none, a new model" if loaded.checkpoint is None else checkpoint_line(loaded.checkpoint)
-    method = f"{result.rule}, backward term {result.backward_term}, backward factor {result.backward_factor}"
+    backward = f"backward term {result.backward_term}, backward factor {result.backward_factor}"
     return align_columns(
         [
             ("checkpoint", source),
             ("architecture", architecture_line(loaded)),
             ("drop rates", DROP_RATE_SOURCES[loaded.rates]),
-            ("rule", method),
+            ("rule", f"{result.rule}, {backward}"),
             ("scheme", f"{result.scheme}, seed {result.seed}"),
         ]
     )
@@ -57,8 +58,8 @@ def _settings(outcome: InitOutcome) -> str:
 def rewritten_weights_text(result: InitRewrite) -> str:
     """Return a table of the rewritten weights.
 
-    Every row names the activations before and behind a weight with their keep probabilities, and the divisor that
-    follows from them.
+    Every row names the activations before and behind a weight with their keep probabilities, and
+    the divisor that follows from them.
     """
     rows = [_HEAD, *map(_row, result.rewritten[:_SHOWN_ROWS])]
     return "\n".join([align_columns(rows), *_cut_note(len(result.rewritten))])
@@ -78,10 +79,12 @@ def signals_text(trial: VerificationBatches, before: Sequence[LayerSignal], afte
         rows.append((signal.name or "(root)", *("-" if value is None else f"{value:.3g}" for value in numbers)))
     low, high = HEALTHY_VARIANCES
     healthy_before = f"{count_healthy_layers(before)} of {count_text(len(before), 'layer')} before"
+    samples = count_text(trial.samples, "sample")
     inputs, device = one_line(trial.inputs), one_line(trial.device)
     summary = (
-        f"Var(z) within {low:g}–{high:g}: {healthy_before}, {count_healthy_layers(after)} of {len(after)} after, in "
-        f"training mode ({count_text(trial.samples, 'sample')} of {inputs}, batches of {trial.batch_size} on {device})"
+        f"Var(z) within {low:g}–{high:g}: {healthy_before}, "
+        f"{count_healthy_layers(after)} of {len(after)} after, in training mode "
+        f"({samples} of {inputs}, batches of {trial.batch_size} on {device})"
     )
     return "\n".join([align_columns(rows), *_cut_note(len(after)), "", summary])
 

@@ -1,4 +1,4 @@
-"""The result of ``inspect`` as text: file, model, input, layers, and what ``bn-reestimate`` would do.
+"""The result of ``inspect`` as text: the file, the model, and what ``bn-reestimate`` would do.
 
 Many users read this page first, before they know what the tool changes.
 """
@@ -24,8 +24,8 @@ _LONGEST_VALUE = 40  # characters
 def inspection_text(inspection: Inspection, *, everything: bool = False) -> str:
     """Return the page. Tables are cut unless ``everything`` is set.
 
-    Where no architecture is known the page ends with the file, and with a command that lets the data choose if several
-    architectures fit.
+    Where no architecture is known the page ends with the file, and with a command that lets the
+    data choose if several architectures fit.
     """
     parts = [align_columns([*_file_rows(inspection), *_model_rows(inspection), *_layer_rows(inspection)])]
     if inspection.walk is not None:
@@ -38,14 +38,13 @@ def inspection_text(inspection: Inspection, *, everything: bool = False) -> str:
     if inspection.prospect is not None:
         parts.append(prospect_text(inspection.prospect, inspection))
     elif inspection.candidates:
-        parts.append(
-            f"bn-reestimate would let the data choose among these architectures.\n\n    {_command_line(inspection)}"
-        )
+        choice = "bn-reestimate would let the data choose among these architectures."
+        parts.append(f"{choice}\n\n    {_command_line(inspection)}")
     return "\n\n".join(part for part in parts if part)
 
 
 def dropout_sites_text(walk: Walk, limit: int | None) -> str:
-    """Return a table of the dropout sites with their rates and the BN layers behind them, cut after ``limit`` rows."""
+    """Return a table of the dropout sites and the BN layers behind them, at most ``limit`` rows."""
     rows = [("dropout site", "op", "rate", "BN layers behind it")]
     rows += [(site.name, site.op, _rate(site), _behind(walk.batch_norms, site.name)) for site in walk.dropout_sites]
     return _table(rows, limit) if walk.dropout_sites else "no dropout site"
@@ -54,7 +53,8 @@ def dropout_sites_text(walk: Walk, limit: int | None) -> str:
 def batch_norm_layers_text(walk: Walk, steps: Mapping[str, int | None], limit: int | None) -> str:
     """Return a table of the BN layers in order of execution with the dropout sites before them.
 
-    ``steps`` has the training batches that each layer has counted, None where the file does not say.
+    ``steps`` has the training batches that each layer has counted, None where the file does not
+    say.
     """
     untrained = {name for name, step in steps.items() if step == 0}
     if len(untrained) == len(steps):
@@ -74,27 +74,27 @@ def batch_norm_layers_text(walk: Walk, steps: Mapping[str, int | None], limit: i
 
 
 def prospect_text(prospect: Prospect, inspection: Inspection) -> str:
-    """Return what ``bn-reestimate`` would do, and the command that does it; or why there is nothing to do."""
+    """Return what ``bn-reestimate`` would do and its command, or why there is nothing to do."""
     why = one_line(prospect.why)
     if not prospect.rewrite:
         return f"bn-reestimate: {why}"
     controls = "none"
     if prospect.controls:
         controls = f"{count_text(len(prospect.controls), 'layer')} that dropout does not reach"
-    layers = len(inspection.walk.batch_norms) if inspection.walk else 0
+    layers = count_text(len(inspection.walk.batch_norms) if inspection.walk else 0, "BN layer")
     return (
-        f"bn-reestimate would rewrite {len(prospect.rewrite)} of {count_text(layers, 'BN layer')}: {why}.\n"
+        f"bn-reestimate would rewrite {len(prospect.rewrite)} of {layers}: {why}.\n"
         f"Controls: {controls}.\n\n    {_command_line(inspection)}"
     )
 
 
 def _command_line(inspection: Inspection) -> str:
-    # A file name may hold a line break or a control character, which shlex quotes but does not remove.
+    # A file name may hold a line break or a control character, which shlex leaves in it.
     return escape_controls(reestimate_command(inspection))
 
 
 def reestimate_command(inspection: Inspection) -> str:
-    """Return the ``bn-reestimate`` command for this file, with the options that ``inspect`` was given.
+    """Return the ``bn-reestimate`` command for this file, with the options of ``inspect``.
 
     DATA stands for the training data, which the user has to name.
     """
@@ -134,13 +134,14 @@ def _weights_entry(checkpoint: Checkpoint) -> str:
 
 
 def _holds(inspection: Inspection) -> str:
-    tensors = sum(totals.tensors for totals in inspection.types.values())
+    tensors = count_text(sum(totals.tensors for totals in inspection.types.values()), "tensor")
+    parameters = count_text(inspection.parameters, "parameter")
     sizes = ", ".join(f"{size_text(totals.bytes)} of {dtype}" for dtype, totals in inspection.types.items())
-    return f"{count_text(tensors, 'tensor')}, {count_text(inspection.parameters, 'parameter')}: {sizes or 'nothing'}"
+    return f"{tensors}, {parameters}: {sizes or 'nothing'}"
 
 
 def _recorded_entries(entries: Mapping[str, object]) -> str:
-    """Return what the checkpoint holds beside its weights: first single values, then containers with their sizes."""
+    """Return what the checkpoint holds beside its weights: first values, then containers."""
     values = [f"{key}={_short(value)}" for key, value in entries.items() if isinstance(value, str | int | float)]
     containers = [
         _describe_container(key, value) for key, value in entries.items() if isinstance(value, Mapping | list)
@@ -199,7 +200,8 @@ def _layer_rows(inspection: Inspection) -> list[tuple[str, str]]:
     if inspection.walk is None or inspection.loaded is None:
         return _running_variance_rows(inspection.checkpoint)
     active = sum(site.active for site in inspection.walk.dropout_sites)
-    sites = f"{count_text(active, 'active dropout site')}, {len(inspection.walk.dropout_sites) - active} at rate 0"
+    inactive = len(inspection.walk.dropout_sites) - active
+    sites = f"{count_text(active, 'active dropout site')}, {inactive} at rate 0"
     layers = count_text(len(inspection.walk.batch_norms), "BN layer") + _training_batches_text(inspection.steps)
     return [("drop rates", f"{DROP_RATE_SOURCES[inspection.loaded.rates]}; {sites}"), ("batch norm", layers)]
 
@@ -211,7 +213,7 @@ def _running_variance_rows(checkpoint: Checkpoint | None) -> list[tuple[str, str
 
 
 def _training_batches_text(steps: Mapping[str, int | None]) -> str:
-    """Return what the layers' counters ``num_batches_tracked`` say about training, behind the number of layers."""
+    """Return what the layers' counters ``num_batches_tracked`` say about their training."""
     if not steps:
         return ""
     counts = {step for step in steps.values() if step is not None}
@@ -243,7 +245,7 @@ def _rate(site: DropoutSite) -> str:
 def _notes(walk: Walk) -> list[str]:
     notes = []
     if not walk.containers_trained:
-        notes.append("note: the model does not run in training mode without targets; only its leaf modules did")
+        notes.append("note: the model needs targets in training mode; only its leaf modules ran in it")
     if walk.left_alone:
         notes.append("left alone: " + list_names(f"{item.name} ({item.reason})" for item in walk.left_alone))
     return notes

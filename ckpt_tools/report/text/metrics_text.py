@@ -1,4 +1,4 @@
-"""Metrics as a table: before, after, and the change, each with its standard error; and the plan of ``evaluate``."""
+"""Metrics with their standard errors as a table, and the plan of ``evaluate``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMES: Mapping[Metric, tuple[str, str, int]] = {  # name, unit, digits behind t
 
 
 def metrics_text(metrics: Metrics) -> str:
-    """Return the table of metrics, the data it was measured on, the temperature, and whether the gate is passed."""
+    """Return the data, the table of metrics, the temperature, and the verdict of the gate."""
     data = f"{one_line(metrics.data)} ({one_line(metrics.kind)})"
     parts = [
         f"evaluated on {data}: {count_text(metrics.images, 'image')}, {metrics.classes:,} classes",
@@ -69,7 +69,8 @@ def _estimate_text(estimate: Estimate, digits: int, sign: str = "") -> str:
 def _temperatures(metrics: Metrics) -> str:
     """Return the temperatures that were fitted, and why the rows "at T" use two others.
 
-    A temperature flatters the images that it was fitted on, so each half of them is scored with the other half's.
+    A temperature flatters the images that it was fitted on, so each half of them is scored with the
+    other half's.
     """
     assert metrics.after.halves is not None
     before = metrics.before and metrics.before.temperature
@@ -77,9 +78,11 @@ def _temperatures(metrics: Metrics) -> str:
     after = f"{metrics.after.temperature:.3f}"
     if metrics.after.temperature in (LOWEST, HIGHEST):
         after += " (where the search ends)"  # the best temperature may lie beyond
+    if before:
+        after = f"{before:.3f} before, {after} after"
     return (
-        f"temperature to divide logits by: {f'{before:.3f} before, {after} after' if before else after}, fitted on all "
-        f"images; in the rows at T, either half of the images has the other's ({first:.3f}, {second:.3f})"
+        f"temperature to divide logits by: {after}, fitted on all images; "
+        f"in the rows at T, either half of the images has the other's ({first:.3f}, {second:.3f})"
     )
 
 

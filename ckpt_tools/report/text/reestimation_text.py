@@ -37,6 +37,7 @@ def plan_text(plan: Plan) -> str:
     if plan.input_spec and not plan.source.is_preprocessed:
         origin = plan.input_spec.origin
     active_sites = sum(site.active for site in plan.walk.dropout_sites)
+    method = f"{request.estimator}, {request.statistics}, {request.precision}"
     amount = "an unknown number of samples" if count is None else f"{count:,} samples"
     rows = [
         ("checkpoint", checkpoint_line(plan.checkpoint)),
@@ -47,10 +48,7 @@ def plan_text(plan: Plan) -> str:
         ("data", f"{plan.source.spec} ({describe_source(plan.source)}), {amount}"),
         ("input", plan.stream.transform),
         ("preprocessing", origin),
-        (
-            "pass",
-            f"{request.estimator}, {request.statistics}, {request.precision}, batches of {plan.batch_size} on {device}",
-        ),
+        ("pass", f"{method}, batches of {plan.batch_size} on {device}"),
         ("output", str(plan.output)),
         ("runs code", ", ".join(_code_of_the_user(plan))),
     ]
@@ -58,7 +56,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _code_of_the_user(plan: Plan) -> list[str]:
-    """Return what is imported and executed beside this tool and its libraries, in the user's own words."""
+    """Return what is imported and executed beside this tool and its libraries."""
     names = []
     if plan.loaded_model.recipe.adapter == "factory":
         names.append(plan.loaded_model.recipe.name)
@@ -70,7 +68,7 @@ def _code_of_the_user(plan: Plan) -> list[str]:
 
 
 def _scores(scores: Mapping[str, float | None]) -> str:
-    """Return how far each of several fitting architectures is from the stored BN statistics, the nearest first."""
+    """Return how far several fitting architectures are from the stored statistics."""
     if not scores:
         return ""
     # None, for an architecture that could not be scored, is sorted to the end.
@@ -80,7 +78,7 @@ def _scores(scores: Mapping[str, float | None]) -> str:
 
 
 def checkpoint_line(checkpoint: Checkpoint) -> str:
-    """Return path and format, and which entry was taken as the weights where the file has several."""
+    """Return path and format, and the entry of the file that holds the weights."""
     entry = f", weights from {one_line(checkpoint.weights)!r}" if checkpoint.weights else ""
     prefix = f", prefix {one_line(checkpoint.prefix)!r} removed" if checkpoint.prefix else ""
     return f"{one_line(checkpoint.path)} ({one_line(checkpoint.format)}{entry}{prefix})"
@@ -109,8 +107,8 @@ def size_text(size: int) -> str:
 def outcome_text(outcome: ReestimationOutcome) -> str:
     """Return the result of ``bn-reestimate``.
 
-    The largest changes with their errors come first, then what speaks for and against the data, then what was left
-    out, and at last where the output is.
+    The largest changes with their errors come first, then what speaks for and against the data,
+    then what was left out, and at last where the output is.
     """
     result = outcome.result
     parts = [_headline(result), _changes(result.rewritten), ""]
@@ -120,12 +118,14 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
     parts.append(controls_text(result.controls))
     if result.deviation is not None:
         low, high = result.deviation.median, result.deviation.high
-        parts.append(f"{result.precision}: variances of the first images within {low:.2g} (median), {high:.2g} of fp32")
+        limits = f"{low:.2g} (median), {high:.2g}"
+        parts.append(f"{result.precision}: variances of the first images within {limits} of fp32")
     if result.cut_to is not None:
         parts.append(f"memory was short: batches were cut to {count_text(result.cut_to, 'sample')} at a time")
     parts += _unrewritten(result.layers)
     if result.left_alone:
-        parts.append(f"left alone: {list_names(f'{item.name} ({item.reason})' for item in result.left_alone)}")
+        names = list_names(f"{item.name} ({item.reason})" for item in result.left_alone)
+        parts.append(f"left alone: {names}")
     if outcome.skipped:
         names = list_names(f"{item.name} ({item.reason})" for item in outcome.skipped)
         parts.append(f"skipped: {count_text(len(outcome.skipped), 'unreadable sample')}: {names}")
@@ -136,10 +136,11 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
 
 
 def outliers_text(result: Reestimation) -> list[str]:
-    """Return which samples were left out, and which kinds of outliers counted because they are common."""
+    """Return which samples were left out, and which kinds are too common to be outliers."""
     parts = []
     if result.outliers:
-        parts.append(f"outliers: {count_text(len(result.outliers), 'sample')} left out (--keep-outliers includes them)")
+        count = count_text(len(result.outliers), "sample")
+        parts.append(f"outliers: {count} left out (--keep-outliers includes them)")
         shown = result.outliers[:_SHOWN_OUTLIERS]
         parts.append(align_columns([(f"  {item.name}", item.reason, leverage_text(item)) for item in shown]))
     if len(result.outliers) > _SHOWN_OUTLIERS:
@@ -164,7 +165,8 @@ def _headline(result: Reestimation) -> str:
     stopped = ", stopped at the tolerance" if result.stopped_early else ""
     return (
         f"{len(result.rewritten)} of {count_text(len(result.layers), 'BN layer')} rewritten "
-        f"from {result.images:,} samples in {result.seconds:.1f} s ({result.estimator}{passes}{residual}{stopped})"
+        f"from {result.images:,} samples in {result.seconds:.1f} s "
+        f"({result.estimator}{passes}{residual}{stopped})"
     )
 
 
@@ -192,7 +194,8 @@ def verdict_text(verdict: DataVerdict) -> str:
     if verdict.verdict == "agree":
         return f"data: {verdict.images:,} samples agree with what the BN layers remember ({scores})"
     cause = one_line(verdict.cause)
-    return f"data: does NOT look like the training data, used all the same (--force): {cause} ({scores})"
+    doubt = "does NOT look like the training data, used all the same (--force)"
+    return f"data: {doubt}: {cause} ({scores})"
 
 
 def controls_text(controls: Controls) -> str:
@@ -203,9 +206,11 @@ def controls_text(controls: Controls) -> str:
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({one_line(controls.reason)})"
     return (
-        f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout {controls.verdict} with the "
-        f"data; stored and measured variance differ by {deviation_text(controls.deviation)} in the median channel "
-        f"({deviation_text(controls.worst)} in the worst layer), means by {controls.shift:.2f} standard deviations"
+        f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout "
+        f"{controls.verdict} with the data; stored and measured variance differ by "
+        f"{deviation_text(controls.deviation)} in the median channel "
+        f"({deviation_text(controls.worst)} in the worst layer), "
+        f"means by {controls.shift:.2f} standard deviations"
     )
 
 
@@ -231,19 +236,19 @@ def conversion_text(conversion: Conversion) -> str:
     for group in conversion.shared:
         parts.append(f"share memory in the source, written once each: {list_names(group)}")
     parts.append(f"written: {one_line(conversion.output)}")
-    parts.append(
-        f"         {count_text(len(tensors), 'tensor')}, {size}, bit for bit; sha256 {conversion.output_sha256}"
-    )
+    count = count_text(len(tensors), "tensor")
+    parts.append(f"         {count}, {size}, bit for bit; sha256 {conversion.output_sha256}")
     return "\n".join(parts)
 
 
 def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
-    """Return the result of ``diff``: what differs between two checkpoints, and what of it was not expected."""
+    """Return the result of ``diff``: what differs, and what of it was not expected."""
     rows = [("tensor", "difference")]
     rows += [(change.key, _difference(change)) for change in comparison.changes[:_SHOWN_ROWS]]
     if len(comparison.changes) > _SHOWN_ROWS:
         rows.append((f"… and {len(comparison.changes) - _SHOWN_ROWS} more", ""))
-    parts = [f"{count_text(comparison.identical, 'tensor')} identical, {len(comparison.changes)} different"]
+    identical = count_text(comparison.identical, "tensor")
+    parts = [f"{identical} identical, {len(comparison.changes)} different"]
     if comparison.changes:
         parts.append(align_columns(rows))
     parts += [f"unexpected: {one_line(violation)}" for violation in violations[:_SHOWN_VIOLATIONS]]
@@ -253,14 +258,15 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
 
 
 def demo_text(pairs: Sequence[tuple[Score, Score]]) -> str:
-    """Return test error and NLL of every network before and after, and the mean change with its standard error."""
+    """Return every network's test error and NLL before and after, and the mean changes."""
     rows = [("network", "test error before", "after", "NLL before", "after")]
     for number, (before, after) in enumerate(pairs):
         errors = f"{before.error:.2f} %", f"{after.error:.2f} %"
         rows.append((str(number), *errors, f"{before.nll:.3f}", f"{after.nll:.3f}"))
     error_change = _mean([after.error - before.error for before, after in pairs], 2)
     nll_change = _mean([after.nll - before.nll for before, after in pairs], 3)
-    return f"{align_columns(rows)}\n\nchange of test error: {error_change} points; of NLL: {nll_change} nats"
+    summary = f"change of test error: {error_change} points; of NLL: {nll_change} nats"
+    return f"{align_columns(rows)}\n\n{summary}"
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
