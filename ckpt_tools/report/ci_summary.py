@@ -11,6 +11,7 @@ from typing import Any
 
 from ckpt_tools.report.columns import list_names
 
+# Exit codes; 1 is a failure of any other kind.
 _OUTCOMES = {2: "usage", 3: "nothing to do", 4: "a check said no", 130: "interrupted"}
 
 
@@ -35,6 +36,7 @@ def checkpoint_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
         warnings.append(f"{doubt}: {data['cause']}")
     if controls["verdict"] == "disagree":
         warnings.append("control layers disagree with the data, which was used all the same")
+    # One verdict is enough: each of the two checks may have nothing to compare.
     if (data["verdict"], controls["verdict"]) == ("none", "none"):
         no_control = f"no control layer ({controls['reason']})"
         warnings.append(f"nothing vouches for the data: {data['cause']}; {no_control}")
@@ -47,7 +49,7 @@ def folder_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         f"{record['checkpoint']}: {warning}"
         for record in records
         if record["status"] == "done"
-        for warning in checkpoint_warnings(record["report"])
+        for warning in checkpoint_warnings(record["report"])  # of "done before" an earlier run warned
     )
 
 

@@ -18,7 +18,7 @@ def list_names(names: Iterable[str], limit: int = 5) -> str:
     Every name becomes harmless and short by ``one_line``, since names come from other people's
     files.
     """
-    names = list(names)
+    names = list(names)  # it may be a generator, and is counted and cut
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(one_line, names[:limit])) + more
 

@@ -51,6 +51,7 @@ def most_changed_layer(ratios: Mapping[str, float]) -> str | None:
 
     Half is as far from 1 as twice, so logarithms are compared.
     """
+    # A ratio of 0, from a stored variance of 0, has no logarithm.
     return max(ratios, key=lambda name: abs(math.log(max(ratios[name], 1e-30))), default=None)
 
 
@@ -76,4 +77,5 @@ def layer_role(layer: Facts) -> str:
         return "rewritten"
     if layer.get("control"):
         return "control"
+    # The reason of a layer that no batch came through begins like this, whatever follows.
     return "not reached" if str(layer.get("reason", "")).startswith("never reached") else "kept"

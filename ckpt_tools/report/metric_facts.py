@@ -26,6 +26,7 @@ def metrics_by_name(facts: Facts) -> dict[str, tuple[object, object, object]]:
 
 def _named_entries(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, entry in entries.items():
+        # A mapping without a value is a group of metrics, such as "calibration".
         if isinstance(entry, Mapping) and "value" not in entry:
             yield from _named_entries(entry, f"{prefix}{name} ")
         elif value_and_error(entry)[0] is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# What a text means to the reader: templates give it a colour and a sign, Markdown an emoji.
 Tone = Literal["", "good", "bad", "quiet"]
 
 
@@ -42,12 +43,12 @@ class Table:
     @property
     def sortable(self) -> bool:
         """Whether the table has enough rows that sorting by a column helps to find one."""
-        return len(self.rows) > 2
+        return len(self.rows) > 2  # two rows are compared at a glance
 
     @property
     def long(self) -> bool:
         """Whether the table is folded away until the reader asks for it."""
-        return len(self.rows) > 24
+        return len(self.rows) > 24  # about a screen
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def _options(settings: object) -> Iterator[str]:
     """
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
+        # The checkpoint is an argument, not an option.
         if field.name == "checkpoint" or value == _default(field):
             continue
         option = "--" + _OPTION_NAMES.get(field.name, field.name).replace("_", "-")

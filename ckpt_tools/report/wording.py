@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ckpt_tools.contract import RecognisedBy
 
+# How the drop rates of the model were found out, by the values of `LoadedModel.rates`.
 DROP_RATE_SOURCES = {
     "given": "given by --model-kwargs",
     "recorded": "recorded in the checkpoint",
@@ -13,6 +14,7 @@ DROP_RATE_SOURCES = {
     "unknown": "not recorded",
 }
 
+# How the architecture was recognised, for a sentence that begins with "told by".
 RECOGNISED_BY_TEXT: Mapping[RecognisedBy, str] = {
     "user": "you (--arch); its tensors fit",
     "checkpoint": "the checkpoint itself; its tensors fit",

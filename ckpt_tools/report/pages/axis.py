@@ -58,6 +58,7 @@ def covering_range(values: Sequence[float], extremes: Sequence[float]) -> tuple[
         low /= 2
     if any(value > high for value in beyond):
         high *= 2
+    # A margin of 5 % of the axis, and at least 2 % of the value where all ratios are alike.
     margin = max((high / low) ** 0.05, 1.02)
     return low / margin, high * margin
 

@@ -98,7 +98,7 @@ def _figures(facts: Facts) -> Iterator[KeyFigure]:
     ratios, layers = median_ratios(facts), get_mappings(facts, "layers")
     yield KeyFigure("Layers rewritten", f"{len(rewritten_layers(facts)):,}", f"of {len(layers):,}")
     name = most_changed_layer(ratios)
-    if name is not None:
+    if name is not None:  # a name may be "": the model itself may be a BN layer
         yield KeyFigure("Stored ÷ new variance", ratio_text(statistics.median(ratios.values())), "median layer")
         yield KeyFigure("Largest change", ratio_text(ratios[name]), name or "(root)")
     medians = (get_mapping(layer, "relative_standard_error").get("median") for layer in rewritten_layers(facts))
@@ -110,7 +110,7 @@ def _figures(facts: Facts) -> Iterator[KeyFigure]:
 
 
 def _sections(facts: Facts) -> Iterator[Section | None]:
-    if measured_points(facts):
+    if measured_points(facts):  # without a measured layer there is nothing to draw
         yield Section("Change by depth", (_HOW_TO_READ_THE_CHART,), chart=facts)
     yield metrics_section(facts)
     yield _controls_section(get_mapping(facts, "controls"))
@@ -119,7 +119,7 @@ def _sections(facts: Facts) -> Iterator[Section | None]:
     yield _provenance_section(facts)
     if facts.get("command"):
         yield Section("Repeat it", (_HOW_TO_REPEAT,), code=str(facts["command"]))
-    # The long tables stand at the end.
+    # The long tables stand at the end, where they hide nothing.
     yield sites_section(facts)
     yield layers_section(facts)
 
@@ -180,8 +180,9 @@ def _provenance_section(facts: Facts) -> Section:
     """Return where the checkpoint came from and what was done to it, in full."""
     source, output, tool = (get_mapping(facts, name) for name in ("checkpoint", "output", "tool"))
     architecture = str(facts.get("architecture") or "")
-    if facts.get("recognised_by") in RECOGNISED_BY_TEXT:
-        architecture += f", told by {RECOGNISED_BY_TEXT[facts['recognised_by']]}"
+    told_by = RECOGNISED_BY_TEXT.get(str(facts.get("recognised_by")))  # type: ignore[call-overload]
+    if told_by:
+        architecture += f", told by {told_by}"
     arguments = (f"{name}={value!r}" for name, value in get_mapping(facts, "model_kwargs").items())
     libraries, rates = get_mapping(facts, "libraries"), str(facts.get("rates") or "")
     passes = finite_number(facts.get("passes")) or 1

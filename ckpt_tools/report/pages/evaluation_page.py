@@ -15,12 +15,12 @@ from ckpt_tools.report.pages.metric_tables import metrics_section
 def evaluation_page(facts: Facts) -> Page:
     """Return the page of an evaluation from the facts of ``evaluation_json`` or ``refusal_json``.
 
-    The latter are those of a ``bn-reestimate`` whose gate was not passed. They have the
-    architecture at the top, those of an evaluation beside the path of each checkpoint.
+    The latter are those of a ``bn-reestimate`` whose gate was not passed.
     """
     facts = presentable(facts)
     metrics, source, before = (get_mapping(facts, name) for name in ("metrics", "checkpoint", "before"))
     path = str(source.get("path") or "a model")
+    # At the top for a refused gate, beside the path for an evaluation.
     architecture = facts.get("architecture") or source.get("architecture")
     comparison = f", and {before['path']} before" if before.get("path") else ""
     sections = (metrics_section(facts), flagged_section(facts) if metrics.get("skipped") else None)

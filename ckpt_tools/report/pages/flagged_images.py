@@ -34,10 +34,11 @@ def flagged_section(facts: Facts) -> Section:
 
 
 def _row(outcome: str, entry: object) -> tuple[Cell, ...]:
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, Mapping):  # the facts may come from a file that somebody has edited
         return Cell(str(entry), str(entry)), Cell(outcome, outcome), Cell("")
     name = str(entry.get("name", ""))
     reasons = [str(entry["reason"])] if entry.get("reason") else []
+    # Other entries of a sample, such as an outlier's leverage, stand behind the reason.
     reasons += [f"{key} {_short(value)}" for key, value in entry.items() if key not in ("name", "reason")]
     why = ", ".join(reasons)
     return Cell(name, name), Cell(outcome, outcome), Cell(why, why)

@@ -105,6 +105,7 @@ def _metric_units(records: Sequence[Record]) -> dict[str, str]:
 
     A unit is `` (percent)``, or "" where none is recorded.
     """
+    # A checkpoint that failed early has no metrics, so the first record may lack them.
     units: dict[str, str] = {}
     for facts in map(_facts_with_metrics, records):
         for name in metrics_by_name(facts):
@@ -126,6 +127,7 @@ def _row(anchor: str, name: str, record: Record, metrics: Sequence[str]) -> tupl
     status, report = str(record.get("status", "")), get_mapping(record, "report")
     ratios, layers = median_ratios(report), get_mappings(report, "layers")
     median = statistics.median(ratios.values()) if ratios else None
+    # A name may be "", that of a model that is a BN layer itself; without layers it is None.
     largest_change = ratios.get(most_changed_layer(ratios) or "")
     rewritten = sum(bool(layer.get("rewritten")) for layer in layers) if layers else None
     verdict = control_verdict(report) if report else UNKNOWN
@@ -160,6 +162,7 @@ def _page(record: Record, name: str) -> Page:
     subtitle = ". ".join(filter(None, (status, other_names_sentence(record))))
     if report:
         page = checkpoint_page(report)
+        # The page of a folder names a checkpoint by its path, since many files have the same name.
         return Page(name, subtitle, page.headline, page.tone, page.figures, page.sections)
     error = str(record.get("error") or "")
     headline = f"Its output is {record['output']}." if record.get("output") else "No output was written."

@@ -98,6 +98,7 @@ def _environment() -> Environment:
         raise UsageError(
             "a report in HTML: expected jinja2, found none. Run: pip install 'ckpt-tools[report]'"
         ) from error
+    # A missing variable is an error here, and not an empty text: StrictUndefined.
     names = ("parts.html", "page.html", "folder.html")
     environment = Environment(
         loader=DictLoader({name: _template_text(name) for name in names}), autoescape=True,

@@ -66,7 +66,7 @@ def _layer_row(depth: int, layer: Facts) -> tuple[Cell, ...]:
     ratio, error, role = get_mapping(layer, "ratio"), get_mapping(layer, "relative_standard_error"), layer_role(layer)
     return (
         Cell(str(layer.get("name") or "(root)"), str(layer.get("name"))),
-        number_cell(depth),
+        number_cell(depth),  # in order of execution, which sorting can restore by this column
         number_cell(layer.get("channels")),
         Cell(role, role, "" if role == "rewritten" else "quiet"),
         *(number_cell(ratio.get(key), ratio_text(ratio.get(key))) for key in ("median", "min", "max")),

@@ -20,6 +20,7 @@ def init_json(outcome: InitOutcome) -> dict[str, object]:
     """
     loaded, result, trial = outcome.loaded, outcome.result, outcome.trial
     checkpoint = loaded.checkpoint and {**checkpoint_json(loaded.checkpoint), "sha256": outcome.source_sha256}
+    # The fields of the result are the settings in force, and the layers.
     settings = dataclass_to_dict(result)
     layers = settings.pop("layers")
     return {

@@ -21,6 +21,7 @@ def metrics_json(metrics: Metrics) -> dict[str, object]:
         "kind": metrics.kind,
         "images": metrics.images,
         "classes": metrics.classes,
+        # A number without its unit is misread: an error of 0.5 could be a half or half a percent.
         "units": {"error": "percent", "error5": "percent", "nll": "nats", "ece": f"percent, {BINS} bins, l1"},
         "skipped": [dataclasses.asdict(item) for item in metrics.skipped],
         "before": metrics.before and _scores(metrics.before),

@@ -41,12 +41,12 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "scores": dict(plan.recognised.scores),
         "rates": plan.loaded_model.rates,
         "data": {
-            "spec": without_secrets(plan.request.data),
+            "spec": without_secrets(plan.request.data),  # a URL may hold a password
             "kind": plan.source.kind,
             "images": result.images,
             "batches": result.batches,
             "batch_size": plan.batch_size,
-            "cut_to": result.cut_to,
+            "cut_to": result.cut_to,  # where memory was too short for whole batches
             "transform": plan.stream.transform,
             "input": plan.input_spec and dataclass_to_dict(plan.input_spec),
             "skipped": [dataclasses.asdict(item) for item in outcome.skipped],
@@ -72,7 +72,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "containers_trained": plan.walk.containers_trained,
         "device": result.device,
         "processes": result.processes,
-        "seconds": round(result.seconds, 3),
+        "seconds": round(result.seconds, 3),  # more digits would be noise
     }
 
 
@@ -162,6 +162,7 @@ def _plan(inspection: Inspection) -> dict[str, object] | None:
         "why": prospect.why,
         "rewrite": list(prospect.rewrite),
         "controls": list(prospect.controls),
+        # The same command as in the text, so that a program can run it.
         "command": reestimate_command(inspection) if prospect.rewrite else None,
     }
 

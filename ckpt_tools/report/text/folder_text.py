@@ -23,7 +23,7 @@ def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
     """
     rows = [("checkpoint", "", "architecture", "layers", "ratio", "images"), *map(_row, records)]
     scores = [_scores(record) for record in records]
-    if any(map(any, scores)):
+    if any(map(any, scores)):  # two columns for nothing would push the others off the screen
         rows = [(*row, *more) for row, more in zip(rows, [("error, %", "NLL"), *scores], strict=True)]
     lines, linked, failures, replaced = [align_columns(rows)], [], [], []
     for record in records:
@@ -46,7 +46,7 @@ def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
 def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
     report = get_mapping(record, "report")
     name, status = str(record.get("checkpoint")), str(record.get("status"))
-    if not report:
+    if not report:  # the checkpoint failed, or there was nothing to do
         return (name, status, "", "", "", "")
     ratios = median_ratios(report).values()
     return (

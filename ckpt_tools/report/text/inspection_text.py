@@ -98,6 +98,7 @@ def reestimate_command(inspection: Inspection) -> str:
 
     DATA stands for the training data, which the user has to name.
     """
+    # The options of this command repeat what `inspect` needed to recognise and read the file.
     request = inspection.request
     command = ["ckpt-fix", "bn-reestimate", str(request.checkpoint), "--data", "DATA"]
     if request.architecture is not None:
@@ -180,7 +181,7 @@ def _input_rows(spec: InputSpec | None) -> list[tuple[str, str]]:
     if spec is None:
         return [("input", "size not known; give one sample's shape with --input-size")]
     rows = [("input", f"{'×'.join(map(str, spec.shape))} ({spec.origin})")]
-    if len(spec.shape) == 3:
+    if len(spec.shape) == 3:  # channels, height, width: only images are resized and normalised
         scale = f"mean {_numbers(spec.mean)}, std {_numbers(spec.std)}" if spec.mean else "divided by 255 only"
         rows.append(("images", f"{scale}, {spec.interpolation}, {_crop_text(spec)}"))
     return rows

@@ -30,6 +30,7 @@ def metrics_text(metrics: Metrics) -> str:
         align_columns(_rows(metrics)),
     ]
     if metrics.before is not None:
+        # Paired: both checkpoints see the same images, so the change is surer than either value.
         parts.append("± standard error; that of the change is paired, image by image")
     if metrics.skipped:
         names = list_names(f"{item.name} ({item.reason})" for item in metrics.skipped)

@@ -39,6 +39,7 @@ def plan_text(plan: Plan) -> str:
     active_sites = sum(site.active for site in plan.walk.dropout_sites)
     method = f"{request.estimator}, {request.statistics}, {request.precision}"
     amount = "an unknown number of samples" if count is None else f"{count:,} samples"
+    # A row without a text, such as that of scores where one architecture fits, is left out below.
     rows = [
         ("checkpoint", checkpoint_line(plan.checkpoint)),
         ("architecture", f"{architecture_line(loaded)} (told by {RECOGNISED_BY_TEXT[loaded.recognised_by]})"),
@@ -71,7 +72,7 @@ def _scores(scores: Mapping[str, float | None]) -> str:
     """Return how far several fitting architectures are from the stored statistics."""
     if not scores:
         return ""
-    # None, for an architecture that could not be scored, is sorted to the end.
+    # An architecture that could not be scored has None, which sorts to the end.
     ranked = sorted(scores.items(), key=lambda item: math.inf if item[1] is None else item[1])
     listed = ", ".join(f"{name} {'none' if score is None else f'{score:.3f}'}" for name, score in ranked)
     return f"{listed} (distance from the stored BN statistics, 0 is perfect)"
@@ -87,6 +88,7 @@ def checkpoint_line(checkpoint: Checkpoint) -> str:
 def architecture_line(loaded: LoadedModel) -> str:
     """Return the architecture with its keyword arguments, as many as fit on a line."""
     arguments = [f"{name}={value}" for name, value in loaded.recipe.kwargs.items()]
+    # A long value, such as a list of block settings, is counted and not shown.
     shown = [text for text in arguments if len(text) <= _LONGEST_ARGUMENT][:_SHOWN_ARGUMENTS]
     hidden = len(arguments) - len(shown)
     more = [f"and {count_text(hidden, 'more argument')}"] if hidden else []
@@ -122,6 +124,7 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
         parts.append(f"{result.precision}: variances of the first images within {limits} of fp32")
     if result.cut_to is not None:
         parts.append(f"memory was short: batches were cut to {count_text(result.cut_to, 'sample')} at a time")
+    # What stayed as it was is named: a reader must not take it for corrected.
     parts += _unrewritten(result.layers)
     if result.left_alone:
         names = list_names(f"{item.name} ({item.reason})" for item in result.left_alone)
