@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ckpt_tools.contract import RecognisedBy
-
 # How the drop rates of the model were found out, by the values of `LoadedModel.rates`.
 DROP_RATE_SOURCES = {
     "given": "given by --model-kwargs",
@@ -15,7 +11,7 @@ DROP_RATE_SOURCES = {
 }
 
 # How the architecture was recognised, for a sentence that begins with "told by".
-RECOGNISED_BY_TEXT: Mapping[RecognisedBy, str] = {
+RECOGNISED_BY_TEXT = {
     "user": "you (--arch); its tensors fit",
     "checkpoint": "the checkpoint itself; its tensors fit",
     "module": "the module that the file holds",

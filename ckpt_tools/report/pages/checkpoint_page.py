@@ -180,7 +180,7 @@ def _provenance_section(facts: Facts) -> Section:
     """Return where the checkpoint came from and what was done to it, in full."""
     source, output, tool = (get_mapping(facts, name) for name in ("checkpoint", "output", "tool"))
     architecture = str(facts.get("architecture") or "")
-    told_by = RECOGNISED_BY_TEXT.get(str(facts.get("recognised_by")))  # type: ignore[call-overload]
+    told_by = RECOGNISED_BY_TEXT.get(str(facts.get("recognised_by")))
     if told_by:
         architecture += f", told by {told_by}"
     arguments = (f"{name}={value!r}" for name, value in get_mapping(facts, "model_kwargs").items())
