@@ -68,7 +68,7 @@ def _name_within(folder: str, record: Record) -> str:
     return str(path.relative_to(folder) if folder and path.is_relative_to(folder) else path)
 
 
-def _figures(records: Sequence[Record], counts: Mapping[str, int]) -> Iterator[KeyFigure]:
+def _figures(records: Sequence[Record], counts: Counter[str]) -> Iterator[KeyFigure]:
     """Yield the numbers at the top. ``counts`` has how many checkpoints came to each status."""
     done_before = counts["done before"]
     note = f", {done_before:,} of them before" if done_before else ""
