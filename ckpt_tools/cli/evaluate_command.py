@@ -56,7 +56,7 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
     from ckpt_tools.identify.model_kwargs import parse_model_kwargs
     from ckpt_tools.jobs.evaluation import EvaluationRequest, execute_evaluation, prepare_evaluation
     from ckpt_tools.report.records.reestimation_json import evaluation_json
-    from ckpt_tools.report.text.metrics_text import evaluation_plan_text, evaluation_text
+    from ckpt_tools.report.text.metrics_text import evaluation_plan_text, metrics_text
 
     preprocessing = options.pop_preprocessing(said)
     kwargs = parse_model_kwargs(model_kwargs)
@@ -71,6 +71,6 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
     if as_json:
         print_json(facts)
     else:
-        print_result(evaluation_text(outcome))
+        print_result(metrics_text(outcome.metrics))
     github.report_evaluation(facts)
     refuse_failed_gate(outcome.metrics)

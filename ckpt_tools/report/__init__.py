@@ -1,1 +1,1 @@
-"""Results as text and as JSON."""
+"""Results as text for a terminal, pages for a browser or CI summary, and records for programs."""

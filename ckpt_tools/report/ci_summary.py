@@ -1,65 +1,84 @@
-"""What a CI step is told beside the report: failures as Markdown, and what to look at though all went well."""
+"""What a CI step shows beside the report: failures, and warnings about runs that ended well.
+
+This module is imported when a command fails, also by usage errors, which must not wait for torch.
+"""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_NAMED = 5  # of many things, before "…"
+from ckpt_tools.report.columns import list_names
+
+# Exit codes; 1 is a failure of any other kind.
 _OUTCOMES = {2: "usage", 3: "nothing to do", 4: "a check said no", 130: "interrupted"}
 
 
 def failure_markdown(message: str, code: int) -> str:
-    """An error message under a title that tells the exit code."""
-    return f"### ckpt-fix: {_OUTCOMES.get(code, 'failed')} (exit code {code})\n\n{_cell(message)}\n"
+    """Return an error message as Markdown, under a title that names the exit code."""
+    title = f"### ckpt-fix: {_OUTCOMES.get(code, 'failed')} (exit code {code})"
+    return f"{title}\n\n{_escape_markup(message)}\n"
 
 
 def checkpoint_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What went well enough to be written, and should be looked at all the same."""
-    found = [*_skipped_warnings(facts["data"]["skipped"], "sample"), *skipped_image_warnings(facts)]
+    """Return what a user should look at although the output was written, one sentence each.
+
+    ``facts`` is the dict of ``outcome_json``. A file that could not be read, a verdict that
+    ``--force`` overruled, and data about which neither the data check nor a control layer says
+    anything are worth a warning.
+    """
     data, controls = facts["data"]["agreement"], facts["controls"]
+    warnings = _skipped_warnings(facts["data"]["skipped"], "sample")
+    warnings += skipped_image_warnings(facts)
     if data["verdict"] == "disagree":
-        found.append(f"the data does not look like the training data and was used all the same: {data['cause']}")
+        doubt = "the data does not look like the training data and was used all the same"
+        warnings.append(f"{doubt}: {data['cause']}")
     if controls["verdict"] == "disagree":
-        found.append("control layers disagree with the data, which was used all the same")
+        warnings.append("control layers disagree with the data, which was used all the same")
+    # One verdict is enough: each of the two checks may have nothing to compare.
     if (data["verdict"], controls["verdict"]) == ("none", "none"):
-        found.append(f"nothing vouches for the data: {data['cause']}; no control layer ({controls['reason']})")
-    return tuple(found)
+        no_control = f"no control layer ({controls['reason']})"
+        warnings.append(f"nothing vouches for the data: {data['cause']}; {no_control}")
+    return tuple(warnings)
 
 
 def folder_warnings(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The same of all checkpoints of a run that were done in it, each with its name."""
-    done = [record for record in records if record["status"] == "done"]
+    """Return the warnings of all checkpoints that this run has done, each behind its path."""
     return tuple(
-        f"{record['checkpoint']}: {worry}" for record in done for worry in checkpoint_warnings(record["report"])
+        f"{record['checkpoint']}: {warning}"
+        for record in records
+        if record["status"] == "done"
+        for warning in checkpoint_warnings(record["report"])  # of "done before" an earlier run warned
     )
 
 
 def error_without_path(record: Mapping[str, Any]) -> str:
-    """What went wrong with a checkpoint of many, without its path, with which most messages begin."""
+    """Return the error of a checkpoint in a folder without the path with which most messages begin.
+
+    The tables name the checkpoint already, and a long path would hide what went wrong.
+    """
     return str(record.get("error")).removeprefix(f"{record.get('checkpoint')}: ")
 
 
-def skipped_image_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Labelled images that no metric has seen."""
-    return _skipped_warnings((facts.get("metrics") or {}).get("skipped") or (), "labelled image")
+def skipped_image_warnings(facts: Mapping[str, Any]) -> list[str]:
+    """Return a warning if labelled images could not be read, so that no metric counts them."""
+    metrics = facts.get("metrics") or {}
+    return _skipped_warnings(metrics.get("skipped") or (), "labelled image")
 
 
-def _skipped_warnings(skipped: Sequence[Mapping[str, Any]], noun: str) -> tuple[str, ...]:
+def _skipped_warnings(skipped: Sequence[Mapping[str, Any]], noun: str) -> list[str]:
     if not skipped:
-        return ()
-    names = _list_items(f"{item['name']} ({item['reason']})" for item in skipped)
-    return (f"{len(skipped)} unreadable {noun}(s) skipped: {names}",)
+        return []
+    names = list_names(f"{item['name']} ({item['reason']})" for item in skipped)
+    return [f"{len(skipped)} unreadable {noun}(s) skipped: {names}"]
 
 
-def _list_items(items: Iterable[str]) -> str:
-    every = list(items)
-    return ", ".join(every[:_NAMED]) + (", …" if len(every) > _NAMED else "")
+def _escape_markup(text: str) -> str:
+    """Return the text on one line, with entities for what could be markup in Markdown or HTML.
 
-
-def _cell(text: str) -> str:
-    """Text that neither ends a table's cell nor becomes markup."""
+    ``html.escape`` alone would leave the characters that Markdown gives a meaning to.
+    """
     escaped = html.escape(" ".join(str(text).split()), quote=False)
     for character in "\\|`*_[]~":
         escaped = escaped.replace(character, f"&#{ord(character)};")

@@ -1,4 +1,8 @@
-"""Reading the facts of a run, a plain dict as ``outcome_json`` makes it, without trusting that all are there."""
+"""Read the facts of a run, a dict as ``outcome_json`` makes it, of which any part may be missing.
+
+The report of a folder is made from its manifest. An earlier version may have written that file, or
+somebody may have edited it, so every value may be missing or of another type.
+"""
 
 from __future__ import annotations
 
@@ -13,48 +17,65 @@ Facts = Mapping[str, Any]
 
 
 def get_mapping(facts: Facts, name: str) -> Facts:
-    """A mapping among the facts, empty where there is none."""
-    found = facts.get(name)
-    return found if isinstance(found, Mapping) else {}
+    """Return the mapping under a name, an empty one where there is none."""
+    value = facts.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def get_list(facts: Facts, name: str) -> list[Any]:
+    """Return the list under a name, an empty one where there is none."""
+    value = facts.get(name)
+    return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def get_mappings(facts: Facts, name: str) -> list[Facts]:
-    """The mappings of a list among the facts."""
-    found = facts.get(name)
-    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, (list, tuple)) else []
+    """Return the mappings in the list under a name; items of another type are passed over."""
+    return [item for item in get_list(facts, name) if isinstance(item, Mapping)]
 
 
 def median_ratios(facts: Facts) -> dict[str, float]:
-    """The median ratio stored / new of every rewritten layer that was measured, by name."""
-    found = {
-        str(row.get("name")): finite_number(get_mapping(row, "ratio").get("median")) for row in rewritten_layers(facts)
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the median over channels of stored / new variance, by name of the rewritten layer.
+
+    Layers that were not measured are left out.
+    """
+    ratios = {}
+    for layer in rewritten_layers(facts):
+        median = finite_number(get_mapping(layer, "ratio").get("median"))
+        if median is not None:
+            ratios[str(layer.get("name"))] = median
+    return ratios
 
 
 def most_changed_layer(ratios: Mapping[str, float]) -> str | None:
-    """The layer whose ratio is furthest from 1, up or down."""
+    """Return the name of the layer whose ratio is furthest from 1, up or down; None without layers.
+
+    Half is as far from 1 as twice, so logarithms are compared.
+    """
+    # A ratio of 0, from a stored variance of 0, has no logarithm.
     return max(ratios, key=lambda name: abs(math.log(max(ratios[name], 1e-30))), default=None)
 
 
 def rewritten_layers(facts: Facts) -> list[Facts]:
-    """The layers whose running variance is new."""
-    return [row for row in get_mappings(facts, "layers") if row.get("rewritten")]
+    """Return the layers whose running variance is new."""
+    return [layer for layer in get_mappings(facts, "layers") if layer.get("rewritten")]
 
 
 def other_names_sentence(record: Facts) -> str:
-    """The further names of a checkpoint's file in a sentence, short for those in its own folder; "" without any."""
-    found = record.get("also_named")
-    paths = [PurePath(str(path)) for path in found] if isinstance(found, (list, tuple)) else []
+    """Return a sentence with the further names of a checkpoint's file, "" where it has none.
+
+    Names in the checkpoint's own folder stand without the folder.
+    """
     folder = PurePath(str(record.get("checkpoint"))).parent
+    paths = [PurePath(str(path)) for path in get_list(record, "also_named")]
     names = [path.name if path.parent == folder else str(path) for path in paths]
     return f"One file, processed once, that is also named {', '.join(names)}." if names else ""
 
 
-def layer_role(row: Facts) -> str:
-    """What became of a layer, in one or two words."""
-    if row.get("rewritten"):
+def layer_role(layer: Facts) -> str:
+    """Return the role of a layer in a word or two: rewritten, control, not reached, or kept."""
+    if layer.get("rewritten"):
         return "rewritten"
-    if row.get("control"):
+    if layer.get("control"):
         return "control"
-    return "not reached" if str(row.get("reason", "")).startswith("never reached") else "kept"
+    # The reason of a layer that no batch came through begins like this, whatever follows.
+    return "not reached" if str(layer.get("reason", "")).startswith("never reached") else "kept"

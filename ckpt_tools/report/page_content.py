@@ -1,17 +1,22 @@
-"""What a report says, before it is HTML or Markdown: both are made from these, so both say the same."""
+"""The content of a report before it is HTML or Markdown, so that both say the same."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+# What a text means to the reader: templates give it a colour and a sign, Markdown an emoji.
 Tone = Literal["", "good", "bad", "quiet"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text. ``order``: what sorting compares, None for nothing; ``link``: an anchor of the page."""
+    """A value as text.
+
+    ``order`` is the value that sorting compares, None where the cell has none; ``link`` is an
+    anchor of the page.
+    """
 
     text: str
     order: float | str | None = None
@@ -21,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A head. Numbers stand on the right; code is set in a fixed width."""
+    """The head of a column, and how its cells look: numbers on the right, code in monospace."""
 
     title: str
     kind: Literal["text", "number", "code", "prose"] = "text"
@@ -37,18 +42,18 @@ class Table:
 
     @property
     def sortable(self) -> bool:
-        """Whether another order could tell anything."""
-        return len(self.rows) > 2
+        """Whether the table has enough rows that sorting by a column helps to find one."""
+        return len(self.rows) > 2  # two rows are compared at a glance
 
     @property
     def long(self) -> bool:
-        """Whether it is better folded away."""
-        return len(self.rows) > 24
+        """Whether the table is folded away until the reader asks for it."""
+        return len(self.rows) > 24  # about a screen
 
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """A number that belongs at the top, and what it is."""
+    """A number at the top of the page, with a label above it and a note beside it."""
 
     label: str
     value: str
@@ -58,20 +63,26 @@ class KeyFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it: sentences, named values, a picture, a table, a command."""
+    """A heading and its content: sentences, a chart, named values, a command, a table."""
 
     title: str
     sentences: tuple[str, ...] = ()
-    tone: Tone = ""  # of the first sentence, if it is a verdict
+    tone: Tone = ""  # of the first sentence, where that is a verdict
     pairs: tuple[tuple[str, str], ...] = ()
-    chart: Mapping[str, Any] | None = None  # the facts to draw
+    # The facts of a run: HTML draws their chart, Markdown describes it.
+    chart: Mapping[str, Any] | None = None
     table: Table | None = None
     code: str = ""
 
 
+def join_subtitle(*parts: object) -> str:
+    """Return the parts that are there on one line, with dots between them."""
+    return " · ".join(str(part) for part in parts if part)
+
+
 @dataclass(frozen=True)
 class Page:
-    """One checkpoint: what was done, in a sentence, in a few numbers, in full."""
+    """The page of one checkpoint: what was done, in a sentence, in a few numbers, and in full."""
 
     title: str
     subtitle: str
@@ -83,9 +94,10 @@ class Page:
 
 @dataclass(frozen=True)
 class FolderPage:
-    """Many checkpoints: a table with a row for each, and a page for each under the anchor its row links to.
+    """The page of many checkpoints: a table with a row for each, and below it a page for each.
 
-    ``failures``: for every checkpoint that failed its anchor, its name and what was said.
+    ``failures`` holds anchor, name and error message of every checkpoint that failed. ``pages``
+    holds every checkpoint's page behind the anchor that its row links to.
     """
 
     title: str
@@ -94,4 +106,4 @@ class FolderPage:
     figures: tuple[KeyFigure, ...]
     failures: tuple[tuple[str, str, str], ...]
     table: Table
-    pages: tuple[tuple[str, Page], ...] = field(default=())
+    pages: tuple[tuple[str, Page], ...] = ()

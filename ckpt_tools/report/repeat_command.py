@@ -10,27 +10,35 @@ from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.redaction import without_secrets
 
-_NAMES = {"architecture": "arch"}  # fields whose option has another name
+_OPTION_NAMES = {"architecture": "arch"}  # fields whose option has another name
 
 
 def repeating_command(plan: Plan) -> str:
-    """What to type to get the same bytes again: what was asked for, with the batch size that came out of it.
+    """Return the command line that makes the same bytes again.
 
-    Credentials and query strings of URLs are left out.
+    It holds what the user asked for, and the batch size that the plan chose: the default depends on
+    the free memory, and another batch size gives other variances. Credentials and query strings of
+    URLs are left out.
     """
     request = dataclasses.replace(plan.request, batch_size=plan.batch_size)
     checkpoint = str(request.checkpoint)
-    checkpoint = f"./{checkpoint}" if checkpoint.startswith("-") else checkpoint
+    if checkpoint.startswith("-"):  # click would take the name for an option
+        checkpoint = f"./{checkpoint}"
     return shlex.join(without_secrets(["ckpt-fix", "bn-reestimate", checkpoint, *_options(request)]))
 
 
-def _options(said: object) -> Iterator[str]:
-    """Every field that is not what it is by default, as the option of its name."""
-    for field in dataclasses.fields(said):  # type: ignore[arg-type]
-        value = getattr(said, field.name)
+def _options(settings: object) -> Iterator[str]:
+    """Yield the option and the value of every field that does not have its default.
+
+    An option is named like its field. A mapping gives its option once for every entry, a flag has
+    no value, and a dataclass within the request stands for the options of its own fields.
+    """
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        # The checkpoint is an argument, not an option.
         if field.name == "checkpoint" or value == _default(field):
             continue
-        option = "--" + _NAMES.get(field.name, field.name).replace("_", "-")
+        option = "--" + _OPTION_NAMES.get(field.name, field.name).replace("_", "-")
         if dataclasses.is_dataclass(value):
             yield from _options(value)
         elif isinstance(value, Mapping):
@@ -49,6 +57,11 @@ def _default(field: dataclasses.Field[object]) -> object:
 
 
 def _literal(value: object) -> str:
-    """A text as it is where it is read back as the same text, everything else as Python writes it."""
-    plain = isinstance(value, str) and parse_model_kwargs([f"name={value}"])["name"] == value
-    return str(value) if plain else repr(value)
+    """Return a value as ``--model-kwargs`` reads it back.
+
+    A text like ``1`` or ``None`` would come back as a number or as None, so it is quoted; others
+    stay as they are.
+    """
+    if isinstance(value, str) and parse_model_kwargs([f"name={value}"])["name"] == value:
+        return value
+    return repr(value)

@@ -1,11 +1,8 @@
-"""Sentences that the text and the pages share."""
+"""Phrases that the text for a terminal and the pages share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ckpt_tools.contract import RecognisedBy
-
+# How the drop rates of the model were found out, by the values of `LoadedModel.rates`.
 DROP_RATE_SOURCES = {
     "given": "given by --model-kwargs",
     "recorded": "recorded in the checkpoint",
@@ -13,8 +10,8 @@ DROP_RATE_SOURCES = {
     "unknown": "not recorded",
 }
 
-
-RECOGNISED_BY_TEXT: Mapping[RecognisedBy, str] = {
+# How the architecture was recognised, for a sentence that begins with "told by".
+RECOGNISED_BY_TEXT = {
     "user": "you (--arch); its tensors fit",
     "checkpoint": "the checkpoint itself; its tensors fit",
     "module": "the module that the file holds",

@@ -1,4 +1,7 @@
-"""The page of one checkpoint, made from the facts of ``outcome_json`` alone; what the facts lack is left out."""
+"""The page of one checkpoint, made from the facts of ``outcome_json`` alone.
+
+Facts that are missing are left out, so that the record of an earlier version gives a page, too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from ckpt_tools.redaction import presentable
 from ckpt_tools.report.columns import count_text, list_names
 from ckpt_tools.report.facts import (
     Facts,
+    get_list,
     get_mapping,
     get_mappings,
     median_ratios,
@@ -24,7 +28,7 @@ from ckpt_tools.report.number_format import (
     ratio_text,
     seconds_text,
 )
-from ckpt_tools.report.page_content import KeyFigure, Page, Section, Tone
+from ckpt_tools.report.page_content import KeyFigure, Page, Section, Tone, join_subtitle
 from ckpt_tools.report.pages.chart import measured_points
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.layer_tables import layers_section, sites_section
@@ -33,100 +37,101 @@ from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT
 
 VERDICT_TONES: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "quiet"}
 
+_HOW_TO_REPEAT = (
+    "The same versions of the libraries on the same machine give the same bytes. "
+    "An existing output is replaced with --overwrite only."
+)
+_HOW_TO_READ_THE_CHART = (
+    "A ratio above 1 means that the stored variance was too large for a network without dropout, "
+    "below 1 too small. Layers stand in order of execution."
+)
+_WHY_CONTROLS = "On the training data their variance is the stored one; other data changes every layer."
+
 
 def checkpoint_page(facts: Facts) -> Page:
-    """What was done to one checkpoint, from the facts of its run."""
+    """Return the page of one checkpoint from the facts of its run.
+
+    Credentials, control characters and endless texts are taken out of the facts first, so nothing
+    below has to do it.
+    """
     facts = presentable(facts)
     source = get_mapping(facts, "checkpoint")
     path = str(source.get("path") or "a model")
     return Page(
         title=PurePath(path).name or path,
-        subtitle=" · ".join(str(said) for said in (facts.get("architecture"), source.get("format")) if said),
+        subtitle=join_subtitle(facts.get("architecture"), source.get("format")),
         headline=_headline(facts),
-        tone="bad" if _doubtful(facts) else "",
+        tone="bad" if _is_doubtful(facts) else "",
         figures=tuple(_figures(facts)),
         sections=tuple(section for section in _sections(facts) if section is not None),
     )
 
 
 def control_verdict(facts: Facts) -> str:
-    """What the control layers say: agree, disagree or none."""
+    """Return what the control layers say of the data: agree, disagree or none."""
     return str(get_mapping(facts, "controls").get("verdict", "none"))
 
 
 def data_verdict(facts: Facts) -> str:
-    """What the first look at the data said: agree, disagree or none."""
+    """Return what the data check said of the first batches: agree, disagree or none."""
     return str(get_mapping(get_mapping(facts, "data"), "agreement").get("verdict", "none"))
 
 
 def _headline(facts: Facts) -> str:
-    layers, images = get_mappings(facts, "layers"), integer_text(get_mapping(facts, "data").get("images"))
-    what = "means and variances" if facts.get("statistics") == "mean+variance" else "variances"
-    doubt = "The data does not look like the training data; the run was forced. " if _doubtful(facts) else ""
+    layers = count_text(len(get_mappings(facts, "layers")), "BatchNorm layer")
+    images = integer_text(get_mapping(facts, "data").get("images"))
+    statistics_text = "means and variances" if facts.get("statistics") == "mean+variance" else "variances"
+    doubt = ""
+    if _is_doubtful(facts):
+        doubt = "The data does not look like the training data; the run was forced. "
     return (
-        f"{doubt}{len(rewritten_layers(facts)):,} of {count_text(len(layers), 'BatchNorm layer')} got new running {what}, "
+        f"{doubt}{len(rewritten_layers(facts)):,} of {layers} got new running {statistics_text}, "
         f"measured on {images} images with dropout off. Nothing else in the checkpoint differs."
     )
 
 
-def _doubtful(facts: Facts) -> bool:
+def _is_doubtful(facts: Facts) -> bool:
     return "disagree" in (control_verdict(facts), data_verdict(facts))
 
 
 def _figures(facts: Facts) -> Iterator[KeyFigure]:
     ratios, layers = median_ratios(facts), get_mappings(facts, "layers")
     yield KeyFigure("Layers rewritten", f"{len(rewritten_layers(facts)):,}", f"of {len(layers):,}")
-    if ratios:
-        name = most_changed_layer(ratios)
-        assert name is not None
+    name = most_changed_layer(ratios)
+    if name is not None:  # a name may be "": the model itself may be a BN layer
         yield KeyFigure("Stored ÷ new variance", ratio_text(statistics.median(ratios.values())), "median layer")
         yield KeyFigure("Largest change", ratio_text(ratios[name]), name or "(root)")
-    errors = [
-        finite_number(get_mapping(row, "relative_standard_error").get("median")) for row in rewritten_layers(facts)
-    ]
-    known = [error for error in errors if error is not None]
-    if known:
-        yield KeyFigure("Standard error", percent_text(max(known)), "median channel, least certain layer")
-    yield KeyFigure(
-        "Images", integer_text(get_mapping(facts, "data").get("images")), f"in {seconds_text(facts.get('seconds'))}"
-    )
+    medians = (get_mapping(layer, "relative_standard_error").get("median") for layer in rewritten_layers(facts))
+    errors = [error for error in map(finite_number, medians) if error is not None]
+    if errors:
+        yield KeyFigure("Standard error", percent_text(max(errors)), "median channel, least certain layer")
+    images = integer_text(get_mapping(facts, "data").get("images"))
+    yield KeyFigure("Images", images, f"in {seconds_text(facts.get('seconds'))}")
 
 
 def _sections(facts: Facts) -> Iterator[Section | None]:
-    yield _chart(facts)
+    if measured_points(facts):  # without a measured layer there is nothing to draw
+        yield Section("Change by depth", (_HOW_TO_READ_THE_CHART,), chart=facts)
     yield metrics_section(facts)
-    yield _controls(get_mapping(facts, "controls"))
-    yield _data(get_mapping(facts, "data"))
+    yield _controls_section(get_mapping(facts, "controls"))
+    yield _data_section(get_mapping(facts, "data"))
     yield flagged_section(facts)
-    yield _provenance(facts)
-    command = facts.get("command")
-    yield Section("Repeat it", (_REPEAT,), code=str(command)) if command else None
+    yield _provenance_section(facts)
+    if facts.get("command"):
+        yield Section("Repeat it", (_HOW_TO_REPEAT,), code=str(facts["command"]))
+    # The long tables stand at the end, where they hide nothing.
     yield sites_section(facts)
     yield layers_section(facts)
 
 
-_REPEAT = (
-    "The same versions on the same machine give the same bytes. An existing output is replaced with --overwrite only."
-)
-
-_READING = (
-    "A ratio above 1 means that the stored variance was too large for a network without dropout, below 1 too small. "
-    "Layers stand in order of execution."
-)
-
-
-def _chart(facts: Facts) -> Section | None:
-    return Section("Change by depth", (_READING,), chart=facts) if measured_points(facts) else None
-
-
-def _controls(controls: Facts) -> Section:
-    found = controls.get("names")
-    names = [str(name) for name in found] if isinstance(found, list | tuple) else []
+def _controls_section(controls: Facts) -> Section:
+    names = [str(name) for name in get_list(controls, "names")]
     verdict = str(controls.get("verdict", "none"))
     deviation, worst, shift = (finite_number(controls.get(key)) for key in ("deviation", "worst", "shift"))
     if verdict == "none" or deviation is None or worst is None:
         return Section("Control layers", (f"No verdict: {controls.get('reason') or 'there are none'}.",), "quiet")
-    word = verdict + ("s" if len(names) == 1 else "")
+    layers = count_text(len(names), "layer")
+    word = verdict + ("s" if len(names) == 1 else "")  # "1 layer agrees", "2 layers agree"
     forced = "" if verdict == "agree" else "; it was used all the same (--force)"
     rows = [
         ("Layers", list_names(names, 12)),
@@ -137,58 +142,66 @@ def _controls(controls: Facts) -> Section:
         rows.append(("Means differ by", f"{shift:.2g} standard deviations"))
     return Section(
         "Control layers",
-        (f"{count_text(len(names), 'layer')} that no dropout reaches {word} with the data{forced}.", _CONTROLS),
+        (f"{layers} that no dropout reaches {word} with the data{forced}.", _WHY_CONTROLS),
         VERDICT_TONES.get(verdict, ""),
         pairs=tuple(rows),
     )
 
 
-_CONTROLS = "On the training data their variance is the stored one; what is off here would be off everywhere."
-
-
-def _data(data: Facts) -> Section:
+def _data_section(data: Facts) -> Section:
     agreement = get_mapping(data, "agreement")
     scores, verdict = get_mapping(agreement, "scores"), str(agreement.get("verdict", "none"))
-    said = {
-        "agree": "It agrees with what the BatchNorm layers remember of the training data.",
-        "disagree": f"It does not look like the training data: {agreement.get('cause')}. It was used all the same "
-        "(--force).",
-    }.get(verdict, f"It was not compared with the training data: {agreement.get('cause') or 'nobody can tell'}.")
+    cause = agreement.get("cause")
+    doubt = f"It does not look like the training data: {cause}."
+    sentences = {
+        "agree": "It agrees with the statistics that the BatchNorm layers have stored in training.",
+        "disagree": f"{doubt} It was used all the same (--force).",
+        "none": f"It was not compared with the training data: {cause or 'no reason is recorded'}.",
+    }
+    # Where memory was short, batches were cut to a smaller size than the planned one.
+    batch_size = integer_text(data.get("cut_to") or data.get("batch_size"))
+    images, batches = integer_text(data.get("images")), integer_text(data.get("batches"))
     rows = [
         ("Data", f"{data.get('spec')} ({data.get('kind')})"),
-        ("Images", f"{integer_text(data.get('images'))} in {integer_text(data.get('batches'))} batches of "
-         f"{integer_text(data.get('cut_to') or data.get('batch_size'))}"),
+        ("Images", f"{images} in {batches} batches of {batch_size}"),
         ("Preprocessing", str(data.get("transform") or "none")),
         ("Taken from", str(get_mapping(data, "input").get("origin") or "")),
     ]  # fmt: skip
     if scores:
-        told = ", ".join(
-            f"{name} layers {value:.2f}" for name, value in scores.items() if finite_number(value) is not None
-        )
-        rows.append(("Distance, 0 is perfect", f"{told}; on {integer_text(agreement.get('images'))} samples"))
-    return Section("Data", (said,), VERDICT_TONES.get(verdict, ""), pairs=_nonempty_rows(rows))
+        finite = {name: score for name, score in scores.items() if finite_number(score) is not None}
+        distances = ", ".join(f"{name} layers {score:.2f}" for name, score in finite.items())
+        samples = integer_text(agreement.get("images"))
+        rows.append(("Distance, 0 is perfect", f"{distances}; on {samples} samples"))
+    sentence = sentences.get(verdict, sentences["none"])
+    return Section("Data", (sentence,), VERDICT_TONES.get(verdict, ""), pairs=_nonempty_rows(rows))
 
 
-def _provenance(facts: Facts) -> Section:
-    source, output, tool = get_mapping(facts, "checkpoint"), get_mapping(facts, "output"), get_mapping(facts, "tool")
-    libraries = get_mapping(facts, "libraries")
-    told = RECOGNISED_BY_TEXT.get(str(facts.get("recognised_by")), "")  # type: ignore[call-overload]
+def _provenance_section(facts: Facts) -> Section:
+    """Return where the checkpoint came from and what was done to it, in full."""
+    source, output, tool = (get_mapping(facts, name) for name in ("checkpoint", "output", "tool"))
+    architecture = str(facts.get("architecture") or "")
+    told_by = RECOGNISED_BY_TEXT.get(str(facts.get("recognised_by")))
+    if told_by:
+        architecture += f", told by {told_by}"
+    arguments = (f"{name}={value!r}" for name, value in get_mapping(facts, "model_kwargs").items())
+    libraries, rates = get_mapping(facts, "libraries"), str(facts.get("rates") or "")
     passes = finite_number(facts.get("passes")) or 1
     method = [facts.get("estimator"), facts.get("statistics"), facts.get("precision")]
+    left_alone = (f"{layer.get('name')} ({layer.get('reason')})" for layer in get_mappings(facts, "left_alone"))
     rows = [
         ("Checkpoint", str(source.get("path") or "")),
         ("SHA-256", str(source.get("sha256") or "")),
         ("Weights", str(source.get("weights") or "")),
         ("Output", str(output.get("path") or "")),
         ("SHA-256 of the output", str(output.get("sha256") or "")),
-        ("Architecture", str(facts.get("architecture") or "") + (f", told by {told}" if told else "")),
-        ("Arguments", ", ".join(f"{name}={value!r}" for name, value in get_mapping(facts, "model_kwargs").items())),
-        ("Drop rates", DROP_RATE_SOURCES.get(str(facts.get("rates")), str(facts.get("rates") or ""))),
+        ("Architecture", architecture),
+        ("Arguments", ", ".join(arguments)),
+        ("Drop rates", DROP_RATE_SOURCES.get(rates, rates)),
         ("Layers chosen", str(facts.get("why") or "")),
         ("Estimator", ", ".join(str(word) for word in method if word)),
         ("Passes", f"{passes:,.0f}" if passes > 1 else ""),
         ("Stopped", "at the tolerance" if facts.get("stopped_early") else ""),
-        ("Left alone", list_names(f"{row.get('name')} ({row.get('reason')})" for row in get_mappings(facts, "left_alone"))),
+        ("Left alone", list_names(left_alone)),
         ("Device", str(facts.get("device") or "")),
         ("Tool", f"{tool.get('name', 'ckpt-tools')} {tool.get('version', '')}"),
         ("Libraries", ", ".join(f"{name} {version}" for name, version in libraries.items())),

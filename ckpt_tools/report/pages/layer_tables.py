@@ -9,7 +9,7 @@ from ckpt_tools.report.page_content import Cell, Column, Section, Table
 
 
 def sites_section(facts: Facts) -> Section:
-    """Where dropout stands, and from which layer on it is felt."""
+    """Return a table of the dropout sites with their rates and the first BN layer behind each."""
     sites, layers = get_mappings(facts, "dropout_sites"), get_mappings(facts, "layers")
     if not sites:
         return Section("Dropout sites", ("The walk found none.",), "quiet")
@@ -23,8 +23,8 @@ def sites_section(facts: Facts) -> Section:
         )
         for site in sites
     ]
-    said = f"{count_text(len(sites), 'site')}, {active:,} of them active."
-    return Section("Dropout sites", (said,), table=Table("Dropout sites", _SITE_COLUMNS, tuple(rows)))
+    sentence = f"{count_text(len(sites), 'site')}, {active:,} of them active."
+    return Section("Dropout sites", (sentence,), table=Table("Dropout sites", _SITE_COLUMNS, tuple(rows)))
 
 
 def _rate(site: Facts) -> str:
@@ -33,38 +33,41 @@ def _rate(site: Facts) -> str:
 
 
 _SITE_COLUMNS = (
-    Column("Site", "code"), Column("Operation"), Column("Rate", "number"), Column("First layer behind it", "number")
+    Column("Site", "code"), Column("Operation"), Column("Rate", "number"),
+    Column("First layer behind it", "number"),
 )  # fmt: skip
 
 
 def _behind(site: Facts, layers: int) -> Cell:
-    depth = finite_number(site.get("depth"))
-    return Cell("none", layers + 1, "quiet") if depth is None else Cell(f"{depth + 1:.0f}", depth + 1)
+    depth = finite_number(site.get("depth"))  # BN layers before the first one that the site reaches
+    if depth is None:
+        return Cell("none", layers + 1, "quiet")  # sorted behind the last layer
+    return Cell(f"{depth + 1:.0f}", depth + 1)
 
 
 _LAYER_COLUMNS = (
-    Column("Layer", "code"), Column("Depth", "number"), Column("Channels", "number"), Column("Role"),
-    Column("Stored ÷ new", "number"), Column("Smallest", "number"), Column("Largest", "number"),
-    Column("Std. error", "number"), Column("Worst", "number"),
+    Column("Layer", "code"), Column("Depth", "number"), Column("Channels", "number"),
+    Column("Role"), Column("Stored ÷ new", "number"), Column("Smallest", "number"),
+    Column("Largest", "number"), Column("Std. error", "number"), Column("Worst", "number"),
 )  # fmt: skip
 
 
 def layers_section(facts: Facts) -> Section:
-    """Every BN layer with its ratio and how sure that is."""
-    rows = tuple(_layer(depth, row) for depth, row in enumerate(get_mappings(facts, "layers"), 1))
-    said = (
-        "Stored variance over new variance: the median channel, the smallest and the largest; the relative standard "
-        "error of the new variance: median and worst channel."
+    """Return a table of all BN layers in order of execution: ratios and standard errors."""
+    rows = tuple(_layer_row(depth, layer) for depth, layer in enumerate(get_mappings(facts, "layers"), 1))
+    sentence = (
+        "Stored variance over new variance: the median channel, the smallest and the largest; "
+        "the relative standard error of the new variance: median and worst channel."
     )
-    return Section("Every layer", (said,), table=Table("Every layer", _LAYER_COLUMNS, rows))
+    return Section("Every layer", (sentence,), table=Table("Every layer", _LAYER_COLUMNS, rows))
 
 
-def _layer(depth: int, row: Facts) -> tuple[Cell, ...]:
-    ratio, error, role = get_mapping(row, "ratio"), get_mapping(row, "relative_standard_error"), layer_role(row)
+def _layer_row(depth: int, layer: Facts) -> tuple[Cell, ...]:
+    ratio, error, role = get_mapping(layer, "ratio"), get_mapping(layer, "relative_standard_error"), layer_role(layer)
     return (
-        Cell(str(row.get("name") or "(root)"), str(row.get("name"))),
-        number_cell(depth),
-        number_cell(row.get("channels")),
+        Cell(str(layer.get("name") or "(root)"), str(layer.get("name"))),
+        number_cell(depth),  # in order of execution, which sorting can restore by this column
+        number_cell(layer.get("channels")),
         Cell(role, role, "" if role == "rewritten" else "quiet"),
         *(number_cell(ratio.get(key), ratio_text(ratio.get(key))) for key in ("median", "min", "max")),
         *(number_cell(error.get(key), percent_text(error.get(key))) for key in ("median", "max")),

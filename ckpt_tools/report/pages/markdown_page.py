@@ -1,4 +1,4 @@
-"""A report as GitHub-flavoured Markdown, for the summary of a CI job: the same facts as the page of HTML."""
+"""A report as GitHub-flavoured Markdown, for the summary of a CI job."""
 
 from __future__ import annotations
 
@@ -18,71 +18,69 @@ from ckpt_tools.version import VERSION
 __all__ = ["checkpoint_markdown", "evaluation_markdown", "folder_markdown"]
 
 _SIGNS: Mapping[Tone, str] = {"good": "✅ ", "bad": "❌ ", "quiet": "", "": ""}
+# Characters that Markdown could take for markup. An underscore within a word is none, so that the
+# names of layers stay readable.
 _SPECIAL = re.compile(r"([\\`*{}\[\]~|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#>+=-]|(?<=^\d)[.)](?=\s|$))")
-_MARK = f"<!-- ckpt-tools {VERSION} report -->"
+_FIRST_LINE = f"<!-- ckpt-tools {VERSION} report -->"
+_LAST_LINE = f"Made by ckpt-tools {VERSION}."
+_LARGEST_SUMMARY = 1_000_000  # bytes; GitHub takes up to 1 MiB
 
 
 def checkpoint_markdown(facts: Mapping[str, Any]) -> str:
-    """The report of one checkpoint, from the facts of ``outcome_json``."""
-    return _whole(checkpoint_page(facts))
+    """Return the report of one checkpoint from the facts of ``outcome_json``."""
+    return _page(checkpoint_page(facts))
 
 
 def evaluation_markdown(facts: Mapping[str, Any]) -> str:
-    """The metrics of one checkpoint, from the facts of ``evaluation_json`` or ``refusal_json``."""
-    return _whole(evaluation_page(facts))
+    """Return the metrics from the facts of ``evaluation_json`` or ``refusal_json``."""
+    return _page(evaluation_page(facts))
 
 
-def _whole(page: Page) -> str:
-    head = [_MARK, "", f"# {escape_markdown(page.title)}", "", escape_markdown(page.subtitle), ""]
-    return "\n".join([*head, *_body(page, 2), _FOOT, ""])
+def _page(page: Page) -> str:
+    head = [_FIRST_LINE, "", f"# {escape_markdown(page.title)}", "", escape_markdown(page.subtitle), ""]
+    return "\n".join([*head, *_body(page, 2), _LAST_LINE, ""])
 
 
 def folder_markdown(records: Sequence[Mapping[str, Any]], title: str = "") -> str:
-    """The report of many checkpoints: a table, and every checkpoint's report folded away below it.
+    """Return the report of many checkpoints: a table, and below it a report for each.
 
-    GitHub takes a summary of up to 1 MiB: beyond it the long tables are left out, and then the checkpoints' reports.
+    The reports are folded away. GitHub refuses a summary that is too long. So if it does not fit,
+    the long tables are left out, and if that is not enough, the checkpoints' own reports, and a
+    note says so.
     """
     page = folder_page(records, title)
-    pages = list(page.pages)
-    for kept, note in (
+    pages = [item for _, item in page.pages]
+    for shown_pages, note in (
         (pages, ""),
-        ([(anchor, _without_tables(item)) for anchor, item in pages], "Layers are left out: they would not fit."),
+        ([_without_long_tables(item) for item in pages], "Layers are left out: they would not fit."),
         ([], "The checkpoints' own reports are left out: they would not fit."),
     ):
-        text = _folder(page, kept, note)
-        if len(text.encode(errors="replace")) <= _FITS:
+        text = _folder(page, shown_pages, note)
+        if len(text.encode(errors="replace")) <= _LARGEST_SUMMARY:
             break
     return text
 
 
-def _folder(page: FolderPage, pages: Iterable[tuple[str, Page]], note: str) -> str:
-    lines = [
-        _MARK,
-        "",
-        f"# {escape_markdown(page.title)}",
-        "",
-        escape_markdown(page.headline),
-        "",
-        *_figures(page.figures),
-    ]
-    lines += ["## Checkpoints", "", *_table(page.table), *([escape_markdown(note), ""] if note else [])]
-    for _, item in pages:
+def _folder(page: FolderPage, shown_pages: Iterable[Page], note: str) -> str:
+    lines = [_FIRST_LINE, "", f"# {escape_markdown(page.title)}", "", escape_markdown(page.headline), ""]
+    lines += [*_figures(page.figures), "## Checkpoints", "", *_table(page.table)]
+    if note:
+        lines += [note, ""]
+    for item in shown_pages:
         lines += _fold_details(f"{item.title}: {item.subtitle}", _body(item, 3))
-    return "\n".join([*lines, _FOOT, ""])
+    return "\n".join([*lines, _LAST_LINE, ""])
 
 
-def _without_tables(page: Page) -> Page:
-    """The page without its long tables."""
-    kept = [section for section in page.sections if section.table is None or not section.table.long]
-    return dataclasses.replace(page, sections=tuple(kept))
-
-
-_FITS = 1_000_000  # bytes
-_FOOT = f"Made by ckpt-tools {VERSION}."
+def _without_long_tables(page: Page) -> Page:
+    sections = [section for section in page.sections if section.table is None or not section.table.long]
+    return dataclasses.replace(page, sections=tuple(sections))
 
 
 def escape_markdown(text: str) -> str:
-    """Text that shows as it is: no markup, no HTML, no line of a table broken."""
+    """Return a text on one line that is shown as it is.
+
+    No character of it becomes markup or HTML, and it does not end the cell of a table.
+    """
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _SPECIAL.sub(r"\\\1", line)
@@ -102,8 +100,10 @@ def _figures(figures: Iterable[KeyFigure]) -> Iterator[str]:
 
 def _section(section: Section, level: int) -> Iterator[str]:
     yield from ("#" * level + f" {escape_markdown(section.title)}", "")
-    for place, sentence in enumerate(section.sentences):
-        yield from ((_SIGNS[section.tone] if place == 0 else "") + escape_markdown(sentence), "")
+    sign = _SIGNS[section.tone]
+    for sentence in section.sentences:
+        yield from (f"{sign}{escape_markdown(sentence)}", "")
+        sign = ""  # the tone is that of the first sentence
     if section.chart is not None:
         yield from (escape_markdown(describe_chart(section.chart, measured_points(section.chart))), "")
     yield from _pairs(section.pairs)
@@ -138,12 +138,15 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _fold_details(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """HTML that GitHub renders; the blank lines let Markdown go on inside."""
+    # GitHub renders this HTML. Only behind a blank line does it read Markdown again.
     yield from (f"<details><summary>{html.escape(' '.join(title.split()))}</summary>", "", *lines, "</details>", "")
 
 
 def _fence_code(code: str) -> Iterator[str]:
-    """A block whose fence is longer than any run of backticks in it."""
+    """Yield a block of code that nothing in the code can close.
+
+    Its fence is longer than any run of backticks in the code.
+    """
     longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     yield from (f"{fence}sh", code, fence, "")

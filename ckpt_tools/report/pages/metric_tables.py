@@ -1,11 +1,11 @@
-"""Metrics of a run with labelled data as a section: before, after, the change, and what the gate said to them."""
+"""The metrics of a run with labelled data as a section, with the verdict of the gate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ckpt_tools.report.columns import list_names
-from ckpt_tools.report.facts import Facts, get_mapping
+from ckpt_tools.report.facts import Facts, get_list, get_mapping
 from ckpt_tools.report.metric_facts import metric_unit, metrics_by_name
 from ckpt_tools.report.number_format import (
     finite_number,
@@ -18,39 +18,36 @@ from ckpt_tools.report.page_content import Cell, Column, Section, Table, Tone
 
 
 def metrics_section(facts: Facts) -> Section | None:
-    """The metrics in a table, below the verdict of the gate if there was one; None without any metric."""
-    found = metrics_by_name(facts)
-    if not found:
+    """Return a table of the metrics below the verdict of the gate, None if nothing was evaluated.
+
+    ``before`` and ``change`` are columns only where two checkpoints were evaluated.
+    """
+    metrics = metrics_by_name(facts)
+    if not metrics:
         return None
     compared = bool(get_mapping(get_mapping(facts, "metrics"), "before"))
     heads = ("Before", "After", "Change") if compared else ("Value",)
     columns = (Column("Metric"), *(Column(head, "number") for head in heads), Column("Unit"))
     rows = tuple(
         (Cell(name, name), *_values(entries, compared=compared), Cell(metric_unit(facts, name)))
-        for name, entries in found.items()
+        for name, entries in metrics.items()
     )
     verdict, tone = _gate(facts)
-    errors = any(value_and_error(entry)[1] is not None for row in found.values() for entry in row)
-    said = (*verdict, *(_errors(compared=compared) if errors else ()), *_halves(facts))
+    sentences = [*verdict]
+    if any(value_and_error(entry)[1] is not None for entries in metrics.values() for entry in entries):
+        paired = "; that of the change is paired, image by image." if compared else "."
+        sentences.append(f"After ± stands the standard error{paired}")
+    calibration = get_mapping(get_mapping(get_mapping(facts, "metrics"), "after"), "calibration")
+    halves = get_list(calibration, "temperatures_of_halves")
+    if len(halves) == 2:
+        # A temperature flatters the images that it was fitted on.
+        first, second = map(value_with_error_text, halves)
+        sentences += [
+            "The temperature in the table is that of all images.",
+            f"For the metrics below it, each half has the other's ({first}, {second}).",
+        ]
     title = "Before and after" if compared else "Metrics"
-    return Section(title, said, tone, pairs=tuple(_pairs(facts)), table=Table(title, columns, rows))
-
-
-def _errors(*, compared: bool) -> tuple[str]:
-    return (
-        "After ± stands the standard error" + ("; that of the change is paired, image by image." if compared else "."),
-    )
-
-
-def _halves(facts: Facts) -> tuple[str, ...]:
-    """Which temperature stands behind the calibrated metrics."""
-    halves = get_mapping(get_mapping(get_mapping(facts, "metrics"), "after"), "calibration").get(
-        "temperatures_of_halves"
-    )
-    if not isinstance(halves, (list, tuple)) or len(halves) != 2:
-        return ()
-    first, second = map(value_with_error_text, halves)
-    return (f"The temperature is that of all images; below it either half has the other's ({first}, {second}).",)
+    return Section(title, tuple(sentences), tone, pairs=tuple(_pairs(facts)), table=Table(title, columns, rows))
 
 
 def _values(entries: tuple[object, object, object], *, compared: bool) -> tuple[Cell, ...]:
@@ -65,21 +62,23 @@ def _metric(entry: object, *, signed: bool = False) -> Cell:
 
 
 def _gate(facts: Facts) -> tuple[tuple[str, ...], Tone]:
-    """The verdict as a sentence and a colour; nothing where no gate was asked for."""
+    """Return the verdict of the gate as a sentence and its colour.
+
+    There is no sentence where no gate was set.
+    """
     gate = get_mapping(get_mapping(facts, "metrics"), "gate")
     if not gate:
         return (), ""
     if gate.get("passed"):
         return (f"The gate is passed: {gate.get('expression')}",), "good"
-    failures = gate.get("failures")
-    why = list_names(map(str, failures)) if isinstance(failures, (list, tuple)) else ""
+    why = list_names(map(str, get_list(gate, "failures")))
     return (f"The gate is not passed: {gate.get('expression')} ({why})",), "bad"
 
 
 def _pairs(facts: Facts) -> Iterator[tuple[str, str]]:
-    found = get_mapping(facts, "metrics")
-    if data := found.get("data"):
-        yield "Labelled data", f"{data} ({found.get('kind')})"
+    metrics = get_mapping(facts, "metrics")
+    if metrics.get("data"):
+        yield "Labelled data", f"{metrics['data']} ({metrics.get('kind')})"
     for name in ("images", "classes"):
-        if finite_number(found.get(name)) is not None:
-            yield name.capitalize(), integer_text(found.get(name))
+        if finite_number(metrics.get(name)) is not None:
+            yield name.capitalize(), integer_text(metrics.get(name))

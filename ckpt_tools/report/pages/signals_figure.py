@@ -1,6 +1,6 @@
-"""The picture of a verified init: how z and δ are spread from layer to layer, before and after the rewrite.
+"""The picture of a verified initialisation: how z and δ are spread, before and after.
 
-The paper's Figures 1 and 5 for the user's own model (Hendrycks & Gimpel 2016).
+These are Figures 1 and 5 of the paper (Hendrycks & Gimpel 2016) for the user's own model.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _BEFORE, _AFTER = "as the architecture initialises", "after the rewrite"
-_CENTRAL = 0.98  # of all values lie on a panel's axis
-_SPIKE = 4.0  # a density this many times higher than the median layer's is cut off
-_POINTS = 512
+_CENTRAL_SHARE = 0.98  # of all values lie on a panel's axis: far ones would squeeze the others
+_TALLEST_PEAK = 4.0  # in units of the median layer's peak; taller ones are cut off
+_BINS = 512  # of a density
 _COLOURS = {_BEFORE: "#c44e52", _AFTER: "#2f6db3"}
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One of the two signals: its symbol, what the axes say, and where a layer keeps it."""
+    """One of the two signals: its texts, and how to get its values and variance from a layer."""
 
     symbol: str
     title: str
@@ -58,60 +58,66 @@ _ROWS = (
 
 
 def check_figure(path: Path) -> None:
-    """Refuse at once what could not be drawn or written at the end.
+    """Refuse, before any work is done, a picture that could not be drawn or written at the end.
 
-    Raises UsageError for another suffix than .png, .svg or .pdf and where matplotlib is missing, OutputError for a
-    folder that does not exist or cannot be written to.
+    Raises:
+        UsageError: the suffix is not .png, .svg or .pdf, or matplotlib is missing.
+        OutputError: the folder does not exist or cannot be written to.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise UsageError(
-            f"{path}: expected a picture's name, ending in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; "
+            f"{path}: expected a picture's name, ending in .png, .svg or .pdf; "
             f"found {repr(path.suffix) if path.suffix else 'no suffix'}. Rename it."
         )
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise UsageError(
-            f"{path}: expected matplotlib to draw it with, found none. Run: pip install 'ckpt-tools[report]'"
-        ) from error
+        raise UsageError(f"{path}: expected matplotlib, found none. Run: pip install 'ckpt-tools[report]'") from error
     check_target(path, overwrite=True)
 
 
-def check_earlier_figure(path: Path, others: Iterable[Path | None]) -> None:
-    """Refuse at once to replace what is no earlier picture of ours. ``others`` are the files of the job itself.
+def check_earlier_figure(path: Path, job_files: Iterable[Path | None]) -> None:
+    """Refuse to replace a file that is no earlier picture of this tool.
 
-    Raises UsageError for the name of another file of the job, OutputError for a file that something else wrote, or that
-    was changed since.
+    ``job_files`` are the job's other files.
+
+    Raises:
+        UsageError: the path is one of the job's other files.
+        OutputError: something else wrote the file, or it was changed since.
     """
-    require_distinct_file(path, report_kind(path.suffix.lower()), others)
-    read_own_file(path, report_kind(path.suffix.lower()))
+    kind = report_kind(path.suffix.lower())
+    require_distinct_file(path, kind, job_files)
+    read_own_file(path, kind)
 
 
 def write_signals_figure(
     path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
 ) -> None:
-    """Draw the signals of all weight layers of a model, as it was and as it became, into a .png, .svg or .pdf file.
+    """Draw the signals of all weight layers, before and after, into a .png, .svg or .pdf file.
 
-    Two rows of densities, one line for each layer: outputs z (the paper's Figure 1) and error signals δ without zeros
-    (Figure 5). Below them Var(z) and Var(δ) against depth. An existing file is replaced; with
-    ``only_own`` nothing is but an earlier picture that nobody has changed.
+    Two rows of densities have one line for each layer: outputs z (the paper's Figure 1) and error
+    signals δ without zeros (Figure 5). Below them stand Var(z) and Var(δ) against depth. An
+    existing file is replaced; with ``only_own`` only if it is an earlier picture that nobody has
+    changed.
 
     Raises:
         UsageError: another suffix, or matplotlib is missing.
         OutputError: the file cannot be written.
     """
     check_figure(path)
+    # matplotlib is an optional dependency, so every function that draws imports its own part.
     from matplotlib import rc_context, rcdefaults
 
     suffix = path.suffix.lower()
 
     def may_replace() -> bool:
+        # Checked again just before the file is replaced: drawing takes time.
         return read_own_file(path, report_kind(suffix)) is not None
 
     try:
         with rc_context():
-            # The settings may be those of a `matplotlibrc` in the current folder, which need not be the user's: with
-            # text.usetex they would run LaTeX.
+            # The settings may be those of a `matplotlibrc` in the current folder, which need not be
+            # the user's: with text.usetex they would run LaTeX.
             rcdefaults()
             figure = _draw_figure(before, after)
             with write_atomically(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
@@ -119,7 +125,8 @@ def write_signals_figure(
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
-            f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
+            f"{path}: expected to write a picture there, found: {error}. "
+            "Nothing was left behind there; choose another place for it."
         ) from error
 
 
@@ -129,12 +136,13 @@ def _draw_figure(before: Sequence[LayerSignal], after: Sequence[LayerSignal]) ->
     colours = _colours()
     figure = Figure(figsize=(10, 10), layout="constrained")
     axes = figure.subplots(3, 2, height_ratios=(1, 1, 0.8))
-    for row, panels, depth_panel in zip(_ROWS, axes, axes[2], strict=False):
+    shown_share = f"shown: the central {100 * _CENTRAL_SHARE:g} % of all layers' values"
+    for row, panels, depth_panel in zip(_ROWS, axes[:2], axes[2], strict=True):
         variances = {}
-        for when, layers, panel in zip((_BEFORE, _AFTER), (before, after), panels, strict=True):
-            variances[when] = [row.variance(layer) for layer in layers]
-            panel.set_title(f"{row.title}, {when}\n{_range(row.symbol, variances[when])}", fontsize=10)
-            panel.set_xlabel(f"{row.axis} (shown: the central {100 * _CENTRAL:g} % of all layers' values)", fontsize=8)
+        for stage, layers, panel in zip((_BEFORE, _AFTER), (before, after), panels, strict=True):
+            variances[stage] = [row.variance(layer) for layer in layers]
+            panel.set_title(f"{row.title}, {stage}\n{_range_text(row.symbol, variances[stage])}", fontsize=10)
+            panel.set_xlabel(f"{row.axis} ({shown_share})", fontsize=8)
             panel.set_ylabel("density", fontsize=8)
             _draw_densities(panel, [_finite(row.values(layer)) for layer in layers], colours)
         _draw_depth(depth_panel, row.symbol, variances)
@@ -146,34 +154,44 @@ def _colours() -> Colormap:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))  # its last yellows vanish on white
+    # The last yellows of viridis vanish on white.
+    return ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 256)))
 
 
 def _finite(values: Sequence[float]) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
-    found: NDArray[np.float64] = array[np.isfinite(array)]
-    return found
+    finite: NDArray[np.float64] = array[np.isfinite(array)]
+    return finite
 
 
-def _range(symbol: str, variances: Sequence[float | None]) -> str:
-    """The title's second line: how far Var is from layer to layer."""
-    known = [value for value in variances if value is not None]
-    finite = [value for value in known if math.isfinite(value)]
+def _range_text(symbol: str, variances: Sequence[float | None]) -> str:
+    """Return the range of Var over the layers in words.
+
+    None stands for a layer where it was not measured.
+    """
+    measured = [value for value in variances if value is not None]
+    finite = [value for value in measured if math.isfinite(value)]
     if not finite:
-        return "nothing to show" if not known else f"Var({symbol}) is not finite"
-    low, high = min(finite), max(finite)
-    spread = f"Var({symbol}) from {low:.3g} to {high:.3g} over {len(known)} layers"
-    if len(known) == 1:
-        spread = f"Var({symbol}) = {low:.3g}"
-    return spread if len(finite) == len(known) else f"{spread}, not finite in {len(known) - len(finite)}"
+        return f"Var({symbol}) is not finite" if measured else "nothing to show"
+    if len(measured) == 1:
+        return f"Var({symbol}) = {finite[0]:.3g}"
+    text = f"Var({symbol}) from {min(finite):.3g} to {max(finite):.3g} over {len(measured)} layers"
+    infinite = len(measured) - len(finite)
+    return f"{text}, not finite in {infinite}" if infinite else text
 
 
 def _draw_densities(panel: Axes, samples: Sequence[NDArray[np.float64]], colours: Colormap) -> None:
-    """One line a layer, over the central part of the pooled values; spikes of far narrower layers are cut off."""
-    pooled = np.concatenate([*samples, np.zeros(2)])  # two zeros do no harm, and no values at all would
-    low, high = np.quantile(pooled, [(1 - _CENTRAL) / 2, (1 + _CENTRAL) / 2])
+    """Draw the density of each layer's values, over the central part of all layers' values.
+
+    A layer whose values are far narrower than the others' has a high spike, which is cut off: the
+    other lines would lie flat on the axis.
+    """
+    # Without any value quantile would raise, and two zeros do no harm.
+    pooled = np.concatenate([*samples, np.zeros(2)])
+    low, high = np.quantile(pooled, [(1 - _CENTRAL_SHARE) / 2, (1 + _CENTRAL_SHARE) / 2])
     peaks = []
     for depth, values in enumerate(samples):
+        # A density needs an axis of some length, and values that differ.
         if high - low > 1e-9 * max(abs(low), abs(high)) and len(values) and values.min() < values.max():
             x, density = _density(values, low, high)
             colour = colours(depth / max(1, len(samples) - 1))
@@ -185,12 +203,16 @@ def _draw_densities(panel: Axes, samples: Sequence[NDArray[np.float64]], colours
         panel.set(xticks=[], yticks=[])
         return
     panel.set_xlim(low, high)
-    panel.set_ylim(0, 1.05 * min(max(peaks), _SPIKE * float(np.median(peaks))))
-    _plain_ticks(panel)
+    panel.set_ylim(0, 1.05 * min(max(peaks), _TALLEST_PEAK * float(np.median(peaks))))
+    _set_plain_ticks(panel)
 
 
-def _plain_ticks(panel: Axes) -> None:
-    """Few ticks, each with its whole number: a common power of ten would stand on top of a label."""
+def _set_plain_ticks(panel: Axes) -> None:
+    """Give the axes few ticks, each with its full number.
+
+    By default matplotlib writes a common power of ten beside the axis, where it would stand on top
+    of a label.
+    """
     from matplotlib.ticker import MaxNLocator
 
     for axis in (panel.xaxis, panel.yaxis):
@@ -200,13 +222,19 @@ def _plain_ticks(panel: Axes) -> None:
 
 
 def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A kernel density estimate between two bounds: bins smoothed with a Gaussian of Silverman's width."""
+    """Return a kernel density estimate between two bounds, as positions and densities.
+
+    The values are counted in bins, and the counts smoothed with a Gaussian of Silverman's width,
+    0.9 A n^(-1/5), where A is the smaller of the standard deviation and the quartiles' distance /
+    1.34 (Silverman 1986, eq. 3.31).
+    """
     margin = (high - low) / 2  # values beyond the bounds reach into the panel
-    counts, edges = np.histogram(values, _POINTS, (low - margin, high + margin))
+    counts, edges = np.histogram(values, _BINS, (low - margin, high + margin))
     step = edges[1] - edges[0]
     quartiles = np.quantile(values, [0.25, 0.75])
+    # Where half of the values are equal the quartiles' distance is 0, which would smooth nothing.
     spread = min(values.std(), float(quartiles[1] - quartiles[0]) / 1.34) or values.std()
-    width = min(max(0.9 * spread * len(values) ** -0.2 / step, 0.75), _POINTS / 12)
+    width = min(max(0.9 * spread * len(values) ** -0.2 / step, 0.75), _BINS / 12)  # in bins
     reach = math.ceil(4 * width)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     density = np.convolve(counts, kernel / kernel.sum(), mode="same") / (len(values) * step)
@@ -214,14 +242,19 @@ def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDAr
 
 
 def _draw_depth(panel: Axes, symbol: str, variances: Mapping[str, Sequence[float | None]]) -> None:
-    """Var against depth on a log axis; zeros and what is not finite have no place there and are counted."""
+    """Draw Var against depth on a logarithmic axis.
+
+    A variance that is 0 or not finite has no place on it. The label below the axis says how many
+    there are.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    points = {when: [_drawable(value) for value in values] for when, values in variances.items()}
-    for when, values in points.items():
+    points = {stage: [_drawable(value) for value in values] for stage, values in variances.items()}
+    for stage, values in points.items():
         marker = "o" if len(values) <= 40 else ""
-        panel.plot(range(1, len(values) + 1), values, marker=marker, markersize=3.5, color=_COLOURS[when], label=when)
-    pooled = np.concatenate([*points.values(), [0.1, 10]])  # at least two decades: a ratio of 1.1 is not to look large
+        panel.plot(range(1, len(values) + 1), values, marker=marker, markersize=3.5, color=_COLOURS[stage], label=stage)
+    # The axis spans at least two decades: a ratio of 1.1 must not look large.
+    pooled = np.concatenate([*points.values(), [0.1, 10]])
     missing = int(np.isnan(pooled).sum())
     panel.set_yscale("log")
     panel.set_ylim(np.nanmin(pooled) / 1.5, np.nanmax(pooled) * 1.5)
@@ -236,6 +269,7 @@ def _draw_depth(panel: Axes, symbol: str, variances: Mapping[str, Sequence[float
 
 
 def _drawable(value: float | None) -> float:
+    # matplotlib leaves a gap at NaN.
     return value if value is not None and 0 < value < math.inf else math.nan
 
 

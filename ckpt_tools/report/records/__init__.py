@@ -1,1 +1,1 @@
-"""Results as records for programs: JSON, and the manifest of a folder."""
+"""Results as records for programs: as JSON, and as the lines of a manifest."""

@@ -1,9 +1,9 @@
-"""The manifest of a folder: one line of JSON for every checkpoint that came to an end.
+"""The manifest of a folder: one line of JSON for every checkpoint that was done or has failed.
 
-Each line is one record, and the first thing in it is the checkpoint. A file counts as a manifest if every line has
-exactly the fields of a record, in the right types. A line that a killed run left unfinished is passed over; it can
-still be told by how records begin. Any other line means that somebody else writes to the file, too, and it is left
-alone.
+Each line is one record, and its first field is the checkpoint. A file counts as a manifest if every
+line has the fields of a record, in the right types, and no others. A killed run may leave an
+unfinished last line: it is recognised by how every record begins, and passed over. Any other line
+means that somebody else writes to the file, too, and then this tool does not touch it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ckpt_tools.storage.output.own_files import (
 
 __all__ = ["Manifest", "check_manifest", "make_record", "parse_records"]
 
-_BEGINNING = b'{"checkpoint": '  # of every record
+_BEGINNING = b'{"checkpoint": '  # of every record, since json.dumps keeps the order of the fields
 _Types = type | tuple[type, ...]
 _NONE = type(None)
 _FIELDS: Mapping[str, _Types] = {
@@ -53,74 +53,98 @@ _FIELDS: Mapping[str, _Types] = {
     "metrics": (dict, _NONE),
     "report": (dict, _NONE),
 }
-_NEWER_FIELDS: Mapping[str, _Types] = {  # which version 0.1.0 did not write
+_NEWER_FIELDS: Mapping[str, _Types] = {  # version 0.1.0 did not write these, so they may be missing
     "output_sha256": (str, _NONE),
     "output_bytes": (int, _NONE),
     "replaced": (str, _NONE),
     "also_named": list,
 }
+# The report on a checkpoint of an earlier run has its earlier record, with these fields of the new.
+_FIELDS_OF_THIS_RUN = ("checkpoint", "also_named", "output", "status", "output_sha256", "output_bytes", "replaced")
 
 
-def check_manifest(path: Path, others: Iterable[Path | None] = ()) -> None:
-    """Refuse a manifest that could not be appended to, before anything is written. ``others``: the job's other files.
+def check_manifest(path: Path, job_files: Iterable[Path | None] = ()) -> None:
+    """Refuse a manifest that could not be appended to, before any work is done.
 
-    Raises UsageError if it is one of the others, OutputError if it is another file, or none that may be written to,
-    RemoteError.
+    ``job_files`` are the job's other files.
+
+    Raises:
+        UsageError: the path is one of the job's other files.
+        OutputError: the file there is no manifest, or it cannot be written to.
+        RemoteError: a remote manifest cannot be read.
     """
-    require_distinct_file(path, _KIND, others)
+    require_distinct_file(path, _KIND, job_files)
     read_own_file(path, _KIND)
 
 
 class Manifest:
-    """A JSONL file that is only ever appended to. What a killed run left unfinished in it is passed over.
+    """A JSONL file to which records are appended, and what its records say of earlier outputs.
 
-    A remote one is fetched first and written anew by ``publish``: stores append nothing.
+    A line is never changed, so a run that is killed loses one record at most. Object stores cannot
+    append: a remote manifest is fetched first, appended to on this machine, and uploaded as a whole
+    by ``publish``.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written, RemoteError."""
+        """Read what earlier runs recorded, and make the file if it is not there.
+
+        Raises:
+            OutputError: the file cannot be read and written, or it is no manifest.
+            RemoteError: a remote manifest cannot be read.
+        """
         self.path = path
-        self._made: dict[tuple[str, str, str], Record] = {}  # what is known of outputs, by what made them
-        self._latest: dict[str, Record] = {}  # the latest record of an output, by its place
-        found = read_own_file(path, _KIND)
-        self._fresh = found is None
+        self._by_origin: dict[tuple[str, str, str], Record] = {}  # best record by `_output_origin`
+        self._by_output: dict[str, Record] = {}  # latest record by `_absolute_output`
+        earlier_content = read_own_file(path, _KIND)
+        self._is_new = earlier_content is None
         if is_remote(path):
             check_target(path, overwrite=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if is_remote(path):
-                path.write_bytes(found or b"")  # at its place on this machine
-            content, self._file = self._begin(new=found is None and not is_remote(path))
+                path.write_bytes(earlier_content or b"")  # the path of the copy on this machine
+            content, self._file = self._begin(create=self._is_new and not is_remote(path))
         except OSError as error:
             raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
         for record in parse_records(content):
-            self._keep(record)
+            self._remember(record)
 
-    def _begin(self, *, new: bool) -> tuple[bytes, tuple[int, int]]:
-        """Make the file, or look at it once more where it is written to; its content, and which file it is."""
-        with self._open(new=new) as file:
+    def _begin(self, *, create: bool) -> tuple[bytes, os.stat_result]:
+        """Return the content and the status of the file that will be appended to.
+
+        The content is checked again here: the file may have been replaced since it was first read.
+        """
+        with self._open(create=create) as file:
             file.seek(0)
             content = file.read()
             require_own_content(self.path, _KIND, content)
-            if content and not content.endswith(b"\n"):  # killed while writing
+            if content and not content.endswith(b"\n"):  # an earlier run was killed while it wrote
                 file.write(b"\n")
-            return content, _device_and_inode(file)
+            return content, os.fstat(file.fileno())
 
-    def _open(self, *, new: bool) -> BinaryIO:
-        flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0)
+    def _open(self, *, create: bool) -> BinaryIO:
+        # O_EXCL: a file or a link that somebody puts there in the meantime is not written to.
+        flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if create else 0)
         return os.fdopen(open_own_file(self.path, _KIND, flags), "a+b")
 
     def publish(self) -> None:
-        """Put a remote manifest where it belongs; remove one that this run began for nothing. Raises OutputError."""
-        if self._fresh and self.path.exists() and not self.path.stat().st_size:
+        """Upload a remote manifest; remove one that this run has made and written nothing to.
+
+        Raises OutputError if the file at the remote place is no manifest any more, or cannot be
+        replaced.
+        """
+        if self._is_new and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink(missing_ok=True)
         elif is_remote(self.path):
-            read_own_file(self.path, _KIND)  # once more: the job may have taken hours
+            read_own_file(self.path, _KIND)  # checked again, since the job may have taken hours
             upload_file(self.path, self.path, overwrite=True)
 
     def recorded_output(self, output: Path) -> EarlierOutput | None:
-        """What the latest record of an output says of it."""
-        record = self._latest.get(_place(restore_urls(str(output))))
+        """Return source, settings and digest of an output, as its latest record has them.
+
+        None if no record says both what the output was made of and with which settings.
+        """
+        record = self._by_output.get(_absolute_output(restore_urls(str(output))))
         if record is None or not record.get("source_sha256") or not record.get("settings"):
             return None
         sha256, size = record.get("output_sha256"), record.get("output_bytes")
@@ -128,29 +152,35 @@ class Manifest:
         return EarlierOutput(record["source_sha256"], record["settings"], file)
 
     def add_record(self, record: Record) -> Record:
-        """Add a line and return what is known of its checkpoint.
+        """Append a record, and return it for the report of this run.
 
-        What was done before has its earlier line, if that tells of the same output: made of the same bytes with the
-        same settings.
+        A checkpoint that an earlier run has done has no new results. Where the manifest has its
+        earlier record, made of the same bytes with the same settings, no line is added and that
+        record is returned instead, with this run's names and status.
         """
-        earlier = self._made.get(_maker(record))
+        earlier = self._by_origin.get(_output_origin(record))
         if record["status"] == "done before" and earlier is not None:
-            return {**earlier, **{name: record[name] for name in _OF_THIS_RUN if name in record}}
-        self._keep(record)
+            return {**earlier, **{name: record[name] for name in _FIELDS_OF_THIS_RUN if name in record}}
+        self._remember(record)
         self._append(json.dumps(record).encode() + b"\n")
         return record
 
     def _append(self, line: bytes) -> None:
-        """Append to the file that was looked at in the beginning, and to no other that has its name by now."""
+        """Append to the file that was checked in the beginning, and to no other of its name.
+
+        The line is on the disk when this returns, so that a crash of the machine does not lose the
+        record.
+        """
         try:
-            new = not os.path.lexists(self.path)  # somebody has removed it
-            with self._open(new=new) as file:
-                if new:
-                    self._file = _device_and_inode(file)
-                if _device_and_inode(file) != self._file:
+            is_gone = not os.path.lexists(self.path)  # somebody has removed it, so it is made anew
+            with self._open(create=is_gone) as file:
+                status = os.fstat(file.fileno())
+                if is_gone:
+                    self._file = status
+                if not os.path.samestat(status, self._file):
                     raise OutputError(
-                        f"{self.path}: expected the manifest that was there when the run began, found another file in "
-                        "its place. Nothing was written to it; run again."
+                        f"{self.path}: expected the manifest that was there when the run began, "
+                        "found another file in its place. Nothing was written to it; run again."
                     )
                 file.write(line)
                 file.flush()
@@ -158,41 +188,40 @@ class Manifest:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Give another --manifest.") from error
 
-    def _keep(self, record: Record) -> None:
-        """The latest record of an output; one without a report takes the place of none with one."""
+    def _remember(self, record: Record) -> None:
         if not record.get("output"):
             return
-        self._latest[_place(str(record["output"]))] = record
-        if record.get("report") or _maker(record) not in self._made:
-            self._made[_maker(record)] = record
-
-
-_OF_THIS_RUN = ("checkpoint", "also_named", "output", "status", "output_sha256", "output_bytes", "replaced")
+        self._by_output[_absolute_output(str(record["output"]))] = record
+        # A later record without a report ("done before") must not hide an earlier one that has it.
+        if record.get("report") or _output_origin(record) not in self._by_origin:
+            self._by_origin[_output_origin(record)] = record
 
 
 def make_record(result: ItemResult) -> Record:
-    """A result as a line of the manifest.
+    """Return a result as a record of the manifest.
 
-    ``report`` is what ``--json`` says of a single checkpoint; ``metrics_by_name``, what a gate said no to. ``source_sha256``
-    and ``settings`` are those that stand in the output, ``output_sha256`` and ``output_bytes`` those of its file.
-    ``replaced`` says what was wrong with an earlier output that this one took the place of. ``also_named`` are further
-    paths to the checkpoint's file.
+    ``report`` is the dict that ``--json`` prints for a single checkpoint. ``metrics`` stands where
+    a gate was not passed. ``source_sha256`` and ``settings`` are those in the metadata of the
+    output, ``output_sha256`` and ``output_bytes`` those of its file. ``replaced`` says what was
+    wrong with an earlier output that this one replaces. ``also_named`` are further paths to the
+    checkpoint's file.
     """
-    error = result.error
-    written = result.made.file if result.made else None
+    error, made = result.error, result.made
+    file = made.file if made else None
+    # The job works on local copies of remote files; the record names their URLs.
     record: Record = restore_urls(
         {
             "checkpoint": str(result.item.checkpoint),
             "also_named": [str(path) for path in result.item.also_named],
             "status": result.status,
             "output": str(result.item.output) if result.status in ("done", "done before") else None,
-            "error": None if error is None else _message(error, known=result.error_is_expected),
+            "error": None if error is None else _message(error, expected=result.error_is_expected),
             "exit_code": getattr(error, "exit_code", 1) if error else 0,
             "seconds": round(result.seconds, 3),
-            "source_sha256": result.made.source_sha256 if result.made else None,
-            "settings": result.made.settings if result.made else None,
-            "output_sha256": written.sha256 if written else None,
-            "output_bytes": written.size if written else None,
+            "source_sha256": made.source_sha256 if made else None,
+            "settings": made.settings if made else None,
+            "output_sha256": file.sha256 if file else None,
+            "output_bytes": file.size if file else None,
             "replaced": result.replaced or None,
             "metrics": metrics_json(error.metrics) if isinstance(error, GateFailed) else None,
             "report": None if result.outcome is None else outcome_json(result.outcome),
@@ -201,42 +230,43 @@ def make_record(result: ItemResult) -> Record:
     return record
 
 
-def _device_and_inode(file: BinaryIO) -> tuple[int, int]:
-    there = os.fstat(file.fileno())
-    return there.st_dev, there.st_ino
+def _message(error: BaseException, *, expected: bool) -> str:
+    """Return the error's message without secrets and of bounded size.
 
-
-def _message(error: BaseException, *, known: bool) -> str:
-    """What went wrong, without secrets and of bounded size; with its kind where it is none of our own errors."""
-    text = str(error) if known else f"{type(error).__name__}: {error}"
+    The message of an error that this program does not raise itself may say little, so its class
+    stands before it.
+    """
+    text = str(error) if expected else f"{type(error).__name__}: {error}"
     return shorten_message(without_fragments(restore_urls(text)))
 
 
-def _maker(record: Record) -> tuple[str, str, str]:
-    """What an output was made of, and where it lies, however that was written."""
-    return _place(str(record.get("output"))), str(record.get("source_sha256")), str(record.get("settings"))
+def _output_origin(record: Record) -> tuple[str, str, str]:
+    """Return where an output lies, the digest of its source, and the digest of its settings."""
+    output = _absolute_output(str(record.get("output")))
+    return output, str(record.get("source_sha256")), str(record.get("settings"))
 
 
-def _place(output: str) -> str:
-    return output if is_url(output) else os.path.abspath(output)  # noqa: PTH100 - without ..
+def _absolute_output(output: str) -> str:
+    # abspath also removes "..", so that two spellings of a path are equal; Path.absolute keeps it.
+    return output if is_url(output) else os.path.abspath(output)  # noqa: PTH100
 
 
 def _is_manifest(content: bytes) -> bool:
-    """Whether every line is a record, or the beginning of one that a killed run left."""
+    """Return whether every line is a record, or the beginning of one that a killed run left."""
     return all(_is_record(line) or _is_unfinished(line) for line in content.splitlines() if line.strip())
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether a line has the fields of a record of this or of an earlier version, in the right types, and no others."""
+    """Return whether a line has the fields of a record, of any version, and no others."""
     record = _parse_line(line)
     if record is None or not _FIELDS.keys() <= record.keys():
         return False
-    kinds = {**_FIELDS, **_NEWER_FIELDS}
-    return all(name in kinds and isinstance(value, kinds[name]) for name, value in record.items())
+    types = {**_FIELDS, **_NEWER_FIELDS}
+    return all(name in types and isinstance(value, types[name]) for name, value in record.items())
 
 
 def _is_unfinished(line: bytes) -> bool:
-    """Whether a line is a record whose end is missing."""
+    """Return whether a line is a record whose end is missing, however early it was cut off."""
     return (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)) and _parse_line(line) is None
 
 
@@ -249,7 +279,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def parse_records(content: bytes) -> Iterator[dict[str, Any]]:
-    """The records in a manifest, in order; lines that are none are passed over."""
+    """Yield the records in a manifest in order; a line that is none is passed over."""
     for line in content.splitlines():
         record = _parse_line(line)
         if record is not None and isinstance(record.get("checkpoint"), str):

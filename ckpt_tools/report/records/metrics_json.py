@@ -1,22 +1,27 @@
-"""Metrics as JSON."""
+"""Metrics as JSON, with their standard errors and units."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 from ckpt_tools.evaluate.metrics import BINS, Estimate, Metric
 from ckpt_tools.evaluate.scores import Metrics, ModelScores
+from ckpt_tools.report.records.plain_values import to_plain_values
 
 
 def metrics_json(metrics: Metrics) -> dict[str, object]:
-    """Values and standard errors by metric; ``before`` and ``change`` are null where there was nothing before."""
+    """Return values and standard errors by metric.
+
+    ``before`` and ``change`` are null where only one checkpoint was evaluated, ``gate`` where no
+    gate was set.
+    """
     return {
         "data": metrics.data,
         "kind": metrics.kind,
         "images": metrics.images,
         "classes": metrics.classes,
+        # A number without its unit is misread: an error of 0.5 could be a half or half a percent.
         "units": {"error": "percent", "error5": "percent", "nll": "nats", "ece": f"percent, {BINS} bins, l1"},
         "skipped": [dataclasses.asdict(item) for item in metrics.skipped],
         "before": metrics.before and _scores(metrics.before),
@@ -28,26 +33,27 @@ def metrics_json(metrics: Metrics) -> dict[str, object]:
 
 
 def _scores(scores: ModelScores) -> dict[str, object]:
-    found: dict[str, object] = {**_estimates(scores.metrics)}
+    values = _estimates(scores.metrics)
     if scores.temperature is not None:
         assert scores.halves is not None
-        found["calibration"] = {
+        values["calibration"] = {
             "temperature": scores.temperature,
             "temperatures_of_halves": list(scores.halves),
             **_estimates(scores.calibrated),
         }
-    return found
+    return values
 
 
 def _change(metrics: Metrics) -> dict[str, object]:
-    found: dict[str, object] = {**_estimates(metrics.change)}
+    changes = _estimates(metrics.change)
     if metrics.calibrated_change:
-        found["calibration"] = _estimates(metrics.calibrated_change)
-    return found
+        changes["calibration"] = _estimates(metrics.calibrated_change)
+    return changes
 
 
-def _estimates(found: Mapping[Metric, Estimate]) -> dict[str, object]:
+def _estimates(estimates: Mapping[Metric, Estimate]) -> dict[str, object]:
+    # The error of a single image is infinite, which to_plain_values turns into null.
     return {
-        name: {"value": one.value, "standard_error": one.error if math.isfinite(one.error) else None}
-        for name, one in found.items()
+        name: to_plain_values({"value": estimate.value, "standard_error": estimate.error})
+        for name, estimate in estimates.items()
     }

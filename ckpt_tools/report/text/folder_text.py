@@ -1,4 +1,4 @@
-"""What became of a folder of checkpoints, as text."""
+"""The results of a folder of checkpoints as text, one row for each checkpoint."""
 
 from __future__ import annotations
 
@@ -16,34 +16,37 @@ from ckpt_tools.report.number_format import integer_text, value_and_error
 
 
 def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
-    """A row for every checkpoint, then why some failed; ``records`` as the manifest has them."""
+    """Return a row for every checkpoint, then why some failed and which outputs were replaced.
+
+    ``records`` are those of the manifest. Error and NLL are columns if any checkpoint was
+    evaluated.
+    """
     rows = [("checkpoint", "", "architecture", "layers", "ratio", "images"), *map(_row, records)]
     scores = [_scores(record) for record in records]
-    if any(map(any, scores)):
+    if any(map(any, scores)):  # two columns for nothing would push the others off the screen
         rows = [(*row, *more) for row, more in zip(rows, [("error, %", "NLL"), *scores], strict=True)]
-    lines = [align_columns(rows)]
-    linked = [record for record in records if other_names_sentence(record)]
+    lines, linked, failures, replaced = [align_columns(rows)], [], [], []
+    for record in records:
+        path, output = one_line(record.get("checkpoint")), one_line(record.get("output"))
+        if sentence := other_names_sentence(record):
+            linked.append(f"{path}: {_clean(sentence)}")
+        if record.get("status") == "failed":
+            failures.append(f"  {path}: {_clean(error_without_path(record))}")
+        if record.get("replaced"):
+            replaced.append(f"  {output}: {_clean(str(record['replaced']))}")
     if linked:
-        lines += [
-            "",
-            *(f"{_clean(str(record.get('checkpoint')))}: {_clean(other_names_sentence(record))}" for record in linked),
-        ]
-    failed = [record for record in records if record.get("status") == "failed"]
-    if failed:
-        lines += ["", f"{count_text(len(failed), 'failure')}:"]
-        lines += [f"  {one_line(record.get('checkpoint'))}: {_clean(error_without_path(record))}" for record in failed]
-    replaced = [record for record in records if record.get("replaced")]
+        lines += ["", *linked]
+    if failures:
+        lines += ["", f"{count_text(len(failures), 'failure')}:", *failures]
     if replaced:
-        lines += ["", f"{count_text(len(replaced), 'damaged earlier output')}, made again:"]
-        lines += [f"  {one_line(record.get('output'))}: {_clean(str(record['replaced']))}" for record in replaced]
-    lines += ["", f"manifest: {one_line(manifest)}"]
-    return "\n".join(lines)
+        lines += ["", f"{count_text(len(replaced), 'damaged earlier output')}, made again:", *replaced]
+    return "\n".join([*lines, "", f"manifest: {one_line(manifest)}"])
 
 
 def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
     report = get_mapping(record, "report")
     name, status = str(record.get("checkpoint")), str(record.get("status"))
-    if not report:
+    if not report:  # the checkpoint failed, or there was nothing to do
         return (name, status, "", "", "", "")
     ratios = median_ratios(report).values()
     return (
@@ -57,9 +60,12 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _scores(record: Mapping[str, Any]) -> tuple[str, str]:
-    """Error and NLL before and after, of one that a gate refused as well."""
-    found = metrics_by_name(get_mapping(record, "report") or record)
-    return _change(found.get("error"), 2), _change(found.get("nll"), 4)
+    """Return error and NLL before and after, "" where there are none.
+
+    Where a gate was not passed there is no report, and the metrics stand in the record itself.
+    """
+    metrics = metrics_by_name(get_mapping(record, "report") or record)
+    return _change(metrics.get("error"), 2), _change(metrics.get("nll"), 4)
 
 
 def _change(entries: tuple[object, object, object] | None, digits: int) -> str:
@@ -68,5 +74,5 @@ def _change(entries: tuple[object, object, object] | None, digits: int) -> str:
 
 
 def _clean(text: str) -> str:
-    """An error message of bounded size, its further lines indented."""
+    """Return a message of bounded size without control characters, its further lines indented."""
     return "\n    ".join(map(escape_controls, shorten_message(text).splitlines()))

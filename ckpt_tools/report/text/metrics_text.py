@@ -1,4 +1,4 @@
-"""Metrics as a table: before, after, and the change, each with its standard error."""
+"""Metrics with their standard errors as a table, and the plan of ``evaluate``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST
-from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationOutcome, EvaluationPlan
+from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationPlan
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.report.columns import align_columns, count_text, list_names
 
@@ -23,13 +23,14 @@ _NAMES: Mapping[Metric, tuple[str, str, int]] = {  # name, unit, digits behind t
 
 
 def metrics_text(metrics: Metrics) -> str:
-    """The table, what it was measured on, what a temperature does, and whether the gate is passed."""
+    """Return the data, the table of metrics, the temperature, and the verdict of the gate."""
     data = f"{one_line(metrics.data)} ({one_line(metrics.kind)})"
     parts = [
         f"evaluated on {data}: {count_text(metrics.images, 'image')}, {metrics.classes:,} classes",
         align_columns(_rows(metrics)),
     ]
     if metrics.before is not None:
+        # Paired: both checkpoints see the same images, so the change is surer than either value.
         parts.append("± standard error; that of the change is paired, image by image")
     if metrics.skipped:
         names = list_names(f"{item.name} ({item.reason})" for item in metrics.skipped)
@@ -48,51 +49,59 @@ def _rows(metrics: Metrics) -> list[tuple[str, ...]]:
     plain = before.metrics if before else None
     calibrated = before.calibrated if before else None
     rows += [_row(name, "", plain, after.metrics, metrics.change) for name in after.metrics]
+    # T is the temperature that the logits were divided by.
     rows += [_row(name, " at T", calibrated, after.calibrated, metrics.calibrated_change) for name in after.calibrated]
     return rows
 
 
 def _row(name: Metric, suffix: str, before: Estimates | None, after: Estimates, change: Estimates) -> tuple[str, ...]:
-    words, unit, digits = _NAMES[name]
-    label, now = f"{words}{suffix}, {unit}", _estimate_text(after[name], digits)
+    title, unit, digits = _NAMES[name]
+    label, value = f"{title}{suffix}, {unit}", _estimate_text(after[name], digits)
     if before is None:
-        return label, now
-    return label, _estimate_text(before[name], digits), now, _estimate_text(change[name], digits, "+")
+        return label, value
+    return label, _estimate_text(before[name], digits), value, _estimate_text(change[name], digits, "+")
 
 
 def _estimate_text(estimate: Estimate, digits: int, sign: str = "") -> str:
-    sure = f"{estimate.error:.{digits}f}" if math.isfinite(estimate.error) else "unknown"
-    return f"{estimate.value:{sign}.{digits}f} ± {sure}".replace("-", "−")
+    error = f"{estimate.error:.{digits}f}" if math.isfinite(estimate.error) else "unknown"
+    return f"{estimate.value:{sign}.{digits}f} ± {error}".replace("-", "−")
 
 
 def _temperatures(metrics: Metrics) -> str:
+    """Return the temperatures that were fitted, and why the rows "at T" use two others.
+
+    A temperature flatters the images that it was fitted on, so each half of them is scored with the
+    other half's.
+    """
     assert metrics.after.halves is not None
     before = metrics.before and metrics.before.temperature
     first, second = metrics.after.halves
     after = f"{metrics.after.temperature:.3f}"
     if metrics.after.temperature in (LOWEST, HIGHEST):
-        after += " (where the search ends)"
+        after += " (where the search ends)"  # the best temperature may lie beyond
+    if before:
+        after = f"{before:.3f} before, {after} after"
     return (
-        f"temperature to divide logits by: {f'{before:.3f} before, {after} after' if before else after}, fitted on all "
-        f"images; in the rows at T, either half of the images has the other's ({first:.3f}, {second:.3f})"
+        f"temperature to divide logits by: {after}, fitted on all images; "
+        f"in the rows at T, either half of the images has the other's ({first:.3f}, {second:.3f})"
     )
 
 
 def evaluation_plan_text(plan: EvaluationPlan) -> str:
-    """What is in force, before the pass."""
-    rows = [] if plan.before is None else [("before", _contestant(plan.before))]
-    rows.append(("checkpoint" if plan.before is None else "after", _contestant(plan.after)))
+    """Return the settings of ``evaluate`` in force, which the user reads before the pass begins."""
+    if plan.before is None:
+        rows = [("checkpoint", _checkpoint_line(plan.after))]
+    else:
+        rows = [("before", _checkpoint_line(plan.before)), ("after", _checkpoint_line(plan.after))]
     stream = plan.after.validation.stream
-    known = "an unknown number of images" if stream.count is None else count_text(stream.count, "image")
-    rows += [("data", f"{plan.request.data} ({plan.after.validation.kind}), {known}")]
-    rows += [("input", stream.transform), ("device", plan.device)]
+    amount = "an unknown number of images" if stream.count is None else count_text(stream.count, "image")
+    rows += [
+        ("data", f"{plan.request.data} ({plan.after.validation.kind}), {amount}"),
+        ("input", stream.transform),
+        ("device", plan.device),
+    ]
     return align_columns(rows)
 
 
-def _contestant(contestant: EvaluatedCheckpoint) -> str:
-    return f"{contestant.checkpoint.path} ({contestant.loaded.recipe.architecture})"
-
-
-def evaluation_text(outcome: EvaluationOutcome) -> str:
-    """The result of ``evaluate``."""
-    return metrics_text(outcome.metrics)
+def _checkpoint_line(evaluated: EvaluatedCheckpoint) -> str:
+    return f"{evaluated.checkpoint.path} ({evaluated.loaded.recipe.architecture})"
