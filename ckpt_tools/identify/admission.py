@@ -1,4 +1,8 @@
-"""The one gate between what a checkpoint file says about its model and the constructor that builds it."""
+"""The gate between what a checkpoint file says about its model and the constructor that builds it.
+
+Every argument from a file passes through `admit_recipe`, and every construction that a file leads
+to runs inside `bound_construction`.
+"""
 
 from __future__ import annotations
 
@@ -19,33 +23,42 @@ class ArgumentRefused(ArchitectureError):
     """A file sets an argument that it may not set, or to a value that it may not have."""
 
 
-def admit_recipe(checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, given: Mapping[str, object]) -> Recipe:
+def admit_recipe(
+    checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, user_kwargs: Mapping[str, object]
+) -> Recipe:
     """Return the recipe with the arguments that the file may set, as its adapter lists them.
 
-    An argument in `given` is the user's, whatever the file says of it. Class counts and input channels that the
-    tensors do not justify are left out, since the shapes tell them anyway.
+    An argument in `user_kwargs` is left out, since the user's value replaces the file's. Class
+    counts and input channels that the tensors do not justify are left out, too, since they are read
+    off the shapes anyway.
 
-    Raises ArgumentRefused for another value that the adapter does not admit: without it the same tensors would be
-    built into another function. Raises ArchitectureError for an argument that the adapter does not list, most often
-    one of another library with models of the same name.
+    Raises ArgumentRefused for another value that the adapter does not admit: without it the same
+    tensors would be built into another function. Raises ArchitectureError for an argument that the
+    adapter does not list, most often one of another library with models of the same name.
     """
     kinds = _list_argument_kinds(adapter, recipe.name) if recipe.kwargs else {}
     evidence = Evidence.from_shapes(checkpoint.shapes)
     admitted: dict[str, object] = {}
     for name, value in recipe.kwargs.items():
-        if name in given:
+        if name in user_kwargs:
             continue
         try:
             admitted[name] = admit_argument(kinds, name, value, evidence)
         except NotAdmitted as reason:
-            if name not in _TOLD_BY_SHAPES:
-                kind_of_error = ArgumentRefused if name in kinds else ArchitectureError
-                raise kind_of_error(_describe_refusal(checkpoint, recipe, name, value, reason)) from reason
+            if name not in _READ_OFF_SHAPES:
+                error_class = ArgumentRefused if name in kinds else ArchitectureError
+                raise error_class(
+                    _describe_refusal(checkpoint, recipe, name, value, reason)
+                ) from reason
     return replace(recipe, kwargs=admitted)
 
 
-# Widths that `Adapter.class_kwargs` reads off the shapes; a file without its head may still record its classes.
-_TOLD_BY_SHAPES = frozenset({"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"})
+# Widths that `Adapter.class_kwargs` reads off the shapes. A backbone without its head may still
+# record a class count that no tensor justifies, so an inadmissible value of these is dropped
+# instead of refused.
+_READ_OFF_SHAPES = frozenset(
+    {"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"}
+)
 
 
 def bound_construction(
@@ -53,8 +66,9 @@ def bound_construction(
 ) -> AbstractContextManager[None]:
     """Return a context in which building the model costs no more than the file justifies.
 
-    The user's own code (`package.module:factory`) does what it likes, and may also ask its user something. There is no
-    limit for an architecture of a library that the user named and for which the file sets nothing but drop rates.
+    The user's own code (`package.module:factory`) does what it likes, and may also ask its user
+    something. There is no limit for an architecture of a library that the user named and for which
+    the file sets nothing but drop rates.
     """
     if recipe.adapter == "factory":
         return nullcontext()
@@ -65,7 +79,8 @@ def bound_construction(
 
 def _list_argument_kinds(adapter: Adapter, name: str) -> Mapping[str, ArgumentKind]:
     rates = dict.fromkeys(adapter.rate_kwargs(name), Rate())
-    list_kinds = getattr(adapter, "file_arguments", None)  # adapters of others may have been written without it
+    # `file_arguments` is optional: adapters of third parties may not have it.
+    list_kinds = getattr(adapter, "file_arguments", None)
     return rates if list_kinds is None else {**rates, **list_kinds(name)}
 
 
@@ -73,8 +88,11 @@ def _is_rate(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
-def _describe_refusal(checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted) -> str:
+def _describe_refusal(
+    checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted
+) -> str:
     return (
-        f"{checkpoint.path}: expected arguments of {recipe.architecture} that a checkpoint may set, found "
-        f"{name}={reprlib.repr(value)} ({reason}). If the file is right, give it yourself: --model-kwargs {name}=…"
+        f"{checkpoint.path}: expected arguments of {recipe.architecture} that a checkpoint may "
+        f"set, found {name}={reprlib.repr(value)} ({reason}). If the file is right, give it "
+        f"yourself: --model-kwargs {name}=…"
     )

@@ -1,6 +1,7 @@
-"""The index of every architecture that the libraries had when it was built: digests of names and shapes.
+"""An index of the architectures of timm and torchvision, by digests of their keys and shapes.
 
-It only proposes. What it names is built by the installed library and compared key by key before it is believed.
+The index only proposes. Each proposal is built by the installed library and compared with the
+checkpoint key by key before it is accepted, so an outdated index or a chance match can do no harm.
 """
 
 from __future__ import annotations
@@ -18,32 +19,44 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Literal
 
-from ckpt_tools.identify.shape_digest import SKETCH_BUCKETS, ModelPart, Shapes, split_into_parts, top_attributes
+from ckpt_tools.identify.shape_digest import (
+    SKETCH_BUCKETS,
+    ModelPart,
+    Shapes,
+    split_into_parts,
+    top_attributes,
+)
 
 Level = Literal["full", "body", "trunk", "frame"]
 Keys = tuple[str, ...]
 
 DIGEST_LEVELS: tuple[Level, ...] = ("full", "body", "trunk", "frame")
 _FILE = "index.json.gz"
-_MASK = 2**32 - 1  # the half of a digest that is kept: among 1,500 models a chance match is one in three million
-_SIZE_WEIGHT = 2.0  # buckets that a factor of two in size counts for
+# The index keeps half of each digest. Among 1,500 models, a chance match is one in three million.
+_MASK = 2**32 - 1
+_SIZE_WEIGHT = 2.0  # A factor of two in size counts as much as so many different sketch buckets.
 
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One architecture: its digests, and the keys that follow the class count and the input channels."""
+    """One architecture of a library, in its default build.
+
+    `head` are the keys that depend on the class count, `stem` those that depend on the input
+    channels. The four digests stand in the order of DIGEST_LEVELS. `size` counts the values of all
+    tensors but the head's.
+    """
 
     architecture: str
-    digests: tuple[int, ...]  # in the order of LEVELS
+    digests: tuple[int, ...]
     head: Keys
     stem: Keys
     sketch: bytes
-    size: int  # values, without the head
+    size: int
 
 
 @dataclass(frozen=True)
 class DigestMatch:
-    """Architectures whose digest is that of the tensors under ``prefix``."""
+    """Architectures with the same digest, at this level, as the tensors under `prefix`."""
 
     prefix: str
     level: Level
@@ -52,7 +65,10 @@ class DigestMatch:
 
 @dataclass(frozen=True)
 class SketchMatch:
-    """An architecture whose sketch resembles that of the tensors under ``prefix``; 1 is as near as can be."""
+    """An architecture whose sketch resembles that of the tensors under `prefix`.
+
+    `likeness` is 1 for equal sketches and sizes, and falls with every difference.
+    """
 
     prefix: str
     entry: IndexEntry
@@ -61,70 +77,85 @@ class SketchMatch:
 
 @dataclass(frozen=True)
 class ArchitectureIndex:
-    """Every entry, and the versions of the libraries they were taken from."""
+    """All entries, and the versions of the libraries that they were taken from."""
 
     versions: Mapping[str, str]
     entries: tuple[IndexEntry, ...]
 
     def find_matches(self, shapes: Shapes) -> Iterator[DigestMatch]:
-        """What the digests say: the whole before parts of it, and of each the surest first."""
+        """Yield the architectures with equal digests.
+
+        The whole state dict comes before its parts, and for each of them the strictest level comes
+        first.
+        """
         for part in split_into_parts(shapes):
             for level in DIGEST_LEVELS:
-                names = dict.fromkeys(self._names(part, level))
-                if names:
-                    yield DigestMatch(part.prefix, level, tuple(names))
+                architectures = dict.fromkeys(self._architectures(part, level))
+                if architectures:
+                    yield DigestMatch(part.prefix, level, tuple(architectures))
 
     def nearest_entries(self, shapes: Shapes, count: int) -> list[SketchMatch]:
-        """The ``count`` entries with the likest sketches, the likest first."""
+        """Return the `count` entries with the most similar sketches, the most similar first."""
         best: dict[str, SketchMatch] = {}
         for part in split_into_parts(shapes):
             for entry in self.entries:
-                near = SketchMatch(part.prefix, entry, _likeness(part, entry))
-                known = best.get(entry.architecture)
-                if known is None or known.likeness < near.likeness:
-                    best[entry.architecture] = near
-        return sorted(best.values(), key=lambda near: -near.likeness)[:count]
+                match = SketchMatch(part.prefix, entry, _likeness(part, entry))
+                previous = best.setdefault(entry.architecture, match)
+                if previous.likeness < match.likeness:
+                    best[entry.architecture] = match
+        return sorted(best.values(), key=lambda match: -match.likeness)[:count]
 
-    def _names(self, part: ModelPart, level: Level) -> Iterator[str]:
+    def _architectures(self, part: ModelPart, level: Level) -> Iterator[str]:
         for (head, stem), table in self._tables[level].items():
             yield from table.get(_digest(part, level, head, stem) & _MASK, ())
 
     @cached_property
     def _tables(self) -> dict[Level, dict[tuple[Keys, Keys], dict[int, list[str]]]]:
-        """For every level, and every way to take a state dict apart on it, the names by digest."""
+        """Architectures by level, by what the level leaves out (head, stem), and by digest.
+
+        Few different heads and stems exist, so a look-up computes few digests of a state dict.
+        """
         tables: dict[Level, dict[tuple[Keys, Keys], dict[int, list[str]]]] = defaultdict(dict)
         for entry in self.entries:
-            cuts: dict[Level, tuple[Keys, Keys]] = {
+            left_out: dict[Level, tuple[Keys, Keys]] = {
                 "full": ((), ()),
                 "body": (entry.head, ()),
                 "trunk": (top_attributes(entry.head), ()),
                 "frame": (top_attributes(entry.head), entry.stem),
             }
             for level, digest in zip(DIGEST_LEVELS, entry.digests, strict=True):
-                tables[level].setdefault(cuts[level], defaultdict(list))[digest].append(entry.architecture)
+                table = tables[level].setdefault(left_out[level], defaultdict(list))
+                table[digest].append(entry.architecture)
         return tables
 
 
-def make_index_entry(architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]) -> IndexEntry:
-    """The entry of one architecture, from the shapes of its default build."""
-    part, heads, stems = ModelPart("", shapes), tuple(sorted(head)), tuple(sorted(stem))
-    whole = (
+def make_index_entry(
+    architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]
+) -> IndexEntry:
+    """Return the entry of one architecture, from the shapes of its default build."""
+    part, head, stem = ModelPart("", shapes), tuple(sorted(head)), tuple(sorted(stem))
+    tops = top_attributes(head)
+    digests = (
         part.full_digest,
-        part.body_digest(heads),
-        part.trunk_digest(top_attributes(heads)),
-        part.frame_digest(top_attributes(heads), stems),
+        part.body_digest(head),
+        part.trunk_digest(tops),
+        part.frame_digest(tops, stem),
     )
-    return IndexEntry(architecture, tuple(one & _MASK for one in whole), heads, stems, part.sketch, part.size(heads))
+    masked = tuple(digest & _MASK for digest in digests)
+    return IndexEntry(architecture, masked, head, stem, part.sketch, part.size(head))
 
 
 @functools.cache
 def load_shipped_index() -> ArchitectureIndex:
-    """The index that comes with this package."""
+    """Return the index that comes with this package. `scripts/build_index.py` makes it."""
     return decode_index(files("ckpt_tools.identify").joinpath(_FILE).read_bytes())
 
 
 def encode_index(index: ArchitectureIndex) -> bytes:
-    """Gzipped JSON, the same bytes for the same index: names as text, numbers in columns, in base64."""
+    """Write an index as gzipped JSON, with names as text and columns of numbers in base64.
+
+    The same index gives the same bytes: the gzip header holds no time.
+    """
     heads = sorted({entry.head for entry in index.entries})
     stems = sorted({entry.stem for entry in index.entries})
     count = len(index.entries)
@@ -136,26 +167,36 @@ def encode_index(index: ArchitectureIndex) -> bytes:
         "head": [heads.index(entry.head) for entry in index.entries],
         "stem": [stems.index(entry.stem) for entry in index.entries],
         "size": [entry.size for entry in index.entries],
-        "sketch": _text(b"".join(_pack_sketch(entry.sketch) for entry in index.entries)),
+        "sketch": _base64_text(b"".join(_pack_sketch(entry.sketch) for entry in index.entries)),
     }
     for i, level in enumerate(DIGEST_LEVELS):
-        content[level] = _text(struct.pack(f"<{count}I", *(entry.digests[i] for entry in index.entries)))
+        column = struct.pack(f"<{count}I", *(entry.digests[i] for entry in index.entries))
+        content[level] = _base64_text(column)
     return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
 
 
 def decode_index(data: bytes) -> ArchitectureIndex:
-    """The index that ``encode_index`` wrote."""
+    """Read an index that `encode_index` wrote."""
     content = json.loads(gzip.decompress(data))
-    names: Sequence[str] = content["architectures"]
+    architectures: Sequence[str] = content["architectures"]
+    count, width = len(architectures), SKETCH_BUCKETS // 2
     heads, stems = [[tuple(keys) for keys in content[name]] for name in ("heads", "stems")]
-    columns = (struct.unpack(f"<{len(names)}I", base64.b64decode(content[level])) for level in DIGEST_LEVELS)
-    sketches, width = base64.b64decode(content["sketch"]), SKETCH_BUCKETS // 2
-    rows = zip(names, zip(*columns, strict=True), content["head"], content["stem"], content["size"], strict=True)
-    entries = (
-        IndexEntry(name, own, heads[head], stems[stem], _unpack_sketch(sketches[i * width : (i + 1) * width]), size)
-        for i, (name, own, head, stem, size) in enumerate(rows)
+    columns = [
+        struct.unpack(f"<{count}I", base64.b64decode(content[level])) for level in DIGEST_LEVELS
+    ]
+    sketches = base64.b64decode(content["sketch"])
+    entries = tuple(
+        IndexEntry(
+            architecture,
+            digests=tuple(column[i] for column in columns),
+            head=heads[content["head"][i]],
+            stem=stems[content["stem"][i]],
+            sketch=_unpack_sketch(sketches[i * width : (i + 1) * width]),
+            size=content["size"][i],
+        )
+        for i, architecture in enumerate(architectures)
     )
-    return ArchitectureIndex(content["versions"], tuple(entries))
+    return ArchitectureIndex(content["versions"], entries)
 
 
 def _digest(part: ModelPart, level: Level, head: Keys, stem: Keys) -> int:
@@ -171,13 +212,13 @@ def _digest(part: ModelPart, level: Level, head: Keys, stem: Keys) -> int:
 
 
 def _likeness(part: ModelPart, entry: IndexEntry) -> float:
-    alike = sum(a == b for a, b in zip(part.sketch, entry.sketch, strict=True))
-    apart = abs(math.log2((1 + part.size(entry.head)) / (1 + entry.size)))
-    return (alike - _SIZE_WEIGHT * min(apart, 2.0)) / SKETCH_BUCKETS
+    equal_buckets = sum(a == b for a, b in zip(part.sketch, entry.sketch, strict=True))
+    size_difference = abs(math.log2((1 + part.size(entry.head)) / (1 + entry.size)))
+    return (equal_buckets - _SIZE_WEIGHT * min(size_difference, 2.0)) / SKETCH_BUCKETS
 
 
 def _pack_sketch(sketch: bytes) -> bytes:
-    """Two buckets of four bits a byte."""
+    # A bucket has four bits, so two of them fill a byte.
     return bytes(high << 4 | low for high, low in zip(sketch[::2], sketch[1::2], strict=True))
 
 
@@ -185,5 +226,5 @@ def _unpack_sketch(packed: bytes) -> bytes:
     return bytes(half for byte in packed for half in (byte >> 4, byte & 15))
 
 
-def _text(data: bytes) -> str:
+def _base64_text(data: bytes) -> str:
     return base64.b64encode(data).decode()

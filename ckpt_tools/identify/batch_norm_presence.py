@@ -1,4 +1,4 @@
-"""Checkpoints without BatchNorm statistics, and why they have none."""
+"""The check that a checkpoint holds BatchNorm statistics, and the reason where it does not."""
 
 from __future__ import annotations
 
@@ -10,31 +10,42 @@ from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
 from ckpt_tools.storage.contents.quantized import missing_batch_norm
 
 _VARIANCE = "running_var"
-_NONE = "no BatchNorm statistics in it (no key ends in running_var): nothing to do."
+_NO_STATISTICS = "no BatchNorm statistics in it (no key ends in running_var): nothing to do."
 
 
 def require_batch_norm(checkpoint: Checkpoint) -> None:
-    """Raise NothingToDo, in one sentence, for a checkpoint that holds no running variance."""
+    """Raise NothingToDo for a checkpoint that holds no running variance.
+
+    The message says why it holds none: the model is quantised, its BatchNorm was folded into the
+    convolutions, or it never had any.
+    """
     if any(key.endswith(_VARIANCE) for key in checkpoint.tensors):
         return
-    why = missing_batch_norm(checkpoint.tensors) or _describe_folded(checkpoint) or _NONE
-    raise NothingToDo(f"{checkpoint.path}: {why}")
+    reason = missing_batch_norm(checkpoint.tensors) or _describe_folding(checkpoint)
+    raise NothingToDo(f"{checkpoint.path}: {reason or _NO_STATISTICS}")
 
 
-def _describe_folded(checkpoint: Checkpoint) -> str | None:
+def _describe_folding(checkpoint: Checkpoint) -> str | None:
+    """Name the architecture whose BatchNorm was folded, or return None if no architecture fits.
+
+    Folding removes the BN tensors and adds biases, but keeps the shapes of the convolutions. The
+    index has a digest of those alone (`ModelPart.frame_digest`).
+    """
     for match in load_shipped_index().find_matches(checkpoint.shapes):
-        name = next((name for name in match.architectures if _has_batch_norm(name)), None)
-        if name is not None:
-            return (
-                f"looks like {name} with its BatchNorm folded into the convolutions: nothing is left to re-estimate. "
-                "Take the checkpoint from before."
-            )
+        for architecture in match.architectures:
+            if _has_batch_norm(architecture):
+                return (
+                    f"looks like {architecture} with its BatchNorm folded into the convolutions: "
+                    "nothing is left to re-estimate. Take the checkpoint from before."
+                )
     return None
 
 
 def _has_batch_norm(architecture: str) -> bool:
     try:
         adapter, recipe = recipe_without_arguments(architecture)
-        return any(key.endswith(_VARIANCE) for key in state_dict_shapes(build_skeleton(adapter, recipe.name, {})))
+        shapes = state_dict_shapes(build_skeleton(adapter, recipe.name, {}))
     except ArchitectureError:
+        # The index may name an architecture that the installed library no longer has.
         return False
+    return any(key.endswith(_VARIANCE) for key in shapes)

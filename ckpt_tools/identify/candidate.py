@@ -1,4 +1,8 @@
-"""One architecture that a checkpoint may hold: compared with it key by key, then built and filled."""
+"""An architecture that a checkpoint may hold: it is compared key by key, then built and filled.
+
+`fit_candidate` compares on a model without weights, which is cheap. `load_candidate` builds the
+real model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from ckpt_tools.identify.key_matching import (
     unsaved_buffer_keys,
 )
 from ckpt_tools.identify.recorded_rates import recorded_rates, set_rates
-from ckpt_tools.identify.shape_digest import LOSS_ATTRIBUTES, top_attributes
+from ckpt_tools.identify.shape_digest import LOSS_ATTRIBUTES, Shapes, top_attributes
 from ckpt_tools.identify.skeleton import (
     CLASS_KEYWORDS,
     SkipRandomInitialisation,
@@ -32,15 +36,19 @@ from ckpt_tools.identify.skeleton import (
 )
 from ckpt_tools.storage.reading import select_prefix
 
-_PROBE_RATE = 0.2  # any rate strictly between 0 and 1 brings a hidden dropout site to life
+# Libraries leave a dropout module out where its rate is 0. Any rate strictly between 0 and 1 makes
+# them build it.
+_PROBE_RATE = 0.2
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture, who named it, and how the checkpoint's keys lie in it.
+    """An architecture, who named it, and how the checkpoint's keys correspond to its own.
 
-    ``twins`` compute the same function with the same weights. ``prefix`` stands before the keys in the checkpoint;
-    None until it is known. ``as_built`` are top attributes (``head.``) that the checkpoint fills in its own way.
+    `twins` are further architectures that compute the same function with the same weights. `prefix`
+    stands before the architecture's keys in the checkpoint, and is None as long as it is not known.
+    `as_built` are top attributes (`head.`) whose tensors in the checkpoint have other shapes or
+    keys: they keep the values the model is built with.
     """
 
     adapter: Adapter
@@ -53,59 +61,91 @@ class Candidate:
 
     @property
     def architecture(self) -> str:
-        """The name as the user writes it after ``--arch``."""
+        """The name as the user writes it after `--arch`."""
         return self.recipe.architecture
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its own name and its twins'."""
+        """The candidate's own name, then the names of its twins."""
         return (self.architecture, *self.twins)
 
 
-def fit_candidate(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, object]) -> Candidate:
-    """The candidate with prefix and arguments as the checkpoint's shapes and the user have them.
+def fit_candidate(
+    checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]
+) -> Candidate:
+    """Return the candidate with the prefix and the arguments that fit the checkpoint's shapes.
 
-    Its keys and shapes are compared on a model without weights. Raises ArchitectureError if they do not fit, and
-    ArgumentRefused for arguments that no file may set.
+    The keys and shapes are compared on a model without weights. The user's arguments replace all
+    others.
+
+    Raises ArchitectureError if the shapes do not fit, and ArgumentRefused for arguments that no
+    file may set.
     """
-    recipe = admit_recipe(checkpoint, candidate.adapter, candidate.recipe, given)
+    recipe = admit_recipe(checkpoint, candidate.adapter, candidate.recipe, user_kwargs)
     with bound_construction(checkpoint, recipe, candidate.recognised_by):
-        return _fit_to_shapes(checkpoint, replace(candidate, recipe=recipe), given)
+        return _fit_to_shapes(checkpoint, replace(candidate, recipe=recipe), user_kwargs)
 
 
-def _fit_to_shapes(checkpoint: Checkpoint, candidate: Candidate, given: Mapping[str, object]) -> Candidate:
-    adapter, name, prefix = candidate.adapter, candidate.recipe.name, candidate.prefix
-    part = select_prefix(checkpoint, prefix) if prefix else checkpoint
-    recipe = _add_size_arguments(part, adapter, candidate.recipe, given)
-    model = build_skeleton(adapter, name, recipe.kwargs)
-    wanted = state_dict_shapes(model)
-    if prefix is None and (prefix := common_prefix(wanted, part.tensors)):
-        part = select_prefix(checkpoint, prefix)
-        recipe = _add_size_arguments(part, adapter, candidate.recipe, given)
-        model = build_skeleton(adapter, name, recipe.kwargs)
-        wanted = state_dict_shapes(model)
-    found = compare_shapes(wanted, part.shapes, unsaved_buffer_keys(model))
-    head: tuple[str, ...] = ()
-    if found.keys:
-        head = top_attributes(keys_depending_on(adapter, name, recipe.kwargs, CLASS_KEYWORDS))
-        if len(head) == len(top_attributes(wanted)):
-            head = ()
-        head = (*head, *sorted(LOSS_ATTRIBUTES - set(top_attributes(wanted))))
-        if not found.only_under(head):
-            raise misfit_error(found, wanted, part, recipe.architecture)
+def _fit_to_shapes(
+    checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]
+) -> Candidate:
+    prefix = candidate.prefix or ""
+    part, recipe, skeleton = _build_for_part(checkpoint, candidate, prefix, user_kwargs)
+    if candidate.prefix is None:
+        # Reading the class count off the shapes needs the prefix, so the head of this skeleton may
+        # have another size than the checkpoint's. All other keys show the prefix.
+        prefix = common_prefix(state_dict_shapes(skeleton), checkpoint.tensors)
+        if prefix:
+            part, recipe, skeleton = _build_for_part(checkpoint, candidate, prefix, user_kwargs)
+    expected = state_dict_shapes(skeleton)
+    differences = compare_shapes(expected, part.shapes, unsaved_buffer_keys(skeleton))
+    replaceable: tuple[str, ...] = ()
+    if differences.keys:
+        replaceable = _replaceable_attributes(candidate.adapter, recipe, expected)
+        if not differences.only_under(replaceable):
+            raise misfit_error(differences, expected, part, recipe.architecture)
     return replace(
         candidate,
         recipe=recipe,
         prefix=prefix,
-        as_built=tuple(one for one in head if found.touches(one)),
-        input_spec=adapter.input_spec(model, name, part.words),
+        as_built=tuple(attribute for attribute in replaceable if differences.touches(attribute)),
+        input_spec=candidate.adapter.input_spec(skeleton, recipe.name, part.words),
     )
 
 
+def _build_for_part(
+    checkpoint: Checkpoint, candidate: Candidate, prefix: str, user_kwargs: Mapping[str, object]
+) -> tuple[Checkpoint, Recipe, nn.Module]:
+    """Return the part of the checkpoint under the prefix, and the model to compare it with.
+
+    The recipe has the sizes that the part's shapes show; the model is built by it, without weights.
+    """
+    part = select_prefix(checkpoint, prefix) if prefix else checkpoint
+    recipe = _add_size_arguments(part, candidate.adapter, candidate.recipe, user_kwargs)
+    return part, recipe, build_skeleton(candidate.adapter, recipe.name, recipe.kwargs)
+
+
+def _replaceable_attributes(adapter: Adapter, recipe: Recipe, expected: Shapes) -> tuple[str, ...]:
+    """Return the top attributes under which a checkpoint may differ from the architecture.
+
+    These are the head, which people replace, and loss functions that were saved along with the
+    model.
+    """
+    head = top_attributes(keys_depending_on(adapter, recipe.name, recipe.kwargs, CLASS_KEYWORDS))
+    attributes = top_attributes(expected)
+    if len(head) == len(attributes):
+        # The class count reaches into every part, so it does not tell which one is the head.
+        head = ()
+    return (*head, *sorted(LOSS_ATTRIBUTES - set(attributes)))
+
+
 def load_candidate(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel:
-    """Build a settled candidate on the CPU and load the checkpoint into it. Raises CkptToolsError."""
+    """Build a candidate on the CPU and load the checkpoint into it. Raises CkptToolsError.
+
+    `candidate` comes from `fit_candidate` or `module_candidate`.
+    """
     if candidate.recognised_by == "module":
-        return _whole_module(checkpoint, candidate.recipe)
+        return _load_module(checkpoint, candidate.recipe)
     with bound_construction(checkpoint, candidate.recipe, candidate.recognised_by):
         return _build_and_fill(checkpoint, candidate)
 
@@ -114,15 +154,19 @@ def _build_and_fill(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel
     adapter, recipe = candidate.adapter, candidate.recipe
     part = select_prefix(checkpoint, candidate.prefix) if candidate.prefix else checkpoint
     rates = recorded_rates(part) if recipe.rates == "unknown" else {}
-    filled_by_file = not candidate.as_built  # then no initial value survives
-    model = _build_model(adapter, recipe, initialise=not filled_by_file)
+    # Random initial values are needed only where the checkpoint leaves some of them in place.
+    initialise = bool(candidate.as_built)
+    model = _build_model(adapter, recipe, initialise=initialise)
     if rates:
         recipe = replace(recipe, rates="recorded")
-        if hidden := set_rates(model, rates):
-            taken = {name: rate for name, rate in hidden.items() if name in adapter.rate_kwargs(recipe.name)}
-            recipe = replace(recipe, kwargs={**recipe.kwargs, **taken})
-            model = _build_model(adapter, recipe, initialise=not filled_by_file)
-            if set_rates(model, rates):  # of layers that this architecture has not, whatever its arguments
+        if missing_rates := set_rates(model, rates):
+            # The saved module had drop paths that this model was built without. Build them in.
+            keywords = adapter.rate_kwargs(recipe.name)
+            rate_kwargs = {name: rate for name, rate in missing_rates.items() if name in keywords}
+            recipe = replace(recipe, kwargs={**recipe.kwargs, **rate_kwargs})
+            model = _build_model(adapter, recipe, initialise=initialise)
+            if set_rates(model, rates):
+                # Some layers with a rate do not exist in this architecture with any arguments.
                 recipe = replace(recipe, rates="unknown")
     fill_model(model, part, recipe.architecture, candidate.as_built)
     return LoadedModel(
@@ -138,44 +182,60 @@ def _build_and_fill(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel
 
 
 def load_recipe(adapter: Adapter, recipe: Recipe) -> LoadedModel:
-    """An architecture without a checkpoint: the library's own initialisation."""
+    """Build an architecture without a checkpoint, with the library's own initialisation."""
     model = _build_model(adapter, recipe)
-    return LoadedModel(model, None, recipe, adapter.input_spec(model, recipe.name, {}), build_probe(adapter, recipe))
+    input_spec = adapter.input_spec(model, recipe.name, {})
+    return LoadedModel(model, None, recipe, input_spec, build_probe(adapter, recipe))
 
 
 def module_candidate(checkpoint: Checkpoint) -> Candidate:
-    """The model that a trusted pickle holds as a whole; nothing has to be built."""
-    recipe = Recipe("module", type(_inner(checkpoint)).__name__, {}, "model")
+    """Return the candidate for a trusted pickle that holds a whole model.
+
+    Nothing has to be built, and nothing to be compared.
+    """
+    recipe = Recipe("module", type(_unwrapped_module(checkpoint)).__name__, {}, "model")
     return Candidate(plugins.adapter("factory"), recipe, "module")
 
 
 def build_probe(adapter: Adapter, recipe: Recipe) -> nn.Module | None:
-    """The architecture with every drop rate above zero; None if it has none or cannot be built so."""
-    rates = adapter.rate_kwargs(recipe.name)
+    """Build the architecture without weights and with every drop rate above zero.
+
+    The walker reads from it which BN layers dropout could reach (see `LoadedModel.probe`). Returns
+    None if the architecture has no drop rates, or cannot be built with all of them.
+    """
+    rates = dict.fromkeys(adapter.rate_kwargs(recipe.name), _PROBE_RATE)
     if not rates:
         return None
     try:
-        return build_skeleton(adapter, recipe.name, {**recipe.kwargs, **dict.fromkeys(rates, _PROBE_RATE)})
+        return build_skeleton(adapter, recipe.name, {**recipe.kwargs, **rates})
     except (ArchitectureError, RuntimeError):
         return None
 
 
 def _add_size_arguments(
-    checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, given: Mapping[str, object]
+    checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, user_kwargs: Mapping[str, object]
 ) -> Recipe:
-    """The recipe with what the shapes say (over the words) and what the user says (over everything)."""
-    sizes = adapter.class_kwargs(checkpoint.shapes, recipe.name, {**recipe.kwargs, **given})
-    told = any(name in given for name in adapter.rate_kwargs(recipe.name))
-    return replace(recipe, kwargs={**recipe.kwargs, **sizes, **given}, rates="given" if told else recipe.rates)
+    """Add the class count and input channels that the shapes show, then the user's arguments.
+
+    The shapes override what the file records, and the user overrides both.
+    """
+    sizes = adapter.class_kwargs(checkpoint.shapes, recipe.name, {**recipe.kwargs, **user_kwargs})
+    recipe = replace(recipe, kwargs={**recipe.kwargs, **sizes, **user_kwargs})
+    if any(name in user_kwargs for name in adapter.rate_kwargs(recipe.name)):
+        return replace(recipe, rates="given")
+    return recipe
 
 
 def _build_model(adapter: Adapter, recipe: Recipe, *, initialise: bool = True) -> nn.Module:
-    with torch.device("cpu"), contextlib.nullcontext() if initialise else SkipRandomInitialisation():
+    with (
+        torch.device("cpu"),
+        contextlib.nullcontext() if initialise else SkipRandomInitialisation(),
+    ):
         return adapter.build(recipe.name, recipe.kwargs).float().eval()
 
 
-def _inner(checkpoint: Checkpoint) -> nn.Module:
-    """The trusted module without the wrappers whose prefix was removed from the keys."""
+def _unwrapped_module(checkpoint: Checkpoint) -> nn.Module:
+    """Return the trusted module without the wrappers whose prefix was removed from the keys."""
     assert checkpoint.module is not None
     try:
         return checkpoint.module.get_submodule(checkpoint.prefix.removesuffix("."))
@@ -183,15 +243,16 @@ def _inner(checkpoint: Checkpoint) -> nn.Module:
         return checkpoint.module
 
 
-def _whole_module(checkpoint: Checkpoint, recipe: Recipe) -> LoadedModel:
-    # A copy: the checkpoint's tensors are the module's own, and must stay what the file holds.
-    model = copy.deepcopy(_inner(checkpoint)).cpu().float().eval()
+def _load_module(checkpoint: Checkpoint, recipe: Recipe) -> LoadedModel:
+    # Work on a copy: the checkpoint's tensors are the module's own, and must stay as in the file.
+    model = copy.deepcopy(_unwrapped_module(checkpoint)).cpu().float().eval()
     fill_model(model, checkpoint, recipe.architecture)
-    return LoadedModel(model, checkpoint, recipe, _own_spec(model), recognised_by="module")
+    input_spec = _input_spec_of_module(model)
+    return LoadedModel(model, checkpoint, recipe, input_spec, recognised_by="module")
 
 
-def _own_spec(model: nn.Module) -> InputSpec | None:
-    """What the model's ``input_spec`` or timm-like ``default_cfg`` says."""
+def _input_spec_of_module(model: nn.Module) -> InputSpec | None:
+    """Read the model's own `input_spec` or timm-like `default_cfg`, as the factory adapter does."""
     try:
         return plugins.adapter("factory").input_spec(model, type(model).__name__, {})
     except ArchitectureError:

@@ -1,4 +1,4 @@
-"""The architectures that a state dict resembles, where none fits, and what differs."""
+"""The architectures that a state dict resembles most, for the message that none fits it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.shape_digest import Shape, Shapes
 from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
 
-_SHORTLIST = 8  # architectures that are built to see what really differs
-_LIKELY = 0.2  # of a sketch: what chance gives once in a hundred models
-_QUANTISABLE = "quantized_"  # torchvision's second name for a model of the same tensors
+_SHORTLIST = 8  # Building an architecture takes time, so only so many are compared exactly.
+_MIN_LIKENESS = 0.2  # Of a sketch. One unrelated model in a hundred reaches it by chance.
+_MIN_SHARE = 0.1  # With fewer tensors in common, naming the architecture would mislead.
+_QUANTISABLE = (
+    "quantized_"  # torchvision has a quantisable twin, with the same tensors, of some models.
+)
 _SIZES = "the class count or the input channels"
-_RESEMBLES = 0.1  # share of common tensors below which a name would only mislead
 
 
 @dataclass(frozen=True)
 class SimilarArchitecture:
-    """``fitting`` of the architecture's ``total`` tensors are there; ``share`` is that of all tensors of both."""
+    """How much of an architecture a state dict holds, and the first difference.
+
+    `fitting` of the architecture's `total` tensors stand in the state dict with the same shape.
+    `share` is `fitting` divided by the number of all tensors of both.
+    """
 
     architecture: str
     fitting: int
@@ -29,70 +35,88 @@ class SimilarArchitecture:
     difference: str
 
     def __str__(self) -> str:
-        return f"{self.architecture} ({self.fitting} of {self.total} tensors fit; first difference {self.difference})"
+        return (
+            f"{self.architecture} ({self.fitting} of {self.total} tensors fit; "
+            f"first difference {self.difference})"
+        )
 
 
 def find_closest_architectures(shapes: Shapes, count: int = 3) -> list[SimilarArchitecture]:
-    """The most similar architectures by exact comparison of a shortlist, the closest first.
+    """Return the most similar architectures, the closest first.
 
-    Neither the class count nor the input channels make a difference.
+    Sketches choose a shortlist, which is compared tensor by tensor. Another class count or another
+    number of input channels does not count as a difference. A quantisable twin is left out where
+    its plain model is in the list.
     """
-    likely = [near for near in load_shipped_index().nearest_entries(shapes, _SHORTLIST) if near.likeness >= _LIKELY]
-    found = [close for near in likely if (close := _compare_entry(shapes, near)) is not None]
-    found = [close for close in found if close.architecture.replace(_QUANTISABLE, "") not in _names(found, close)]
-    found.sort(key=lambda close: -close.share)
-    return [close for close in found[:count] if close.share >= _RESEMBLES]
+    similar: dict[str, SimilarArchitecture] = {}
+    for match in load_shipped_index().nearest_entries(shapes, _SHORTLIST):
+        if match.likeness >= _MIN_LIKENESS and (comparison := _compare_entry(shapes, match)):
+            similar[comparison.architecture] = comparison
+    distinct = [
+        comparison
+        for architecture, comparison in similar.items()
+        if _QUANTISABLE not in architecture or architecture.replace(_QUANTISABLE, "") not in similar
+    ]
+    distinct.sort(key=lambda comparison: -comparison.share)
+    return [comparison for comparison in distinct[:count] if comparison.share >= _MIN_SHARE]
 
 
 def describe_closest(shapes: Shapes) -> str:
-    """For a message: the closest three and what differs, or that nothing resembles the tensors."""
-    found = find_closest_architectures(shapes)
-    if not found:
-        libraries = " or ".join(f"{name} {version}" for name, version in load_shipped_index().versions.items())
+    """Describe for a message the three closest architectures and their first differences.
+
+    Says so where no architecture resembles the tensors.
+    """
+    similar = find_closest_architectures(shapes)
+    if not similar:
+        versions = load_shipped_index().versions
+        libraries = " or ".join(f"{name} {version}" for name, version in versions.items())
         return f"No architecture of {libraries} resembles it."
-    return "Closest by its tensors:\n  " + "\n  ".join(map(str, found))
+    return "Closest by its tensors:\n  " + "\n  ".join(map(str, similar))
 
 
-def _compare_entry(shapes: Shapes, near: SketchMatch) -> SimilarArchitecture | None:
+def _compare_entry(shapes: Shapes, match: SketchMatch) -> SimilarArchitecture | None:
+    """Build the architecture and compare it; None if the installed library no longer has it."""
+    prefix, entry = match.prefix, match.entry
     try:
-        adapter, recipe = recipe_without_arguments(near.entry.architecture)
-        wanted = state_dict_shapes(build_skeleton(adapter, recipe.name, {}))
-    except ArchitectureError:  # the library's version has it no more
+        adapter, recipe = recipe_without_arguments(entry.architecture)
+        expected = state_dict_shapes(build_skeleton(adapter, recipe.name, {}))
+    except ArchitectureError:
         return None
-    inner = {key.removeprefix(near.prefix): s for key, s in shapes.items() if key.startswith(near.prefix)}
-    outer = tuple(key for key in shapes if not key.startswith(near.prefix))
-    present = _ignore_size_differences(inner, wanted, near.entry)
-    found = compare_shapes(wanted, present)
-    fitting = len(wanted) - len(found.reshaped) - len(found.missing)
-    share = fitting / max(1, len(wanted) + len(found.unexpected) + len(outer))
-    difference = _first(found.keys, wanted, present) or (f"{outer[0]}: only in the checkpoint" if outer else _SIZES)
-    return SimilarArchitecture(near.entry.architecture, fitting, len(wanted), share, difference)
+    inner = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
+    outer = [key for key in shapes if not key.startswith(prefix)]
+    present = _ignore_size_differences(inner, expected, entry)
+    differences = compare_shapes(expected, present)
+    fitting = len(expected) - len(differences.reshaped) - len(differences.missing)
+    share = fitting / max(1, len(expected) + len(differences.unexpected) + len(outer))
+    if differences.keys:
+        description = _describe_first_difference(differences.keys, expected, present)
+    else:
+        description = f"{outer[0]}: only in the checkpoint" if outer else _SIZES
+    return SimilarArchitecture(entry.architecture, fitting, len(expected), share, description)
 
 
-def _ignore_size_differences(shapes: Shapes, wanted: Shapes, entry: IndexEntry) -> dict[str, tuple[int, ...]]:
-    """The shapes with the architecture's own class count and input channels, so that these count for nothing."""
-    free = {*entry.head, *entry.stem}
-    return {
-        key: wanted[key] if key in free and key in wanted and _alike(wanted[key], shape) else shape
-        for key, shape in shapes.items()
-    }
+def _ignore_size_differences(shapes: Shapes, expected: Shapes, entry: IndexEntry) -> Shapes:
+    """Return the shapes with the architecture's own class count and number of input channels."""
+    adjusted = dict(shapes)
+    for key in {*entry.head, *entry.stem} & shapes.keys() & expected.keys():
+        if _agree_but_for_one_axis(expected[key], shapes[key]):
+            adjusted[key] = expected[key]
+    return adjusted
 
 
-def _alike(one: Shape, other: Shape) -> bool:
-    """Whether they differ along one axis at most: another kernel size is another architecture."""
-    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) <= 1
+def _agree_but_for_one_axis(first: Shape, second: Shape) -> bool:
+    # A class count changes one axis. A kernel size changes two, and makes another architecture.
+    return (
+        len(first) == len(second) and sum(a != b for a, b in zip(first, second, strict=True)) <= 1
+    )
 
 
-def _names(found: list[SimilarArchitecture], without: SimilarArchitecture) -> set[str]:
-    return {close.architecture for close in found if close is not without}
-
-
-def _first(keys: tuple[str, ...], wanted: Shapes, present: Shapes) -> str:
-    """The first difference in the order of the architecture's keys."""
-    order = {key: i for i, key in enumerate([*wanted, *present])}
-    key = min(keys, key=lambda one: order[one], default="")
-    if key in wanted and key in present:
-        return f"{key}: {wanted[key]} there, {present[key]} in the checkpoint"
-    if key in wanted:
+def _describe_first_difference(keys: tuple[str, ...], expected: Shapes, present: Shapes) -> str:
+    """Describe the difference that comes first in the order of the architecture's keys."""
+    order = {key: i for i, key in enumerate([*expected, *present])}
+    key = min(keys, key=order.__getitem__)
+    if key not in expected:
+        return f"{key}: only in the checkpoint"
+    if key not in present:
         return f"{key}: the checkpoint lacks it"
-    return f"{key}: only in the checkpoint" if key else ""
+    return f"{key}: {expected[key]} there, {present[key]} in the checkpoint"

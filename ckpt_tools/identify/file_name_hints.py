@@ -1,4 +1,4 @@
-"""What a file's name suggests where the tensors leave a choice."""
+"""What a file's name suggests about its architecture, where the tensors fit several."""
 
 from __future__ import annotations
 
@@ -8,35 +8,49 @@ from pathlib import Path
 
 from ckpt_tools.identify.candidate import Candidate
 
-_HASHED = re.compile(r"-[0-9a-f]{8}\.\w+$")  # torchvision's published weights: resnet50-0676ba61.pth
+# torchvision publishes weights with a part of their hash in the name: resnet50-0676ba61.pth.
+_PUBLISHED_BY_TORCHVISION = re.compile(r"-[0-9a-f]{8}\.\w+$")
 
 
 def guess_by_file_name(path: Path, candidates: Sequence[Candidate]) -> Candidate | None:
-    """The candidate whose name, or a twin's, stands in the name of the file or its folder; None if that is unclear.
+    """Return the candidate whose name, or a twin's, stands in the name of the file, else of its
+    folder.
 
-    The longest name counts: ``tf_efficientnet_b0.pt`` is not the ``efficientnet_b0`` that stands in it.
+    The longest name counts: `tf_efficientnet_b0.pt` is not the `efficientnet_b0` that its name
+    contains. Returns None if no name or several equally long ones stand there.
     """
     for text in (path.name, path.absolute().parent.name):
-        lengths = [max(matched_name_length(text, name) for name in candidate.names) for candidate in candidates]
-        best = max(lengths, default=0)
-        if best and lengths.count(best) == 1:
-            return candidates[lengths.index(best)]
+        lengths = [
+            max(matched_name_length(text, name) for name in candidate.names)
+            for candidate in candidates
+        ]
+        longest = max(lengths, default=0)
+        if longest and lengths.count(longest) == 1:
+            return candidates[lengths.index(longest)]
     return None
 
 
 def name_preference(path: Path, architecture: str) -> tuple[int, bool, int, str]:
-    """A sort key for names of one function: what the file is called, timm before others, short before long."""
+    """Return a sort key for the names of architectures that compute the same function.
+
+    The name that stands in the file's name comes first, then timm's, then the shortest.
+    """
     library, _, name = architecture.partition(":")
-    first = "torchvision" if _HASHED.search(path.name) else "timm"
-    return (-matched_name_length(path.name, architecture), library != first, len(name), architecture)
+    preferred = "torchvision" if _PUBLISHED_BY_TORCHVISION.search(path.name) else "timm"
+    length = matched_name_length(path.name, architecture)
+    return (-length, library != preferred, len(name), architecture)
 
 
 def matched_name_length(text: str, architecture: str) -> int:
-    """The length of the architecture's bare name if it stands in a text as words of its own, else 0."""
-    name = _plain(architecture.rpartition(":")[2])
-    found = re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", _plain(text))
-    return len(name) if found and name else 0
+    """Return the length of the architecture's bare name if the text contains it, else 0.
+
+    Letters or digits right before or behind it make it another name: `resnet50` is not in
+    `resnet50x`.
+    """
+    name = _normalise(architecture.rpartition(":")[2])
+    pattern = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"
+    return len(name) if re.search(pattern, _normalise(text)) else 0
 
 
-def _plain(text: str) -> str:
+def _normalise(text: str) -> str:
     return text.lower().replace("-", "_")

@@ -1,4 +1,4 @@
-"""Fitting a state dict to a model: a common prefix, missing and unexpected keys, shapes, numbers."""
+"""Compares a state dict with a model key by key, and loads it where it fits."""
 
 from __future__ import annotations
 
@@ -14,29 +14,38 @@ from ckpt_tools.errors import ArchitectureError, CheckpointError
 from ckpt_tools.identify.shape_digest import BATCH_COUNTER, Shapes, top_attribute
 
 _VARIANCE = "running_var"
-_SHOWN = 3  # differences of a kind in a message
+_MAX_LINES = 3  # Differences of one kind that a message lists.
 
 
-def common_prefix(wanted: Iterable[str], keys: Iterable[str]) -> str:
-    """``model.`` where most of a model's keys stand under that attribute, "" where they stand as they are."""
-    names = {key for key in wanted if not key.endswith(BATCH_COUNTER)}
-    hits: Counter[str] = Counter()
+def common_prefix(expected: Iterable[str], keys: Iterable[str]) -> str:
+    """Return the prefix, such as `model.`, under which most of a model's `expected` keys stand in
+    `keys`.
+
+    Returns "" if the keys stand there without a prefix, or if less than half of them stand under
+    any one.
+    """
+    names = {key for key in expected if not key.endswith(BATCH_COUNTER)}
+    counts: Counter[str] = Counter()
     for key in keys:
         parts = key.split(".")
         for depth in range(len(parts)):
             if ".".join(parts[depth:]) in names:
-                hits[".".join(parts[:depth])] += 1
-    if not hits:
+                counts[".".join(parts[:depth])] += 1
+    if not counts:
         return ""
-    prefix, count = hits.most_common(1)[0]
-    if hits[""] >= count or 2 * count < len(names):
+    prefix, count = counts.most_common(1)[0]
+    if counts[""] >= count or 2 * count < len(names):
         return ""
     return f"{prefix}."
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Where a state dict departs from the shapes that an architecture wants, by key."""
+    """Keys by which a state dict differs from the shapes that an architecture expects.
+
+    `reshaped` have another shape, `missing` are absent from the state dict, `unexpected` are not
+    the architecture's.
+    """
 
     reshaped: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -44,93 +53,124 @@ class Differences:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All of them; empty for a state dict that fits."""
+        """All keys that differ; none for a state dict that fits."""
         return (*self.reshaped, *self.missing, *self.unexpected)
 
     def only_under(self, attributes: Collection[str]) -> bool:
-        """Whether all of them lie under these top attributes, no BatchNorm among them."""
-        return all(top_attribute(key) in attributes and not key.endswith(_VARIANCE) for key in self.keys)
+        """Whether all differences lie under these top attributes, and none of them is a running
+        variance.
+
+        A running variance that does not fit could not be corrected, so it is never accepted.
+        """
+        return all(
+            top_attribute(key) in attributes and not key.endswith(_VARIANCE) for key in self.keys
+        )
 
     def touches(self, attribute: str) -> bool:
-        """Whether one of them lies under this top attribute."""
+        """Whether a difference lies under this top attribute."""
         return any(top_attribute(key) == attribute for key in self.keys)
 
 
 def has_counters(checkpoint: Checkpoint) -> bool:
-    """Whether the file says how many batches its BN layers have seen; if not, a model's zeros say nothing."""
+    """Whether the file holds the counters of batches that its BN layers have seen.
+
+    Without them a loaded model's counters are zero, which does not mean that it was never trained.
+    """
     return any(key.endswith(BATCH_COUNTER) for key in checkpoint.tensors)
 
 
 def unsaved_buffer_keys(model: nn.Module) -> frozenset[str]:
-    """Keys of the buffers that a model computes for itself and does not save; TorchScript archives hold them."""
-    own = model.state_dict()
-    return frozenset(name for name, _ in model.named_buffers(remove_duplicate=False) if name not in own)
+    """Return the keys of the buffers that a model computes for itself and does not save.
+
+    TorchScript archives hold them all the same.
+    """
+    saved_keys = model.state_dict().keys()
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return frozenset(buffers.keys() - saved_keys)
 
 
-def compare_shapes(wanted: Shapes, shapes: Shapes, spare: Collection[str] = ()) -> Differences:
-    """Compare key by key. What a state dict may lack, it may lack: counters; ``spare`` keys it may have."""
+def compare_shapes(expected: Shapes, shapes: Shapes, optional: Collection[str] = ()) -> Differences:
+    """Compare the shapes of a state dict with those that an architecture expects.
+
+    A state dict may lack the counters of batches, which old files do not have, and it may have the
+    `optional` keys.
+    """
     return Differences(
-        tuple(key for key, shape in wanted.items() if key in shapes and shapes[key] != shape),
-        tuple(key for key in wanted if key not in shapes and not key.endswith(BATCH_COUNTER)),
-        tuple(key for key in shapes if key not in wanted and key not in spare),
+        tuple(key for key, shape in expected.items() if key in shapes and shapes[key] != shape),
+        tuple(key for key in expected if key not in shapes and not key.endswith(BATCH_COUNTER)),
+        tuple(key for key in shapes if key not in expected and key not in optional),
     )
 
 
-def misfit_error(found: Differences, wanted: Shapes, checkpoint: Checkpoint, architecture: str) -> ArchitectureError:
-    """The error that names the first differences of each kind."""
+def misfit_error(
+    differences: Differences, expected: Shapes, checkpoint: Checkpoint, architecture: str
+) -> ArchitectureError:
+    """Return the error that names the first differences of each kind."""
     shapes = checkpoint.shapes
-    expects = {key: f"{key}: {architecture} expects {shape}" for key, shape in wanted.items()}
+    expects = {key: f"{key}: {architecture} expects {shape}" for key, shape in expected.items()}
+    reshaped = [
+        f"{expects[key]}, the checkpoint holds {shapes[key]}" for key in differences.reshaped
+    ]
+    missing = [f"{expects[key]}, the checkpoint lacks it" for key in differences.missing]
+    unexpected = [
+        f"{key}: {architecture} has no such tensor, the checkpoint holds {shapes[key]}"
+        for key in differences.unexpected
+    ]
     lines = [
-        *_first(
-            [f"{expects[key]}, the checkpoint holds {shapes[key]}" for key in found.reshaped],
-            f"of {len(wanted)} tensors have another shape",
-        ),
-        *_first(
-            [f"{expects[key]}, the checkpoint lacks it" for key in found.missing],
-            f"of {len(wanted)} tensors are missing",
-        ),
-        *_first(
-            [f"{k}: {architecture} has no such tensor, the checkpoint holds {shapes[k]}" for k in found.unexpected],
-            f"of the checkpoint's {len(shapes)} tensors are unexpected",
-        ),
+        *_shorten(reshaped, f"of {len(expected)} tensors have another shape"),
+        *_shorten(missing, f"of {len(expected)} tensors are missing"),
+        *_shorten(unexpected, f"of the checkpoint's {len(shapes)} tensors are unexpected"),
     ]
     return ArchitectureError(
         f"{checkpoint.path} does not fit {architecture}:\n  " + "\n  ".join(lines) + "\n"
-        "Try another --arch, or --model-kwargs name=value if the model was built with arguments of its own."
+        "Try another --arch, or --model-kwargs name=value if the model was built with arguments of "
+        "its own."
     )
 
 
-def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()) -> None:
-    """Load every tensor, in the model's own precision. Raises ArchitectureError or CheckpointError.
+def fill_model(
+    model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()
+) -> None:
+    """Load every tensor of the checkpoint into the model, in the model's own precision.
 
-    Strict, but for what differs under the top attributes ``as_built``: a head of somebody's own.
+    All keys and shapes must agree, except under the top attributes `as_built`: tensors that differ
+    there are left as the model was built. Raises ArchitectureError if the tensors do not fit, and
+    CheckpointError for tensors of integers where the model has floating-point numbers, or with NaN
+    or infinities.
     """
-    own = model.state_dict()
-    wanted = {key: value for key, value in own.items() if isinstance(value, Tensor)}
-    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    found = compare_shapes(shapes, checkpoint.shapes, unsaved_buffer_keys(model))
-    if not found.only_under(as_built):
-        raise misfit_error(found, shapes, checkpoint, architecture)
-    where = f"{checkpoint.path}: "
-    left = {*found.reshaped, *(key for key in checkpoint.tensors if key not in wanted)}
-    state = {key: _cast(where + key, t, wanted[key].dtype) for key, t in checkpoint.tensors.items() if key not in left}
-    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for key, tensor in state.items():
+    built_state = model.state_dict()
+    built = {key: value for key, value in built_state.items() if isinstance(value, Tensor)}
+    shapes = {key: tuple(tensor.shape) for key, tensor in built.items()}
+    differences = compare_shapes(shapes, checkpoint.shapes, unsaved_buffer_keys(model))
+    if not differences.only_under(as_built):
+        raise misfit_error(differences, shapes, checkpoint, architecture)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state: dict[str, object] = {}
+    for key, tensor in checkpoint.tensors.items():
+        if key not in built or key in differences.reshaped:
+            continue
+        converted = _cast(f"{checkpoint.path}: {key}", tensor, built[key].dtype)
         # Other buffers may hold infinities on purpose: attention masks do.
-        if key in weights or key.endswith(("running_mean", "running_var")):
-            _require_finite(where + key, tensor)
-    # What a checkpoint may lack stays as built: counters, extra state, and the versions of the modules.
-    complete = OrderedDict({key: value for key, value in own.items() if key not in state} | state)
-    complete._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+        if key in parameters or key.endswith(("running_mean", "running_var")):
+            _require_finite(f"{checkpoint.path}: {key}", converted)
+        state[key] = converted
+    # `load_state_dict` is strict. So what a checkpoint may lack is added from the model as built:
+    # counters, extra state, and in `_metadata` the versions of the modules, without which torch
+    # takes the state for an old one.
+    complete = OrderedDict({**built_state, **state})
+    complete._metadata = getattr(built_state, "_metadata", {})  # type: ignore[attr-defined]
     try:
         model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
-        raise ArchitectureError(f"{checkpoint.path} does not fit {architecture}: {error}") from error
+        raise ArchitectureError(
+            f"{checkpoint.path} does not fit {architecture}: {error}"
+        ) from error
 
 
-def _first(lines: list[str], what: str) -> list[str]:
-    rest = [f"… {len(lines)} {what}"] if len(lines) > _SHOWN else []
-    return lines[:_SHOWN] + rest
+def _shorten(lines: list[str], summary: str) -> list[str]:
+    if len(lines) <= _MAX_LINES:
+        return lines
+    return [*lines[:_MAX_LINES], f"… {len(lines)} {summary}"]
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,9 +183,9 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    if bad:
+    count = tensor.numel() - int(tensor.isfinite().sum())
+    if count:
         raise CheckpointError(
-            f"{name}: expected finite numbers, found {bad} NaN or infinite of {tensor.numel()}. "
+            f"{name}: expected finite numbers, found {count} NaN or infinite of {tensor.numel()}. "
             "The training run had diverged; take an earlier checkpoint."
         )

@@ -1,4 +1,7 @@
-"""From a file to the model it holds, with its weights, its input and its drop rates."""
+"""Builds the model that a checkpoint file belongs to, and loads the file's weights into it.
+
+The result also has the model's input specification and its drop rates.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,20 @@ def load(
     weights: str = "auto",
     trust: bool = False,
 ) -> LoadedModel:
-    """Read a checkpoint and build the model it belongs to, on the CPU in float32 and evaluation mode.
+    """Read a checkpoint and build the model it belongs to, on the CPU in float32 and evaluation
+    mode.
 
-    ``architecture`` (``timm:resnet50``, ``package.module:factory``) may be None if the file names it itself, or if
-    its tensors' names and shapes tell. ``model_kwargs`` go before whatever the file says. ``weights`` chooses between
-    raw and averaged weights. Raises CheckpointError for a file that cannot be read, ArchitectureError for one that
-    does not fit, AmbiguousArchitecture for one that fits several.
+    `architecture` (`timm:resnet50`, `package.module:factory`) may be None if the file names its
+    architecture, or if the keys and shapes of its tensors show it. `model_kwargs` override what the
+    file says. `weights` chooses between raw and averaged weights. `trust` allows the file's pickle
+    to run code.
+
+    Raises CheckpointError for a file that cannot be read, ArchitectureError for one that does not
+    fit, and AmbiguousArchitecture for one that fits several architectures.
     """
-    return identify_model(read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs)
+    return identify_model(
+        read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs
+    )
 
 
 def identify_model(
@@ -35,15 +44,21 @@ def identify_model(
     architecture: str | None = None,
     model_kwargs: Mapping[str, object] | None = None,
 ) -> LoadedModel:
-    """The model a checkpoint belongs to; the keys decide where its words leave a choice, and where they are wrong.
+    """Build the model that a checkpoint belongs to.
 
-    Raises ArchitectureError, and its subclass AmbiguousArchitecture.
+    Keys and shapes decide where the file's own description leaves a choice, and where it is wrong.
+    Raises ArchitectureError, or its subclass AmbiguousArchitecture.
     """
-    found = find_candidates(checkpoint, architecture, model_kwargs)
-    return load_candidate(checkpoint, require_single_candidate(checkpoint, found))
+    candidates = find_candidates(checkpoint, architecture, model_kwargs)
+    return load_candidate(checkpoint, require_single_candidate(checkpoint, candidates))
 
 
-def load_architecture(architecture: str, model_kwargs: Mapping[str, object] | None = None) -> LoadedModel:
-    """An architecture without a checkpoint: the library's own initialisation, the model's own drop rates."""
+def load_architecture(
+    architecture: str, model_kwargs: Mapping[str, object] | None = None
+) -> LoadedModel:
+    """Build an architecture without a checkpoint, with the library's own initialisation.
+
+    The drop rates are those of the model as it is built.
+    """
     adapter, name = plugins.resolve(architecture)
     return load_recipe(adapter, Recipe(adapter.prefix, name, dict(model_kwargs or {}), "model"))

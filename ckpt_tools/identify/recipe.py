@@ -1,4 +1,9 @@
-"""How to build what a checkpoint holds: the user's word, else the checkpoint's own."""
+"""Recipes for what a checkpoint holds: the architecture that the user or the file names, and its
+arguments.
+
+Arguments from a file are proposals. `admission.admit_recipe` decides which of them may reach a
+constructor.
+"""
 
 from __future__ import annotations
 
@@ -11,52 +16,77 @@ from ckpt_tools.contract import Adapter, Checkpoint, Recipe
 
 AdapterAndRecipe = tuple[Adapter, Recipe]
 
+# Where training scripts keep their arguments in a checkpoint.
 _ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 
 
 def recorded_recipes(checkpoint: Checkpoint) -> list[AdapterAndRecipe]:
-    """The recipes that the checkpoint's words describe, the likeliest first; they may be wrong."""
-    with without_standard_input():  # adapters load their libraries here, and make configurations
-        said = [(adapter, adapter.recognise(checkpoint.words)) for adapter in _readers(checkpoint)]
-    return [(adapter, recipe) for adapter, recipe in said if recipe is not None]
+    """Return the recipes that the checkpoint's own words describe, in the order of the adapters.
+
+    They may be wrong: several libraries share names of models.
+    """
+    if not checkpoint.words:
+        # No adapter can recognise such a file, and loading the adapters imports every library.
+        return []
+    recipes: list[AdapterAndRecipe] = []
+    # Adapters import their libraries and make configurations here. Neither may ask the user a
+    # question.
+    with without_standard_input():
+        for adapter in plugins.adapters().values():
+            recipe = adapter.recognise(checkpoint.words)
+            if recipe is not None:
+                recipes.append((adapter, recipe))
+    return recipes
 
 
-def recipe_with_recorded_arguments(words: Mapping[str, object], architecture: str) -> AdapterAndRecipe:
-    """An architecture by name, with the arguments that the words hold for it. Raises ArchitectureError."""
+def recipe_with_recorded_arguments(
+    words: Mapping[str, object], architecture: str
+) -> AdapterAndRecipe:
+    """Return the recipe of a named architecture with the arguments that a file's words hold for it.
+
+    Raises ArchitectureError if no adapter knows the architecture.
+    """
     adapter, name = plugins.resolve(architecture)
-    said = adapter.recognise(words)
+    recorded = adapter.recognise(words)
     # A timm tag (resnet50.a1_in1k) names weights, not another architecture.
-    if said is not None and said.name.partition(".")[0] == name.partition(".")[0]:
-        return adapter, replace(said, name=name)
-    rates = _script_rates(words, adapter.rate_kwargs(name))
+    if recorded is not None and recorded.name.partition(".")[0] == name.partition(".")[0]:
+        return adapter, replace(recorded, name=name)
+    rates = _recorded_drop_rates(words, adapter.rate_kwargs(name))
     return adapter, Recipe(adapter.prefix, name, rates, "recorded" if rates else "unknown")
 
 
 def recipe_without_arguments(architecture: str) -> AdapterAndRecipe:
-    """An architecture by name alone. Raises ArchitectureError."""
+    """Return the recipe of an architecture in its default build. Raises ArchitectureError."""
     adapter, name = plugins.resolve(architecture)
     return adapter, Recipe(adapter.prefix, name)
 
 
 def describe_recorded_name(checkpoint: Checkpoint) -> str:
-    """What the words say about the architecture, for a message: a name nobody knows, or nothing."""
-    names = (checkpoint.words.get(key) for key in ("arch", "architecture", "model"))
-    name = next((name for name in names if isinstance(name, str)), None)
-    if name is not None:
-        return f"the file calls its architecture {name!r}, which no adapter can build without being told how"
+    """Say for a message what the file calls its architecture.
+
+    It is called where nothing fits, so a name that stands there is one that no adapter knows.
+    """
+    for key in ("arch", "architecture", "model"):
+        name = checkpoint.words.get(key)
+        if isinstance(name, str):
+            return (
+                f"the file calls its architecture {name!r}, which no adapter can build without "
+                "being told how"
+            )
     return "the file does not say which architecture it holds"
 
 
-def _readers(checkpoint: Checkpoint) -> list[Adapter]:
-    """A file without words spares the import of every library."""
-    return list(plugins.adapters().values()) if checkpoint.words else []
+def _recorded_drop_rates(
+    words: Mapping[str, object], keywords: tuple[str, ...]
+) -> dict[str, object]:
+    """Return drop rates from the arguments of the training script.
 
-
-def _script_rates(words: Mapping[str, object], keywords: tuple[str, ...]) -> dict[str, object]:
-    """Drop rates that the training script's arguments hold under the constructor's own names."""
+    Only those count that stand there under a name of the constructor's.
+    """
     for key in _ARGUMENTS:
         arguments = words.get(key)
         if isinstance(arguments, Mapping):
-            said = {name: arguments.get(name) for name in keywords}
-            return {name: rate for name, rate in said.items() if type(rate) in (int, float)}
+            rates = {name: arguments.get(name) for name in keywords}
+            # Not `isinstance`: a flag is an integer to Python, and no rate.
+            return {name: rate for name, rate in rates.items() if type(rate) in (int, float)}
     return {}

@@ -1,4 +1,8 @@
-"""Drop rates that a pickled module tree records, and setting them on the model that was built in its place."""
+"""Drop rates of a pickled module tree, and how to set them on the model that is built in its place.
+
+A pickle of a whole module is read without running it. Its modules and their drop rates then stand
+in `checkpoint.words["module"]`.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +18,52 @@ RatesByModule = Mapping[str, Mapping[str, float]]
 
 
 def recorded_rates(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
-    """Drop rates by module path and attribute, from the words of a file that held a whole module; {} elsewhere."""
+    """Return the drop rates of a file that held a whole module, by module path and attribute.
+
+    Paths are those of the model, without the prefix that was removed from the keys. Returns {} for
+    other files.
+    """
     module = checkpoint.words.get("module")
     rates = module.get("rates") if isinstance(module, Mapping) else None
-    found: dict[str, dict[str, float]] = {}
-    for path, attributes in rates.items() if isinstance(rates, Mapping) else ():
-        place = f"{path}."
-        if isinstance(attributes, Mapping) and place.startswith(checkpoint.prefix):
+    if not isinstance(rates, Mapping):
+        return {}
+    rates_by_path: dict[str, dict[str, float]] = {}
+    for path, attributes in rates.items():
+        dotted = f"{path}."  # The prefix ends in a dot, too.
+        if isinstance(attributes, Mapping) and dotted.startswith(checkpoint.prefix):
             numbers = {name: rate for name, rate in attributes.items() if _is_rate(rate)}
             if numbers:
-                found[place.removeprefix(checkpoint.prefix).removesuffix(".")] = numbers
-    return found
+                own_path = dotted.removeprefix(checkpoint.prefix).removesuffix(".")
+                rates_by_path[own_path] = numbers
+    return rates_by_path
 
 
 def recorded_class(checkpoint: Checkpoint) -> str:
-    """The dotted name of the pickled module's class, "" where the file held none."""
+    """Return the dotted name of the pickled module's class, or "" if the file held no module."""
     module = checkpoint.words.get("module")
     name = module.get("class") if isinstance(module, Mapping) else None
     return name if isinstance(name, str) else ""
 
 
 def set_rates(model: nn.Module, rates: RatesByModule) -> dict[str, float]:
-    """Set what the model has a place for. Returns the largest rate it has none for, by the constructor's keyword.
+    """Set the drop rates of the modules that the model has.
 
-    Only ``drop_prob`` counts: drop paths and drop blocks are built where their rate is above zero.
+    Returns, by the constructor's keyword, the largest rate of the modules that it lacks. Drop paths
+    and drop blocks, which have an attribute `drop_prob`, are built only where their rate is above
+    zero: building the model again with the returned arguments brings them in.
     """
     modules = dict(model.named_modules())
-    hidden: dict[str, float] = {}
+    missing: dict[str, float] = {}
     for path, attributes in rates.items():
         for name, rate in attributes.items():
             module = modules.get(path)
             if module is not None and _is_rate(getattr(module, name, None)):
                 setattr(module, name, rate)
             elif name == "drop_prob" and rate > 0:
+                # timm scales the rate of drop paths with depth; the constructor takes the largest.
                 keyword = _BLOCK_RATE if "block" in path.rpartition(".")[2] else _PATH_RATE
-                hidden[keyword] = max(hidden.get(keyword, 0.0), rate)
-    return hidden
+                missing[keyword] = max(missing.get(keyword, 0.0), rate)
+    return missing
 
 
 def _is_rate(value: object) -> bool:

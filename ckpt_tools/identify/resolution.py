@@ -1,4 +1,8 @@
-"""Which architectures a checkpoint may hold: the user's word, the checkpoint's own, then what its tensors say."""
+"""Decides which architectures a checkpoint may hold.
+
+The user's choice comes first, then what the file says of itself, then what the keys and shapes of
+its tensors show.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from ckpt_tools.identify.closest_architectures import describe_closest
 from ckpt_tools.identify.equivalents import merge_equivalent_candidates
 from ckpt_tools.identify.file_name_hints import guess_by_file_name
 from ckpt_tools.identify.recipe import (
-    AdapterAndRecipe,
     describe_recorded_name,
     recipe_with_recorded_arguments,
     recipe_without_arguments,
@@ -21,7 +24,8 @@ from ckpt_tools.identify.recipe import (
 )
 from ckpt_tools.identify.recorded_rates import recorded_class
 
-_BY: dict[str, RecognisedBy] = {"full": "shapes"}
+# At every other digest level, the head was left out of the comparison.
+_BY_LEVEL: dict[str, RecognisedBy] = {"full": "shapes"}
 
 
 def find_candidates(
@@ -29,46 +33,65 @@ def find_candidates(
     architecture: str | None = None,
     model_kwargs: Mapping[str, object] | None = None,
 ) -> tuple[Candidate, ...]:
-    """Every architecture that fits the checkpoint, one a function; nearly always a single one.
+    """Return every architecture that fits the checkpoint, one for each function it may compute.
 
-    What the user or the checkpoint says is taken if the keys agree; then digests of keys and shapes propose, and
-    what they propose is compared key by key. Raises ArchitectureError if nothing fits.
+    Nearly always it is a single one. What the user or the checkpoint names is taken if the keys
+    agree. Otherwise the index proposes architectures by digests of keys and shapes, and the
+    proposals are compared key by key.
+
+    Raises ArchitectureError if nothing fits.
     """
-    given = dict(model_kwargs or {})
+    user_kwargs = dict(model_kwargs or {})
     if architecture is not None:
-        asked = Candidate(*recipe_with_recorded_arguments(checkpoint.words, architecture), "user")
-        return (fit_candidate(checkpoint, asked, given),)
+        recipe = recipe_with_recorded_arguments(checkpoint.words, architecture)
+        return (fit_candidate(checkpoint, Candidate(*recipe, "user"), user_kwargs),)
     if checkpoint.module is not None:
         return (module_candidate(checkpoint),)
-    refusals: list[ArchitectureError] = []
-    said = list(_fitting_candidates(checkpoint, _recorded_candidates(checkpoint), given, refusals))
-    if said:
-        _require_one_meaning(checkpoint, said)
-        return (said[0],)
+    misfits: list[ArchitectureError] = []
+    proposals: Iterable[Candidate] = _recorded_candidates(checkpoint)
+    fitting = list(_fitting_candidates(checkpoint, proposals, user_kwargs, misfits))
+    if fitting:
+        _require_one_meaning(checkpoint, fitting)
+        return (fitting[0],)
     for match in load_shipped_index().find_matches(checkpoint.shapes):
-        if _is_a_part(checkpoint, match.prefix):
+        if _is_part_of_larger_model(checkpoint, match.prefix):
             continue
-        found = list(
-            _fitting_candidates(checkpoint, _propose_candidates(checkpoint, match), given, refusals if given else [])
-        )
-        if found:
-            distinct = merge_equivalent_candidates(checkpoint, _narrow_candidates(checkpoint, found))
-            _require_one_meaning(checkpoint, found if len(distinct) == 1 else distinct)
+        proposals = _propose_candidates(checkpoint, match)
+        # With the user's arguments, a misfit is worth telling: the arguments may be the reason.
+        # Without them the user asked for none of these architectures.
+        reported = misfits if user_kwargs else []
+        fitting = list(_fitting_candidates(checkpoint, proposals, user_kwargs, reported))
+        if fitting:
+            preferred = _prefer_candidates(checkpoint, fitting)
+            distinct = merge_equivalent_candidates(checkpoint, preferred)
+            _require_one_meaning(checkpoint, fitting if len(distinct) == 1 else distinct)
             return distinct
-    raise _unknown(checkpoint, refusals)
+    raise _unknown_architecture_error(checkpoint, misfits)
 
 
-def require_single_candidate(checkpoint: Checkpoint, found: tuple[Candidate, ...]) -> Candidate:
-    """The candidate if there is one. Raises AmbiguousArchitecture, which lists them, if there are several."""
-    if len(found) == 1:
-        return found[0]
-    lines = [one.architecture + (f" (same as {', '.join(one.twins)})" if one.twins else "") for one in found]
-    guess = guess_by_file_name(checkpoint.path, found)
+def require_single_candidate(
+    checkpoint: Checkpoint, candidates: tuple[Candidate, ...]
+) -> Candidate:
+    """Return the candidate if there is only one.
+
+    Raises AmbiguousArchitecture if there are several. Its message lists them, and what the file's
+    name suggests.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    lines = [
+        item.architecture + (f" (same as {', '.join(item.twins)})" if item.twins else "")
+        for item in candidates
+    ]
+    guess = guess_by_file_name(checkpoint.path, candidates)
     hint = f"The file's name suggests {guess.architecture}. " if guess else ""
+    example = (guess or candidates[0]).architecture
     raise AmbiguousArchitecture(
-        f"{checkpoint.path}: its tensors fit {len(found)} architectures that differ in function or in the input they "
-        "expect:\n  " + "\n  ".join(lines) + f"\n{hint}Choose one, e.g. --arch {(guess or found[0]).architecture}.",
-        tuple(one.architecture for one in found),
+        f"{checkpoint.path}: its tensors fit {len(candidates)} architectures that differ in "
+        "function or in the input they expect:\n  "
+        + "\n  ".join(lines)
+        + f"\n{hint}Choose one, e.g. --arch {example}.",
+        tuple(candidate.architecture for candidate in candidates),
     )
 
 
@@ -78,75 +101,100 @@ def _recorded_candidates(checkpoint: Checkpoint) -> Iterator[Candidate]:
 
 
 def _propose_candidates(checkpoint: Checkpoint, match: DigestMatch) -> Iterator[Candidate]:
-    """What a digest names, with the arguments that the checkpoint's words hold for it."""
-    by = _BY.get(match.level, "shapes without head")
+    """Yield the architectures of a match, first with the arguments that the checkpoint records.
+
+    The recorded arguments may be wrong, so the architecture follows without them.
+    """
+    by = _BY_LEVEL.get(match.level, "shapes without head")
     for architecture in match.architectures:
-        if (choice := _in_library(checkpoint, architecture)) is not None:
-            yield Candidate(*choice, by, prefix=match.prefix)
-            if choice[1].kwargs:  # the words may be wrong about these
-                yield Candidate(*recipe_without_arguments(architecture), by, prefix=match.prefix)
+        try:
+            adapter, recipe = recipe_with_recorded_arguments(checkpoint.words, architecture)
+        except ArchitectureError:
+            continue  # The installed library does not have it.
+        yield Candidate(adapter, recipe, by, prefix=match.prefix)
+        if recipe.kwargs:
+            yield Candidate(*recipe_without_arguments(architecture), by, prefix=match.prefix)
 
 
-def _is_a_part(checkpoint: Checkpoint, prefix: str) -> bool:
-    """Whether BatchNorm layers stand outside the prefix: a backbone in a larger model. A copy (EMA) does not count."""
+def _is_part_of_larger_model(checkpoint: Checkpoint, prefix: str) -> bool:
+    """Whether BatchNorm layers stand outside the prefix, as around a backbone in a larger model.
+
+    A copy of the same model, such as its moving average (EMA), does not count.
+    """
     inner = {key.removeprefix(prefix) for key in checkpoint.tensors if key.startswith(prefix)}
-    outer = (key for key in checkpoint.tensors if key.endswith("running_var") and not key.startswith(prefix))
-    return any(inner.isdisjoint(key.split(".", depth)[-1] for depth in range(1, 4)) for key in outer)
-
-
-def _in_library(checkpoint: Checkpoint, architecture: str) -> AdapterAndRecipe | None:
-    """None for what the installed library does not have."""
-    try:
-        return recipe_with_recorded_arguments(checkpoint.words, architecture)
-    except ArchitectureError:
-        return None
+    for key in checkpoint.tensors:
+        if key.endswith("running_var") and not key.startswith(prefix):
+            # A copy has the same keys behind a prefix of its own, of up to three attributes.
+            suffixes = (key.split(".", depth)[-1] for depth in range(1, 4))
+            if inner.isdisjoint(suffixes):
+                return True
+    return False
 
 
 def _fitting_candidates(
     checkpoint: Checkpoint,
-    proposed: Iterable[Candidate],
-    given: Mapping[str, object],
-    refusals: list[ArchitectureError],
+    proposals: Iterable[Candidate],
+    user_kwargs: Mapping[str, object],
+    misfits: list[ArchitectureError],
 ) -> Iterator[Candidate]:
-    """The proposals that settle, the first for each architecture; why the others do not goes to ``refusals``."""
-    seen: set[str] = set()
-    for candidate in proposed:
-        if candidate.architecture in seen:
+    """Yield the first proposal of each architecture that fits the checkpoint.
+
+    The errors of those that do not fit are appended to `misfits`.
+    """
+    architectures: set[str] = set()
+    for candidate in proposals:
+        if candidate.architecture in architectures:
             continue
         try:
-            yield fit_candidate(checkpoint, candidate, given)
+            yield fit_candidate(checkpoint, candidate, user_kwargs)
         except ArgumentRefused:
-            # The same architecture without the argument may fit the tensors and compute something else.
+            # Without the argument, the same architecture may fit and compute something else.
             raise
         except ArchitectureError as error:
-            refusals.append(error)
+            misfits.append(error)
         else:
-            seen.add(candidate.architecture)
+            architectures.add(candidate.architecture)
 
 
-def _narrow_candidates(checkpoint: Checkpoint, found: list[Candidate]) -> list[Candidate]:
-    """The pickled class's library before others, those that fit to the last key before those with a foreign head."""
+def _prefer_candidates(checkpoint: Checkpoint, candidates: list[Candidate]) -> list[Candidate]:
+    """Drop candidates that are less likely than others.
+
+    Those of the pickled class's own library are preferred, then those that fit to the last key.
+    """
     library = recorded_class(checkpoint).partition(".")[0]
-    for wanted in (lambda one: one.adapter.prefix == library, lambda one: not one.as_built):
-        found = [one for one in found if wanted(one)] or found
-    return found
+    candidates = [item for item in candidates if item.adapter.prefix == library] or candidates
+    return [item for item in candidates if not item.as_built] or candidates
 
 
-def _require_one_meaning(checkpoint: Checkpoint, found: Iterable[Candidate]) -> None:
-    """Twins of two libraries share their keys, but a recorded ``drop_rate`` may mean different layers."""
-    recorded = {one.adapter.prefix: one.architecture for one in found if one.recipe.rates == "recorded"}
-    if len(recorded) > 1:
-        first, second, *_ = recorded.values()
+def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]) -> None:
+    """Raise AmbiguousArchitecture if candidates of two libraries record drop rates.
+
+    Twins of two libraries share their keys, but a recorded `drop_rate` may mean different layers in
+    each.
+    """
+    architectures = {
+        candidate.adapter.prefix: candidate.architecture
+        for candidate in candidates
+        if candidate.recipe.rates == "recorded"
+    }
+    if len(architectures) > 1:
+        first, second, *_ = architectures.values()
         raise AmbiguousArchitecture(
-            f"{checkpoint.path}: its keys fit {first} and {second}, and the drop rates it records may mean different "
-            f"layers in each. Give --arch {first} or --arch {second}.",
-            tuple(recorded.values()),
+            f"{checkpoint.path}: its keys fit {first} and {second}, and the drop rates it records "
+            f"may mean different layers in each. Give --arch {first} or --arch {second}.",
+            tuple(architectures.values()),
         )
 
 
-def _unknown(checkpoint: Checkpoint, refusals: list[ArchitectureError]) -> ArchitectureError:
-    told = str(refusals[0]) if refusals else f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
+def _unknown_architecture_error(
+    checkpoint: Checkpoint, misfits: list[ArchitectureError]
+) -> ArchitectureError:
+    if misfits:
+        reason = str(misfits[0])
+    else:
+        reason = f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
     return ArchitectureError(
-        f"{told}\n{describe_closest(checkpoint.shapes)}\n"
-        "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or --arch package.module:factory."
+        f"{reason}\n{describe_closest(checkpoint.shapes)}\n"
+        "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or "
+        "--arch package.module:factory."
     )

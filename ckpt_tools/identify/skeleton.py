@@ -1,4 +1,7 @@
-"""Models without weights: the keys and shapes of an architecture, and which of them follow the class count."""
+"""Models without weights, to see the keys and shapes of an architecture.
+
+Building one with another class count shows which keys depend on it.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,22 @@ from ckpt_tools.identify.shape_digest import Shape
 CLASS_KEYWORDS = ("num_classes", "n_classes", "num_labels")
 CHANNEL_KEYWORDS = ("in_chans", "in_channels")
 
-_UNUSUAL = 7919  # a number that no library uses of its own accord
+_UNUSUAL = 7919  # A number that no library uses of its own accord.
 
 
 class SkipRandomInitialisation(TorchFunctionMode):
-    """Random initial values of parameters are not drawn, which takes half the time of building a model.
+    """Fills parameters with zeros where a constructor would draw random values.
 
-    For models whose parameters are all overwritten afterwards. Buffers get their values: a file need not hold them.
+    Drawing them takes half the time of building a model. Use it where all parameters are
+    overwritten afterwards. Buffers get their values, since a file need not hold them.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> object:
         if func in (Tensor.normal_, Tensor.uniform_) and isinstance(args[0], nn.Parameter):
             return args[0].zero_()
@@ -34,7 +42,11 @@ class SkipRandomInitialisation(TorchFunctionMode):
 
 
 def build_skeleton(adapter: Adapter, name: str, kwargs: Mapping[str, object]) -> nn.Module:
-    """The model on the meta device, or on the CPU where its constructor needs values. Raises ArchitectureError."""
+    """Build a model on the meta device, or on the CPU where its constructor needs values.
+
+    Tensors on the meta device have shapes but no values, so that the model takes no memory. Raises
+    ArchitectureError.
+    """
     try:
         with torch.device("meta"):
             return adapter.build(name, kwargs).eval()
@@ -44,8 +56,13 @@ def build_skeleton(adapter: Adapter, name: str, kwargs: Mapping[str, object]) ->
 
 
 def state_dict_shapes(model: nn.Module) -> dict[str, Shape]:
-    """Shape of every tensor of a model's state dict by key."""
-    return {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """Return the shape of every tensor of a model's state dict by key."""
+    # Extra state (`_extra_state`) may be any object.
+    return {
+        key: tuple(value.shape)
+        for key, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
 
 
 def keys_depending_on(
@@ -53,18 +70,23 @@ def keys_depending_on(
     name: str,
     kwargs: Mapping[str, object],
     keywords: Iterable[str],
-    own: Mapping[str, Shape] | None = None,
+    default_shapes: Mapping[str, Shape] | None = None,
 ) -> frozenset[str]:
-    """The keys whose shape, or existence, follows the first of ``keywords`` that the constructor takes.
+    """Return the keys whose shape, or existence, depends on the first of `keywords` that the
+    constructor takes.
 
-    ``own`` are the shapes of the model without any of them, if known. Raises ArchitectureError if it cannot be built.
+    `default_shapes` are the shapes of the model built without any of the keywords; they are
+    computed if not given. Raises ArchitectureError if that model cannot be built.
     """
-    plain = {key: value for key, value in kwargs.items() if key not in keywords}
-    own = state_dict_shapes(build_skeleton(adapter, name, plain)) if own is None else own
+    kwargs = {name: value for name, value in kwargs.items() if name not in keywords}
+    if default_shapes is None:
+        default_shapes = state_dict_shapes(build_skeleton(adapter, name, kwargs))
     for keyword in keywords:
         try:
-            other = state_dict_shapes(build_skeleton(adapter, name, {**plain, keyword: _UNUSUAL}))
+            changed_model = build_skeleton(adapter, name, {**kwargs, keyword: _UNUSUAL})
         except ArchitectureError:
-            continue
-        return frozenset(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
+            continue  # The constructor does not take this keyword.
+        shapes = state_dict_shapes(changed_model)
+        keys = default_shapes.keys() | shapes.keys()
+        return frozenset(key for key in keys if default_shapes.get(key) != shapes.get(key))
     return frozenset()
