@@ -19,6 +19,7 @@ from tqdm import trange
 
 from ckpt_tools.data.sample_order import random_order
 from ckpt_tools.demo.densenet import digits_densenet
+from ckpt_tools.method import Method
 from ckpt_tools.model.calling import call_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.reestimate.interception import Interception
@@ -64,7 +65,7 @@ def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | No
     runner, screening = Runner(model, call_model, Interception()), Screening(model, lambda batch, row: "", keep=False)
     passes = Passes(model, Batches(batches), runner, layers, None, screening)
     with preserved_evaluation_mode(model), torch.no_grad():
-        passes.estimate("pooled", "variance", tolerance, 0.1, 1)
+        passes.estimate(Method(tolerance=tolerance))
     return passes, list(layers.values())
 
 

@@ -24,7 +24,9 @@ _ARCHITECTURE = "ckpt_tools.demo.densenet:digits_densenet"
 
 
 @click.command()
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Networks to train.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Networks to train."
+)
 @click.option(
     "--keep",
     type=click.Path(path_type=Path, file_okay=False),
@@ -68,14 +70,23 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
             bar.update(done - bar.n)
 
         model = train(digits, seed=seed, progress=show)
-    source, data, output = (folder / f"digits-{seed}{end}" for end in (".pt", ".npy", ".bn.safetensors"))
+    source, data, output = (
+        folder / f"digits-{seed}{end}" for end in (".pt", ".npy", ".bn.safetensors")
+    )
     # Through temporary files, so that a link of such a name in the folder is replaced and not followed.
     with write_atomically(source, overwrite=True) as temporary:
         torch.save(model.state_dict(), temporary)
     with write_atomically(data, overwrite=True) as temporary, temporary.open("wb") as file:
         np.save(file, digits.train_images.numpy())
     before = score(model, digits.test_images, digits.test_labels)
-    where = ["--arch", _ARCHITECTURE, "--model-kwargs", f"drop_rate={DROP_RATE}", "--overwrite", "--quiet"]
+    where = [
+        "--arch",
+        _ARCHITECTURE,
+        "--model-kwargs",
+        f"drop_rate={DROP_RATE}",
+        "--overwrite",
+        "--quiet",
+    ]
     _command(bn_reestimate, [str(source), "--data", str(data), *where], quiet=quiet)
     _command(diff, [str(source), str(output)], quiet=quiet)
     corrected = digits_densenet()

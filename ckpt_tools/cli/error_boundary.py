@@ -39,8 +39,12 @@ class ErrorBoundary(click.Group):
         args = args if args is None else list(args)
         with remembering(), guarded_streams():
             remember_urls(sys.argv[1:] if args is None else args)
-            words = [word for value in os.environ.values() if "://" in value for word in value.split()]
-            remember_urls(word for word in words if "@" in word or "?" in word)  # of proxies, for example
+            words = [
+                word for value in os.environ.values() if "://" in value for word in value.split()
+            ]
+            remember_urls(
+                word for word in words if "@" in word or "?" in word
+            )  # of proxies, for example
             try:
                 with interrupt_on_sigterm():
                     return super().main(args, *more, **settings)
@@ -52,7 +56,11 @@ class ErrorBoundary(click.Group):
         """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
         _interrupted.clear()
         try:
-            with children_without_current_folder(), open_mirror(transfer_bar), interrupt_on_sigterm():
+            with (
+                children_without_current_folder(),
+                open_mirror(transfer_bar),
+                interrupt_on_sigterm(),
+            ):
                 return self._invoke_reporting_errors(ctx)
         except KeyboardInterrupt as error:  # as the command ended
             sys.exit(report_error(error))
@@ -91,7 +99,9 @@ def _open_streams() -> None:
 def interrupt_on_sigterm() -> Iterator[None]:
     """SIGTERM ends the block like an interrupt, so that temporary files are removed."""
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is to be ignored
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # not where it is to be ignored
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
@@ -100,7 +110,9 @@ def interrupt_on_sigterm() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_interrupted = threading.Event()  # libraries that call back into Python make errors of their own of an interrupt
+_interrupted = (
+    threading.Event()
+)  # libraries that call back into Python make errors of their own of an interrupt
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -132,11 +144,17 @@ def _answer(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if is_short_of_memory(error):
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"memory ran out: {said}. Try a smaller --batch-size, fewer --workers, or another --device.", 1
+        return (
+            f"memory ran out: {said}. Try a smaller --batch-size, fewer --workers, or another --device.",
+            1,
+        )
     if isinstance(error, OSError):
         name = error.filename or "standard output, or a file"
         return f"{name}: {error.strerror or error}. Check the path and its permissions.", 1
-    return f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK_VARIABLE}=1 shows where.", 1
+    return (
+        f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK_VARIABLE}=1 shows where.",
+        1,
+    )
 
 
 def _presentable(message: str) -> str:

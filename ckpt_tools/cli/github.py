@@ -34,7 +34,9 @@ def append_step_summary(markdown: str) -> None:
     if not path:
         return
     try:
-        with Path(path).open("a", encoding="utf-8", errors="replace") as file:  # names may hold lone surrogates
+        with Path(path).open(
+            "a", encoding="utf-8", errors="replace"
+        ) as file:  # names may hold lone surrogates
             file.write(markdown + "\n")
     except OSError as error:
         message = f"GITHUB_STEP_SUMMARY={path}: the summary cannot be written ({error.strerror}); the run goes on."
@@ -67,7 +69,10 @@ def report_folder_run(records: Sequence[Mapping[str, Any]]) -> None:
 
     failed = [record for record in records if record["status"] == "failed"]
     errors = [f"{one['checkpoint']}: {error_without_path(one)}" for one in failed]
-    said: dict[AnnotationLevel, Sequence[str]] = {"error": errors, "warning": folder_warnings(records)}
+    said: dict[AnnotationLevel, Sequence[str]] = {
+        "error": errors,
+        "warning": folder_warnings(records),
+    }
     for kind, messages in said.items():
         for message in messages[:_SHOWN]:
             annotate(kind, message)

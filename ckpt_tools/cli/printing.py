@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ __all__ = [
     "print_json",
     "print_message",
     "print_result",
+    "redirect_foreign_stdout",
     "unguarded_stderr",
     "write_workflow_command",
 ]
@@ -70,8 +72,11 @@ def guarded_streams() -> Iterator[None]:
     """Let standard output and standard error pass the gate within the block."""
     before = sys.stdout, sys.stderr
     stdout = GuardedStream(_underlying_stream(sys.stdout), restore_urls)
-    # What libraries print goes to standard error, own_stdout() sees to that; they quote URLs in their own ways.
-    stderr = GuardedStream(_underlying_stream(sys.stderr), lambda text: without_fragments(restore_urls(text)))
+    # Libraries print to standard error, redirect_foreign_stdout() sees to that, and quote URLs in their
+    # own ways: so fragments of secrets are removed there, too.
+    stderr = GuardedStream(
+        _underlying_stream(sys.stderr), lambda text: without_fragments(restore_urls(text))
+    )
     guarded = cast(TextIO, stdout), cast(TextIO, stderr)
     sys.stdout, sys.stderr = guarded
     try:
@@ -83,9 +88,38 @@ def guarded_streams() -> Iterator[None]:
             sys.stderr = before[1]
 
 
+@contextlib.contextmanager
+def redirect_foreign_stdout() -> Iterator[None]:
+    """Send to stderr what a user's factory or data code prints, or a program that it starts.
+
+    Standard output is for results. The file descriptor itself is replaced, since programs that are started
+    inherit that and know nothing of ``sys.stdout``.
+    """
+    stdout = sys.stdout
+    try:
+        stdout_number, stderr_number = stdout.fileno(), sys.stderr.fileno()
+        stdout.flush()
+        saved_number = os.dup(stdout_number)
+    except (AttributeError, OSError, ValueError):  # the streams are closed, or no files
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        os.dup2(stderr_number, stdout_number)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            stdout.flush()  # code that kept a reference to the stream may have written to it
+        os.dup2(saved_number, stdout_number)
+        os.close(saved_number)
+
+
 def print_result(text: str, *, end: str = "\n") -> None:
     """Print a result on standard output, with URLs in the place of local copies."""
-    click.echo(harmless(restore_urls(text)) + end, nl=False)  # click would remove escape sequences, not show them
+    click.echo(
+        harmless(restore_urls(text)) + end, nl=False
+    )  # click would remove escape sequences, not show them
 
 
 def print_message(text: str) -> None:

@@ -29,7 +29,10 @@ def join_team(device: str) -> Iterator[Team]:
         with connected(ranks, cuda=False) as team:
             yield team
         return
-    with interrupt_on_sigterm(), connected(ranks, cuda=resolve_device(device, ranks).startswith("cuda")) as team:
+    with (
+        interrupt_on_sigterm(),
+        connected(ranks, cuda=resolve_device(device, ranks).startswith("cuda")) as team,
+    ):
         assert isinstance(team, Processes)
         try:
             yield team

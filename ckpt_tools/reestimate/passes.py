@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ckpt_tools.contract import Estimator, OutlierReason, Statistics
+from ckpt_tools.contract import OutlierReason, Statistics
 from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.machine.precision import relative_deviation
+from ckpt_tools.method import Method
 from ckpt_tools.model.batch import Batch, batch_size, select_samples, slice_samples
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.guards import check_activations, check_input
@@ -99,21 +100,15 @@ class Passes:
     _control_batches: int = 0  # the first ones, on which control layers are watched
     _once: bool | None = None  # whether a forward runs every layer exactly once: then it may end at the last
 
-    def estimate(
-        self,
-        estimator: Estimator,
-        statistics: Statistics,
-        tolerance: float | None,
-        momentum: float,
-        epochs: int,
-    ) -> None:
-        """Leave the new statistics in every layer's ``scale``; arguments as in ``reestimate_bn``."""
+    def estimate(self, method: Method) -> None:
+        """Leave the new statistics in every layer's ``scale``."""
+        estimator, statistics = method.estimator, method.statistics
         if estimator == "ema":
-            self._moving_average(statistics, momentum, epochs)
+            self._moving_average(statistics, method.momentum, method.epochs)
             return
         self.repeats = estimator == "exact"
         rule = kept_mean if statistics == "variance" else batch_only
-        self._sweep(rule, tolerance)
+        self._sweep(rule, method.tolerance)
         for layer in self._chosen():
             layer.scale = measured(layer, statistics)
         if not self._chosen():

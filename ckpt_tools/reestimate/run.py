@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ckpt_tools.distributed import ALONE, Team, joined
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.machine.heap import kept_heap
 from ckpt_tools.machine.precision import check_precision
+from ckpt_tools.method import Method
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
 from ckpt_tools.model.overwriting import overwrite_tensors
@@ -98,37 +98,67 @@ def reestimate_bn(
         ModelError: NaN in the model, a model that cannot be run.
         RankError: a process of the group is gone.
     """
+    method = Method(
+        estimator=estimator,
+        layers=layers,
+        statistics=statistics,
+        tolerance=tolerance,
+        momentum=momentum,
+        epochs=epochs,
+        precision=precision,
+        compile=compile,
+        keep_outliers=keep_outliers,
+        force=force,
+    )
+    return run_method(
+        model, batches, method, rates=rates, forward=forward, walk=walk, progress=progress, distributed=distributed
+    )
+
+
+def run_method(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    method: Method,
+    *,
+    rates: Rates = "model",
+    forward: Forward = call_model,
+    walk: Walk | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    distributed: bool = False,
+) -> Reestimation:
+    """Do what ``reestimate_bn`` describes, with its settings as one object."""
     started = time.perf_counter()
-    check_method(estimator, layers, statistics, tolerance, momentum, epochs)
+    estimator, statistics, precision = method.estimator, method.statistics, method.precision
     source = Batches(batches)
-    if source.one_shot and (estimator == "exact" or epochs > 1):
+    if source.one_shot and method.reads_data_repeatedly:
         raise UsageError(
             f"estimator {estimator!r} reads the data several times, but batches is a one-shot iterator "
             f"({type(batches).__name__}). Pass a list or a DataLoader."
         )
     model = unwrap_model(model)
     check_precision(precision, device_of(model))
-    runner = Runner(model, forward, CompiledInterception() if compile else Interception(), precision, compiled=compile)
+    interception = CompiledInterception() if method.compile else Interception()
+    runner = Runner(model, forward, interception, precision, compiled=method.compile)
     with preserve_models(model, forward) as state, joined() if distributed else contextlib.nullcontext(ALONE) as team:
         check_team(estimator, team)
         found = walk or team.first(lambda: walk_preserved_model(model, source.first(), state, forward=forward))
-        choice = choose(found, layers, rates=rates, statistics=statistics)
+        choice = choose(found, method.layers, rates=rates, statistics=statistics)
         with (
             kept_heap(),
             evaluation_mode(model),
             torch.no_grad(),
-            contextlib.nullcontext() if compile else force_eager(),
+            contextlib.nullcontext() if method.compile else force_eager(),
         ):
             share_buffers(model, team)
-            screening = Screening(model, _names(batches, team), keep=keep_outliers)
+            screening = Screening(model, _names(batches, team), keep=method.keep_outliers)
             run = Passes(model, source, runner, _observed(model, found, choice), progress, screening, team)
             if precision != "fp32":
                 run.compare_precision()
-            run.estimate(estimator, statistics, tolerance, momentum, epochs)
+            run.estimate(method)
         controls = team.first(lambda: judge_controls(choice, run.layers))
         cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
     results = layer_results(found, choice, run.layers, run.error_scale)
-    if not force:
+    if not method.force:
         refuse_disagreement(controls)
     _write(run.layers, statistics)
     return Reestimation(
@@ -150,7 +180,7 @@ def reestimate_bn(
         deviation=run.deviation,
         left_alone=found.left_alone,
         outliers=tuple(one.outlier for one in run.found),
-        common=() if keep_outliers else tuple(sorted(screening.common)),
+        common=() if method.keep_outliers else tuple(sorted(screening.common)),
     )
 
 
@@ -168,27 +198,6 @@ def check_team(estimator: str, team: Team) -> None:
             f"estimator ema takes one batch after the other, which {team.world} processes cannot share. Run it in one "
             "process (without torchrun, distributed=False), or use pooled or exact."
         )
-
-
-def check_method(
-    estimator: str, layers: str, statistics: str, tolerance: float | None, momentum: float, epochs: int
-) -> None:
-    """Raise UsageError if these arguments of ``reestimate_bn`` mean nothing, or nothing together."""
-    for name, value, known in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("layers", layers, get_args(LayerChoice)),
-        ("statistics", statistics, get_args(Statistics)),
-    ):
-        if value not in known:
-            raise UsageError(f"{name}={value!r}: expected one of {', '.join(known)}.")
-    if tolerance is not None and not (0 < tolerance < 1 and estimator != "ema"):
-        raise UsageError(f"tolerance={tolerance}: expected a relative error in (0, 1), and not the ema estimator.")
-    if not 0 < momentum <= 1:
-        raise UsageError(f"momentum={momentum}: expected a number in (0, 1].")
-    if epochs < 1:
-        raise UsageError(f"epochs={epochs}: expected at least 1.")
-    if estimator != "ema" and (momentum, epochs) != (0.1, 1):
-        raise UsageError(f"momentum and epochs belong to the ema estimator, not to {estimator}. Leave them out.")
 
 
 def _observed(model: nn.Module, walk: Walk, choice: Choice) -> dict[str, Layer]:

@@ -18,7 +18,8 @@ def repeating_command(plan: Plan) -> str:
 
     Credentials and query strings of URLs are left out.
     """
-    request = dataclasses.replace(plan.request, batch_size=plan.batch_size)
+    reading = dataclasses.replace(plan.request.reading, batch_size=plan.batch_size)
+    request = dataclasses.replace(plan.request, reading=reading)
     checkpoint = str(request.checkpoint)
     checkpoint = f"./{checkpoint}" if checkpoint.startswith("-") else checkpoint
     return shlex.join(without_secrets(["ckpt-fix", "bn-reestimate", checkpoint, *_options(request)]))

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ckpt_tools import reestimate_bn
 from ckpt_tools.demo.digits import load_digits
 from ckpt_tools.demo.train import train
+from ckpt_tools.method import Method
 from ckpt_tools.model.calling import call_model
 from ckpt_tools.moments import Moments
 from ckpt_tools.reestimate.interception import Interception
@@ -87,7 +88,7 @@ def run_pass(model: nn.Module, batches: list[Tensor]) -> dict[str, Moments]:
     with torch.no_grad():
         screening = Screening(model, lambda batch, row: "", keep=False)
         Passes(model, Batches(batches), Runner(model, call_model, Interception()), layers, None, screening).estimate(
-            "pooled", "variance", None, 0.1, 1
+            Method()
         )
     return {name: layer.moments for name, layer in layers.items() if layer.moments is not None}
 

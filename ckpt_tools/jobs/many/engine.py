@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ckpt_tools.jobs.many.folder_run import CheckpointItem, ItemResult, ProgressCallback, reestimate_items
+from ckpt_tools.jobs.many.folder_run import (
+    CheckpointItem,
+    ItemResult,
+    ProgressCallback,
+    reestimate_items,
+)
 from ckpt_tools.jobs.request import Request
 
 __all__ = ["Engine", "LocalEngine", "Record", "RecordBuilder"]

@@ -13,8 +13,12 @@ from ckpt_tools.errors import CkptToolsError, ClusterError, UsageError
 from ckpt_tools.jobs.many.engine import Record, RecordBuilder
 from ckpt_tools.jobs.many.folder_run import CheckpointItem, ItemResult, ProgressCallback, StreamKey
 from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, measure_capacity
-from ckpt_tools.jobs.many.ray_worker import TaskEnvironment, inspect_items_in_worker, reestimate_items_in_worker
-from ckpt_tools.jobs.plan import check_request
+from ckpt_tools.jobs.many.ray_worker import (
+    TaskEnvironment,
+    inspect_items_in_worker,
+    reestimate_items_in_worker,
+)
+from ckpt_tools.jobs.plan import parse_evaluation_request
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.remote.mirror import is_remote, restore_urls
 
@@ -48,10 +52,11 @@ class RayEngine:
         A checkpoint whose workers were lost four times has failed, and the others go on.
         """
         _refuse_remote(items, request)
-        check_request(request)
+        parse_evaluation_request(request)  # refuse it before a cluster is started
         with connect_to_ray(self.address) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            cluster = _Cluster(ray, measure_capacity(nodes, request.device, self.cpus), items, request, describe)
+            capacity = measure_capacity(nodes, request.reading.device, self.cpus)
+            cluster = _Cluster(ray, capacity, items, request, describe)
             groups: dict[StreamKey, list[int]] = {}
             with contextlib.closing(cluster.inspect_all_items()) as looks:
                 for number, found in looks:
@@ -59,7 +64,9 @@ class RayEngine:
                         record(found)
                     else:
                         groups.setdefault(found, []).append(number)
-            with contextlib.closing(cluster.reestimate_groups(map(sorted, groups.values()))) as records:
+            with contextlib.closing(
+                cluster.reestimate_groups(map(sorted, groups.values()))
+            ) as records:
                 for _, found in records:
                     record(found)
 
@@ -98,14 +105,20 @@ class _Cluster:
         for _, number, found in self._supervise_tasks(inspect_items_in_worker, 0, parts):
             yield number, found
 
-    def reestimate_groups(self, groups: Iterable[Sequence[int]]) -> Generator[tuple[int, Record], None, None]:
+    def reestimate_groups(
+        self, groups: Iterable[Sequence[int]]
+    ) -> Generator[tuple[int, Record], None, None]:
         """The groups in parts of equal size, one for each task that fits; large ones first."""
         groups = list(groups)
         largest = -(-sum(map(len, groups)) // self.size.tasks) or 1
         parts = [_Part(part) for group in groups for part in _divide_group(group, largest)]
         parts.sort(key=lambda part: -len(part.numbers))
-        for attempt, number, record in self._supervise_tasks(reestimate_items_in_worker, self.size.gpus, parts):
-            if attempt > 1 and record["status"] == "done before":  # by a worker that was lost before it could say so
+        for attempt, number, record in self._supervise_tasks(
+            reestimate_items_in_worker, self.size.gpus, parts
+        ):
+            if (
+                attempt > 1 and record["status"] == "done before"
+            ):  # by a worker that was lost before it could say so
                 record = {**record, "status": "done"}
             yield number, record
 
@@ -135,7 +148,8 @@ class _Cluster:
                         running.update({start(again): again for again in part.split_for_retry()})
                     else:
                         yield from (
-                            (part.attempt, number, self._describe_lost_item(number, error)) for number in part.numbers
+                            (part.attempt, number, self._describe_lost_item(number, error))
+                            for number in part.numbers
                         )
                 else:
                     running[task] = part.without_item(number)
@@ -146,11 +160,19 @@ class _Cluster:
     def _starter(self, function: Callable[..., Any], gpus: int) -> Callable[[_Part], Any]:
         # Ray's own retry would hand over again what came before the loss, and must do so in the same order
         remote = self.ray.remote(
-            num_cpus=self.size.cpus, num_gpus=gpus, num_returns="streaming", max_retries=0, name=function.__name__
+            num_cpus=self.size.cpus,
+            num_gpus=gpus,
+            num_returns="streaming",
+            max_retries=0,
+            name=function.__name__,
         )(function)
-        site = TaskEnvironment(Path.cwd(), socket.gethostname(), self.size.cpus, gpus, self.size.tasks_of_a_node)
+        site = TaskEnvironment(
+            Path.cwd(), socket.gethostname(), self.size.cpus, gpus, self.size.tasks_of_a_node
+        )
         shared = [self.ray.put(value) for value in (self.request, self.describe, site)]
-        return lambda part: remote.remote({number: self.items[number] for number in part.numbers}, *shared)
+        return lambda part: remote.remote(
+            {number: self.items[number] for number in part.numbers}, *shared
+        )
 
     def _describe_lost_item(self, number: int, error: Exception) -> Record:
         item = self.items[number]
@@ -180,7 +202,7 @@ class _Cluster:
 def _refuse_remote(items: Sequence[CheckpointItem], request: Request) -> None:
     """A remote file has its place on this machine only; data is opened by each worker itself."""
     paths = [path for item in items for path in (item.checkpoint, item.output)]
-    for path in (*paths, *([request.class_map] if request.class_map else [])):
+    for path in (*paths, *([request.evaluation.class_map] if request.evaluation.class_map else [])):
         if is_remote(path):
             raise UsageError(
                 f"{restore_urls(str(path))}: expected a path on a file system that all nodes share, found a URL. With "

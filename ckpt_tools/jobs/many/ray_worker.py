@@ -48,7 +48,10 @@ class TaskEnvironment:
 
 
 def inspect_items_in_worker(
-    items: Mapping[int, CheckpointItem], request: Request, describe: RecordBuilder, site: TaskEnvironment
+    items: Mapping[int, CheckpointItem],
+    request: Request,
+    describe: RecordBuilder,
+    site: TaskEnvironment,
 ) -> Iterator[tuple[int, Record | StreamKey]]:
     """By number, what each item reads in its pass, or its record if it needs none."""
     _settle(site)
@@ -62,14 +65,22 @@ def inspect_items_in_worker(
 
 
 def reestimate_items_in_worker(
-    items: Mapping[int, CheckpointItem], request: Request, describe: RecordBuilder, site: TaskEnvironment
+    items: Mapping[int, CheckpointItem],
+    request: Request,
+    describe: RecordBuilder,
+    site: TaskEnvironment,
 ) -> Iterator[tuple[int, Record]]:
     """The local job on some items: by number, the record of each as soon as its output stands."""
     _settle(site)
     numbers = {item: number for number, item in items.items()}
 
     def job(record: Callable[[tuple[int, Record]], None], watch: ProgressCallback) -> None:
-        reestimate_items(list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch)
+        reestimate_items(
+            list(numbers),
+            request,
+            lambda result: record((numbers[result.item], describe(result))),
+            watch,
+        )
 
     try:
         yield from _stream_records(job)
@@ -122,12 +133,20 @@ def _settle(site: TaskEnvironment) -> None:
     # Ray cancels by an interrupt; where a shell started it in the background, that is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not site.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs that a task did not ask for in some versions only
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # Ray hides GPUs that a task did not ask for in some versions only
+        )
     torch.set_num_threads(site.cpus)
     share_memory(site.tasks_of_a_node)
-    os.environ["LOCAL_WORLD_SIZE"] = str(site.tasks_of_a_node)  # by which decoding threads divide the cores
+    os.environ["LOCAL_WORLD_SIZE"] = str(
+        site.tasks_of_a_node
+    )  # by which decoding threads divide the cores
 
 
 def _add_host_name(error: DataError, site: TaskEnvironment) -> DataError:
     here = socket.gethostname()
-    return error if here == site.host else DataError(f"{error} So it is on {here}, a node of the Ray cluster.")
+    return (
+        error
+        if here == site.host
+        else DataError(f"{error} So it is on {here}, a node of the Ray cluster.")
+    )

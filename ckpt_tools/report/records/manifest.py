@@ -179,7 +179,7 @@ def make_record(result: ItemResult) -> Record:
     paths to the checkpoint's file.
     """
     error = result.error
-    written = result.made.file if result.made else None
+    file = result.written.file if result.written else None
     record: Record = restore_urls(
         {
             "checkpoint": str(result.item.checkpoint),
@@ -189,10 +189,10 @@ def make_record(result: ItemResult) -> Record:
             "error": None if error is None else _message(error, known=result.error_is_expected),
             "exit_code": getattr(error, "exit_code", 1) if error else 0,
             "seconds": round(result.seconds, 3),
-            "source_sha256": result.made.source_sha256 if result.made else None,
-            "settings": result.made.settings if result.made else None,
-            "output_sha256": written.sha256 if written else None,
-            "output_bytes": written.size if written else None,
+            "source_sha256": result.written.source_sha256 if result.written else None,
+            "settings": result.written.settings if result.written else None,
+            "output_sha256": file.sha256 if file else None,
+            "output_bytes": file.size if file else None,
             "replaced": result.replaced or None,
             "metrics": metrics_json(error.metrics) if isinstance(error, GateFailed) else None,
             "report": None if result.outcome is None else outcome_json(result.outcome),

@@ -86,15 +86,15 @@ def reestimate_command(found: Inspection) -> str:
     """The command for this file, with what the user had to say here; DATA stands for the training data."""
     request = found.request
     words = ["ckpt-fix", "bn-reestimate", str(request.checkpoint), "--data", "DATA"]
-    if request.architecture is not None:
-        words += ["--arch", request.architecture]
-    for name, value in request.model_kwargs.items():
+    if request.model.architecture is not None:
+        words += ["--arch", request.model.architecture]
+    for name, value in request.model.model_kwargs.items():
         words += ["--model-kwargs", f"{name}={value}"]
-    if request.weights != "auto":
-        words += ["--weights", request.weights]
+    if request.model.weights != "auto":
+        words += ["--weights", request.model.weights]
     if request.input_size is not None:
         words += ["--input-size", ",".join(map(str, request.input_size))]
-    return shlex.join([*words, *(["--trust"] if request.trust else [])])
+    return shlex.join([*words, *(["--trust"] if request.model.trust else [])])
 
 
 def _file_rows(found: Inspection) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ _ARGUMENTS, _LONGEST = 5, 40  # of an architecture on one line, and their charac
 
 def plan_text(plan: Plan) -> str:
     """What is in force, before the pass."""
-    request = plan.request
+    method = plan.request.method
     size = plan.batch_size
     where = plan.device if plan.team.alone else f"{plan.device.split(':')[0]}, {plan.team.world} processes"
     active = [site for site in plan.walk.dropout_sites if site.active]
@@ -47,7 +47,7 @@ def plan_text(plan: Plan) -> str:
         ("data", f"{plan.source.spec} ({describe_source(plan.source)}), {_amount(plan.stream.count)}"),
         ("input", plan.stream.transform),
         ("preprocessing", plan.input_spec.origin if plan.input_spec and not plan.source.is_preprocessed else "none"),
-        ("pass", f"{request.estimator}, {request.statistics}, {request.precision}, batches of {size} on {where}"),
+        ("pass", f"{method.estimator}, {method.statistics}, {method.precision}, batches of {size} on {where}"),
         ("output", str(plan.output)),
         *([("runs code", ", ".join(own))] if (own := _own_code(plan)) else []),
     ]
@@ -59,7 +59,7 @@ def _own_code(plan: Plan) -> list[str]:
     sources = [plan.source, *([plan.validation.source] if plan.validation else [])]
     own = [plan.loaded_model.recipe.name] if plan.loaded_model.recipe.adapter == "factory" else []
     own += [source.spec for source in sources if source.kind == "callable"]
-    return [*own, *(["what the checkpoint names (--trust)"] if plan.request.trust else [])]
+    return [*own, *(["what the checkpoint names (--trust)"] if plan.request.model.trust else [])]
 
 
 def _scores(scores: Mapping[str, float | None]) -> str:
