@@ -1,6 +1,8 @@
-"""How running variances are re-estimated: one set of settings, the same from the command line to the passes.
+"""How running variances are re-estimated: one set of settings, the same from the command line to
+the passes.
 
-Importing this module imports no torch, so that the command line can build a `Method` before it loads anything.
+Importing this module imports no torch, so that the command line can build a `Method` before it
+loads anything.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ _DEFAULT_MOMENTUM, _DEFAULT_EPOCHS = 0.1, 1
 class Method:
     """The settings of a re-estimation, checked when they are put together.
 
-    ``reestimate_bn`` documents each of them; its keyword arguments of the same names become one Method. What
-    concerns a single model or run (who knows the drop rates, its walk, its progress) is no part of it.
+    ``reestimate_bn`` documents each of them; its keyword arguments of the same names become one
+    Method. What concerns a single model or run (who knows the drop rates, its walk, its progress)
+    is no part of it.
 
     Raises UsageError for settings that mean nothing, or nothing together.
     """
@@ -47,7 +50,8 @@ class Method:
                 raise UsageError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
         if self.tolerance is not None and not (0 < self.tolerance < 1 and self.estimator != "ema"):
             raise UsageError(
-                f"tolerance={self.tolerance}: expected a relative error in (0, 1), and not the ema estimator."
+                f"tolerance={self.tolerance}: expected a relative error in (0, 1), and not the "
+                "ema estimator."
             )
         if not 0 < self.momentum <= 1:
             raise UsageError(f"momentum={self.momentum}: expected a number in (0, 1].")
@@ -56,10 +60,13 @@ class Method:
         is_default = (self.momentum, self.epochs) == (_DEFAULT_MOMENTUM, _DEFAULT_EPOCHS)
         if self.estimator != "ema" and not is_default:
             raise UsageError(
-                f"momentum and epochs belong to the ema estimator, not to {self.estimator}. Leave them out."
+                f"momentum and epochs belong to the ema estimator, not to {self.estimator}. "
+                "Leave them out."
             )
 
     @property
     def reads_data_repeatedly(self) -> bool:
-        """Whether the same samples are read in several passes, so that they should be kept, and must not change."""
+        """Whether the same samples are read in several passes, so that they should be kept, and
+        must not change.
+        """
         return self.estimator == "exact" or self.epochs > 1

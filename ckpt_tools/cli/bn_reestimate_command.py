@@ -31,16 +31,16 @@ _method = options.combine_options(
         type=click.Choice(get_args(LayerChoice)),
         default=Method.layers,
         show_default=True,
-        help="Which BN layers to rewrite. auto: those behind active dropout, or all where no drop rate is "
-        "recorded.",
+        help="Which BN layers to rewrite. auto: those behind active dropout, or all where no "
+        "drop rate is recorded.",
     ),
     click.option(
         "--estimator",
         type=click.Choice(get_args(Estimator)),
         default=Method.estimator,
         show_default=True,
-        help="pooled: one pass. exact: passes until every variance is that of the final network. ema: as in "
-        "the paper.",
+        help="pooled: one pass. exact: passes until every variance is that of the final network. "
+        "ema: as in the paper.",
     ),
     click.option(
         "--statistics",
@@ -69,15 +69,15 @@ _method = options.combine_options(
         type=click.Choice(get_args(Precision)),
         default=Method.precision,
         show_default=True,
-        help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA "
-        "only.",
+        help="Of convolutions and matrix products; the deviation from fp32 is measured and "
+        "shown. tf32: CUDA only.",
     ),
     click.option(
         "--keep-outliers",
         is_flag=True,
-        help="Let samples count that stand out from all others (100 times too large, one colour all over). "
-        "By default they are left out and named with their leverage. NaN and infinity never count; in over "
-        "1 % of the samples they are an error.",
+        help="Let samples count that stand out from all others (100 times too large, one colour "
+        "all over). By default they are left out and named with their leverage. NaN and infinity "
+        "never count; in over 1 % of the samples they are an error.",
     ),
     click.option(
         "--compile", is_flag=True, help="Run what stands between BN layers through torch.compile."
@@ -94,17 +94,18 @@ _method = options.combine_options(
     "--data",
     required=True,
     metavar="SPEC",
-    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors array, "
-    "WebDataset shards (one .tar, a folder of them, 'train-{000..146}.tar', 'train-*.tar'), cifar10:DIR, "
-    "cifar100:DIR, svhn:DIR, mnist:DIR, package.module:callable (your code is imported and run), or the URL "
-    "of a folder, array or shards: s3:// gs:// hf:// http://.",
+    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors "
+    "array, WebDataset shards (one .tar, a folder of them, 'train-{000..146}.tar', "
+    "'train-*.tar'), cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR, package.module:callable "
+    "(your code is imported and run), or the URL of a folder, array or shards: s3:// gs:// hf:// "
+    "http://.",
 )
 @click.option(
     "-o",
     "--output",
     type=options.path,
-    help="A file or a URL. Default: NAME.bn.safetensors beside the checkpoint, in the current folder for "
-    "http:// and hf://.",
+    help="A file or a URL. Default: NAME.bn.safetensors beside the checkpoint, in the current "
+    "folder for http:// and hf://.",
 )
 @options.overwrite
 @many_checkpoints.options
@@ -113,16 +114,16 @@ _method = options.combine_options(
 @click.option(
     "--deterministic",
     is_flag=True,
-    help="On CUDA, take only kernels that give the same bits every time (slower). On CPUs that is so by "
-    "itself.",
+    help="On CUDA, take only kernels that give the same bits every time (slower). On CPUs that "
+    "is so by itself.",
 )
 @options.reading
 @options.preprocessing
 @click.option(
     "--eval-data",
     metavar="SPEC",
-    help="Labelled data (as for ckpt-fix evaluate) to judge the model on, before and after. It decides the "
-    "gate and nothing else.",
+    help="Labelled data (as for ckpt-fix evaluate) to judge the model on, before and after. It "
+    "decides the gate and nothing else.",
 )
 @options.evaluation
 @options.reports
@@ -147,23 +148,25 @@ def bn_reestimate(
 ) -> None:
     """Rewrite the BN running variances of CHECKPOINT with dropout off.
 
-    The training data streams through the model once; a new safetensors file is written in which only running
-    variances differ. CHECKPOINT itself is never changed. Without recorded drop rates every BN layer is rewritten.
+    The training data streams through the model once; a new safetensors file is written in which
+    only running variances differ. CHECKPOINT itself is never changed. Without recorded drop rates
+    every BN layer is rewritten.
 
     \b
         ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
         ckpt-fix bn-reestimate model.pt --data train/ --arch timm:resnet50 --model-kwargs drop_path_rate=0.1
         ckpt-fix bn-reestimate model.pt --data train/ --eval-data val/ --gate 'error <= before + 0.1'
 
-    Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the same preprocessing
-    share one stream of images, a manifest records each outcome, one failure stops no other (exit code 1 at the end,
-    4 if only checks and gates said no), and a second run skips what is done and proves to be whole.
+    Several checkpoints, patterns and folders, searched to the bottom, make one run: those with the
+    same preprocessing share one stream of images, a manifest records each outcome, one failure
+    stops no other (exit code 1 at the end, 4 if only checks and gates said no), and a second run
+    skips what is done and proves to be whole.
 
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --exclude 'last*'
 
-    On a cluster, every checkpoint or group of them as a task: --engine ray (extra `ray`), on a file system that all
-    nodes share. A task whose worker is lost is started again.
+    On a cluster, every checkpoint or group of them as a task: --engine ray (extra `ray`), on a file
+    system that all nodes share. A task whose worker is lost is started again.
 
     \b
         ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --engine ray --ray-address 10.0.0.1:6379
@@ -173,8 +176,8 @@ def bn_reestimate(
     \b
         ckpt-fix bn-reestimate s3://bucket/model.pt --data s3://bucket/train/
 
-    On several devices: torchrun --nproc-per-node 8 --no-python ckpt-fix bn-reestimate … Every process takes its share
-    of the batches and, of GPUs, its own; the result is that of one process.
+    On several devices: torchrun --nproc-per-node 8 --no-python ckpt-fix bn-reestimate … Every
+    process takes its share of the batches and, of GPUs, its own; the result is that of one process.
     """
     from ckpt_tools.jobs.request import Request
 

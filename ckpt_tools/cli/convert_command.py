@@ -27,12 +27,13 @@ if TYPE_CHECKING:  # it imports torch
 @options.pack("request", "ckpt_tools.jobs.conversion", "ConvertRequest")
 @options.as_json
 def convert(request: ConvertRequest, as_json: bool) -> None:
-    """Write the weights of CHECKPOINT as one safetensors file, bit for bit, under the same keys in order.
+    """Write the weights of CHECKPOINT as one safetensors file, bit for bit, under the same keys in
+    order.
 
-    CHECKPOINT is anything that can be read: torch.save files, folders of shards, TorchScript, whatever
-    inspect shows. Nothing in it is executed and it is never changed; no architecture is needed. Of a file
-    that holds several sets of weights, --weights chooses. Wrapper prefixes such as module. are removed;
-    tensors that share memory are written once under each name.
+    CHECKPOINT is anything that can be read: torch.save files, folders of shards, TorchScript,
+    whatever inspect shows. Nothing in it is executed and it is never changed; no architecture is
+    needed. Of a file that holds several sets of weights, --weights chooses. Wrapper prefixes such
+    as module. are removed; tensors that share memory are written once under each name.
 
     \b
         ckpt-fix convert model.pt

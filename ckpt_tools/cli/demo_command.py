@@ -35,7 +35,8 @@ _ARCHITECTURE = "ckpt_tools.demo.densenet:digits_densenet"
 )
 @options.as_json
 def demo(seeds: int, keep: Path | None, as_json: bool) -> None:
-    """Train a small DenseNet with dropout on 600 digits, correct its checkpoint, score both on 1,197 others.
+    """Train a small DenseNet with dropout on 600 digits, correct its checkpoint, score both on
+    1,197 others.
 
     The commands shown are really run; repeat them on the files that --keep leaves.
     """
@@ -73,7 +74,8 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
     source, data, output = (
         folder / f"digits-{seed}{end}" for end in (".pt", ".npy", ".bn.safetensors")
     )
-    # Through temporary files, so that a link of such a name in the folder is replaced and not followed.
+    # Through temporary files, so that a link of such a name in the folder is replaced and not
+    # followed.
     with write_atomically(source, overwrite=True) as temporary:
         torch.save(model.state_dict(), temporary)
     with write_atomically(data, overwrite=True) as temporary, temporary.open("wb") as file:

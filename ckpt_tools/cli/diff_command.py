@@ -20,17 +20,17 @@ from ckpt_tools.plain_text import one_line
     type=click.Choice(["auto", "variance", "mean+variance", "init", "nothing", "any"]),
     default="auto",
     show_default=True,
-    help="What may differ: values of running_var; of running_mean too; the weights that AFTER, an output of "
-    "init-rewrite, lists as rewritten, and biases that became 0; nothing; anything. auto: what AFTER says of "
-    "itself, else variance.",
+    help="What may differ: values of running_var; of running_mean too; the weights that AFTER, "
+    "an output of init-rewrite, lists as rewritten, and biases that became 0; nothing; anything. "
+    "auto: what AFTER says of itself, else variance.",
 )
 @options.weights
 @options.as_json
 def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_json: bool) -> None:
     """Compare two checkpoints bit by bit; exit 4 if anything differs that should not.
 
-    Wrapper prefixes are removed from the keys. Where AFTER is an output of ckpt-fix, the weights of BEFORE
-    that it was made from are compared.
+    Wrapper prefixes are removed from the keys. Where AFTER is an output of ckpt-fix, the weights of
+    BEFORE that it was made from are compared.
 
     \b
         ckpt-fix diff model.pt model.bn.safetensors
@@ -51,5 +51,6 @@ def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_j
     if violations:
         names = ", ".join(map(one_line, violations[:3])) + (", …" if len(violations) > 3 else "")
         raise CheckFailed(
-            f"{after}: {len(violations)} of its tensors should be as in {before} and are not: {names}."
+            f"{after}: {len(violations)} of its tensors should be as in {before} and are not: "
+            f"{names}."
         )

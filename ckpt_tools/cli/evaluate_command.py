@@ -21,10 +21,11 @@ if TYPE_CHECKING:  # it imports torch
     "--data",
     required=True,
     metavar="SPEC",
-    help="Labelled data: a folder with a subfolder of images for every class, an .npz/.pt/.safetensors file "
-    "with images and labels, WebDataset shards with .cls members, the URL of one of these (s3:// gs:// hf:// "
-    "http://), cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR (their test split), or package.module:callable "
-    "that yields (inputs, labels) (your code is imported and run).",
+    help="Labelled data: a folder with a subfolder of images for every class, an "
+    ".npz/.pt/.safetensors file with images and labels, WebDataset shards with .cls members, the "
+    "URL of one of these (s3:// gs:// hf:// http://), cifar10:DIR, cifar100:DIR, svhn:DIR, "
+    "mnist:DIR (their test split), or package.module:callable that yields (inputs, labels) (your "
+    "code is imported and run).",
 )
 @click.option(
     "--before", type=options.path, metavar="OTHER", help="A second checkpoint, to compare with."
@@ -39,9 +40,10 @@ if TYPE_CHECKING:  # it imports torch
 def evaluate(request: EvaluationRequest, as_json: bool, quiet: bool) -> None:
     """Error, NLL and calibration of CHECKPOINT on labelled data, with standard errors.
 
-    Nothing is written. Top-1 and top-5 error in percent, NLL in nats an image, expected calibration error
-    (ECE, 15 bins) in percent. With --before both checkpoints see the same images, and the change carries a
-    paired standard error. A gate that is not passed ends with exit code 4, after the table.
+    Nothing is written. Top-1 and top-5 error in percent, NLL in nats an image, expected calibration
+    error (ECE, 15 bins) in percent. With --before both checkpoints see the same images, and the
+    change carries a paired standard error. A gate that is not passed ends with exit code 4, after
+    the table.
 
     \b
         ckpt-fix evaluate model.pt --data val/

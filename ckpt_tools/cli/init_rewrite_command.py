@@ -1,4 +1,6 @@
-"""``ckpt-fix init-rewrite``: weights of a fresh model, corrected for dropout and for the nonlinearity."""
+"""``ckpt-fix init-rewrite``: weights of a fresh model, corrected for dropout and for the
+nonlinearity.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,17 @@ if TYPE_CHECKING:  # it imports torch
     type=click.Choice(get_args(Scheme)),
     default="hypersphere",
     show_default=True,
-    help="What is scaled: each unit's weights on the unit sphere; orthonormal ones; the uniform distribution "
-    "of Xavier or the normal one of He, generalised to any nonlinearity and drop rate.",
+    help="What is scaled: each unit's weights on the unit sphere; orthonormal ones; the uniform "
+    "distribution of Xavier or the normal one of He, generalised to any nonlinearity and drop "
+    "rate.",
 )
 @click.option(
     "--rule",
     type=click.Choice(get_args(InitRule)),
     default="paper",
     show_default=True,
-    help="paper: by the neighbours of each layer. propagated: by second moments carried through the whole "
-    "graph, so that every pre-activation has variance 1.",
+    help="paper: by the neighbours of each layer. propagated: by second moments carried through "
+    "the whole graph, so that every pre-activation has variance 1.",
 )
 @click.option(
     "--backward-term",
@@ -55,8 +58,8 @@ if TYPE_CHECKING:  # it imports torch
     type=click.Choice(get_args(BackwardFactor)),
     default="paper",
     show_default=True,
-    help="paper: keep·E[f'²]. inverted: E[f'²]/keep, which is what inverted dropout (that of torch) does to "
-    "errors.",
+    help="paper: keep·E[f'²]. inverted: E[f'²]/keep, which is what inverted dropout (that of "
+    "torch) does to errors.",
 )
 @options.seed(help="Of the new weights, and without a checkpoint of all other values.")
 @click.option(
@@ -65,7 +68,8 @@ if TYPE_CHECKING:  # it imports torch
 @click.option(
     "--verify",
     is_flag=True,
-    help="Measure before and after, in training mode: the variance of every layer's output and error signal.",
+    help="Measure before and after, in training mode: the variance of every layer's output and "
+    "error signal.",
 )
 @click.option(
     "--data",
@@ -89,18 +93,19 @@ if TYPE_CHECKING:  # it imports torch
     "--report",
     type=options.path,
     metavar="FILE",
-    help="Verify, and draw the distributions as .png, .svg or .pdf. An earlier picture is replaced, no other "
-    "file is.",
+    help="Verify, and draw the distributions as .png, .svg or .pdf. An earlier picture is "
+    "replaced, no other file is.",
 )
 @options.preprocessing
 @options.pack("request", "ckpt_tools.jobs.initialization", "InitRequest")
 @options.as_json
 def init_rewrite(request: InitRequest, as_json: bool) -> None:
-    """Give a model's weights an initialisation that is corrected for dropout and for the nonlinearity.
+    """Give a model's weights an initialisation that is corrected for dropout and for the
+    nonlinearity.
 
-    The model is a fresh CHECKPOINT, or an architecture as its library initialises it. A new safetensors
-    file is written in which the weights of linear layers and convolutions are new and their biases 0; all
-    else stays.
+    The model is a fresh CHECKPOINT, or an architecture as its library initialises it. A new
+    safetensors file is written in which the weights of linear layers and convolutions are new and
+    their biases 0; all else stays.
 
     \b
         ckpt-fix init-rewrite --arch timm:vgg16_bn --model-kwargs drop_rate=0.5 -o init.safetensors
@@ -120,7 +125,9 @@ def init_rewrite(request: InitRequest, as_json: bool) -> None:
 
 
 def _make_figure_writer(request: InitRequest) -> SignalsCallback | None:
-    """A function that draws the signals, if a picture is wanted and after a check that it can be drawn."""
+    """A function that draws the signals, if a picture is wanted and after a check that it can be
+    drawn.
+    """
     report = request.report
     if report is None:
         return None

@@ -32,10 +32,10 @@ if TYPE_CHECKING:  # it imports torch
 def inspect(request: InspectRequest, everything: bool, as_json: bool) -> None:
     """Show what CHECKPOINT, or an architecture, is and what bn-reestimate would do with it.
 
-    Nothing is written. The page tells the file's format and what is inside, the architecture and who says
-    so, the input and its preprocessing, dropout sites with their rates, BatchNorm layers, which lie behind
-    which site, and the command to run. Where the architecture cannot be told, it ends with what is known of
-    the file (exit code 1).
+    Nothing is written. The page tells the file's format and what is inside, the architecture and
+    who says so, the input and its preprocessing, dropout sites with their rates, BatchNorm layers,
+    which lie behind which site, and the command to run. Where the architecture cannot be told, it
+    ends with what is known of the file (exit code 1).
 
     \b
         ckpt-fix inspect model.pt

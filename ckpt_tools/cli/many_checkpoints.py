@@ -67,8 +67,8 @@ options = combine_options(
     click.option(
         "--output-dir",
         type=path,
-        help="For several checkpoints: where outputs go, laid out as the checkpoints are. Default: beside "
-        "each.",
+        help="For several checkpoints: where outputs go, laid out as the checkpoints are. "
+        "Default: beside each.",
     ),
     click.option(
         "--include",
@@ -82,28 +82,28 @@ options = combine_options(
     click.option(
         "--manifest",
         type=path,
-        help=f"For several checkpoints: one line of JSON for each. Default: {_MANIFEST} in --output-dir, "
-        "else in the folder that was given.",
+        help=f"For several checkpoints: one line of JSON for each. Default: {_MANIFEST} in "
+        "--output-dir, else in the folder that was given.",
     ),
     click.option(
         "--engine",
         type=click.Choice(["local", "ray"]),
         default=FolderOptions.engine,
         show_default=True,
-        help="What works on the checkpoints: this process, or the workers of a Ray cluster (extra `ray`), on "
-        "which ckpt-tools is installed and all paths mean the same.",
+        help="What works on the checkpoints: this process, or the workers of a Ray cluster "
+        "(extra `ray`), on which ckpt-tools is installed and all paths mean the same.",
     ),
     click.option(
         "--ray-address",
         metavar="HOST:PORT",
-        help="Of the cluster's head; auto: one that runs on this machine. Default: RAY_ADDRESS, else Ray is "
-        "started on this machine for the run.",
+        help="Of the cluster's head; auto: one that runs on this machine. Default: RAY_ADDRESS, "
+        "else Ray is started on this machine for the run.",
     ),
     click.option(
         "--ray-cpus",
         type=click.IntRange(min=1),
-        help="CPUs, and threads, of a Ray task. Default: 8, or what the smallest node has for each of its "
-        "GPUs.",
+        help="CPUs, and threads, of a Ray task. Default: 8, or what the smallest node has for "
+        "each of its GPUs.",
     ),
 )
 
@@ -134,7 +134,8 @@ def reestimate_checkpoints(
     engine = folder.make_engine()
     if os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         raise UsageError(
-            "torchrun shares one checkpoint among processes, not several. Run a folder in one process."
+            "torchrun shares one checkpoint among processes, not several. Run a folder in one "
+            "process."
         )
     if request.output is not None:
         raise UsageError(
@@ -177,7 +178,8 @@ def _run_engine(
 ) -> list[Record]:
     """Run the engine on all items, and write each record into the manifest as it comes.
 
-    Returns the records in the order of the items. An engine hands them over in the order of their ends.
+    Returns the records in the order of the items. An engine hands them over in the order of their
+    ends.
     """
     from ckpt_tools.report.records.manifest import make_record
 
@@ -230,7 +232,10 @@ def _remove_copies(item: CheckpointItem) -> None:
 
 
 def _raise_failures(records: Sequence[Record], manifest: Path) -> None:
-    """Raise CheckFailed if only checks failed, CkptToolsError for other failures, or NothingToDo."""
+    """Raise CheckFailed if only checks failed, CkptToolsError for any other failure.
+
+    Raises NothingToDo if there was nothing to do in any checkpoint.
+    """
     failures = [record for record in records if record["status"] == "failed"]
     if failures:
         only_checks = {record["exit_code"] for record in failures} == {CheckFailed.exit_code}
@@ -243,14 +248,18 @@ def _raise_failures(records: Sequence[Record], manifest: Path) -> None:
 
 
 def _default_manifest(paths: Sequence[Path], output_dir: Path | None) -> Path:
-    """In the folder of the outputs; without one in the folder that was given, else in the current one."""
+    """In the folder of the outputs; without one in the folder that was given, else in the current
+    one.
+    """
     if output_dir is None and len(paths) == 1 and paths[0].is_dir() and may_write_beside(paths[0]):
         return paths[0] / _MANIFEST
     return (output_dir or Path()) / _MANIFEST
 
 
 class _FolderBars:
-    """Two bars on stderr: checkpoints that have come to an end, and the images of the running group."""
+    """Two bars on stderr: checkpoints that have come to an end, and the images of the running
+    group.
+    """
 
     def __init__(self, total: int, *, hidden: bool) -> None:
         self._hidden = hidden

@@ -1,7 +1,7 @@
 """Options that several commands share, in groups; a command gets each group as one dataclass.
 
-The dataclasses belong to the jobs, whose modules import torch. So each is imported when a command runs, and
-not before: ``ckpt-fix --help`` needs no torch.
+The dataclasses belong to the jobs, whose modules import torch. So each is imported when a command
+runs, and not before: ``ckpt-fix --help`` needs no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class _Location(click.Path):
         return super().convert(value, param, ctx)
 
 
-# click shall not check permissions: the reader's message says more about a file that cannot be read.
+# click shall not check permissions: the reader's message says more about a file that cannot be
+# read.
 path = _Location(path_type=Path, readable=False)
 
 
@@ -71,10 +72,12 @@ def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command
 
 
 def pack(parameter: str, module: str, name: str) -> Callable[[Command], Command]:
-    """Give a command the values of several options as one object, the dataclass ``name`` of a module.
+    """Give a command the values of several options as one object, the dataclass ``name`` of a
+    module.
 
-    The fields of the dataclass name the options. ``parameter`` is what the command calls the object. A field
-    that is a dataclass itself is packed by a decorator further up, which runs first.
+    The fields of the dataclass name the options. ``parameter`` is what the command calls the
+    object. A field that is a dataclass itself is packed by a decorator further up, which runs
+    first.
     """
 
     def decorate(command: Command) -> Command:
@@ -95,13 +98,14 @@ weights = combine_options(
         metavar="auto|model|ema|ENTRY",
         default="auto",
         show_default=True,
-        help="Which weights of a checkpoint that holds several sets; auto takes EMA weights where there are "
-        "some.",
+        help="Which weights of a checkpoint that holds several sets; auto takes EMA weights "
+        "where there are some.",
     ),
     click.option(
         "--trust",
         is_flag=True,
-        help="Load a pickle that needs code. Whoever made the file can then run anything on this machine.",
+        help="Load a pickle that needs code. Whoever made the file can then run anything on this "
+        "machine.",
     ),
 )
 
@@ -111,16 +115,16 @@ model = combine_options(
         "--arch",
         "architecture",
         metavar="NAME",
-        help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory (your code is "
-        "imported and run). Not needed where the checkpoint names it.",
+        help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory (your "
+        "code is imported and run). Not needed where the checkpoint names it.",
     ),
     click.option(
         "--model-kwargs",
         multiple=True,
         metavar="K=V",
         callback=lambda context, parameter, pairs: parse_model_kwargs(pairs),
-        help="Keyword argument of the architecture, repeatable; drop rates of the training run go here: "
-        "drop_rate=0.2.",
+        help="Keyword argument of the architecture, repeatable; drop rates of the training run "
+        "go here: drop_rate=0.2.",
     ),
     weights,
 )
@@ -131,7 +135,8 @@ evaluation = combine_options(
         "--class-map",
         type=path,
         metavar="FILE",
-        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name a line in '
+        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name '
+        "a line in "
         "the head's order. Default: the folders in alphabetical order.",
     ),
     click.option(
@@ -143,9 +148,10 @@ evaluation = combine_options(
     click.option(
         "--gate",
         metavar="EXPR",
-        help="What must hold, or exit code 4: 'error <= before + 0.1 and ece <= 5'. Metrics: error, "
-        "error5, ece (percent, so 0.1 is a tenth of a point), nll (nats), without temperature. Comparisons: "
-        "< <= > >=. Sums of numbers, before (the same metric) and before.nll, with + - * and brackets.",
+        help="What must hold, or exit code 4: 'error <= before + 0.1 and ece <= 5'. Metrics: "
+        "error, error5, ece (percent, so 0.1 is a tenth of a point), nll (nats), without "
+        "temperature. Comparisons: < <= > >=. Sums of numbers, before (the same metric) and "
+        "before.nll, with + - * and brackets.",
     ),
 )
 
@@ -224,7 +230,7 @@ reports = click.option(
     type=path,
     multiple=True,
     metavar="FILE",
-    help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI summary (.md) or "
-    "the facts (.json). Repeatable. An earlier report that nobody has changed is replaced, no other file is, "
-    "not even with --overwrite.",
+    help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI "
+    "summary (.md) or the facts (.json). Repeatable. An earlier report that nobody has changed "
+    "is replaced, no other file is, not even with --overwrite.",
 )

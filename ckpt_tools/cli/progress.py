@@ -1,4 +1,4 @@
-"""Progress bars: samples a second, time left, and of a re-estimation how sure the result is so far."""
+"""Progress bars: samples a second, time left, and how sure a re-estimation is so far."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class ReestimationBar:
 
 
 class EvaluationBar:
-    """A tqdm bar on stderr for every model that is evaluated; call it with which one and its images so far."""
+    """A tqdm bar on stderr for every model that is evaluated; call it with which one and its images
+    so far.
+    """
 
     def __init__(self, total: int | None, *, hidden: bool) -> None:
         self._total, self._hidden = total, hidden
@@ -76,7 +78,9 @@ class EvaluationBar:
 
 @contextlib.contextmanager
 def transfer_bar(url: str, size: int | None) -> Iterator[Callable[[int], object]]:
-    """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a second."""
+    """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a
+    second.
+    """
     hidden = not unguarded_stderr().isatty()
     with progress_bar(
         url, size, unit="B", unit_scale=True, delay=1, leave=False, hidden=hidden
@@ -97,8 +101,8 @@ def progress_bar(
 ) -> tqdm[Never]:
     """Begin a tqdm bar on standard error; the arguments are those of tqdm, but for ``hidden``.
 
-    It goes around the gate, since it moves the cursor. CI runners take what follows a carriage return for a
-    new line, so the name is made harmless here.
+    It goes around the gate, since it moves the cursor. CI runners take what follows a carriage
+    return for a new line, so the name is made harmless here.
     """
     stream = unguarded_stderr()
     return tqdm(

@@ -16,9 +16,9 @@ from ckpt_tools.data.decoder_warnings import silence_decoder_warnings
 from ckpt_tools.data.device_transfer import prefetch_to_device
 from ckpt_tools.data.prefetch import ReadTimeoutError, read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes
+from ckpt_tools.data.sample_order import Reading, balanced_batch_sizes
 from ckpt_tools.data.user_errors import describe_error
-from ckpt_tools.errors import DataError, RemoteError, UsageError
+from ckpt_tools.errors import DataError, RemoteError
 
 __all__ = [
     "Batch",
@@ -105,38 +105,35 @@ class IndexedStream:
     """Batches from samples that have a number: files in a folder, rows of an array.
 
     n samples at batch size b come as ⌈n/b⌉ batches whose sizes differ by at most one, less the samples that
-    were skipped. Of these, the ``share`` of this process is read; ``count`` is that of all. ``finish`` turns what was
-    read into float32, on ``device``. What one pass has decoded, a ``cache`` keeps for the next. Iterate one pass at
-    a time.
+    were skipped. Of these, the share of this process is read; ``count`` is that of all. ``finish`` turns what was
+    read into float32, on the device. What one pass has decoded, a ``cache`` keeps for the next; if ``reading`` asks
+    for one, it need not be given. Iterate one pass at a time.
     """
 
     def __init__(
         self,
         samples: Samples,
         order: Tensor,
+        reading: Reading,
         *,
         name: str,
         transform: str,
         finish: Callable[[Tensor], Tensor],
-        batch_size: int,
-        workers: int,
         cache: PixelCache | None = None,
-        device: str | torch.device = "cpu",
-        share: Share = FULL_SHARE,
     ) -> None:
-        if workers < 0:
-            raise UsageError(f"--workers is {workers}. Give 0 to read in this thread, or more.")
         self.count = len(order)
         self.transform = transform
         self._samples, self._order = samples, order
         self._name = name
         self._finish = finish
-        self._sizes = balanced_batch_sizes(len(order), batch_size)
+        self._sizes = balanced_batch_sizes(len(order), reading.batch_size)
         self._ends = list(itertools.accumulate(self._sizes))
-        self._numbers = share.select_items(range(len(self._sizes)))
-        self._workers = workers
+        self._numbers = reading.share.select_items(range(len(self._sizes)))
+        self._workers = reading.worker_count
+        if cache is None and reading.cached:
+            cache = PixelCache()
         self._cache = cache
-        self._device = torch.device(device)
+        self._device = torch.device(reading.device)
         self._skipped: dict[int, SkippedSample] = {}
         self._given: list[int] = []  # numbers of the batches of this pass that were not skipped as a whole
         self._passed = False

@@ -1,4 +1,6 @@
-"""Conversion from file to file: a checkpoint of any format, as one safetensors file of the same tensors."""
+"""Conversion from file to file: a checkpoint of any format, as one safetensors file of the same
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from ckpt_tools.storage.reading import read_checkpoint
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """Everything the user asks of a conversion. ``output`` None: NAME.safetensors beside the checkpoint."""
+    """Everything the user asks of a conversion.
+
+    ``output`` None: NAME.safetensors beside the checkpoint.
+    """
 
     checkpoint: Path
     output: Path | None = None
@@ -43,8 +48,8 @@ class Conversion:
 def convert_checkpoint(request: ConvertRequest) -> Conversion:
     """Write one state dict of a checkpoint as a safetensors file.
 
-    Every tensor comes out bit for bit, in the same order. Wrapper prefixes are removed from the keys.
-    Raises any CkptToolsError; then no output is left behind.
+    Every tensor comes out bit for bit, in the same order. Wrapper prefixes are removed from the
+    keys. Raises any CkptToolsError; then no output is left behind.
     """
     output = request.output or _default_copy_path(request.checkpoint)
     check_output(output, request.checkpoint, overwrite=request.overwrite)
@@ -57,7 +62,9 @@ def convert_checkpoint(request: ConvertRequest) -> Conversion:
 
 
 def keys_sharing_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
-    """Groups of keys whose tensors lie in the same memory, wholly or in part, in the order of the keys."""
+    """Groups of keys whose tensors lie in the same memory, wholly or in part, in the order of the
+    keys.
+    """
     order = {key: position for position, key in enumerate(tensors)}
     extents = sorted(
         (tensor.data_ptr(), _end_address(tensor), key)

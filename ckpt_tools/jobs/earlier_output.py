@@ -1,4 +1,4 @@
-"""Whether an earlier run has written an output already, and whether it is still what was written."""
+"""Recognises the output of an earlier run, and whether it is still what was written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ __all__ = ["DamagedOutput", "EarlierOutput", "find_earlier_output"]
 
 @dataclass(frozen=True)
 class EarlierOutput:
-    """What an output was made of, and with which settings; ``file`` is its digest, where that is known."""
+    """What an output was made of, and with which settings; ``file`` is its digest, where that is
+    known.
+    """
 
     source_sha256: str
     settings: str
@@ -38,14 +40,16 @@ class DamagedOutput:
 def find_earlier_output(
     output: Path, request: Request, in_manifest: EarlierOutput | None
 ) -> EarlierOutput | DamagedOutput | None:
-    """The output of an earlier run with the same checkpoint and settings, whole or damaged; else None.
+    """The output of an earlier run with the same checkpoint and settings, whole or damaged; else
+    None.
 
-    An output counts as whole if its data has the SHA-256 that the output itself holds, and its file the
-    one that the manifest holds, if the manifest tells of this output. The header of a damaged one shows
-    that it is this tool's own, which is why it may be replaced. Any other file that has the output's name
-    is left to --overwrite.
+    An output counts as whole if its data has the SHA-256 that the output itself holds, and its file
+    the one that the manifest holds, if the manifest tells of this output. The header of a damaged
+    one shows that it is this tool's own, which is why it may be replaced. Any other file that has
+    the output's name is left to --overwrite.
 
-    Raises OutputError for an output of version 0.1.0, which holds no digests; CheckpointError, RemoteError.
+    Raises OutputError for an output of version 0.1.0, which holds no digests; CheckpointError,
+    RemoteError.
     """
     entry = None if request.overwrite else read_provenance_entry(output)
     if entry is None or entry.get("settings") != request.settings_digest():
@@ -57,8 +61,8 @@ def find_earlier_output(
     if seal is None:
         raise OutputError(
             f"{output}: expected an output that holds its own SHA-256, found one of version "
-            f"{entry['version']}, which cannot prove to be whole. Pass --overwrite to make it again, or "
-            "give another --output-dir."
+            f"{entry['version']}, which cannot prove to be whole. Pass --overwrite to make it "
+            "again, or give another --output-dir."
         )
     try:
         stamp = stamp_file(output)
@@ -68,7 +72,8 @@ def find_earlier_output(
             f"{output}: expected to compare it with what was written, found that it cannot be read "
             f"({error.strerror}). Check its permissions, or pass --overwrite to make it again."
         ) from error
-    # A record of an output that was made of other bytes, or with other settings, says nothing of this one.
+    # A record of an output that was made of other bytes, or with other settings, says nothing of
+    # this one.
     recorded_file = None
     if in_manifest is not None and replace(in_manifest, file=None) == expected:
         recorded_file = in_manifest.file

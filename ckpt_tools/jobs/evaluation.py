@@ -1,4 +1,4 @@
-"""Evaluation of one checkpoint, or of two on the same images: metrics and a gate, nothing written."""
+"""Evaluation of a checkpoint, or of two on the same images: metrics and a gate, no output."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.evaluate.scores import Metrics, compute_metrics
 from ckpt_tools.evaluate.validation import (
     EvaluationSettings,
@@ -29,7 +30,10 @@ from ckpt_tools.walker.downstream import walk
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Everything the user asks of an evaluation. ``before``: a second checkpoint, to compare with."""
+    """Everything the user asks of an evaluation.
+
+    ``before``: a second checkpoint, to compare with.
+    """
 
     checkpoint: Path
     data: str
@@ -51,7 +55,9 @@ class EvaluatedCheckpoint:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """The checkpoints that are going to be evaluated, loaded and checked, and the device to run them on."""
+    """The checkpoints that are going to be evaluated, loaded and checked, and the device to run
+    them on.
+    """
 
     request: EvaluationRequest
     after: EvaluatedCheckpoint
@@ -126,12 +132,12 @@ def execute_evaluation(
 def _load_for_evaluation(
     path: Path, settings: EvaluationSettings, request: EvaluationRequest, device: str
 ) -> EvaluatedCheckpoint:
-    reading = request.reading
-    source = open_source(request.data, limit=reading.limit, seed=reading.seed, split="test")
+    options = request.reading
+    source = open_source(request.data, limit=options.limit, seed=options.seed, split="test")
     checkpoint = read_checkpoint(path, weights=request.model.weights, trust=request.model.trust)
     loaded = recognise_architecture(checkpoint, request.model, source, request.preprocessing).loaded
     assert loaded.checkpoint is not None
-    batch_size = reading.batch_size
+    batch_size = options.batch_size
     if batch_size is None:
         example = _example_batch(source, settings, loaded, request.preprocessing)
         batch_size = fitting_batch_size(walk(loaded.model, example).bytes_per_sample, device)
@@ -140,10 +146,8 @@ def _load_for_evaluation(
         source,
         loaded,
         request.preprocessing,
-        batch_size=batch_size,
-        workers=reading.workers,
-        device=device,
-        seed=reading.seed,
+        Reading(batch_size, options.workers, device=device),
+        seed=options.seed,
     )
     return EvaluatedCheckpoint(loaded.checkpoint, loaded, validation)
 
@@ -154,11 +158,13 @@ def _example_batch(
     loaded: LoadedModel,
     preprocessing: Preprocessing,
 ) -> object:
-    """A batch to walk the model with: zeros of the input's shape, else the first inputs of the data."""
+    """A batch to walk the model with: zeros of the input's shape, else the first inputs of the
+    data.
+    """
     spec = resolve_input_spec(loaded.input_spec, preprocessing, source)
     if spec is not None:
         return example_input(spec, source)
-    labelled = labelled_batches(source, None, class_map=settings.class_map, batch_size=2, workers=0)
+    labelled = labelled_batches(source, None, Reading(2, workers=0), class_map=settings.class_map)
     inputs, _ = next(iter(labelled))
     return inputs
 

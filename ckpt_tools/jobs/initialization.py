@@ -1,4 +1,6 @@
-"""Initialisation from file to file: new weights for a fresh checkpoint, or for an architecture alone."""
+"""Initialisation from file to file: new weights for a fresh checkpoint, or for an architecture
+alone.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ SignalsCallback = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], N
 class InitRequest:
     """Everything the user asks of an initialisation.
 
-    Without ``checkpoint``, an architecture and ``output`` are needed. ``samples`` and ``device`` concern
-    the verification: new weights are made on the CPU, so that they are the same everywhere.
+    Without ``checkpoint``, an architecture and ``output`` are needed. ``samples`` and ``device``
+    concern the verification: new weights are made on the CPU, so that they are the same everywhere.
     """
 
     checkpoint: Path | None = None
@@ -88,10 +90,10 @@ class InitOutcome:
 def initialize_checkpoint(request: InitRequest, draw: SignalsCallback | None = None) -> InitOutcome:
     """Give a model new weights by the rule and write it as a safetensors file.
 
-    From a checkpoint file, every tensor but the new ones comes out bit for bit. From an architecture
-    alone, all other tensors have the library's own initialisation under ``request.seed``. ``draw`` is
-    called with the signals before and after, just before the output is written. Raises any
-    CkptToolsError; then nothing is written.
+    From a checkpoint file, every tensor but the new ones comes out bit for bit. From an
+    architecture alone, all other tensors have the library's own initialisation under
+    ``request.seed``. ``draw`` is called with the signals before and after, just before the output
+    is written. Raises any CkptToolsError; then nothing is written.
     """
     output = _choose_output(request)
     loaded, example, trial = _prepare_model(request)
@@ -118,8 +120,8 @@ def initialize_checkpoint(request: InitRequest, draw: SignalsCallback | None = N
 def refuse_trained_checkpoint(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckFailed for a state dict whose BatchNorm layers have seen data.
 
-    Their counters tell, and where a file has none, running means that have moved away from zero. New
-    weights would throw the training away.
+    Their counters tell, and where a file has none, running means that have moved away from zero.
+    New weights would throw the training away.
     """
 
     def select(name: str) -> dict[str, Tensor]:
@@ -129,14 +131,17 @@ def refuse_trained_checkpoint(tensors: Mapping[str, Tensor]) -> None:
         if bool(tensor.any()):
             largest = float(tensor.reshape(-1)[tensor.abs().argmax()])
             raise CheckFailed(
-                f"{key}: expected 0 in a fresh checkpoint, found {largest:g}: this model was trained, "
-                "and new weights would throw that away. Give a fresh checkpoint, or --arch alone; "
-                "--force rewrites it all the same."
+                f"{key}: expected 0 in a fresh checkpoint, found {largest:g}: this model was "
+                "trained, and new weights would throw that away. Give a fresh checkpoint, or "
+                "--arch alone; --force rewrites it all the same."
             )
 
 
 def _choose_output(request: InitRequest) -> Path:
-    """Where the output goes, after a check that it may be written. Raises UsageError, OutputError."""
+    """Where the output goes, after a check that it may be written.
+
+    Raises UsageError, OutputError.
+    """
     if request.checkpoint is None and request.model.architecture is None:
         raise UsageError("Give a fresh checkpoint, or an architecture with --arch.")
     if request.checkpoint is not None:
@@ -196,9 +201,9 @@ def _load_fresh_model(request: InitRequest) -> LoadedModel:
     loaded = identify_model(checkpoint, request.model.architecture, request.model.model_kwargs)
     if loaded.as_built:
         raise ArchitectureError(
-            f"{request.checkpoint}: expected every weight of {loaded.recipe.architecture}, found another "
-            f"head under {', '.join(loaded.as_built)}, which would keep its old weights. Name what builds "
-            "your model: --arch package.module:factory."
+            f"{request.checkpoint}: expected every weight of {loaded.recipe.architecture}, found "
+            f"another head under {', '.join(loaded.as_built)}, which would keep its old weights. "
+            "Name what builds your model: --arch package.module:factory."
         )
     return loaded
 
@@ -226,8 +231,9 @@ def write_initialized(
 ) -> OutputDigests:
     """Write a model whose weights were rewritten.
 
-    With a checkpoint, the file holds its tensors in their dtypes, the new ones in the place of the old;
-    without one, the state dict as it stands, and the source's digest is empty. Raises OutputError.
+    With a checkpoint, the file holds its tensors in their dtypes, the new ones in the place of the
+    old; without one, the state dict as it stands, and the source's digest is empty. Raises
+    OutputError.
     """
     values = unwrap_model(loaded.model).state_dict()
     state = {key: value for key, value in values.items() if isinstance(value, Tensor)}

@@ -1,4 +1,6 @@
-"""Looking at a checkpoint or an architecture without data: what is in it, and what a re-estimation would do."""
+"""Looking at a checkpoint or an architecture without data: what is in it, and what a re-estimation
+would do.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ class TensorTotals:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What ``bn-reestimate`` would do: the layers that it would rewrite, its control layers, and why.
+    """What ``bn-reestimate`` would do: the layers that it would rewrite, its control layers, and
+    why.
 
     If there is nothing to rewrite, it would end with exit code 3, for the reason in ``why``.
     """
@@ -59,8 +62,8 @@ class Inspection:
     """What a checkpoint or an architecture is, as far as it could be told.
 
     ``loaded``, ``walk`` and ``prospect`` are None where ``error`` says why they are not known.
-    ``steps``: how many batches each BN layer has counted, by its name; None where the file does not say.
-    ``candidates``: the architectures, where several fit.
+    ``steps``: how many batches each BN layer has counted, by its name; None where the file does not
+    say. ``candidates``: the architectures, where several fit.
     """
 
     request: InspectRequest
@@ -105,7 +108,8 @@ def _inspect_architecture(request: InspectRequest) -> Inspection:
 
 def _inspect_file(request: InspectRequest, path: Path) -> Inspection:
     checkpoint = read_checkpoint(path, weights=request.model.weights, trust=request.model.trust)
-    # Without an architecture nothing tells parameters from buffers: all floats but running statistics.
+    # Without an architecture nothing tells parameters from buffers: all floats but running
+    # statistics.
     parameters = sum(
         tensor.numel()
         for key, tensor in checkpoint.tensors.items()
@@ -146,8 +150,8 @@ def _add_walk(inspection: Inspection) -> Inspection:
 def _add_error(inspection: Inspection, error: CkptToolsError) -> Inspection:
     """Record what stopped an inspection.
 
-    Where no architecture was found for a file without BatchNorm, that is no error: there is nothing to
-    do, whatever the architecture is.
+    Where no architecture was found for a file without BatchNorm, that is no error: there is nothing
+    to do, whatever the architecture is.
     """
     checkpoint = inspection.checkpoint
     assert checkpoint is not None
@@ -175,7 +179,8 @@ def _predict_reestimation(model_walk: Walk, checkpoint: Checkpoint, rates: Rates
 def _count_steps(model_walk: Walk, loaded: LoadedModel) -> dict[str, int | None]:
     """How many batches each BN layer has counted; None where the file does not say.
 
-    Where a file has no counters, a running mean that is all zero belongs to a layer that saw no batch.
+    Where a file has no counters, a running mean that is all zero belongs to a layer that saw no
+    batch.
     """
     if loaded.checkpoint is None:
         return {}

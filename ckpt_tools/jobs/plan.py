@@ -1,4 +1,6 @@
-"""The plan of a re-estimation: a checkpoint loaded and walked, its data found, all that can be checked in advance."""
+"""The plan of a re-estimation: a checkpoint loaded and walked, its data found, all that can be
+checked in advance.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.preprocessing import resolve_input_spec
-from ckpt_tools.data.sample_order import Share
+from ckpt_tools.data.sample_order import Reading, Share
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.distributed import ALONE, Ranks, Team
 from ckpt_tools.evaluate.validation import (
@@ -41,8 +43,8 @@ _FIRST_SAMPLES = 64  # that the check of the data looks at, in one batch
 class Plan:
     """What a re-estimation is going to do; it is shown before the first image is read.
 
-    ``look`` reads the first samples only, to see whether this is the training data. ``replaces`` is a
-    damaged output of an earlier run, in whose place the new one goes.
+    ``look`` reads the first samples only, to see whether this is the training data. ``replaces`` is
+    a damaged output of an earlier run, in whose place the new one goes.
     """
 
     request: Request
@@ -63,7 +65,10 @@ class Plan:
 
     @property
     def labelled_images(self) -> int | None:
-        """How many images the model is judged on; None if there are none, or only a pass can tell."""
+        """How many images the model is judged on.
+
+        None if there are none, or only a pass can tell.
+        """
         return None if self.validation is None else self.validation.stream.count
 
     @property
@@ -98,9 +103,10 @@ def prepare_reestimation(
 ) -> Plan:
     """Load, walk and check everything that can be checked before data is read.
 
-    Every rank of a team gets the same plan. ``sources``: the data, if it is open already. ``walks``:
-    those of earlier checkpoints of this run. ``replaces``: a damaged output of an earlier run, which
-    may be replaced. Raises any CkptToolsError, on all ranks if on one; nothing is written.
+    Every rank of a team gets the same plan. ``sources``: the data, if it is open already.
+    ``walks``: those of earlier checkpoints of this run. ``replaces``: a damaged output of an
+    earlier run, which may be replaced. Raises any CkptToolsError, on all ranks if on one; nothing
+    is written.
     """
     plan = team.each(
         lambda: _prepare_on_rank(request, sources, team, walks or WalkCache(), replaces)
@@ -114,7 +120,8 @@ def prepare_reestimation(
 
 
 def parse_evaluation_request(request: Request) -> EvaluationSettings | None:
-    """What is asked of the labelled data, checked without reading it; None if there is no such data.
+    """What is asked of the labelled data, checked without reading it; None if there is no such
+    data.
 
     Raises UsageError, DataError for a class map that cannot be read, CkptToolsError if torchmetrics
     is missing.
@@ -128,7 +135,8 @@ def parse_evaluation_request(request: Request) -> EvaluationSettings | None:
 def choose_device(request: Request, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
     """The device of a rank.
 
-    Raises UsageError, or ModelError if it is not there or cannot compute in the precision of the method.
+    Raises UsageError, or ModelError if it is not there or cannot compute in the precision of the
+    method.
     """
     device = resolve_device(request.reading.device, ranks)
     check_precision(request.method.precision, torch.device(device))
@@ -182,7 +190,7 @@ def _prepare_on_rank(
         batch_size=batch_size,
         device=device,
         output=output,
-        look=source.batches(spec, batch_size=_FIRST_SAMPLES, workers=0, cached=True),
+        look=source.batches(spec, Reading(_FIRST_SAMPLES, workers=0, cached=True)),
         team=team,
         replaces=replaces,
     )
@@ -199,26 +207,25 @@ def _open_stream(
     device: str,
     team: Team,
 ) -> BatchStream:
-    return source.batches(
-        spec,
-        batch_size=batch_size,
-        workers=request.reading.workers,
+    reading = Reading(
+        batch_size,
+        request.reading.workers,
         cached=request.method.reads_data_repeatedly,
         device=device,
         share=Share(team.rank, team.world),
     )
+    return source.batches(spec, reading)
 
 
 def _open_validation(plan: Plan, evaluation: EvaluationSettings, labelled: Source) -> Validation:
-    reading = plan.request.reading
+    options = plan.request.reading
+    # The data is read twice: before and after.
+    reading = Reading(plan.batch_size, options.workers, cached=True, device=plan.device)
     return open_validation(
         evaluation,
         labelled,
         plan.loaded_model,
         plan.request.preprocessing,
-        batch_size=plan.batch_size,
-        workers=reading.workers,
-        device=plan.device,
-        seed=reading.seed,
-        cached=True,  # it is read twice: before and after
+        reading,
+        seed=options.seed,
     )

@@ -1,4 +1,4 @@
-"""Which architecture a checkpoint holds: of several that fit its keys, the one that the data fits."""
+"""Recognises the architecture of a checkpoint; where several fit its keys, the data decides."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.diagnosis.agreement import Agreement, best_candidate, measure_agreement
 from ckpt_tools.errors import AmbiguousArchitecture
 from ckpt_tools.identify.candidate import Candidate, load_candidate
@@ -34,8 +35,8 @@ def recognise_architecture(
 ) -> Recognition:
     """Load the checkpoint into the architecture it belongs to.
 
-    Keys and shapes of the tensors come first; data is read only where several architectures fit them.
-    Raises AmbiguousArchitecture if neither the data nor the file's name decides.
+    Keys and shapes of the tensors come first; data is read only where several architectures fit
+    them. Raises AmbiguousArchitecture if neither the data nor the file's name decides.
     """
     candidates = find_candidates(checkpoint, choice.architecture, choice.model_kwargs)
     if len(candidates) == 1:
@@ -67,10 +68,10 @@ def _measure_agreement(
     loaded = load_candidate(checkpoint, candidate)
     spec = resolve_input_spec(loaded.input_spec, preprocessing, source)
     layers = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
-    batches = itertools.islice(source.batches(spec, batch_size=_BATCH_SIZE, workers=0), _BATCHES)
+    stream = source.batches(spec, Reading(_BATCH_SIZE, workers=0))
     return measure_agreement(
         loaded.model,
-        batches,
+        itertools.islice(stream, _BATCHES),
         layers,
         rates_known=loaded.rates != "unknown",
         normalise="batch",
@@ -84,8 +85,9 @@ def _ambiguity_message(checkpoint: Checkpoint, scores: Mapping[str, float | None
         for name, score in scores.items()
     ]
     return (
-        f"{checkpoint.path}: its tensors fit {len(scores)} architectures that differ in function, and "
-        "the data fits them about equally (distance from the stored BN statistics, 0 is perfect):\n  "
+        f"{checkpoint.path}: its tensors fit {len(scores)} architectures that differ in "
+        "function, and the data fits them about equally (distance from the stored BN "
+        "statistics, 0 is perfect):\n  "
         + "\n  ".join(lines)
         + f"\nChoose one, e.g. --arch {next(iter(scores))}."
     )

@@ -1,4 +1,4 @@
-"""Re-estimation from file to file: a checkpoint and training data in, a new safetensors file out."""
+"""Re-estimation from file to file: checkpoint and training data in, a safetensors file out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, replace_t
 
 @dataclass(frozen=True)
 class ReestimationOutcome:
-    """The result of a re-estimation: the verdict on the data, the new statistics, the file that was written.
+    """The result of a re-estimation: the verdict on the data, the new statistics, the file that was
+    written.
 
     The two digests tie the output to its source.
     """
@@ -48,8 +49,8 @@ def execute_reestimation(
     """Run the passes and write the output.
 
     Of a team, rank 0 looks at the data, judges and writes, and the others wait. ``evaluated`` is
-    called while the labelled data is read, with "before" or "after" and the number of images so far.
-    Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
+    called while the labelled data is read, with "before" or "after" and the number of images so
+    far. Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
     """
     if not plan.request.deterministic:
         return _run_and_write(plan, progress, evaluated)

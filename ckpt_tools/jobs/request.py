@@ -1,4 +1,6 @@
-"""What the user asks of a re-estimation, in groups that other jobs share, and a digest of the settings."""
+"""What the user asks of a re-estimation, in groups that other jobs share, and a digest of the
+settings.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,9 @@ class ModelChoice:
 class ReadingOptions:
     """Which samples are read, where the model runs, and how fast the samples get there.
 
-    ``limit`` None: all samples. ``device`` "auto": CUDA if there is one, else the CPU. ``batch_size`` None: as large
-    as memory allows, up to 512. ``workers`` None: one a core, up to 8.
+    ``limit`` None: all samples. ``device`` "auto": CUDA if there is one, else the CPU.
+    ``batch_size`` None: as large as memory allows, up to 512. ``workers`` None: one a core, up to
+    8.
     """
 
     limit: int | None = None
@@ -57,8 +60,9 @@ class EvaluationOptions:
 class Request:
     """Everything the user asks of a re-estimation.
 
-    ``output`` None: NAME.bn.safetensors beside the checkpoint. ``eval_data``: labelled data, to judge the model on
-    before and after. ``deterministic``: on CUDA, take only kernels that give the same bits every time.
+    ``output`` None: NAME.bn.safetensors beside the checkpoint. ``eval_data``: labelled data, to
+    judge the model on before and after. ``deterministic``: on CUDA, take only kernels that give the
+    same bits every time.
     """
 
     checkpoint: Path
@@ -74,9 +78,11 @@ class Request:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def settings_digest(self) -> str:
-        """A digest of all that decides the result, except for the checkpoint: equal for equal results.
+        """A digest of all that decides the result, except for the checkpoint: equal for equal
+        results.
 
-        Data counts by its place, a class map by its content. Raises DataError if the class map cannot be read.
+        Data counts by its place, a class map by its content. Raises DataError if the class map
+        cannot be read.
         """
         class_map = self.evaluation.class_map
         # Outputs of earlier versions hold this digest: flat names, whatever the groups are.
@@ -107,5 +113,6 @@ def _read_class_outputs(path: Path) -> object:
     return sorted(class_map.numbers.items()), class_map.outputs
 
 
-# What a result does not depend on. How a convolution is computed may change its last bits, and no more.
+# What a result does not depend on. How a convolution is computed may change its last bits, and no
+# more.
 _WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force"})

@@ -10,7 +10,7 @@ from torch import nn
 
 from ckpt_tools.contract import InputSpec, LoadedModel
 from ckpt_tools.data.data_source import Source
-from ckpt_tools.data.sample_order import balanced_batch_sizes
+from ckpt_tools.data.sample_order import Reading, balanced_batch_sizes
 from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
 from ckpt_tools.initialize.verify import measure_signals
@@ -69,8 +69,8 @@ def make_verification_batches(
 ) -> VerificationBatches:
     """Standard normal inputs, or the first samples of the data if there is a source.
 
-    The batches are of a size that fits into memory with gradients. Raises DataError for data that cannot
-    be read, ModelError for a model that cannot be walked.
+    The batches are of a size that fits into memory with gradients. Raises DataError for data that
+    cannot be read, ModelError for a model that cannot be walked.
     """
     if samples < 2:
         raise UsageError(
@@ -85,7 +85,7 @@ def make_verification_batches(
             for count in balanced_batch_sizes(samples, size)
         ]
         return VerificationBatches(noise, "N(0, 1)", device)
-    stream = source.batches(spec, batch_size=size, workers=0)
+    stream = source.batches(spec, Reading(size, workers=0))
     batches = [to_device(batch, device) for batch in stream]
     return VerificationBatches(batches, f"{source.spec} ({stream.transform})", device)
 

@@ -12,7 +12,10 @@ __all__ = ["WalkCache"]
 
 
 class WalkCache:
-    """The walks of the architectures that a run has met so far. They hold for the data of that run."""
+    """The walks of the architectures that a run has met so far.
+
+    They hold for the data of that run.
+    """
 
     def __init__(self) -> None:
         self._walks: dict[object, Walk] = {}
@@ -31,7 +34,8 @@ class WalkCache:
 def _cache_key(loaded: LoadedModel, spec: InputSpec | None) -> object:
     """A key that is equal for equal walks.
 
-    None where a checkpoint brings something that its recipe does not tell: its own module, or its rates.
+    None where a checkpoint brings something that its recipe does not tell: its own module, or its
+    rates.
     """
     recipe = loaded.recipe
     if recipe.adapter == "module" or recipe.rates == "recorded":

@@ -1,4 +1,7 @@
-"""Re-estimation of many checkpoints. Those with the same preprocessing share one stream of images."""
+"""Re-estimation of many checkpoints.
+
+Those with the same preprocessing share one stream of images.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,15 @@ from ckpt_tools.storage.provenance import read_provenance_entry
 
 Status = Literal["done", "done before", "nothing to do", "failed"]
 ProgressCallback = Callable[[int, int, int | None], None]
-"""Called with the number of checkpoints that share a stream, the images read so far, and those of a pass."""
+"""Called with the number of checkpoints that share a stream, the images read so far, and those of a
+pass.
+"""
 
 StreamKey = tuple[InputSpec | None, int, str]
-"""What a checkpoint reads: preprocessing, batch size, device. Those with equal keys share one stream."""
+"""What a checkpoint reads: preprocessing, batch size, device.
+
+Those with equal keys share one stream.
+"""
 
 _MODEL_SHARE = 0.4  # of the free memory, for the models of a group; activations need what is left
 
@@ -61,9 +69,10 @@ class CheckpointItem:
 class ItemResult:
     """The result of one checkpoint.
 
-    ``outcome`` is there if it was re-estimated, ``error`` if it was not, ``written`` if an output stands.
-    ``seconds`` are those from its reading to its end, including the others of its group. ``replaced`` says
-    what was wrong with an earlier output in whose place the new one is; it is empty if there was none.
+    ``outcome`` is there if it was re-estimated, ``error`` if it was not, ``written`` if an output
+    stands. ``seconds`` are those from its reading to its end, including the others of its group.
+    ``replaced`` says what was wrong with an earlier output in whose place the new one is; it is
+    empty if there was none.
     """
 
     item: CheckpointItem
@@ -76,7 +85,10 @@ class ItemResult:
 
     @property
     def error_is_expected(self) -> bool:
-        """Whether the error is one of ours. Any other is a bug, of a model's code or of this tool."""
+        """Whether the error is one of ours.
+
+        Any other is a bug, of a model's code or of this tool.
+        """
         return self.error is None or isinstance(self.error, CkptToolsError)
 
 
@@ -85,10 +97,10 @@ def plan_items(
 ) -> tuple[CheckpointItem, ...]:
     """Decide where the output of each checkpoint goes.
 
-    Outputs lie below ``output_dir`` as the checkpoints lie below the folder that was searched, or beside
-    each checkpoint. Where two would share an output (``a.pt`` and ``a.pth``), or one would take the place
-    of a checkpoint, the suffix is kept in its name. An earlier output beside its checkpoint is no
-    checkpoint of its own, even if a pattern names it.
+    Outputs lie below ``output_dir`` as the checkpoints lie below the folder that was searched, or
+    beside each checkpoint. Where two would share an output (``a.pt`` and ``a.pth``), or one would
+    take the place of a checkpoint, the suffix is kept in its name. An earlier output beside its
+    checkpoint is no checkpoint of its own, even if a pattern names it.
 
     Raises UsageError if a checkpoint would be replaced all the same.
     """
@@ -152,14 +164,15 @@ def reestimate_items(
 ) -> None:
     """Re-estimate every item; ``record`` gets each result as soon as its output stands.
 
-    One failure stops no other. What an earlier run finished with the same settings from the same bytes is
-    not done again, unless ``request.overwrite`` is set or its output is damaged. Raises what concerns all
-    items: DataError, UsageError, ModelError for a device.
+    One failure stops no other. What an earlier run finished with the same settings from the same
+    bytes is not done again, unless ``request.overwrite`` is set or its output is damaged. Raises
+    what concerns all items: DataError, UsageError, ModelError for a device.
     """
     sources = open_data_sources(request)
     choose_device(request)
     groups, walks = _PreparedGroups(), WalkCache()
-    # Also of items that are done already: a process may be killed between its output and its last step.
+    # Also of items that are done already: a process may be killed between its output and its last
+    # step.
     for folder in {item.output.parent for item in items}:
         remove_abandoned_folders(folder)
     for item in items:
@@ -167,7 +180,7 @@ def reestimate_items(
         item_request = _request_for_item(item, request)
         try:
             prepared = _prepare_item(item, item_request, item_request, sources, walks)
-        except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the others
+        except Exception as error:  # noqa: BLE001 - it must not stop the others
             record(_failed_result(item, error, started))
             continue
         if isinstance(prepared, ItemResult):
@@ -181,7 +194,8 @@ def reestimate_items(
 
 
 def open_data_sources(request: Request) -> Sources:
-    """Open the data without reading it, once the request is checked as far as no checkpoint is needed.
+    """Open the data without reading it, once the request is checked as far as no checkpoint is
+    needed.
 
     Raises UsageError, DataError, also for the labelled data.
     """
@@ -202,9 +216,11 @@ def make_folder(folder: Path) -> None:
 def inspect_item(
     item: CheckpointItem, request: Request, sources: Sources
 ) -> ItemResult | StreamKey:
-    """The result of an item that needs no pass (done before, nothing to do, failed), else what it reads.
+    """The result of an item that needs no pass (done before, nothing to do, failed), else what it
+    reads.
 
-    It is looked at on the CPU and so needs no GPU. Where the pass runs, memory may allow another batch size.
+    It is looked at on the CPU and so needs no GPU. Where the pass runs, memory may allow another
+    batch size.
     """
     started = time.perf_counter()
     item_request = _request_for_item(item, request)
@@ -259,7 +275,7 @@ def _prepare_item(
 
 
 class _PreparedGroups:
-    """Prepared checkpoints in groups that read the same; those of one group go through one stream."""
+    """Prepared checkpoints, in groups that read the same and so share one stream."""
 
     def __init__(self) -> None:
         self._groups: dict[StreamKey, list[_PreparedItem]] = {}
@@ -275,7 +291,9 @@ class _PreparedGroups:
 
     @property
     def fill_memory(self) -> bool:
-        """Whether the models take so much memory that no further one should be loaded before a pass."""
+        """Whether the models take so much memory that no further one should be loaded before a
+        pass.
+        """
         taken = self._model_bytes
         # Models wait on the CPU, and all of a group are moved to the device for their pass.
         if taken > _MODEL_SHARE * (available_bytes() + taken):
