@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # these import torch
     from ckpt_tools.jobs.reestimation import ReestimationOutcome
     from ckpt_tools.jobs.request import EvaluationOptions, ModelChoice, ReadingOptions, Request
 
+# The defaults are those of Method, so that the command line and Python cannot differ.
 _method = options.combine_options(
     options.pack("method", "ckpt_tools.method", "Method"),
     click.option(
@@ -211,8 +212,10 @@ def _reestimate_checkpoint(
     from ckpt_tools.report.report_files import check_reports
     from ckpt_tools.report.text.reestimation_text import plan_text
 
+    # Before anything is loaded: a report that cannot be written should not be noticed after hours.
     inputs = many_checkpoints.input_files(request, [request.checkpoint])
     check_reports(reports, (*inputs, request.output))
+    # Under torchrun every rank comes here, and rank 0 alone shows and writes what all have found.
     with join_team(request.reading.device) as team:
         with redirect_foreign_stdout():
             plan = prepare_reestimation(request, team=team)

@@ -140,6 +140,7 @@ def _make_figure_writer(request: InitRequest) -> SignalsCallback | None:
 
     inputs = () if request.checkpoint is None else files_of_checkpoint(request.checkpoint)
     data = None if request.data is None else resolve_location(request.data)
+    # Before the weights are made: the figure is drawn last.
     check_figure(report)
     check_earlier_figure(report, (*inputs, request.output, data))
     return partial(write_signals_figure, report, only_own=True)

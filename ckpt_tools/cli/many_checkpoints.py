@@ -141,6 +141,8 @@ def reestimate_checkpoints(
         raise UsageError(
             "--output names one file, but there may be several checkpoints. Give --output-dir."
         )
+    # Data and earlier outputs may lie in the folders that are searched, and are no checkpoints to
+    # correct.
     outside = _data_files(request)
     if folder.output_dir is not None:
         outside.append(folder.output_dir)
@@ -184,6 +186,7 @@ def _run_engine(
     from ckpt_tools.report.records.manifest import make_record
 
     records: list[Record] = []
+    # Records name URLs, while items hold the paths of the local copies.
     numbers = {restore_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
 
     def add_record(record: Record) -> None:

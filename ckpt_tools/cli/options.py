@@ -64,6 +64,7 @@ def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command
     """Join several decorators into one that lists its options in this order in the help."""
 
     def decorate(command: Command) -> Command:
+        # The decorator that is applied last comes first in the help.
         for option in reversed(options):
             command = option(command)
         return command
@@ -81,6 +82,7 @@ def pack(parameter: str, module: str, name: str) -> Callable[[Command], Command]
     """
 
     def decorate(command: Command) -> Command:
+        # This also copies the options that click has attached to the function so far.
         @functools.wraps(command)
         def run(**values: Any) -> Any:
             kind = getattr(import_module(module), name)

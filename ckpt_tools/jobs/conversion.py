@@ -54,6 +54,7 @@ def convert_checkpoint(request: ConvertRequest) -> Conversion:
     output = request.output or _default_copy_path(request.checkpoint)
     check_output(output, request.checkpoint, overwrite=request.overwrite)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
+    # `ckpt-fix diff` reads from the provenance which differences to expect.
     digests = replace_tensors(
         output, checkpoint, {}, provenance={"expect": "nothing"}, overwrite=request.overwrite
     )

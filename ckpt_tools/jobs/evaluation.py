@@ -132,6 +132,7 @@ def execute_evaluation(
 def _load_for_evaluation(
     path: Path, settings: EvaluationSettings, request: EvaluationRequest, device: str
 ) -> EvaluatedCheckpoint:
+    # Each checkpoint has a source of its own; with the same seed both see the same images.
     options = request.reading
     source = open_source(request.data, limit=options.limit, seed=options.seed, split="test")
     checkpoint = read_checkpoint(path, weights=request.model.weights, trust=request.model.trust)

@@ -108,6 +108,7 @@ def initialize_checkpoint(request: InitRequest, draw: SignalsCallback | None = N
         seed=request.seed,
     )
     after = trial.measure_layer_signals(loaded.model, request.seed) if trial else ()
+    # Before the output is written: if the picture fails, there is no output either.
     if draw is not None and trial is not None:
         draw(before, after)
     digests = write_initialized(output, loaded, result, overwrite=request.overwrite)

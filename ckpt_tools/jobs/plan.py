@@ -91,6 +91,7 @@ class Sources:
         data = open_source(request.data, limit=request.reading.limit, seed=seed)
         if request.eval_data is None:
             return cls(data)
+        # The limit is for the training data; the labelled data counts as a whole.
         return cls(data, open_source(request.eval_data, seed=seed, split="test"))
 
 
@@ -150,6 +151,7 @@ def _prepare_on_rank(
     walks: WalkCache,
     replaces: FileStamp | None,
 ) -> Plan:
+    # The cheap checks come first: loading a model may take minutes.
     output = request.output or default_output_path(request.checkpoint, "bn")
     if team.speaks:
         may_replace = request.overwrite or replaces is not None
@@ -166,7 +168,7 @@ def _prepare_on_rank(
     checkpoint = read_checkpoint(
         request.checkpoint, weights=request.model.weights, trust=request.model.trust
     )
-    require_batch_norm(checkpoint)
+    require_batch_norm(checkpoint)  # before the architecture, which is of no interest without
     recognition = recognise_architecture(checkpoint, request.model, source, request.preprocessing)
     loaded = recognition.loaded
     assert loaded.checkpoint is not None

@@ -74,6 +74,7 @@ def _run_and_write(
             return None
         return plan.validation.evaluate_model(model, name, evaluated)
 
+    # The model is changed in place, so it is judged once before and once after.
     before = team.first(lambda: evaluate("before"))
     result = run_method(
         model,
@@ -85,6 +86,7 @@ def _run_and_write(
         distributed=not team.alone,
     )
     after = team.first(lambda: evaluate("after"))
+    # A gate that is not passed raises here, before anything is written.
     metrics = compute_gated_metrics(plan.validation, before, after)
     skipped = _collect_skipped(plan)
     digests = team.first(lambda: _write_output(plan, result, metrics))

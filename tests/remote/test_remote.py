@@ -488,7 +488,7 @@ def test_copies_go_when_their_checkpoint_is_done(runs: Path, temporary: Path, mo
         return found
 
     monkeypatch.setattr("ckpt_tools.storage.files.fetching.fetch_file", counted)
-    monkeypatch.setattr("ckpt_tools.jobs.many.folder_run._SHARE", 0)
+    monkeypatch.setattr("ckpt_tools.jobs.many.folder_run._MODEL_SHARE", 0)
     ok(*job(runs, upload_all(runs / "runs", "memory://bucket/runs")))
     assert max(most) == 1
 

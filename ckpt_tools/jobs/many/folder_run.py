@@ -169,7 +169,7 @@ def reestimate_items(
     what concerns all items: DataError, UsageError, ModelError for a device.
     """
     sources = open_data_sources(request)
-    choose_device(request)
+    choose_device(request)  # a device that is not there concerns all items
     groups, walks = _PreparedGroups(), WalkCache()
     # Also of items that are done already: a process may be killed between its output and its last
     # step.
@@ -187,6 +187,8 @@ def reestimate_items(
             record(prepared)
             continue
         groups.add(prepared)
+        # Groups are as large as memory allows: each pass over the data then serves more
+        # checkpoints.
         if groups.fill_memory:
             _reestimate_group(groups.pop_largest(), record, watch)
     while groups:

@@ -122,6 +122,7 @@ class _Cluster:
         """
         largest = -(-sum(map(len, groups)) // self.capacity.tasks) or 1
         parts = [_Part(part) for group in groups for part in _divide_group(group, largest)]
+        # Large parts first: a large one that starts last would keep the cluster waiting.
         parts.sort(key=lambda part: -len(part.numbers))
         for attempt, _, record in self._supervise_tasks(
             reestimate_items_in_worker, self.capacity.gpus, parts
