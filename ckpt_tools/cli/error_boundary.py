@@ -60,7 +60,7 @@ class ErrorBoundary(click.Group):
 
         Copies of remote files last as long as the command.
         """
-        _interrupted.clear()
+        _interrupted.clear()  # a process may run several commands, as the tests do
         try:
             with (
                 children_without_current_folder(),
@@ -95,6 +95,7 @@ def _open_streams() -> None:
 
     Otherwise a file that is opened later would get the number of one, and be printed into.
     """
+    # A new file gets the lowest free number, so this fills the gaps among 0, 1 and 2.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

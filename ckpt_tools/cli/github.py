@@ -111,6 +111,7 @@ def _escape_data(text: str) -> str:
     Other control characters become visible.
     https://github.com/actions/toolkit/blob/main/packages/core/src/command.ts
     """
+    # `##[` begins a command in an older syntax that runners still obey.
     text = escape_controls(text, keep="\r\n\t").replace("##[", "## [")
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 

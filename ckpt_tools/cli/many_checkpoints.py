@@ -132,6 +132,7 @@ def reestimate_checkpoints(
     from ckpt_tools.storage.discovery import find_checkpoints
 
     engine = folder.make_engine()
+    # torchrun sets this to the number of its processes.
     if os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         raise UsageError(
             "torchrun shares one checkpoint among processes, not several. Run a folder in one "

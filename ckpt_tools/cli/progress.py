@@ -35,11 +35,12 @@ class ReestimationBar:
 
     def __call__(self, progress: Progress) -> None:
         """Show where the pass stands."""
+        # Every pass counts its images from zero.
         if progress.pass_number != self._pass_number:
             self._begin(progress.pass_number)
         assert self._bar is not None
         self._bar.set_postfix_str(_certainty(progress), refresh=False)
-        self._bar.update(progress.images - self._bar.n)
+        self._bar.update(progress.images - self._bar.n)  # tqdm takes a difference
 
     def _begin(self, number: int) -> None:
         if self._bar is not None:

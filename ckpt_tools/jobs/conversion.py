@@ -72,6 +72,8 @@ def keys_sharing_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...],
         for key, tensor in tensors.items()
         if tensor.numel()
     )
+    # In the order of addresses, a tensor overlaps with those before it if it begins before they
+    # end.
     groups: list[list[str]] = []
     group_end = 0
     for start, end, key in extents:

@@ -178,6 +178,7 @@ def _prepare_model(request: InitRequest) -> tuple[LoadedModel, object, Verificat
     source = None
     if request.data is not None:
         source = open_source(request.data, limit=request.samples, seed=request.seed)
+    # Without a verification no device is needed, and so none is asked for.
     device = resolve_device(request.device) if request.needs_verification else "cpu"
     loaded = _load_fresh_model(request)
     spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)

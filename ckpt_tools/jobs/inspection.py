@@ -115,6 +115,7 @@ def _inspect_file(request: InspectRequest, path: Path) -> Inspection:
         for key, tensor in checkpoint.tensors.items()
         if tensor.is_floating_point() and not key.endswith(_STATISTICS)
     )
+    # A checkpoint may be several files: shards and their index.
     size = sum(file.stat().st_size for file in find_checkpoint_files(path).files)
     return Inspection(request, checkpoint, size, _total_by_type(checkpoint.tensors), parameters)
 

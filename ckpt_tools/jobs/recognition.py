@@ -41,6 +41,7 @@ def recognise_architecture(
     candidates = find_candidates(checkpoint, choice.architecture, choice.model_kwargs)
     if len(candidates) == 1:
         return Recognition(load_candidate(checkpoint, candidates[0]))
+    # Architectures with the same keys may differ in function or in their input: data tells more.
     agreements = {
         candidate.architecture: _measure_agreement(checkpoint, candidate, source, preprocessing)
         for candidate in candidates

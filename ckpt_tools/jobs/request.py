@@ -97,6 +97,7 @@ class Request:
             "class_map": class_map and _read_class_outputs(class_map),
         }
         decisive = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+        # The local copy of a remote file has another path in every run.
         text = restore_urls(json.dumps(decisive, sort_keys=True, default=repr))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

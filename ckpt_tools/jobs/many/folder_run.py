@@ -114,6 +114,8 @@ def plan_items(
         if _absolute(checkpoint.path) not in outputs_beside
         or read_provenance_entry(checkpoint.path) is None
     ]
+    # What is left are checkpoints to correct: outputs are known by their place and their
+    # provenance.
     outputs = {}
     for checkpoint in checkpoints:
         place = checkpoint.path if output_dir is None else output_dir / checkpoint.place

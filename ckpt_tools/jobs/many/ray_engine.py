@@ -151,7 +151,7 @@ class _Cluster:
                 part = running[task]
                 try:
                     number, result = self.ray.get(next(task))
-                except StopIteration:
+                except StopIteration:  # all of its items are done
                     del running[task]
                 except errors.RayTaskError as error:
                     raise _task_failure(error) from error
