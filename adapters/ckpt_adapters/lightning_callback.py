@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import ckpt_tools
 from ckpt_tools.contract import Estimator, LayerChoice
 from ckpt_tools.errors import CkptToolsError, UsageError
+from ckpt_tools.method import Method
 from ckpt_tools.results import Reestimation
 
 When = Literal["checkpoint", "end"]
@@ -77,21 +79,14 @@ class BNReestimation(Callback):
         max_images: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("when", when, get_args(When)),
-            ("estimator", estimator, get_args(Estimator)),
-            ("layers", layers, get_args(LayerChoice)),
-        ):
-            if value not in known:
-                raise UsageError(f"BNReestimation({name}={value!r}): expected one of {', '.join(known)}.")
+        if when not in get_args(When):
+            raise UsageError(f"BNReestimation(when={when!r}): expected one of {', '.join(get_args(When))}.")
         self.when, self.attribute, self.batches = when, attribute, batches
         self.limit_batches, self.max_images = limit_batches, max_images
         self.result: Reestimation | None = None
-        self._options: dict[str, Any] = {"estimator": estimator, "layers": layers}
-        if estimator != "ema":  # which reads everything
-            self._options["tolerance"] = tolerance
-        if forward is not None:
-            self._options["forward"] = forward
+        # A Method refuses wrong settings now, not hours later. "ema" reads everything, so it has no tolerance.
+        self._method = Method(estimator, layers, tolerance=None if estimator == "ema" else tolerance)
+        self._forward = forward
         self._last: tuple[tuple[float, ...], dict[str, Tensor]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -147,15 +142,20 @@ class BNReestimation(Callback):
             warnings.warn("BNReestimation: no training dataloader at hand; nothing was corrected.", stacklevel=2)
             return {}
         network = pl_module.get_submodule(self.attribute or "")
+        correct = ckpt_tools.corrected_state_dict
+        if self._forward is not None:
+            correct = partial(correct, forward=self._forward)
         try:
-            state = ckpt_tools.corrected_state_dict(
+            state = correct(
                 network,
                 loader,
                 prepare=_transfer(trainer, pl_module),
                 limit_batches=limit,
                 max_images=self.max_images,
                 done=results.append,
-                **self._options,
+                estimator=self._method.estimator,
+                layers=self._method.layers,
+                tolerance=self._method.tolerance,
             )
         except UsageError:
             raise
@@ -181,7 +181,7 @@ class BNReestimation(Callback):
     def _check_forward(self, pl_module: LightningModule) -> None:
         forward = type(pl_module).forward
         inherited = forward.__module__.startswith(("lightning.", "pytorch_lightning."))
-        if inherited and self.attribute is None and "forward" not in self._options:
+        if inherited and self.attribute is None and self._forward is None:
             raise UsageError(
                 f"BNReestimation: {type(pl_module).__name__} has no forward; expected one that takes the input. "
                 "Say where the network is, attribute='model', or how to run it, forward=lambda module, batch: …"

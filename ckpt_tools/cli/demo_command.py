@@ -33,16 +33,17 @@ _ARCHITECTURE = "ckpt_tools.demo.densenet:digits_densenet"
 )
 @options.as_json
 def demo(seeds: int, keep: Path | None, as_json: bool) -> None:
-    """Train a small DenseNet with dropout on 600 digits, correct its checkpoint, score both on 1,197 others.
+    """Train a small DenseNet with dropout on 600 digits and correct its checkpoint.
 
-    The commands shown are really run; repeat them on the files that --keep leaves.
+    Both are scored on 1,197 other digits. The commands shown are really run; repeat them on the
+    files that --keep leaves.
     """
     from ckpt_tools.report.text.reestimation_text import demo_text
 
     pairs = []
     with _folder(keep) as folder:
         for seed in range(seeds):
-            pairs.append(_run(seed, folder, quiet=as_json or seed > 0))
+            pairs.append(_train_and_correct(seed, folder, quiet=as_json or seed > 0))
     if as_json:
         scores = [{"before": vars(before), "after": vars(after)} for before, after in pairs]
         print_json({"seeds": scores})
@@ -50,8 +51,10 @@ def demo(seeds: int, keep: Path | None, as_json: bool) -> None:
         print_result(demo_text(pairs))
 
 
-def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
-    """Scores before and after, in evaluation mode on the test images."""
+def _train_and_correct(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
+    """Train a network, correct its checkpoint, and score both in evaluation mode on the test
+    images.
+    """
     import numpy as np
     import torch
     from safetensors.torch import load_file
@@ -64,32 +67,37 @@ def _run(seed: int, folder: Path, *, quiet: bool) -> tuple[Score, Score]:
     digits = load_digits(seed)
     with progress_bar(f"training network {seed}", EPOCHS, unit="epoch", leave=False) as bar:
 
-        def show(done: int, _: int) -> None:
-            bar.update(done - bar.n)
+        def show_epoch(epochs: int, _: int) -> None:
+            bar.update(epochs - bar.n)
 
-        model = train(digits, seed=seed, progress=show)
-    source, data, output = (folder / f"digits-{seed}{end}" for end in (".pt", ".npy", ".bn.safetensors"))
-    # Through temporary files, so that a link of such a name in the folder is replaced and not followed.
+        model = train(digits, seed=seed, progress=show_epoch)
+    source = folder / f"digits-{seed}.pt"
+    data = source.with_suffix(".npy")
+    output = source.with_suffix(".bn.safetensors")
+    # Through temporary files, so that a link of such a name in the folder is replaced and not
+    # followed.
     with write_atomically(source, overwrite=True) as temporary:
         torch.save(model.state_dict(), temporary)
     with write_atomically(data, overwrite=True) as temporary, temporary.open("wb") as file:
         np.save(file, digits.train_images.numpy())
     before = score(model, digits.test_images, digits.test_labels)
-    where = ["--arch", _ARCHITECTURE, "--model-kwargs", f"drop_rate={DROP_RATE}", "--overwrite", "--quiet"]
-    _command(bn_reestimate, [str(source), "--data", str(data), *where], quiet=quiet)
-    _command(diff, [str(source), str(output)], quiet=quiet)
+    model_options = ["--arch", _ARCHITECTURE, "--model-kwargs", f"drop_rate={DROP_RATE}"]
+    arguments = [str(source), "--data", str(data), *model_options, "--overwrite", "--quiet"]
+    _run_command(bn_reestimate, arguments, quiet=quiet)
+    _run_command(diff, [str(source), str(output)], quiet=quiet)
     corrected = digits_densenet()
     corrected.load_state_dict(load_file(output))
     return before, score(corrected, digits.test_images, digits.test_labels)
 
 
-def _command(command: click.Command, arguments: list[str], *, quiet: bool) -> None:
-    if not quiet:
-        print_result(f"$ ckpt-fix {command.name} {' '.join(arguments)}")
-    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-        command.main(arguments, standalone_mode=False)
-    if not quiet:
-        print_result("")
+def _run_command(command: click.Command, arguments: list[str], *, quiet: bool) -> None:
+    if quiet:
+        with contextlib.redirect_stdout(io.StringIO()):
+            command.main(arguments, standalone_mode=False)
+        return
+    print_result(f"$ ckpt-fix {command.name} {' '.join(arguments)}")
+    command.main(arguments, standalone_mode=False)
+    print_result("")
 
 
 @contextlib.contextmanager

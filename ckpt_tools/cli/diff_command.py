@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.printing import print_json, print_result
+from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.plain_text import one_line
 
@@ -20,17 +20,17 @@ from ckpt_tools.plain_text import one_line
     type=click.Choice(["auto", "variance", "mean+variance", "init", "nothing", "any"]),
     default="auto",
     show_default=True,
-    help="What may differ: values of running_var; of running_mean too; the weights that AFTER, an output of "
-    "init-rewrite, lists as rewritten, and biases that became 0; nothing; anything. auto: what AFTER says of itself, "
-    "else variance.",
+    help="What may differ: values of running_var; of running_mean too; the weights that AFTER, "
+    "an output of init-rewrite, lists as rewritten, and biases that became 0; nothing; anything. "
+    "auto: what AFTER says of itself, else variance.",
 )
-@options.checkpoint
+@options.weights
 @options.as_json
 def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_json: bool) -> None:
     """Compare two checkpoints bit by bit; exit 4 if anything differs that should not.
 
-    Wrapper prefixes are removed from the keys. Where AFTER is an output of ckpt-fix, the weights of BEFORE that it was
-    made from are compared.
+    Wrapper prefixes are removed from the keys. Where AFTER is an output of ckpt-fix, the weights of
+    BEFORE that it was made from are compared.
 
     \b
         ckpt-fix diff model.pt model.bn.safetensors
@@ -40,12 +40,12 @@ def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_j
     from ckpt_tools.report.text.reestimation_text import comparison_text
     from ckpt_tools.storage.compare import compare_files
 
-    with options.redirect_foreign_stdout():
+    with redirect_foreign_stdout():
         comparison, expected, violations = compare_files(before, after, expect, weights=weights, trust=trust)
     if as_json:
         print_json(comparison_json(comparison, expected, violations))
     else:
         print_result(comparison_text(comparison, violations))
     if violations:
-        shown = ", ".join(map(one_line, violations[:3])) + (", …" if len(violations) > 3 else "")
-        raise CheckFailed(f"{after}: {len(violations)} of its tensors should be as in {before} and are not: {shown}.")
+        names = ", ".join(map(one_line, violations[:3])) + (", …" if len(violations) > 3 else "")
+        raise CheckFailed(f"{after}: {len(violations)} of its tensors should be as in {before} and are not: {names}.")

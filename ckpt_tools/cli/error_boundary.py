@@ -31,9 +31,11 @@ class ErrorBoundary(click.Group):
     """A group whose commands answer with our exit codes and never with a traceback."""
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
-        """As of any command, with the standard streams that a daemon may have closed, and behind the gate.
+        """As of any command, with the standard streams that a daemon may have closed, and behind
+        the gate.
 
-        The secrets of all URLs are known before anything looks at the arguments: an error of usage quotes them.
+        The secrets of all URLs are known before anything looks at the arguments: an error of usage
+        quotes them.
         """
         _open_streams()
         args = args if args is None else list(args)
@@ -45,14 +47,22 @@ class ErrorBoundary(click.Group):
                 with interrupt_on_sigterm():
                     return super().main(args, *more, **settings)
             except SystemExit as error:
-                # An interrupt between the end of `invoke` and that of click ends with click's own exit code.
+                # An interrupt between the end of `invoke` and that of click ends with click's own
+                # exit code.
                 sys.exit(130 if error.code == 1 and _interrupted.is_set() else error.code)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command and answer for what it raises. Copies of remote files last as long as the command."""
-        _interrupted.clear()
+        """Run the command and answer for what it raises.
+
+        Copies of remote files last as long as the command.
+        """
+        _interrupted.clear()  # a process may run several commands, as the tests do
         try:
-            with children_without_current_folder(), open_mirror(transfer_bar), interrupt_on_sigterm():
+            with (
+                children_without_current_folder(),
+                open_mirror(transfer_bar),
+                interrupt_on_sigterm(),
+            ):
                 return self._invoke_reporting_errors(ctx)
         except KeyboardInterrupt as error:  # as the command ended
             sys.exit(report_error(error))
@@ -72,12 +82,16 @@ class ErrorBoundary(click.Group):
             # The reader of our output went away; keep Python from complaining once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of a boundary
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort
             sys.exit(report_error(error))
 
 
 def _open_streams() -> None:
-    """Let closed standard streams lead nowhere, lest a file that is opened later takes the number of one."""
+    """Open closed standard streams on the null device.
+
+    Otherwise a file that is opened later would get the number of one, and be printed into.
+    """
+    # A new file gets the lowest free number, so this fills the gaps among 0, 1 and 2.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -91,7 +105,8 @@ def _open_streams() -> None:
 def interrupt_on_sigterm() -> Iterator[None]:
     """SIGTERM ends the block like an interrupt, so that temporary files are removed."""
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is to be ignored
+    # A process in the background ignores SIGINT, and shall go on doing so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
@@ -100,7 +115,9 @@ def interrupt_on_sigterm() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_interrupted = threading.Event()  # libraries that call back into Python make errors of their own of an interrupt
+# Libraries that call back into Python turn an interrupt into an error of their own, so this
+# remembers it.
+_interrupted = threading.Event()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -109,36 +126,47 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def report_error(error: BaseException) -> int:
-    """Print what went wrong, with CKPT_FIX_TRACEBACK set also where; the exit code for it."""
+    """Print an error, and its traceback if CKPT_FIX_TRACEBACK is set.
+
+    Returns the exit code for it.
+    """
     if os.environ.get(TRACEBACK_VARIABLE):
         print_message("".join(traceback.format_exception(error)))
-    message, code = _answer(error)
+    message, code = _message_and_code(error)
     message = _presentable(message)
-    own = "ckpt-fix: "  # behind a line break it is a part of a file's name, which must not look like a message of ours
-    print_message(own + message.replace(f"\n{own}", f"\n  {own}"))
+    # Behind a line break this prefix is a part of a file's name, which must not look like our
+    # message.
+    prefix = "ckpt-fix: "
+    print_message(prefix + message.replace(f"\n{prefix}", f"\n  {prefix}"))
     github.report_failure(message, code)
     return code
 
 
 def exit_code(error: BaseException) -> int:
-    """What the process says about it to whoever started it."""
-    return _answer(error)[1]
+    """The exit code for an error."""
+    return _message_and_code(error)[1]
 
 
-def _answer(error: BaseException) -> tuple[str, int]:
+def _message_and_code(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or _interrupted.is_set():
         return "interrupted; no unfinished output is left", 130
     if isinstance(error, CkptToolsError):
         return str(error), error.exit_code
     if is_short_of_memory(error):
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"memory ran out: {said}. Try a smaller --batch-size, fewer --workers, or another --device.", 1
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        advice = "Try a smaller --batch-size, fewer --workers, or another --device."
+        return f"memory ran out: {reason}. {advice}", 1
     if isinstance(error, OSError):
         name = error.filename or "standard output, or a file"
         return f"{name}: {error.strerror or error}. Check the path and its permissions.", 1
-    return f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK_VARIABLE}=1 shows where.", 1
+    return (
+        f"{type(error).__name__}: {error}. This is a bug of ckpt-fix; {TRACEBACK_VARIABLE}=1 shows where.",
+        1,
+    )
 
 
 def _presentable(message: str) -> str:
-    """A message for standard error, an annotation and the summary: without secrets, of bounded size, harmless."""
+    """A message for standard error, an annotation and the summary: without secrets, of bounded
+    size, harmless.
+    """
     return harmless(shorten_message(without_fragments(restore_urls(message))))

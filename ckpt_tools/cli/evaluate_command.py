@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ckpt_tools.cli import github, options
-from ckpt_tools.cli.printing import print_json, print_result
+from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
 from ckpt_tools.cli.progress import EvaluationBar
 from ckpt_tools.machine.heap import keep_freed_memory
 from ckpt_tools.remote.mirror import restore_urls
+
+if TYPE_CHECKING:  # it imports torch
+    from ckpt_tools.jobs.evaluation import EvaluationRequest
 
 
 @click.command()
@@ -20,52 +22,42 @@ from ckpt_tools.remote.mirror import restore_urls
     "--data",
     required=True,
     metavar="SPEC",
-    help="Labelled data: a folder with a subfolder of images for every class, an .npz/.pt/.safetensors file with "
-    "images and labels, WebDataset shards with .cls members, the URL of one of these (s3:// gs:// hf:// http://), "
-    "cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR (their test split), or package.module:callable that yields "
-    "(inputs, labels) (your code is imported and run).",
+    help="Labelled data: a folder with a subfolder of images for every class, an "
+    ".npz/.pt/.safetensors file with images and labels, WebDataset shards with .cls members, the "
+    "URL of one of these (s3:// gs:// hf:// http://), cifar10:DIR, cifar100:DIR, svhn:DIR, "
+    "mnist:DIR (their test split), or package.module:callable that yields (inputs, labels) (your "
+    "code is imported and run).",
 )
 @click.option("--before", type=options.path, metavar="OTHER", help="A second checkpoint, to compare with.")
 @options.evaluation
-@options.architecture
-@options.checkpoint
-@click.option("--limit", type=click.IntRange(min=1), help="Read this many images, drawn at random.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Of the random order of the images, and of the halves of --calibrate.",
-)
-@options.running
+@options.model
+@options.reading
 @options.preprocessing
+@options.pack("request", "ckpt_tools.jobs.evaluation", "EvaluationRequest")
 @options.as_json
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any) -> None:
-    """Error, NLL and calibration of CHECKPOINT on labelled data, with standard errors. Nothing is written.
+@options.quiet
+def evaluate(request: EvaluationRequest, as_json: bool, quiet: bool) -> None:
+    """Error, NLL and calibration of CHECKPOINT on labelled data, with standard errors.
 
-    Top-1 and top-5 error in percent, NLL in nats an image, expected calibration error (ECE, 15 bins) in percent.
-    With --before both checkpoints see the same images, and the change carries a paired standard error. A gate that
-    is not passed ends with exit code 4, after the table.
+    Nothing is written. Top-1 and top-5 error in percent, NLL in nats an image, expected calibration
+    error (ECE, 15 bins) in percent. With --before both checkpoints see the same images, and the
+    change carries a paired standard error. A gate that is not passed ends with exit code 4, after
+    the table.
 
     \b
         ckpt-fix evaluate model.pt --data val/
         ckpt-fix evaluate model.bn.safetensors --before model.pt --data val/ --gate 'error <= before + 0.1'
     """
     from ckpt_tools.evaluate.scores import refuse_failed_gate
-    from ckpt_tools.identify.model_kwargs import parse_model_kwargs
-    from ckpt_tools.jobs.evaluation import EvaluationRequest, execute_evaluation, prepare_evaluation
+    from ckpt_tools.jobs.evaluation import execute_evaluation, prepare_evaluation
     from ckpt_tools.report.records.reestimation_json import evaluation_json
     from ckpt_tools.report.text.metrics_text import evaluation_plan_text, metrics_text
 
-    preprocessing = options.pop_preprocessing(said)
-    kwargs = parse_model_kwargs(model_kwargs)
-    request = EvaluationRequest(checkpoint, model_kwargs=kwargs, preprocessing=preprocessing, **said)
-    with options.redirect_foreign_stdout():
+    with redirect_foreign_stdout():
         plan = prepare_evaluation(request)
     if not as_json:
         print_result(evaluation_plan_text(plan) + "\n")
-    with EvaluationBar(plan.images, hidden=quiet) as bar, options.redirect_foreign_stdout(), keep_freed_memory():
+    with EvaluationBar(plan.images, hidden=quiet) as bar, redirect_foreign_stdout(), keep_freed_memory():
         outcome = execute_evaluation(plan, bar)
     facts = restore_urls(evaluation_json(outcome))
     if as_json:

@@ -1,7 +1,8 @@
-"""What GitHub Actions is told: annotations, and the summary of the step.
+"""Reports to GitHub Actions: annotations, and the summary of the step.
 
-Annotations are workflow commands (``::error title=…::message``). The runner looks for them in both streams of a step
-(``ScriptHandler.cs`` of actions/runner), so they go to stderr and stdout stays the result's.
+Annotations are workflow commands (``::error title=…::message``). The runner looks for them in both
+streams of a step (``ScriptHandler.cs`` of actions/runner), so they go to stderr and stdout stays
+the result's.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ def annotate(kind: AnnotationLevel, message: str) -> None:
     """Show ``message`` on the page of the run; elsewhere do nothing."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
         message = shorten_message(without_fragments(restore_urls(message)))
-        write_workflow_command(f"::{kind} title={_property(_TITLE)}::{_data(message)}")
+        write_workflow_command(f"::{kind} title={_escape_property(_TITLE)}::{_escape_data(message)}")
 
 
 def append_step_summary(markdown: str) -> None:
-    """Append to the summary of the step, if there is one. A file that cannot be written is said and no failure."""
+    """Append to the summary of the step, if there is one.
+
+    A summary that cannot be written is a warning, and no failure.
+    """
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if not path:
         return
     try:
-        with Path(path).open("a", encoding="utf-8", errors="replace") as file:  # names may hold lone surrogates
+        # Names may hold lone surrogates, which UTF-8 cannot encode.
+        with Path(path).open("a", encoding="utf-8", errors="replace") as file:
             file.write(markdown + "\n")
     except OSError as error:
         message = f"GITHUB_STEP_SUMMARY={path}: the summary cannot be written ({error.strerror}); the run goes on."
@@ -43,7 +48,9 @@ def append_step_summary(markdown: str) -> None:
 
 
 def report_failure(message: str, code: int) -> None:
-    """An error, or the answer that there is nothing to do, as annotation and in the summary."""
+    """Report an error, or that there is nothing to do (code 3), as an annotation and in the
+    summary.
+    """
     from ckpt_tools.report.ci_summary import failure_markdown
 
     annotate("warning" if code == 3 else "error", message)
@@ -51,47 +58,56 @@ def report_failure(message: str, code: int) -> None:
 
 
 def report_reestimation(facts: Mapping[str, Any]) -> None:
-    """A finished ``bn-reestimate``, from its JSON: what it was worried about, and its report."""
+    """Report a finished ``bn-reestimate`` from its JSON: warnings, and a page as the summary."""
     from ckpt_tools.report.ci_summary import checkpoint_warnings
     from ckpt_tools.report.pages.markdown_page import checkpoint_markdown
 
-    for worry in checkpoint_warnings(facts):
-        annotate("warning", worry)
+    for message in checkpoint_warnings(facts):
+        annotate("warning", message)
     append_step_summary(checkpoint_markdown(facts))
 
 
 def report_folder_run(records: Sequence[Mapping[str, Any]]) -> None:
-    """A finished folder, from its records: which checkpoints failed, what to look at in the others, its report."""
+    """Report a finished folder run from its records.
+
+    The annotations say which checkpoints failed, and what to look at in the others.
+    """
     from ckpt_tools.report.ci_summary import error_without_path, folder_warnings
     from ckpt_tools.report.pages.markdown_page import folder_markdown
 
-    failed = [record for record in records if record["status"] == "failed"]
-    errors = [f"{one['checkpoint']}: {error_without_path(one)}" for one in failed]
-    said: dict[AnnotationLevel, Sequence[str]] = {"error": errors, "warning": folder_warnings(records)}
-    for kind, messages in said.items():
-        for message in messages[:_SHOWN]:
-            annotate(kind, message)
+    errors = [
+        f"{record['checkpoint']}: {error_without_path(record)}" for record in records if record["status"] == "failed"
+    ]
+    for message in errors[:_SHOWN]:
+        annotate("error", message)
+    for message in folder_warnings(records)[:_SHOWN]:
+        annotate("warning", message)
     append_step_summary(folder_markdown(records))
 
 
 def report_evaluation(facts: Mapping[str, Any]) -> None:
-    """A finished evaluation, or one whose gate said no, from its JSON: images that were skipped, and the metrics."""
+    """Report an evaluation, also one whose gate was not passed, from its JSON.
+
+    The annotations name images that were skipped; the summary holds the metrics.
+    """
     from ckpt_tools.report.ci_summary import skipped_image_warnings
     from ckpt_tools.report.pages.markdown_page import evaluation_markdown
 
-    for worry in skipped_image_warnings(facts):
-        annotate("warning", worry)
+    for message in skipped_image_warnings(facts):
+        annotate("warning", message)
     append_step_summary(evaluation_markdown(facts))
 
 
-def _data(text: str) -> str:
-    """A message as @actions/core escapes it, so that it stays one line; other control characters are shown.
+def _escape_data(text: str) -> str:
+    """Escape a message as @actions/core does, so that it stays one line.
 
+    Other control characters become visible.
     https://github.com/actions/toolkit/blob/main/packages/core/src/command.ts
     """
+    # `##[` begins a command in an older syntax that runners still obey.
     text = escape_controls(text, keep="\r\n\t").replace("##[", "## [")
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
+def _escape_property(text: str) -> str:
+    return _escape_data(text).replace(":", "%3A").replace(",", "%2C")

@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.printing import print_json, print_result
+from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
+
+if TYPE_CHECKING:  # it imports torch
+    from ckpt_tools.jobs.inspection import InspectRequest
 
 
 @click.command()
 @click.argument("checkpoint", type=options.path, required=False)
-@options.architecture
-@options.checkpoint
+@options.model
 @click.option(
     "--input-size",
     **options.comma_separated_numbers(int, positive=True),
     help="Shape of one sample, such as 3,224,224 or 500. Default: the architecture's own.",
 )
-@click.option("--all", "everything", is_flag=True, help="Every row of the tables, which are cut at 12 otherwise.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Every row of the tables, which are cut at 12 otherwise.",
+)
+@options.pack("request", "ckpt_tools.jobs.inspection", "InspectRequest")
 @options.as_json
-def inspect(model_kwargs: tuple[str, ...], everything: bool, as_json: bool, **said: Any) -> None:
-    """Show what CHECKPOINT, or an architecture, is and what bn-reestimate would do with it. Nothing is written.
+def inspect(request: InspectRequest, everything: bool, as_json: bool) -> None:
+    """Show what CHECKPOINT, or an architecture, is and what bn-reestimate would do with it.
 
-    The page tells the file's format and what is inside, the architecture and who says so, the input and its
-    preprocessing, dropout sites with their rates, BatchNorm layers, which lie behind which site, and the command to
-    run. Where the architecture cannot be told, it ends with what is known of the file (exit code 1).
+    Nothing is written. The page tells the file's format and what is inside, the architecture and
+    who says so, the input and its preprocessing, dropout sites with their rates, BatchNorm layers,
+    which lie behind which site, and the command to run. Where the architecture cannot be told, it
+    ends with what is known of the file (exit code 1).
 
     \b
         ckpt-fix inspect model.pt
         ckpt-fix inspect model.pt --arch torchvision:densenet121 --model-kwargs drop_rate=0.2
         ckpt-fix inspect --arch timm:resnet50 --model-kwargs drop_path_rate=0.1 --json
     """
-    from ckpt_tools.identify.model_kwargs import parse_model_kwargs
-    from ckpt_tools.jobs.inspection import InspectRequest
-    from ckpt_tools.jobs.inspection import inspect_checkpoint as look
+    from ckpt_tools.jobs.inspection import inspect_checkpoint
     from ckpt_tools.report.records.reestimation_json import inspection_json
     from ckpt_tools.report.text.inspection_text import inspection_text
 
-    request = InspectRequest(model_kwargs=parse_model_kwargs(model_kwargs), **said)
-    with options.redirect_foreign_stdout():
-        found = look(request)
+    with redirect_foreign_stdout():
+        inspection = inspect_checkpoint(request)
     if as_json:
-        print_json(inspection_json(found))
+        print_json(inspection_json(inspection))
     else:
-        print_result(inspection_text(found, everything=everything))
-    if found.error is not None:
-        raise found.error
+        print_result(inspection_text(inspection, everything=everything))
+    if inspection.error is not None:
+        raise inspection.error

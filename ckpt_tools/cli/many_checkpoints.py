@@ -7,15 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Never
 
 import click
 
 from ckpt_tools.cli import github
 from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
-from ckpt_tools.cli.options import combine_options, path, redirect_foreign_stdout
-from ckpt_tools.cli.printing import print_json, print_result
+from ckpt_tools.cli.options import combine_options, pack, path
+from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
 from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.machine.heap import keep_freed_memory
@@ -30,36 +29,71 @@ if TYPE_CHECKING:
     from ckpt_tools.jobs.many.engine import Engine, Record
     from ckpt_tools.jobs.many.folder_run import CheckpointItem
     from ckpt_tools.jobs.request import Request
+    from ckpt_tools.report.records.manifest import Manifest
 
 _MANIFEST = "ckpt-fix.jsonl"
 
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Which of many checkpoints are meant, where their outputs go, and what works on them."""
+
+    output_dir: Path | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    manifest: Path | None = None
+    engine: str = "local"
+    ray_address: str | None = None
+    ray_cpus: int | None = None
+
+    def make_engine(self) -> Engine:
+        """The engine that works on the checkpoints. Raises UsageError, ClusterError."""
+        if self.engine == "ray":
+            from ckpt_tools.jobs.many.ray_cluster import require_ray
+            from ckpt_tools.jobs.many.ray_engine import RayEngine
+
+            require_ray(self.ray_address)  # before anything is written
+            return RayEngine(self.ray_address, self.ray_cpus)
+        from ckpt_tools.jobs.many.engine import LocalEngine
+
+        if self.ray_address or self.ray_cpus:
+            raise UsageError("--ray-address and --ray-cpus describe a Ray cluster. Give --engine ray, too.")
+        return LocalEngine()
+
+
 options = combine_options(
+    pack("folder", __name__, "FolderOptions"),
     click.option(
         "--output-dir",
         type=path,
         help="For several checkpoints: where outputs go, laid out as the checkpoints are. Default: beside each.",
     ),
-    click.option("--include", multiple=True, metavar="GLOB", help="Of a folder, only these names; repeatable."),
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="GLOB",
+        help="Of a folder, only these names; repeatable.",
+    ),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Of a folder, not these names; repeatable."),
     click.option(
         "--manifest",
         type=path,
-        help=f"For several checkpoints: one line of JSON for each. Default: {_MANIFEST} in --output-dir, else in the "
-        "folder that was given.",
+        help=f"For several checkpoints: one line of JSON for each. Default: {_MANIFEST} in "
+        "--output-dir, else in the folder that was given.",
     ),
     click.option(
         "--engine",
         type=click.Choice(["local", "ray"]),
-        default="local",
+        default=FolderOptions.engine,
         show_default=True,
-        help="What works on the checkpoints: this process, or the workers of a Ray cluster (extra `ray`), on which "
-        "ckpt-tools is installed and all paths mean the same.",
+        help="What works on the checkpoints: this process, or the workers of a Ray cluster "
+        "(extra `ray`), on which ckpt-tools is installed and all paths mean the same.",
     ),
     click.option(
         "--ray-address",
         metavar="HOST:PORT",
-        help="Of the cluster's head; auto: one that runs on this machine. Default: RAY_ADDRESS, else Ray is started "
-        "on this machine for the run.",
+        help="Of the cluster's head; auto: one that runs on this machine. Default: RAY_ADDRESS, "
+        "else Ray is started on this machine for the run.",
     ),
     click.option(
         "--ray-cpus",
@@ -69,113 +103,111 @@ options = combine_options(
 )
 
 
-@dataclass(frozen=True)
-class FolderOptions:
-    """Which of many checkpoints are meant, where their outputs go, and what works on them (None: this process)."""
-
-    output_dir: Path | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    manifest: Path | None
-    engine: Engine | None
-
-
-def pop_folder_options(said: dict[str, Any]) -> FolderOptions:
-    """Take the values of the options above out of a command's arguments."""
-    names = ("output_dir", "include", "exclude", "manifest")
-    return FolderOptions(**{name: said.pop(name) for name in names}, engine=_pop_engine(said))
-
-
-def _pop_engine(said: dict[str, Any]) -> Engine | None:
-    engine, address, cpus = (said.pop(name) for name in ("engine", "ray_address", "ray_cpus"))
-    if engine == "ray":
-        from ckpt_tools.jobs.many.ray_cluster import require_ray
-        from ckpt_tools.jobs.many.ray_engine import RayEngine
-
-        require_ray(address)  # before anything is written
-        return RayEngine(address, cpus)
-    if address or cpus:
-        raise UsageError("--ray-address and --ray-cpus describe a Ray cluster. Give --engine ray, too.")
-    return None
-
-
-def is_folder_run(paths: Sequence[Path], place: FolderOptions) -> bool:
+def is_folder_run(paths: Sequence[Path], folder: FolderOptions) -> bool:
     """Whether a run has, or may have, more than one checkpoint."""
     from ckpt_tools.storage.discovery import is_one_checkpoint
 
-    return len(paths) > 1 or any(vars(place).values()) or not is_one_checkpoint(paths[0])
+    return len(paths) > 1 or folder != FolderOptions() or not is_one_checkpoint(paths[0])
 
 
 def reestimate_checkpoints(
     paths: Sequence[Path],
     request: Request,
-    place: FolderOptions,
+    folder: FolderOptions,
     reports: Sequence[Path],
     *,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
-    from ckpt_tools.jobs.many.engine import LocalEngine
     from ckpt_tools.jobs.many.folder_run import make_folder, plan_items
-    from ckpt_tools.report.records.manifest import Manifest, check_manifest, make_record
+    from ckpt_tools.report.records.manifest import Manifest, check_manifest
     from ckpt_tools.report.report_files import check_reports, write_report
     from ckpt_tools.report.text.folder_text import folder_text
     from ckpt_tools.storage.discovery import find_checkpoints
 
+    engine = folder.make_engine()
+    # torchrun sets this to the number of its processes.
     if os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         raise UsageError("torchrun shares one checkpoint among processes, not several. Run a folder in one process.")
     if request.output is not None:
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
-    outside = [*([place.output_dir] if place.output_dir else []), *_data_files(request)]
-    found = find_checkpoints(paths, place.include, place.exclude, outside=outside)
-    items = plan_items(found, place.output_dir)
-    manifest = place.manifest or _beside(paths, place.output_dir)
-    files = (*input_files(request, [item.checkpoint for item in items]), *(item.output for item in items))
-    check_manifest(manifest, files)  # all of this before anything is written
-    check_reports(reports, (manifest, *files), new_folder=place.output_dir)
-    if place.output_dir is not None:
-        make_folder(place.output_dir)  # reports may go into it
-    records: list[Any] = []
-    names = {restore_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
-
-    def record(made: Record) -> None:
-        records.append(bars.count_checkpoint(log.add_record(made)))
-        _release(items[names[made["checkpoint"]]])
-
-    engine = place.engine or LocalEngine()
-    with contextlib.ExitStack() as after:
-        log = Manifest(manifest)
-        after.callback(log.publish)
-        items = tuple(replace(item, in_manifest=log.recorded_output(item.output)) for item in items)
-        with (
-            _Bars(len(items), hidden=quiet) as bars,
-            redirect_foreign_stdout(),
-            interrupt_on_sigterm(),
-            keep_freed_memory(),
-        ):
-            engine.run(items, request, make_record, record, bars.show_images)
-    records.sort(key=lambda record: names[record["checkpoint"]])
+    # Data and earlier outputs may lie in the folders that are searched, and are no checkpoints to
+    # correct.
+    outside = _data_files(request)
+    if folder.output_dir is not None:
+        outside.append(folder.output_dir)
+    checkpoints = find_checkpoints(paths, folder.include, folder.exclude, outside=outside)
+    items = plan_items(checkpoints, folder.output_dir)
+    manifest_path = folder.manifest or _default_manifest(paths, folder.output_dir)
+    inputs = input_files(request, [item.checkpoint for item in items])
+    files = (*inputs, *(item.output for item in items))
+    check_manifest(manifest_path, files)  # all of this before anything is written
+    check_reports(reports, (manifest_path, *files), new_folder=folder.output_dir)
+    if folder.output_dir is not None:
+        make_folder(folder.output_dir)  # reports may go into it
+    manifest = Manifest(manifest_path)
+    try:
+        records = _run_engine(engine, items, request, manifest, quiet=quiet)
+    finally:
+        manifest.publish()
     for report in reports:
         write_report(report, records)
     if as_json:
         print_json({"checkpoints": records})
     else:
-        print_result(folder_text(records, log.path))
+        print_result(folder_text(records, manifest.path))
     github.report_folder_run(records)
-    _answer(records, log.path)
+    _raise_failures(records, manifest.path)
+
+
+def _run_engine(
+    engine: Engine,
+    items: Sequence[CheckpointItem],
+    request: Request,
+    manifest: Manifest,
+    *,
+    quiet: bool,
+) -> list[Record]:
+    """Run the engine on all items, and write each record into the manifest as it comes.
+
+    Returns the records in the order of the items. An engine hands them over in the order of their
+    ends.
+    """
+    from ckpt_tools.report.records.manifest import make_record
+
+    records: list[Record] = []
+    # Records name URLs, while items hold the paths of the local copies.
+    numbers = {restore_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
+
+    def add_record(record: Record) -> None:
+        record = manifest.add_record(record)
+        bars.count_checkpoint(record)
+        records.append(record)
+        _remove_copies(items[numbers[record["checkpoint"]]])
+
+    items = [replace(item, in_manifest=manifest.recorded_output(item.output)) for item in items]
+    with (
+        _FolderBars(len(items), hidden=quiet) as bars,
+        redirect_foreign_stdout(),
+        keep_freed_memory(),
+        interrupt_on_sigterm(),
+    ):
+        engine.run(items, request, make_record, add_record, bars.show_images)
+    return sorted(records, key=lambda record: numbers[record["checkpoint"]])
 
 
 def _data_files(request: Request) -> list[Path]:
-    """The files and folders that hold the data, which lie beside the checkpoints now and then."""
+    """The files and folders that hold the data. They lie beside the checkpoints now and then."""
     from ckpt_tools.data.shards.shard_names import expand_braces
 
-    found = [Path(resolve_location(data)) for data in (request.data, request.eval_data) if data is not None]
-    for pattern in map(str, tuple(found)):
-        with contextlib.suppress(OverflowError):  # too many to be files here
+    specs = [spec for spec in (request.data, request.eval_data) if spec is not None]
+    files = [Path(resolve_location(spec)) for spec in specs]
+    for pattern in map(str, tuple(files)):
+        with contextlib.suppress(OverflowError):  # too many to be files of this machine
             for name in expand_braces(pattern):
-                found += matching_paths(name)
-    return found
+                files += matching_paths(name)
+    return files
 
 
 def input_files(request: Request, checkpoints: Sequence[Path]) -> tuple[Path, ...]:
@@ -183,10 +215,10 @@ def input_files(request: Request, checkpoints: Sequence[Path]) -> tuple[Path, ..
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
     files = [file for checkpoint in checkpoints for file in files_of_checkpoint(checkpoint)]
-    return (*files, *_data_files(request), *filter(None, [request.class_map]))
+    return (*files, *_data_files(request), *filter(None, [request.evaluation.class_map]))
 
 
-def _release(item: CheckpointItem) -> None:
+def _remove_copies(item: CheckpointItem) -> None:
     """Remove the copies of remote files, so that a folder may be larger than the disk."""
     from ckpt_tools.storage.files.fetching import remove_checkpoint_copies
 
@@ -194,51 +226,58 @@ def _release(item: CheckpointItem) -> None:
         remove_checkpoint_copies(file)
 
 
-def _answer(records: Sequence[Record], manifest: Path) -> None:
-    failed = [record for record in records if record["status"] == "failed"]
-    if failed:
-        refused = {record["exit_code"] for record in failed} == {CheckFailed.exit_code}
-        kind = CheckFailed if refused else CkptToolsError
-        raise kind(f"{len(failed)} of {len(records)} checkpoints failed; {manifest} says why.")
+def _raise_failures(records: Sequence[Record], manifest: Path) -> None:
+    """Raise CheckFailed if only checks failed, CkptToolsError for any other failure.
+
+    Raises NothingToDo if there was nothing to do in any checkpoint.
+    """
+    failures = [record for record in records if record["status"] == "failed"]
+    if failures:
+        only_checks = {record["exit_code"] for record in failures} == {CheckFailed.exit_code}
+        kind = CheckFailed if only_checks else CkptToolsError
+        raise kind(f"{len(failures)} of {len(records)} checkpoints failed; {manifest} says why.")
     if {record["status"] for record in records} == {"nothing to do"}:
         raise NothingToDo(f"nothing to do in any of {len(records)} checkpoints; {manifest} says why.")
 
 
-def _beside(paths: Sequence[Path], output_dir: Path | None) -> Path:
-    """In the folder of the outputs; without one in the folder that was given, else in the current one."""
-    folders = [path for path in paths if path.is_dir() and may_write_beside(path)]
-    return (output_dir or (folders[0] if len(folders) == len(paths) == 1 else Path())) / _MANIFEST
+def _default_manifest(paths: Sequence[Path], output_dir: Path | None) -> Path:
+    """In the folder of the outputs; without one in the folder that was given, else in the current
+    one.
+    """
+    if output_dir is None and len(paths) == 1 and paths[0].is_dir() and may_write_beside(paths[0]):
+        return paths[0] / _MANIFEST
+    return (output_dir or Path()) / _MANIFEST
 
 
-class _Bars:
-    """Two bars on stderr: checkpoints that have come to an end, and the images of the round under way."""
+class _FolderBars:
+    """Two bars on stderr: checkpoints that have come to an end, and the images of the running
+    group.
+    """
 
     def __init__(self, total: int, *, hidden: bool) -> None:
         self._hidden = hidden
-        self._checkpoints: tqdm[Never] = progress_bar("checkpoints", total, unit="", position=0, disable=hidden)
+        self._checkpoints = progress_bar("checkpoints", total, hidden=hidden, position=0)
         self._images: tqdm[Never] | None = None
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> _FolderBars:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._images is not None:
             self._images.close()
         self._checkpoints.close()
 
-    def count_checkpoint(self, record: Any) -> Any:
-        """Count a checkpoint; what went wrong is said at once."""
+    def count_checkpoint(self, record: Record) -> None:
+        """Count a checkpoint; a failure is shown at once."""
         if record.get("error") and not self._hidden:
             write_above_bars(f"{one_line(record['checkpoint'])}: {record['status']}")
         self._checkpoints.update()
-        return record
 
-    def show_images(self, models: int, seen: int, total: int | None) -> None:
-        """Show how far a round is; a second pass over the data counts on."""
-        if self._images is None or seen < self._images.n:
+    def show_images(self, models: int, images: int, total: int | None) -> None:
+        """Show how far the passes of a group are; a second pass over the data counts on."""
+        if self._images is None or images < self._images.n:
             if self._images is not None:
                 self._images.close()
-            self._images = progress_bar(f"images × {models}", total, unit="img", position=1, disable=self._hidden)
-        self._images.update(seen - self._images.n)
+            name = f"images × {models}"
+            self._images = progress_bar(name, total, unit="img", hidden=self._hidden, position=1)
+        self._images.update(images - self._images.n)

@@ -1,22 +1,24 @@
-"""Options that several commands share, and the values they parse."""
+"""Options that several commands share, in groups; a command gets each group as one dataclass.
+
+The dataclasses belong to the jobs, whose modules import torch. So each is imported when a command
+runs, and not before: ``ckpt-fix --help`` needs no torch.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 from ckpt_tools.remote.address import is_url
 from ckpt_tools.remote.mirror import resolve_location
-
-if TYPE_CHECKING:
-    from ckpt_tools.data.preprocessing import Preprocessing
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,55 +32,35 @@ class _Location(click.Path):
         return super().convert(value, param, ctx)
 
 
-path = _Location(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else
+# click shall not check permissions: the reader's message says more about a file that cannot be
+# read.
+path = _Location(path_type=Path, readable=False)
 
 
 def comma_separated_numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
-    """Arguments of an option that takes numbers separated by commas: ``3,224,224`` or ``0.485,0.456,0.406``."""
+    """Arguments of an option that takes numbers separated by commas, such as ``3,224,224``."""
 
     def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
         if value is None:
             return None
         try:
-            found = tuple(kind(part) for part in value.split(","))
+            numbers = tuple(kind(part) for part in value.split(","))
         except ValueError:
             raise click.BadParameter(f"{value!r}: expected {kind.__name__}s separated by commas.") from None
-        if not all(map(math.isfinite, found)):
+        if not all(map(math.isfinite, numbers)):
             raise click.BadParameter(f"{value!r}: expected finite numbers.")
-        if positive and min(found) <= 0:
+        if positive and min(numbers) <= 0:
             raise click.BadParameter(f"{value!r}: expected numbers above zero.")
-        return found
+        return numbers
 
     return {"metavar": "N,N,…" if kind is int else "X,X,…", "callback": parse}
 
 
-@contextlib.contextmanager
-def redirect_foreign_stdout() -> Iterator[None]:
-    """What a user's factory or data code prints, or a program that it starts, goes to stderr: stdout is for results."""
-    stdout = sys.stdout
-    try:
-        ours, theirs = stdout.fileno(), sys.stderr.fileno()
-        stdout.flush()
-        kept = os.dup(ours)
-    except (AttributeError, OSError, ValueError):  # closed, or no files
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-        return
-    try:
-        os.dup2(theirs, ours)
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            stdout.flush()  # what went around the redirection
-        os.dup2(kept, ours)
-        os.close(kept)
-
-
 def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several option decorators as one, in the order in which help lists them."""
+    """Join several decorators into one that lists its options in this order in the help."""
 
     def decorate(command: Command) -> Command:
+        # The decorator that is applied last comes first in the help.
         for option in reversed(options):
             command = option(command)
         return command
@@ -86,23 +68,29 @@ def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command
     return decorate
 
 
-architecture = combine_options(
-    click.option(
-        "--arch",
-        "architecture",
-        metavar="NAME",
-        help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory (your code is imported and "
-        "run). Not needed where the checkpoint names it.",
-    ),
-    click.option(
-        "--model-kwargs",
-        multiple=True,
-        metavar="K=V",
-        help="Keyword argument of the architecture, repeatable; drop rates of the training run go here: drop_rate=0.2.",
-    ),
-)
+def pack(parameter: str, module: str, name: str) -> Callable[[Command], Command]:
+    """Give a command the values of several options as one object, the dataclass ``name`` of a
+    module.
 
-checkpoint = combine_options(
+    The fields of the dataclass name the options. ``parameter`` is what the command calls the
+    object. A field that is a dataclass itself is packed by a decorator further up, which runs
+    first.
+    """
+
+    def decorate(command: Command) -> Command:
+        # This also copies the options that click has attached to the function so far.
+        @functools.wraps(command)
+        def run(**values: Any) -> Any:
+            kind = getattr(import_module(module), name)
+            fields = {field: values.pop(field) for field in inspect.signature(kind).parameters}
+            return command(**values, **{parameter: kind(**fields)})
+
+        return cast(Command, run)
+
+    return decorate
+
+
+weights = combine_options(
     click.option(
         "--weights",
         metavar="auto|model|ema|ENTRY",
@@ -117,38 +105,72 @@ checkpoint = combine_options(
     ),
 )
 
+model = combine_options(
+    pack("model", "ckpt_tools.jobs.request", "ModelChoice"),
+    click.option(
+        "--arch",
+        "architecture",
+        metavar="NAME",
+        help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory (your "
+        "code is imported and run). Not needed where the checkpoint names it.",
+    ),
+    click.option(
+        "--model-kwargs",
+        multiple=True,
+        metavar="K=V",
+        callback=lambda context, parameter, pairs: parse_model_kwargs(pairs),
+        help="Keyword argument of the architecture, repeatable; drop rates of the training run go here: drop_rate=0.2.",
+    ),
+    weights,
+)
+
 evaluation = combine_options(
+    pack("evaluation", "ckpt_tools.jobs.request", "EvaluationOptions"),
     click.option(
         "--class-map",
         type=path,
         metavar="FILE",
-        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name a line in the head\'s '
-        "order. Default: the folders in alphabetical order.",
+        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name '
+        "a line in "
+        "the head's order. Default: the folders in alphabetical order.",
     ),
     click.option(
         "--calibrate",
         is_flag=True,
-        help="Fit a temperature, too: NLL and ECE of each half of the images at the other half's temperature. Weights "
-        "stay as they are.",
+        help="Fit a temperature, too: NLL and ECE of each half of the images at the other half's "
+        "temperature. Weights stay as they are.",
     ),
     click.option(
         "--gate",
         metavar="EXPR",
-        help="What must hold, or exit code 4: 'error <= before + 0.1 and ece <= 5'. Metrics: error, error5, ece "
-        "(percent, so 0.1 is a tenth of a point), nll (nats), without temperature. Comparisons: < <= > >=. Sums of "
-        "numbers, before (the same metric) and before.nll, with + - * and brackets.",
+        help="What must hold, or exit code 4: 'error <= before + 0.1 and ece <= 5'. Metrics: "
+        "error, error5, ece (percent, so 0.1 is a tenth of a point), nll (nats), without "
+        "temperature. Comparisons: < <= > >=. Sums of numbers, before (the same metric) and "
+        "before.nll, with + - * and brackets.",
     ),
 )
 
 preprocessing = combine_options(
+    pack("preprocessing", "ckpt_tools.data.preprocessing", "Preprocessing"),
     click.option(
         "--input-size",
         **comma_separated_numbers(int, positive=True),
         help="Shape of one sample, such as 3,224,224 or 500.",
     ),
-    click.option("--mean", **comma_separated_numbers(float, positive=False), help="Per channel, on the scale 0–1."),
-    click.option("--std", **comma_separated_numbers(float, positive=True), help="Per channel, on the scale 0–1."),
-    click.option("--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])),
+    click.option(
+        "--mean",
+        **comma_separated_numbers(float, positive=False),
+        help="Per channel, on the scale 0–1.",
+    ),
+    click.option(
+        "--std",
+        **comma_separated_numbers(float, positive=True),
+        help="Per channel, on the scale 0–1.",
+    ),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]),
+    ),
     click.option(
         "--crop-pct",
         type=click.FloatRange(0, 1, min_open=True),
@@ -157,18 +179,23 @@ preprocessing = combine_options(
 )
 
 
-def pop_preprocessing(said: dict[str, Any]) -> Preprocessing:
-    """Take the values of the options above out of a command's arguments."""
-    from ckpt_tools.data.preprocessing import Preprocessing
+seed = functools.partial(
+    click.option,
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+)
 
-    return Preprocessing(
-        **{name: said.pop(name) for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
-    )
-
-
-running = combine_options(
+reading = combine_options(
+    pack("reading", "ckpt_tools.jobs.request", "ReadingOptions"),
+    click.option("--limit", type=click.IntRange(min=1), help="Read this many samples, drawn at random."),
+    seed(help="Of the random order of the samples, and of the halves of --calibrate."),
     click.option(
-        "--device", default="auto", show_default=True, help="auto (CUDA if there is one), cpu, cuda or cuda:N."
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto (CUDA if there is one), cpu, cuda or cuda:N.",
     ),
     click.option(
         "--batch-size",
@@ -176,11 +203,17 @@ running = combine_options(
         help="Default: as large as memory allows, a power of two up to 512.",
     ),
     click.option(
-        "--workers", type=click.IntRange(min=0), help="Threads that decode images. Default: one a core, up to 8."
+        "--workers",
+        type=click.IntRange(min=0),
+        help="Threads that decode images. Default: one a core, up to 8.",
     ),
 )
 
 as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
+
+quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 reports = click.option(
     "--report",
@@ -188,7 +221,7 @@ reports = click.option(
     type=path,
     multiple=True,
     metavar="FILE",
-    help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI summary (.md) or the facts "
-    "(.json). Repeatable. An earlier report that nobody has changed is replaced, no other file is, not even with "
-    "--overwrite.",
+    help="Also write a report: a page that needs nothing else (.html, extra `report`), a CI "
+    "summary (.md) or the facts (.json). Repeatable. An earlier report that nobody has changed "
+    "is replaced, no other file is, not even with --overwrite.",
 )

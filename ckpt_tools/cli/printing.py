@@ -1,14 +1,16 @@
 """The gate that every printed line passes.
 
-`guarded_streams` puts a `GuardedStream` in the place of each standard stream while a command runs. So what click,
-Python's warnings and libraries print is made harmless like our own results and messages. Three things go around the
-gate, and each is harmless by itself: JSON, the annotations of GitHub, and progress bars.
+`guarded_streams` puts a `GuardedStream` in the place of each standard stream while a command runs.
+So what click, Python's warnings and libraries print is made harmless like our own results and
+messages. Three things go around the gate, and each is harmless by itself: JSON, the annotations of
+GitHub, and progress bars.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,15 +27,21 @@ __all__ = [
     "print_json",
     "print_message",
     "print_result",
+    "redirect_foreign_stdout",
     "unguarded_stderr",
     "write_workflow_command",
 ]
 
 
 class GuardedStream:
-    """A text stream that passes on to another one what is harmless there; all else it leaves to that stream."""
+    """A text stream that makes every text harmless before it passes it on to another stream.
 
-    encoding = "utf-8"  # click would go around a stream of another kind; what it cannot encode becomes escapes
+    Everything but writing is left to that stream.
+    """
+
+    # click would go around a stream of another encoding. What the stream cannot encode becomes
+    # escapes.
+    encoding = "utf-8"
     errors = "backslashreplace"
 
     def __init__(self, stream: TextIO, without_secrets: Callable[[str], str]) -> None:
@@ -43,14 +51,18 @@ class GuardedStream:
         self._lock = threading.RLock()  # threads that decode images warn, too
 
     def write(self, text: str) -> int:
-        """Pass on a text, which may be a part of a line. Returns the number of characters that were given."""
+        """Pass on a text, which may be a part of a line.
+
+        Returns the number of characters of ``text``, as every text stream does.
+        """
         if not isinstance(text, str):  # click tries bytes to find out what kind of stream this is
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         clean = self._without_secrets(text)
         with self._lock:
-            whole = self._line + clean
-            new = harmless(whole)[len(harmless(self._line)) :]
-            self._line = whole.rpartition("\n")[2][: LONGEST_VALUE + 1]
+            # What a text does may depend on the part of its line that was written before.
+            text_so_far = self._line + clean
+            new = harmless(text_so_far)[len(harmless(self._line)) :]
+            self._line = text_so_far.rpartition("\n")[2][: LONGEST_VALUE + 1]
             self.stream.write(_encodable(new, self.stream))
         return len(text)
 
@@ -70,7 +82,8 @@ def guarded_streams() -> Iterator[None]:
     """Let standard output and standard error pass the gate within the block."""
     before = sys.stdout, sys.stderr
     stdout = GuardedStream(_underlying_stream(sys.stdout), restore_urls)
-    # What libraries print goes to standard error, own_stdout() sees to that; they quote URLs in their own ways.
+    # Libraries print to standard error, redirect_foreign_stdout() sees to that, and quote URLs in
+    # their own ways: so fragments of secrets are removed there, too.
     stderr = GuardedStream(_underlying_stream(sys.stderr), lambda text: without_fragments(restore_urls(text)))
     guarded = cast(TextIO, stdout), cast(TextIO, stderr)
     sys.stdout, sys.stderr = guarded
@@ -81,6 +94,33 @@ def guarded_streams() -> Iterator[None]:
             sys.stdout = before[0]
         if sys.stderr is guarded[1]:
             sys.stderr = before[1]
+
+
+@contextlib.contextmanager
+def redirect_foreign_stdout() -> Iterator[None]:
+    """Send to stderr what a user's factory or data code prints, or a program that it starts.
+
+    Standard output is for results. The file descriptor itself is replaced, since programs that are
+    started inherit that and know nothing of ``sys.stdout``.
+    """
+    stdout = sys.stdout
+    try:
+        stdout_number, stderr_number = stdout.fileno(), sys.stderr.fileno()
+        stdout.flush()
+        saved_number = os.dup(stdout_number)
+    except (AttributeError, OSError, ValueError):  # the streams are closed, or no files
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        os.dup2(stderr_number, stdout_number)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            stdout.flush()  # code that kept a reference to the stream may have written to it
+        os.dup2(saved_number, stdout_number)
+        os.close(saved_number)
 
 
 def print_result(text: str, *, end: str = "\n") -> None:
@@ -96,8 +136,8 @@ def print_message(text: str) -> None:
 def print_json(facts: object) -> None:
     """Print a result as JSON on standard output, with URLs in the place of local copies.
 
-    It goes around the gate, which would change names. JSON is harmless: all characters are printable ASCII, no line
-    begins with a colon, and an escape parts ``##[`` where a name holds it.
+    It goes around the gate, which would change names. JSON is harmless: all characters are
+    printable ASCII, no line begins with a colon, and an escape parts ``##[`` where a name holds it.
     """
     text = json.dumps(_shorten_long_texts(restore_urls(facts)), indent=2).replace("##", "#\\u0023")
     stream = _underlying_stream(sys.stdout)
@@ -106,14 +146,18 @@ def print_json(facts: object) -> None:
 
 
 def write_workflow_command(line: str) -> None:
-    """Print a command for a CI runner, which the gate would stop; the data in it must have been escaped."""
+    """Print a command for a CI runner, which the gate would stop; the data in it must have been
+    escaped.
+    """
     stream = unguarded_stderr()
     stream.write(_encodable(f"{line}\n", stream))
     stream.flush()
 
 
 def unguarded_stderr() -> TextIO:
-    """Standard error for progress bars, which move the cursor; whoever names a bar makes the name harmless."""
+    """Standard error for progress bars, which move the cursor; whoever names a bar makes the name
+    harmless.
+    """
     return _underlying_stream(sys.stderr)
 
 

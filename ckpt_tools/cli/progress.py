@@ -1,12 +1,11 @@
-"""Progress bars: samples a second, time left, and of a re-estimation how sure the result is so far."""
+"""Progress bars: samples a second, time left, and how sure a re-estimation is so far."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Never
 
 from tqdm import tqdm
 
@@ -30,29 +29,31 @@ class ReestimationBar:
         self._begin(1)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def __call__(self, progress: Progress) -> None:
         """Show where the pass stands."""
+        # Every pass counts its images from zero.
         if progress.pass_number != self._pass_number:
             self._begin(progress.pass_number)
         assert self._bar is not None
         self._bar.set_postfix_str(_certainty(progress), refresh=False)
-        self._bar.update(progress.images - self._bar.n)
+        self._bar.update(progress.images - self._bar.n)  # tqdm takes a difference
 
     def _begin(self, number: int) -> None:
         if self._bar is not None:
             self._bar.close()
         self._pass_number = number
-        self._bar = progress_bar(f"pass {number}", self._total, unit="img", disable=self._hidden)
+        name = f"pass {number}"
+        self._bar = progress_bar(name, self._total, unit="img", hidden=self._hidden)
 
 
 class EvaluationBar:
-    """A tqdm bar on stderr for every model that is evaluated; call it with which one and its images so far."""
+    """A tqdm bar on stderr for every model that is evaluated; call it with which one and its images
+    so far.
+    """
 
     def __init__(self, total: int | None, *, hidden: bool) -> None:
         self._total, self._hidden = total, hidden
@@ -62,9 +63,7 @@ class EvaluationBar:
     def __enter__(self) -> EvaluationBar:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -73,29 +72,51 @@ class EvaluationBar:
         if self._bar is None or name != self._name:
             if self._bar is not None:
                 self._bar.close()
-            self._name, self._bar = name, progress_bar(name, self._total, unit="img", disable=self._hidden)
+            self._name = name
+            self._bar = progress_bar(name, self._total, unit="img", hidden=self._hidden)
         self._bar.update(images - self._bar.n)
 
 
 @contextlib.contextmanager
 def transfer_bar(url: str, size: int | None) -> Iterator[Callable[[int], object]]:
-    """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a second."""
+    """A bar for a file that comes from or goes to a store: on a terminal, if it takes longer than a
+    second.
+    """
     hidden = not unguarded_stderr().isatty()
-    with progress_bar(url, size, unit="B", unit_scale=True, delay=1, leave=False, disable=hidden) as bar:
-        yield lambda seen: bar.update(seen - bar.n)
+    with progress_bar(url, size, unit="B", unit_scale=True, delay=1, leave=False, hidden=hidden) as bar:
+        yield lambda bytes_moved: bar.update(bytes_moved - bar.n)
 
 
-def progress_bar(name: str, total: int | None, **settings: Any) -> tqdm[Never]:
-    """Begin a tqdm bar on standard error. It goes around the gate, since it moves the cursor.
+def progress_bar(
+    name: str,
+    total: int | None,
+    *,
+    unit: str = "",
+    unit_scale: bool = False,
+    hidden: bool = False,
+    leave: bool = True,
+    delay: float = 0,
+    position: int | None = None,
+) -> tqdm[Never]:
+    """Begin a tqdm bar on standard error; the arguments are those of tqdm, but for ``hidden``.
 
-    CI runners take what follows a carriage return for a new line, so the name is made harmless here.
+    It goes around the gate, since it moves the cursor. CI runners take what follows a carriage
+    return for a new line, so the name is made harmless here.
     """
     stream = unguarded_stderr()
-    interval = 0.2 if stream.isatty() else 10
     return tqdm(
-        total=total, desc=harmless(one_line(restore_urls(name))), file=stream, mininterval=interval, dynamic_ncols=True,
-        **settings,
-    )  # fmt: skip
+        total=total,
+        desc=harmless(one_line(restore_urls(name))),
+        file=stream,
+        mininterval=0.2 if stream.isatty() else 10,  # seconds; a log keeps every state of a bar
+        dynamic_ncols=True,
+        unit=unit,
+        unit_scale=unit_scale,
+        disable=hidden,
+        leave=leave,
+        delay=delay,
+        position=position,
+    )
 
 
 def write_above_bars(line: str) -> None:

@@ -1,4 +1,4 @@
-"""A command on several processes that torchrun has started: one voice, one end."""
+"""A command on several processes that torchrun has started: one of them prints, all end alike."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def join_team(device: str) -> Iterator[Team]:
-    """The team of this process, alone without torchrun; ``device`` as the user said it.
+    """Join the processes that torchrun has started; without torchrun this process is a team of one.
 
-    What goes wrong is printed by rank 0 alone, and every rank leaves with the exit code for it.
+    ``device`` is the value of --device. An error is printed by rank 0 alone, and every rank leaves
+    with the exit code for it.
     """
     from ckpt_tools.distributed import Processes, Ranks, start_team
     from ckpt_tools.machine.device import resolve_device
@@ -29,7 +30,10 @@ def join_team(device: str) -> Iterator[Team]:
         with start_team(ranks, cuda=False) as team:
             yield team
         return
-    with interrupt_on_sigterm(), start_team(ranks, cuda=resolve_device(device, ranks).startswith("cuda")) as team:
+    with (
+        interrupt_on_sigterm(),
+        start_team(ranks, cuda=resolve_device(device, ranks).startswith("cuda")) as team,
+    ):
         assert isinstance(team, Processes)
         try:
             yield team

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes, default_workers, random_order
+from ckpt_tools.data.sample_order import FULL_SHARE, Reading, Share, balanced_batch_sizes, random_order
 from ckpt_tools.data.stream import Batch, SkippedSample
 from ckpt_tools.data.user_code import CallableResult, import_callable
 from ckpt_tools.data.user_errors import convert_to_data_error
@@ -57,32 +57,21 @@ class CallableSource:
             return None
         return len(data) if self.limit is None else min(self.limit, len(data))
 
-    def batches(
-        self,
-        input_spec: InputSpec | None,
-        *,
-        batch_size: int,
-        workers: int | None = None,
-        cached: bool = False,
-        device: str | torch.device = "cpu",
-        share: Share = FULL_SHARE,
-        labelled: bool = False,
-    ) -> CallableStream:
+    def batches(self, input_spec: InputSpec | None, reading: Reading, *, labelled: bool = False) -> CallableStream:
         """The user's batches as they come, where they come.
 
-        ``batch_size``, ``workers`` (processes) and ``labelled`` concern a Dataset only. Of an
-        iterable every process makes all batches and keeps its ``share``; the other arguments are
-        not used.
+        A Dataset is batched as ``reading`` says, with its labels if ``labelled``. Of an iterable
+        every process makes all batches and keeps its share; nothing else of ``reading`` is used.
         """
         data = self.product.latest
         if not _has_length(data):
             return CallableStream(
-                self.spec, self.product.unread_iterable, limit=self.limit, seed=self.seed, share=share
+                self.spec, self.product.unread_iterable, limit=self.limit, seed=self.seed, share=reading.share
             )
         order = random_order(len(data), limit=self.limit, seed=self.seed)
-        parts = torch.split(order, balanced_batch_sizes(len(order), batch_size))
-        plan = [part.tolist() for part in share.select_items(parts)]
-        workers = min(default_workers() if workers is None else workers, len(plan))
+        parts = torch.split(order, balanced_batch_sizes(len(order), reading.batch_size))
+        plan = [part.tolist() for part in reading.share.select_items(parts)]
+        workers = min(reading.worker_count, len(plan))
         with convert_to_data_error(f"{self.spec}: batching the Dataset"):
             loader = DataLoader(
                 data,
@@ -92,7 +81,7 @@ class CallableSource:
                 persistent_workers=workers > 0,
                 generator=torch.Generator(),  # leaves the user's random state alone
             )
-        numbers = share.select_items(range(len(parts)))
+        numbers = reading.share.select_items(range(len(parts)))
         return CallableStream(
             self.spec, lambda: loader, seed=self.seed, count=len(order), numbers=numbers, indices=plan
         )

@@ -8,8 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
-
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays.array_files import ARRAY_SUFFIXES, Split, find_array
 from ckpt_tools.data.arrays.array_source import ArraySource
@@ -17,7 +15,7 @@ from ckpt_tools.data.arrays.datasets import DATASETS, find_dataset, recognise_da
 from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
-from ckpt_tools.data.sample_order import FULL_SHARE, Share
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.shards.disk_shards import ShardSource
 from ckpt_tools.data.shards.shard_names import is_pattern, is_shard, is_shard_url, list_shards, local_shards
 from ckpt_tools.data.shards.shard_stream import ShardStreamSource
@@ -57,21 +55,10 @@ class Source(Protocol):
     def is_preprocessed(self) -> bool:
         """Whether samples go to the model as they are, so that ``input_spec`` may be None."""
 
-    def batches(
-        self,
-        input_spec: InputSpec | None,
-        *,
-        batch_size: int,
-        workers: int | None = None,
-        cached: bool = False,
-        device: str | torch.device = "cpu",
-        share: Share = FULL_SHARE,
-    ) -> BatchStream:
+    def batches(self, input_spec: InputSpec | None, reading: Reading) -> BatchStream:
         """A stream of batches ready for the model, to be iterated as often as needed.
 
-        ``workers``: threads that decode; None chooses. ``cached`` keeps what the first pass decodes, for sources
-        that are read more than once. ``device``: where the batches shall be; a callable's stay where it made
-        them. Raises DataError if the samples cannot become what ``input_spec`` says.
+        Raises DataError if the samples cannot become what ``input_spec`` says.
         """
         ...
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ckpt_tools.contract import InputSpec
@@ -15,6 +14,7 @@ from ckpt_tools.data.callables import CallableSource, CallableStream, input_tens
 from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.labels import ClassMap, Labels, array_labels, as_class_numbers, folder_labels
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
 from ckpt_tools.data.shards.shard_stream import ShardStream, ShardStreamSource
 from ckpt_tools.data.stream import Batch, IndexedStream, SampleStream, SkippedSample, first_not_finite
@@ -44,12 +44,8 @@ class LabelledStream(SampleStream, Protocol):
 def labelled_batches(
     source: Source,
     input_spec: InputSpec | None,
-    *,
+    reading: Reading,
     class_map: ClassMap | None = None,
-    batch_size: int,
-    workers: int | None = None,
-    cached: bool = False,
-    device: str | torch.device = "cpu",
 ) -> LabelledStream:
     """Like ``source.batches``, with labels.
 
@@ -60,10 +56,7 @@ def labelled_batches(
     if class_map is not None and not isinstance(source, FolderSource):
         raise UsageError(f"--class-map names folders; the labels of {source.spec} are numbers already. Drop it.")
     if isinstance(source, CallableSource | ShardStreamSource):
-        yielded = source.batches(
-            input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device, labelled=True
-        )
-        return _StreamWithLabels(source.spec, yielded)
+        return _StreamWithLabels(source.spec, source.batches(input_spec, reading, labelled=True))
     if isinstance(source, FolderSource):
         labels = folder_labels(source.root, source.names, class_map)
     elif isinstance(source, ArraySource):
@@ -72,8 +65,7 @@ def labelled_batches(
         labels = shard_labels(source)
     else:
         raise DataError(f"{source.spec}: a {source.kind} has no labels. Give a folder, an .npz or a callable.")
-    stream = source.batches(input_spec, batch_size=batch_size, workers=workers, cached=cached, device=device)
-    return _IndexedWithLabels(source.spec, stream, labels)
+    return _IndexedWithLabels(source.spec, source.batches(input_spec, reading), labels)
 
 
 class _IndexedWithLabels:

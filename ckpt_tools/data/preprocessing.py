@@ -10,6 +10,7 @@ import torch
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.data_source import Source
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import UsageError
 
 
@@ -67,4 +68,4 @@ def example_input(spec: InputSpec | None, source: Source | None) -> object:
     if spec is not None:
         return torch.zeros(2, *spec.shape)
     assert source is not None
-    return next(iter(source.batches(None, batch_size=2, workers=0)))
+    return next(iter(source.batches(None, Reading(2, workers=0))))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckpt_tools.errors import UsageError
 
-__all__ = ["FULL_SHARE", "Share", "balanced_batch_sizes", "default_workers", "random_order"]
+__all__ = ["FULL_SHARE", "Reading", "Share", "balanced_batch_sizes", "default_workers", "random_order"]
 
 T = TypeVar("T")
 
@@ -33,6 +33,34 @@ class Share:
 
 
 FULL_SHARE = Share()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the samples of a source become batches.
+
+    ``batch_size`` is the largest; batches differ by at most one sample. ``workers`` are the threads that decode,
+    or the processes that run a user's Dataset; None: as many as ``default_workers`` says. ``cached`` keeps what the
+    first pass decodes, for sources that are read more than once. ``device``: where the batches shall be; those of a
+    callable stay where it made them. ``share``: the batches that this process reads.
+
+    Raises UsageError for a negative number of workers.
+    """
+
+    batch_size: int
+    workers: int | None = None
+    cached: bool = False
+    device: str | torch.device = "cpu"
+    share: Share = FULL_SHARE
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers is {self.workers}. Give 0 to read in this thread, or more.")
+
+    @property
+    def worker_count(self) -> int:
+        """How many workers there are, the default number where none was given."""
+        return default_workers() if self.workers is None else self.workers
 
 
 def random_order(count: int, *, limit: int | None, seed: int) -> Tensor:

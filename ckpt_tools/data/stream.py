@@ -20,9 +20,8 @@ from ckpt_tools.data.decoder_warnings import silence_decoder_warnings
 from ckpt_tools.data.device_transfer import prefetch_to_device
 from ckpt_tools.data.prefetch import read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes
+from ckpt_tools.data.sample_order import Reading, balanced_batch_sizes
 from ckpt_tools.data.unreadable_samples import SkippedSample, SkippedSamples, translate_reading_errors
-from ckpt_tools.errors import UsageError
 
 __all__ = [
     "Batch",
@@ -100,38 +99,36 @@ class IndexedStream:
     """Batches from samples that have a number: files in a folder, rows of an array.
 
     n samples at batch size b make ⌈n/b⌉ batches whose sizes differ by at most one, apart from
-    samples that are skipped. This process reads only its ``share`` of the batches, but ``count`` is
+    samples that are skipped. This process reads only its share of the batches, but ``count`` is
     the number of samples in all of them. ``finish`` turns a batch that was read into float32, on
-    ``device``. A ``cache`` keeps decoded batches for the next pass. Iterate one pass at a time.
+    the device. A ``cache`` keeps decoded batches for the next pass; where ``reading`` asks for one,
+    it need not be given. Iterate one pass at a time.
     """
 
     def __init__(
         self,
         samples: Samples,
         order: Tensor,
+        reading: Reading,
         *,
         name: str,
         transform: str,
         finish: Callable[[Tensor], Tensor],
-        batch_size: int,
-        workers: int,
         cache: PixelCache | None = None,
-        device: str | torch.device = "cpu",
-        share: Share = FULL_SHARE,
     ) -> None:
-        if workers < 0:
-            raise UsageError(f"--workers is {workers}. Give 0 to read in this thread, or more.")
         self.count = len(order)
         self.transform = transform
         self._samples, self._order = samples, order
         self._name = name
         self._finish = finish
-        self._sizes = balanced_batch_sizes(len(order), batch_size)
+        self._sizes = balanced_batch_sizes(len(order), reading.batch_size)
         self._ends = list(itertools.accumulate(self._sizes))
-        self._batch_numbers = share.select_items(range(len(self._sizes)))
-        self._workers = workers
+        self._batch_numbers = reading.share.select_items(range(len(self._sizes)))
+        self._workers = reading.worker_count
+        if cache is None and reading.cached:
+            cache = PixelCache()
         self._cache = cache
-        self._device = torch.device(device)
+        self._device = torch.device(reading.device)
         self._skipped = SkippedSamples(name)
         # Numbers of the batches that the current pass has yielded. Those without a readable sample
         # are not among them.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ckpt_tools.contract import LoadedModel
@@ -15,6 +14,7 @@ from ckpt_tools.data.data_source import Source, describe_source
 from ckpt_tools.data.labelled_stream import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import ClassMap, read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing, resolve_input_spec
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.evaluate.classifier import evaluate
 from ckpt_tools.evaluate.gate import Gate, parse_gate
@@ -116,23 +116,17 @@ def open_validation(
     source: Source,
     loaded: LoadedModel,
     said: Preprocessing,
+    reading: Reading,
     *,
-    batch_size: int,
-    workers: int | None,
-    device: str | torch.device,
     seed: int = 0,
-    cached: bool = False,
 ) -> Validation:
     """Labelled batches of a source for a model. Raises DataError, UsageError; ModelError without a trained head."""
     _require_head(loaded)
     stream = labelled_batches(
         source,
         resolve_input_spec(loaded.input_spec, said, source),
+        reading,
         class_map=asked.class_map,
-        batch_size=batch_size,
-        workers=workers,
-        cached=cached,
-        device=device,
     )
     return Validation(asked, source, stream, seed)
 

@@ -23,9 +23,7 @@ class ArgumentRefused(ArchitectureError):
     """A file sets an argument that it may not set, or to a value that it may not have."""
 
 
-def admit_recipe(
-    checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, user_kwargs: Mapping[str, object]
-) -> Recipe:
+def admit_recipe(checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, user_kwargs: Mapping[str, object]) -> Recipe:
     """Return the recipe with the arguments that the file may set, as its adapter lists them.
 
     An argument in `user_kwargs` is left out, since the user's value replaces the file's. Class
@@ -47,18 +45,14 @@ def admit_recipe(
         except NotAdmitted as reason:
             if name not in _READ_OFF_SHAPES:
                 error_class = ArgumentRefused if name in kinds else ArchitectureError
-                raise error_class(
-                    _describe_refusal(checkpoint, recipe, name, value, reason)
-                ) from reason
+                raise error_class(_describe_refusal(checkpoint, recipe, name, value, reason)) from reason
     return replace(recipe, kwargs=admitted)
 
 
 # Widths that `Adapter.class_kwargs` reads off the shapes. A backbone without its head may still
 # record a class count that no tensor justifies, so an inadmissible value of these is dropped
 # instead of refused.
-_READ_OFF_SHAPES = frozenset(
-    {"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"}
-)
+_READ_OFF_SHAPES = frozenset({"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"})
 
 
 def bound_construction(
@@ -88,9 +82,7 @@ def _is_rate(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
-def _describe_refusal(
-    checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted
-) -> str:
+def _describe_refusal(checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted) -> str:
     return (
         f"{checkpoint.path}: expected arguments of {recipe.architecture} that a checkpoint may "
         f"set, found {name}={reprlib.repr(value)} ({reason}). If the file is right, give it "

@@ -129,9 +129,7 @@ class ArchitectureIndex:
         return tables
 
 
-def make_index_entry(
-    architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]
-) -> IndexEntry:
+def make_index_entry(architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]) -> IndexEntry:
     """Return the entry of one architecture, from the shapes of its default build."""
     part, head, stem = ModelPart("", shapes), tuple(sorted(head)), tuple(sorted(stem))
     tops = top_attributes(head)
@@ -181,9 +179,7 @@ def decode_index(data: bytes) -> ArchitectureIndex:
     architectures: Sequence[str] = content["architectures"]
     count, width = len(architectures), SKETCH_BUCKETS // 2
     heads, stems = [[tuple(keys) for keys in content[name]] for name in ("heads", "stems")]
-    columns = [
-        struct.unpack(f"<{count}I", base64.b64decode(content[level])) for level in DIGEST_LEVELS
-    ]
+    columns = [struct.unpack(f"<{count}I", base64.b64decode(content[level])) for level in DIGEST_LEVELS]
     sketches = base64.b64decode(content["sketch"])
     entries = tuple(
         IndexEntry(

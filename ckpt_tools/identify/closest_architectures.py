@@ -14,9 +14,7 @@ from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
 _SHORTLIST = 8  # Building an architecture takes time, so only so many are compared exactly.
 _MIN_LIKENESS = 0.2  # Of a sketch. One unrelated model in a hundred reaches it by chance.
 _MIN_SHARE = 0.1  # With fewer tensors in common, naming the architecture would mislead.
-_QUANTISABLE = (
-    "quantized_"  # torchvision has a quantisable twin, with the same tensors, of some models.
-)
+_QUANTISABLE = "quantized_"  # torchvision has a quantisable twin, with the same tensors, of some models.
 _SIZES = "the class count or the input channels"
 
 
@@ -35,10 +33,7 @@ class SimilarArchitecture:
     difference: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.architecture} ({self.fitting} of {self.total} tensors fit; "
-            f"first difference {self.difference})"
-        )
+        return f"{self.architecture} ({self.fitting} of {self.total} tensors fit; first difference {self.difference})"
 
 
 def find_closest_architectures(shapes: Shapes, count: int = 3) -> list[SimilarArchitecture]:
@@ -106,9 +101,7 @@ def _ignore_size_differences(shapes: Shapes, expected: Shapes, entry: IndexEntry
 
 def _agree_but_for_one_axis(first: Shape, second: Shape) -> bool:
     # A class count changes one axis. A kernel size changes two, and makes another architecture.
-    return (
-        len(first) == len(second) and sum(a != b for a, b in zip(first, second, strict=True)) <= 1
-    )
+    return len(first) == len(second) and sum(a != b for a, b in zip(first, second, strict=True)) <= 1
 
 
 def _describe_first_difference(keys: tuple[str, ...], expected: Shapes, present: Shapes) -> str:

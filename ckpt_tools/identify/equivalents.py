@@ -24,27 +24,21 @@ _MAX_VALUES = 250_000_000  # Comparing larger models takes a minute, so they are
 _TOLERANCE = 1e-4
 
 
-def merge_equivalent_candidates(
-    checkpoint: Checkpoint, candidates: Iterable[Candidate]
-) -> tuple[Candidate, ...]:
+def merge_equivalent_candidates(checkpoint: Checkpoint, candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """Merge the candidates that compute the same function into one, with the others as its `twins`.
 
     Equivalent candidates have the same output, and expect the same input shape, mean and standard
     deviation. The first of a group is the one that the file is named after, else timm's, else the
     one with the shortest name.
     """
-    ordered = sorted(
-        candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture)
-    )
+    ordered = sorted(candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture))
     if len(ordered) < 2:
         return tuple(ordered)
     groups: list[list[Candidate]] = []
     size = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     for spec, members in _group_by_input(ordered).items():
         groups += _group_by_output(members, spec if size <= _MAX_VALUES else None)
-    return tuple(
-        replace(first, twins=tuple(twin.architecture for twin in twins)) for first, *twins in groups
-    )
+    return tuple(replace(first, twins=tuple(twin.architecture for twin in twins)) for first, *twins in groups)
 
 
 def _group_by_input(candidates: Sequence[Candidate]) -> dict[InputSpec | None, list[Candidate]]:
@@ -60,9 +54,7 @@ def _group_by_input(candidates: Sequence[Candidate]) -> dict[InputSpec | None, l
     return groups
 
 
-def _group_by_output(
-    candidates: Sequence[Candidate], spec: InputSpec | None
-) -> list[list[Candidate]]:
+def _group_by_output(candidates: Sequence[Candidate], spec: InputSpec | None) -> list[list[Candidate]]:
     """Group candidates of one input by their function; without a spec each stands alone."""
     if spec is None or len(candidates) == 1:
         return [[candidate] for candidate in candidates]
@@ -95,9 +87,7 @@ def _number_functions(candidates: Sequence[Candidate], shape: Sequence[int]) -> 
     return numbers
 
 
-def output_on_random_input(
-    candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]
-) -> Tensor | None:
+def output_on_random_input(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]) -> Tensor | None:
     """Return the model's output for two random inputs under random weights, in one row.
 
     `weights` holds, by key, the random weights of earlier candidates, which are used again. Weights

@@ -20,10 +20,7 @@ def guess_by_file_name(path: Path, candidates: Sequence[Candidate]) -> Candidate
     contains. Returns None if no name or several equally long ones stand there.
     """
     for text in (path.name, path.absolute().parent.name):
-        lengths = [
-            max(matched_name_length(text, name) for name in candidate.names)
-            for candidate in candidates
-        ]
+        lengths = [max(matched_name_length(text, name) for name in candidate.names) for candidate in candidates]
         longest = max(lengths, default=0)
         if longest and lengths.count(longest) == 1:
             return candidates[lengths.index(longest)]

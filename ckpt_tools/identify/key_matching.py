@@ -62,9 +62,7 @@ class Differences:
 
         A running variance that does not fit could not be corrected, so it is never accepted.
         """
-        return all(
-            top_attribute(key) in attributes and not key.endswith(_VARIANCE) for key in self.keys
-        )
+        return all(top_attribute(key) in attributes and not key.endswith(_VARIANCE) for key in self.keys)
 
     def touches(self, attribute: str) -> bool:
         """Whether a difference lies under this top attribute."""
@@ -108,9 +106,7 @@ def misfit_error(
     """Return the error that names the first differences of each kind."""
     shapes = checkpoint.shapes
     expects = {key: f"{key}: {architecture} expects {shape}" for key, shape in expected.items()}
-    reshaped = [
-        f"{expects[key]}, the checkpoint holds {shapes[key]}" for key in differences.reshaped
-    ]
+    reshaped = [f"{expects[key]}, the checkpoint holds {shapes[key]}" for key in differences.reshaped]
     missing = [f"{expects[key]}, the checkpoint lacks it" for key in differences.missing]
     unexpected = [
         f"{key}: {architecture} has no such tensor, the checkpoint holds {shapes[key]}"
@@ -128,9 +124,7 @@ def misfit_error(
     )
 
 
-def fill_model(
-    model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()
-) -> None:
+def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()) -> None:
     """Load every tensor of the checkpoint into the model, in the model's own precision.
 
     All keys and shapes must agree, except under the top attributes `as_built`: tensors that differ
@@ -162,9 +156,7 @@ def fill_model(
     try:
         model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
-        raise ArchitectureError(
-            f"{checkpoint.path} does not fit {architecture}: {error}"
-        ) from error
+        raise ArchitectureError(f"{checkpoint.path} does not fit {architecture}: {error}") from error
 
 
 def _shorten(lines: list[str], summary: str) -> list[str]:

@@ -34,9 +34,7 @@ def load(
     Raises CheckpointError for a file that cannot be read, ArchitectureError for one that does not
     fit, and AmbiguousArchitecture for one that fits several architectures.
     """
-    return identify_model(
-        read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs
-    )
+    return identify_model(read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs)
 
 
 def identify_model(
@@ -53,9 +51,7 @@ def identify_model(
     return load_candidate(checkpoint, require_single_candidate(checkpoint, candidates))
 
 
-def load_architecture(
-    architecture: str, model_kwargs: Mapping[str, object] | None = None
-) -> LoadedModel:
+def load_architecture(architecture: str, model_kwargs: Mapping[str, object] | None = None) -> LoadedModel:
     """Build an architecture without a checkpoint, with the library's own initialisation.
 
     The drop rates are those of the model as it is built.

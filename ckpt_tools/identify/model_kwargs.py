@@ -19,9 +19,7 @@ def parse_model_kwargs(pairs: Iterable[str]) -> dict[str, object]:
         name, equals, text = pair.partition("=")
         name = name.strip()
         if not equals or not name.isidentifier():
-            raise UsageError(
-                f"--model-kwargs: expected name=value such as drop_rate=0.2, found {pair!r}."
-            )
+            raise UsageError(f"--model-kwargs: expected name=value such as drop_rate=0.2, found {pair!r}.")
         if name in model_kwargs:
             raise UsageError(f"--model-kwargs: {name} is given twice. Give it once.")
         model_kwargs[name] = _parse_value(text.strip())

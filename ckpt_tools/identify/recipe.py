@@ -39,9 +39,7 @@ def recorded_recipes(checkpoint: Checkpoint) -> list[AdapterAndRecipe]:
     return recipes
 
 
-def recipe_with_recorded_arguments(
-    words: Mapping[str, object], architecture: str
-) -> AdapterAndRecipe:
+def recipe_with_recorded_arguments(words: Mapping[str, object], architecture: str) -> AdapterAndRecipe:
     """Return the recipe of a named architecture with the arguments that a file's words hold for it.
 
     Raises ArchitectureError if no adapter knows the architecture.
@@ -69,16 +67,11 @@ def describe_recorded_name(checkpoint: Checkpoint) -> str:
     for key in ("arch", "architecture", "model"):
         name = checkpoint.words.get(key)
         if isinstance(name, str):
-            return (
-                f"the file calls its architecture {name!r}, which no adapter can build without "
-                "being told how"
-            )
+            return f"the file calls its architecture {name!r}, which no adapter can build without being told how"
     return "the file does not say which architecture it holds"
 
 
-def _recorded_drop_rates(
-    words: Mapping[str, object], keywords: tuple[str, ...]
-) -> dict[str, object]:
+def _recorded_drop_rates(words: Mapping[str, object], keywords: tuple[str, ...]) -> dict[str, object]:
     """Return drop rates from the arguments of the training script.
 
     Only those count that stand there under a name of the constructor's.

@@ -69,9 +69,7 @@ def find_candidates(
     raise _unknown_architecture_error(checkpoint, misfits)
 
 
-def require_single_candidate(
-    checkpoint: Checkpoint, candidates: tuple[Candidate, ...]
-) -> Candidate:
+def require_single_candidate(checkpoint: Checkpoint, candidates: tuple[Candidate, ...]) -> Candidate:
     """Return the candidate if there is only one.
 
     Raises AmbiguousArchitecture if there are several. Its message lists them, and what the file's
@@ -79,10 +77,7 @@ def require_single_candidate(
     """
     if len(candidates) == 1:
         return candidates[0]
-    lines = [
-        item.architecture + (f" (same as {', '.join(item.twins)})" if item.twins else "")
-        for item in candidates
-    ]
+    lines = [item.architecture + (f" (same as {', '.join(item.twins)})" if item.twins else "") for item in candidates]
     guess = guess_by_file_name(checkpoint.path, candidates)
     hint = f"The file's name suggests {guess.architecture}. " if guess else ""
     example = (guess or candidates[0]).architecture
@@ -186,13 +181,8 @@ def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]
         )
 
 
-def _unknown_architecture_error(
-    checkpoint: Checkpoint, misfits: list[ArchitectureError]
-) -> ArchitectureError:
-    if misfits:
-        reason = str(misfits[0])
-    else:
-        reason = f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
+def _unknown_architecture_error(checkpoint: Checkpoint, misfits: list[ArchitectureError]) -> ArchitectureError:
+    reason = str(misfits[0]) if misfits else f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
     return ArchitectureError(
         f"{reason}\n{describe_closest(checkpoint.shapes)}\n"
         "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or "

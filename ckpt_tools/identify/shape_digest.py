@@ -57,11 +57,7 @@ class ModelPart:
     @cached_property
     def hashes(self) -> dict[str, int]:
         """The hash of every key with its shape, without counters of batches."""
-        return {
-            key: _hash(key, shape)
-            for key, shape in self.shapes.items()
-            if not key.endswith(BATCH_COUNTER)
-        }
+        return {key: _hash(key, shape) for key, shape in self.shapes.items() if not key.endswith(BATCH_COUNTER)}
 
     @cached_property
     def full_digest(self) -> int:
@@ -141,9 +137,7 @@ def split_into_parts(shapes: Shapes) -> Iterator[ModelPart]:
     counts = Counter(prefix for key in shapes for prefix in _prefixes(key))
     for prefix, count in counts.most_common():
         if count >= _MIN_SHARE * len(shapes):
-            part = {
-                key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)
-            }
+            part = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
             yield ModelPart(prefix, part)
 
 

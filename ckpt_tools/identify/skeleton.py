@@ -58,11 +58,7 @@ def build_skeleton(adapter: Adapter, name: str, kwargs: Mapping[str, object]) ->
 def state_dict_shapes(model: nn.Module) -> dict[str, Shape]:
     """Return the shape of every tensor of a model's state dict by key."""
     # Extra state (`_extra_state`) may be any object.
-    return {
-        key: tuple(value.shape)
-        for key, value in model.state_dict().items()
-        if isinstance(value, Tensor)
-    }
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def keys_depending_on(

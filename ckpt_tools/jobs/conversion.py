@@ -1,4 +1,6 @@
-"""Conversion from file to file: any checkpoint that can be read, as one safetensors file of the same tensors."""
+"""Conversion from file to file: a checkpoint of any format, as one safetensors file of the same
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from ckpt_tools.storage.reading import read_checkpoint
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """Everything the user asks for. ``output`` None: NAME.safetensors beside the checkpoint."""
+    """Everything the user asks of a conversion.
+
+    ``output`` None: NAME.safetensors beside the checkpoint.
+    """
 
     checkpoint: Path
     output: Path | None = None
@@ -28,7 +33,10 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What happened. ``shared``: groups of keys whose tensors shared memory and are now written once each."""
+    """The result of a conversion.
+
+    ``shared``: groups of keys whose tensors shared memory; each of them is written on its own.
+    """
 
     checkpoint: Checkpoint
     output: Path
@@ -38,40 +46,49 @@ class Conversion:
 
 
 def convert_checkpoint(request: ConvertRequest) -> Conversion:
-    """Write one state dict of a checkpoint as a safetensors file: every tensor bit for bit, in the same order.
+    """Write one state dict of a checkpoint as a safetensors file.
 
-    Wrapper prefixes are removed from the keys. Raises any CkptToolsError; then no output is left behind.
+    Every tensor comes out bit for bit, in the same order. Wrapper prefixes are removed from the
+    keys. Raises any CkptToolsError; then no output is left behind.
     """
-    output = request.output or _default(request.checkpoint)
+    output = request.output or _default_copy_path(request.checkpoint)
     check_output(output, request.checkpoint, overwrite=request.overwrite)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
+    # `ckpt-fix diff` reads from the provenance which differences to expect.
     digests = replace_tensors(output, checkpoint, {}, provenance={"expect": "nothing"}, overwrite=request.overwrite)
-    return Conversion(checkpoint, output, digests.source, digests.output, keys_sharing_memory(checkpoint.tensors))
+    shared = keys_sharing_memory(checkpoint.tensors)
+    return Conversion(checkpoint, output, digests.source, digests.output, shared)
 
 
 def keys_sharing_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
-    """Groups of keys whose tensors lie in the same memory, wholly or in part, in the order of the keys."""
-    order = {key: place for place, key in enumerate(tensors)}
-    extents = sorted((tensor.data_ptr(), _end(tensor), key) for key, tensor in tensors.items() if tensor.numel())
+    """Groups of keys whose tensors lie in the same memory, wholly or in part, in the order of the
+    keys.
+    """
+    order = {key: position for position, key in enumerate(tensors)}
+    extents = sorted(
+        (tensor.data_ptr(), _end_address(tensor), key) for key, tensor in tensors.items() if tensor.numel()
+    )
+    # In the order of addresses, a tensor overlaps with those before it if it begins before they
+    # end.
     groups: list[list[str]] = []
-    reach = 0
+    group_end = 0
     for start, end, key in extents:
-        if start < reach:
+        if start < group_end:
             groups[-1].append(key)
         else:
             groups.append([key])
-        reach = max(reach, end)
-    found = [tuple(sorted(group, key=order.__getitem__)) for group in groups if len(group) > 1]
-    return tuple(sorted(found, key=lambda group: order[group[0]]))
+        group_end = max(group_end, end)
+    shared = [tuple(sorted(group, key=order.__getitem__)) for group in groups if len(group) > 1]
+    return tuple(sorted(shared, key=lambda group: order[group[0]]))
 
 
-def _end(tensor: Tensor) -> int:
-    """The address behind the last element; views may have gaps."""
+def _end_address(tensor: Tensor) -> int:
+    """The address behind the last element. Views may have gaps, so their size does not tell it."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _default(checkpoint: Path) -> Path:
+def _default_copy_path(checkpoint: Path) -> Path:
     output = default_output_path(checkpoint)
     if output == checkpoint.absolute():
         raise OutputError(

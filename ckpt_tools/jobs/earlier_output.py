@@ -1,4 +1,4 @@
-"""Whether an earlier run has made an output already, and whether it still is what was written."""
+"""Recognises the output of an earlier run, and whether it is still what was written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ __all__ = ["DamagedOutput", "EarlierOutput", "find_earlier_output"]
 
 @dataclass(frozen=True)
 class EarlierOutput:
-    """What an output was made of, and how, as its metadata say; and what its file is, as far as that is known."""
+    """What an output was made of, and with which settings; ``file`` is its digest, where that is
+    known.
+    """
 
     source_sha256: str
     settings: str
@@ -26,7 +28,10 @@ class EarlierOutput:
 
 @dataclass(frozen=True)
 class DamagedOutput:
-    """An output of an earlier run that is not what was written any more: why, and the file as it was looked at."""
+    """An output of an earlier run that is no longer what was written.
+
+    ``why`` says what differs, ``stamp`` identifies the file that was looked at.
+    """
 
     why: str
     stamp: FileStamp
@@ -35,25 +40,29 @@ class DamagedOutput:
 def find_earlier_output(
     output: Path, request: Request, in_manifest: EarlierOutput | None
 ) -> EarlierOutput | DamagedOutput | None:
-    """What an earlier run made of the request's checkpoint with the same settings, if it is there: whole, or damaged.
+    """The output of an earlier run with the same checkpoint and settings, whole or damaged; else
+    None.
 
-    An output counts as whole if its data has the SHA-256 that the output itself holds, and its file the one that the
-    manifest holds, if that tells of this output. A damaged one is known to be this tool's own by its header, which is
-    why it may be replaced. Any other file that has the output's name is left to --overwrite.
+    An output counts as whole if its data has the SHA-256 that the output itself holds, and its file
+    the one that the manifest holds, if the manifest tells of this output. The header of a damaged
+    one shows that it is this tool's own, which is why it may be replaced. Any other file that has
+    the output's name is left to --overwrite.
 
-    Raises OutputError for an output of version 0.1.0, which holds no digests, CheckpointError, RemoteError.
+    Raises OutputError for an output of version 0.1.0, which holds no digests; CheckpointError,
+    RemoteError.
     """
     entry = None if request.overwrite else read_provenance_entry(output)
     if entry is None or entry.get("settings") != request.settings_digest():
         return None
-    made = EarlierOutput(checkpoint_sha256(request.checkpoint), request.settings_digest())
-    if entry.get("source_sha256") != made.source_sha256:
+    expected = EarlierOutput(checkpoint_sha256(request.checkpoint), request.settings_digest())
+    if entry.get("source_sha256") != expected.source_sha256:
         return None
     seal = read_seal(entry)
     if seal is None:
         raise OutputError(
-            f"{output}: expected an output that holds its own SHA-256, found one of version {entry['version']}, which "
-            "cannot prove to be whole. Pass --overwrite to make it again, or give another --output-dir."
+            f"{output}: expected an output that holds its own SHA-256, found one of version "
+            f"{entry['version']}, which cannot prove to be whole. Pass --overwrite to make it "
+            "again, or give another --output-dir."
         )
     try:
         stamp = stamp_file(output)
@@ -63,7 +72,10 @@ def find_earlier_output(
             f"{output}: expected to compare it with what was written, found that it cannot be read "
             f"({error.strerror}). Check its permissions, or pass --overwrite to make it again."
         ) from error
-    # A record of an output that was made of other bytes, or with other settings, says nothing of this one.
-    tells_of_this = in_manifest is not None and replace(in_manifest, file=None) == made
-    why = measured.describe_damage(seal, in_manifest.file if in_manifest is not None and tells_of_this else None)
-    return DamagedOutput(why, stamp) if why else replace(made, file=measured.file)
+    # A record of an output that was made of other bytes, or with other settings, says nothing of
+    # this one.
+    recorded_file = None
+    if in_manifest is not None and replace(in_manifest, file=None) == expected:
+        recorded_file = in_manifest.file
+    why = measured.describe_damage(seal, recorded_file)
+    return DamagedOutput(why, stamp) if why else replace(expected, file=measured.file)

@@ -1,9 +1,9 @@
-"""Evaluation of one checkpoint, or of two on the same images: metrics and a gate, nothing written."""
+"""Evaluation of a checkpoint, or of two on the same images: metrics and a gate, no output."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
-from ckpt_tools.data.stream import Batch
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.evaluate.scores import Metrics, compute_metrics
 from ckpt_tools.evaluate.validation import (
     EvaluationSettings,
@@ -21,6 +21,7 @@ from ckpt_tools.evaluate.validation import (
     parse_evaluation_settings,
 )
 from ckpt_tools.jobs.recognition import recognise_architecture
+from ckpt_tools.jobs.request import EvaluationOptions, ModelChoice, ReadingOptions
 from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
@@ -29,24 +30,18 @@ from ckpt_tools.walker.downstream import walk
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Everything the user asks for. ``before``: a second checkpoint, to compare with."""
+    """Everything the user asks of an evaluation.
+
+    ``before``: a second checkpoint, to compare with.
+    """
 
     checkpoint: Path
     data: str
     before: Path | None = None
-    class_map: Path | None = None
-    calibrate: bool = False
-    gate: str | None = None
-    architecture: str | None = None
-    model_kwargs: Mapping[str, object] = field(default_factory=dict)
-    weights: str = "auto"
-    trust: bool = False
+    model: ModelChoice = field(default_factory=ModelChoice)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    limit: int | None = None
-    seed: int = 0
-    device: str = "auto"  # CUDA if there is one, else the CPU
-    batch_size: int | None = None
-    workers: int | None = None
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,9 @@ class EvaluatedCheckpoint:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is about to be evaluated."""
+    """The checkpoints that are going to be evaluated, loaded and checked, and the device to run
+    them on.
+    """
 
     request: EvaluationRequest
     after: EvaluatedCheckpoint
@@ -69,13 +66,16 @@ class EvaluationPlan:
 
     @property
     def images(self) -> int | None:
-        """Images that a pass reads; None if only a pass can tell."""
+        """How many images a pass reads; None if only a pass can tell."""
         return self.after.validation.stream.count
 
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """The metrics, and what they were measured on. A gate that is not passed is told by ``metrics.failures``."""
+    """The metrics, and what they were measured on.
+
+    If a gate was not passed, ``metrics.failures`` says why.
+    """
 
     plan: EvaluationPlan
     metrics: Metrics
@@ -85,61 +85,94 @@ class EvaluationOutcome:
 
 
 def prepare_evaluation(request: EvaluationRequest) -> EvaluationPlan:
-    """Load and check everything that can be checked before an image is read. Raises any CkptToolsError."""
-    compared = request.before is not None
-    asked = parse_evaluation_settings(
-        request.data, request.class_map, request.calibrate, request.gate, compared=compared
+    """Load and check everything that can be checked before an image is read.
+
+    Raises any CkptToolsError.
+    """
+    options = request.evaluation
+    settings = parse_evaluation_settings(
+        request.data,
+        options.class_map,
+        options.calibrate,
+        options.gate,
+        compared=request.before is not None,
     )
-    device = resolve_device(request.device)
-    before = None if request.before is None else _contestant(request.before, asked, request, device)
-    return EvaluationPlan(request, _contestant(request.checkpoint, asked, request, device), before, device)
+    device = resolve_device(request.reading.device)
+    before = None
+    if request.before is not None:
+        before = _load_for_evaluation(request.before, settings, request, device)
+    after = _load_for_evaluation(request.checkpoint, settings, request, device)
+    return EvaluationPlan(request, after, before, device)
 
 
 def execute_evaluation(plan: EvaluationPlan, progress: Callable[[str, int], None] | None = None) -> EvaluationOutcome:
-    """Run the models. ``progress`` is called with which one and the number of images so far."""
+    """Run the models on the labelled data.
+
+    ``progress`` is called with the name of the model ("before", "after", or "evaluate" for a single
+    one) and the number of images so far.
+    """
     started = time.perf_counter()
-    before = None if plan.before is None else _evaluate_checkpoint(plan.before, "before", plan.device, progress)
-    after = _evaluate_checkpoint(plan.after, "after" if plan.before else "evaluate", plan.device, progress)
+    before = before_sha256 = None
+    if plan.before is not None and plan.request.before is not None:
+        before = _evaluate_checkpoint(plan.before, "before", plan.device, progress)
+        before_sha256 = checkpoint_sha256(plan.request.before)
+    name = "evaluate" if plan.before is None else "after"
+    after = _evaluate_checkpoint(plan.after, name, plan.device, progress)
     return EvaluationOutcome(
         plan,
         compute_metrics(plan.after.validation, before, after),
         checkpoint_sha256(plan.request.checkpoint),
-        None if plan.request.before is None else checkpoint_sha256(plan.request.before),
+        before_sha256,
         time.perf_counter() - started,
     )
 
 
-def _contestant(path: Path, asked: EvaluationSettings, request: EvaluationRequest, device: str) -> EvaluatedCheckpoint:
-    source = open_source(request.data, limit=request.limit, seed=request.seed, split="test")
-    checkpoint = read_checkpoint(path, weights=request.weights, trust=request.trust)
-    loaded = recognise_architecture(
-        checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing
-    ).loaded
+def _load_for_evaluation(
+    path: Path, settings: EvaluationSettings, request: EvaluationRequest, device: str
+) -> EvaluatedCheckpoint:
+    # Each checkpoint has a source of its own; with the same seed both see the same images.
+    options = request.reading
+    source = open_source(request.data, limit=options.limit, seed=options.seed, split="test")
+    checkpoint = read_checkpoint(path, weights=request.model.weights, trust=request.model.trust)
+    loaded = recognise_architecture(checkpoint, request.model, source, request.preprocessing).loaded
     assert loaded.checkpoint is not None
-    batch_size = request.batch_size
+    batch_size = options.batch_size
     if batch_size is None:
-        spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
-        example = example_input(spec, source) if spec is not None else _first_unlabelled_batch(source, asked)
+        example = _example_batch(source, settings, loaded, request.preprocessing)
         batch_size = fitting_batch_size(walk(loaded.model, example).bytes_per_sample, device)
     validation = open_validation(
-        asked,
+        settings,
         source,
         loaded,
         request.preprocessing,
-        batch_size=batch_size,
-        workers=request.workers,
-        device=device,
-        seed=request.seed,
+        Reading(batch_size, options.workers, device=device),
+        seed=options.seed,
     )
     return EvaluatedCheckpoint(loaded.checkpoint, loaded, validation)
 
 
-def _first_unlabelled_batch(source: Source, asked: EvaluationSettings) -> Batch:
-    """The first input of the data, for a model that takes it as it is."""
-    return next(iter(labelled_batches(source, None, class_map=asked.class_map, batch_size=2, workers=0)))[0]
+def _example_batch(
+    source: Source,
+    settings: EvaluationSettings,
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+) -> object:
+    """A batch to walk the model with: zeros of the input's shape, else the first inputs of the
+    data.
+    """
+    spec = resolve_input_spec(loaded.input_spec, preprocessing, source)
+    if spec is not None:
+        return example_input(spec, source)
+    labelled = labelled_batches(source, None, Reading(2, workers=0), class_map=settings.class_map)
+    inputs, _ = next(iter(labelled))
+    return inputs
 
 
 def _evaluate_checkpoint(
-    contestant: EvaluatedCheckpoint, name: str, device: str, progress: Callable[[str, int], None] | None
+    evaluated: EvaluatedCheckpoint,
+    name: str,
+    device: str,
+    progress: Callable[[str, int], None] | None,
 ) -> ModelEvaluation:
-    return contestant.validation.evaluate_model(move_to_device(contestant.loaded.model, device), name, progress)
+    model = move_to_device(evaluated.loaded.model, device)
+    return evaluated.validation.evaluate_model(model, name, progress)

@@ -1,4 +1,6 @@
-"""Initialisation from file to file: a fresh checkpoint, or only an architecture, and new weights for it."""
+"""Initialisation from file to file: new weights for a fresh checkpoint, or for an architecture
+alone.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ from ckpt_tools.identify.loading import identify_model, load_architecture
 from ckpt_tools.initialize.init_results import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
+from ckpt_tools.jobs.request import ModelChoice
 from ckpt_tools.jobs.verification import VerificationBatches, make_verification_batches
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.model.calling import unwrap_model
-from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, check_output, replace_tensors, write_safetensors
+from ckpt_tools.storage.output.checkpoint_writer import (
+    OutputDigests,
+    check_output,
+    replace_tensors,
+    write_safetensors,
+)
 from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.reading import read_checkpoint
 
@@ -32,14 +40,15 @@ SignalsCallback = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], N
 
 @dataclass(frozen=True)
 class InitRequest:
-    """Everything the user asks for. Without ``checkpoint``, ``architecture`` and ``output`` are needed."""
+    """Everything the user asks of an initialisation.
+
+    Without ``checkpoint``, an architecture and ``output`` are needed. ``samples`` and ``device``
+    concern the verification: new weights are made on the CPU, so that they are the same everywhere.
+    """
 
     checkpoint: Path | None = None
     output: Path | None = None
-    architecture: str | None = None
-    model_kwargs: Mapping[str, object] = field(default_factory=dict)
-    weights: str = "auto"
-    trust: bool = False
+    model: ModelChoice = field(default_factory=ModelChoice)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     scheme: Scheme = "hypersphere"
     rule: InitRule = "paper"
@@ -48,8 +57,8 @@ class InitRequest:
     seed: int = 0
     verify: bool = False
     data: str | None = None
-    samples: int = 64  # of the verification
-    device: str = "auto"  # of the verification: new weights are made on the CPU, the same everywhere
+    samples: int = 64
+    device: str = "auto"
     report: Path | None = None
     overwrite: bool = False
     force: bool = False
@@ -62,7 +71,10 @@ class InitRequest:
 
 @dataclass(frozen=True)
 class InitOutcome:
-    """What happened: the new weights, the file and its source, and if asked for the signals before and after."""
+    """The result of an initialisation: the new weights, the file and its source.
+
+    ``before`` and ``after`` are the signals of the layers, if the user asked for them.
+    """
 
     request: InitRequest
     loaded: LoadedModel
@@ -78,11 +90,12 @@ class InitOutcome:
 def initialize_checkpoint(request: InitRequest, draw: SignalsCallback | None = None) -> InitOutcome:
     """Give a model new weights by the rule and write it as a safetensors file.
 
-    From a checkpoint file, every tensor but the new ones comes out bit for bit. From an architecture alone, the rest
-    is the library's own initialisation under ``request.seed``. ``draw`` is called with the signals before and after,
-    just before the output is written. Raises any CkptToolsError; then nothing is written.
+    From a checkpoint file, every tensor but the new ones comes out bit for bit. From an
+    architecture alone, all other tensors have the library's own initialisation under
+    ``request.seed``. ``draw`` is called with the signals before and after, just before the output
+    is written. Raises any CkptToolsError; then nothing is written.
     """
-    output = _checked_output(request)
+    output = _choose_output(request)
     loaded, example, trial = _prepare_model(request)
     before = trial.measure_layer_signals(loaded.model, request.seed) if trial else ()
     result = rewrite_init(
@@ -95,31 +108,40 @@ def initialize_checkpoint(request: InitRequest, draw: SignalsCallback | None = N
         seed=request.seed,
     )
     after = trial.measure_layer_signals(loaded.model, request.seed) if trial else ()
+    # Before the output is written: if the picture fails, there is no output either.
     if draw is not None and trial is not None:
         draw(before, after)
     digests = write_initialized(output, loaded, result, overwrite=request.overwrite)
-    return InitOutcome(request, loaded, result, output, digests.output, digests.source or None, trial, before, after)
+    source_sha256 = digests.source or None
+    return InitOutcome(request, loaded, result, output, digests.output, source_sha256, trial, before, after)
 
 
 def refuse_trained_checkpoint(tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckFailed for a state dict whose BatchNorm layers have seen data: an init throws training away.
+    """Raise CheckFailed for a state dict whose BatchNorm layers have seen data.
 
-    Counters tell; where a file has none, running means that moved away from zero do.
+    Their counters tell, and where a file has none, running means that have moved away from zero.
+    New weights would throw the training away.
     """
-    counters = {key: tensor for key, tensor in tensors.items() if key.endswith("num_batches_tracked")}
-    means = {key: tensor for key, tensor in tensors.items() if key.endswith("running_mean")}
-    for key, tensor in (counters or means).items():
+
+    def select(name: str) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in tensors.items() if key.endswith(name)}
+
+    for key, tensor in (select("num_batches_tracked") or select("running_mean")).items():
         if bool(tensor.any()):
+            largest = float(tensor.reshape(-1)[tensor.abs().argmax()])
             raise CheckFailed(
-                f"{key}: expected 0 in a fresh checkpoint, found {float(tensor.reshape(-1)[tensor.abs().argmax()]):g}: "
-                "this model was trained, and new weights would throw that away. Give a fresh checkpoint, or --arch "
-                "alone; --force rewrites it all the same."
+                f"{key}: expected 0 in a fresh checkpoint, found {largest:g}: this model was "
+                "trained, and new weights would throw that away. Give a fresh checkpoint, or "
+                "--arch alone; --force rewrites it all the same."
             )
 
 
-def _checked_output(request: InitRequest) -> Path:
-    """Where the output goes; refuses at once what cannot be meant or written."""
-    if request.checkpoint is None and request.architecture is None:
+def _choose_output(request: InitRequest) -> Path:
+    """Where the output goes, after a check that it may be written.
+
+    Raises UsageError, OutputError.
+    """
+    if request.checkpoint is None and request.model.architecture is None:
         raise UsageError("Give a fresh checkpoint, or an architecture with --arch.")
     if request.checkpoint is not None:
         output = request.output or default_output_path(request.checkpoint, "init")
@@ -129,7 +151,7 @@ def _checked_output(request: InitRequest) -> Path:
         check_output(output, None, overwrite=request.overwrite)
     else:
         raise UsageError(
-            f"--arch {request.architecture} alone names no output. Give one with -o, e.g. -o init.safetensors."
+            f"--arch {request.model.architecture} alone names no output. Give one with -o, e.g. -o init.safetensors."
         )
     if request.data is not None:
         refuse_overwriting_data(output, request.data)
@@ -141,13 +163,17 @@ def _checked_output(request: InitRequest) -> Path:
 
 
 def _prepare_model(request: InitRequest) -> tuple[LoadedModel, object, VerificationBatches | None]:
-    """The model as it is, an input to walk it with, and what to try it on."""
-    if request.data is None and (said := request.preprocessing.transform_options):
-        option = next(iter(said)).replace("_", "-")
+    """The model as it is, an input to walk it with, and the batches of the verification, if any."""
+    transform_options = request.preprocessing.transform_options
+    if request.data is None and transform_options:
+        option = next(iter(transform_options)).replace("_", "-")
         raise UsageError(
             f"--{option}: says how images become inputs, but there are none. Give --data, or leave it out."
         )
-    source = None if request.data is None else open_source(request.data, limit=request.samples, seed=request.seed)
+    source = None
+    if request.data is not None:
+        source = open_source(request.data, limit=request.samples, seed=request.seed)
+    # Without a verification no device is needed, and so none is asked for.
     device = resolve_device(request.device) if request.needs_verification else "cpu"
     loaded = _load_fresh_model(request)
     spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
@@ -163,28 +189,31 @@ def _prepare_model(request: InitRequest) -> tuple[LoadedModel, object, Verificat
 def _load_fresh_model(request: InitRequest) -> LoadedModel:
     if request.checkpoint is None:
         with seed_constructors(request.seed):
-            return load_architecture(str(request.architecture), request.model_kwargs)
-    checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
+            return load_architecture(str(request.model.architecture), request.model.model_kwargs)
+    checkpoint = read_checkpoint(request.checkpoint, weights=request.model.weights, trust=request.model.trust)
     if not request.force:
         refuse_trained_checkpoint(checkpoint.tensors)
-    loaded = identify_model(checkpoint, request.architecture, request.model_kwargs)
+    loaded = identify_model(checkpoint, request.model.architecture, request.model.model_kwargs)
     if loaded.as_built:
         raise ArchitectureError(
-            f"{request.checkpoint}: expected every weight of {loaded.recipe.architecture}, found another head under "
-            f"{', '.join(loaded.as_built)}, which would keep its old weights. Name what builds your model: "
-            "--arch package.module:factory."
+            f"{request.checkpoint}: expected every weight of {loaded.recipe.architecture}, found "
+            f"another head under {', '.join(loaded.as_built)}, which would keep its old weights. "
+            "Name what builds your model: --arch package.module:factory."
         )
     return loaded
 
 
 @contextlib.contextmanager
 def seed_constructors(seed: int) -> Iterator[None]:
-    """Every generator that a constructor may draw from on the CPU starts at ``seed``; afterwards it is as before."""
+    """Start every generator that a constructor may draw from on the CPU at ``seed``.
+
+    Afterwards each is as it was before.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # numpy takes no larger ones
         try:
             yield
         finally:
@@ -195,18 +224,22 @@ def seed_constructors(seed: int) -> Iterator[None]:
 def write_initialized(
     output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False
 ) -> OutputDigests:
-    """Write a model whose weights were rewritten; the source's digest is empty if there is none. Raises OutputError.
+    """Write a model whose weights were rewritten.
 
-    With a checkpoint, its tensors with the new ones in their place, in its dtypes; else the state dict as it stands.
+    With a checkpoint, the file holds its tensors in their dtypes, the new ones in the place of the
+    old; without one, the state dict as it stands, and the source's digest is empty. Raises
+    OutputError.
     """
-    state = {key: value for key, value in unwrap_model(loaded.model).state_dict().items() if isinstance(value, Tensor)}
+    values = unwrap_model(loaded.model).state_dict()
+    state = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     rewritten = _every_name(state, [layer.parameter for layer in result.rewritten])
     zeroed = _every_name(state, [layer.bias for layer in result.rewritten if layer.bias])
-    said = _provenance(loaded, result) | {"rewritten": rewritten, "zeroed": zeroed}
+    provenance = _provenance(loaded, result) | {"rewritten": rewritten, "zeroed": zeroed}
     if loaded.checkpoint is None:
-        return write_safetensors(output, state, metadata=output_metadata(None, said), overwrite=overwrite)
+        metadata = output_metadata(None, provenance)
+        return write_safetensors(output, state, metadata=metadata, overwrite=overwrite)
     new = {key: state[key] for key in (*rewritten, *zeroed)}
-    return replace_tensors(output, loaded.checkpoint, new, provenance=said, overwrite=overwrite)
+    return replace_tensors(output, loaded.checkpoint, new, provenance=provenance, overwrite=overwrite)
 
 
 def _every_name(state: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:

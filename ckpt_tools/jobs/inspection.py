@@ -1,4 +1,6 @@
-"""Looking at a checkpoint or an architecture without data: what is in it, and what a re-estimation would do."""
+"""Looking at a checkpoint or an architecture without data: what is in it, and what a re-estimation
+would do.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
+from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel, Rates
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.loading import identify_model, load_architecture
+from ckpt_tools.jobs.request import ModelChoice
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.results import Walk
@@ -28,10 +31,7 @@ class InspectRequest:
     """What the user asks for: a checkpoint, an architecture, or both."""
 
     checkpoint: Path | None = None
-    architecture: str | None = None
-    model_kwargs: Mapping[str, object] = field(default_factory=dict)
-    weights: str = "auto"
-    trust: bool = False
+    model: ModelChoice = field(default_factory=ModelChoice)
     input_size: tuple[int, ...] | None = None
 
 
@@ -46,9 +46,10 @@ class TensorTotals:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What ``bn-reestimate`` would do: the layers it would rewrite, those it would control with, and why.
+    """What ``bn-reestimate`` would do: the layers that it would rewrite, its control layers, and
+    why.
 
-    Nothing to rewrite means that it would end with exit code 3, for the reason in ``why``.
+    If there is nothing to rewrite, it would end with exit code 3, for the reason in ``why``.
     """
 
     rewrite: tuple[str, ...]
@@ -58,9 +59,11 @@ class Prospect:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. ``loaded``, ``walk`` and ``prospect`` are None where ``error`` says why they are not known.
+    """What a checkpoint or an architecture is, as far as it could be told.
 
-    ``steps``: batches that each BN layer has counted, by its name; None where the file does not say.
+    ``loaded``, ``walk`` and ``prospect`` are None where ``error`` says why they are not known.
+    ``steps``: how many batches each BN layer has counted, by its name; None where the file does not
+    say. ``candidates``: the architectures, where several fit.
     """
 
     request: InspectRequest
@@ -73,96 +76,119 @@ class Inspection:
     walk: Walk | None = None
     steps: Mapping[str, int | None] = field(default_factory=dict)
     prospect: Prospect | None = None
-    candidates: tuple[str, ...] = ()  # architectures, where several fit
+    candidates: tuple[str, ...] = ()
     error: CkptToolsError | None = None
 
 
 def inspect_checkpoint(request: InspectRequest) -> Inspection:
     """Read, identify and walk as far as that goes; what stops it is in the result, not raised.
 
-    Raises CheckpointError for a file that cannot be read at all; UsageError and ArchitectureError where there is
-    no file, and so nothing to show.
+    Raises CheckpointError for a file that cannot be read at all; UsageError and ArchitectureError
+    where there is no file, and so nothing to show.
     """
     if request.checkpoint is None:
-        return _architecture(request)
-    found = _file(request)
+        return _inspect_architecture(request)
+    inspection = _inspect_file(request, request.checkpoint)
     try:
-        found = _add_loaded_model(found)
-        return _add_walk(found)
+        inspection = _add_loaded_model(inspection)
+        return _add_walk(inspection)
     except CkptToolsError as error:
-        return _add_error(found, error)
+        return _add_error(inspection, error)
 
 
-def _architecture(request: InspectRequest) -> Inspection:
-    if request.architecture is None:
+def _inspect_architecture(request: InspectRequest) -> Inspection:
+    if request.model.architecture is None:
         raise UsageError("Give a checkpoint, or an architecture with --arch.")
-    loaded = load_architecture(request.architecture, request.model_kwargs)
-    state = {key: value for key, value in loaded.model.state_dict().items() if isinstance(value, Tensor)}
-    return _add_walk(Inspection(request, None, None, _types(state), _count(loaded.model), loaded))
+    loaded = load_architecture(request.model.architecture, request.model.model_kwargs)
+    state = loaded.model.state_dict()
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    parameters = _count_parameters(loaded.model)
+    return _add_walk(Inspection(request, None, None, _total_by_type(tensors), parameters, loaded))
 
 
-def _file(request: InspectRequest) -> Inspection:
-    assert request.checkpoint is not None
-    checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
-    numbers = sum(
+def _inspect_file(request: InspectRequest, path: Path) -> Inspection:
+    checkpoint = read_checkpoint(path, weights=request.model.weights, trust=request.model.trust)
+    # Without an architecture nothing tells parameters from buffers: all floats but running
+    # statistics.
+    parameters = sum(
         tensor.numel()
         for key, tensor in checkpoint.tensors.items()
         if tensor.is_floating_point() and not key.endswith(_STATISTICS)
     )
-    size = sum(file.stat().st_size for file in find_checkpoint_files(request.checkpoint).files)
-    return Inspection(request, checkpoint, size, _types(checkpoint.tensors), numbers)
+    # A checkpoint may be several files: shards and their index.
+    size = sum(file.stat().st_size for file in find_checkpoint_files(path).files)
+    return Inspection(request, checkpoint, size, _total_by_type(checkpoint.tensors), parameters)
 
 
-def _add_loaded_model(found: Inspection) -> Inspection:
-    assert found.checkpoint is not None
-    loaded = identify_model(found.checkpoint, found.request.architecture, found.request.model_kwargs)
-    known = replace(found, checkpoint=loaded.checkpoint, loaded=loaded, input_spec=loaded.input_spec)
-    return replace(known, parameters=_count(loaded.model))
+def _add_loaded_model(inspection: Inspection) -> Inspection:
+    assert inspection.checkpoint is not None
+    choice = inspection.request.model
+    loaded = identify_model(inspection.checkpoint, choice.architecture, choice.model_kwargs)
+    return replace(
+        inspection,
+        checkpoint=loaded.checkpoint,
+        loaded=loaded,
+        input_spec=loaded.input_spec,
+        parameters=_count_parameters(loaded.model),
+    )
 
 
-def _add_walk(found: Inspection) -> Inspection:
-    loaded = found.loaded
+def _add_walk(inspection: Inspection) -> Inspection:
+    loaded = inspection.loaded
     assert loaded is not None
-    spec = resolve_input_spec(loaded.input_spec, Preprocessing(input_size=found.request.input_size), None)
-    seen = walk(loaded.model, example_input(spec, None), probe=loaded.probe)
-    found = replace(found, input_spec=spec, walk=seen, steps=_steps(seen, loaded))
-    return found if loaded.checkpoint is None else replace(found, prospect=_prospect(seen, loaded))
+    preprocessing = Preprocessing(input_size=inspection.request.input_size)
+    spec = resolve_input_spec(loaded.input_spec, preprocessing, None)
+    model_walk = walk(loaded.model, example_input(spec, None), probe=loaded.probe)
+    steps = _count_steps(model_walk, loaded)
+    inspection = replace(inspection, input_spec=spec, walk=model_walk, steps=steps)
+    if loaded.checkpoint is None:
+        return inspection
+    return replace(inspection, prospect=_predict_reestimation(model_walk, loaded.checkpoint, loaded.rates))
 
 
-def _add_error(found: Inspection, error: CkptToolsError) -> Inspection:
-    """A file without BatchNorm needs no architecture to be told that there is nothing to do."""
-    checkpoint = found.checkpoint
+def _add_error(inspection: Inspection, error: CkptToolsError) -> Inspection:
+    """Record what stopped an inspection.
+
+    Where no architecture was found for a file without BatchNorm, that is no error: there is nothing
+    to do, whatever the architecture is.
+    """
+    checkpoint = inspection.checkpoint
     assert checkpoint is not None
-    found = replace(found, candidates=tuple(getattr(error, "candidates", ())))
-    if isinstance(error, ArchitectureError) and found.request.architecture is None:
+    inspection = replace(inspection, candidates=tuple(getattr(error, "candidates", ())))
+    if isinstance(error, ArchitectureError) and inspection.request.model.architecture is None:
         try:
             require_batch_norm(checkpoint)
         except NothingToDo as reason:
-            return replace(found, prospect=Prospect((), (), str(reason)))
-    return replace(found, error=error)
+            return replace(inspection, prospect=Prospect((), (), str(reason)))
+    return replace(inspection, error=error)
 
 
-def _prospect(seen: Walk, loaded: LoadedModel) -> Prospect:
-    assert loaded.checkpoint is not None
+def _predict_reestimation(model_walk: Walk, checkpoint: Checkpoint, rates: Rates) -> Prospect:
     try:
-        require_batch_norm(loaded.checkpoint)
-        choice = choose(seen, "auto", rates=loaded.rates, statistics="variance")
+        require_batch_norm(checkpoint)
+        choice = choose(model_walk, "auto", rates=rates, statistics="variance")
     except NothingToDo as error:
         return Prospect((), (), str(error))
-    in_order = [layer.name for layer in seen.batch_norms]
-    rewrite, controls = (tuple(n for n in in_order if n in names) for names in (choice.rewrite, choice.controls))
+    in_order = [layer.name for layer in model_walk.batch_norms]
+    rewrite = tuple(name for name in in_order if name in choice.rewrite)
+    controls = tuple(name for name in in_order if name in choice.controls)
     return Prospect(rewrite, controls, choice.why)
 
 
-def _steps(seen: Walk, loaded: LoadedModel) -> dict[str, int | None]:
-    """Where the file has no counters, running means that are all zero tell of a layer that saw nothing."""
+def _count_steps(model_walk: Walk, loaded: LoadedModel) -> dict[str, int | None]:
+    """How many batches each BN layer has counted; None where the file does not say.
+
+    Where a file has no counters, a running mean that is all zero belongs to a layer that saw no
+    batch.
+    """
     if loaded.checkpoint is None:
         return {}
     tensors = loaded.checkpoint.tensors
     steps: dict[str, int | None] = {}
-    for layer in seen.batch_norms:
+    for layer in model_walk.batch_norms:
         stem = f"{layer.name}." if layer.name else ""
-        counter, mean = tensors.get(f"{stem}num_batches_tracked"), tensors.get(f"{stem}running_mean")
+        counter = tensors.get(f"{stem}num_batches_tracked")
+        mean = tensors.get(f"{stem}running_mean")
         if counter is not None and counter.numel() == 1:
             steps[layer.name] = int(counter)
         else:
@@ -170,14 +196,15 @@ def _steps(seen: Walk, loaded: LoadedModel) -> dict[str, int | None]:
     return steps
 
 
-def _types(tensors: Mapping[str, Tensor]) -> dict[str, TensorTotals]:
-    found: dict[str, TensorTotals] = {}
+def _total_by_type(tensors: Mapping[str, Tensor]) -> dict[str, TensorTotals]:
+    """The totals of each dtype, that with the most bytes first."""
+    totals: dict[str, TensorTotals] = {}
     for tensor in tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
-        old = found.get(name, TensorTotals())
-        found[name] = TensorTotals(old.tensors + 1, old.numbers + tensor.numel(), old.bytes + tensor.nbytes)
-    return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
+        total = totals.get(name, TensorTotals())
+        totals[name] = TensorTotals(total.tensors + 1, total.numbers + tensor.numel(), total.bytes + tensor.nbytes)
+    return dict(sorted(totals.items(), key=lambda item: -item[1].bytes))
 
 
-def _count(model: nn.Module) -> int:
+def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in unwrap_model(model).parameters())

@@ -1,4 +1,6 @@
-"""What is about to happen: a checkpoint loaded and walked, its data found, everything checked that can be."""
+"""The plan of a re-estimation: a checkpoint loaded and walked, its data found, all that can be
+checked in advance.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,15 @@ import torch
 from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.preprocessing import resolve_input_spec
-from ckpt_tools.data.sample_order import Share
+from ckpt_tools.data.sample_order import Reading, Share
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.distributed import ALONE, Ranks, Team
-from ckpt_tools.evaluate.validation import EvaluationSettings, Validation, open_validation, parse_optional_settings
+from ckpt_tools.evaluate.validation import (
+    EvaluationSettings,
+    Validation,
+    open_validation,
+    parse_optional_settings,
+)
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
@@ -23,18 +30,22 @@ from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.correction import check_method, check_team
+from ckpt_tools.reestimate.correction import check_team
 from ckpt_tools.results import Walk
 from ckpt_tools.storage.files.stamps import FileStamp
 from ckpt_tools.storage.output.checkpoint_writer import check_output
 from ckpt_tools.storage.reading import read_checkpoint
 
-_LOOK = 64  # samples in a batch of the first look
+_FIRST_SAMPLES = 64  # that the check of the data looks at, in one batch
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is about to happen: shown before the first image is read."""
+    """What a re-estimation is going to do; it is shown before the first image is read.
+
+    ``look`` reads the first samples only, to see whether this is the training data. ``replaces`` is
+    a damaged output of an earlier run, in whose place the new one goes.
+    """
 
     request: Request
     recognised: Recognition
@@ -47,14 +58,17 @@ class Plan:
     batch_size: int
     device: str
     output: Path
-    look: BatchStream  # the first samples, to see whether this is the training data
+    look: BatchStream
     team: Team = ALONE
     validation: Validation | None = None
-    replaces: FileStamp | None = None  # a damaged output of an earlier run, in whose place the new one goes
+    replaces: FileStamp | None = None
 
     @property
     def labelled_images(self) -> int | None:
-        """Images to judge the model on; None if there are none, or only a pass can tell."""
+        """How many images the model is judged on.
+
+        None if there are none, or only a pass can tell.
+        """
         return None if self.validation is None else self.validation.stream.count
 
     @property
@@ -65,18 +79,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sources:
-    """The data, and the labelled data if there is any, found but not read."""
+    """The data, and the labelled data if there is any: opened and counted, but not read yet."""
 
     data: Source
     labelled: Source | None = None
 
     @classmethod
     def from_request(cls, request: Request) -> Sources:
-        """Raises UsageError, DataError, RemoteError."""
-        data = open_source(request.data, limit=request.limit, seed=request.seed)
+        """Open what a request names. Raises UsageError, DataError, RemoteError."""
+        seed = request.reading.seed
+        data = open_source(request.data, limit=request.reading.limit, seed=seed)
         if request.eval_data is None:
             return cls(data)
-        return cls(data, open_source(request.eval_data, seed=request.seed, split="test"))
+        # The limit is for the training data; the labelled data counts as a whole.
+        return cls(data, open_source(request.eval_data, seed=seed, split="test"))
 
 
 def prepare_reestimation(
@@ -86,99 +102,126 @@ def prepare_reestimation(
     walks: WalkCache | None = None,
     replaces: FileStamp | None = None,
 ) -> Plan:
-    """Load, walk and check everything that can be checked before data is read; on every rank of a team the same.
+    """Load, walk and check everything that can be checked before data is read.
 
-    ``sources``: the data, if it is open already. ``walks``: those of earlier checkpoints of this run. ``replaces``: a
-    damaged output of an earlier run, which may be replaced. Raises any CkptToolsError, on all ranks if on one; nothing
+    Every rank of a team gets the same plan. ``sources``: the data, if it is open already.
+    ``walks``: those of earlier checkpoints of this run. ``replaces``: a damaged output of an
+    earlier run, which may be replaced. Raises any CkptToolsError, on all ranks if on one; nothing
     is written.
     """
     plan = team.each(lambda: _prepare_on_rank(request, sources, team, walks or WalkCache(), replaces))
-    size = team.first(lambda: plan.batch_size)
-    if size == plan.batch_size:
+    # Free memory may differ from rank to rank, but the shares of the data follow from one size.
+    batch_size = team.first(lambda: plan.batch_size)
+    if batch_size == plan.batch_size:
         return plan
-    return replace(
-        plan, batch_size=size, stream=_stream(request, plan.source, plan.input_spec, size, plan.device, team)
-    )
+    stream = _open_stream(request, plan.source, plan.input_spec, batch_size, plan.device, team)
+    return replace(plan, batch_size=batch_size, stream=stream)
 
 
-def check_request(request: Request) -> EvaluationSettings | None:
-    """What is asked of the labelled data, after all that can be said of a request without its files.
+def parse_evaluation_request(request: Request) -> EvaluationSettings | None:
+    """What is asked of the labelled data, checked without reading it; None if there is no such
+    data.
 
-    Raises UsageError, DataError for a class map that cannot be read, CkptToolsError if torchmetrics is missing.
+    Raises UsageError, DataError for a class map that cannot be read, CkptToolsError if torchmetrics
+    is missing.
     """
-    check_method(
-        request.estimator, request.layers, request.statistics, request.tolerance, request.momentum, request.epochs
-    )
-    return parse_optional_settings(request.eval_data, request.class_map, request.calibrate, request.gate)
+    options = request.evaluation
+    return parse_optional_settings(request.eval_data, options.class_map, options.calibrate, options.gate)
 
 
 def choose_device(request: Request, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
-    """The device of a rank. Raises UsageError, ModelError if it is not there or cannot compute as was asked."""
-    device = resolve_device(request.device, ranks)
-    check_precision(request.precision, torch.device(device))
+    """The device of a rank.
+
+    Raises UsageError, or ModelError if it is not there or cannot compute in the precision of the
+    method.
+    """
+    device = resolve_device(request.reading.device, ranks)
+    check_precision(request.method.precision, torch.device(device))
     return device
 
 
 def _prepare_on_rank(
-    request: Request, sources: Sources | None, team: Team, walks: WalkCache, replaces: FileStamp | None
+    request: Request,
+    sources: Sources | None,
+    team: Team,
+    walks: WalkCache,
+    replaces: FileStamp | None,
 ) -> Plan:
+    # The cheap checks come first: loading a model may take minutes.
     output = request.output or default_output_path(request.checkpoint, "bn")
     if team.is_main_process:
-        check_output(output, request.checkpoint, overwrite=request.overwrite or replaces is not None)
+        may_replace = request.overwrite or replaces is not None
+        check_output(output, request.checkpoint, overwrite=may_replace)
     refuse_overwriting_data(output, request.data)
     refuse_overwriting_data(output, request.eval_data or request.data, "labelled")
-    asked = check_request(request)
-    check_team(request.estimator, team)
+    evaluation = parse_evaluation_request(request)
+    method = request.method
+    check_team(method.estimator, team)
     ranks = Ranks() if team.alone else Ranks.from_environment()
     device = choose_device(request, ranks)
     sources = sources or Sources.from_request(request)
     source = sources.data
-    checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
-    require_batch_norm(checkpoint)
-    recognised = recognise_architecture(
-        checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing
-    )
-    loaded = recognised.loaded
+    checkpoint = read_checkpoint(request.checkpoint, weights=request.model.weights, trust=request.model.trust)
+    require_batch_norm(checkpoint)  # before the architecture, which is of no interest without
+    recognition = recognise_architecture(checkpoint, request.model, source, request.preprocessing)
+    loaded = recognition.loaded
     assert loaded.checkpoint is not None
     spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
-    found = walks.walk_for(loaded, spec, source)
-    choice = choose(found, request.layers, rates=loaded.rates, statistics=request.statistics)
-    sharing = ranks.local_world if device == "cpu" else 1
-    size = request.batch_size or fitting_batch_size(found.bytes_per_sample, device, sharing)
-    stream = _stream(request, source, spec, size, device, team)
-    look = source.batches(spec, batch_size=_LOOK, workers=0, cached=True)
+    walk = walks.walk_for(loaded, spec, source)
+    choice = choose(walk, method.layers, rates=loaded.rates, statistics=method.statistics)
+    batch_size = request.reading.batch_size
+    if batch_size is None:
+        # The processes of a machine share its memory, but each has a GPU of its own.
+        sharing = ranks.local_world if device == "cpu" else 1
+        batch_size = fitting_batch_size(walk.bytes_per_sample, device, sharing)
     plan = Plan(
-        request, recognised, loaded.checkpoint, found, choice, source, stream, spec, size, device, output, look, team,
+        request=request,
+        recognised=recognition,
+        checkpoint=loaded.checkpoint,
+        walk=walk,
+        choice=choice,
+        source=source,
+        stream=_open_stream(request, source, spec, batch_size, device, team),
+        input_spec=spec,
+        batch_size=batch_size,
+        device=device,
+        output=output,
+        look=source.batches(spec, Reading(_FIRST_SAMPLES, workers=0, cached=True)),
+        team=team,
         replaces=replaces,
-    )  # fmt: skip
-    if asked is None or sources.labelled is None:
+    )
+    if evaluation is None or sources.labelled is None:
         return plan
-    return replace(plan, validation=_validation(plan, asked, sources.labelled))
+    return replace(plan, validation=_open_validation(plan, evaluation, sources.labelled))
 
 
-def _stream(
-    request: Request, source: Source, spec: InputSpec | None, size: int, device: str, team: Team
+def _open_stream(
+    request: Request,
+    source: Source,
+    spec: InputSpec | None,
+    batch_size: int,
+    device: str,
+    team: Team,
 ) -> BatchStream:
-    return source.batches(
-        spec,
-        batch_size=size,
-        workers=request.workers,
-        cached=request.estimator == "exact" or request.epochs > 1,
+    reading = Reading(
+        batch_size,
+        request.reading.workers,
+        cached=request.method.reads_data_repeatedly,
         device=device,
         share=Share(team.rank, team.world),
     )
+    return source.batches(spec, reading)
 
 
-def _validation(plan: Plan, asked: EvaluationSettings, labelled: Source) -> Validation:
-    request = plan.request
+def _open_validation(plan: Plan, evaluation: EvaluationSettings, labelled: Source) -> Validation:
+    options = plan.request.reading
+    # The data is read twice: before and after.
+    reading = Reading(plan.batch_size, options.workers, cached=True, device=plan.device)
     return open_validation(
-        asked,
+        evaluation,
         labelled,
         plan.loaded_model,
-        request.preprocessing,
-        batch_size=plan.batch_size,
-        workers=request.workers,
-        device=plan.device,
-        seed=request.seed,
-        cached=True,
+        plan.request.preprocessing,
+        reading,
+        seed=options.seed,
     )

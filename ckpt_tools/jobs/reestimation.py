@@ -1,8 +1,7 @@
-"""Re-estimation from file to file: one checkpoint, one source of training data, one new safetensors file."""
+"""Re-estimation from file to file: checkpoint and training data in, a safetensors file out."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from torch import Tensor
 from ckpt_tools.data.unreadable_samples import SkippedSample, refuse_unreadable
 from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse_unlike_training_data
 from ckpt_tools.evaluate.scores import Metrics, compute_gated_metrics
+from ckpt_tools.evaluate.validation import ModelEvaluation
 from ckpt_tools.identify.key_matching import has_counters
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.machine.device import move_to_device
 from ckpt_tools.machine.precision import deterministic_kernels
-from ckpt_tools.reestimate.correction import reestimate_bn
+from ckpt_tools.reestimate.correction import run_method
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.results import Reestimation
 from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, replace_tensors
@@ -25,7 +25,11 @@ from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, replace_t
 
 @dataclass(frozen=True)
 class ReestimationOutcome:
-    """What happened: the look at the data, the re-estimation, the file, the digests that tie it to its source."""
+    """The result of a re-estimation: the verdict on the data, the new statistics, the file that was
+    written.
+
+    The two digests tie the output to its source.
+    """
 
     plan: Plan
     verdict: DataVerdict
@@ -42,13 +46,15 @@ def execute_reestimation(
     progress: Callable[[Progress], None] | None = None,
     evaluated: Callable[[str, int], None] | None = None,
 ) -> ReestimationOutcome:
-    """Run the pass and write the output; of a team, rank 0 looks at the data, judges and writes, and the others wait.
+    """Run the passes and write the output.
 
-    Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
-    ``evaluated`` is called while the labelled data is read, with "before" or "after" and the number of images so far.
+    Of a team, rank 0 looks at the data, judges and writes, and the others wait. ``evaluated`` is
+    called while the labelled data is read, with "before" or "after" and the number of images so
+    far. Raises any CkptToolsError, on all ranks if on one; then no output is left behind.
     """
-    exact = deterministic_kernels(torch.device(plan.device)) if plan.request.deterministic else contextlib.nullcontext()
-    with exact:
+    if not plan.request.deterministic:
+        return _run_and_write(plan, progress, evaluated)
+    with deterministic_kernels(torch.device(plan.device)):
         return _run_and_write(plan, progress, evaluated)
 
 
@@ -57,42 +63,43 @@ def _run_and_write(
     progress: Callable[[Progress], None] | None,
     evaluated: Callable[[str, int], None] | None,
 ) -> ReestimationOutcome:
-    request, team = plan.request, plan.team
+    method, team = plan.request.method, plan.team
     model = team.each(lambda: move_to_device(plan.loaded_model.model, plan.device))
     verdict = team.first(lambda: _check_first_samples(plan))
-    if not request.force:
+    if not method.force:
         refuse_unlike_training_data(verdict)
-    validation = plan.validation
-    before = None if validation is None else team.first(lambda: validation.evaluate_model(model, "before", evaluated))
-    result = reestimate_bn(
+
+    def evaluate(name: str) -> ModelEvaluation | None:
+        if plan.validation is None:
+            return None
+        return plan.validation.evaluate_model(model, name, evaluated)
+
+    # The model is changed in place, so it is judged once before and once after.
+    before = team.first(lambda: evaluate("before"))
+    result = run_method(
         model,
         plan.stream,
-        estimator=request.estimator,
-        layers=request.layers,
-        statistics=request.statistics,
-        tolerance=request.tolerance,
-        precision=request.precision,
-        compile=request.compile,
-        momentum=request.momentum,
-        epochs=request.epochs,
+        method,
         rates=plan.loaded_model.rates,
         walk=plan.walk,
-        force=request.force,
         progress=progress,
         distributed=not team.alone,
-        keep_outliers=request.keep_outliers,
     )
-    after = None if validation is None else team.first(lambda: validation.evaluate_model(model, "after", evaluated))
-    metrics = compute_gated_metrics(validation, before, after)
+    after = team.first(lambda: evaluate("after"))
+    # A gate that is not passed raises here, before anything is written.
+    metrics = compute_gated_metrics(plan.validation, before, after)
     skipped = _collect_skipped(plan)
     digests = team.first(lambda: _write_output(plan, result, metrics))
     return ReestimationOutcome(plan, verdict, result, skipped, digests.source, digests.output, digests.size, metrics)
 
 
 def _collect_skipped(plan: Plan) -> tuple[SkippedSample, ...]:
-    """What no rank could read. Raises DataError if it is too much of the data, which a share cannot tell."""
-    lists = plan.team.all(lambda: plan.stream.skipped_samples)
-    skipped = tuple(item for one in lists for item in one)
+    """The samples that no rank could read, of all ranks.
+
+    Raises DataError if they are too many. A single rank cannot tell, since it sees its share alone.
+    """
+    by_rank = plan.team.all(lambda: plan.stream.skipped_samples)
+    skipped = tuple(sample for samples in by_rank for sample in samples)
     if plan.stream.count is not None:
         refuse_unreadable(plan.request.data, skipped, plan.stream.count)
     return skipped
@@ -110,8 +117,8 @@ def _write_output(plan: Plan, result: Reestimation, metrics: Metrics | None) -> 
 
 
 def _check_first_samples(plan: Plan) -> DataVerdict:
-    """The first samples, in the order of the pass, against what the checkpoint remembers of its training."""
-    known = plan.loaded_model.input_spec
+    """Compare the first samples of the pass with what the checkpoint remembers of its training."""
+    input_spec = plan.loaded_model.input_spec
     return check_data(
         plan.loaded_model.model,
         plan.look,
@@ -120,15 +127,20 @@ def _check_first_samples(plan: Plan) -> DataVerdict:
         preprocessed=plan.source.is_preprocessed,
         rates_known=plan.loaded_model.rates != "unknown",
         counted=has_counters(plan.checkpoint),
-        usual_size=known.shape if known else None,
+        usual_size=input_spec.shape if input_spec else None,
     )
 
 
 def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:
-    """New buffers by key of the state dict, under every name that a layer has."""
+    """The new buffers by key of the state dict.
+
+    A layer that the model holds under several names has its buffers under each of them in the file.
+    """
     aliases = {layer.name: layer.aliases for layer in plan.walk.batch_norms}
     modules = dict(plan.loaded_model.model.named_modules())
-    buffers = ("running_var", "running_mean")[: 1 if plan.request.statistics == "variance" else 2]
+    buffers = ["running_var"]
+    if plan.request.method.statistics == "mean+variance":
+        buffers.append("running_mean")
     replacements = {}
     for layer in result.rewritten:
         for name in (layer.name, *aliases[layer.name]):
@@ -140,21 +152,26 @@ def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:
 
 
 def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
-    """What the output says about itself: enough to repeat it, and no wall-clock time."""
+    """What the output says about itself: enough to repeat it, and no wall-clock time.
+
+    Without a time, the same run gives the same bytes.
+    """
     request = plan.request
-    return {
+    provenance: dict[str, object] = {
         "architecture": plan.loaded_model.recipe.architecture,
         "model_kwargs": dict(plan.loaded_model.recipe.kwargs),
         "estimator": result.estimator,
         "statistics": result.statistics,
-        "layers": request.layers,
+        "layers": request.method.layers,
         "why": result.why,
         "images": result.images,
         "batch_size": plan.batch_size,
         "precision": result.precision,
-        "seed": request.seed,
+        "seed": request.reading.seed,
         "torch": torch.__version__,
         "settings": request.settings_digest(),
         "rewritten": [layer.name for layer in result.rewritten],
-        **({"outliers": [dataclasses.asdict(one) for one in result.outliers]} if result.outliers else {}),
     }
+    if result.outliers:
+        provenance["outliers"] = [dataclasses.asdict(outlier) for outlier in result.outliers]
+    return provenance

@@ -1,4 +1,6 @@
-"""What the user asks of a re-estimation, and the digest that tells equal wishes."""
+"""What the user asks of a re-estimation, in groups that other jobs share, and a digest of the
+settings.
+"""
 
 from __future__ import annotations
 
@@ -9,78 +11,109 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt_tools.contract import (
-    Estimator,
-    LayerChoice,
-    Precision,
-    Statistics,
-)
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing
+from ckpt_tools.method import Method
 from ckpt_tools.remote.address import is_url, redact_url
 from ckpt_tools.remote.mirror import restore_urls
 
 
 @dataclass(frozen=True)
-class Request:
-    """Everything the user asks for. ``batch_size`` None: as large as memory allows, up to 512."""
+class ModelChoice:
+    """Which weights of a checkpoint are meant, and which architecture they belong to.
 
-    checkpoint: Path
-    data: str
-    output: Path | None = None
+    ``architecture`` None leaves it to the checkpoint. ``trust``: load a pickle that needs code.
+    """
+
     architecture: str | None = None
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
     weights: str = "auto"
     trust: bool = False
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    estimator: Estimator = "pooled"
-    layers: LayerChoice = "auto"
-    statistics: Statistics = "variance"
-    tolerance: float | None = None
-    momentum: float = 0.1
-    epochs: int = 1
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Which samples are read, where the model runs, and how fast the samples get there.
+
+    ``limit`` None: all samples. ``device`` "auto": CUDA if there is one, else the CPU.
+    ``batch_size`` None: as large as memory allows, up to 512. ``workers`` None: one a core, up to
+    8.
+    """
+
     limit: int | None = None
     seed: int = 0
-    precision: Precision = "fp32"
-    compile: bool = False
-    deterministic: bool = False  # on CUDA
-    keep_outliers: bool = False
-    device: str = "auto"  # CUDA if there is one, else the CPU
+    device: str = "auto"
     batch_size: int | None = None
     workers: int | None = None
-    overwrite: bool = False
-    force: bool = False
-    eval_data: str | None = None  # labelled, to judge the model on before and after
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is asked of labelled data: which output each class folder is, a temperature, a gate."""
+
     class_map: Path | None = None
     calibrate: bool = False
     gate: str | None = None
 
-    def settings_digest(self) -> str:
-        """A digest of all that decides what comes out, but for the checkpoint: equal for equal results.
 
-        Of the data it tells the place, of a class map the content. Raises DataError if that cannot be read.
+@dataclass(frozen=True)
+class Request:
+    """Everything the user asks of a re-estimation.
+
+    ``output`` None: NAME.bn.safetensors beside the checkpoint. ``eval_data``: labelled data, to
+    judge the model on before and after. ``deterministic``: on CUDA, take only kernels that give the
+    same bits every time.
+    """
+
+    checkpoint: Path
+    data: str
+    output: Path | None = None
+    model: ModelChoice = field(default_factory=ModelChoice)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    method: Method = field(default_factory=Method)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    deterministic: bool = False
+    overwrite: bool = False
+    eval_data: str | None = None
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def settings_digest(self) -> str:
+        """A digest of all that decides the result, except for the checkpoint: equal for equal
+        results.
+
+        Data counts by its place, a class map by its content. Raises DataError if the class map
+        cannot be read.
         """
-        said = {name: value for name, value in vars(self).items() if name not in _BESIDE}
-        said["data"] = _place(self.data)
-        said["eval_data"] = self.eval_data and _place(self.eval_data)
-        said["class_map"] = self.class_map and _outputs(self.class_map)
-        text = restore_urls(json.dumps(said, sort_keys=True, default=repr))
+        class_map = self.evaluation.class_map
+        # Outputs of earlier versions hold this digest: flat names, whatever the groups are.
+        settings = {
+            **vars(self.model),
+            **vars(self.method),
+            **vars(self.reading),
+            **vars(self.evaluation),
+            "preprocessing": self.preprocessing,
+            "data": _normalise_place(self.data),
+            "eval_data": self.eval_data and _normalise_place(self.eval_data),
+            "class_map": class_map and _read_class_outputs(class_map),
+        }
+        decisive = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+        # The local copy of a remote file has another path in every run.
+        text = restore_urls(json.dumps(decisive, sort_keys=True, default=repr))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _place(data: str) -> str:
-    """The same for every way to name it."""
+def _normalise_place(data: str) -> str:
+    """The same text for every way to name a file or folder."""
     if Path(data).exists():
         return os.path.abspath(data)  # noqa: PTH100 - without ..
     return redact_url(data) if is_url(data) else data
 
 
-def _outputs(class_map: Path) -> object:
-    found = read_class_map(class_map)
-    return sorted(found.numbers.items()), found.outputs
+def _read_class_outputs(path: Path) -> object:
+    class_map = read_class_map(path)
+    return sorted(class_map.numbers.items()), class_map.outputs
 
 
-# What a result does not depend on; how a convolution is computed may change its last bits.
-_BESIDE = frozenset(
-    {"checkpoint", "output", "trust", "device", "compile", "deterministic", "workers", "overwrite", "force"}
-)
+# What a result does not depend on. How a convolution is computed may change its last bits, and no
+# more.
+_WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force"})

@@ -1,4 +1,4 @@
-"""One walk for all checkpoints of a run that hold the same architecture: a sweep has many of one."""
+"""One walk for all checkpoints of a run that hold the same architecture, as those of a sweep do."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ __all__ = ["WalkCache"]
 
 
 class WalkCache:
-    """What is known of the architectures that were walked so far, on the data of one run."""
+    """The walks of the architectures that a run has met so far.
+
+    They hold for the data of that run.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[object, Walk] = {}
+        self._walks: dict[object, Walk] = {}
 
     def walk_for(self, loaded: LoadedModel, spec: InputSpec | None, source: Source) -> Walk:
         """The walk of a model, done now or for an earlier one. Raises ModelError."""
-        key = _key(loaded, spec)
-        if key in self._known:
-            return self._known[key]
-        found = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
+        key = _cache_key(loaded, spec)
+        if key in self._walks:
+            return self._walks[key]
+        model_walk = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
         if key is not None:
-            self._known[key] = found
-        return found
+            self._walks[key] = model_walk
+        return model_walk
 
 
-def _key(loaded: LoadedModel, spec: InputSpec | None) -> object:
-    """Equal for equal walks. None where a checkpoint brings what its recipe does not tell: its own module or rates."""
+def _cache_key(loaded: LoadedModel, spec: InputSpec | None) -> object:
+    """A key that is equal for equal walks.
+
+    None where a checkpoint brings something that its recipe does not tell: its own module, or its
+    rates.
+    """
     recipe = loaded.recipe
     if recipe.adapter == "module" or recipe.rates == "recorded":
         return None
-    # Rates inside functional calls stand in the arguments only, sizes of changed heads in the modules only.
+    # The rates of functional calls stand in the arguments only, the sizes of changed heads in the
+    # modules only: so both are part of the key.
     return recipe.architecture, repr(sorted(recipe.kwargs.items())), repr(loaded.model), spec

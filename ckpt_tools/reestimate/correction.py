@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statis
 from ckpt_tools.distributed import ALONE, Team, join_team
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.machine.precision import check_precision
+from ckpt_tools.method import Method
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
 from ckpt_tools.model.overwriting import overwrite_tensors
@@ -105,45 +105,74 @@ def reestimate_bn(
         ModelError: NaN in the model, a model that cannot be run.
         RankError: a process of the group is gone.
     """
+    method = Method(
+        estimator=estimator,
+        layers=layers,
+        statistics=statistics,
+        tolerance=tolerance,
+        momentum=momentum,
+        epochs=epochs,
+        precision=precision,
+        compile=compile,
+        keep_outliers=keep_outliers,
+        force=force,
+    )
+    return run_method(
+        model, batches, method, rates=rates, forward=forward, walk=walk, progress=progress, distributed=distributed
+    )
+
+
+def run_method(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    method: Method,
+    *,
+    rates: Rates = "model",
+    forward: Forward = call_model,
+    walk: Walk | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    distributed: bool = False,
+) -> Reestimation:
+    """Do what ``reestimate_bn`` describes, with its settings as one object."""
     started = time.perf_counter()
-    check_method(estimator, layers, statistics, tolerance, momentum, epochs)
+    estimator, statistics, precision = method.estimator, method.statistics, method.precision
     data = Batches(batches)
     # Raised here rather than after the first pass, which may take long.
-    if data.one_shot and (estimator == "exact" or epochs > 1):
+    if data.one_shot and method.reads_data_repeatedly:
         raise UsageError(
             f"estimator {estimator!r} reads the data several times, but batches is a one-shot "
             f"iterator ({type(batches).__name__}). Pass a list or a DataLoader."
         )
     model = unwrap_model(model)
     check_precision(precision, device_of(model))
-    interception = CompiledInterception() if compile else Interception()
-    runner = Runner(model, forward, interception, precision, compiled=compile)
+    interception = CompiledInterception() if method.compile else Interception()
+    runner = Runner(model, forward, interception, precision, compiled=method.compile)
     group = join_team() if distributed else contextlib.nullcontext(ALONE)
     with preserve_models(model, forward) as state, group as team:
         check_team(estimator, team)
         walk = walk or team.first(lambda: walk_preserved_model(model, data.first(), state, forward=forward))
-        choice = choose(walk, layers, rates=rates, statistics=statistics)
+        choice = choose(walk, method.layers, rates=rates, statistics=statistics)
         # Submodules that the user has compiled must run as they are written to be intercepted.
-        uncompiled = contextlib.nullcontext() if compile else force_eager()
+        uncompiled = contextlib.nullcontext() if method.compile else force_eager()
         with evaluation_mode(model), torch.no_grad(), uncompiled:
             share_buffers(model, team)
-            screening = Screening(model, _sample_namer(batches, team), keep=keep_outliers)
+            screening = Screening(model, _sample_namer(batches, team), keep=method.keep_outliers)
             observed = _observed_layers(model, walk, choice)
             context = PassContext(model, data, runner, observed, screening, team, progress)
             deviation = None if precision == "fp32" else precision_deviation(context)
             if estimator == "ema":
-                estimate = ema(context, statistics, momentum, epochs)
+                estimate = ema(context, statistics, method.momentum, method.epochs)
             elif estimator == "exact":
-                estimate = exact(context, statistics, tolerance)
+                estimate = exact(context, statistics, method.tolerance)
             else:
-                estimate = pooled(context, statistics, tolerance)
+                estimate = pooled(context, statistics, method.tolerance)
         evidence = estimate.last_pass.evidence
         controls = team.first(lambda: judge_controls(choice, observed, evidence))
         # Free memory differs between processes; the smallest part is what the user needs to know.
         cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
     # From here on the model is as it was. All that may raise comes before the first write.
     results = layer_results(walk, choice, observed, estimate)
-    if not force:
+    if not method.force:
         refuse_disagreement(controls)
     _write(observed, estimate.statistics, means=statistics == "mean+variance")
     return Reestimation(
@@ -165,7 +194,7 @@ def reestimate_bn(
         deviation=deviation,
         left_alone=walk.left_alone,
         outliers=tuple(detected.outlier for detected in estimate.outliers),
-        common=() if keep_outliers else tuple(sorted(screening.common)),
+        common=() if method.keep_outliers else tuple(sorted(screening.common)),
     )
 
 
@@ -180,35 +209,6 @@ def check_team(estimator: str, team: Team) -> None:
             "share. Run it in one process (without torchrun, distributed=False), or use pooled or "
             "exact."
         )
-
-
-def check_method(
-    estimator: str,
-    layers: str,
-    statistics: str,
-    tolerance: float | None,
-    momentum: float,
-    epochs: int,
-) -> None:
-    """Raise UsageError if an argument of ``reestimate_bn`` is unknown or does not fit the others.
-
-    A plan calls it before anything is loaded, so that a mistake is reported at once.
-    """
-    for name, value, expected in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("layers", layers, get_args(LayerChoice)),
-        ("statistics", statistics, get_args(Statistics)),
-    ):
-        if value not in expected:
-            raise UsageError(f"{name}={value!r}: expected one of {', '.join(expected)}.")
-    if tolerance is not None and not (0 < tolerance < 1 and estimator != "ema"):
-        raise UsageError(f"tolerance={tolerance}: expected a relative error in (0, 1), and not the ema estimator.")
-    if not 0 < momentum <= 1:
-        raise UsageError(f"momentum={momentum}: expected a number in (0, 1].")
-    if epochs < 1:
-        raise UsageError(f"epochs={epochs}: expected at least 1.")
-    if estimator != "ema" and (momentum, epochs) != (0.1, 1):
-        raise UsageError(f"momentum and epochs belong to the ema estimator, not to {estimator}. Leave them out.")
 
 
 def _sample_namer(batches: object, team: Team) -> Callable[[int, int], str]:

@@ -20,7 +20,8 @@ def repeating_command(plan: Plan) -> str:
     the free memory, and another batch size gives other variances. Credentials and query strings of
     URLs are left out.
     """
-    request = dataclasses.replace(plan.request, batch_size=plan.batch_size)
+    reading = dataclasses.replace(plan.request.reading, batch_size=plan.batch_size)
+    request = dataclasses.replace(plan.request, reading=reading)
     checkpoint = str(request.checkpoint)
     if checkpoint.startswith("-"):  # click would take the name for an option
         checkpoint = f"./{checkpoint}"

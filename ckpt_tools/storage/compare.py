@@ -63,9 +63,7 @@ class Comparison:
     identical: int
     same_order: bool  # of the keys that both have
 
-    def unexpected_differences(
-        self, expect: Expectation, keys: Collection[str] = ()
-    ) -> tuple[str, ...]:
+    def unexpected_differences(self, expect: Expectation, keys: Collection[str] = ()) -> tuple[str, ...]:
         """Return a sentence for each difference that ``expect`` does not allow.
 
         "variance" allows new values of ``running_var``, "mean+variance" also those of
@@ -77,11 +75,7 @@ class Comparison:
         return (
             *(f"{key}: missing from the second" for key in self.only_before),
             *(f"{key}: only in the second" for key in self.only_after),
-            *(
-                _sentence(change)
-                for change in self.changes
-                if not _is_allowed(change, expect, keys)
-            ),
+            *(_sentence(change) for change in self.changes if not _is_allowed(change, expect, keys)),
             *(() if self.same_order else ("the keys stand in another order",)),
         )
 
@@ -165,9 +159,7 @@ def _describe_wrong_entries(
     return (*(f"{key}: {no_weight}" for key in vectors), *(f"{key}: {no_zeros}" for key in filled))
 
 
-def _read_source(
-    path: Path, provenance: Mapping[str, object], weights: str, trust: bool
-) -> Checkpoint:
+def _read_source(path: Path, provenance: Mapping[str, object], weights: str, trust: bool) -> Checkpoint:
     """Read the weights of a file that an output with this provenance was made from."""
     if weights == "auto" and "weights" in provenance:
         recorded, prefix = str(provenance["weights"]), str(provenance.get("prefix", ""))

@@ -91,9 +91,7 @@ def read_provenance_entry(path: Path) -> dict[str, object] | None:
 
 def _hash_header(text: bytes, seal: Seal) -> str:
     """Return the SHA-256 of a header with its padding, in which 64 zeros stand for this digest."""
-    return hashlib.sha256(
-        text.replace(seal.header_sha256.encode(), BLANK_DIGEST.encode())
-    ).hexdigest()
+    return hashlib.sha256(text.replace(seal.header_sha256.encode(), BLANK_DIGEST.encode())).hexdigest()
 
 
 def read_seal(entry: Mapping[str, Any]) -> Seal | None:
@@ -204,9 +202,7 @@ def _is_unsealed_output(entry: Mapping[str, object]) -> bool:
     """
     if entry["version"] != _UNSEALED_VERSION:
         return False
-    return "source" in entry or (
-        entry.get("expect") == "init" and isinstance(entry.get("scheme"), str)
-    )
+    return "source" in entry or (entry.get("expect") == "init" and isinstance(entry.get("scheme"), str))
 
 
 def _is_digest(value: object) -> bool:

@@ -65,9 +65,7 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
         ) from error
 
 
-def reread_checkpoint(
-    path: Path | str, *, weights: str, prefix: str, trust: bool = False
-) -> Checkpoint:
+def reread_checkpoint(path: Path | str, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
     """Read the entry ``weights`` of a file once more, without ``prefix`` before its keys.
 
     Raises CheckpointError if it is not there any more.
@@ -123,9 +121,7 @@ def _extract_checkpoint(
         tensors=tensors,
         weights=entry.name,
         prefix=prefix,
-        words=plain_words(
-            {**content.words, **content.load(words), **_describe_module(entry, prefix)}
-        ),
+        words=plain_words({**content.words, **content.load(words), **_describe_module(entry, prefix)}),
         metadata=content.metadata,
         left_out=(*beside, *_list_other_parts(entry), *other_keys, *counters),
         module=_trusted_module(entry, prefix),
@@ -133,9 +129,7 @@ def _extract_checkpoint(
     )
 
 
-def _take_tensors(
-    state: Mapping[str, object], where: object
-) -> tuple[dict[str, Tensor], list[str]]:
+def _take_tensors(state: Mapping[str, object], where: object) -> tuple[dict[str, Tensor], list[str]]:
     try:
         return plain_tensors(state, where)
     except CheckpointError as error:

@@ -25,6 +25,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
 from ckpt_tools.data.images.resampling import INTERPOLATIONS, matches_pil
 from ckpt_tools.data.images.transforms import ImageTransform
+from ckpt_tools.data.sample_order import Reading
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64
@@ -67,12 +68,12 @@ def with_torchvision(root: Path, interpolation: str, workers: int) -> Iterable[o
 
 def with_ours(root: Path, interpolation: str, workers: int) -> Iterable[object]:
     spec = InputSpec((3, 224, 224), MEAN, STD, interpolation, 0.875)
-    return open_source(str(root)).batches(spec, batch_size=BATCH, workers=workers)
+    return open_source(str(root)).batches(spec, Reading(batch_size=BATCH, workers=workers))
 
 
 def with_cached_stream(root: Path, interpolation: str, workers: int) -> Iterable[object]:
     spec = InputSpec((3, 224, 224), MEAN, STD, interpolation, 0.875)
-    return open_source(str(root)).batches(spec, batch_size=BATCH, workers=workers, cached=True)
+    return open_source(str(root)).batches(spec, Reading(batch_size=BATCH, workers=workers, cached=True))
 
 
 LOADERS: dict[str, Callable[[Path, str, int], Iterable[object]]] = {

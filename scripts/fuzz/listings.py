@@ -18,6 +18,7 @@ from stores import Lying
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.data_source import open_source
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.remote.mirror import open_mirror, resolve_location
 from ckpt_tools.remote.temporary_folders import LOCK_NAME, large_temporary_folder
@@ -59,11 +60,11 @@ def _search() -> None:
 
 
 def _images() -> None:
-    next(iter(open_source(URL).batches(InputSpec((3, 8, 8)), batch_size=8, workers=0)))
+    next(iter(open_source(URL).batches(InputSpec((3, 8, 8)), Reading(batch_size=8, workers=0))))
 
 
 def _shards() -> None:
-    next(iter(open_source(f"{URL}/*.tar").batches(InputSpec((3, 8, 8)), batch_size=8, workers=0)))
+    next(iter(open_source(f"{URL}/*.tar").batches(InputSpec((3, 8, 8)), Reading(batch_size=8, workers=0))))
 
 
 _USES: tuple[Callable[[], object], ...] = (

@@ -17,6 +17,7 @@ from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import ArchitectureError, CkptToolsError
 from ckpt_tools.identify.candidate import Candidate, fit_candidate
 from ckpt_tools.identify.recipe import recorded_recipes
@@ -78,7 +79,7 @@ def _array(path: Path) -> None:
 
 
 def _read(source: Source, spec: InputSpec | None) -> None:
-    for _ in islice(source.batches(spec, batch_size=16, workers=0), 4):
+    for _ in islice(source.batches(spec, Reading(batch_size=16, workers=0)), 4):
         pass
 
 
@@ -99,7 +100,7 @@ def _images(path: Path) -> None:
 
 def _read_labelled(spec: str) -> None:
     source = open_source(spec)
-    for _ in islice(labelled_batches(source, InputSpec((3, 16, 16)), batch_size=16, workers=0), 4):
+    for _ in islice(labelled_batches(source, InputSpec((3, 16, 16)), Reading(batch_size=16, workers=0)), 4):
         pass
 
 

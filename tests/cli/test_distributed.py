@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from ckpt_tools import reestimate_bn
 from ckpt_tools.cli import main
 from ckpt_tools.data.data_source import open_source
-from ckpt_tools.data.sample_order import Share
+from ckpt_tools.data.sample_order import Reading, Share
 from ckpt_tools.distributed import ALONE, Ranks
 from ckpt_tools.errors import UsageError
 from ckpt_tools.machine.device import resolve_device
@@ -93,10 +93,10 @@ def test_streams_read_their_share(spec: str, tmp_path: Path, monkeypatch: pytest
     np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(41, 3)).astype("float32"))
     source = open_source(str(tmp_path / spec) if spec.endswith("npy") else spec)
     options: dict[str, Any] = {"batch_size": 7, "workers": 0}
-    whole = list(source.batches(None, **options))
+    whole = list(source.batches(None, Reading(**options)))
     for world in (2, 9):
         for rank in range(world):
-            share = source.batches(None, share=Share(rank, world), **options)
+            share = source.batches(None, Reading(share=Share(rank, world), **options))
             assert share.count == source.count
             mine = list(share)
             assert len(mine) == len(whole[rank::world])

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
-from ckpt_tools.data.sample_order import random_order
+from ckpt_tools.data.sample_order import Reading, random_order
 from ckpt_tools.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def write(path, array):
 def read(spec, input_spec=SPEC, **options):
     """All samples in stored order."""
     source = open_source(spec, **options)
-    batches = torch.cat(list(source.batches(input_spec, batch_size=5, workers=0)))
+    batches = torch.cat(list(source.batches(input_spec, Reading(batch_size=5, workers=0))))
     assert batches.dtype == torch.float32
     if options:
         return batches
@@ -50,7 +50,7 @@ def test_floats_are_taken_as_they_are(tmp_path, suffix, dtype):
     spec = write(tmp_path / f"a{suffix}", array)
     source = open_source(spec)
     assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("array", 12, (3, 8, 8), True)
-    assert source.batches(None, batch_size=4).transform == "floats, taken as they are"
+    assert source.batches(None, Reading(batch_size=4)).transform == "floats, taken as they are"
     assert torch.equal(read(spec), torch.from_numpy(array).float())
     assert torch.equal(read(spec, None), torch.from_numpy(array).float())
 
@@ -69,9 +69,9 @@ def test_uint8_of_another_size_is_resized_like_a_file(tmp_path):
     for number, image in enumerate(big):
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{number:02}.png")
     # same number, same seed, hence the same order
-    files = torch.cat(list(open_source(str(tmp_path)).batches(SPEC, batch_size=7, workers=0)))
+    files = torch.cat(list(open_source(str(tmp_path)).batches(SPEC, Reading(batch_size=7, workers=0))))
     for workers in (0, 2):
-        stream = open_source(spec).batches(SPEC, batch_size=7, workers=workers)
+        stream = open_source(spec).batches(SPEC, Reading(batch_size=7, workers=workers))
         assert torch.equal(torch.cat(list(stream)), files)
 
 
@@ -151,14 +151,14 @@ def test_opening_reads_no_values(tmp_path):
     (tmp_path / "a.npy").write_bytes(content[:-100])
     source = open_source(spec)
     with pytest.raises(DataError, match="values cannot be read"):
-        source.batches(SPEC, batch_size=4)
+        source.batches(SPEC, Reading(batch_size=4))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
 def test_values_that_are_not_finite_have_a_name(tmp_path, value):
     array = np.zeros((30, 4))
     array[17, 2] = value
-    stream = open_source(write(tmp_path / "a.npy", array)).batches(None, batch_size=10)
+    stream = open_source(write(tmp_path / "a.npy", array)).batches(None, Reading(batch_size=10))
     for number, batch in enumerate(stream):
         for row in (~batch.isfinite()).any(1).nonzero().flatten().tolist():
             assert stream.sample_name(number, row) == "row 17"
@@ -205,7 +205,7 @@ def test_truncated_files_are_refused(tmp_path, suffix):
     content = (tmp_path / f"a{suffix}").read_bytes()
     (tmp_path / f"a{suffix}").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"cannot be read|damaged"):
-        open_source(spec).batches(SPEC, batch_size=4)
+        open_source(spec).batches(SPEC, Reading(batch_size=4))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (4, 0)])
@@ -232,10 +232,10 @@ def test_arrays_without_samples_are_refused(tmp_path):
 def test_samples_that_do_not_fit_the_model_are_refused(tmp_path, array, shape, word):
     source = open_source(write(tmp_path / "a.npy", array))
     with pytest.raises(DataError, match=word):
-        source.batches(InputSpec(shape), batch_size=2)
+        source.batches(InputSpec(shape), Reading(batch_size=2))
 
 
 def test_pixels_need_an_input_spec(tmp_path):
     source = open_source(write(tmp_path / "a.npy", PIXELS))
     with pytest.raises(DataError, match="--input-size 3,8,8"):
-        source.batches(None, batch_size=2)
+        source.batches(None, Reading(batch_size=2))

@@ -8,7 +8,7 @@ from PIL import Image
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import random_order
+from ckpt_tools.data.sample_order import Reading, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, SkippedSample
 from ckpt_tools.machine.memory import available_bytes
 
@@ -32,9 +32,14 @@ class Counted:
 
 def stream(samples, cache, *, workers=0, batch_size=20):
     return IndexedStream(
-        samples, random_order(len(PIXELS), limit=None, seed=0), name="pixels", transform="", finish=torch.Tensor.float,
-        batch_size=batch_size, workers=workers, cache=cache,
-    )  # fmt: skip
+        samples,
+        random_order(len(PIXELS), limit=None, seed=0),
+        Reading(batch_size=batch_size, workers=workers),
+        name="pixels",
+        transform="",
+        finish=torch.Tensor.float,
+        cache=cache,
+    )
 
 
 def same(one, other):
@@ -97,14 +102,14 @@ def test_nothing_is_left_on_disk(tmp_path, monkeypatch):
 def test_floats_and_arrays_at_the_models_size_are_not_kept(tmp_path):
     np.save(tmp_path / "a.npy", PIXELS.numpy())
     for spec, kept in [(InputSpec((3, 4, 5)), False), (InputSpec((3, 8, 8)), True)]:
-        batches = open_source(str(tmp_path / "a.npy")).batches(spec, batch_size=20, workers=0, cached=True)
+        batches = open_source(str(tmp_path / "a.npy")).batches(spec, Reading(batch_size=20, workers=0, cached=True))
         assert (batches._cache is not None) is kept
 
 
 def test_a_folder_is_decoded_once(tmp_path):
     for number in range(6):
         Image.fromarray(PIXELS[number].permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
-    batches = open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), batch_size=4, workers=2, cached=True)
+    batches = open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), Reading(batch_size=4, workers=2, cached=True))
     first = list(batches)
     for path in tmp_path.iterdir():
         path.unlink()

@@ -10,14 +10,14 @@ import torch
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
 from ckpt_tools.data.arrays.matlab import matlab_arrays
-from ckpt_tools.data.sample_order import random_order
+from ckpt_tools.data.sample_order import Reading, random_order
 from ckpt_tools.errors import DataError
 
 RNG = np.random.default_rng(0)
 
 
 def read(source, channels, size):
-    batches = torch.cat(list(source.batches(InputSpec((channels, size, size)), batch_size=3, workers=0)))
+    batches = torch.cat(list(source.batches(InputSpec((channels, size, size)), Reading(batch_size=3, workers=0))))
     return (batches[random_order(source.count, limit=None, seed=0).argsort()] * 255).round().to(torch.uint8)
 
 
@@ -107,7 +107,7 @@ def test_damaged_mnist_is_refused(tmp_path, change):
     content = change(idx(np.zeros((3, 28, 28), np.uint8)))
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte|cannot be read"):
-        open_source(f"mnist:{tmp_path}").batches(InputSpec((1, 28, 28)), batch_size=3)
+        open_source(f"mnist:{tmp_path}").batches(InputSpec((1, 28, 28)), Reading(batch_size=3))
 
 
 def test_svhn(tmp_path):

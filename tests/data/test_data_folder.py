@@ -6,6 +6,7 @@ from PIL import Image
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
 from ckpt_tools.data.images.image_folder import find_images
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import DataError, UsageError
 
 SPEC = InputSpec((3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
@@ -26,7 +27,7 @@ def many(root, count):
 
 def samples(source, **options):
     options = {"batch_size": 8, "workers": 0} | options
-    return torch.cat(list(source.batches(SPEC, **options)))
+    return torch.cat(list(source.batches(SPEC, Reading(**options))))
 
 
 def test_any_structure_any_case_no_hidden_files(tmp_path):
@@ -74,7 +75,7 @@ def test_modes_and_odd_files_raise_no_warning(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_lie_in_memory_as_convolutions_like_them(tmp_path, workers):
     many(tmp_path, 40)
-    batch = next(iter(open_source(str(tmp_path)).batches(SPEC, batch_size=40, workers=workers)))
+    batch = next(iter(open_source(str(tmp_path)).batches(SPEC, Reading(batch_size=40, workers=workers))))
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -96,7 +97,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path, workers):
     (tmp_path / "007.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "100.png").write_bytes(b"")
     (tmp_path / "299.png").write_bytes(b"no image at all")
-    stream = open_source(str(tmp_path)).batches(SPEC, batch_size=100, workers=workers)
+    stream = open_source(str(tmp_path)).batches(SPEC, Reading(batch_size=100, workers=workers))
     for _ in range(2):
         assert sum(map(len, stream)) == 297
     reasons = {what.name: what.reason for what in stream.skipped_samples}
@@ -109,7 +110,7 @@ def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
     many(tmp_path, 100)
     draw(tmp_path / "050.png", size=(200, 200))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    stream = open_source(str(tmp_path)).batches(SPEC, batch_size=100, workers=0)
+    stream = open_source(str(tmp_path)).batches(SPEC, Reading(batch_size=100, workers=0))
     list(stream)
     assert [what.name for what in stream.skipped_samples] == ["050.png"]
 
@@ -149,13 +150,13 @@ def test_a_data_sets_folder_gets_a_hint(tmp_path):
 def test_images_need_an_input_spec(tmp_path):
     draw(tmp_path / "a.png")
     with pytest.raises(DataError, match="--input-size"):
-        open_source(str(tmp_path)).batches(None, batch_size=1)
+        open_source(str(tmp_path)).batches(None, Reading(batch_size=1))
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path):
     many(tmp_path, 100)
     (tmp_path / b"\xff.png".decode("utf-8", "surrogateescape")).write_bytes(b"")
-    stream = open_source(str(tmp_path)).batches(SPEC, batch_size=200, workers=0)
+    stream = open_source(str(tmp_path)).batches(SPEC, Reading(batch_size=200, workers=0))
     list(stream)
     stream.skipped_samples[0].name.encode("utf-8")
 

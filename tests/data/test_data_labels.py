@@ -20,6 +20,7 @@ from ckpt_tools.data.arrays.array_files import find_array
 from ckpt_tools.data.images.image_folder import find_images
 from ckpt_tools.data.labelled_stream import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import folder_labels, read_class_map
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import DataError, UsageError
 
 GREY = InputSpec((1, 4, 4))
@@ -46,7 +47,7 @@ def stream(spec: object, class_map: Path | None = None, **reading: object) -> La
     source = open_source(str(spec), split="test")
     known = None if class_map is None else read_class_map(class_map)
     reading = {"batch_size": 7, "workers": 0, **reading}
-    return labelled_batches(source, GREY, class_map=known, **reading)
+    return labelled_batches(source, GREY, Reading(**reading), class_map=known)
 
 
 def read(labelled: LabelledStream) -> tuple[list[int], list[int]]:

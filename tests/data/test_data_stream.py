@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_tools.data.sample_order import balanced_batch_sizes, default_workers, random_order
+from ckpt_tools.data.sample_order import Reading, balanced_batch_sizes, default_workers, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, SkippedSample, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
 
@@ -28,9 +28,13 @@ class Numbers:
 def stream(samples=Numbers(), count=100, *, batch_size=32, workers=0, limit=None, seed=0):
     order = random_order(count, limit=limit, seed=seed)
     return IndexedStream(
-        samples, order, name="numbers", transform="", finish=torch.Tensor.float,
-        batch_size=batch_size, workers=workers,
-    )  # fmt: skip
+        samples,
+        order,
+        Reading(batch_size=batch_size, workers=workers),
+        name="numbers",
+        transform="",
+        finish=torch.Tensor.float,
+    )
 
 
 @given(st.integers(1, 2000), st.integers(1, 300))

@@ -9,6 +9,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
 from ckpt_tools.data.device_transfer import prefetch_to_device
 from ckpt_tools.data.images.transforms import PixelScale
+from ckpt_tools.data.sample_order import Reading
 
 SPEC = InputSpec((3, 6, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 RNG = np.random.default_rng(0)
@@ -36,7 +37,7 @@ def test_constants_follow_the_device():
 def test_the_cpu_needs_no_cuda(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", None)
     np.save(tmp_path / "a.npy", PIXELS.numpy())
-    batch = next(iter(open_source(str(tmp_path / "a.npy")).batches(SPEC, batch_size=5, device="cpu")))
+    batch = next(iter(open_source(str(tmp_path / "a.npy")).batches(SPEC, Reading(batch_size=5, device="cpu"))))
     assert batch.device.type == "cpu"
 
 
@@ -62,8 +63,8 @@ def test_every_pass_on_cuda_is_that_on_the_cpu(tmp_path, cached):
         noise = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{number}.png")
     source = open_source(str(tmp_path))
-    here = source.batches(SPEC, batch_size=7, workers=2)
-    there = source.batches(SPEC, batch_size=7, workers=2, cached=cached, device="cuda")
+    here = source.batches(SPEC, Reading(batch_size=7, workers=2))
+    there = source.batches(SPEC, Reading(batch_size=7, workers=2, cached=cached, device="cuda"))
     for _ in range(2):
         for one, other in zip(here, there, strict=True):
             assert other.device.type == "cuda"

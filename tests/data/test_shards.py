@@ -24,7 +24,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data import open_source
 from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS
 from ckpt_tools.data.labelled_stream import labelled_batches
-from ckpt_tools.data.sample_order import FULL_SHARE, Share
+from ckpt_tools.data.sample_order import FULL_SHARE, Reading, Share
 from ckpt_tools.data.shards import shard_index
 from ckpt_tools.data.shards.sample_grouping import group_members, image_extension
 from ckpt_tools.data.shards.sample_mixing import batch_evenly, interleave_sources, shuffle_within_buffer
@@ -101,14 +101,14 @@ def put(remote: str, shards: Sequence[bytes]) -> str:
 
 def samples(spec: object, seed: int = 0, limit: int | None = None, **options: object) -> torch.Tensor:
     reading = {"batch_size": 8, "workers": 0, **options}
-    return torch.cat(list(open_source(str(spec), seed=seed, limit=limit).batches(SPEC, **reading)))  # type: ignore[arg-type]
+    return torch.cat(list(open_source(str(spec), seed=seed, limit=limit).batches(SPEC, Reading(**reading))))  # type: ignore[arg-type]
 
 
 def seen(
     spec: object, share: Share = FULL_SHARE, limit: int | None = None, seed: int = 0, workers: int = 0
 ) -> list[int]:
     source = open_source(str(spec), limit=limit, seed=seed)
-    batches = source.batches(EVEN, batch_size=5, workers=workers, share=share)
+    batches = source.batches(EVEN, Reading(batch_size=5, workers=workers, share=share))
     return [level for batch in batches for level in batch[:, 0, 0, 0].mul(255).round().int().tolist()]
 
 
@@ -139,7 +139,9 @@ def test_statistics_are_those_of_a_folder(folder: Path) -> None:
     for name in ("images", "shards"):
         torch.manual_seed(0)
         model = nets.DenseNet()
-        reestimate_bn(model, open_source(str(folder / name)).batches(SPEC, batch_size=32, workers=0), force=True)
+        reestimate_bn(
+            model, open_source(str(folder / name)).batches(SPEC, Reading(batch_size=32, workers=0)), force=True
+        )
         found.append(torch.cat([buffer for key, buffer in model.named_buffers() if key.endswith("running_var")]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
 
@@ -179,7 +181,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path, remote: str, wo
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
     source = open_source(f"{remote}/train-00.tar" if far else str(tmp_path / "a.tar"))
-    stream = source.batches(EVEN, batch_size=32, workers=workers)
+    stream = source.batches(EVEN, Reading(batch_size=32, workers=workers))
     for _ in range(2):
         assert sum(map(len, stream)) == 198
     shard = "train-00.tar" if far else "a.tar"
@@ -190,7 +192,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path, remote: str, wo
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
     with pytest.raises(DataError, match=r"3 of 200 samples are unreadable .*\(empty file\)"):
-        list(open_source(source.spec).batches(EVEN, batch_size=200, workers=workers))
+        list(open_source(source.spec).batches(EVEN, Reading(batch_size=200, workers=workers)))
 
 
 @pytest.mark.parametrize("far", [False, True])
@@ -201,7 +203,7 @@ def test_absurd_sizes_and_names(tmp_path: Path, remote: str, far: bool, monkeypa
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
     stream = open_source(f"{remote}/train-00.tar" if far else str(tmp_path / "a.tar")).batches(
-        EVEN, batch_size=9, workers=0
+        EVEN, Reading(batch_size=9, workers=0)
     )
     assert sum(map(len, stream)) == 99
     (what,) = stream.skipped_samples
@@ -434,7 +436,7 @@ def test_a_stream_repeats_whoever_reads(remote: str, cached: bool) -> None:
     assert seen(url, seed=2, workers=3) == order
     assert seen(url, seed=3) != order
     assert sorted(seen(remote)) == sorted(seen(f"{remote}/*.tar")) == list(range(60))
-    stream = open_source(url).batches(EVEN, batch_size=25, workers=2, cached=cached)
+    stream = open_source(url).batches(EVEN, Reading(batch_size=25, workers=2, cached=cached))
     first = list(stream)
     assert [len(batch) for batch in first] == [25, 18, 17]
     assert (stream.count, stream.batch_count) == (None, None)
@@ -446,7 +448,7 @@ def test_a_stream_repeats_whoever_reads(remote: str, cached: bool) -> None:
 
 def test_a_shard_that_is_gone(remote: str) -> None:
     url = put(remote, levels([[1], [2], [3]]))
-    stream = open_source(url).batches(EVEN, batch_size=1, workers=2)
+    stream = open_source(url).batches(EVEN, Reading(batch_size=1, workers=2))
     MEMORY.rm("/bucket/shards/train-01.tar")
     with pytest.raises(RemoteError, match=r"train-01\.tar: expected a file"):
         list(stream)
@@ -460,7 +462,7 @@ def test_labels_stay_with_their_images(tmp_path: Path, remote: str, far: bool, w
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.tar").write_bytes(content)
     source = open_source(put(remote, contents) if far else str(tmp_path))
-    stream = labelled_batches(source, EVEN, batch_size=16, workers=workers, cached=True)
+    stream = labelled_batches(source, EVEN, Reading(batch_size=16, workers=workers, cached=True))
     for _ in range(2):
         pairs = [(batch[:, 0, 0, 0].mul(255).round().int(), labels) for batch, labels in stream]
         images, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
@@ -481,7 +483,7 @@ def test_labels_stay_with_batches_that_are_sent_ahead(remote: str, monkeypatch: 
 
     monkeypatch.setattr("ckpt_tools.data.shards.shard_stream.prefetch_to_device", one_ahead)
     source = open_source(put(remote, levels([range(50)])))
-    for batch, labels in labelled_batches(source, EVEN, batch_size=7, device="cuda", workers=0):
+    for batch, labels in labelled_batches(source, EVEN, Reading(batch_size=7, device="cuda", workers=0)):
         assert torch.equal(batch[:, 0, 0, 0].mul(255).round().long(), labels)  # type: ignore[call-overload,index]
 
 
@@ -494,9 +496,9 @@ def test_labels_that_are_none(tmp_path: Path, remote: str, far: bool, label: byt
     (tmp_path / "a.tar").write_bytes(content)
     source = open_source(put(remote, [content]) if far else str(tmp_path))
     with pytest.raises(DataError, match=rf"\.tar/a\.png: .*{words}"):
-        list(labelled_batches(source, EVEN, batch_size=1, workers=0))
+        list(labelled_batches(source, EVEN, Reading(batch_size=1, workers=0)))
     with pytest.raises(UsageError, match="--class-map"):
-        labelled_batches(source, EVEN, class_map=object(), batch_size=1)  # type: ignore[arg-type]
+        labelled_batches(source, EVEN, Reading(batch_size=1), class_map=object())  # type: ignore[arg-type]
 
 
 def test_errors_are_ours(tmp_path: Path) -> None:

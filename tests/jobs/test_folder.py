@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import nets
@@ -17,11 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tools.cli import main
 from ckpt_tools.cli.many_checkpoints import _data_files
-from ckpt_tools.data.arrays.stored_array import StoredArray
+from ckpt_tools.data.arrays.array_files import StoredArray
+from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.data.shared_stream import read_together
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.many.folder_run import plan_items, reestimate_items
-from ckpt_tools.jobs.request import Request
+from ckpt_tools.jobs.request import EvaluationOptions, ModelChoice, ReadingOptions, Request
+from ckpt_tools.method import Method
 from ckpt_tools.report.records.manifest import Manifest, make_record, parse_records
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.walker.downstream import walk
@@ -276,7 +279,12 @@ def _killed_run(root: Path, seconds: float) -> None:
 def whole_run(root: Path) -> list[str]:
     items = plan_items(find_checkpoints([root / "runs"]), root / "fixed")
     log = Manifest(root / "fixed" / "ckpt-fix.jsonl")
-    request = Request(Path(), str(root / "data.npy"), architecture="nets:DenseNet", batch_size=16)
+    request = Request(
+        Path(),
+        str(root / "data.npy"),
+        model=ModelChoice("nets:DenseNet"),
+        reading=ReadingOptions(batch_size=16),
+    )
     seen: list[str] = []
     reestimate_items(items, request, lambda result: seen.append(log.add_record(make_record(result))["status"]))
     return seen
@@ -419,12 +427,36 @@ def test_settings_are_equal_however_data_is_named(root: Path, monkeypatch: pytes
     (root / "sub").mkdir()
     (root / "map.json").write_text('["a", "b"]')
     (root / "copy.txt").write_text("a\nb\n")
-    said = {"checkpoint": Path("x.pt"), "data": "data.npy", "eval_data": "val.npz", "class_map": Path("map.json")}
-    asked = Request(**said).settings_digest()
-    for more in ({"data": "./data.npy"}, {"eval_data": f"{root}/sub/../val.npz"}, {"class_map": Path("copy.txt")}):
-        assert Request(**{**said, **more}).settings_digest() == asked
+    request = Request(
+        Path("x.pt"),
+        "data.npy",
+        eval_data="val.npz",
+        evaluation=EvaluationOptions(class_map=Path("map.json")),
+    )
+    digest = request.settings_digest()
+    for changes in (
+        {"data": "./data.npy"},
+        {"eval_data": f"{root}/sub/../val.npz"},
+        {"evaluation": EvaluationOptions(class_map=Path("copy.txt"))},
+    ):
+        assert replace(request, **changes).settings_digest() == digest
     (root / "map.json").write_text('["b", "a"]')
-    assert Request(**said).settings_digest() != asked
+    assert request.settings_digest() != digest
+
+
+def test_settings_have_the_digest_of_earlier_versions() -> None:
+    request = Request(
+        Path("m.pt"),
+        "x.npy",
+        model=ModelChoice("timm:resnet18", {"a": 1, "b": "x"}, "ema", trust=True),
+        preprocessing=Preprocessing(input_size=(3, 8, 8), crop_pct=0.9),
+        method=Method("ema", "all", momentum=0.2, epochs=2, precision="bf16", compile=True, keep_outliers=True),
+        reading=ReadingOptions(limit=7, seed=3, device="cpu", batch_size=4, workers=2),
+        eval_data="s3://b/x",
+        evaluation=EvaluationOptions(calibrate=True, gate="error<5"),
+    )
+    assert request.settings_digest() == "06eecee964dfcd32"
+    assert Request(Path("m.pt"), "data.npy").settings_digest() == "4486c235a273a139"
 
 
 def test_a_manifest_has_a_file_of_its_own(root: Path) -> None:

@@ -31,7 +31,7 @@ from ckpt_tools.jobs.many.folder_run import CheckpointItem, plan_items
 from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, measure_capacity
 from ckpt_tools.jobs.many.ray_engine import RayEngine, _Part
 from ckpt_tools.jobs.many.ray_loopback import require_loopback
-from ckpt_tools.jobs.request import Request
+from ckpt_tools.jobs.request import ModelChoice, ReadingOptions, Request
 from ckpt_tools.remote.mirror import open_mirror, resolve_location
 from ckpt_tools.storage.discovery import find_checkpoints
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatc
 @pytest.mark.usefixtures("ray")
 def test_what_a_lost_worker_could_not_say_is_done_and_not_done_again(root: Path) -> None:
     items = plan_items(find_checkpoints([root / "runs"]), root / "fixed")
-    request = Request(Path(), "data.npy", architecture="nets:DenseNet", batch_size=16)
+    request = Request(Path(), "data.npy", model=ModelChoice("nets:DenseNet"), reading=ReadingOptions(batch_size=16))
     records: list[Any] = []
     RayEngine(cpus=2).run(items, request, lethal.described, records.append)
     assert sorted(record["checkpoint"] for record in records) == [str(item.checkpoint) for item in items]

@@ -23,6 +23,7 @@ from ckpt_tools import reestimate_bn
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.images.image_folder import FolderSource
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.diagnosis.data_sample import draw_sample
 from ckpt_tools.distributed import ALONE
 from ckpt_tools.errors import DataError, ModelError
@@ -372,7 +373,7 @@ def test_files_are_named_by_their_path(tmp_path: Path) -> None:
         )
     (tmp_path / "class0" / "60.png").write_bytes(b"")
     stream = FolderSource.open("photos", tmp_path, limit=None, seed=0).batches(
-        InputSpec(SHAPE, (0.5,) * 3, (0.25,) * 3), batch_size=25, workers=0
+        InputSpec(SHAPE, (0.5,) * 3, (0.25,) * 3), Reading(batch_size=25, workers=0)
     )
     result = reestimate_bn(net()[0], stream, layers="all", force=True)
     assert [(one.name, one.reason) for one in result.outliers] == [("class2/50.png", "blank")]

@@ -33,6 +33,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.images import remote_image_folder
 from ckpt_tools.data.labels import read_class_map
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
 from ckpt_tools.jobs.outputs import default_output_path
@@ -487,7 +488,7 @@ def test_copies_go_when_their_checkpoint_is_done(runs: Path, temporary: Path, mo
         return found
 
     monkeypatch.setattr("ckpt_tools.storage.files.fetching.fetch_file", counted)
-    monkeypatch.setattr("ckpt_tools.jobs.many.folder_run._SHARE", 0)
+    monkeypatch.setattr("ckpt_tools.jobs.many.folder_run._MODEL_SHARE", 0)
     ok(*job(runs, upload_all(runs / "runs", "memory://bucket/runs")))
     assert max(most) == 1
 
@@ -535,7 +536,7 @@ def test_images_of_a_remote_folder_are_those_of_a_local_one(images: Path, scheme
 
 
 def batches(spec: str, workers: int) -> BatchStream:
-    return open_source(spec).batches(InputSpec(SHAPE), batch_size=32, workers=workers)
+    return open_source(spec).batches(InputSpec(SHAPE), Reading(batch_size=32, workers=workers))
 
 
 def test_runs_on_remote_data_and_labels(images: Path, files: Path) -> None:
@@ -568,7 +569,9 @@ def test_remote_arrays(files: Path) -> None:
     url = upload(files / "data.npy", "memory://bucket/data.npy")
     local = open_source(str(files / "data.npy"))
     with open_mirror():
-        assert torch.equal(*(torch.cat(list(one.batches(None, batch_size=32))) for one in (local, open_source(url))))
+        assert torch.equal(
+            *(torch.cat(list(one.batches(None, Reading(batch_size=32)))) for one in (local, open_source(url)))
+        )
     for spec, said in [
         (url.replace("data", "nothing"), "found nothing"),
         ("memory://bucket", "no image"),

@@ -18,9 +18,7 @@ from PIL import Image
 from report_facts import facts, records
 
 from ckpt_tools.cli import main
-from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.errors import OutputError, UsageError
-from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.report.pages.html_page import checkpoint_html
@@ -63,14 +61,13 @@ def test_from_the_command_line(files: Path) -> None:
 
 def parsed(arguments: list[str]) -> Request:
     """What the command line makes of its arguments."""
-    said = main.commands["bn-reestimate"].make_context("bn-reestimate", list(arguments)).params
-    of_many = ("as_json", "quiet", "reports", "output_dir", "include", "exclude", "manifest")
-    of_many += ("engine", "ray_address", "ray_cpus")
-    said = {name: value for name, value in said.items() if name not in of_many}
-    (said["checkpoint"],) = said.pop("checkpoints")
-    preprocessing = Preprocessing(**{name: said.pop(name) for name in Preprocessing.__dataclass_fields__})
-    kwargs = parse_model_kwargs(said.pop("model_kwargs"))
-    return Request(**said, model_kwargs=kwargs, preprocessing=preprocessing)
+    requests: list[Request] = []
+    with pytest.MonkeyPatch.context() as patch:
+        job = "ckpt_tools.cli.bn_reestimate_command._reestimate_checkpoint"
+        patch.setattr(job, lambda request, *_, **__: requests.append(request))
+        main.commands["bn-reestimate"].main(list(arguments), standalone_mode=False)
+    (request,) = requests
+    return request
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,8 @@ def test_the_command_repeats_the_run() -> None:
     request = parsed(words)
     line = shlex.split(repeating_command(Planned(request, 17)))
     assert line[:2] == ["ckpt-fix", "bn-reestimate"]
-    assert parsed(line[2:]) == dataclasses.replace(request, batch_size=17)
+    reading = dataclasses.replace(request.reading, batch_size=17)
+    assert parsed(line[2:]) == dataclasses.replace(request, reading=reading)
 
 
 def test_labelled_data_is_reported(files: Path) -> None:

@@ -24,6 +24,7 @@ from ckpt_tools.data import prefetch
 from ckpt_tools.data.images import image_files
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.prefetch import read_ahead, track_reading
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import DataError
 from ckpt_tools.remote import temporary_folders
 from ckpt_tools.storage.output import atomic_write, patching, safetensors_writer
@@ -217,7 +218,9 @@ def test_a_decode_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wo
 
     monkeypatch.setattr(image_files, "_decode_image", hang)
     spec = image_files.InputSpec(SHAPE, mean=(0.5,) * 3, std=(0.5,) * 3)
-    stream = FolderSource.open("train", tmp_path, limit=None, seed=0).batches(spec, batch_size=8, workers=workers)
+    stream = FolderSource.open("train", tmp_path, limit=None, seed=0).batches(
+        spec, Reading(batch_size=8, workers=workers)
+    )
     list(stream)  # the first image imports what decodes it
     warm = True
     try:

@@ -27,6 +27,7 @@ from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.labels import array_labels
+from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import CheckpointError, CkptToolsError, DataError
 from ckpt_tools.report.pages.html_page import folder_html
 from ckpt_tools.report.pages.markdown_page import folder_markdown
@@ -81,7 +82,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="neither a file"):
             read_checkpoint(found.path)
     with pytest.raises(DataError, match="no regular file"):
-        list(open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), batch_size=2, workers=0))
+        list(open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), Reading(batch_size=2, workers=0)))
 
 
 def test_one_number_with_a_stride_is_bytes() -> None:
@@ -97,7 +98,7 @@ def test_arrays(tmp_path: Path, label: str) -> None:
     file, make = ARRAYS[label]
     (tmp_path / file).write_bytes(make())
     with limit_time(), pytest.raises(DataError, match=file.replace(".", r"\.")):
-        list(open_source(str(tmp_path / file)).batches(None, batch_size=2))
+        list(open_source(str(tmp_path / file)).batches(None, Reading(batch_size=2)))
 
 
 def test_cifar_is_read_without_numpys_pickles(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_svhn_of_any_damage(tmp_path: Path) -> None:
             path.write_bytes(whole_file[:at] + field + whole_file[at + 4 :])
             try:
                 source = open_source(f"svhn:{tmp_path}")
-                list(source.batches(InputSpec((3, 2, 2)), batch_size=4, workers=0))
+                list(source.batches(InputSpec((3, 2, 2)), Reading(batch_size=4, workers=0)))
                 array_labels(source.array)
             except CkptToolsError:
                 continue
@@ -155,7 +156,7 @@ def png(width: int, height: int) -> bytes:
 def test_images_that_would_grow(tmp_path: Path, size: tuple[int, int]) -> None:
     (tmp_path / "a.png").write_bytes(png(*size))
     with limit_time(), pytest.raises(DataError, match=r"a\.png"):
-        list(open_source(str(tmp_path)).batches(InputSpec((3, 224, 224)), batch_size=2, workers=0))
+        list(open_source(str(tmp_path)).batches(InputSpec((3, 224, 224)), Reading(batch_size=2, workers=0)))
 
 
 # --- words and names ------------------------------------------------------------------------------------------------

@@ -439,7 +439,9 @@ def test_a_source_replaced_since_it_was_read(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-@pytest.mark.parametrize(("moment", "message"), [("copy_range", "reading back"), ("verify_and_hash", "written to since")])
+@pytest.mark.parametrize(
+    ("moment", "message"), [("copy_range", "reading back"), ("verify_and_hash", "written to since")]
+)
 def test_a_source_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, message: str) -> None:
     path = lay(tmp_path / "in.safetensors", state())
     checkpoint = read_checkpoint(path)

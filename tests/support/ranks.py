@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import nets
 import torch
@@ -19,7 +20,8 @@ from ckpt_tools.distributed import Ranks, Team, start_team
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.jobs.plan import prepare_reestimation
 from ckpt_tools.jobs.reestimation import execute_reestimation
-from ckpt_tools.jobs.request import Request
+from ckpt_tools.jobs.request import ModelChoice, ReadingOptions, Request
+from ckpt_tools.method import Method
 
 JOBS: dict[str, dict[str, object]] = {
     "pooled": {"batch_size": 16},
@@ -46,8 +48,19 @@ BROKEN: dict[str, dict[str, object]] = {
 
 
 def requested(name: str, options: dict[str, object]) -> Request:
-    request = {"data": "data.npy", "architecture": "nets:DenseNet", "output": Path(f"{name}.safetensors"), **options}
-    return Request(Path("model.pt"), device="cpu", **request)  # type: ignore[arg-type]
+    def group(kind: type[Any], **defaults: object) -> Any:
+        """The options that are fields of this dataclass."""
+        own = {field: options[field] for field in kind.__dataclass_fields__ if field in options}
+        return kind(**defaults, **own)
+
+    return Request(
+        Path("model.pt"),
+        data=str(options.get("data", "data.npy")),
+        output=Path(str(options.get("output", f"{name}.safetensors"))),
+        model=ModelChoice("nets:DenseNet"),
+        method=group(Method),
+        reading=group(ReadingOptions, device="cpu"),
+    )
 
 
 def summary(name: str, team: Team) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.data.images.transforms import ImageTransform, PixelScale, stack_images
-from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import FULL_SHARE, Share, default_workers, random_order
+from ckpt_tools.data.sample_order import Reading, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream
 from ckpt_tools.errors import DataError
 
@@ -58,16 +57,7 @@ class ArraySource:
         """Whether the samples go to the model as they are: floats do, pixels do not."""
         return not self.array.holds_pixels
 
-    def batches(
-        self,
-        input_spec: InputSpec | None,
-        *,
-        batch_size: int,
-        workers: int | None = None,
-        cached: bool = False,
-        device: str | torch.device = "cpu",
-        share: Share = FULL_SHARE,
-    ) -> IndexedStream:
+    def batches(self, input_spec: InputSpec | None, reading: Reading) -> IndexedStream:
         """Float32 batches (n, …). Workers and a cache are used only where images are resampled.
 
         Raises DataError if the samples do not fit ``input_spec``, or are uint8 and there is none.
@@ -80,20 +70,17 @@ class ArraySource:
         else:
             image, finish, words = self._pixels(input_spec)
         if image is None:
-            workers, cached = 0, False  # the rows are in memory or mapped: copying them takes no time
-        elif workers is None:
-            workers = 0 if image.spec.shape[1:] == self.sample_shape[1:] else default_workers()
+            # The rows are in memory or mapped: copying them takes no time.
+            reading = replace(reading, workers=0, cached=False)
+        elif reading.workers is None and image.spec.shape[1:] == self.sample_shape[1:]:
+            reading = replace(reading, workers=0)
         return IndexedStream(
             ArrayRows(self._rows, image),
             random_order(self.array.shape[0], limit=self.limit, seed=self.seed),
+            reading,
             name=self.array.label,
             transform=words,
             finish=finish,
-            batch_size=batch_size,
-            workers=workers,
-            cache=PixelCache() if cached else None,
-            device=device,
-            share=share,
         )
 
     @functools.cached_property

@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from threading import Lock
 
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -19,8 +18,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.images.jpeg import decode_jpeg
 from ckpt_tools.data.images.transforms import MAX_PIXELS, ImageTransform, PixelScale, stack_images
 from ckpt_tools.data.prefetch import track_reading
-from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import FULL_SHARE, Share, default_workers, random_order
+from ckpt_tools.data.sample_order import Reading, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, Samples, SkippedSample
 from ckpt_tools.errors import DataError
 
@@ -71,16 +69,7 @@ class ImageSource(ABC):
         """Number of images in one pass."""
         return self.total if self.limit is None else min(self.limit, self.total)
 
-    def batches(
-        self,
-        input_spec: InputSpec | None,
-        *,
-        batch_size: int,
-        workers: int | None = None,
-        cached: bool = False,
-        device: str | torch.device = "cpu",
-        share: Share = FULL_SHARE,
-    ) -> IndexedStream:
+    def batches(self, input_spec: InputSpec | None, reading: Reading) -> IndexedStream:
         """Return a stream of normalised float32 batches (n, C, H, W).
 
         Raises DataError unless ``input_spec`` describes images.
@@ -89,14 +78,10 @@ class ImageSource(ABC):
         return IndexedStream(
             self.samples(image),
             random_order(self.total, limit=self.limit, seed=self.seed),
+            reading,
             name=self.spec,
             transform=f"{image}, {scale}",
             finish=scale,
-            batch_size=batch_size,
-            workers=default_workers() if workers is None else workers,
-            cache=PixelCache() if cached else None,
-            device=device,
-            share=share,
         )
 
 

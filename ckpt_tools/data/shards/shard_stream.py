@@ -20,14 +20,13 @@ from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.data.labels import parse_class_number
 from ckpt_tools.data.prefetch import read_ahead
 from ckpt_tools.data.sample_cache import PixelCache
-from ckpt_tools.data.sample_order import FULL_SHARE, Share, balanced_batch_sizes, default_workers
+from ckpt_tools.data.sample_order import Reading, balanced_batch_sizes
 from ckpt_tools.data.shards.raw_shards import RawSample, mixed_samples
 from ckpt_tools.data.shards.sample_mixing import batch_evenly
 from ckpt_tools.data.shards.shard_index import no_images_error
 from ckpt_tools.data.shards.shard_names import remote_shards
 from ckpt_tools.data.stream import Batch, concatenate_parts
 from ckpt_tools.data.unreadable_samples import SkippedSample, SkippedSamples, translate_reading_errors
-from ckpt_tools.errors import UsageError
 from ckpt_tools.remote.address import redact_url
 
 __all__ = ["ShardStream", "ShardStreamSource"]
@@ -61,27 +60,13 @@ class ShardStreamSource:
         """Find the shards that a URL names. Raises DataError, RemoteError, UsageError."""
         return cls(redact_url(url), remote_shards(url), limit, seed)
 
-    def batches(
-        self,
-        input_spec: InputSpec | None,
-        *,
-        batch_size: int,
-        workers: int | None = None,
-        cached: bool = False,
-        device: str | torch.device = "cpu",
-        share: Share = FULL_SHARE,
-        labelled: bool = False,
-    ) -> ShardStream:
+    def batches(self, input_spec: InputSpec | None, reading: Reading, *, labelled: bool = False) -> ShardStream:
         """Float32 batches (n, C, H, W), normalised; ``labelled``: pairs with class numbers (n,).
 
         Raises DataError unless ``input_spec`` is an image's.
         """
         image, scale = image_transforms(self.spec, input_spec)
-        workers = default_workers() if workers is None else workers
-        if workers < 0:
-            raise UsageError(f"--workers is {workers}. Give 0 to read in this thread, or more.")
-        cache = PixelCache() if cached else None
-        return ShardStream(self, image, scale, batch_size, workers, cache, torch.device(device), share, labelled)
+        return ShardStream(self, image, scale, reading, labelled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,18 +95,15 @@ class ShardStream:
         source: ShardStreamSource,
         image: ImageTransform,
         scale: PixelScale,
-        batch_size: int,
-        workers: int,
-        cache: PixelCache | None,
-        device: torch.device,
-        share: Share,
+        reading: Reading,
         labelled: bool,
     ) -> None:
-        balanced_batch_sizes(1, batch_size)  # raises for a size below 1
+        balanced_batch_sizes(1, reading.batch_size)  # raises for a size below 1
         self.transform = f"{image}, {scale}"
         self._source, self._image, self._finish = source, image, scale
-        self._batch_size, self._workers, self._device, self._share = batch_size, workers, device, share
-        self._labelled, self._cache = labelled, cache
+        self._batch_size, self._workers = reading.batch_size, reading.worker_count
+        self._device, self._share = torch.device(reading.device), reading.share
+        self._labelled, self._cache = labelled, PixelCache() if reading.cached else None
         self._skipped = SkippedSamples(source.spec)
         self._cached_labels: list[list[int]] | None = None  # by batch, if the cache holds all batches
         self._names: dict[int, list[str]] = {}  # of the samples in the batches that were read last

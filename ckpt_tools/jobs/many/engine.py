@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ckpt_tools.jobs.many.folder_run import CheckpointItem, ItemResult, ProgressCallback, reestimate_items
+from ckpt_tools.jobs.many.folder_run import (
+    CheckpointItem,
+    ItemResult,
+    ProgressCallback,
+    reestimate_items,
+)
 from ckpt_tools.jobs.request import Request
 
 __all__ = ["Engine", "LocalEngine", "Record", "RecordBuilder"]
@@ -14,11 +19,16 @@ Record = Mapping[str, Any]
 """What became of a checkpoint as plain data, fit for JSON and for another machine."""
 
 RecordBuilder = Callable[[ItemResult], Record]
-"""Makes a record where the result is, for a result holds a whole model. A function of a module, not a lambda."""
+"""Makes a record where the result is, for a result holds a whole model.
+
+A function of a module, not a lambda.
+"""
 
 
 class Engine(Protocol):
-    """Runs the local job on many checkpoints; the one seam between a folder and the machines that work on it."""
+    """Runs the local job on many checkpoints; the one seam between a folder and the machines that
+    work on it.
+    """
 
     def run(
         self,
@@ -30,8 +40,9 @@ class Engine(Protocol):
     ) -> None:
         """Re-estimate every item; ``record`` gets one record of each, as soon as its output stands.
 
-        One failure stops no other, and what is done already is not done again, as ``folder.run`` says. Raises what
-        concerns all items: DataError, UsageError, ClusterError. ``watch`` is for engines that see every batch.
+        One failure stops no other, and what is done already is not done again, as ``folder.run``
+        says. Raises what concerns all items: DataError, UsageError, ClusterError. ``watch`` is for
+        engines that see every batch.
         """
         ...
 

@@ -1,4 +1,7 @@
-"""Re-estimation of many checkpoints: those with the same preprocessing share one stream of images."""
+"""Re-estimation of many checkpoints.
+
+Those with the same preprocessing share one stream of images.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,13 @@ from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import CkptToolsError, NothingToDo, OutputError, UsageError
 from ckpt_tools.jobs.earlier_output import DamagedOutput, EarlierOutput, find_earlier_output
 from ckpt_tools.jobs.outputs import default_output_path
-from ckpt_tools.jobs.plan import Plan, Sources, check_request, choose_device, prepare_reestimation
+from ckpt_tools.jobs.plan import (
+    Plan,
+    Sources,
+    choose_device,
+    parse_evaluation_request,
+    prepare_reestimation,
+)
 from ckpt_tools.jobs.reestimation import ReestimationOutcome, execute_reestimation
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
@@ -29,19 +38,25 @@ from ckpt_tools.storage.provenance import read_provenance_entry
 
 Status = Literal["done", "done before", "nothing to do", "failed"]
 ProgressCallback = Callable[[int, int, int | None], None]
-"""Told how many checkpoints share a round, the images it has read so far, and how many a pass has."""
+"""Called with the number of checkpoints that share a stream, the images read so far, and those of a
+pass.
+"""
 
 StreamKey = tuple[InputSpec | None, int, str]
-"""What a checkpoint reads: preprocessing, batch size, device. Those with the same share one stream."""
+"""What a checkpoint reads: preprocessing, batch size, device.
 
-_SHARE = 0.4  # of the free memory, for the models of a round; activations need the rest
+Those with equal keys share one stream.
+"""
+
+_MODEL_SHARE = 0.4  # of the free memory, for the models of a group; activations need what is left
 
 
 @dataclass(frozen=True)
 class CheckpointItem:
     """One checkpoint of many, and where its output goes.
 
-    ``in_manifest`` is what a manifest says of that output, ``also_named`` are further paths to the checkpoint's file.
+    ``in_manifest`` is what a manifest says of that output, ``also_named`` are further paths to the
+    checkpoint's file.
     """
 
     checkpoint: Path
@@ -52,58 +67,92 @@ class CheckpointItem:
 
 @dataclass(frozen=True)
 class ItemResult:
-    """What became of an item. ``outcome`` is there if it was done, ``error`` if it was not, ``made`` with an output.
+    """The result of one checkpoint.
 
-    ``seconds`` from its reading to its end, with the others of its round in between. ``replaced``: what was wrong with
-    an earlier output in whose place the new one is; empty if there was none.
+    ``outcome`` is there if it was re-estimated, ``error`` if it was not, ``written`` if an output
+    stands. ``seconds`` are those from its reading to its end, including the others of its group.
+    ``replaced`` says what was wrong with an earlier output in whose place the new one is; it is
+    empty if there was none.
     """
 
     item: CheckpointItem
     status: Status
     outcome: ReestimationOutcome | None = None
-    made: EarlierOutput | None = None
+    written: EarlierOutput | None = None
     error: Exception | None = None
     seconds: float = 0.0
     replaced: str = ""
 
     @property
     def error_is_expected(self) -> bool:
-        """Whether the error was foreseen: anything else is a bug, of a model's code or of ours."""
+        """Whether the error is one of ours.
+
+        Any other is a bug, of a model's code or of this tool.
+        """
         return self.error is None or isinstance(self.error, CkptToolsError)
 
 
-def plan_items(found: Sequence[DiscoveredCheckpoint], output_dir: Path | None) -> tuple[CheckpointItem, ...]:
-    """Outputs below ``output_dir`` as the checkpoints lie below what was searched, or beside each checkpoint.
+def plan_items(checkpoints: Sequence[DiscoveredCheckpoint], output_dir: Path | None) -> tuple[CheckpointItem, ...]:
+    """Decide where the output of each checkpoint goes.
 
-    Where two would share an output (``a.pt`` and ``a.pth``), or one take the place of a checkpoint, the suffix is kept
-    in its name. An earlier output beside its checkpoint is no checkpoint of its own, though a pattern names it.
+    Outputs lie below ``output_dir`` as the checkpoints lie below the folder that was searched, or
+    beside each checkpoint. Where two would share an output (``a.pt`` and ``a.pth``), or one would
+    take the place of a checkpoint, the suffix is kept in its name. An earlier output beside its
+    checkpoint is no checkpoint of its own, even if a pattern names it.
 
     Raises UsageError if a checkpoint would be replaced all the same.
     """
-    short = {one: default_output_path(one.path, "bn") for one in found}
-    beside = {_spot(name) for one in found for name in (short[one], _full_name(short[one], one))}
-    found = [one for one in found if _spot(one.path) not in beside or read_provenance_entry(one.path) is None]
-    names = {one: default_output_path(_place(one, output_dir), "bn") for one in found}
-    while clashing := [one for one in _clashing(names) if names[one] != _full_name(names[one], one)]:
-        names |= {one: _full_name(names[one], one) for one in clashing}
-    for one in _clashing(names):
-        raise UsageError(f"{names[one]}: expected a name for one file alone. Rename {one.path}, or give --output-dir.")
-    return tuple(CheckpointItem(one.path, name, also_named=one.also_named) for one, name in names.items())
+    outputs_beside = set()
+    for checkpoint in checkpoints:
+        output = default_output_path(checkpoint.path, "bn")
+        outputs_beside |= {_absolute(output), _absolute(_name_with_suffix(output, checkpoint))}
+    checkpoints = [
+        checkpoint
+        for checkpoint in checkpoints
+        if _absolute(checkpoint.path) not in outputs_beside or read_provenance_entry(checkpoint.path) is None
+    ]
+    # What is left are checkpoints to correct: outputs are known by their place and their
+    # provenance.
+    outputs = {}
+    for checkpoint in checkpoints:
+        place = checkpoint.path if output_dir is None else output_dir / checkpoint.place
+        outputs[checkpoint] = default_output_path(place, "bn")
+    # A longer name may clash with another output in turn, so this goes on until nothing changes.
+    while renamed := {
+        checkpoint: name
+        for checkpoint in _clashing_checkpoints(outputs)
+        if (name := _name_with_suffix(outputs[checkpoint], checkpoint)) != outputs[checkpoint]
+    }:
+        outputs |= renamed
+    for checkpoint in _clashing_checkpoints(outputs):
+        raise UsageError(
+            f"{outputs[checkpoint]}: expected a name for one file alone. "
+            f"Rename {checkpoint.path}, or give --output-dir."
+        )
+    return tuple(
+        CheckpointItem(checkpoint.path, output, also_named=checkpoint.also_named)
+        for checkpoint, output in outputs.items()
+    )
 
 
-def _clashing(names: Mapping[DiscoveredCheckpoint, Path]) -> list[DiscoveredCheckpoint]:
-    """Those whose output another output has as well, or a checkpoint."""
-    taken = Counter(map(_spot, [*names.values(), *(path for one in names for path in (one.path, *one.also_named))]))
-    return [one for one, name in names.items() if taken[_spot(name)] > 1]
+def _clashing_checkpoints(
+    outputs: Mapping[DiscoveredCheckpoint, Path],
+) -> list[DiscoveredCheckpoint]:
+    """Those whose output has the name of another output, or of a checkpoint."""
+    paths = list(outputs.values())
+    for checkpoint in outputs:
+        paths += [checkpoint.path, *checkpoint.also_named]
+    uses = Counter(map(_absolute, paths))
+    return [checkpoint for checkpoint, output in outputs.items() if uses[_absolute(output)] > 1]
 
 
-def _spot(path: Path) -> str:
+def _absolute(path: Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - without .., and without following links
 
 
-def _full_name(output: Path, found: DiscoveredCheckpoint) -> Path:
+def _name_with_suffix(output: Path, checkpoint: DiscoveredCheckpoint) -> Path:
     """``a.pt.bn.safetensors`` for ``a.bn.safetensors``."""
-    return output.with_name(f"{Path(_spot(found.path)).name}.bn.safetensors")
+    return output.with_name(f"{Path(_absolute(checkpoint.path)).name}.bn.safetensors")
 
 
 def reestimate_items(
@@ -112,48 +161,51 @@ def reestimate_items(
     record: Callable[[ItemResult], None],
     watch: ProgressCallback | None = None,
 ) -> None:
-    """Re-estimate every item; ``record_forward`` gets each result as soon as its output stands. One failure stops no other.
+    """Re-estimate every item; ``record`` gets each result as soon as its output stands.
 
-    What an earlier run finished with the same settings from the same bytes is not done again, unless
-    ``request.overwrite`` is set or its output is damaged. Raises what concerns all items: DataError, UsageError,
-    ModelError for a device.
+    One failure stops no other. What an earlier run finished with the same settings from the same
+    bytes is not done again, unless ``request.overwrite`` is set or its output is damaged. Raises
+    what concerns all items: DataError, UsageError, ModelError for a device.
     """
     sources = open_data_sources(request)
-    choose_device(request)
-    waiting, walks = _Waiting(), WalkCache()
+    choose_device(request)  # a device that is not there concerns all items
+    groups, walks = _PreparedGroups(), WalkCache()
+    # Also of items that are done already: a process may be killed between its output and its last
+    # step.
     for folder in {item.output.parent for item in items}:
-        remove_abandoned_folders(
-            folder
-        )  # also of what is done: a process may be killed between its output and its last step
+        remove_abandoned_folders(folder)
     for item in items:
         started = time.perf_counter()
-        own = _own(item, request)
+        item_request = _request_for_item(item, request)
         try:
-            begun = _begin(item, own, own, sources, walks)
-        except Exception as error:  # noqa: BLE001 - one bad file, or code of its model, must not stop the rest
+            prepared = _prepare_item(item, item_request, item_request, sources, walks)
+        except Exception as error:  # noqa: BLE001 - it must not stop the others
             record(_failed_result(item, error, started))
             continue
-        if isinstance(begun, ItemResult):
-            record(begun)
+        if isinstance(prepared, ItemResult):
+            record(prepared)
             continue
-        waiting.add(begun)
-        if waiting.full:
-            _round(waiting.largest(), record, watch)
-    while waiting:
-        _round(waiting.largest(), record, watch)
+        groups.add(prepared)
+        # Groups are as large as memory allows: each pass over the data then serves more
+        # checkpoints.
+        if groups.fill_memory:
+            _reestimate_group(groups.pop_largest(), record, watch)
+    while groups:
+        _reestimate_group(groups.pop_largest(), record, watch)
 
 
 def open_data_sources(request: Request) -> Sources:
-    """The data, found but not read, after all that can be said of a request without a checkpoint.
+    """Open the data without reading it, once the request is checked as far as no checkpoint is
+    needed.
 
-    Raises UsageError, DataError; the labelled data is looked for as well.
+    Raises UsageError, DataError, also for the labelled data.
     """
-    check_request(request)
+    parse_evaluation_request(request)
     return Sources.from_request(request)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for outputs, and those that it lies in. Raises OutputError."""
+    """Make a folder for outputs, and its parents. Raises OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -161,112 +213,140 @@ def make_folder(folder: Path) -> None:
 
 
 def inspect_item(item: CheckpointItem, request: Request, sources: Sources) -> ItemResult | StreamKey:
-    """What came of an item before any pass (done before, nothing to do, failed), or what its pass will read.
+    """The result of an item that needs no pass (done before, nothing to do, failed), else what it
+    reads.
 
-    Looked at on the CPU, so that it needs no GPU: where the pass runs, memory may allow another batch size.
+    It is looked at on the CPU and so needs no GPU. Where the pass runs, memory may allow another
+    batch size.
     """
     started = time.perf_counter()
-    own = _own(item, request)
+    item_request = _request_for_item(item, request)
+    cpu_request = replace(
+        item_request,
+        reading=replace(request.reading, device="cpu"),
+        method=replace(request.method, precision="fp32"),
+    )
     remove_abandoned_folders(item.output.parent)
     try:
-        begun = _begin(item, own, replace(own, device="cpu", precision="fp32"), sources, WalkCache())
-        return begun if isinstance(begun, ItemResult) else _reading(begun.plan)
+        prepared = _prepare_item(item, item_request, cpu_request, sources, WalkCache())
     except Exception as error:  # noqa: BLE001 - as above
         return _failed_result(item, error, started)
+    return prepared if isinstance(prepared, ItemResult) else _stream_key(prepared.plan)
 
 
-def _own(item: CheckpointItem, request: Request) -> Request:
+def _request_for_item(item: CheckpointItem, request: Request) -> Request:
     return replace(request, checkpoint=item.checkpoint, output=item.output)
 
 
-def _reading(plan: Plan) -> StreamKey:
+def _stream_key(plan: Plan) -> StreamKey:
     return plan.input_spec, plan.batch_size, plan.device
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _PreparedItem:
     item: CheckpointItem
     plan: Plan
     started: float
     replaced: str = ""  # what was wrong with an earlier output
 
 
-def _begin(
-    item: CheckpointItem, request: Request, run_as: Request, sources: Sources, walks: WalkCache
-) -> ItemResult | _Prepared:
-    """What was done before, or an item that is ready for its pass, which is prepared for ``run_as``."""
+def _prepare_item(
+    item: CheckpointItem,
+    request: Request,
+    plan_request: Request,
+    sources: Sources,
+    walks: WalkCache,
+) -> ItemResult | _PreparedItem:
+    """The result of an earlier run with ``request``, or a plan for ``plan_request``."""
     started = time.perf_counter()
     earlier = find_earlier_output(item.output, request, item.in_manifest)
     if isinstance(earlier, EarlierOutput):
-        return ItemResult(item, "done before", made=earlier, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return ItemResult(item, "done before", written=earlier, seconds=seconds)
     make_folder(item.output.parent)
-    stamp, why = (earlier.stamp, earlier.why) if isinstance(earlier, DamagedOutput) else (None, "")
-    return _Prepared(item, prepare_reestimation(run_as, sources, walks=walks, replaces=stamp), started, why)
+    stamp, damage = None, ""
+    if isinstance(earlier, DamagedOutput):
+        stamp, damage = earlier.stamp, earlier.why
+    plan = prepare_reestimation(plan_request, sources, walks=walks, replaces=stamp)
+    return _PreparedItem(item, plan, started, damage)
 
 
-class _Waiting:
-    """Prepared checkpoints by what they read; those of one group go through one stream."""
+class _PreparedGroups:
+    """Prepared checkpoints, in groups that read the same and so share one stream."""
 
     def __init__(self) -> None:
-        self._groups: dict[StreamKey, list[_Prepared]] = {}
-        self._held, self._device = 0, "cpu"  # bytes of all models, and where they run
+        self._groups: dict[StreamKey, list[_PreparedItem]] = {}
+        self._model_bytes, self._device = 0, "cpu"
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def add(self, one: _Prepared) -> None:
-        self._groups.setdefault(_reading(one.plan), []).append(one)
-        self._held, self._device = self._held + _bytes(one.plan), one.plan.device
+    def add(self, prepared: _PreparedItem) -> None:
+        self._groups.setdefault(_stream_key(prepared.plan), []).append(prepared)
+        self._model_bytes += _model_bytes(prepared.plan)
+        self._device = prepared.plan.device
 
     @property
-    def full(self) -> bool:
-        """Whether the models take as much memory as leaves enough for running them."""
-        held, device = self._held, self._device
-        return held > _SHARE * (available_bytes() + held) or (device != "cpu" and held > _SHARE * free_bytes(device))
+    def fill_memory(self) -> bool:
+        """Whether the models take so much memory that no further one should be loaded before a
+        pass.
+        """
+        taken = self._model_bytes
+        # Models wait on the CPU, and all of a group are moved to the device for their pass.
+        if taken > _MODEL_SHARE * (available_bytes() + taken):
+            return True
+        return self._device != "cpu" and taken > _MODEL_SHARE * free_bytes(self._device)
 
-    def largest(self) -> list[_Prepared]:
-        """The group with the most checkpoints, which then waits no more."""
+    def pop_largest(self) -> list[_PreparedItem]:
+        """Remove the group with the most checkpoints, and return it."""
         key = max(self._groups, key=lambda key: len(self._groups[key]))
         group = self._groups.pop(key)
-        self._held -= sum(_bytes(one.plan) for one in group)
+        self._model_bytes -= sum(_model_bytes(prepared.plan) for prepared in group)
         return group
 
 
-def _bytes(plan: Plan) -> int:
+def _model_bytes(plan: Plan) -> int:
     model = plan.loaded_model.model
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _round(group: Sequence[_Prepared], record: Callable[[ItemResult], None], watch: ProgressCallback | None) -> None:
-    """All of a group through one stream, after one look at the same first images."""
-    stream, first = group[0].plan.stream, group[0].plan.look
-    seen = 0
+def _reestimate_group(
+    group: Sequence[_PreparedItem],
+    record: Callable[[ItemResult], None],
+    watch: ProgressCallback | None,
+) -> None:
+    """Run all of a group on one stream, after a check of each on the same first images."""
+    stream, first_samples = group[0].plan.stream, group[0].plan.look
+    images_read = 0
 
-    def count(images: int) -> None:
-        nonlocal seen
-        seen += images
+    def count_images(images: int) -> None:
+        nonlocal images_read
+        images_read += images
         if watch is not None:
-            watch(len(group), seen, stream.count)
+            watch(len(group), images_read, stream.count)
 
-    read_together(stream, [partial(_finish, one, first, record) for one in group], count)
+    jobs = [partial(_finish_item, prepared, first_samples, record) for prepared in group]
+    read_together(stream, jobs, count_images)
 
 
-def _finish(one: _Prepared, first: BatchStream, record: Callable[[ItemResult], None], stream: BatchStream) -> None:
+def _finish_item(
+    prepared: _PreparedItem,
+    first_samples: BatchStream,
+    record: Callable[[ItemResult], None],
+    stream: BatchStream,
+) -> None:
+    item, plan = prepared.item, prepared.plan
     try:
-        outcome = execute_reestimation(replace(one.plan, stream=stream, look=first))
+        outcome = execute_reestimation(replace(plan, stream=stream, look=first_samples))
     except Exception as error:  # noqa: BLE001 - as above
-        record(_failed_result(one.item, error, one.started))
-    else:
-        written = FileDigest(outcome.output_sha256, outcome.output_bytes)
-        made = EarlierOutput(outcome.source_sha256, one.plan.request.settings_digest(), written)
-        seconds = time.perf_counter() - one.started
-        record(ItemResult(one.item, "done", outcome, made, seconds=seconds, replaced=one.replaced))
+        record(_failed_result(item, error, prepared.started))
+        return
+    file = FileDigest(outcome.output_sha256, outcome.output_bytes)
+    written = EarlierOutput(outcome.source_sha256, plan.request.settings_digest(), file)
+    seconds = time.perf_counter() - prepared.started
+    record(ItemResult(item, "done", outcome, written, None, seconds, prepared.replaced))
 
 
 def _failed_result(item: CheckpointItem, error: Exception, started: float) -> ItemResult:
     status: Status = "nothing to do" if isinstance(error, NothingToDo) else "failed"
     return ItemResult(item, status, error=error, seconds=time.perf_counter() - started)
-
-
-def _place(found: DiscoveredCheckpoint, output_dir: Path | None) -> Path:
-    return found.path if output_dir is None else output_dir / found.place

@@ -27,16 +27,17 @@ from ckpt_tools.redaction import remember_secret
 __all__ = ["ClusterCapacity", "connect_to_ray", "measure_capacity", "require_ray"]
 
 _ANSWER = 10.0  # seconds in which an address must accept a connection and greet
-# How a connection of HTTP/2 begins on both sides (RFC 9113, 3.4): the client sends this, with empty settings, and the
-# server answers with a frame of the type SETTINGS, whose header is 9 bytes long.
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-_SETTINGS = 4
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # of HTTP/2, with settings (RFC 9113, 3.4)
+_SETTINGS = 4  # the type of the frame that answers
 _THREADS = 8  # CPUs of a task where the nodes have them: as many as decode images by default
 
 
 @dataclass(frozen=True)
 class ClusterCapacity:
-    """What a task takes, and how many such tasks fit at once: into the cluster, and into its largest node."""
+    """What a task takes, and how many such tasks fit at once.
+
+    ``tasks`` fit into the cluster, ``tasks_of_a_node`` into its largest node.
+    """
 
     cpus: int
     gpus: int
@@ -46,22 +47,25 @@ class ClusterCapacity:
 
 @contextlib.contextmanager
 def connect_to_ray(address: str | None) -> Iterator[Any]:
-    """Ray, connected to ``address``, else to RAY_ADDRESS, else to a cluster of this machine's own, started here.
+    """Connect Ray to ``address``, else to RAY_ADDRESS, else to a cluster that is started on this
+    machine.
 
-    A connection that the process has already is used and left alone; ours is closed at the end, and what was started
-    is ended. Raises as ``require_ray`` does, and ClusterError if Ray does not start or is not what answers.
+    A connection that the process has already is used and left alone. Ours is closed at the end, and
+    a cluster that was started here is ended. Raises as ``require_ray`` does, and ClusterError if
+    Ray does not start or something else answers.
     """
     ray = require_ray(address)
     if ray.is_initialized():
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    phones_home = os.environ.get("RAY_USAGE_STATS_ENABLED", "0")  # by default it would
+    # By default Ray sends statistics of its use to its makers.
+    usage_statistics = os.environ.get("RAY_USAGE_STATS_ENABLED", "0")
     with contextlib.ExitStack() as stack:
         stack.callback(read_authentication)  # last, when the environment is as it was
-        stack.enter_context(temporary_environment(RAY_USAGE_STATS_ENABLED=phones_home))
+        stack.enter_context(temporary_environment(RAY_USAGE_STATS_ENABLED=usage_statistics))
         stack.callback(ray.shutdown)
-        with _own_sigterm():
+        with _keep_sigterm_handler():
             if address == "local":
                 _start(ray)
             else:
@@ -70,14 +74,16 @@ def connect_to_ray(address: str | None) -> Iterator[Any]:
 
 
 def require_ray(address: str | None) -> Any:
-    """Ray, without a connection yet.
+    """Import Ray without connecting it.
 
-    Raises UsageError if it is not installed or ``address`` is of another form, ClusterError if nobody answers there.
+    Raises UsageError if it is not installed or ``address`` is of another form, ClusterError if
+    nobody answers there.
     """
     ray = _import_ray()
     if address := address or os.environ.get("RAY_ADDRESS"):
-        remember_secret(address.rpartition("@")[0])  # there is none in an address of Ray, but somebody may think so
-        _reach(address)
+        # An address of Ray holds no password, but somebody may think that it does.
+        remember_secret(address.rpartition("@")[0])
+        _require_answer(address)
     return ray
 
 
@@ -91,14 +97,15 @@ def _import_ray() -> Any:
         ) from error
 
 
-def _reach(address: str) -> None:
-    """Ask for a connection first: Ray itself waits for minutes where nobody answers."""
+def _require_answer(address: str) -> None:
+    """Raise ClusterError if nobody answers at an address. Ray itself would wait for minutes."""
     if address in ("local", "auto"):
         return
     if "://" in address:
         raise UsageError(
-            f"--ray-address {address}: expected host:port or auto; a client's connection cannot stream results. Run "
-            "ckpt-fix on a node of the cluster (ray job submit), or give the address of its head (port 6379)."
+            f"--ray-address {address}: expected host:port or auto; a client's connection cannot "
+            "stream results. Run ckpt-fix on a node of the cluster (ray job submit), or give "
+            "the address of its head (port 6379)."
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
@@ -107,17 +114,15 @@ def _reach(address: str) -> None:
         _greet(host.strip("[]"), int(port))
     except (OSError, OverflowError) as error:
         raise ClusterError(
-            f"--ray-address {address}: expected the head of a Ray cluster to answer, found: {error}. "
-            "ray start --head prints its address."
+            f"--ray-address {address}: expected the head of a Ray cluster to answer, found: "
+            f"{error}. ray start --head prints its address."
         ) from error
 
 
 def _greet(host: str, port: int) -> None:
-    """Raise OSError unless a server of gRPC, which Ray's head is, answers. In TLS nothing is asked.
+    """Raise OSError unless a server of gRPC, which Ray's head is, answers.
 
-    Ray has no check of its own that ends in time: at a server that is not Ray's head, `ray.init` of Ray 2.60 was still
-    trying after five minutes, and its GcsClient, behind `ray health-check`, gives up after 40 s, both with warnings on
-    standard error. Ray does not bring grpcio along, so this takes the first step of the protocol by hand.
+    In TLS nothing is asked.
     """
     with socket.create_connection((host, port), timeout=_ANSWER) as connection:
         if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
@@ -129,32 +134,36 @@ def _greet(host: str, port: int) -> None:
 
 
 def _start(ray: Any) -> None:
-    """Start a cluster for this run, which nobody but this user of this machine can reach. Raises ClusterError."""
+    """Start a cluster for this run, which nobody but this user of this machine can reach.
+
+    Raises ClusterError.
+    """
     with loopback_cluster():
         _connect(ray, "local")
     require_loopback(ray)
 
 
 def _connect(ray: Any, address: str) -> None:
-    # Ray puts the driver's current folder first on the path of its workers, where it would serve every import, unless
-    # the job counts as one of a client. Workers find the user's code there as the driver does.
+    # Ray puts the driver's current folder first on the path of its workers, where it would serve
+    # every import, unless the job counts as one of a client. Workers find the user's code there as
+    # the driver does.
     hide_folder = str(Path.cwd()) not in sys.path and "" not in sys.path
     job = ray.job_config.JobConfig(_client_job=hide_folder)
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address, job_config=job, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        what = "to start on this machine" if address == "local" else f"to be running at {address}"
-        found = str(error).rstrip(".")
+        state = "to start on this machine" if address == "local" else f"to be running at {address}"
+        reason = str(error).rstrip(".")
         raise ClusterError(
-            f"expected Ray {what}, found: {found}. "
-            "ray status says what is running; for one that asks for a token, set RAY_AUTH_MODE=token."
+            f"expected Ray {state}, found: {reason}. ray status says what is running; for one "
+            "that asks for a token, set RAY_AUTH_MODE=token."
         ) from error
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of ours."""
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restore the handler of SIGTERM, in whose place Ray puts its own."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -164,10 +173,11 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def measure_capacity(nodes: Sequence[Mapping[str, float]], device: str, cpus: int | None = None) -> ClusterCapacity:
-    """What a task takes of a cluster whose nodes have these resources: one GPU if ``device`` wants one, else none.
+    """What a task takes of a cluster whose nodes have these resources, and how many tasks fit.
 
-    ``cpus``: default 8, or what the smallest node has (for each of its GPUs). Raises UsageError, and ClusterError for
-    a cluster on which such a task could never run.
+    A task takes one GPU if ``device`` wants one, else none. ``cpus``: default 8, or what the
+    smallest node has (for each of its GPUs). Raises UsageError, and ClusterError for a cluster on
+    which such a task could never run.
     """
     if ":" in device:
         raise UsageError(f"--device {device}: expected auto, cpu or cuda with --engine ray, which picks the GPU.")
@@ -182,9 +192,13 @@ def measure_capacity(nodes: Sequence[Mapping[str, float]], device: str, cpus: in
         working = with_gpu
     if not working:
         raise ClusterError("expected nodes with a CPU in the Ray cluster, found none. ray status lists its resources.")
-    cpus = cpus or max(1, min(_THREADS, *(int(node["CPU"] / (node["GPU"] if gpus else 1)) for node in working)))
-    fitting = [min(int(node["CPU"] // cpus), int(node["GPU"]) if gpus else int(node["CPU"])) for node in working]
-    if not any(fitting):
+    if cpus is None:
+        fewest = min(int(node["CPU"] / (node["GPU"] if gpus else 1)) for node in working)
+        cpus = max(1, min(_THREADS, fewest))
+    tasks = [int(node["CPU"] // cpus) for node in working]
+    if gpus:
+        tasks = [min(count, int(node["GPU"])) for count, node in zip(tasks, working, strict=True)]
+    if not any(tasks):
         largest = max(int(node["CPU"]) for node in working)
         raise UsageError(f"--ray-cpus {cpus}: expected at most {largest}, the CPUs of the cluster's largest node.")
-    return ClusterCapacity(cpus, gpus, sum(fitting), max(fitting))
+    return ClusterCapacity(cpus, gpus, sum(tasks), max(tasks))

@@ -1,4 +1,4 @@
-"""Many checkpoints on a Ray cluster: groups become tasks, records stream back, lost workers are replaced."""
+"""Many checkpoints on a Ray cluster: groups become tasks, and lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ from ckpt_tools.errors import CkptToolsError, ClusterError, UsageError
 from ckpt_tools.jobs.many.engine import Record, RecordBuilder
 from ckpt_tools.jobs.many.folder_run import CheckpointItem, ItemResult, ProgressCallback, StreamKey
 from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, measure_capacity
-from ckpt_tools.jobs.many.ray_worker import TaskEnvironment, inspect_items_in_worker, reestimate_items_in_worker
-from ckpt_tools.jobs.plan import check_request
+from ckpt_tools.jobs.many.ray_worker import (
+    TaskEnvironment,
+    inspect_items_in_worker,
+    reestimate_items_in_worker,
+)
+from ckpt_tools.jobs.plan import parse_evaluation_request
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.remote.mirror import is_remote, restore_urls
 
 __all__ = ["RayEngine"]
 
-_ATTEMPTS = 4  # at a part whose worker is lost, as with Ray's own tasks
+_ATTEMPTS = 4  # to run a part whose worker is lost: as many as Ray makes with its own tasks
 _GRACE = 10.0  # seconds in which cancelled tasks may remove their temporary files
 
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Every checkpoint is looked at first, in a task of its own; those that read the same are divided into as many
-    tasks as the cluster runs at once, each of which is a local run.
+    """Runs the local job in tasks of a Ray cluster.
 
-    ``address``: see ``connect_to_ray``. ``cpus`` of a task: see ``measure_capacity``. Paths must mean the same on every node.
+    Every checkpoint is looked at first, in a task of its own. Those that read the same are then
+    divided into as many tasks as the cluster runs at once, each of which is a local run.
+
+    ``address``: see ``connect_to_ray``. ``cpus`` of a task: see ``measure_capacity``. Paths must
+    mean the same on every node.
     """
 
     address: str | None = None
@@ -43,25 +50,29 @@ class RayEngine:
         record: Callable[[Record], None],
         watch: ProgressCallback | None = None,
     ) -> None:
-        """As any engine; ``watch`` is not used, for batches stay in their workers.
+        """Re-estimate every item, as any engine does.
 
-        A checkpoint whose workers were lost four times has failed, and the others go on.
+        A checkpoint whose workers were lost four times has failed, and the others go on. ``watch``
+        is not called, since batches stay in their workers.
         """
         _refuse_remote(items, request)
-        check_request(request)
+        parse_evaluation_request(request)  # refuse it before a cluster is started
         with connect_to_ray(self.address) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            cluster = _Cluster(ray, measure_capacity(nodes, request.device, self.cpus), items, request, describe)
+            capacity = measure_capacity(nodes, request.reading.device, self.cpus)
+            cluster = _Cluster(ray, capacity, items, request, describe)
             groups: dict[StreamKey, list[int]] = {}
-            with contextlib.closing(cluster.inspect_all_items()) as looks:
-                for number, found in looks:
-                    if isinstance(found, Mapping):
-                        record(found)
+            with contextlib.closing(cluster.inspect_all_items()) as inspections:
+                for number, record_or_key in inspections:
+                    if isinstance(record_or_key, Mapping):
+                        record(record_or_key)
                     else:
-                        groups.setdefault(found, []).append(number)
-            with contextlib.closing(cluster.reestimate_groups(map(sorted, groups.values()))) as records:
-                for _, found in records:
-                    record(found)
+                        groups.setdefault(record_or_key, []).append(number)
+            # Tasks end in any order; sorted, the groups are the same in every run.
+            sorted_groups = [sorted(group) for group in groups.values()]
+            with contextlib.closing(cluster.reestimate_groups(sorted_groups)) as records:
+                for item_record in records:
+                    record(item_record)
 
 
 @dataclass(frozen=True)
@@ -72,10 +83,15 @@ class _Part:
     attempt: int = 1
 
     def without_item(self, number: int) -> _Part:
-        return _Part(tuple(other for other in self.numbers if other != number), self.attempt)
+        numbers = tuple(item for item in self.numbers if item != number)
+        return _Part(numbers, self.attempt)
 
     def split_for_retry(self) -> Iterator[_Part]:
-        """After a loss: all that is left once more, then one by one, so that an item that kills stands alone."""
+        """What to run after a worker was lost.
+
+        All items that are left run once more together, and after another loss one by one, so that
+        an item that kills its worker takes no other with it.
+        """
         if self.attempt == 1 and self.numbers:
             yield _Part(self.numbers, 2)
         elif self.attempt > 1:
@@ -84,39 +100,47 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Cluster:
-    """A run on a cluster: starts its tasks, takes what they hand over, and replaces those that are lost."""
+    """Runs tasks on a cluster, takes their results, and replaces those whose workers are lost."""
 
     ray: Any
-    size: ClusterCapacity
+    capacity: ClusterCapacity
     items: Sequence[CheckpointItem]
     request: Request
     describe: RecordBuilder
 
     def inspect_all_items(self) -> Generator[tuple[int, Record | StreamKey], None, None]:
-        """A task for every item, none with a GPU."""
+        """The number of every item, with its record or its stream key; none needs a GPU."""
         parts = [_Part((number,)) for number in range(len(self.items))]
-        for _, number, found in self._supervise_tasks(inspect_items_in_worker, 0, parts):
-            yield number, found
+        for _, number, result in self._supervise_tasks(inspect_items_in_worker, 0, parts):
+            yield number, result
 
-    def reestimate_groups(self, groups: Iterable[Sequence[int]]) -> Generator[tuple[int, Record], None, None]:
-        """The groups in parts of equal size, one for each task that fits; large ones first."""
-        groups = list(groups)
-        largest = -(-sum(map(len, groups)) // self.size.tasks) or 1
+    def reestimate_groups(self, groups: Sequence[Sequence[int]]) -> Generator[Record, None, None]:
+        """The records of all groups.
+
+        They run in parts of about equal size, as many as tasks fit into the cluster; large ones
+        first.
+        """
+        largest = -(-sum(map(len, groups)) // self.capacity.tasks) or 1
         parts = [_Part(part) for group in groups for part in _divide_group(group, largest)]
+        # Large parts first: a large one that starts last would keep the cluster waiting.
         parts.sort(key=lambda part: -len(part.numbers))
-        for attempt, number, record in self._supervise_tasks(reestimate_items_in_worker, self.size.gpus, parts):
-            if attempt > 1 and record["status"] == "done before":  # by a worker that was lost before it could say so
+        for attempt, _, record in self._supervise_tasks(reestimate_items_in_worker, self.capacity.gpus, parts):
+            # A worker may be lost after it has written an output and before it has handed over the
+            # record.
+            if attempt > 1 and record["status"] == "done before":
                 record = {**record, "status": "done"}
-            yield number, record
+            yield record
 
     def _supervise_tasks(
         self, function: Callable[..., Any], gpus: int, parts: Iterable[_Part]
     ) -> Iterator[tuple[int, int, Any]]:
-        """What the tasks hand over, as they do: the attempt, an item's number, what was found.
+        """Run parts as tasks, and yield each result as it comes: attempt, number of the item,
+        result.
 
-        Each number comes once. Tasks under way are cancelled if the iteration ends early. Raises what a task raised.
+        Each number comes once. Running tasks are cancelled if the iteration ends early. Raises what
+        a task raised.
         """
-        start = self._starter(function, gpus)
+        start = self._make_task_starter(function, gpus)
         errors = self.ray.exceptions
         running = {start(part): part for part in parts}
         try:
@@ -124,67 +148,75 @@ class _Cluster:
                 task = self.ray.wait(list(running), num_returns=1)[0][0]
                 part = running[task]
                 try:
-                    number, found = self.ray.get(next(task))
-                except StopIteration:
+                    number, result = self.ray.get(next(task))
+                except StopIteration:  # all of its items are done
                     del running[task]
                 except errors.RayTaskError as error:
-                    raise _reason(error) from error
+                    raise _task_failure(error) from error
                 except errors.RayError as error:
                     del running[task]
                     if part.attempt < _ATTEMPTS:
-                        running.update({start(again): again for again in part.split_for_retry()})
-                    else:
-                        yield from (
-                            (part.attempt, number, self._describe_lost_item(number, error)) for number in part.numbers
-                        )
+                        running.update({start(retry): retry for retry in part.split_for_retry()})
+                        continue
+                    for number in part.numbers:
+                        yield part.attempt, number, self._describe_lost_item(number, error)
                 else:
                     running[task] = part.without_item(number)
-                    yield part.attempt, number, found
+                    yield part.attempt, number, result
         finally:
             self._cancel(running)
 
-    def _starter(self, function: Callable[..., Any], gpus: int) -> Callable[[_Part], Any]:
-        # Ray's own retry would hand over again what came before the loss, and must do so in the same order
+    def _make_task_starter(self, function: Callable[..., Any], gpus: int) -> Callable[[_Part], Any]:
+        # No retries by Ray: they would hand over again what came before the loss, and would have to
+        # do so in the same order.
         remote = self.ray.remote(
-            num_cpus=self.size.cpus, num_gpus=gpus, num_returns="streaming", max_retries=0, name=function.__name__
+            num_cpus=self.capacity.cpus,
+            num_gpus=gpus,
+            num_returns="streaming",
+            max_retries=0,
+            name=function.__name__,
         )(function)
-        site = TaskEnvironment(Path.cwd(), socket.gethostname(), self.size.cpus, gpus, self.size.tasks_of_a_node)
-        shared = [self.ray.put(value) for value in (self.request, self.describe, site)]
+        environment = TaskEnvironment(
+            folder=Path.cwd(),
+            host=socket.gethostname(),
+            cpus=self.capacity.cpus,
+            gpus=gpus,
+            tasks_of_a_node=self.capacity.tasks_of_a_node,
+        )
+        shared = [self.ray.put(value) for value in (self.request, self.describe, environment)]
         return lambda part: remote.remote({number: self.items[number] for number in part.numbers}, *shared)
 
     def _describe_lost_item(self, number: int, error: Exception) -> Record:
         item = self.items[number]
-        said = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return self.describe(
-            ItemResult(
-                item,
-                "failed",
-                error=ClusterError(
-                    f"{item.checkpoint}: its Ray worker was lost {_ATTEMPTS} times, the last time by "
-                    f"{type(error).__name__}: {said} Memory is the usual reason: try a smaller --batch-size, or more "
-                    "--ray-cpus, so that fewer tasks share a node."
-                ),
-            )
+        reason = next(iter(str(error).strip().splitlines()), "")
+        loss = ClusterError(
+            f"{item.checkpoint}: its Ray worker was lost {_ATTEMPTS} times, the last time by "
+            f"{type(error).__name__}: {reason} Memory is the usual reason: try a smaller "
+            "--batch-size, or more --ray-cpus, so that fewer tasks share a node."
         )
+        return self.describe(ItemResult(item, "failed", error=loss))
 
     def _cancel(self, running: Mapping[Any, _Part]) -> None:
-        """Interrupt tasks and wait until they have removed what is half-done."""
+        """Interrupt tasks, and wait until they have removed their unfinished outputs."""
         with contextlib.suppress(self.ray.exceptions.RayError):
             for task in running:
                 self.ray.cancel(task)
-            ends = [task.completed() for task in running]
-            if ends:
-                self.ray.wait(ends, num_returns=len(ends), timeout=_GRACE)
+            completions = [task.completed() for task in running]
+            if completions:
+                self.ray.wait(completions, num_returns=len(completions), timeout=_GRACE)
 
 
 def _refuse_remote(items: Sequence[CheckpointItem], request: Request) -> None:
-    """A remote file has its place on this machine only; data is opened by each worker itself."""
+    """Raise UsageError for a URL, whose copy is on this machine only.
+
+    The data may be one, since each worker opens it itself.
+    """
     paths = [path for item in items for path in (item.checkpoint, item.output)]
-    for path in (*paths, *([request.class_map] if request.class_map else [])):
+    for path in (*paths, *([request.evaluation.class_map] if request.evaluation.class_map else [])):
         if is_remote(path):
             raise UsageError(
-                f"{restore_urls(str(path))}: expected a path on a file system that all nodes share, found a URL. With "
-                "--engine ray, only --data and --eval-data may be one."
+                f"{restore_urls(str(path))}: expected a path on a file system that all nodes "
+                "share, found a URL. With --engine ray, only --data and --eval-data may be one."
             )
 
 
@@ -193,13 +225,18 @@ def _divide_group(group: Sequence[int], largest: int) -> Iterator[tuple[int, ...
     return (tuple(group[part::parts]) for part in range(parts))
 
 
-def _reason(error: Any) -> CkptToolsError:
-    """What a task raised concerns all of them: the data, the request, or what is installed on the nodes."""
+def _task_failure(error: Any) -> CkptToolsError:
+    """The error of a task, which concerns all tasks.
+
+    It is about the data, the request, or the software that is installed on the nodes: what concerns
+    a single checkpoint becomes its record.
+    """
     cause = error.cause
     if isinstance(cause, CkptToolsError):
         return cause
-    said = str(cause).rstrip(" .\n").rpartition("\n")[2]  # Ray puts a traceback before it
+    reason = str(cause).rstrip(" .\n").rpartition("\n")[2]  # Ray puts a traceback before it
     return ClusterError(
-        f"a task of the Ray cluster failed with {type(cause).__name__}: {said}. Expected ckpt-tools in this "
-        "version, and what the checkpoints need, on every node: install them there."
+        f"a task of the Ray cluster failed with {type(cause).__name__}: {reason}. Expected "
+        "ckpt-tools in this version, and what the checkpoints need, on every node: install them "
+        "there."
     )

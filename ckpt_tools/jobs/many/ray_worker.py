@@ -49,89 +49,111 @@ class TaskEnvironment:
 
 
 def inspect_items_in_worker(
-    items: Mapping[int, CheckpointItem], request: Request, describe: RecordBuilder, site: TaskEnvironment
+    items: Mapping[int, CheckpointItem],
+    request: Request,
+    describe: RecordBuilder,
+    environment: TaskEnvironment,
 ) -> Iterator[tuple[int, Record | StreamKey]]:
-    """By number, what each item reads in its pass, or its record if it needs none."""
-    _settle(site)
+    """The number of each item, with what it reads in its pass, or its record if it needs none."""
+    _enter_environment(environment)
     try:
         source = open_data_sources(request)
     except DataError as error:
-        raise _add_host_name(error, site) from error
+        raise _add_host_name(error, environment) from error
     for number, item in items.items():
-        found = inspect_item(item, request, source)
-        yield number, describe(found) if isinstance(found, ItemResult) else found
+        result_or_key = inspect_item(item, request, source)
+        if isinstance(result_or_key, ItemResult):
+            yield number, describe(result_or_key)
+        else:
+            yield number, result_or_key
 
 
 def reestimate_items_in_worker(
-    items: Mapping[int, CheckpointItem], request: Request, describe: RecordBuilder, site: TaskEnvironment
+    items: Mapping[int, CheckpointItem],
+    request: Request,
+    describe: RecordBuilder,
+    environment: TaskEnvironment,
 ) -> Iterator[tuple[int, Record]]:
-    """The local job on some items: by number, the record of each as soon as its output stands."""
-    _settle(site)
+    """Run the local job on some items; yield the number and the record of each as soon as its
+    output stands.
+    """
+    _enter_environment(environment)
     numbers = {item: number for number, item in items.items()}
 
     def job(record: Callable[[tuple[int, Record]], None], watch: ProgressCallback) -> None:
+        def record_result(result: ItemResult) -> None:
+            record((numbers[result.item], describe(result)))
+
         with keep_freed_memory():
-            reestimate_items(
-                list(numbers), request, lambda result: record((numbers[result.item], describe(result))), watch
-            )
+            reestimate_items(list(numbers), request, record_result, watch)
 
     try:
         yield from _stream_records(job)
     except DataError as error:
-        raise _add_host_name(error, site) from error
+        raise _add_host_name(error, environment) from error
 
 
 def _stream_records(
     job: Callable[[Callable[[tuple[int, Record]], None], ProgressCallback], None],
 ) -> Iterator[tuple[int, Record]]:
-    """What a job in another thread hands over, as it does. If the iteration ends early, the job ends at a batch."""
-    handed: queue.SimpleQueue[tuple[int, Record] | None] = queue.SimpleQueue()
+    """Run a job in another thread, and yield what it records as it comes.
+
+    The job hands its records to a callback, and a task of Ray yields them: so the job needs a
+    thread of its own. If the iteration ends early, the job ends at the next batch.
+    """
+    records: queue.SimpleQueue[tuple[int, Record] | None] = queue.SimpleQueue()
     stop = threading.Event()
 
-    def watch(models: int, seen: int, total: int | None) -> None:
+    def watch(models: int, images: int, total: int | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
 
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(job, handed.put, watch)
-        running.add_done_callback(lambda _: handed.put(None))
+        running = pool.submit(job, records.put, watch)
+        running.add_done_callback(lambda _: records.put(None))  # the end
         try:
-            while (one := _next(handed)) is not None:
-                yield one
+            while (record := _wait_for_record(records)) is not None:
+                yield record
             running.result()
         finally:
             stop.set()
 
 
-def _next(handed: queue.SimpleQueue[tuple[int, Record] | None]) -> tuple[int, Record] | None:
+def _wait_for_record(
+    records: queue.SimpleQueue[tuple[int, Record] | None],
+) -> tuple[int, Record] | None:
     while True:
         try:
-            return handed.get(timeout=_PATIENCE)
+            return records.get(timeout=_PATIENCE)
         except queue.Empty:
             continue
 
 
-def _settle(site: TaskEnvironment) -> None:
-    """Make this process what the local one is: in the same folder, with its share of the machine.
+def _enter_environment(environment: TaskEnvironment) -> None:
+    """Let this process work as the local one does: in the same folder, with its share of the
+    machine.
 
-    Raises ClusterError where the folder is not there.
+    Raises ClusterError if there is no such folder on this node.
     """
     try:
-        os.chdir(site.folder)
+        os.chdir(environment.folder)
     except OSError as error:
         raise ClusterError(
-            f"{site.folder}: expected the folder that ckpt-fix was started in on every node, found none on "
-            f"{socket.gethostname()} ({error.strerror}). Start it in a folder of a file system that all nodes share."
+            f"{environment.folder}: expected the folder that ckpt-fix was started in on every "
+            f"node, found none on {socket.gethostname()} ({error.strerror}). Start it in a "
+            "folder of a file system that all nodes share."
         ) from error
-    # Ray cancels by an interrupt; where a shell started it in the background, that is ignored
+    # Ray cancels by an interrupt, which is ignored where a shell started Ray in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not site.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs that a task did not ask for in some versions only
-    torch.set_num_threads(site.cpus)
-    share_memory(site.tasks_of_a_node)
-    os.environ["LOCAL_WORLD_SIZE"] = str(site.tasks_of_a_node)  # by which decoding threads divide the cores
+    if not environment.gpus:
+        # Only some versions of Ray hide the GPUs that a task did not ask for.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(environment.cpus)
+    share_memory(environment.tasks_of_a_node)
+    # The threads that decode divide the cores by this number.
+    os.environ["LOCAL_WORLD_SIZE"] = str(environment.tasks_of_a_node)
 
 
-def _add_host_name(error: DataError, site: TaskEnvironment) -> DataError:
+def _add_host_name(error: DataError, environment: TaskEnvironment) -> DataError:
     here = socket.gethostname()
-    return error if here == site.host else DataError(f"{error} So it is on {here}, a node of the Ray cluster.")
+    return error if here == environment.host else DataError(f"{error} So it is on {here}, a node of the Ray cluster.")

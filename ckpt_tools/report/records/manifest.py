@@ -206,8 +206,8 @@ def make_record(result: ItemResult) -> Record:
     wrong with an earlier output that this one replaces. ``also_named`` are further paths to the
     checkpoint's file.
     """
-    error, made = result.error, result.made
-    file = made.file if made else None
+    error, written = result.error, result.written
+    file = written.file if written else None
     # The job works on local copies of remote files; the record names their URLs.
     record: Record = restore_urls(
         {
@@ -218,8 +218,8 @@ def make_record(result: ItemResult) -> Record:
             "error": None if error is None else _message(error, expected=result.error_is_expected),
             "exit_code": getattr(error, "exit_code", 1) if error else 0,
             "seconds": round(result.seconds, 3),
-            "source_sha256": made.source_sha256 if made else None,
-            "settings": made.settings if made else None,
+            "source_sha256": written.source_sha256 if written else None,
+            "settings": written.settings if written else None,
             "output_sha256": file.sha256 if file else None,
             "output_bytes": file.size if file else None,
             "replaced": result.replaced or None,

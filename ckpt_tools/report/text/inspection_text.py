@@ -101,15 +101,15 @@ def reestimate_command(inspection: Inspection) -> str:
     # The options of this command repeat what `inspect` needed to recognise and read the file.
     request = inspection.request
     command = ["ckpt-fix", "bn-reestimate", str(request.checkpoint), "--data", "DATA"]
-    if request.architecture is not None:
-        command += ["--arch", request.architecture]
-    for name, value in request.model_kwargs.items():
+    if request.model.architecture is not None:
+        command += ["--arch", request.model.architecture]
+    for name, value in request.model.model_kwargs.items():
         command += ["--model-kwargs", f"{name}={value}"]
-    if request.weights != "auto":
-        command += ["--weights", request.weights]
+    if request.model.weights != "auto":
+        command += ["--weights", request.model.weights]
     if request.input_size is not None:
         command += ["--input-size", ",".join(map(str, request.input_size))]
-    if request.trust:
+    if request.model.trust:
         command.append("--trust")
     return shlex.join(command)
 

@@ -30,14 +30,15 @@ _LONGEST_ARGUMENT = 40  # characters
 
 def plan_text(plan: Plan) -> str:
     """Return the settings in force, which the user reads before the pass begins."""
-    request, loaded, count = plan.request, plan.loaded_model, plan.stream.count
+    loaded, count = plan.loaded_model, plan.stream.count
     device, origin = plan.device, "none"
     if not plan.team.alone:
         device = f"{plan.device.split(':')[0]}, {plan.team.world} processes"
     if plan.input_spec and not plan.source.is_preprocessed:
         origin = plan.input_spec.origin
     active_sites = sum(site.active for site in plan.walk.dropout_sites)
-    method = f"{request.estimator}, {request.statistics}, {request.precision}"
+    settings = plan.request.method
+    method = f"{settings.estimator}, {settings.statistics}, {settings.precision}"
     amount = "an unknown number of samples" if count is None else f"{count:,} samples"
     # A row without a text, such as that of scores where one architecture fits, is left out below.
     rows = [
@@ -63,7 +64,7 @@ def _code_of_the_user(plan: Plan) -> list[str]:
         names.append(plan.loaded_model.recipe.name)
     sources = [plan.source, *([plan.validation.source] if plan.validation else [])]
     names += [source.spec for source in sources if source.kind == "callable"]
-    if plan.request.trust:
+    if plan.request.model.trust:
         names.append("what the checkpoint names (--trust)")
     return names
 

@@ -24,9 +24,7 @@ __all__ = ["plain_words"]
 
 # Nobody's settings are nested deeper, and a hostile pickle's must not exhaust the stack.
 _MAX_DEPTH = 16
-_MAX_VALUES = (
-    200_000  # written out: containers that are shared let a few bytes unfold to any number
-)
+_MAX_VALUES = 200_000  # written out: containers that are shared let a few bytes unfold to any number
 _MAX_INTEGER_BITS = 1024  # Python refuses to print very long integers
 _CUT = "<...>"
 # A URL, also one with a single slash, as it is left when a URL was made a path.
@@ -149,11 +147,7 @@ def _copy_leaf(value: object) -> object:
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
-    if (
-        isinstance(value, Tensor | numpy.ndarray | numpy.generic)
-        and value.ndim == 0
-        and _has_value(value)
-    ):
+    if isinstance(value, Tensor | numpy.ndarray | numpy.generic) and value.ndim == 0 and _has_value(value):
         return value.item()
     if type(value) is OpaqueObject:
         return _clean_text(repr(value))
@@ -174,6 +168,4 @@ def _clean_text(value: str) -> str:
 
 
 def _has_value(value: object) -> bool:
-    return not isinstance(value, Tensor) or (
-        value.device.type == "cpu" and value.layout == torch.strided
-    )
+    return not isinstance(value, Tensor) or (value.device.type == "cpu" and value.layout == torch.strided)

@@ -20,9 +20,7 @@ _LONGEST_PREFIX = 1000  # characters
 _COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 
 
-def plain_tensors(
-    state: Mapping[str, object], where: object
-) -> tuple[dict[str, Tensor], list[str]]:
+def plain_tensors(state: Mapping[str, object], where: object) -> tuple[dict[str, Tensor], list[str]]:
     """Return the dense CPU tensors of a state dict, and the keys of entries that are no tensors.
 
     The tensors are detached. Raises CheckpointError for a tensor or a key that no safetensors file
@@ -30,11 +28,7 @@ def plain_tensors(
     """
     for key, value in state.items():
         _require_storable(key, value, where)
-    tensors = {
-        key: _require_dense(key, value, where)
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {key: _require_dense(key, value, where) for key, value in state.items() if isinstance(value, Tensor)}
     return tensors, [key for key in state if key not in tensors]
 
 
@@ -78,8 +72,7 @@ def _require_storable(key: str, value: object, where: object) -> None:
         key.encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{where}: expected keys that are text, found {key!a}, which is not Unicode. Rename "
-            "it and save again."
+            f"{where}: expected keys that are text, found {key!a}, which is not Unicode. Rename it and save again."
         ) from error
 
 

@@ -46,9 +46,7 @@ _SWAPPED = frozenset({"state_dict", "current_model_state", "averaging_state"})
 # The beginnings of words in the names of what belongs to the trainer.
 _TRAINER = ("optim", "sched", "scaler", "rng", "random")
 # Words in the names of settings, which hold no weights.
-_SETTINGS = frozenset(
-    {"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"}
-)
+_SETTINGS = frozenset({"args", "config", "cfg", "hyper", "hparams", "callbacks", "loops", "opt", "amp"})
 
 _MAX_PARTS = 16  # of a list or tuple at the top of a file
 _MAX_STATE_DICTS = 200  # in one file; a pickle can name one of them any number of times
@@ -125,11 +123,7 @@ def as_mapping(root: object) -> object:
     """
     if isinstance(root, list | tuple) and len(root) <= _MAX_PARTS:
         return {str(i): value for i, value in enumerate(root)}
-    if (
-        isinstance(root, OpaqueObject)
-        and isinstance(root.state, Mapping)
-        and module_state(root) is None
-    ):
+    if isinstance(root, OpaqueObject) and isinstance(root.state, Mapping) and module_state(root) is None:
         return root.state
     return root
 
@@ -153,8 +147,7 @@ def choose_entry(root: object, weights: str, where: object) -> StateDictEntry:
         kind = {"model": "weights that are not averaged", "ema": "averaged (EMA) weights"}
         expected = kind.get(weights, f"an entry named {weights!r}")
         raise CheckpointError(
-            f"{where}: expected {expected}, found only {_join_names(entries)}. Pass --weights "
-            "auto, or one of these."
+            f"{where}: expected {expected}, found only {_join_names(entries)}. Pass --weights auto, or one of these."
         )
     best_rank = min(entry.rank for entry in candidates)
     best = [entry for entry in candidates if entry.rank == best_rank]
@@ -170,9 +163,7 @@ def _join_names(entries: list[StateDictEntry]) -> str:
     return ", ".join(entry.name or "(top level)" for entry in entries)
 
 
-def separate_remaining_entries(
-    root: object, chosen: StateDictEntry
-) -> tuple[dict[str, object], list[str]]:
+def separate_remaining_entries(root: object, chosen: StateDictEntry) -> tuple[dict[str, object], list[str]]:
     """Return the values that are recorded beside the chosen state dict, and the names left out.
 
     Left out are the states of the optimizer and the trainer, further state dicts, and single
@@ -218,9 +209,7 @@ def _filter_entries(entries: list[StateDictEntry], weights: str) -> list[StateDi
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(
-    value: object, path: tuple[str, ...], averaged: bool, memory: SearchMemory
-) -> Iterator[StateDictEntry]:
+def _search(value: object, path: tuple[str, ...], averaged: bool, memory: SearchMemory) -> Iterator[StateDictEntry]:
     """Yield the state dicts in a value that stands at ``path``."""
     state = value if isinstance(value, Mapping) else memory.state_of(value)
     levels = 2 - len(path)
@@ -255,9 +244,7 @@ def _split_averaged_copies(entry: StateDictEntry) -> list[StateDictEntry]:
     parts = [replace(entry, state=model, larger_state=entry.state)]
     for prefix in dict.fromkeys(copy.prefix for copy in copies):
         copy = {key: value for key, value in items if key.startswith(prefix)}
-        parts.append(
-            replace(entry, state=copy, averaged=True, copy=prefix, larger_state=entry.state)
-        )
+        parts.append(replace(entry, state=copy, averaged=True, copy=prefix, larger_state=entry.state))
     return parts
 
 
@@ -269,8 +256,7 @@ def _holds_weights(value: Mapping[Any, object]) -> bool:
     if "param_groups" in value or not all(isinstance(key, str) for key in value):
         return False
     return any(
-        isinstance(item, Tensor) and item.dim() > 0 and not _is_no_weights(str(key))
-        for key, item in value.items()
+        isinstance(item, Tensor) and item.dim() > 0 and not _is_no_weights(str(key)) for key, item in value.items()
     )
 
 

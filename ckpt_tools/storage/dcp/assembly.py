@@ -43,9 +43,7 @@ def assemble_tensor(where: object, name: str, size: Ints, parts: Mapping[Ints, T
     # Chunks that overlap can have enough elements and leave gaps all the same.
     filled = torch.zeros(size, dtype=torch.bool)
     for start, part in parts.items():
-        window = tuple(
-            slice(first, first + count) for first, count in zip(start, part.shape, strict=True)
-        )
+        window = tuple(slice(first, first + count) for first, count in zip(start, part.shape, strict=True))
         result[window] = part
         filled[window] = True
     if not bool(filled.all()):
@@ -68,8 +66,7 @@ def load_rank_files(files: tuple[Path, ...]) -> dict[str, Tensor]:
         for key, (start, tensor) in _load_parts(file).items():
             parts_of_tensors.setdefault(key, {})[start] = tensor
     return {
-        key: assemble_tensor(files[0].parent, key, _full_size(parts), parts)
-        for key, parts in parts_of_tensors.items()
+        key: assemble_tensor(files[0].parent, key, _full_size(parts), parts) for key, parts in parts_of_tensors.items()
     }
 
 
@@ -99,9 +96,7 @@ def _require_offsets(value: object) -> Ints:
 
 def _full_size(parts: Mapping[Ints, Tensor]) -> Ints:
     dims = min(min(len(start), part.dim()) for start, part in parts.items())
-    return tuple(
-        max(start[i] + part.shape[i] for start, part in parts.items()) for i in range(dims)
-    )
+    return tuple(max(start[i] + part.shape[i] for start, part in parts.items()) for i in range(dims))
 
 
 def _incomplete_error(where: object, name: str, size: Ints) -> CheckpointError:

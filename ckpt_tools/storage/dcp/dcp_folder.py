@@ -59,9 +59,7 @@ class DistributedCheckpoint:
         entry = self.stand_ins.get(id(value))
         if entry is None:
             return value
-        parts = {
-            start: _load_part(self.folder, self.shards, entry, start) for start in entry.pieces
-        }
+        parts = {start: _load_part(self.folder, self.shards, entry, start) for start in entry.pieces}
         return assemble_tensor(self.folder, entry.name, entry.size, parts)
 
 
@@ -75,8 +73,7 @@ def load_distributed(folder: Path) -> DistributedCheckpoint:
         metadata = parse_distributed_metadata(load_pickle(path))
     except (ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{path}: expected the metadata of torch.distributed.checkpoint, found {error}. Fetch "
-            "the folder again."
+            f"{path}: expected the metadata of torch.distributed.checkpoint, found {error}. Fetch the folder again."
         ) from error
     shards = _find_shards(folder, metadata)
     stand_ins: dict[int, TensorEntry] = {}
@@ -92,13 +89,9 @@ def load_distributed(folder: Path) -> DistributedCheckpoint:
         # Settings of optimizers are hundreds of tiny pickles that nobody asks for.
         if not any(isinstance(part, str) and is_trainer_state(part) for part in place):
             leaves[place] = _read_piece(shards[piece.file], name, piece)
-    root = _nest_entries(
-        path, {place: leaves[place] for place in metadata.paths.values() if place in leaves}
-    )
+    root = _nest_entries(path, {place: leaves[place] for place in metadata.paths.values() if place in leaves})
     # Where two names are equal, what torch.distributed.checkpoint saved counts.
-    return DistributedCheckpoint(
-        folder, shards, {**_load_trainer_values(folder), **root}, stand_ins
-    )
+    return DistributedCheckpoint(folder, shards, {**_load_trainer_values(folder), **root}, stand_ins)
 
 
 def _find_shards(folder: Path, metadata: DistributedMetadata) -> dict[str, Path]:
@@ -141,9 +134,7 @@ def _find_shards(folder: Path, metadata: DistributedMetadata) -> dict[str, Path]
 def _load_trainer_values(folder: Path) -> Mapping[str, object]:
     file = folder / _TRAINER
     content = load_pickle(require_below(folder, file, origin=folder)) if file.is_file() else {}
-    return (
-        {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
-    )
+    return {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
 
 
 def _read_piece(shard: Path, name: str, piece: ShardPiece) -> object:
@@ -157,14 +148,10 @@ def _read_piece(shard: Path, name: str, piece: ShardPiece) -> object:
             file.seek(piece.offset)
             return load_stream(io.BytesIO(file.read(piece.length)), f"{shard}: {name}")
     except OSError as error:
-        raise CheckpointError(
-            f"{shard}: cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        raise CheckpointError(f"{shard}: cannot be read ({error.strerror}). Check its permissions.") from error
 
 
-def _load_part(
-    folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]
-) -> Tensor:
+def _load_part(folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]) -> Tensor:
     piece = entry.pieces[start]
     part = _read_piece(shards[piece.file], entry.name, piece)
     sizes = entry.chunks[start]
@@ -192,9 +179,7 @@ def _nest_entries(path: Path, leaves: Mapping[tuple[str | int, ...], object]) ->
                 holders[place[: depth - 1]].setdefault(place[depth - 1], holders[place[:depth]])
         holders[place[:-1]][place[-1]] = value
     if any(place in leaves for place in holders):
-        raise CheckpointError(
-            f"{path}: expected entries that are values or containers, found one that is both."
-        )
+        raise CheckpointError(f"{path}: expected entries that are values or containers, found one that is both.")
     return {str(key): _restore_lists(value) for key, value in root.items()}
 
 

@@ -124,9 +124,7 @@ def _parse_pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | No
     return pieces
 
 
-def _find_piece(
-    pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None
-) -> ShardPiece:
+def _find_piece(pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None) -> ShardPiece:
     piece = pieces.get((name, start))
     # Complete tensors may be filed without an offset, scalars with an empty one.
     if piece is None and not any(start or ()):
@@ -136,9 +134,7 @@ def _find_piece(
     return piece
 
 
-def _parse_paths(
-    planner: object, entries: Mapping[object, object]
-) -> dict[str, tuple[str | int, ...]]:
+def _parse_paths(planner: object, entries: Mapping[object, object]) -> dict[str, tuple[str | int, ...]]:
     """Return the path of each entry.
 
     An entry for which the planner has recorded none stood at the top level.
@@ -148,10 +144,7 @@ def _parse_paths(
         *(name for name in recorded_paths if name in entries),
         *(name for name in entries if name not in recorded_paths),
     ]
-    return {
-        _require_text(name, "name"): _parse_path(recorded_paths.get(name), str(name))
-        for name in names
-    }
+    return {_require_text(name, "name"): _parse_path(recorded_paths.get(name), str(name)) for name in names}
 
 
 def _parse_path(path: object, name: str) -> tuple[str | int, ...]:
@@ -179,9 +172,7 @@ def _require_dtype(properties: object) -> torch.dtype:
 
 
 def _class_name(value: object) -> str:
-    return (
-        value.name.rpartition(".")[2] if isinstance(value, OpaqueObject) else type(value).__name__
-    )
+    return value.name.rpartition(".")[2] if isinstance(value, OpaqueObject) else type(value).__name__
 
 
 def _require_state(value: object, kind: str) -> Mapping[str, object]:

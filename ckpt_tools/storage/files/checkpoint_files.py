@@ -66,9 +66,7 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
         if path.is_file():
             # Users may give the metadata in place of its folder.
             if path.name == METADATA_NAME:
-                return _distributed_files(
-                    path.parent, sorted(file.name for file in path.parent.iterdir())
-                )
+                return _distributed_files(path.parent, sorted(file.name for file in path.parent.iterdir()))
             return _expand_index(path, path)
         # The path leads to a device or a pipe, or nowhere, for which this raises the error.
         path.stat()
@@ -76,18 +74,13 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
         problem = "nothing there"
         if is_link(path):
             problem = f"a link to {path.readlink()}, which is not there"
-        raise CheckpointError(
-            f"{path}: expected a checkpoint file, found {problem}. Check the path."
-        ) from error
+        raise CheckpointError(f"{path}: expected a checkpoint file, found {problem}. Check the path.") from error
     except (OSError, ValueError) as error:
         # A path with a NUL or a lone surrogate raises ValueError.
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(
-            f"{path}: cannot be opened ({reason}). Check the path and its permissions."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be opened ({reason}). Check the path and its permissions.") from error
     raise CheckpointError(
-        f"{path}: expected a checkpoint file, found something that is neither a file nor a "
-        "folder. Check the path."
+        f"{path}: expected a checkpoint file, found something that is neither a file nor a folder. Check the path."
     )
 
 
@@ -110,10 +103,7 @@ def _load_weights(source: CheckpointFiles, trust: bool) -> FileContent:
             return FileContent(f"safetensors, {len(files)} ranks", load_rank_files(files))
         return load_file_content(files[0], trust=trust)
     shards = {file.name: load_file_content(file, trust=trust) for file in files}
-    tensors = {
-        key: _require_tensor(source, shards[name], key, name)
-        for key, name in source.shard_of.items()
-    }
+    tensors = {key: _require_tensor(source, shards[name], key, name) for key, name in source.shard_of.items()}
     metadata = {key: text for shard in shards.values() for key, text in shard.metadata.items()}
     formats = sorted({shard.format for shard in shards.values()})
     return FileContent(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
@@ -129,9 +119,7 @@ def checkpoint_sha256(path: Path | str) -> str:
     try:
         digests = [(_hash_file(file), file.name) for file in source.files]
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
     if source.shard_of is None and source.index is None and len(digests) == 1:
         return digests[0][0]
     lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
@@ -144,9 +132,7 @@ def _hash_file(path: Path) -> str:
 
 
 def _find_in_folder(folder: Path) -> CheckpointFiles:
-    names = sorted(
-        path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name)
-    )
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name))
     if METADATA_NAME in names:
         return _distributed_files(folder, names)
     # The files of ranks need no index: their metadata says where their parts of tensors belong.
@@ -175,11 +161,7 @@ def _member(folder: Path, name: str) -> Path:
 
 
 def _distributed_files(folder: Path, names: list[str]) -> CheckpointFiles:
-    files = [
-        _member(folder, name)
-        for name in names
-        if name == METADATA_NAME or name.endswith(SHARD_SUFFIX)
-    ]
+    files = [_member(folder, name) for name in names if name == METADATA_NAME or name.endswith(SHARD_SUFFIX)]
     return CheckpointFiles(folder, tuple(files), folder / METADATA_NAME)
 
 
@@ -211,8 +193,7 @@ def _sharded_files(path: Path, index: Path) -> CheckpointFiles:
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(
-            f"{index}: expected a `weight_map` from keys to shards, found none. Fetch the index "
-            "again."
+            f"{index}: expected a `weight_map` from keys to shards, found none. Fetch the index again."
         )
     files: dict[str, Path] = {}
     for key, name in shard_of.items():

@@ -38,9 +38,7 @@ _SHARD = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 _TRAINER = re.compile(r"(optimizer|scheduler|scaler|rng_state(_\d+)?|training_args)\.(pt|pth|bin)")
 # A config of a model has one of these keys. A settings file that happens to have the name
 # config.json has none.
-_MODEL_KEYS = frozenset(
-    {"architecture", "architectures", "model_type", "pretrained_cfg", "model_cfg"}
-)
+_MODEL_KEYS = frozenset({"architecture", "architectures", "model_type", "pretrained_cfg", "model_cfg"})
 
 
 def find_hub_weights(names: list[str]) -> str | None:
@@ -98,9 +96,7 @@ def _parse_sidecar(file: Path) -> dict[str, object]:
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
     except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: expected the JSON description of the model beside it, found none ({error}). "

@@ -110,9 +110,7 @@ def _load_zip_of_pickles(path: Path, archive: Archive, name: str) -> dict[str, o
     program = json.loads(archive.read(_PROGRAM)) if _PROGRAM in archive.records else {}
     specs = program.get("graph_module", {}).get("signature", {}).get("input_specs", [])
     buffers = [spec["buffer"] for spec in specs if isinstance(spec, dict) and "buffer" in spec]
-    transient = {
-        buffer.get("buffer_name") for buffer in buffers if buffer.get("persistent") is False
-    }
+    transient = {buffer.get("buffer_name") for buffer in buffers if buffer.get("persistent") is False}
     return {key: value for key, value in state.items() if key not in transient}
 
 

@@ -23,9 +23,7 @@ __all__ = ["FileContent", "load_file_content"]
 _TAIL = 64 * 1024  # bytes of the table of contents that are looked at
 
 # Protocols 2 to 5 begin with their number. Protocols 0 and 1 begin with a container or a global.
-_PICKLE = re.compile(
-    rb"\x80[\x02-\x05]|\([dl]p?\d*\n|\}q|\]q|c[A-Za-z_][\w.]*\n[\w.]+\n|\(i[\w.]+\n"
-)
+_PICKLE = re.compile(rb"\x80[\x02-\x05]|\([dl]p?\d*\n|\}q|\]q|c[A-Za-z_][\w.]*\n[\w.]+\n|\(i[\w.]+\n")
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,9 @@ def load_file_content(path: Path, *, trust: bool = False) -> FileContent:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be opened ({error.strerror}). Check its permissions."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}). Check its permissions.") from error
     if not head:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint, found an empty file. Copy or download it again."
-        )
+        raise CheckpointError(f"{path}: expected a checkpoint, found an empty file. Copy or download it again.")
     if head.startswith(ZIP_MAGIC):
         return _load_archive(path, head, trust=trust)
     # PyTorch 0.1 saved a tar archive whose first member is sys_info.
@@ -93,6 +87,4 @@ def _is_torch_save(path: Path, head: bytes) -> bool:
     length = int.from_bytes(head[26:28], "little")
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
-        return (
-            head[30 : 30 + length].endswith(b"/data.pkl") and b"/constants.pkl" not in file.read()
-        )
+        return head[30 : 30 + length].endswith(b"/data.pkl") and b"/constants.pkl" not in file.read()

@@ -73,9 +73,7 @@ def module_state(value: object, budget: TreeBudget | None = None) -> dict[str, o
             "weights and folds BatchNorm into the layers before it. Give the checkpoint that was "
             "quantised."
         )
-    return {
-        module.path + key: tensor for module in modules for key, tensor in module.tensors.items()
-    }
+    return {module.path + key: tensor for module in modules for key, tensor in module.tensors.items()}
 
 
 def module_drop_rates(value: object) -> dict[str, dict[str, float]]:
@@ -141,9 +139,7 @@ def _iterate_modules(root: object, budget: TreeBudget) -> Iterator[_Module]:
             )
         yield _Module(path, value.name, _attributes(value), tensors)
         # The last is taken first, so that reversed children come in their order.
-        waiting += [
-            (f"{path}{name}.", child, depth + 1) for name, child in reversed(children.items())
-        ]
+        waiting += [(f"{path}{name}.", child, depth + 1) for name, child in reversed(children.items())]
 
 
 def _attributes(value: OpaqueObject) -> Mapping[object, object]:

@@ -29,8 +29,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if size < promised:
             mismatch = f"the {promised:,} bytes its header promises, found {size:,} of them"
         raise CheckpointError(
-            f"{path}: expected {mismatch}. "
-            "The file is damaged or was cut short; copy or download it again."
+            f"{path}: expected {mismatch}. The file is damaged or was cut short; copy or download it again."
         ) from error
 
 
@@ -71,13 +70,9 @@ def _promised_size(path: Path) -> int:
     if start > path.stat().st_size:
         return start
     try:
-        entries = [
-            entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"
-        ]
+        entries = [entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"]
         # Nobody has a larger file than that, and Python refuses to print much larger numbers.
-        return start + min(
-            max((int(entry["data_offsets"][1]) for entry in entries), default=0), 1 << 63
-        )
+        return start + min(max((int(entry["data_offsets"][1]) for entry in entries), default=0), 1 << 63)
     except (
         ValueError,
         TypeError,

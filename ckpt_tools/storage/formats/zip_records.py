@@ -32,9 +32,7 @@ def open_zip_archive(path: Path, expected: str) -> Iterator[Archive]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
     except Exception as error:  # zipfile and its codecs raise errors of many kinds
         problem = f"one that cannot be read ({type(error).__name__}: {error})"
         if isinstance(error, MalformedFileError):

@@ -68,30 +68,20 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         return
     try:
         if target.is_dir():
-            raise OutputError(
-                f"{target}: expected the name of a file to write, found a folder. Add a file name."
-            )
+            raise OutputError(f"{target}: expected the name of a file to write, found a folder. Add a file name.")
         if target.exists() and not target.is_file():
             raise OutputError(
-                f"{target}: expected the name of a file to write, found a device or pipe. Choose "
-                "another."
+                f"{target}: expected the name of a file to write, found a device or pipe. Choose another."
             )
         if not target.parent.is_dir():
-            raise OutputError(
-                f"{target}: expected the folder {target.parent} to exist, found none. Create it "
-                "first."
-            )
+            raise OutputError(f"{target}: expected the folder {target.parent} to exist, found none. Create it first.")
         if not os.access(target.parent, os.W_OK):
-            raise OutputError(
-                f"{target}: the folder {target.parent} is read-only. Choose another with --output."
-            )
+            raise OutputError(f"{target}: the folder {target.parent} is read-only. Choose another with --output.")
         remove_abandoned_folders(target.parent)
         if not overwrite and os.path.lexists(target):
             raise _target_exists_error(target)
     except OSError as error:
-        raise OutputError(
-            f"{target}: cannot be written there ({error.strerror}). Choose another name."
-        ) from error
+        raise OutputError(f"{target}: cannot be written there ({error.strerror}). Choose another name.") from error
 
 
 def sync_to_disk(path: Path) -> None:
@@ -104,10 +94,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def _target_exists_error(target: Path) -> OutputError:
-    return OutputError(
-        f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another "
-        "name."
-    )
+    return OutputError(f"{target}: expected no such file, found one. Pass --overwrite to replace it, or another name.")
 
 
 def _move(temporary: Path, target: Path, *, overwrite: bool) -> None:

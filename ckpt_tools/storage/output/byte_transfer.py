@@ -50,9 +50,7 @@ def copy_range(source: int, target: int, count: int, *, at: int, to: int) -> Non
         at, to = at + moved, to + moved
 
 
-def _try_copy(
-    way: Callable[..., int], source: int, target: int, step: int, at: int, to: int
-) -> int:
+def _try_copy(way: Callable[..., int], source: int, target: int, step: int, at: int, to: int) -> int:
     try:
         return way(source, target, step, at, to)
     except OSError as error:

@@ -39,8 +39,7 @@ def require_same_stamps(checkpoint: Checkpoint, stamps: tuple[FileStamp, ...]) -
     """Raise OutputError if a checkpoint's files were written to after their stamps were taken."""
     if stamp_checkpoint_files(find_checkpoint_files(checkpoint.path)) != stamps:
         raise OutputError(
-            f"{checkpoint.path}: expected the file as it was read, found that it was written to "
-            f"since. {_AGAIN}"
+            f"{checkpoint.path}: expected the file as it was read, found that it was written to since. {_AGAIN}"
         )
 
 
@@ -52,9 +51,7 @@ def _find_changed_key(checkpoint: Checkpoint) -> str | None:
     if checkpoint.module is not None:
         # The checkpoint was read with trust, and the code in it must not run a second time.
         return None
-    stored = reread_checkpoint(
-        checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix
-    ).tensors
+    stored = reread_checkpoint(checkpoint.path, weights=checkpoint.weights, prefix=checkpoint.prefix).tensors
     large = sum(tensor.nbytes for tensor in stored.values()) >= _LARGE
     mappings = FileMappings() if large else None
     for key, tensor in checkpoint.tensors.items():

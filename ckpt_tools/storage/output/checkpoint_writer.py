@@ -59,9 +59,7 @@ def save(
     set, if it is the source, if a replacement does not fit, if the source is no longer what was
     read, or if the file cannot be written or reads back differently.
     """
-    return replace_tensors(
-        path, checkpoint, replacements, provenance=provenance, overwrite=overwrite
-    ).output
+    return replace_tensors(path, checkpoint, replacements, provenance=provenance, overwrite=overwrite).output
 
 
 def replace_tensors(
@@ -91,9 +89,7 @@ def replace_tensors(
         original = find_copyable_source(checkpoint)
         if original is not None:
             new = {key: tensors[key] for key in replacements}
-            digests, metadata = write_patched_copy(
-                original, temporary, new, describe, source_sha256
-            )
+            digests, metadata = write_patched_copy(original, temporary, new, describe, source_sha256)
             check_header(temporary, tensors, metadata)
         else:
             source_sha256 = source_sha256 or checkpoint_sha256(checkpoint.path)
@@ -137,9 +133,7 @@ def _open_output(
         may_replace = partial(_is_still, target, replaces)
     replace = overwrite or replaces is not None
     try:
-        with write_atomically(
-            target, overwrite=replace, sources=sources, may_replace=may_replace
-        ) as temporary:
+        with write_atomically(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
             yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
@@ -194,14 +188,9 @@ def _is_same(target: Path, file: Path) -> bool:
         return False
 
 
-def _apply_replacements(
-    tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _apply_replacements(tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if unknown := [key for key in replacements if key not in tensors]:
-        raise OutputError(
-            f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the "
-            "model."
-        )
+        raise OutputError(f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the model.")
     return {
         key: _cast_replacement(key, tensor, replacements[key]) if key in replacements else tensor
         for key, tensor in tensors.items()

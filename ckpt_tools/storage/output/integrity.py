@@ -45,10 +45,7 @@ class MeasuredOutput:
         ``seal`` stands in the output itself, ``recorded`` in a manifest, if there is one.
         """
         if self.data_bytes != seal.data_bytes:
-            return (
-                f"it holds {self.data_bytes:,} bytes of data, of {seal.data_bytes:,} that were "
-                "written"
-            )
+            return f"it holds {self.data_bytes:,} bytes of data, of {seal.data_bytes:,} that were written"
         if self.data_sha256 != seal.data_sha256:
             return "its data is not what was written: the SHA-256 differs"
         if recorded is not None and recorded != self.file:

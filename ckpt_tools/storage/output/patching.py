@@ -71,10 +71,7 @@ class CopyableSource:
     def parts(self, start: int, replaced: Mapping[str, Tensor]) -> list[FilePart]:
         """Return the tensors in the order of a file whose data begins at ``start``."""
         spans = sorted((*entry["data_offsets"], key) for key, entry in self.entries.items())
-        return [
-            FilePart(key, start + begin, end - begin, replaced.get(key))
-            for begin, end, key in spans
-        ]
+        return [FilePart(key, start + begin, end - begin, replaced.get(key)) for begin, end, key in spans]
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """Return an output's first bytes: the header's length and the header with its padding."""
@@ -144,9 +141,7 @@ def write_patched_copy(
             source_sha256 = source_digest()
         with hash_in_background(file.fileno(), start=start) as data_digest:
             os.fsync(file.fileno())  # the disk works while the data is hashed
-            header, metadata = seal_header(
-                original.header, describe(source_sha256), data_digest(), original.size
-            )
+            header, metadata = seal_header(original.header, describe(source_sha256), data_digest(), original.size)
         write_at(file.fileno(), header, 0)
         os.fsync(file.fileno())
         layout = Layout(header, parts, source.fileno(), start - original.start)
@@ -155,9 +150,7 @@ def write_patched_copy(
         return OutputDigests(source_sha256, output_sha256, size), metadata
 
 
-def write_parts(
-    parts: list[FilePart], source: int, target: int, shift: int, flush: Callable[[], None]
-) -> None:
+def write_parts(parts: list[FilePart], source: int, target: int, shift: int, flush: Callable[[], None]) -> None:
     """Write all parts of an output but its header into an open file.
 
     ``flush`` is called now and then, to have the disk work meanwhile. A part without a value has

@@ -39,9 +39,7 @@ class Layout:
     here.
     """
 
-    def __init__(
-        self, header: bytes, parts: Sequence[FilePart], source: int = -1, shift: int = 0
-    ) -> None:
+    def __init__(self, header: bytes, parts: Sequence[FilePart], source: int = -1, shift: int = 0) -> None:
         self.size = len(header) + sum(part.size for part in parts)
         self._header = np.frombuffer(header, np.uint8)
         # A tensor without elements has the place of the next one, and must stand before it.

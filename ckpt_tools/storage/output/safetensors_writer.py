@@ -48,19 +48,14 @@ def write_and_verify(
     check_header(path, tensors, sealed_metadata)
     start, header = data_offset(path), read_safetensors_header(path)
     spans = {key: header[key]["data_offsets"] for key in tensors}
-    parts = [
-        FilePart(key, start + begin, end - begin, tensors[key])
-        for key, (begin, end) in spans.items()
-    ]
+    parts = [FilePart(key, start + begin, end - begin, tensors[key]) for key, (begin, end) in spans.items()]
     with path.open("rb", buffering=0) as file:
         size = path.stat().st_size
         output_sha256 = verify_and_hash(file.fileno(), size, Layout(file.read(start), parts))
         return OutputDigests(source_sha256, output_sha256, size)
 
 
-def _write(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> dict[str, str]:
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Write a file, put its header in order, and return the metadata in it.
 
     They are sealed if they are those of an output.
@@ -91,11 +86,7 @@ def _keys_to_copy(tensors: Mapping[str, Tensor]) -> set[str]:
     It takes neither tensors with gaps nor tensors that share memory. Of those that share, the first
     stays.
     """
-    keys = {
-        key
-        for key, tensor in tensors.items()
-        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
-    }
+    keys = {key for key, tensor in tensors.items() if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()}
     # In the order of their memory, a tensor that begins before the last one ends shares bytes with
     # it.
     end = 0

@@ -32,18 +32,14 @@ _MAX_COPIES = 4
 _ALLOWANCE = 1 << 26  # bytes that even a tiny archive may cost
 
 
-def read_archive(
-    blob: Blob, limits: Limits, inner: Callable[[bytes], object], pickle: str = "data.pkl"
-) -> object:
+def read_archive(blob: Blob, limits: Limits, inner: Callable[[bytes], object], pickle: str = "data.pkl") -> object:
     """Return the value of one pickle of an archive, whose storages are records beside it.
 
     ``inner`` reads a pickle that is nested in this one. Raises MalformedFileError.
     """
     archive = Archive(blob)
     if pickle not in archive.records:
-        raise MalformedFileError(
-            f"a zip archive that torch.save did not write (there is no {pickle} in it)"
-        )
+        raise MalformedFileError(f"a zip archive that torch.save did not write (there is no {pickle} in it)")
     data = archive.read(pickle)
     folder = pickle.removesuffix(".pkl")
     storages = _StorageRecords(archive, folder)
@@ -86,15 +82,11 @@ class Archive:
             start = self._data_start(record)
             self._copies_left -= record.file_size
             if self._copies_left < 0:
-                raise MalformedFileError(
-                    f"an archive that wants its record {name[:100]} over and over again"
-                )
+                raise MalformedFileError(f"an archive that wants its record {name[:100]} over and over again")
             return cast(bytes, self._blob.data[start : start + record.file_size])
         self._inflation_left -= record.file_size
         if record.compress_type != zipfile.ZIP_DEFLATED or self._inflation_left < 0:
-            raise MalformedFileError(
-                f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes"
-            )
+            raise MalformedFileError(f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes")
         return self._zip.read(record)
 
     def storage(self, name: str) -> torch.UntypedStorage:
@@ -108,9 +100,7 @@ class Archive:
             if record is None or record.compress_type != zipfile.ZIP_STORED:
                 self._storages[name] = copy_to_storage(self.read(name))
             else:
-                self._storages[name] = self._blob.storage(
-                    self._data_start(record), record.file_size
-                )
+                self._storages[name] = self._blob.storage(self._data_start(record), record.file_size)
         return self._storages[name]
 
     def _data_start(self, record: zipfile.ZipInfo) -> int:
@@ -128,8 +118,7 @@ class Archive:
         reaches_beyond_end = start + record.file_size > len(self._blob.data)
         if header[:4] != ZIP_MAGIC or is_encrypted or reaches_beyond_end:
             raise MalformedFileError(
-                f"an archive whose record {record.filename[:100]} is not where its table of "
-                "contents says"
+                f"an archive whose record {record.filename[:100]} is not where its table of contents says"
             )
         return start
 
@@ -163,9 +152,7 @@ class _StorageRecords:
             self._storages[key] = self._read_record(key, dtype, count)
         nbytes = self._storages[key].nbytes()
         if count * dtype.itemsize > nbytes:
-            raise MalformedFileError(
-                f"a storage of {count:,} {dtype} in a record of {nbytes:,} bytes"
-            )
+            raise MalformedFileError(f"a storage of {count:,} {dtype} in a record of {nbytes:,} bytes")
         return Storage(self._storages[key], dtype)
 
     def _read_record(self, key: str, dtype: torch.dtype, count: int) -> torch.UntypedStorage:

@@ -36,8 +36,7 @@ class Blob:
         """
         if start < 0 or nbytes < 0 or start + nbytes > len(self.data):
             raise MalformedFileError(
-                f"a storage of {nbytes:,} bytes from byte {start:,} on in a file of "
-                f"{len(self.data):,}"
+                f"a storage of {nbytes:,} bytes from byte {start:,} on in a file of {len(self.data):,}"
             )
         if self._mapped is None or nbytes == 0 or start % _ALIGNMENT:
             return copy_to_storage(self.data[start : start + nbytes])

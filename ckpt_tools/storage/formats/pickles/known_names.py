@@ -38,13 +38,9 @@ def _make_tuple(items: object = ()) -> tuple[object, ...]:
 def _make_dict(items: object = None, *_: object) -> dict[object, object]:
     if isinstance(items, dict):
         return dict(items)
-    pairs = [
-        pair for pair in _make_list(items) if isinstance(pair, tuple | list) and len(pair) == 2
-    ]
+    pairs = [pair for pair in _make_list(items) if isinstance(pair, tuple | list) and len(pair) == 2]
     # Other keys could be chosen to share one hash; nobody pickles them this way.
-    return {
-        key: value for key, value in pairs if isinstance(key, str | None) or _is_small_integer(key)
-    }
+    return {key: value for key, value in pairs if isinstance(key, str | None) or _is_small_integer(key)}
 
 
 def _is_small_integer(key: object) -> bool:
@@ -170,9 +166,7 @@ GLOBAL_VALUES: dict[str, object] = {
     **{f"{module}.NotImplemented": None for module in ("builtins", "__builtin__")},
 }
 
-SET_TYPES = frozenset(
-    f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset")
-)
+SET_TYPES = frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
 
 GLOBAL_CALLS: dict[str, Callable[..., object]] = {
     **TENSOR_REBUILDERS,

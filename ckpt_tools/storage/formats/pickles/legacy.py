@@ -106,9 +106,7 @@ def _read_storages(
         storages[key], start = storage_at(blob, start, dtype)
         nbytes = storages[key].bytes.nbytes()
         if nbytes != count * dtype.itemsize:
-            raise MalformedFileError(
-                f"a storage of {nbytes:,} bytes where {count:,} {dtype} are announced"
-            )
+            raise MalformedFileError(f"a storage of {nbytes:,} bytes where {count:,} {dtype} are announced")
     return LegacyStorages(storages)
 
 
@@ -161,8 +159,7 @@ def slice_storage(
         raise MalformedFileError("a view of a storage without an offset or a size")
     if (offset + count) * dtype.itemsize > storage.nbytes():
         raise MalformedFileError(
-            f"a view that reaches element {offset + count:,} of a storage of "
-            f"{storage.nbytes():,} bytes"
+            f"a view that reaches element {offset + count:,} of a storage of {storage.nbytes():,} bytes"
         )
     start, stop = offset * dtype.itemsize, (offset + count) * dtype.itemsize
     return storage[start:stop]  # type: ignore[no-any-return]

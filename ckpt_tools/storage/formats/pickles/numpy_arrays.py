@@ -40,9 +40,7 @@ def read_numpy_scalar(dtype: object = None, raw: object = None, *_: object) -> o
     # The pattern keeps out dtypes of Python objects, whose bytes numpy would take for addresses.
     kind = numpy.dtype(order + code)
     if len(raw) != kind.itemsize or kind.itemsize > 1 << 16:
-        raise MalformedFileError(
-            f"a numpy number of {len(raw):,} bytes where {code} has {kind.itemsize:,}"
-        )
+        raise MalformedFileError(f"a numpy number of {len(raw):,} bytes where {code} has {kind.itemsize:,}")
     return numpy.frombuffer(raw, kind)[0].item()
 
 
@@ -64,9 +62,7 @@ class ArrayConverter:
             return self._make_tensor(array, raw, dtype, shape, "F" if fortran else "C")
         return array
 
-    def from_buffer(
-        self, raw: object = None, dtype: object = None, shape: object = (), order: object = "C"
-    ) -> object:
+    def from_buffer(self, raw: object = None, dtype: object = None, shape: object = (), order: object = "C") -> object:
         """Return the tensor of an array that numpy's ``_frombuffer`` makes, which protocol 5 uses.
 
         An array that can be no tensor gives an OpaqueObject.
@@ -74,9 +70,7 @@ class ArrayConverter:
         array = OpaqueObject(NUMPY_ARRAY, (raw, dtype, shape, order))
         return self._make_tensor(array, raw, dtype, shape, order)
 
-    def _make_tensor(
-        self, array: OpaqueObject, raw: object, dtype: object, shape: object, order: object
-    ) -> object:
+    def _make_tensor(self, array: OpaqueObject, raw: object, dtype: object, shape: object, order: object) -> object:
         code, byte_order = _parse_dtype(dtype)
         kind = _TORCH_DTYPES.get(code)
         raw = raw.encode("latin-1") if isinstance(raw, str) else raw
@@ -86,15 +80,11 @@ class ArrayConverter:
         if not all(type(size) is int and size >= 0 for size in sizes) or len(sizes) > 64:
             raise MalformedFileError("a numpy array whose shape is no short tuple of counts")
         if math.prod(sizes) * kind.itemsize != len(raw):
-            raise MalformedFileError(
-                f"a numpy array of shape {sizes} with {len(raw):,} bytes of {code}"
-            )
+            raise MalformedFileError(f"a numpy array of shape {sizes} with {len(raw):,} bytes of {code}")
         storage = Storage(self._copy_bytes(raw, code, byte_order, kind), kind)
         return tensor_over_storage(storage, 0, sizes, _strides(sizes, order == "F"), kind)
 
-    def _copy_bytes(
-        self, raw: bytes | bytearray, code: str, order: str, kind: torch.dtype
-    ) -> torch.UntypedStorage:
+    def _copy_bytes(self, raw: bytes | bytearray, code: str, order: str, kind: torch.dtype) -> torch.UntypedStorage:
         key = (id(raw), code, order)
         if key not in self._storages:
             storage = copy_to_storage(raw)

@@ -111,13 +111,9 @@ def _explain_errors(where: object, read: Callable[[], object]) -> object:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(
-            f"{where}: cannot be read ({error.strerror or error}). Check its permissions."
-        ) from error
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror or error}). Check its permissions.") from error
     except MalformedFileError as fault:
-        raise CheckpointError(
-            f"{where}: expected a complete checkpoint, found {fault}. {_DAMAGED}"
-        ) from fault
+        raise CheckpointError(f"{where}: expected a complete checkpoint, found {fault}. {_DAMAGED}") from fault
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             f"{where}: expected a complete torch.save archive, found one without the table of "
@@ -127,6 +123,5 @@ def _explain_errors(where: object, read: Callable[[], object]) -> object:
         # A damaged file can make numpy, torch, tarfile and Python's codecs raise almost anything.
         detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
         raise CheckpointError(
-            f"{where}: expected a complete checkpoint, found one that does not read to its end "
-            f"({detail}). {_DAMAGED}"
+            f"{where}: expected a complete checkpoint, found one that does not read to its end ({detail}). {_DAMAGED}"
         ) from error

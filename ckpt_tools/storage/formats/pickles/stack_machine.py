@@ -56,9 +56,7 @@ class PickleMachine:
     container to come. ``memo`` holds values that later instructions refer to by number.
     """
 
-    def __init__(
-        self, data: Buffer, resolver: ValueResolver, limits: Limits, position: int = 0
-    ) -> None:
+    def __init__(self, data: Buffer, resolver: ValueResolver, limits: Limits, position: int = 0) -> None:
         self.data = data
         self.resolver = resolver
         self.limits = limits
@@ -87,8 +85,7 @@ class PickleMachine:
             instruction = instructions.get(code)
             if instruction is None:
                 raise MalformedFileError(
-                    f"byte {code:#04x} at {self.position - 1:,}, which is no instruction of a "
-                    "pickle"
+                    f"byte {code:#04x} at {self.position - 1:,}, which is no instruction of a pickle"
                 )
             instruction(self)
         raise limit_exceeded_error()
@@ -101,8 +98,7 @@ class PickleMachine:
         start, stop = self.position, self.position + count
         if count < 0 or stop > len(self.data):
             raise MalformedFileError(
-                f"a pickle that ends too early: {count:,} bytes are announced, "
-                f"{len(self.data) - start:,} left"
+                f"a pickle that ends too early: {count:,} bytes are announced, {len(self.data) - start:,} left"
             )
         self.position = stop
         return self.data[start:stop]  # type: ignore[no-any-return]
@@ -163,9 +159,7 @@ class PickleMachine:
         try:
             self.stack.append(self.memo[index])
         except KeyError:
-            raise MalformedFileError(
-                f"a pickle that refers to value {index}, which it never gave"
-            ) from None
+            raise MalformedFileError(f"a pickle that refers to value {index}, which it never gave") from None
 
     def replace_top(self, value: Any) -> Any:
         """Replace the top of the stack, and return the new value.
@@ -185,11 +179,7 @@ class PickleMachine:
 
     def push_global(self, module: object, name: object) -> None:
         """Push what stands for a global. Raises MalformedFileError for what is no name."""
-        if (
-            type(module) is not str
-            or type(name) is not str
-            or len(module) + len(name) > LONGEST_NAME
-        ):
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > LONGEST_NAME:
             raise MalformedFileError("a pickle that names a global by something other than a name")
         self.stack.append(self.resolver.resolve_global(f"{module}.{name}"))
 

@@ -39,16 +39,10 @@ def read_tar(blob: Blob, limits: Limits, inner: Callable[[bytes], object]) -> ob
     """Return the object in the archive's pickle. Raises MalformedFileError."""
     # "r:" takes no compressed archive, which could unfold to far more than its own size.
     with tarfile.open(fileobj=cast("IO[bytes]", BlobReader(blob)), mode="r:") as archive:
-        members = {
-            member.name: member
-            for member in archive.getmembers()
-            if member.isreg() and not member.issparse()
-        }
+        members = {member.name: member for member in archive.getmembers() if member.isreg() and not member.issparse()}
     for name in ("storages", "tensors", "pickle"):
         if name not in members:
-            raise MalformedFileError(
-                f"a tar archive without {name}, which torch.save did not write"
-            )
+            raise MalformedFileError(f"a tar archive without {name}, which torch.save did not write")
     starts = {name: member.offset_data for name, member in members.items()}
     storages = _read_storages(blob, limits, starts["storages"])
     tensors = _read_tensors(blob, limits, starts["tensors"], storages)
@@ -81,9 +75,7 @@ def _read_storages(blob: Blob, limits: Limits, at: int) -> dict[str, Storage]:
     return storages
 
 
-def _read_tensors(
-    blob: Blob, limits: Limits, at: int, storages: dict[str, Storage]
-) -> dict[str, Tensor]:
+def _read_tensors(blob: Blob, limits: Limits, at: int, storages: dict[str, Storage]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     count, at = read_pickle(blob.data, StorageCollector(), limits, at)
     for _ in range(_require_count(count, blob)):
@@ -98,9 +90,7 @@ def _read_tensors(
         at += 8 + 8 * len(integers)
         storage = _require_storage(storages, storage_id)
         size, stride, offset = integers[:dimensions], integers[dimensions:-1], integers[-1]
-        tensors[storage_key(key)] = tensor_over_storage(
-            storage, offset, size, stride, storage.dtype
-        )
+        tensors[storage_key(key)] = tensor_over_storage(storage, offset, size, stride, storage.dtype)
     return tensors
 
 

@@ -50,11 +50,7 @@ _STORAGES = {
     "_Untyped": torch.uint8,
 }
 
-DTYPES = {
-    f"torch.{name}": value
-    for name, value in sorted(vars(torch).items())
-    if isinstance(value, torch.dtype)
-}
+DTYPES = {f"torch.{name}": value for name, value in sorted(vars(torch).items()) if isinstance(value, torch.dtype)}
 
 # Rebuilders whose result is no dense tensor on the CPU, and what it is instead.
 NOT_DENSE = {
@@ -89,18 +85,14 @@ def storage_dtype(kind: object) -> torch.dtype:
     return _STORAGES[prefix]
 
 
-def tensor_over_storage(
-    storage: object, offset: object, size: object, stride: object, dtype: torch.dtype
-) -> Tensor:
+def tensor_over_storage(storage: object, offset: object, size: object, stride: object, dtype: torch.dtype) -> Tensor:
     """Return a tensor over a storage; ``offset`` and ``stride`` count elements.
 
     Raises MalformedFileError for a tensor that reaches beyond the storage, or that repeats it too
     often.
     """
     if type(storage) is not Storage:
-        raise MalformedFileError(
-            f"a tensor over something that is no storage ({type(storage).__name__})"
-        )
+        raise MalformedFileError(f"a tensor over something that is no storage ({type(storage).__name__})")
     sizes, strides = _require_counts(size), _require_counts(stride)
     (start,) = _require_counts((offset,))
     if len(sizes) != len(strides):
@@ -112,9 +104,7 @@ def tensor_over_storage(
     stored = storage.bytes.nbytes() // dtype.itemsize
     # A tensor without elements needs no byte behind its offset.
     if (end if elements else start) > stored:
-        raise MalformedFileError(
-            f"a tensor of shape {sizes} that reaches element {end:,} of a storage of {stored:,}"
-        )
+        raise MalformedFileError(f"a tensor of shape {sizes} that reaches element {end:,} of a storage of {stored:,}")
     if elements > max(_FREE_BYTES // dtype.itemsize, _MAX_REPEATS * stored):
         raise MalformedFileError(f"a tensor that repeats {stored:,} stored numbers to {elements:,}")
     return torch.empty(0, dtype=dtype).set_(storage.bytes, start, sizes, strides)
@@ -166,9 +156,7 @@ def _first_argument(value: object = None, *_: object) -> object:
     return value
 
 
-def _rebuild_from_type(
-    function: object = None, kind: object = None, args: object = (), *_: object
-) -> object:
+def _rebuild_from_type(function: object = None, kind: object = None, args: object = (), *_: object) -> object:
     name = function.name if type(function) is OpaqueObject else ""
     if name not in TENSOR_REBUILDERS or type(args) is not tuple:
         # A subclass that keeps its values elsewhere, such as a distributed tensor.

@@ -30,11 +30,7 @@ def load_trusted(path: Path) -> object:
         head = file.read(512)
         file.seek(0)
         try:
-            if (
-                head.startswith(archive.ZIP_MAGIC)
-                or legacy.LEGACY_MAGIC in head[:32]
-                or is_tar(head)
-            ):
+            if head.startswith(archive.ZIP_MAGIC) or legacy.LEGACY_MAGIC in head[:32] or is_tar(head):
                 # torch takes a path that ends in .safetensors for that format, so it gets an open
                 # file.
                 return torch.load(file, map_location="cpu", weights_only=False)

@@ -1,0 +1,70 @@
+"""How running variances are re-estimated: one set of settings, the same from the command line to
+the passes.
+
+Importing this module imports no torch, so that the command line can build a `Method` before it
+loads anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from ckpt_tools.contract import Estimator, LayerChoice, Precision, Statistics
+from ckpt_tools.errors import UsageError
+
+__all__ = ["Method"]
+
+_DEFAULT_MOMENTUM, _DEFAULT_EPOCHS = 0.1, 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """The settings of a re-estimation, checked when they are put together.
+
+    ``reestimate_bn`` documents each of them; its keyword arguments of the same names become one
+    Method. What concerns a single model or run (who knows the drop rates, its walk, its progress)
+    is no part of it.
+
+    Raises UsageError for settings that mean nothing, or nothing together.
+    """
+
+    estimator: Estimator = "pooled"
+    layers: LayerChoice = "auto"
+    statistics: Statistics = "variance"
+    tolerance: float | None = None
+    momentum: float = _DEFAULT_MOMENTUM  # with epochs: of the estimator "ema" alone
+    epochs: int = _DEFAULT_EPOCHS
+    precision: Precision = "fp32"
+    compile: bool = False
+    keep_outliers: bool = False
+    force: bool = False  # go on although control layers disagree with the data
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("estimator", self.estimator, get_args(Estimator)),
+            ("layers", self.layers, get_args(LayerChoice)),
+            ("statistics", self.statistics, get_args(Statistics)),
+        ):
+            if value not in choices:
+                raise UsageError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+        if self.tolerance is not None and not (0 < self.tolerance < 1 and self.estimator != "ema"):
+            raise UsageError(
+                f"tolerance={self.tolerance}: expected a relative error in (0, 1), and not the ema estimator."
+            )
+        if not 0 < self.momentum <= 1:
+            raise UsageError(f"momentum={self.momentum}: expected a number in (0, 1].")
+        if self.epochs < 1:
+            raise UsageError(f"epochs={self.epochs}: expected at least 1.")
+        is_default = (self.momentum, self.epochs) == (_DEFAULT_MOMENTUM, _DEFAULT_EPOCHS)
+        if self.estimator != "ema" and not is_default:
+            raise UsageError(
+                f"momentum and epochs belong to the ema estimator, not to {self.estimator}. Leave them out."
+            )
+
+    @property
+    def reads_data_repeatedly(self) -> bool:
+        """Whether the same samples are read in several passes, so that they should be kept, and
+        must not change.
+        """
+        return self.estimator == "exact" or self.epochs > 1
