@@ -159,9 +159,9 @@ def test_one_pass_serves_all_files_of_a_step(tmp_path: Path) -> None:
     class Counted(BNReestimation):
         passes = 0
 
-        def _measured(self, *arguments: Any) -> dict[str, Tensor]:
+        def _measure_variances(self, *arguments: Any) -> dict[str, Tensor]:
             self.passes += 1
-            return super()._measured(*arguments)
+            return super()._measure_variances(*arguments)
 
     callback = Counted(max_images=32)
     fit(tmp_path, callback, saving(tmp_path), epochs=2)
