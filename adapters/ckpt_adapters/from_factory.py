@@ -1,4 +1,4 @@
-"""``package.module:factory``: any callable of the user's own code that returns a model."""
+"""The adapter for `package.module:factory`, a callable of the user's own that returns a model."""
 
 from __future__ import annotations
 
@@ -15,96 +15,122 @@ from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.import_path import import_user_module
 
-_SIZES = (("num_classes", 0), ("n_classes", 0), ("num_labels", 0), ("in_chans", 1), ("in_channels", 1))
+# Keyword arguments that are sizes, and the axis of a weight along which each of them shows.
+_SIZES = (
+    ("num_classes", 0),
+    ("n_classes", 0),
+    ("num_labels", 0),
+    ("in_chans", 1),
+    ("in_channels", 1),
+)
 
 
 class FactoryAdapter:
     """Functions and classes by import path, also from modules of the current folder.
 
-    The callable runs several times: once or twice for shapes (on the meta device where it can), once for the
-    model, once with drop rates switched on.
+    The callable runs several times: once or twice for shapes (on the meta device where it can),
+    once for the model, once with drop rates switched on.
     """
 
     prefix = "factory"
 
     def architectures(self) -> Sequence[str]:
-        """Nothing: what can be imported cannot be listed."""
+        """Return no names: what can be imported cannot be listed."""
         return ()
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
-        """Never: a checkpoint does not get to say which code of yours runs. Name it with --arch."""
+        """Return None: a checkpoint must not choose which code of the user's runs."""
         del words
         return None
 
     def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
-        """Call the factory."""
+        """Call the factory. Raises ArchitectureError."""
         return construct(name, _factory(name), kwargs)
 
     def class_kwargs(
         self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
     ) -> dict[str, object]:
-        """``num_classes`` and ``in_chans`` (or their cousins), as far as the callable takes them."""
+        """Read the class count and the input channels off the shapes.
+
+        Only arguments that the callable takes are returned.
+        """
         make = _factory(name)
-        taken = keyword_parameters(make)
-        sizes = {key: infer_size_argument(make, kwargs, key, axis, shapes) for key, axis in _SIZES if key in taken}
-        return {key: size for key, size in sizes.items() if size}
+        parameters = keyword_parameters(make)
+        sizes = {
+            keyword: infer_size_argument(make, kwargs, keyword, axis, shapes)
+            for keyword, axis in _SIZES
+            if keyword in parameters
+        }
+        return {keyword: size for keyword, size in sizes.items() if size}
 
     def rate_kwargs(self, name: str) -> tuple[str, ...]:
-        """Parameters whose name contains "drop"."""
+        """Return the parameters whose names and defaults look like drop rates."""
         return rate_keywords(_factory(name))
 
-    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
-        """``model.input_spec`` (an InputSpec or its fields), or a timm-style ``default_cfg`` that it carries."""
+    def input_spec(
+        self, model: nn.Module, name: str, words: Mapping[str, object]
+    ) -> InputSpec | None:
+        """Return the model's own `input_spec`, which is an InputSpec or a mapping of its fields.
+
+        A timm-style `default_cfg` serves as well. Raises ArchitectureError for unknown fields.
+        """
         del words
-        own = getattr(model, "input_spec", None)
-        if isinstance(own, InputSpec):
-            return own
+        spec = getattr(model, "input_spec", None)
+        if isinstance(spec, InputSpec):
+            return spec
         cfg = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
-        fields = own if isinstance(own, Mapping) else _from_cfg(cfg)
+        fields = spec if isinstance(spec, Mapping) else _fields_of_cfg(cfg)
         if not fields:
             return None
         try:
             return InputSpec(**{"origin": name, **fields})
         except TypeError as error:
-            raise ArchitectureError(f"{name}: input_spec should hold the fields of InputSpec: {error}") from error
+            raise ArchitectureError(
+                f"{name}: input_spec should hold the fields of InputSpec: {error}"
+            ) from error
 
 
-def _from_cfg(cfg: object) -> dict[str, Any]:
+def _fields_of_cfg(cfg: object) -> dict[str, Any]:
+    """Return the fields of InputSpec that a timm-style configuration of the input holds."""
     if not isinstance(cfg, Mapping) or not cfg.get("input_size"):
         return {}
-    kept = {key: cfg[key] for key in ("interpolation", "crop_pct", "crop_mode") if cfg.get(key)}
-    scales = {key: tuple(cfg[key]) for key in ("mean", "std") if cfg.get(key)}
-    return {"shape": tuple(cfg["input_size"]), **scales, **kept}
+    fields = {key: cfg[key] for key in ("interpolation", "crop_pct", "crop_mode") if cfg.get(key)}
+    fields |= {key: tuple(cfg[key]) for key in ("mean", "std") if cfg.get(key)}
+    return {"shape": tuple(cfg["input_size"]), **fields}
 
 
 def _factory(name: str) -> Callable[..., object]:
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise ArchitectureError(
-            f"{name}: expected package.module:factory, found no {'module' if path else 'name after a colon'}. "
+            f"{name}: expected package.module:factory, found no "
+            f"{'module' if path else 'name after a colon'}. "
             "Write timm:NAME or torchvision:NAME for a model of those libraries."
         )
     module = _import(name, module_name)
     try:
         factory: Callable[..., object] = operator.attrgetter(path)(module)
     except AttributeError as error:
-        known = [key for key, value in vars(module).items() if callable(value)]
+        callables = [key for key, value in vars(module).items() if callable(value)]
         raise ArchitectureError(
             f"{name}: module {module_name} ({getattr(module, '__file__', None)}) has no {path!r}."
-            f"{suggest_names(path, known)}"
+            f"{suggest_names(path, callables)}"
         ) from error
     if not callable(factory):
-        raise ArchitectureError(f"{name}: expected a callable, found {type(factory).__name__}. Name a function.")
+        raise ArchitectureError(
+            f"{name}: expected a callable, found {type(factory).__name__}. Name a function."
+        )
     return factory
 
 
 def _import(name: str, module_name: str) -> Any:
     try:
         return import_user_module(module_name)
-    except (Exception, SystemExit) as error:  # the user's module may do anything while it loads
+    except (Exception, SystemExit) as error:  # The user's module may do anything while it loads.
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        # The module itself may exist, and import another one that does not.
         if missing and f"{module_name}.".startswith(f"{missing}."):
-            said = f"no module named {missing} is installed or stands in {Path.cwd()}"
+            reason = f"no module named {missing} is installed or stands in {Path.cwd()}"
         else:
-            said = f"importing {module_name} failed with {type(error).__name__}: {error}"
-        raise ArchitectureError(f"{name}: {said}.") from error
+            reason = f"importing {module_name} failed with {type(error).__name__}: {error}"
+        raise ArchitectureError(f"{name}: {reason}.") from error

@@ -1,4 +1,4 @@
-"""torchvision: https://github.com/pytorch/vision."""
+"""The adapter for torchvision, https://github.com/pytorch/vision."""
 
 from __future__ import annotations
 
@@ -26,29 +26,39 @@ from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.file_arguments import ArgumentKind
 
-_AUXILIARY = {"aux_logits": ("AuxLogits.", "aux1."), "aux_loss": ("aux_classifier.",)}
+# Keyword arguments that switch auxiliary heads on, and the prefixes of these heads' keys.
+_AUXILIARY_HEADS = {"aux_logits": ("AuxLogits.", "aux1."), "aux_loss": ("aux_classifier.",)}
 _DOWNLOADS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
-_UNSIGNED = {"width_mult", "reduced_tail", "dilated"}  # of MobileNetV3's builders, in no signature
-_FRAMES = 16  # what the video models were trained on, or a multiple of it
-# pytorch/examples/imagenet resizes to 256 and crops 224, whatever the model; its files hold "best_acc1".
-_EXAMPLES = {"val_resize_size": 256, "val_crop_size": 224}
+# MobileNetV3's builders take these, although no signature has them.
+_NOT_IN_SIGNATURES = {"width_mult", "reduced_tail", "dilated"}
+_FRAMES = 16  # The video models were trained on clips of this length, or of a multiple of it.
+# pytorch/examples/imagenet resizes to 256 and crops 224, whatever the model; its files hold
+# "best_acc1".
+_EXAMPLES_ARGUMENTS = {"val_resize_size": 256, "val_crop_size": 224}
 
 
 class TorchvisionAdapter:
-    """Models of ``torchvision.models``: classification, segmentation, detection, video."""
+    """Models of `torchvision.models`: classification, segmentation, detection, video."""
 
     prefix = "torchvision"
 
     def architectures(self) -> Sequence[str]:
-        """Every model name torchvision registers."""
+        """Return every model name that torchvision registers."""
         return sorted(models.list_models())
 
     def recognise(self, words: Mapping[str, object]) -> Recipe | None:
-        """A checkpoint of the reference scripts, of pytorch/examples, or of a script that names a model."""
-        if recorded_arguments.hub_config(words):  # of timm, which shares many names
-            return None
-        known = set(models.list_models())
-        name = next((name for name in recorded_arguments.model_names(words, self.prefix) if name in known), None)
+        """Return the recipe of a checkpoint that names a model of torchvision.
+
+        It may come from torchvision's reference scripts, from pytorch/examples, or from another
+        script.
+        """
+        if recorded_arguments.hub_config(words):
+            return (
+                None  # The folder holds a model of timm, which shares many names with torchvision.
+            )
+        registered = set(models.list_models())
+        names = recorded_arguments.model_names(words, self.prefix)
+        name = next((name for name in names if name in registered), None)
         if name is None:
             return None
         rates = recorded_arguments.drop_rates(words, self.rate_kwargs(name))
@@ -56,72 +66,96 @@ class TorchvisionAdapter:
         return Recipe(self.prefix, name, kwargs, "recorded" if rates else "unknown")
 
     def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
-        """``torchvision.models.get_model`` without weights."""
-        _require_known(name, kwargs)
-        return construct(f"torchvision:{name}", _maker(name), kwargs)
+        """Call the model's builder without pretrained weights. Raises ArchitectureError."""
+        _require_known_keywords(name, kwargs)
+        return construct(f"torchvision:{name}", _constructor(name), kwargs)
 
     def class_kwargs(
         self, shapes: Mapping[str, tuple[int, ...]], name: str, kwargs: Mapping[str, object]
     ) -> dict[str, object]:
-        """``num_classes``, and whether there are auxiliary heads."""
-        make, taken = _maker(name), _keywords(name)
-        found: dict[str, object] = {
-            keyword: any(key.startswith(heads) for key in shapes)
-            for keyword, heads in _AUXILIARY.items()
-            if keyword in taken
+        """Read `num_classes`, and whether there are auxiliary heads, off the shapes."""
+        arguments: dict[str, object] = {
+            keyword: any(key.startswith(prefixes) for key in shapes)
+            for keyword, prefixes in _AUXILIARY_HEADS.items()
+            if keyword in _keywords(name)
         }
-        classes = infer_size_argument(make, {**found, **kwargs}, "num_classes", 0, shapes)
-        return found | ({"num_classes": classes} if classes else {})
+        # The auxiliary heads have a class count, too, so they must be there when it is inferred.
+        classes = infer_size_argument(
+            _constructor(name), {**arguments, **kwargs}, "num_classes", 0, shapes
+        )
+        if classes:
+            arguments["num_classes"] = classes
+        return arguments
 
     def rate_kwargs(self, name: str) -> tuple[str, ...]:
-        """``drop_rate``, ``dropout``, ``stochastic_depth_prob``, … as far as this model takes them."""
+        """Return `dropout`, `stochastic_depth_prob`, … as far as this model takes them."""
         return _rate_kwargs(name)
 
     def file_arguments(self, name: str) -> Mapping[str, ArgumentKind]:
-        """Return the table of `torchvision_arguments`, whatever the model: a class refuses what it does not take."""
+        """Return the table of `torchvision_arguments`, which serves all models.
+
+        A model's class refuses an argument that it does not take.
+        """
         del name
         return ARGUMENTS
 
-    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
-        """The transform of the default weights, overridden by the reference scripts' arguments."""
+    def input_spec(
+        self, model: nn.Module, name: str, words: Mapping[str, object]
+    ) -> InputSpec | None:
+        """Return the transform of the default weights, with the changes that a training script
+        records.
+
+        Returns None for optical flow, where a sample is a pair of images.
+        """
         del model
         weights = models.get_model_weights(name).DEFAULT
         preset: Any = weights.transforms()
-        if type(preset).__name__ == "OpticalFlow":  # two images a sample
+        if type(preset).__name__ == "OpticalFlow":
             return None
-        args = _EXAMPLES if "best_acc1" in words else recorded_arguments.training_arguments(words)
+        if "best_acc1" in words:
+            args: Mapping[str, object] = _EXAMPLES_ARGUMENTS
+        else:
+            args = recorded_arguments.training_arguments(words)
         origin = f"torchvision {type(weights).__name__}.{weights.name}"
+        # Another script's arguments may have the same names and another meaning. Then the preset
+        # stands.
         with contextlib.suppress(*recorded_arguments.INVALID_SETTING_ERRORS):
-            return recorded_arguments.require_valid_input_spec(
-                _spec(preset, {key: value for key, value in args.items() if value}, origin)
-            )
-        return _spec(preset, {}, origin)
+            args = {key: value for key, value in args.items() if value}
+            spec = _make_input_spec(preset, args, origin)
+            return recorded_arguments.require_valid_input_spec(spec)
+        return _make_input_spec(preset, {}, origin)
 
 
 @functools.cache
 def _rate_kwargs(name: str) -> tuple[str, ...]:
-    return rate_keywords(_maker(name))
+    return rate_keywords(_constructor(name))
 
 
 @functools.cache
 def _keywords(name: str) -> frozenset[str]:
-    return frozenset(keyword_parameters(_maker(name)))
+    return frozenset(keyword_parameters(_constructor(name)))
 
 
-def _require_known(name: str, kwargs: Mapping[str, object]) -> None:
-    """Half of torchvision's builders swallow what they do not know, and some would download."""
+def _require_known_keywords(name: str, kwargs: Mapping[str, object]) -> None:
+    """Refuse keyword arguments that would be ignored, or that would download weights.
+
+    Half of torchvision's builders accept any keyword argument and ignore what they do not know.
+    """
     for keyword in _DOWNLOADS:
         if keyword in kwargs:
             raise ArchitectureError(
-                f"torchvision:{name}: the weights come from the checkpoint, found {keyword}. Leave it out."
+                f"torchvision:{name}: the weights come from the checkpoint, found {keyword}. "
+                "Leave it out."
             )
-    make = _maker(name)
-    unknown = set(kwargs) - _UNSIGNED - _keywords(name) if kwargs else set()
-    if unknown and _swallows(make):
-        raise ArchitectureError(unknown_keyword_message(f"torchvision:{name}", min(unknown), _keywords(name)))
+    if not kwargs:
+        return
+    unknown = set(kwargs) - _NOT_IN_SIGNATURES - _keywords(name)
+    if unknown and _accepts_anything(_constructor(name)):
+        message = unknown_keyword_message(f"torchvision:{name}", min(unknown), _keywords(name))
+        raise ArchitectureError(message)
 
 
-def _swallows(make: Callable[..., object]) -> bool:
+def _accepts_anything(make: Callable[..., object]) -> bool:
     try:
         construct_skeleton(make, {"no_such_argument": None})
     except ArchitectureError:
@@ -129,40 +163,52 @@ def _swallows(make: Callable[..., object]) -> bool:
     return True
 
 
-def _maker(name: str) -> functools.partial[nn.Module]:
-    known = models.list_models()
-    if name not in known:
+def _constructor(name: str) -> functools.partial[nn.Module]:
+    registered = models.list_models()
+    if name not in registered:
         raise ArchitectureError(
-            f"torchvision:{name}: expected one of torchvision's model names, found {name!r}.{suggest_names(name, known)}"
+            f"torchvision:{name}: expected one of torchvision's model names, found {name!r}."
+            f"{suggest_names(name, registered)}"
         )
     builder = models.get_model_builder(name)
-    taken = inspect.signature(builder).parameters
-    fixed: dict[str, Any] = {key: None for key in ("weights", "weights_backbone") if key in taken}
+    parameters = inspect.signature(builder).parameters
+    # Left out, `weights_backbone` would stand for pretrained weights: segmentation and detection
+    # download them.
+    fixed: dict[str, Any] = {
+        keyword: None for keyword in ("weights", "weights_backbone") if keyword in parameters
+    }
     if "inception" in name or "googlenet" in name:
-        fixed["init_weights"] = False  # minutes of truncated normals, and a warning about them
+        # Their initialisation takes minutes of truncated normals, and warns about that.
+        fixed["init_weights"] = False
     return functools.partial(builder, **fixed)
 
 
-def _spec(preset: Any, args: Mapping[str, object], origin: str) -> InputSpec:
-    """``preset`` is one of torchvision's transform presets; detection presets have neither size nor mean."""
+def _make_input_spec(preset: Any, args: Mapping[str, object], origin: str) -> InputSpec:
+    """Return the input specification of one of torchvision's transform presets.
+
+    `args` of a training script go before the preset. Presets of detection have neither a size nor a
+    mean.
+    """
     crop = _side(args.get("val_crop_size")) or _side(getattr(preset, "crop_size", None))
     resize = _side(args.get("val_resize_size")) or _side(getattr(preset, "resize_size", None))
     side = crop or resize or 224
     video = type(preset).__name__ == "VideoClassification"
     mode = args.get("interpolation") or getattr(preset, "interpolation", "bilinear")
     changed = sorted({"val_crop_size", "val_resize_size", "interpolation"} & args.keys())
+    if changed:
+        origin += f", {', '.join(changed)} from the checkpoint's training script"
     return InputSpec(
         shape=(3, _FRAMES, side, side) if video else (3, side, side),
         mean=tuple(getattr(preset, "mean", ())),
         std=tuple(getattr(preset, "std", ())),
         interpolation=str(getattr(mode, "value", mode)),
         crop_pct=min(1.0, crop / resize) if crop and resize else 1.0,
-        origin=origin + (f", {', '.join(changed)} from the checkpoint's training script" if changed else ""),
+        origin=origin,
     )
 
 
 def _side(size: object) -> int | None:
-    """The shorter side: presets hold a list of one or two numbers, scripts a number."""
+    """Return the shorter side: presets hold a list of one or two numbers, scripts a number."""
     if isinstance(size, list | tuple) and size:
         return int(min(size))
     return size if isinstance(size, int) else None

@@ -1,6 +1,8 @@
-"""A Lightning callback: checkpoints hold BN running variances for dropout off, and training keeps its own.
+"""A Lightning callback that corrects BN running variances for dropout in the checkpoints that are
+saved.
 
-Works with ``lightning.pytorch`` and, where only that is there or in use, with ``pytorch_lightning``.
+It works with `lightning.pytorch`, and with `pytorch_lightning` where only that one is installed or
+in use.
 """
 
 from __future__ import annotations
@@ -26,15 +28,18 @@ from ckpt_tools.results import Reestimation
 When = Literal["checkpoint", "end"]
 
 _FRAMEWORKS = ("lightning.pytorch", "pytorch_lightning")
-_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
-_ENTRY = "ckpt_tools"  # of a checkpoint: what was done, and the variances of the training itself
+_SHARDING_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+# The checkpoint's entry for what was done, and for the variances of the training itself.
+_ENTRY = "ckpt_tools"
 
 
 def _framework() -> str:
-    """The one in use, else the one installed."""
+    """Return the name of the framework that is in use, else of the one that is installed."""
     installed = [name for name in _FRAMEWORKS if find_spec(name.partition(".")[0])]
     if not installed:
-        raise ModuleNotFoundError("BNReestimation needs Lightning: pip install 'ckpt-tools[lightning]'.")
+        raise ModuleNotFoundError(
+            "BNReestimation needs Lightning: pip install 'ckpt-tools[lightning]'."
+        )
     return next((name for name in installed if name in sys.modules), installed[0])
 
 
@@ -45,24 +50,27 @@ else:
 
 
 class BNReestimation(Callback):
-    """Re-estimates BN running variances with dropout off (Hendrycks & Gimpel 2016, section 3) for what is saved.
+    """Re-estimates BN running variances with dropout off (Hendrycks & Gimpel 2016, section 3).
 
     Args:
-        when: "checkpoint": every checkpoint that is saved holds corrected variances, while the model in memory goes on
-            with those of the training, bit for bit; a training that resumes from the file does, too. "end": the model
-            in memory is corrected once when training ends, for ``trainer.test`` and whatever you save then.
-        attribute: where the network is, such as "model", if the module's own ``forward`` is not it.
-        batches: another source than the training dataloader, such as a loader without augmentation.
-        forward: ``forward(network, batch)`` for batches other than a tensor, a tuple or list whose first item is the
-            input, or a dict of arguments.
-        estimator, layers, tolerance: as in ``ckpt_tools.reestimate_bn``. The default tolerance reads about 1,000
-            images; None reads everything.
-        limit_batches, max_images: upper bounds of what is read.
+        when: With "checkpoint", every checkpoint that is saved holds corrected variances, while the
+            model in memory goes on with those of the training, bit for bit. So does a training
+            that resumes from the file. With "end", the model in memory is corrected once when
+            training ends, for `trainer.test` and for what you save then.
+        attribute: The attribute that holds the network, such as "model", if the module has no
+            `forward` of its own.
+        batches: Another source than the training dataloader, such as a loader without augmentation.
+        forward: `forward(network, batch)` for batches other than a tensor, a tuple or list whose
+            first item is the input, or a dict of arguments.
+        estimator, layers, tolerance: As in `ckpt_tools.reestimate_bn`. The default tolerance reads
+            about 1,000 images; None reads everything.
+        limit_batches, max_images: Upper bounds of what is read.
 
-    ``result`` is the ``Reestimation`` of the last pass. Batches reach the device by the trainer's own way, with the
-    transfer hooks of module and datamodule. Rank 0 reads its own share of the data; others wait. If the model cannot
-    be corrected (no BN layer behind dropout, NaN), a warning says so and the checkpoint is saved as it is. Scores that
-    choose among checkpoints are those of the validation, made with the variances of the training.
+    `result` is the `Reestimation` of the last pass. Batches reach the device in the trainer's own
+    way, with the transfer hooks of module and datamodule. Rank 0 reads its own share of the data,
+    and the other ranks wait. If the model cannot be corrected (no BN layer behind dropout, NaN), a
+    warning says so and the checkpoint is saved as it is. The scores that choose among checkpoints
+    are those of the validation, which runs with the variances of the training.
     """
 
     def __init__(
@@ -87,48 +95,64 @@ class BNReestimation(Callback):
         # A Method refuses wrong settings now, not hours later. "ema" reads everything, so it has no tolerance.
         self._method = Method(estimator, layers, tolerance=None if estimator == "ema" else tolerance)
         self._forward = forward
+        # The last new variances, and the sums of the tensors that they belong to.
         self._last: tuple[tuple[float, ...], dict[str, Tensor]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what could only fail, or go unnoticed, hours later."""
+        """Raise UsageError for settings that would fail, or silently do nothing, hours later."""
         self._last = None
         if stage != "fit":
             return
         strategies = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-        if sharded := strategies & _SHARDED:
+        if sharding := strategies & _SHARDING_STRATEGIES:
             raise UsageError(
-                f"BNReestimation: {sharded.pop()} spreads the model over the ranks; expected a strategy that keeps it "
-                "whole on each, such as ddp. Run `ckpt-fix bn-reestimate` on the checkpoint instead."
+                f"BNReestimation: {sharding.pop()} spreads the model over the ranks; expected a "
+                "strategy that keeps it whole on each, such as ddp. Run `ckpt-fix bn-reestimate` "
+                "on the checkpoint instead."
             )
         self._check_forward(pl_module)
         if self.when == "checkpoint":
             self._check_callbacks(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put corrected variances into the checkpoint; the module keeps those it has."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put corrected variances into the checkpoint. The module keeps its own.
+
+        The variances of the training are stored beside them, for `on_load_checkpoint`.
+        """
         if self.when != "checkpoint" or not trainer.is_global_zero:
             return
         state: dict[str, Any] = checkpoint["state_dict"]
-        with _load_weights_temporarily(pl_module, state) as foreign:
-            new = self._new_variances(trainer, pl_module)
-        if new and self.result:
-            own = {} if foreign else {key: state[key].detach().clone() for key in new}
-            state.update(new)  # made for this checkpoint; the module's tensors are not touched
-            checkpoint[_ENTRY] = {**_describe_result(self.result), "training": own}
+        with _load_weights_temporarily(pl_module, state) as is_average:
+            variances = self._new_variances(trainer, pl_module)
+        if variances and self.result:
+            # The variances of averaged weights are not those that the training goes on with.
+            training = {} if is_average else {key: state[key].detach().clone() for key in variances}
+            # This replaces entries of the checkpoint's dict. The module's tensors are not touched.
+            state.update(variances)
+            checkpoint[_ENTRY] = {**_describe_result(self.result), "training": training}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A training that resumes goes on with the variances of the training."""
-        if trainer.state.fn == "fit" and isinstance(entry := checkpoint.get(_ENTRY), Mapping):
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Give a training that resumes the variances of the training back."""
+        entry = checkpoint.get(_ENTRY)
+        if trainer.state.fn == "fit" and isinstance(entry, Mapping):
             _overwrite(pl_module, entry.get("training", {}))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Correct the model in memory, on every rank alike."""
         if self.when == "end":
-            new = self._new_variances(trainer, pl_module) if trainer.is_global_zero else {}
-            _overwrite(pl_module, trainer.strategy.broadcast(new))
+            # Rank 0 alone measures, so that all ranks get the same numbers.
+            variances = self._new_variances(trainer, pl_module) if trainer.is_global_zero else {}
+            _overwrite(pl_module, trainer.strategy.broadcast(variances))
 
     def _new_variances(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """By key of the module's state dict. One pass serves all that is saved of the same weights."""
+        """Return the corrected variances by key of the module's state dict.
+
+        Several checkpoints may be saved of the same weights (best, last). One pass serves them all.
+        """
         tensors = [value for value in pl_module.state_dict().values() if isinstance(value, Tensor)]
         sums = tuple(float(tensor.float().sum()) for tensor in tensors)
         if self._last is None or self._last[0] != sums:
@@ -139,7 +163,10 @@ class BNReestimation(Callback):
         loader, limit = self._loader(trainer)
         results: list[Reestimation] = []
         if loader is None:
-            warnings.warn("BNReestimation: no training dataloader at hand; nothing was corrected.", stacklevel=2)
+            warnings.warn(
+                "BNReestimation: no training dataloader at hand; nothing was corrected.",
+                stacklevel=2,
+            )
             return {}
         network = pl_module.get_submodule(self.attribute or "")
         correct = ckpt_tools.corrected_state_dict
@@ -159,51 +186,68 @@ class BNReestimation(Callback):
             )
         except UsageError:
             raise
-        except CkptToolsError as error:  # a lost checkpoint would cost more than an uncorrected one
+        except CkptToolsError as error:
+            # A lost checkpoint would cost more than an uncorrected one.
             warnings.warn(f"BNReestimation: nothing was corrected. {error}", stacklevel=2)
             return {}
         self.result = results[0]
-        return _changed_tensors(state, network.state_dict(), f"{self.attribute}." if self.attribute else "")
+        prefix = f"{self.attribute}." if self.attribute else ""
+        return _changed_tensors(state, network.state_dict(), prefix)
 
     def _loader(self, trainer: Trainer) -> tuple[Iterable[object] | None, int | None]:
-        """What to read and how many batches of it; of the trainer's own no more than training itself reads."""
+        """Return what to read, and the largest number of batches (None: all).
+
+        Of the trainer's own dataloader no more is read than training itself reads.
+        """
         if self.batches is not None:
             return self.batches, self.limit_batches
         loader: Any = trainer.train_dataloader
         if isinstance(loader, (Mapping, list, tuple)):
             raise UsageError(
-                f"BNReestimation: the trainer reads {len(loader)} training dataloaders together; expected one. "
-                "Say which: BNReestimation(batches=loader)."
+                f"BNReestimation: the trainer reads {len(loader)} training dataloaders together; "
+                "expected one. Say which: BNReestimation(batches=loader)."
             )
-        known = [n for n in (self.limit_batches, trainer.num_training_batches) if n and n != float("inf")]
-        return loader, int(min(known)) if known else None
+        # The number is infinite for an iterable dataset without a length.
+        bounds = [
+            number
+            for number in (self.limit_batches, trainer.num_training_batches)
+            if number and number != float("inf")
+        ]
+        return loader, int(min(bounds)) if bounds else None
 
     def _check_forward(self, pl_module: LightningModule) -> None:
         forward = type(pl_module).forward
         inherited = forward.__module__.startswith(("lightning.", "pytorch_lightning."))
         if inherited and self.attribute is None and self._forward is None:
             raise UsageError(
-                f"BNReestimation: {type(pl_module).__name__} has no forward; expected one that takes the input. "
-                "Say where the network is, attribute='model', or how to run it, forward=lambda module, batch: …"
+                f"BNReestimation: {type(pl_module).__name__} has no forward; expected one that "
+                "takes the input. Say where the network is, attribute='model', or how to run it, "
+                "forward=lambda module, batch: …"
             )
 
     def _check_callbacks(self, trainer: Trainer) -> None:
         callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
-        if any(getattr(other, "save_weights_only", False) for other in callbacks):
+        if any(getattr(callback, "save_weights_only", False) for callback in callbacks):
             raise UsageError(
-                "BNReestimation: ModelCheckpoint(save_weights_only=True) saves without asking any callback. Save whole "
-                "checkpoints, or correct the model once training has ended: BNReestimation('end')."
+                "BNReestimation: ModelCheckpoint(save_weights_only=True) saves without asking any "
+                "callback. Save whole checkpoints, or correct the model once training has ended: "
+                "BNReestimation('end')."
             )
-        behind = callbacks[callbacks.index(self) + 1 :]
-        if any("WeightAveraging" in {kind.__name__ for kind in type(other).__mro__} for other in behind):
-            raise UsageError(
-                "BNReestimation stands before the callback that averages weights, which would save others than the "
-                "corrected ones. List it behind that one."
-            )
+        # Callbacks are called in their order, and weight averaging replaces the weights that are
+        # saved.
+        for callback in callbacks[callbacks.index(self) + 1 :]:
+            if "WeightAveraging" in {kind.__name__ for kind in type(callback).__mro__}:
+                raise UsageError(
+                    "BNReestimation stands before the callback that averages weights, which would "
+                    "save others than the corrected ones. List it behind that one."
+                )
 
 
 def _transfer(trainer: Trainer, pl_module: LightningModule) -> Callable[[object], object]:
-    """The trainer's own way of a batch to the device and the dtype of the model."""
+    """Return a function that brings a batch to the model as the trainer does.
+
+    It converts the batch to the trainer's precision and moves it to the model's device.
+    """
 
     def prepare(batch: object) -> object:
         converted = trainer.precision_plugin.convert_input(batch)
@@ -214,21 +258,25 @@ def _transfer(trainer: Trainer, pl_module: LightningModule) -> Callable[[object]
 
 @contextmanager
 def _load_weights_temporarily(module: nn.Module, state: Mapping[str, Any]) -> Iterator[bool]:
-    """The module with the weights of ``state``: other ones than its own where a callback averages weights.
+    """Give the module the weights of `state` while the block runs.
 
-    Yields whether they are other ones; afterwards the module has its own back.
+    They differ from the module's own where a callback averages weights. Yields whether they differ.
     """
     live = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    foreign = any(key in state and not torch.equal(state[key].to(value.device), value) for key, value in live.items())
-    own = {key: value.detach().clone() for key, value in live.items()} if foreign else {}
+    differs = any(
+        key in state and not torch.equal(state[key].to(value.device), value)
+        for key, value in live.items()
+    )
+    backup = {key: value.detach().clone() for key, value in live.items()} if differs else {}
     try:
-        _overwrite(module, {key: state[key] for key in own if key in state})
-        yield foreign
+        _overwrite(module, {key: state[key] for key in backup if key in state})
+        yield differs
     finally:
         try:
-            _overwrite(module, own)
-        except BaseException:  # an interrupt in the midst of it: some weights are still those of the average
-            _overwrite(module, own)
+            _overwrite(module, backup)
+        except BaseException:
+            # After an interrupt in the middle of it, some weights are still those of the average.
+            _overwrite(module, backup)
             raise
 
 
@@ -239,14 +287,23 @@ def _overwrite(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             live[key].copy_(value)
 
 
-def _changed_tensors(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-    """What in ``state`` is not the module's own, by key of the whole module."""
-    pairs = ((key, value, own[key]) for key, value in state.items() if isinstance(value, Tensor))
-    return {f"{prefix}{key}": value for key, value, live in pairs if value.data_ptr() != live.data_ptr()}
+def _changed_tensors(
+    state: Mapping[str, Any], live: Mapping[str, Any], prefix: str
+) -> dict[str, Tensor]:
+    """Return the tensors of `state` that are not the `live` ones, by key of the whole module.
+
+    `corrected_state_dict` makes new tensors for what it corrects, and shares all others with the
+    module.
+    """
+    return {
+        f"{prefix}{key}": value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.data_ptr() != live[key].data_ptr()
+    }
 
 
 def _describe_result(result: Reestimation) -> dict[str, object]:
-    """What a checkpoint says about itself, in plain values."""
+    """Return what a checkpoint records about its correction, in plain values."""
     return {
         "version": ckpt_tools.__version__,
         "estimator": result.estimator,

@@ -66,6 +66,7 @@ def bound_construction(
     """
     if recipe.adapter == "factory":
         return nullcontext()
+    # Drop rates do not change the size of a model, so its cost is what the user chose.
     chosen_by_user = recognised_by == "user" and all(map(_is_rate, recipe.kwargs.values()))
     budget = None if chosen_by_user else ConstructionBudget.from_shapes(checkpoint.shapes)
     return limited_construction(budget, f"{checkpoint.path}: {recipe.architecture}")

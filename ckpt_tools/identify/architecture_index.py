@@ -117,12 +117,7 @@ class ArchitectureIndex:
         """
         tables: dict[Level, dict[tuple[Keys, Keys], dict[int, list[str]]]] = defaultdict(dict)
         for entry in self.entries:
-            left_out: dict[Level, tuple[Keys, Keys]] = {
-                "full": ((), ()),
-                "body": (entry.head, ()),
-                "trunk": (top_attributes(entry.head), ()),
-                "frame": (top_attributes(entry.head), entry.stem),
-            }
+            left_out = _left_out(entry.head, entry.stem)
             for level, digest in zip(DIGEST_LEVELS, entry.digests, strict=True):
                 table = tables[level].setdefault(left_out[level], defaultdict(list))
                 table[digest].append(entry.architecture)
@@ -132,15 +127,9 @@ class ArchitectureIndex:
 def make_index_entry(architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]) -> IndexEntry:
     """Return the entry of one architecture, from the shapes of its default build."""
     part, head, stem = ModelPart("", shapes), tuple(sorted(head)), tuple(sorted(stem))
-    tops = top_attributes(head)
-    digests = (
-        part.full_digest,
-        part.body_digest(head),
-        part.trunk_digest(tops),
-        part.frame_digest(tops, stem),
-    )
-    masked = tuple(digest & _MASK for digest in digests)
-    return IndexEntry(architecture, masked, head, stem, part.sketch, part.size(head))
+    left_out = _left_out(head, stem)
+    digests = tuple(_digest(part, level, *left_out[level]) & _MASK for level in DIGEST_LEVELS)
+    return IndexEntry(architecture, digests, head, stem, part.sketch, part.size(head))
 
 
 @functools.cache
@@ -150,10 +139,7 @@ def load_shipped_index() -> ArchitectureIndex:
 
 
 def encode_index(index: ArchitectureIndex) -> bytes:
-    """Write an index as gzipped JSON, with names as text and columns of numbers in base64.
-
-    The same index gives the same bytes: the gzip header holds no time.
-    """
+    """Write an index as gzipped JSON, with names as text and columns of numbers in base64."""
     heads = sorted({entry.head for entry in index.entries})
     stems = sorted({entry.stem for entry in index.entries})
     count = len(index.entries)
@@ -170,6 +156,7 @@ def encode_index(index: ArchitectureIndex) -> bytes:
     for i, level in enumerate(DIGEST_LEVELS):
         column = struct.pack(f"<{count}I", *(entry.digests[i] for entry in index.entries))
         content[level] = _base64_text(column)
+    # With `mtime=0` the header holds no time, so that the same index gives the same bytes.
     return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
 
 
@@ -195,6 +182,16 @@ def decode_index(data: bytes) -> ArchitectureIndex:
     return ArchitectureIndex(content["versions"], entries)
 
 
+def _left_out(head: Keys, stem: Keys) -> dict[Level, tuple[Keys, Keys]]:
+    """Return by level what its digest leaves out of the head and of the stem.
+
+    "trunk" and "frame" leave out whole top attributes, not only the keys that depend on the class
+    count.
+    """
+    tops = top_attributes(head)
+    return {"full": ((), ()), "body": (head, ()), "trunk": (tops, ()), "frame": (tops, stem)}
+
+
 def _digest(part: ModelPart, level: Level, head: Keys, stem: Keys) -> int:
     match level:
         case "full":
@@ -210,6 +207,7 @@ def _digest(part: ModelPart, level: Level, head: Keys, stem: Keys) -> int:
 def _likeness(part: ModelPart, entry: IndexEntry) -> float:
     equal_buckets = sum(a == b for a, b in zip(part.sketch, entry.sketch, strict=True))
     size_difference = abs(math.log2((1 + part.size(entry.head)) / (1 + entry.size)))
+    # Beyond a factor of four, the size counts no further.
     return (equal_buckets - _SIZE_WEIGHT * min(size_difference, 2.0)) / SKETCH_BUCKETS
 
 

@@ -223,6 +223,7 @@ def _add_size_arguments(
 
 
 def _build_model(adapter: Adapter, recipe: Recipe, *, initialise: bool = True) -> nn.Module:
+    # The caller may have set another default device.
     with (
         torch.device("cpu"),
         contextlib.nullcontext() if initialise else SkipRandomInitialisation(),

@@ -31,7 +31,10 @@ def merge_equivalent_candidates(checkpoint: Checkpoint, candidates: Iterable[Can
     deviation. The first of a group is the one that the file is named after, else timm's, else the
     one with the shortest name.
     """
-    ordered = sorted(candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture))
+    # Sorted first, so that each group begins with its preferred name.
+    ordered = sorted(
+        candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture)
+    )
     if len(ordered) < 2:
         return tuple(ordered)
     groups: list[list[Candidate]] = []
@@ -95,12 +98,15 @@ def output_on_random_input(candidate: Candidate, shape: Sequence[int], weights: 
     input.
     """
     recipe = candidate.recipe
+    # Constructors draw random numbers. The caller's generator must not advance by that.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         with SkipRandomInitialisation():
             model = candidate.adapter.build(recipe.name, recipe.kwargs).float().eval()
         _randomise(model, weights)
+        # A small image is tried first, since its forward takes less time.
         small = (*shape[:-2], *(min(side, _SIDE) for side in shape[-2:]))
         for size in dict.fromkeys((small, tuple(shape))):
+            # The same seed for every candidate, so that all see the same inputs.
             sample = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
             try:
                 return _flatten_output(model(sample))
@@ -114,6 +120,7 @@ def _randomise(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
     BN layers normalise by the batch, so that differences survive the depth of the model.
     """
+    # The seed differs between models that add weights, so that no weights repeat earlier ones.
     generator = torch.Generator().manual_seed(len(weights))
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, tensor in model.state_dict().items():

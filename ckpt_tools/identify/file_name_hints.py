@@ -19,6 +19,7 @@ def guess_by_file_name(path: Path, candidates: Sequence[Candidate]) -> Candidate
     The longest name counts: `tf_efficientnet_b0.pt` is not the `efficientnet_b0` that its name
     contains. Returns None if no name or several equally long ones stand there.
     """
+    # A file is often named `model_best.pth`, in a folder that is named after the model.
     for text in (path.name, path.absolute().parent.name):
         lengths = [max(matched_name_length(text, name) for name in candidate.names) for candidate in candidates]
         longest = max(lengths, default=0)

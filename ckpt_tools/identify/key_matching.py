@@ -28,6 +28,7 @@ def common_prefix(expected: Iterable[str], keys: Iterable[str]) -> str:
     counts: Counter[str] = Counter()
     for key in keys:
         parts = key.split(".")
+        # Any suffix of a key may be a key of the model. What stands before it may be the prefix.
         for depth in range(len(parts)):
             if ".".join(parts[depth:]) in names:
                 counts[".".join(parts[:depth])] += 1
@@ -171,6 +172,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name}: expected floating-point numbers, the checkpoint holds {tensor.dtype}. "
             "Take a checkpoint from before quantisation or conversion."
         )
+    # `load_state_dict` converts integers, such as counters, while it copies them.
     return tensor.to(dtype) if dtype.is_floating_point else tensor
 
 

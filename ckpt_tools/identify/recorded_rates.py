@@ -57,6 +57,7 @@ def set_rates(model: nn.Module, rates: RatesByModule) -> dict[str, float]:
     for path, attributes in rates.items():
         for name, rate in attributes.items():
             module = modules.get(path)
+            # An attribute is set only where the model has a rate there, since the file names it.
             if module is not None and _is_rate(getattr(module, name, None)):
                 setattr(module, name, rate)
             elif name == "drop_prob" and rate > 0:

@@ -45,6 +45,7 @@ def find_candidates(
     if architecture is not None:
         recipe = recipe_with_recorded_arguments(checkpoint.words, architecture)
         return (fit_candidate(checkpoint, Candidate(*recipe, "user"), user_kwargs),)
+    # A trusted pickle may hold the model itself.
     if checkpoint.module is not None:
         return (module_candidate(checkpoint),)
     misfits: list[ArchitectureError] = []
@@ -55,7 +56,7 @@ def find_candidates(
         return (fitting[0],)
     for match in load_shipped_index().find_matches(checkpoint.shapes):
         if _is_part_of_larger_model(checkpoint, match.prefix):
-            continue
+            continue  # The BatchNorm layers outside the prefix would be left out.
         proposals = _propose_candidates(checkpoint, match)
         # With the user's arguments, a misfit is worth telling: the arguments may be the reason.
         # Without them the user asked for none of these architectures.
@@ -181,8 +182,11 @@ def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]
         )
 
 
-def _unknown_architecture_error(checkpoint: Checkpoint, misfits: list[ArchitectureError]) -> ArchitectureError:
-    reason = str(misfits[0]) if misfits else f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
+def _unknown_architecture_error(
+    checkpoint: Checkpoint, misfits: list[ArchitectureError]
+) -> ArchitectureError:
+    description = f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
+    reason = misfits[0] if misfits else description
     return ArchitectureError(
         f"{reason}\n{describe_closest(checkpoint.shapes)}\n"
         "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or "

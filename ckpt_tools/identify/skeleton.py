@@ -51,6 +51,7 @@ def build_skeleton(adapter: Adapter, name: str, kwargs: Mapping[str, object]) ->
         with torch.device("meta"):
             return adapter.build(name, kwargs).eval()
     except (ArchitectureError, RuntimeError, NotImplementedError):
+        # Some constructors compute with values, torchvision's regnets for example.
         with torch.device("cpu"):
             return adapter.build(name, kwargs).eval()
 
