@@ -63,15 +63,8 @@ class _SkipMetaInitialisation(TorchFunctionMode):
     """
 
     _INITIALISERS = frozenset(
-        {
-            function
-            for name, function in vars(nn.init).items()
-            if name.endswith("_") and not name.startswith("_")
-        }
-        | {
-            getattr(Tensor, name)
-            for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "clamp_")
-        }
+        {function for name, function in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+        | {getattr(Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "clamp_")}
     )
 
     def __torch_function__(
@@ -186,26 +179,19 @@ def _is_rate(parameter: inspect.Parameter) -> bool:
     return has_no_default and not parameter.name.endswith(("_size", "_layer", "_type", "_mode"))
 
 
-def _describe_failure(
-    architecture: str, make: Constructor, kwargs: Mapping[str, object], error: BaseException
-) -> str:
+def _describe_failure(architecture: str, make: Constructor, kwargs: Mapping[str, object], error: BaseException) -> str:
     name = find_refused_keyword(error, kwargs)
     if name is None:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         hint = " Give them as --model-kwargs name=value." if "required" in reason else ""
         arguments = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
-        return (
-            f"{architecture}: building it with {arguments or 'no arguments'} failed with "
-            f"{reason}.{hint}"
-        )
+        return f"{architecture}: building it with {arguments or 'no arguments'} failed with {reason}.{hint}"
     if "multiple values" in str(error):
         return (
             f"{architecture}: {name} is fixed by this architecture and cannot be given. Leave it "
             "out, or name the model's class as package.module:Class."
         )
-    return unknown_keyword_message(
-        architecture, name, keyword_parameters(make) if architecture else ()
-    )
+    return unknown_keyword_message(architecture, name, keyword_parameters(make) if architecture else ())
 
 
 def unknown_keyword_message(architecture: str, name: str, accepted: Iterable[str]) -> str:

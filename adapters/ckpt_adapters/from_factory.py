@@ -67,9 +67,7 @@ class FactoryAdapter:
         """Return the parameters whose names and defaults look like drop rates."""
         return rate_keywords(_factory(name))
 
-    def input_spec(
-        self, model: nn.Module, name: str, words: Mapping[str, object]
-    ) -> InputSpec | None:
+    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """Return the model's own `input_spec`, which is an InputSpec or a mapping of its fields.
 
         A timm-style `default_cfg` serves as well. Raises ArchitectureError for unknown fields.
@@ -85,9 +83,7 @@ class FactoryAdapter:
         try:
             return InputSpec(**{"origin": name, **fields})
         except TypeError as error:
-            raise ArchitectureError(
-                f"{name}: input_spec should hold the fields of InputSpec: {error}"
-            ) from error
+            raise ArchitectureError(f"{name}: input_spec should hold the fields of InputSpec: {error}") from error
 
 
 def _fields_of_cfg(cfg: object) -> dict[str, Any]:
@@ -117,9 +113,7 @@ def _factory(name: str) -> Callable[..., object]:
             f"{suggest_names(path, callables)}"
         ) from error
     if not callable(factory):
-        raise ArchitectureError(
-            f"{name}: expected a callable, found {type(factory).__name__}. Name a function."
-        )
+        raise ArchitectureError(f"{name}: expected a callable, found {type(factory).__name__}. Name a function.")
     return factory
 
 

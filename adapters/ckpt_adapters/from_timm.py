@@ -83,9 +83,7 @@ class TimmAdapter:
             **rates,
             **recorded_arguments.model_arguments(words),
         }
-        return Recipe(
-            self.prefix, name, kwargs, "recorded" if rates or by_timm_script else "unknown"
-        )
+        return Recipe(self.prefix, name, kwargs, "recorded" if rates or by_timm_script else "unknown")
 
     def build(self, name: str, kwargs: Mapping[str, object]) -> nn.Module:
         """Call `timm.create_model` without pretrained weights. Raises ArchitectureError."""
@@ -120,9 +118,7 @@ class TimmAdapter:
         del name
         return ARGUMENTS
 
-    def input_spec(
-        self, model: nn.Module, name: str, words: Mapping[str, object]
-    ) -> InputSpec | None:
+    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """Return the preprocessing of the checkpoint's config.json or arguments, over the model's
         own.
 
@@ -180,9 +176,7 @@ def _create_model(name: str, *, split_bn: int = 0, **kwargs: object) -> nn.Modul
     with warnings.catch_warnings():
         # timm builds the new model of that name, which is what we want.
         warnings.filterwarnings("ignore", message="Mapping deprecated model name")
-        model: nn.Module = _timm.create_model(
-            name, pretrained=False, pretrained_cfg_overlay=overlay, **kwargs
-        )
+        model: nn.Module = _timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **kwargs)
     return _timm.layers.convert_splitbn_model(model, split_bn) if split_bn else model
 
 

@@ -53,9 +53,7 @@ class TorchvisionAdapter:
         script.
         """
         if recorded_arguments.hub_config(words):
-            return (
-                None  # The folder holds a model of timm, which shares many names with torchvision.
-            )
+            return None  # The folder holds a model of timm, which shares many names with torchvision.
         registered = set(models.list_models())
         names = recorded_arguments.model_names(words, self.prefix)
         name = next((name for name in names if name in registered), None)
@@ -80,9 +78,7 @@ class TorchvisionAdapter:
             if keyword in _keywords(name)
         }
         # The auxiliary heads have a class count, too, so they must be there when it is inferred.
-        classes = infer_size_argument(
-            _constructor(name), {**arguments, **kwargs}, "num_classes", 0, shapes
-        )
+        classes = infer_size_argument(_constructor(name), {**arguments, **kwargs}, "num_classes", 0, shapes)
         if classes:
             arguments["num_classes"] = classes
         return arguments
@@ -99,9 +95,7 @@ class TorchvisionAdapter:
         del name
         return ARGUMENTS
 
-    def input_spec(
-        self, model: nn.Module, name: str, words: Mapping[str, object]
-    ) -> InputSpec | None:
+    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """Return the transform of the default weights, with the changes that a training script
         records.
 
@@ -144,8 +138,7 @@ def _require_known_keywords(name: str, kwargs: Mapping[str, object]) -> None:
     for keyword in _DOWNLOADS:
         if keyword in kwargs:
             raise ArchitectureError(
-                f"torchvision:{name}: the weights come from the checkpoint, found {keyword}. "
-                "Leave it out."
+                f"torchvision:{name}: the weights come from the checkpoint, found {keyword}. Leave it out."
             )
     if not kwargs:
         return
@@ -174,9 +167,7 @@ def _constructor(name: str) -> functools.partial[nn.Module]:
     parameters = inspect.signature(builder).parameters
     # Left out, `weights_backbone` would stand for pretrained weights: segmentation and detection
     # download them.
-    fixed: dict[str, Any] = {
-        keyword: None for keyword in ("weights", "weights_backbone") if keyword in parameters
-    }
+    fixed: dict[str, Any] = {keyword: None for keyword in ("weights", "weights_backbone") if keyword in parameters}
     if "inception" in name or "googlenet" in name:
         # Their initialisation takes minutes of truncated normals, and warns about that.
         fixed["init_weights"] = False

@@ -105,9 +105,7 @@ class TransformersAdapter:
         """
         return config_arguments(_model_class(name).config_class)
 
-    def input_spec(
-        self, model: nn.Module, name: str, words: Mapping[str, object]
-    ) -> InputSpec | None:
+    def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """Return the preprocessing that the checkpoint records, else that of the model's type.
 
         `words["preprocessor"]` holds the former. Returns None for models whose input is no image.
@@ -152,9 +150,7 @@ def _model_class(name: str) -> Any:
     # The library has several thousand names, and comparing with all of them is slow.
     similar = [candidate for candidate in dir(library) if candidate[:2].lower() == name[:2].lower()]
     model_names = [
-        candidate
-        for candidate in similar
-        if candidate.endswith(("Model", "Backbone")) or "For" in candidate
+        candidate for candidate in similar if candidate.endswith(("Model", "Backbone")) or "For" in candidate
     ]
     raise ArchitectureError(
         f"transformers:{name}: expected a model class of transformers {library.__version__}, found "
@@ -194,9 +190,7 @@ def _setting_names(cls: Any) -> list[str]:
 def _rate_kwargs(name: str) -> tuple[str, ...]:
     cls = _model_class(name)
     defaults = _fields(cls)
-    rates = [
-        field for field in _setting_names(cls) if "drop" in field and _is_rate(defaults[field])
-    ]
+    rates = [field for field in _setting_names(cls) if "drop" in field and _is_rate(defaults[field])]
     return tuple(rate for rate in rates if _accepts_fraction(cls, rate))
 
 
@@ -257,9 +251,7 @@ def _without_downloads(value: Any) -> Any:
     return [_without_downloads(item) for item in value] if isinstance(value, list) else value
 
 
-def _processor_defaults(
-    settings: Mapping[str, object], model_type: str
-) -> tuple[str, dict[str, Any]]:
+def _processor_defaults(settings: Mapping[str, object], model_type: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the default settings of an image processor, or ("", {}) if it is unknown.
 
     It is the processor that the settings name, else the one that goes with the model type.

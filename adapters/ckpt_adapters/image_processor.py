@@ -18,14 +18,10 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 # From this side on, ConvNeXt's processor resizes without keeping the aspect ratio. Below it, it
 # crops.
 _SQUASHED_FROM = 384
-_LEVIT_RESIZE = (
-    256 / 224
-)  # LeViT's processor resizes the shorter side by this factor before it crops.
+_LEVIT_RESIZE = 256 / 224  # LeViT's processor resizes the shorter side by this factor before it crops.
 
 
-def input_spec(
-    settings: Settings, defaults: Settings, channels: int, side: object, origin: str
-) -> InputSpec | None:
+def input_spec(settings: Settings, defaults: Settings, channels: int, side: object, origin: str) -> InputSpec | None:
     """Return what a processor does to an image, where `settings` override the `defaults` of its
     class.
 
@@ -59,9 +55,7 @@ def input_spec(
     return recorded_arguments.require_valid_input_spec(spec)
 
 
-def _scaling(
-    settings: Settings, channels: int, *, normalised: bool
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _scaling(settings: Settings, channels: int, *, normalised: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation that do what rescaling, offset and normalisation do.
 
     Both are on the scale 0–1, by channel. They are empty if pixels are only divided by 255.
@@ -84,9 +78,7 @@ def _scaling(
     return tuple((m + offset) / factor for m in mean), tuple(s / factor for s in std)
 
 
-def _output_geometry(
-    settings: Settings, number_is_square: bool
-) -> tuple[tuple[int, int], float, str] | None:
+def _output_geometry(settings: Settings, number_is_square: bool) -> tuple[tuple[int, int], float, str] | None:
     """Return (height, width) of the output, and `crop_pct` and `crop_mode` as in InputSpec.
 
     Returns None if the settings give no size.
@@ -115,9 +107,7 @@ def _output_geometry(
     return (crop, 1.0, "center") if crop else None
 
 
-def _resize_target(
-    size: object, number_is_square: bool
-) -> tuple[int | None, tuple[int, int] | None]:
+def _resize_target(size: object, number_is_square: bool) -> tuple[int | None, tuple[int, int] | None]:
     """Return the shorter side, or (height, width), that images are resized to."""
     if isinstance(size, Mapping):
         return _side(size.get("shortest_edge")), _height_and_width(size)

@@ -37,9 +37,7 @@ def _framework() -> str:
     """Return the name of the framework that is in use, else of the one that is installed."""
     installed = [name for name in _FRAMEWORKS if find_spec(name.partition(".")[0])]
     if not installed:
-        raise ModuleNotFoundError(
-            "BNReestimation needs Lightning: pip install 'ckpt-tools[lightning]'."
-        )
+        raise ModuleNotFoundError("BNReestimation needs Lightning: pip install 'ckpt-tools[lightning]'.")
     return next((name for name in installed if name in sys.modules), installed[0])
 
 
@@ -114,9 +112,7 @@ class BNReestimation(Callback):
         if self.when == "checkpoint":
             self._check_callbacks(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put corrected variances into the checkpoint. The module keeps its own.
 
         The variances of the training are stored beside them, for `on_load_checkpoint`.
@@ -133,9 +129,7 @@ class BNReestimation(Callback):
             state.update(variances)
             checkpoint[_ENTRY] = {**_describe_result(self.result), "training": training}
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Give a training that resumes the variances of the training back."""
         entry = checkpoint.get(_ENTRY)
         if trainer.state.fn == "fit" and isinstance(entry, Mapping):
@@ -209,9 +203,7 @@ class BNReestimation(Callback):
             )
         # The number is infinite for an iterable dataset without a length.
         bounds = [
-            number
-            for number in (self.limit_batches, trainer.num_training_batches)
-            if number and number != float("inf")
+            number for number in (self.limit_batches, trainer.num_training_batches) if number and number != float("inf")
         ]
         return loader, int(min(bounds)) if bounds else None
 
@@ -263,10 +255,7 @@ def _load_weights_temporarily(module: nn.Module, state: Mapping[str, Any]) -> It
     They differ from the module's own where a callback averages weights. Yields whether they differ.
     """
     live = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    differs = any(
-        key in state and not torch.equal(state[key].to(value.device), value)
-        for key, value in live.items()
-    )
+    differs = any(key in state and not torch.equal(state[key].to(value.device), value) for key, value in live.items())
     backup = {key: value.detach().clone() for key, value in live.items()} if differs else {}
     try:
         _overwrite(module, {key: state[key] for key in backup if key in state})
@@ -287,9 +276,7 @@ def _overwrite(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             live[key].copy_(value)
 
 
-def _changed_tensors(
-    state: Mapping[str, Any], live: Mapping[str, Any], prefix: str
-) -> dict[str, Tensor]:
+def _changed_tensors(state: Mapping[str, Any], live: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """Return the tensors of `state` that are not the `live` ones, by key of the whole module.
 
     `corrected_state_dict` makes new tensors for what it corrects, and shares all others with the

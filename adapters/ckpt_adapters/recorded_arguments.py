@@ -65,9 +65,7 @@ def hub_config(words: Words) -> dict[str, object]:
     if not isinstance(value, Mapping):
         return {}
     of_timm = isinstance(value.get("pretrained_cfg"), Mapping)
-    of_transformers = "model_type" in value and (
-        "architectures" in value or "transformers_version" in value
-    )
+    of_transformers = "model_type" in value and ("architectures" in value or "transformers_version" in value)
     return {str(name): item for name, item in value.items()} if of_transformers or of_timm else {}
 
 
@@ -126,10 +124,7 @@ def require_valid_input_spec(spec: InputSpec) -> InputSpec:
     numbers = (*spec.mean, *spec.std, spec.crop_pct)
     too_large = math.prod(spec.shape) > _LARGEST_SIDE**2
     if not sides or too_large or not all(map(math.isfinite, numbers)) or spec.crop_pct <= 0:
-        raise ValueError(
-            f"an input of shape {spec.shape}, mean {spec.mean}, std {spec.std}, "
-            f"crop {spec.crop_pct}"
-        )
+        raise ValueError(f"an input of shape {spec.shape}, mean {spec.mean}, std {spec.std}, crop {spec.crop_pct}")
     return spec
 
 

@@ -121,9 +121,7 @@ _WORDS = {
     "union": "add cat cat_avg_pool",
     "weight_init": "fix jax jax_nlhb moco normal reset skip",
     **dict.fromkeys(("act_layer", "attn_act_layer", "dw_act_layer", "fc_act_layer"), _ACTIVATIONS),
-    **dict.fromkeys(
-        ("downsample_norm", "embed_norm_layer", "input_norm_layer", "norm_layer"), _NORMS
-    ),
+    **dict.fromkeys(("downsample_norm", "embed_norm_layer", "input_norm_layer", "norm_layer"), _NORMS),
     **dict.fromkeys(("norm_layer_cl", "output_norm", "proj_norm_layer"), _NORMS),
 }
 

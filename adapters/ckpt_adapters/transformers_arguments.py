@@ -68,9 +68,7 @@ _WORDS = {
     "layer_type": "basic bottleneck preactivation x y",
     "norm_type": "batchnorm layernorm rmsnorm",
     "pooling_type": "max mean none",
-    "position_embedding_type": (
-        "absolute learned none relative relative_key relative_key_query rotary sine"
-    ),
+    "position_embedding_type": ("absolute learned none relative relative_key relative_key_query rotary sine"),
     "projection_type": "convolution linear",
     "qkv_projection_method": "avg dw_bn linear",
     "readout_type": "add ignore project",
@@ -189,11 +187,7 @@ def _mapping_kind(default: Mapping[str, object]) -> ArgumentKind:
     """Return the kind of a mapping in a configuration, by the default that the class has for it."""
     if default.get("model_type") in _configurations():
         return Nested(_arguments_by_type)
-    kinds = {
-        name: _kind_of_setting(name, value)
-        for name, value in default.items()
-        if name not in NOT_SETTINGS
-    }
+    kinds = {name: _kind_of_setting(name, value) for name, value in default.items() if name not in NOT_SETTINGS}
     return Nested(lambda settings: kinds)
 
 

@@ -32,9 +32,7 @@ def merge_equivalent_candidates(checkpoint: Checkpoint, candidates: Iterable[Can
     one with the shortest name.
     """
     # Sorted first, so that each group begins with its preferred name.
-    ordered = sorted(
-        candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture)
-    )
+    ordered = sorted(candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture))
     if len(ordered) < 2:
         return tuple(ordered)
     groups: list[list[Candidate]] = []

@@ -182,9 +182,7 @@ def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]
         )
 
 
-def _unknown_architecture_error(
-    checkpoint: Checkpoint, misfits: list[ArchitectureError]
-) -> ArchitectureError:
+def _unknown_architecture_error(checkpoint: Checkpoint, misfits: list[ArchitectureError]) -> ArchitectureError:
     description = f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
     reason = misfits[0] if misfits else description
     return ArchitectureError(

@@ -156,7 +156,7 @@ def test_timm_leaves_the_words_of_torchvision_scripts_alone():
     reference = {"args": {"model": "resnet18", "val_crop_size": 224, "val_resize_size": 256}}
     for words in (reference, {"arch": "resnet18", "best_acc1": 70.0}):
         assert TimmAdapter().recognise(words) is None
-        assert TorchvisionAdapter().recognise(words).resolve_global == "resnet18"
+        assert TorchvisionAdapter().recognise(words).name == "resnet18"
 
 
 def test_timm_preprocessing_is_the_checkpoints_before_the_librarys():
@@ -180,7 +180,7 @@ def test_arguments_of_another_meaning_are_not_timms_preprocessing(args):
 
 def test_an_unknown_tag_in_the_words_is_an_error_only_when_it_is_built():
     recipe = TimmAdapter().recognise(train_py(model="resnet18.no_such_tag", input_size=[]))
-    assert recipe.resolve_global == "resnet18.no_such_tag"
+    assert recipe.name == "resnet18.no_such_tag"
 
 
 def test_timm_input_has_the_models_channels():
@@ -197,7 +197,7 @@ def test_timm_names_that_mean_a_download_are_refused():
 
 def test_timm_words_may_name_a_model_as_on_the_hub():
     recipe = TimmAdapter().recognise(train_py(model="hf-hub:timm/resnet18.a1_in1k"))
-    assert recipe.resolve_global == "resnet18.a1_in1k"
+    assert recipe.name == "resnet18.a1_in1k"
     assert TimmAdapter().recognise(train_py(model="hf-hub:me/my_own")) is None
 
 
@@ -320,9 +320,9 @@ def test_timms_own_folders_tell_name_input_and_preprocessing(tmp_path):
     adapter, stored = TimmAdapter(), words["config"]["pretrained_cfg"]
     recipe = adapter.recognise(words)
     assert (recipe.architecture, recipe.rates) == ("timm:test_resnet", "unknown")
-    built = meta(adapter, recipe.resolve_global, **{**recipe.kwargs, "num_classes": 5, "in_chans": 1})
+    built = meta(adapter, recipe.name, **{**recipe.kwargs, "num_classes": 5, "in_chans": 1})
     assert shapes(built) == shapes(model)
-    spec = adapter.input_spec(built, recipe.resolve_global, words)
+    spec = adapter.input_spec(built, recipe.name, words)
     assert spec.origin.endswith("from config.json")
     assert list(spec.shape) == stored["input_size"]
     assert (list(spec.mean), list(spec.std), spec.crop_pct) == (stored["mean"], stored["std"], stored["crop_pct"])

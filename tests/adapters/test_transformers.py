@@ -311,10 +311,10 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     adapter = plugins.adapter("transformers")
     words = read_folder(tmp_path)
     recipe = adapter.recognise(words)
-    assert recipe.resolve_global == "ResNetModel"
+    assert recipe.name == "ResNetModel"
     monkeypatch.setattr("ckpt_adapters.from_transformers._model_class", _uncached())
     with pytest.raises(ArchitectureError, match=r"ckpt-tools\[transformers\]"):
-        adapter.build(recipe.resolve_global, recipe.kwargs)
+        adapter.build(recipe.name, recipe.kwargs)
 
 
 def _uncached():

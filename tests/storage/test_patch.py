@@ -128,7 +128,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def piecemeal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are handled as large ones are: in pieces, with blocks, by mappings."""
-    monkeypatch.setattr(hashing, "PIECE", 96)
+    monkeypatch.setattr(hashing, "PIECE_BYTES", 96)
     monkeypatch.setattr(patching, "_STEP", 128)
     monkeypatch.setattr(patching, "_SMALL", 64)
     monkeypatch.setattr(patching, "_LARGE", 0)
@@ -386,7 +386,7 @@ def test_a_byte_that_reads_back_differently(
 ) -> None:
     before = raw(source)
     begin = 0 if key is None else before.entries[key]["data_offsets"][0]
-    real = patching.verified
+    real = patching.verify_and_hash
 
     def spoiled(file: int, size: int, wanted: safetensors_layout.Layout) -> str:
         at = 20 if key is None else size - len(before.data) + begin
@@ -394,13 +394,13 @@ def test_a_byte_that_reads_back_differently(
         os.pwrite(file, bytes([old ^ 1]), at)
         return real(file, size, wanted)
 
-    monkeypatch.setattr(patching, "verified", spoiled)
+    monkeypatch.setattr(patching, "verify_and_hash", spoiled)
     refused(tmp_path, source, f"{name} reading back differently")
 
 
 def test_a_longer_file_reads_back_differently(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = patching.verified
-    monkeypatch.setattr(patching, "verified", lambda file, size, wanted: real(file, size + 1, wanted))
+    real = patching.verify_and_hash
+    monkeypatch.setattr(patching, "verify_and_hash", lambda file, size, wanted: real(file, size + 1, wanted))
     refused(tmp_path, source, "bytes instead of")
 
 
