@@ -134,7 +134,7 @@ def test_a_model_inside_a_larger_one_is_found(prefix):
     loaded = identify_model(checkpoint(tensors), HERE)
     assert same_function(loaded, model)
     assert loaded.checkpoint.prefix == prefix
-    assert list(loaded.checkpoint.batch_tensors) == list(model.state_dict())
+    assert list(loaded.checkpoint.tensors) == list(model.state_dict())
     assert loaded.checkpoint.left_out == ("loss (1 tensors)",)
 
 
@@ -149,7 +149,7 @@ def test_other_precisions_become_float32(dtype):
     loaded = identify_model(checkpoint(model), HERE)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     assert torch.equal(loaded.model.head.weight, model.head.weight.float())
-    assert loaded.checkpoint.batch_tensors["head.weight"].dtype == dtype
+    assert loaded.checkpoint.tensors["head.weight"].dtype == dtype
 
 
 def test_checkpoints_from_before_num_batches_tracked_load():

@@ -67,7 +67,7 @@ def test_a_loss_with_weights_of_its_own_is_no_part_of_the_model(architecture):
     model = trained(timm.create_model("test_efficientnet", num_classes=7))
     loaded = identify_model(checkpoint(model.state_dict() | {"criterion.weight": torch.ones(7)}), architecture)
     assert (loaded.recipe.architecture, loaded.as_built) == ("timm:test_efficientnet", ("criterion.",))
-    assert "criterion.weight" in loaded.checkpoint.batch_tensors
+    assert "criterion.weight" in loaded.checkpoint.tensors
     assert same_function(loaded, model)
     with pytest.raises(ArchitectureError, match=r"attention\.weight"):
         identify_model(checkpoint(model.state_dict() | {"attention.weight": torch.ones(7)}), architecture)
@@ -117,7 +117,7 @@ def test_a_head_of_ones_own_is_left_aside(architecture, attribute, head):
     assert (loaded.recipe.architecture, loaded.as_built) == (architecture, (f"{attribute}.",))
     own, theirs = loaded.model.state_dict(), model.state_dict()
     assert all(torch.equal(own[key], t) for key, t in theirs.items() if not key.startswith(attribute))
-    assert loaded.checkpoint.batch_tensors.keys() == theirs.keys()
+    assert loaded.checkpoint.tensors.keys() == theirs.keys()
     # The same where the user says which architecture it is.
     assert identify_model(checkpoint(model), architecture).as_built == loaded.as_built
 
