@@ -49,7 +49,13 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["result"].rewritten
 
 
-def test_files_named_in_the_tree_exist() -> None:
-    tree = README.split("```\nckpt_tools/\n")[1].split("```")[0]
-    for name in re.findall(r"^  ([\w.]+)", tree, re.MULTILINE):
-        assert (ROOT / "ckpt_tools" / name).exists(), name
+def test_the_map_names_every_room_and_only_files_that_exist() -> None:
+    tree = README.split("```\nckpt_tools/")[1].split("```")[0]
+    rows = [re.findall(r"[\w/]+\.py|[\w]+/", line) for line in tree.splitlines()]
+    folders = {path.parent.name for path in (ROOT / "ckpt_tools").glob("*/__init__.py")}
+    assert {row[0].rstrip("/") for row in rows if row and row[0].endswith("/")} - {"adapters", "scripts"} == folders
+    for row in rows:
+        room = ROOT / (row[0] if row and row[0] in ("adapters/", "scripts/") else f"ckpt_tools/{row[0]}" if row else "")
+        for name in row:
+            place = room if room.is_dir() else room.parent
+            assert any(place.rglob(name.rstrip("/"))) or (place / name).exists() or place.name == name[:-1], name
