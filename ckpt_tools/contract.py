@@ -34,7 +34,7 @@ class Checkpoint:
     ``tensors`` maps plain keys (wrapper prefixes such as ``module.`` removed) to CPU tensors in file order.
     """
 
-    path: Path
+    path: Path  # of the file or folder on this machine
     format: str
     tensors: Mapping[str, Tensor]
     weights: str = ""  # where in the file the state dict stood, "" for the top level
@@ -43,6 +43,12 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors file
     left_out: tuple[str, ...] = ()  # entries of the file that belong to no state dict, and odd ones in it
     module: nn.Module | None = None  # the model itself, where a trusted pickle held a whole one
+    url: str = ""  # of which ``path`` is a copy, without credentials; "" for a file of this machine
+
+    @property
+    def shown_path(self) -> str:
+        """What messages and reports call the checkpoint: its URL, or its path."""
+        return self.url or str(self.path)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

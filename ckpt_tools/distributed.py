@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ckpt_tools.errors import CkptToolsError, RankError, UsageError
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.mirror import restore_urls
 
 __all__ = ["ALONE", "Processes", "Ranks", "Team", "connected", "joined"]
 
@@ -191,7 +190,6 @@ class Processes(Team):
 
     def _told(self, error: Exception) -> CkptToolsError:
         if isinstance(error, CkptToolsError):
-            error.args = tuple(map(restore_urls, error.args))  # the copies of this rank mean nothing to the others
             return error
         what = without_fragments(f"{type(error).__name__}: {error}")
         return RankError(

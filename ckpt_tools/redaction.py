@@ -2,7 +2,7 @@
 
 Nobody can tell from a finished message where a secret ends: passwords hold blanks, quotes and slashes. So every URL
 that this process is given is remembered with what may be shown of it and with the secrets in it
-(``remote/address.py``), and every text loses what was remembered, as the runners of CI services do it. URLs that were
+(``urls.py``), and every text loses what was remembered, as the runners of CI services do it. URLs that were
 never parsed, such as those in names of files, are found by their form alone.
 
 A secret of 1–3 characters cannot be told from ordinary text. It goes with its URL, and is left where it stands alone.

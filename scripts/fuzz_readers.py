@@ -62,7 +62,7 @@ def _folder(path: Path) -> None:
     """As a folder run searches it."""
     for one in find_checkpoints([path]):
         try:
-            _checkpoint(one.path)
+            _checkpoint(one.location.path)
         except CkptToolsError:
             continue
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,8 +11,9 @@ from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar, ReestimationBar
 from ckpt_tools.cli.torchrun import join_team
+from ckpt_tools.location import Location
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.redaction import without_secrets
 
 if TYPE_CHECKING:  # these import torch
     from ckpt_tools.evaluate.scores import Metrics
@@ -112,9 +112,9 @@ if TYPE_CHECKING:  # these import torch
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def bn_reestimate(
-    checkpoints: tuple[Path, ...],
+    checkpoints: tuple[Location, ...],
     model_kwargs: tuple[str, ...],
-    reports: tuple[Path, ...],
+    reports: tuple[Location, ...],
     as_json: bool,
     quiet: bool,
     **said: Any,
@@ -183,7 +183,7 @@ def bn_reestimate(
             raise
         if not team.speaks:
             return
-        facts = restore_urls(outcome_json(outcome))
+        facts = without_secrets(outcome_json(outcome))
         for report in reports:
             write_report(report, facts)
         if as_json:
@@ -199,7 +199,7 @@ def _show_refusal(plan: Plan, metrics: Metrics, as_json: bool) -> None:
     from ckpt_tools.report.records.reestimation_json import refusal_json
     from ckpt_tools.report.text.metrics_text import metrics_text
 
-    facts = restore_urls(refusal_json(plan, metrics))
+    facts = without_secrets(refusal_json(plan, metrics))
     if as_json:
         print_json(facts)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from ckpt_tools.cli import options
 from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
+from ckpt_tools.location import Location
 
 
 @click.command()
@@ -20,7 +20,7 @@ from ckpt_tools.cli.printing import print_json, print_result
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @options.checkpoint
 @options.as_json
-def convert(checkpoint: Path, as_json: bool, **said: Any) -> None:
+def convert(checkpoint: Location, as_json: bool, **said: Any) -> None:
     """Write the weights of CHECKPOINT as one safetensors file, bit for bit, under the same keys in the same order.
 
     CHECKPOINT is anything that can be read: torch.save files, folders of shards, TorchScript, whatever inspect shows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,7 +9,8 @@ import click
 from ckpt_tools.cli import github, options
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import EvaluationBar
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.location import Location
+from ckpt_tools.redaction import without_secrets
 
 
 @click.command()
@@ -40,7 +40,7 @@ from ckpt_tools.remote.mirror import restore_urls
 @options.preprocessing
 @options.as_json
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any) -> None:
+def evaluate(checkpoint: Location, model_kwargs: tuple[str, ...], as_json: bool, quiet: bool, **said: Any) -> None:
     """Error, NLL and calibration of CHECKPOINT on labelled data, with standard errors. Nothing is written.
 
     Top-1 and top-5 error in percent, NLL in nats an image, expected calibration error (ECE, 15 bins) in percent.
@@ -66,7 +66,7 @@ def evaluate(checkpoint: Path, model_kwargs: tuple[str, ...], as_json: bool, qui
         print_result(evaluation_plan_text(plan) + "\n")
     with EvaluationBar(plan.images, hidden=quiet) as bar, options.redirect_foreign_stdout():
         outcome = execute_evaluation(plan, bar)
-    facts = restore_urls(evaluation_json(outcome))
+    facts = without_secrets(evaluation_json(outcome))
     if as_json:
         print_json(facts)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from ckpt_tools.cli import options
 from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location
 
 if TYPE_CHECKING:  # it imports torch
     from ckpt_tools.jobs.initialization import InitRequest
@@ -87,7 +86,11 @@ if TYPE_CHECKING:  # it imports torch
 @options.preprocessing
 @options.as_json
 def init_rewrite(
-    checkpoint: Path | None, model_kwargs: tuple[str, ...], as_json: bool, report: Path | None, **said: Any
+    checkpoint: Location | None,
+    model_kwargs: tuple[str, ...],
+    as_json: bool,
+    report: Location | None,
+    **said: Any,
 ) -> None:
     """Give a model's weights an initialisation that is corrected for dropout and for the nonlinearity.
 
@@ -127,7 +130,7 @@ def _make_figure_writer(request: InitRequest) -> Any:
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
     inputs = () if request.checkpoint is None else files_of_checkpoint(request.checkpoint)
-    data = None if request.data is None else resolve_location(request.data)
+    data = None if request.data is None else Location.of(request.data)
     check_figure(report)
     check_earlier_figure(report, (*inputs, request.output, data))
     return partial(write_signals_figure, report, only_own=True)

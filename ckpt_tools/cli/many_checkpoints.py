@@ -18,10 +18,10 @@ from ckpt_tools.cli.options import combine_options, path, redirect_foreign_stdou
 from ckpt_tools.cli.printing import print_json, print_result
 from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.location import Location
 from ckpt_tools.paths import matching_paths
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.remote.mirror import resolve_location, restore_urls
-from ckpt_tools.remote.uploads import may_write_beside
+from ckpt_tools.redaction import without_secrets
 
 if TYPE_CHECKING:
     from tqdm import tqdm  # noqa: TID251 - a type
@@ -72,10 +72,10 @@ options = combine_options(
 class FolderOptions:
     """Which of many checkpoints are meant, where their outputs go, and what works on them (None: this process)."""
 
-    output_dir: Path | None
+    output_dir: Location | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
-    manifest: Path | None
+    manifest: Location | None
     engine: Engine | None
 
 
@@ -98,7 +98,7 @@ def _pop_engine(said: dict[str, Any]) -> Engine | None:
     return None
 
 
-def is_folder_run(paths: Sequence[Path], place: FolderOptions) -> bool:
+def is_folder_run(paths: Sequence[Location], place: FolderOptions) -> bool:
     """Whether a run has, or may have, more than one checkpoint."""
     from ckpt_tools.storage.discovery import is_one_checkpoint
 
@@ -106,10 +106,10 @@ def is_folder_run(paths: Sequence[Path], place: FolderOptions) -> bool:
 
 
 def reestimate_checkpoints(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     request: Request,
     place: FolderOptions,
-    reports: Sequence[Path],
+    reports: Sequence[Location],
     *,
     as_json: bool,
     quiet: bool,
@@ -136,7 +136,7 @@ def reestimate_checkpoints(
     if place.output_dir is not None:
         make_folder(place.output_dir)  # reports may go into it
     records: list[Any] = []
-    names = {restore_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
+    names = {without_secrets(str(item.checkpoint)): number for number, item in enumerate(items)}
 
     def record(made: Record) -> None:
         records.append(bars.count_checkpoint(log.add_record(made)))
@@ -155,24 +155,25 @@ def reestimate_checkpoints(
     if as_json:
         print_json({"checkpoints": records})
     else:
-        print_result(folder_text(records, log.path))
+        print_result(folder_text(records, log.location))
     github.report_folder_run(records)
-    _answer(records, log.path)
+    _answer(records, log.location)
 
 
-def _data_files(request: Request) -> list[Path]:
+def _data_files(request: Request) -> list[Location]:
     """The files and folders that hold the data, which lie beside the checkpoints now and then."""
     from ckpt_tools.data.shards.shard_names import expand_braces
 
-    found = [Path(resolve_location(data)) for data in (request.data, request.eval_data) if data is not None]
-    for pattern in map(str, tuple(found)):
+    specs = [spec for spec in (request.data, request.eval_data) if spec is not None]
+    locations = list(map(Location.of, specs))
+    for pattern in [str(location.path) for location in locations]:
         with contextlib.suppress(OverflowError):  # too many to be files here
             for name in expand_braces(pattern):
-                found += matching_paths(name)
-    return found
+                locations += map(Location, matching_paths(name))
+    return locations
 
 
-def input_files(request: Request, checkpoints: Sequence[Path]) -> tuple[Path, ...]:
+def input_files(request: Request, checkpoints: Sequence[Location]) -> tuple[Location, ...]:
     """The files that a run reads: those of its checkpoints, its data and its class map."""
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
@@ -184,11 +185,11 @@ def _release(item: CheckpointItem) -> None:
     """Remove the copies of remote files, so that a folder may be larger than the disk."""
     from ckpt_tools.storage.files.fetching import remove_checkpoint_copies
 
-    for file in (item.checkpoint, item.output):
-        remove_checkpoint_copies(file)
+    for location in (item.checkpoint, item.output):
+        remove_checkpoint_copies(location)
 
 
-def _answer(records: Sequence[Record], manifest: Path) -> None:
+def _answer(records: Sequence[Record], manifest: Location) -> None:
     failed = [record for record in records if record["status"] == "failed"]
     if failed:
         refused = {record["exit_code"] for record in failed} == {CheckFailed.exit_code}
@@ -198,10 +199,13 @@ def _answer(records: Sequence[Record], manifest: Path) -> None:
         raise NothingToDo(f"nothing to do in any of {len(records)} checkpoints; {manifest} says why.")
 
 
-def _beside(paths: Sequence[Path], output_dir: Path | None) -> Path:
+def _beside(paths: Sequence[Location], output_dir: Location | None) -> Location:
     """In the folder of the outputs; without one in the folder that was given, else in the current one."""
-    folders = [path for path in paths if path.is_dir() and may_write_beside(path)]
-    return (output_dir or (folders[0] if len(folders) == len(paths) == 1 else Path())) / _MANIFEST
+    if output_dir is not None:
+        return output_dir / _MANIFEST
+    if len(paths) == 1 and paths[0].path.is_dir() and paths[0].may_write_beside():
+        return paths[0] / _MANIFEST
+    return Location(Path(_MANIFEST))
 
 
 class _Bars:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location
+from ckpt_tools.urls import is_url
 
 if TYPE_CHECKING:
     from ckpt_tools.data.preprocessing import Preprocessing
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _Location(click.Path):
-    """A path, or a URL, whose place on this machine is taken instead."""
+class _LocationType(click.Path):
+    """A path or a URL, as a ``Location``."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, Location):
+            return value
         if isinstance(value, str) and is_url(value):
-            return resolve_location(value)
-        return super().convert(value, param, ctx)
+            return Location.of(value)
+        return Location(Path(os.fsdecode(super().convert(value, param, ctx))))
 
 
-path = _Location(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else
+path = _LocationType(path_type=Path, readable=False)  # who cannot be read is told by the reader, like all else
 
 
 def comma_separated_numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ckpt_tools.data.arrays.array_files import StoredArray
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
-from ckpt_tools.remote.local_copies import fetch_file
+from ckpt_tools.location import Location, LocationLike
 
 __all__ = [
     "ClassMap",
@@ -40,7 +40,7 @@ class ClassMap:
     ``outputs`` is how many the head must have, None where the file does not say.
     """
 
-    path: Path
+    location: Location
     numbers: Mapping[str, int]
     outputs: int | None
 
@@ -58,44 +58,47 @@ class Labels:
     hint: str
 
 
-def read_class_map(path: Path) -> ClassMap:
+def read_class_map(place: LocationLike) -> ClassMap:
     """Reads JSON, ``{"folder name": index, …}`` or a list of names, or a text file with one class name a line.
 
     Names without numbers stand in the order of the head. Raises DataError.
     """
+    location = Location.of(place)
     try:
-        text = fetch_file(path).read_text("utf-8-sig")
+        text = location.fetch().read_text("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise DataError(f"--class-map {path}: expected a text or JSON file: {error}.") from error
-    if path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
-        return _in_order(path, [line.strip() for line in text.rstrip().splitlines()])
+        raise DataError(f"--class-map {location}: expected a text or JSON file: {error}.") from error
+    if location.path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
+        return _in_order(location, [line.strip() for line in text.rstrip().splitlines()])
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"--class-map {path}: expected JSON: {error}.") from error
+        raise DataError(f"--class-map {location}: expected JSON: {error}.") from error
     if isinstance(found, list):
-        return _in_order(path, found)
-    return _class_map_from_json(path, found)
+        return _in_order(location, found)
+    return _class_map_from_json(location, found)
 
 
-def _in_order(path: Path, names: Sequence[object]) -> ClassMap:
+def _in_order(location: Location, names: Sequence[object]) -> ClassMap:
     known: dict[str, int] = {}
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name or name in known:
-            raise DataError(f"--class-map {path}: class {number} is {name!r}; expected names, each once.")
+            raise DataError(f"--class-map {location}: class {number} is {name!r}; expected names, each once.")
         known[name] = number
     if not known:
-        raise DataError(f"--class-map {path}: expected class names, found none.")
-    return ClassMap(path, known, len(known))
+        raise DataError(f"--class-map {location}: expected class names, found none.")
+    return ClassMap(location, known, len(known))
 
 
-def _class_map_from_json(path: Path, found: object) -> ClassMap:
+def _class_map_from_json(location: Location, found: object) -> ClassMap:
     if not isinstance(found, dict) or not found:
-        raise DataError(f'--class-map {path}: expected {{"folder name": index, …}} or a list of names.')
+        raise DataError(f'--class-map {location}: expected {{"folder name": index, …}} or a list of names.')
     for name, number in found.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MOST:
-            raise DataError(f"--class-map {path}: {name!r} is {number!r}; expected the number of an output, from 0.")
-    return ClassMap(path, found, None)
+            raise DataError(
+                f"--class-map {location}: {name!r} is {number!r}; expected the number of an output, from 0."
+            )
+    return ClassMap(location, found, None)
 
 
 def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: ClassMap | None) -> Labels:
@@ -113,10 +116,10 @@ def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: Cl
     unknown = sorted(set(owners) - set(class_map.numbers))
     if unknown:
         some = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise DataError(f"--class-map {class_map.path}: class folders of {root} are not in it: {some}. Add them.")
+        raise DataError(f"--class-map {class_map.location}: class folders of {root} are not in it: {some}. Add them.")
     values = torch.tensor([class_map.numbers[owner] for owner in owners])
-    hint = f"Name every output of the head, in its order, in {class_map.path}."
-    return Labels(values, class_map.outputs, f"the names in {class_map.path}", hint)
+    hint = f"Name every output of the head, in its order, in {class_map.location}."
+    return Labels(values, class_map.outputs, f"the names in {class_map.location}", hint)
 
 
 def _alphabetical(root: Path | RemoteFolder, owners: Sequence[str]) -> Labels:

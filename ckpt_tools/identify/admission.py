@@ -60,7 +60,7 @@ def bound_construction(
         return nullcontext()
     chosen_by_user = recognised_by == "user" and all(map(_is_rate, recipe.kwargs.values()))
     budget = None if chosen_by_user else ConstructionBudget.from_shapes(checkpoint.shapes)
-    return limited_construction(budget, f"{checkpoint.path}: {recipe.architecture}")
+    return limited_construction(budget, f"{checkpoint.shown_path}: {recipe.architecture}")
 
 
 def _list_argument_kinds(adapter: Adapter, name: str) -> Mapping[str, ArgumentKind]:
@@ -75,6 +75,6 @@ def _is_rate(value: object) -> bool:
 
 def _describe_refusal(checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted) -> str:
     return (
-        f"{checkpoint.path}: expected arguments of {recipe.architecture} that a checkpoint may set, found "
+        f"{checkpoint.shown_path}: expected arguments of {recipe.architecture} that a checkpoint may set, found "
         f"{name}={reprlib.repr(value)} ({reason}). If the file is right, give it yourself: --model-kwargs {name}=…"
     )

@@ -18,7 +18,7 @@ def require_batch_norm(checkpoint: Checkpoint) -> None:
     if any(key.endswith(_VARIANCE) for key in checkpoint.tensors):
         return
     why = missing_batch_norm(checkpoint.tensors) or _describe_folded(checkpoint) or _NONE
-    raise NothingToDo(f"{checkpoint.path}: {why}")
+    raise NothingToDo(f"{checkpoint.shown_path}: {why}")
 
 
 def _describe_folded(checkpoint: Checkpoint) -> str | None:

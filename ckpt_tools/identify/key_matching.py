@@ -95,7 +95,7 @@ def misfit_error(found: Differences, wanted: Shapes, checkpoint: Checkpoint, arc
         ),
     ]
     return ArchitectureError(
-        f"{checkpoint.path} does not fit {architecture}:\n  " + "\n  ".join(lines) + "\n"
+        f"{checkpoint.shown_path} does not fit {architecture}:\n  " + "\n  ".join(lines) + "\n"
         "Try another --arch, or --model-kwargs name=value if the model was built with arguments of its own."
     )
 
@@ -111,7 +111,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_b
     found = compare_shapes(shapes, checkpoint.shapes, unsaved_buffer_keys(model))
     if not found.only_under(as_built):
         raise misfit_error(found, shapes, checkpoint, architecture)
-    where = f"{checkpoint.path}: "
+    where = f"{checkpoint.shown_path}: "
     left = {*found.reshaped, *(key for key in checkpoint.tensors if key not in wanted)}
     state = {key: _cast(where + key, t, wanted[key].dtype) for key, t in checkpoint.tensors.items() if key not in left}
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -125,7 +125,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_b
     try:
         model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
-        raise ArchitectureError(f"{checkpoint.path} does not fit {architecture}: {error}") from error
+        raise ArchitectureError(f"{checkpoint.shown_path} does not fit {architecture}: {error}") from error
 
 
 def _first(lines: list[str], what: str) -> list[str]:

@@ -66,7 +66,7 @@ def require_single_candidate(checkpoint: Checkpoint, found: tuple[Candidate, ...
     guess = guess_by_file_name(checkpoint.path, found)
     hint = f"The file's name suggests {guess.architecture}. " if guess else ""
     raise AmbiguousArchitecture(
-        f"{checkpoint.path}: its tensors fit {len(found)} architectures that differ in function or in the input they "
+        f"{checkpoint.shown_path}: its tensors fit {len(found)} architectures that differ in function or in the input they "
         "expect:\n  " + "\n  ".join(lines) + f"\n{hint}Choose one, e.g. --arch {(guess or found[0]).architecture}.",
         tuple(one.architecture for one in found),
     )
@@ -138,14 +138,14 @@ def _require_one_meaning(checkpoint: Checkpoint, found: Iterable[Candidate]) -> 
     if len(recorded) > 1:
         first, second, *_ = recorded.values()
         raise AmbiguousArchitecture(
-            f"{checkpoint.path}: its keys fit {first} and {second}, and the drop rates it records may mean different "
+            f"{checkpoint.shown_path}: its keys fit {first} and {second}, and the drop rates it records may mean different "
             f"layers in each. Give --arch {first} or --arch {second}.",
             tuple(recorded.values()),
         )
 
 
 def _unknown(checkpoint: Checkpoint, refusals: list[ArchitectureError]) -> ArchitectureError:
-    told = str(refusals[0]) if refusals else f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
+    told = str(refusals[0]) if refusals else f"{checkpoint.shown_path}: {describe_recorded_name(checkpoint)}."
     return ArchitectureError(
         f"{told}\n{describe_closest(checkpoint.shapes)}\n"
         "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or --arch package.module:factory."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.outputs import default_output_path
+from ckpt_tools.location import Location
 from ckpt_tools.storage.output.checkpoint_writer import check_output, replace_tensors
 from ckpt_tools.storage.reading import read_checkpoint
 
@@ -19,8 +19,8 @@ from ckpt_tools.storage.reading import read_checkpoint
 class ConvertRequest:
     """Everything the user asks for. ``output`` None: NAME.safetensors beside the checkpoint."""
 
-    checkpoint: Path
-    output: Path | None = None
+    checkpoint: Location
+    output: Location | None = None
     weights: str = "auto"
     trust: bool = False
     overwrite: bool = False
@@ -31,7 +31,7 @@ class Conversion:
     """What happened. ``shared``: groups of keys whose tensors shared memory and are now written once each."""
 
     checkpoint: Checkpoint
-    output: Path
+    output: Location
     source_sha256: str
     output_sha256: str
     shared: tuple[tuple[str, ...], ...]
@@ -71,11 +71,11 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _default(checkpoint: Path) -> Path:
+def _default(checkpoint: Location) -> Location:
     output = default_output_path(checkpoint)
-    if output == checkpoint.absolute():
+    if output.path == checkpoint.path.absolute():
         raise OutputError(
             f"{checkpoint}: expected another name for the copy, found a .safetensors file already. "
-            f"Give one with -o, e.g. -o {output.stem}.copy.safetensors."
+            f"Give one with -o, e.g. -o {output.path.stem}.copy.safetensors."
         )
     return output

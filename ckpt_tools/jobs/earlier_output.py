@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.request import Request
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
 from ckpt_tools.storage.output.integrity import FileDigest, measure_output
 from ckpt_tools.storage.provenance import read_provenance_entry, read_seal
@@ -33,7 +33,7 @@ class DamagedOutput:
 
 
 def find_earlier_output(
-    output: Path, request: Request, in_manifest: EarlierOutput | None
+    output: LocationLike, request: Request, in_manifest: EarlierOutput | None
 ) -> EarlierOutput | DamagedOutput | None:
     """What an earlier run made of the request's checkpoint with the same settings, if it is there: whole, or damaged.
 
@@ -56,7 +56,7 @@ def find_earlier_output(
             "cannot prove to be whole. Pass --overwrite to make it again, or give another --output-dir."
         )
     try:
-        stamp = stamp_file(output)
+        stamp = stamp_file(Location.of(output).path)
         measured = measure_output(output)
     except OSError as error:
         raise OutputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
@@ -21,6 +20,7 @@ from ckpt_tools.evaluate.validation import (
     parse_evaluation_settings,
 )
 from ckpt_tools.jobs.recognition import recognise_architecture
+from ckpt_tools.location import Location
 from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
@@ -31,10 +31,10 @@ from ckpt_tools.walker.downstream import walk
 class EvaluationRequest:
     """Everything the user asks for. ``before``: a second checkpoint, to compare with."""
 
-    checkpoint: Path
+    checkpoint: Location
     data: str
-    before: Path | None = None
-    class_map: Path | None = None
+    before: Location | None = None
+    class_map: Location | None = None
     calibrate: bool = False
     gate: str | None = None
     architecture: str | None = None
@@ -109,9 +109,11 @@ def execute_evaluation(plan: EvaluationPlan, progress: Callable[[str, int], None
     )
 
 
-def _contestant(path: Path, asked: EvaluationSettings, request: EvaluationRequest, device: str) -> EvaluatedCheckpoint:
+def _contestant(
+    location: Location, asked: EvaluationSettings, request: EvaluationRequest, device: str
+) -> EvaluatedCheckpoint:
     source = open_source(request.data, limit=request.limit, seed=request.seed, split="test")
-    checkpoint = read_checkpoint(path, weights=request.weights, trust=request.trust)
+    checkpoint = read_checkpoint(location, weights=request.weights, trust=request.trust)
     loaded = recognise_architecture(
         checkpoint, request.architecture, request.model_kwargs, source, request.preprocessing
     ).loaded

@@ -6,7 +6,6 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from ckpt_tools.initialize.outcome import InitRewrite, LayerSignal
 from ckpt_tools.initialize.rewrite import rewrite_init
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.verification import VerificationBatches, make_verification_batches
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, check_output, replace_tensors, write_safetensors
@@ -34,8 +34,8 @@ SignalsCallback = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], N
 class InitRequest:
     """Everything the user asks for. Without ``checkpoint``, ``architecture`` and ``output`` are needed."""
 
-    checkpoint: Path | None = None
-    output: Path | None = None
+    checkpoint: Location | None = None
+    output: Location | None = None
     architecture: str | None = None
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
     weights: str = "auto"
@@ -50,7 +50,7 @@ class InitRequest:
     data: str | None = None
     samples: int = 64  # of the verification
     device: str = "auto"  # of the verification: new weights are made on the CPU, the same everywhere
-    report: Path | None = None
+    report: Location | None = None
     overwrite: bool = False
     force: bool = False
 
@@ -67,7 +67,7 @@ class InitOutcome:
     request: InitRequest
     loaded: LoadedModel
     result: InitRewrite
-    output: Path
+    output: Location
     output_sha256: str
     source_sha256: str | None = None
     trial: VerificationBatches | None = None
@@ -117,7 +117,7 @@ def refuse_trained_checkpoint(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _checked_output(request: InitRequest) -> Path:
+def _checked_output(request: InitRequest) -> Location:
     """Where the output goes; refuses at once what cannot be meant or written."""
     if request.checkpoint is None and request.architecture is None:
         raise UsageError("Give a fresh checkpoint, or an architecture with --arch.")
@@ -133,7 +133,7 @@ def _checked_output(request: InitRequest) -> Path:
         )
     if request.data is not None:
         refuse_overwriting_data(output, request.data)
-    if request.report is not None and request.report.absolute() == output.absolute():
+    if request.report is not None and request.report.path.absolute() == output.path.absolute():
         raise UsageError(
             f"--report {request.report}: expected a file of its own, found the output's name. Choose another."
         )
@@ -193,7 +193,7 @@ def seed_constructors(seed: int) -> Iterator[None]:
 
 
 def write_initialized(
-    output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False
+    output: LocationLike, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False
 ) -> OutputDigests:
     """Write a model whose weights were rewritten; the source's digest is empty if there is none. Raises OutputError.
 

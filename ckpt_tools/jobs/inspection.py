@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.loading import identify_model, load_architecture
+from ckpt_tools.location import Location
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.results import Walk
@@ -27,7 +27,7 @@ _STATISTICS = ("running_mean", "running_var")
 class InspectRequest:
     """What the user asks for: a checkpoint, an architecture, or both."""
 
-    checkpoint: Path | None = None
+    checkpoint: Location | None = None
     architecture: str | None = None
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
     weights: str = "auto"
@@ -109,7 +109,7 @@ def _file(request: InspectRequest) -> Inspection:
         for key, tensor in checkpoint.tensors.items()
         if tensor.is_floating_point() and not key.endswith(_STATISTICS)
     )
-    size = sum(file.stat().st_size for file in find_checkpoint_files(request.checkpoint).files)
+    size = sum(file.stat().st_size for file in find_checkpoint_files(checkpoint.path).files)
     return Inspection(request, checkpoint, size, _types(checkpoint.tensors), numbers)
 
 

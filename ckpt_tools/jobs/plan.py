@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,7 @@ from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
+from ckpt_tools.location import Location
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
@@ -46,7 +46,7 @@ class Plan:
     input_spec: InputSpec | None
     batch_size: int
     device: str
-    output: Path
+    output: Location
     look: BatchStream  # the first samples, to see whether this is the training data
     team: Team = ALONE
     validation: Validation | None = None

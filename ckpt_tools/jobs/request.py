@@ -17,17 +17,18 @@ from ckpt_tools.contract import (
 )
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing
-from ckpt_tools.remote.address import is_url, redact_url
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.location import Location
+from ckpt_tools.redaction import without_secrets
+from ckpt_tools.urls import is_url, redact_url
 
 
 @dataclass(frozen=True)
 class Request:
     """Everything the user asks for. ``batch_size`` None: as large as memory allows, up to 512."""
 
-    checkpoint: Path
+    checkpoint: Location
     data: str
-    output: Path | None = None
+    output: Location | None = None
     architecture: str | None = None
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
     weights: str = "auto"
@@ -51,7 +52,7 @@ class Request:
     overwrite: bool = False
     force: bool = False
     eval_data: str | None = None  # labelled, to judge the model on before and after
-    class_map: Path | None = None
+    class_map: Location | None = None
     calibrate: bool = False
     gate: str | None = None
 
@@ -64,7 +65,7 @@ class Request:
         said["data"] = _place(self.data)
         said["eval_data"] = self.eval_data and _place(self.eval_data)
         said["class_map"] = self.class_map and _outputs(self.class_map)
-        text = restore_urls(json.dumps(said, sort_keys=True, default=repr))
+        text = without_secrets(json.dumps(said, sort_keys=True, default=repr))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -75,7 +76,7 @@ def _place(data: str) -> str:
     return redact_url(data) if is_url(data) else data
 
 
-def _outputs(class_map: Path) -> object:
+def _outputs(class_map: Location) -> object:
     found = read_class_map(class_map)
     return sorted(found.numbers.items()), found.outputs
 

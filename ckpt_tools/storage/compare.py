@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.location import LocationLike
 from ckpt_tools.storage.provenance import checkpoint_provenance
 from ckpt_tools.storage.reading import read_checkpoint, reread_checkpoint
 from ckpt_tools.storage.tensor_bytes import equal_bytes, raw_bytes
@@ -83,7 +83,7 @@ def compare_checkpoints(before: Checkpoint, after: Checkpoint) -> Comparison:
 
 
 def compare_files(
-    before: Path, after: Path, expect: str = "auto", *, weights: str = "auto", trust: bool = False
+    before: LocationLike, after: LocationLike, expect: str = "auto", *, weights: str = "auto", trust: bool = False
 ) -> tuple[Comparison, Expectation, tuple[str, ...]]:
     """Compare two files; what was expected to differ; and what else does, a sentence each.
 
@@ -108,7 +108,7 @@ def _read_expectation(said: Mapping[str, object]) -> Expectation:
     return cast("Expectation", statistics) if statistics in _MAY_CHANGE else "variance"
 
 
-def _listed_keys(said: Mapping[str, object], path: Path) -> tuple[list[str], list[str]]:
+def _listed_keys(said: Mapping[str, object], path: LocationLike) -> tuple[list[str], list[str]]:
     """The keys of the new weights and of the biases set to zero."""
     rewritten, zeroed = said.get("rewritten"), said.get("zeroed")
     if said.get("expect") != "init" or not isinstance(rewritten, list) or not isinstance(zeroed, list):
@@ -131,7 +131,7 @@ def _describe_wrong_entries(
     )
 
 
-def _source_of(path: Path, said: Mapping[str, object], weights: str, trust: bool) -> Checkpoint:
+def _source_of(path: LocationLike, said: Mapping[str, object], weights: str, trust: bool) -> Checkpoint:
     if weights == "auto" and "weights" in said:
         try:
             return reread_checkpoint(

@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ckpt_tools.contract import Checkpoint
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.storage.files.fetching import fetch_header
 from ckpt_tools.storage.formats.safetensors_file import read_header_bytes
 from ckpt_tools.version import VERSION
@@ -63,15 +63,17 @@ def checkpoint_provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     return None if entry is None else _without_seal(entry)
 
 
-def read_provenance_entry(path: Path) -> dict[str, object] | None:
+def read_provenance_entry(place: LocationLike) -> dict[str, object] | None:
     """The entry of a safetensors file that this tool wrote, from its header alone; None for any other file.
 
     The entry must have the structure that this tool writes, and the header must be the very bytes that it wrote. Of
     a remote file nothing but the header is read. Raises RemoteError.
     """
+    location = Location.of(place)
+    path = location.path
     try:
         if not path.exists():
-            fetch_header(path)
+            fetch_header(location)
         if not path.is_file():  # a pipe would be waited for
             return None
         text = read_header_bytes(path)

@@ -28,7 +28,7 @@ from ckpt_tools.data.shards.shard_names import remote_shards
 from ckpt_tools.data.stream import Batch, SkippedSample, concatenate_parts, refuse_unreadable
 from ckpt_tools.data.user_errors import describe_error
 from ckpt_tools.errors import CkptToolsError, DataError, UsageError
-from ckpt_tools.remote.address import redact_url
+from ckpt_tools.urls import redact_url
 
 __all__ = ["ShardStream", "ShardStreamSource"]
 

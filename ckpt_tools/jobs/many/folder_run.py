@@ -21,11 +21,12 @@ from ckpt_tools.jobs.plan import Plan, Sources, check_request, choose_device, pr
 from ckpt_tools.jobs.reestimation import ReestimationOutcome, execute_reestimation
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.machine.memory import available_bytes, free_bytes
-from ckpt_tools.remote.temporary_folders import remove_abandoned_folders
 from ckpt_tools.storage.discovery import DiscoveredCheckpoint
 from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.provenance import read_provenance_entry
+from ckpt_tools.temporary_folders import remove_abandoned_folders
 
 Status = Literal["done", "done before", "nothing to do", "failed"]
 ProgressCallback = Callable[[int, int, int | None], None]
@@ -44,10 +45,10 @@ class CheckpointItem:
     ``in_manifest`` is what a manifest says of that output, ``also_named`` are further paths to the checkpoint's file.
     """
 
-    checkpoint: Path
-    output: Path
+    checkpoint: Location
+    output: Location
     in_manifest: EarlierOutput | None = None
-    also_named: tuple[Path, ...] = ()
+    also_named: tuple[Location, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class ItemResult:
         return self.error is None or isinstance(self.error, CkptToolsError)
 
 
-def plan_items(found: Sequence[DiscoveredCheckpoint], output_dir: Path | None) -> tuple[CheckpointItem, ...]:
+def plan_items(found: Sequence[DiscoveredCheckpoint], output_dir: LocationLike | None) -> tuple[CheckpointItem, ...]:
     """Outputs below ``output_dir`` as the checkpoints lie below what was searched, or beside each checkpoint.
 
     Where two would share an output (``a.pt`` and ``a.pth``), or one take the place of a checkpoint, the suffix is kept
@@ -80,30 +81,32 @@ def plan_items(found: Sequence[DiscoveredCheckpoint], output_dir: Path | None) -
 
     Raises UsageError if a checkpoint would be replaced all the same.
     """
-    short = {one: default_output_path(one.path, "bn") for one in found}
+    short = {one: default_output_path(one.location, "bn") for one in found}
     beside = {_spot(name) for one in found for name in (short[one], _full_name(short[one], one))}
-    found = [one for one in found if _spot(one.path) not in beside or read_provenance_entry(one.path) is None]
+    found = [one for one in found if _spot(one.location) not in beside or read_provenance_entry(one.location) is None]
     names = {one: default_output_path(_place(one, output_dir), "bn") for one in found}
     while clashing := [one for one in _clashing(names) if names[one] != _full_name(names[one], one)]:
         names |= {one: _full_name(names[one], one) for one in clashing}
     for one in _clashing(names):
-        raise UsageError(f"{names[one]}: expected a name for one file alone. Rename {one.path}, or give --output-dir.")
-    return tuple(CheckpointItem(one.path, name, also_named=one.also_named) for one, name in names.items())
+        raise UsageError(
+            f"{names[one]}: expected a name for one file alone. Rename {one.location}, or give --output-dir."
+        )
+    return tuple(CheckpointItem(one.location, name, also_named=one.also_named) for one, name in names.items())
 
 
-def _clashing(names: Mapping[DiscoveredCheckpoint, Path]) -> list[DiscoveredCheckpoint]:
+def _clashing(names: Mapping[DiscoveredCheckpoint, Location]) -> list[DiscoveredCheckpoint]:
     """Those whose output another output has as well, or a checkpoint."""
-    taken = Counter(map(_spot, [*names.values(), *(path for one in names for path in (one.path, *one.also_named))]))
+    taken = Counter(map(_spot, [*names.values(), *(path for one in names for path in (one.location, *one.also_named))]))
     return [one for one, name in names.items() if taken[_spot(name)] > 1]
 
 
-def _spot(path: Path) -> str:
-    return os.path.abspath(path)  # noqa: PTH100 - without .., and without following links
+def _spot(location: Location) -> str:
+    return os.path.abspath(location.path)  # noqa: PTH100 - without .., and without following links
 
 
-def _full_name(output: Path, found: DiscoveredCheckpoint) -> Path:
+def _full_name(output: Location, found: DiscoveredCheckpoint) -> Location:
     """``a.pt.bn.safetensors`` for ``a.bn.safetensors``."""
-    return output.with_name(f"{Path(_spot(found.path)).name}.bn.safetensors")
+    return output.parent / f"{Path(_spot(found.location)).name}.bn.safetensors"
 
 
 def reestimate_items(
@@ -121,7 +124,7 @@ def reestimate_items(
     sources = open_data_sources(request)
     choose_device(request)
     waiting, walks = _Waiting(), WalkCache()
-    for folder in {item.output.parent for item in items}:
+    for folder in {item.output.path.parent for item in items}:
         remove_abandoned_folders(
             folder
         )  # also of what is done: a process may be killed between its output and its last step
@@ -152,10 +155,10 @@ def open_data_sources(request: Request) -> Sources:
     return Sources.from_request(request)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Location) -> None:
     """Make a folder for outputs, and those that it lies in. Raises OutputError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another --output-dir.") from error
 
@@ -167,7 +170,7 @@ def inspect_item(item: CheckpointItem, request: Request, sources: Sources) -> It
     """
     started = time.perf_counter()
     own = _own(item, request)
-    remove_abandoned_folders(item.output.parent)
+    remove_abandoned_folders(item.output.path.parent)
     try:
         begun = _begin(item, own, replace(own, device="cpu", precision="fp32"), sources, WalkCache())
         return begun if isinstance(begun, ItemResult) else _reading(begun.plan)
@@ -268,5 +271,5 @@ def _failed_result(item: CheckpointItem, error: Exception, started: float) -> It
     return ItemResult(item, status, error=error, seconds=time.perf_counter() - started)
 
 
-def _place(found: DiscoveredCheckpoint, output_dir: Path | None) -> Path:
-    return found.path if output_dir is None else output_dir / found.place
+def _place(found: DiscoveredCheckpoint, output_dir: LocationLike | None) -> Location:
+    return found.location if output_dir is None else Location.of(output_dir) / found.place

@@ -16,7 +16,6 @@ from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, me
 from ckpt_tools.jobs.many.ray_worker import TaskEnvironment, inspect_items_in_worker, reestimate_items_in_worker
 from ckpt_tools.jobs.plan import check_request
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.remote.mirror import is_remote, restore_urls
 
 __all__ = ["RayEngine"]
 
@@ -179,11 +178,11 @@ class _Cluster:
 
 def _refuse_remote(items: Sequence[CheckpointItem], request: Request) -> None:
     """A remote file has its place on this machine only; data is opened by each worker itself."""
-    paths = [path for item in items for path in (item.checkpoint, item.output)]
-    for path in (*paths, *([request.class_map] if request.class_map else [])):
-        if is_remote(path):
+    locations = [location for item in items for location in (item.checkpoint, item.output)]
+    for location in (*locations, *([request.class_map] if request.class_map else [])):
+        if location.store is not None:
             raise UsageError(
-                f"{restore_urls(str(path))}: expected a path on a file system that all nodes share, found a URL. With "
+                f"{location}: expected a path on a file system that all nodes share, found a URL. With "
                 "--engine ray, only --data and --eval-data may be one."
             )
 

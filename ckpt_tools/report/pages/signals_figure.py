@@ -9,7 +9,6 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.initialize.outcome import LayerSignal
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.storage.output.atomic_write import check_target, write_atomically
 from ckpt_tools.storage.output.own_files import read_own_file, require_distinct_file
@@ -57,38 +57,42 @@ _ROWS = (
 )
 
 
-def check_figure(path: Path) -> None:
+def check_figure(place: LocationLike) -> None:
     """Refuse at once what could not be drawn or written at the end.
 
     Raises UsageError for another suffix than .png, .svg or .pdf and where matplotlib is missing, OutputError for a
     folder that does not exist or cannot be written to.
     """
-    if path.suffix.lower() not in _SUFFIXES:
+    location = Location.of(place)
+    suffix = location.path.suffix
+    if suffix.lower() not in _SUFFIXES:
         raise UsageError(
-            f"{path}: expected a picture's name, ending in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; "
-            f"found {repr(path.suffix) if path.suffix else 'no suffix'}. Rename it."
+            f"{location}: expected a picture's name, ending in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; "
+            f"found {repr(suffix) if suffix else 'no suffix'}. Rename it."
         )
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
         raise UsageError(
-            f"{path}: expected matplotlib to draw it with, found none. Run: pip install 'ckpt-tools[report]'"
+            f"{location}: expected matplotlib to draw it with, found none. Run: pip install 'ckpt-tools[report]'"
         ) from error
-    check_target(path, overwrite=True)
+    check_target(location, overwrite=True)
 
 
-def check_earlier_figure(path: Path, others: Iterable[Path | None]) -> None:
+def check_earlier_figure(place: LocationLike, others: Iterable[LocationLike | None]) -> None:
     """Refuse at once to replace what is no earlier picture of ours. ``others`` are the files of the job itself.
 
     Raises UsageError for the name of another file of the job, OutputError for a file that something else wrote, or that
     was changed since.
     """
-    require_distinct_file(path, report_kind(path.suffix.lower()), others)
-    read_own_file(path, report_kind(path.suffix.lower()))
+    location = Location.of(place)
+    kind = report_kind(location.path.suffix.lower())
+    require_distinct_file(location, kind, others)
+    read_own_file(location, kind)
 
 
 def write_signals_figure(
-    path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
+    place: LocationLike, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
 ) -> None:
     """Draw the signals of all weight layers of a model, as it was and as it became, into a .png, .svg or .pdf file.
 
@@ -100,13 +104,14 @@ def write_signals_figure(
         UsageError: another suffix, or matplotlib is missing.
         OutputError: the file cannot be written.
     """
-    check_figure(path)
+    location = Location.of(place)
+    check_figure(location)
     from matplotlib import rc_context, rcdefaults
 
-    suffix = path.suffix.lower()
+    suffix = location.path.suffix.lower()
 
     def may_replace() -> bool:
-        return read_own_file(path, report_kind(suffix)) is not None
+        return read_own_file(location, report_kind(suffix)) is not None
 
     try:
         with rc_context():
@@ -114,12 +119,12 @@ def write_signals_figure(
             # text.usetex they would run LaTeX.
             rcdefaults()
             figure = _draw_figure(before, after)
-            with write_atomically(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
+            with write_atomically(location, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
                 figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
-            f"{path}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
+            f"{location}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
         ) from error
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from ckpt_tools.errors import OutputError
@@ -19,14 +18,12 @@ from ckpt_tools.evaluate.scores import GateFailed
 from ckpt_tools.jobs.earlier_output import EarlierOutput
 from ckpt_tools.jobs.many.engine import Record
 from ckpt_tools.jobs.many.folder_run import ItemResult
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.plain_text import shorten_message
-from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.mirror import is_remote, restore_urls
-from ckpt_tools.remote.uploads import upload_file
+from ckpt_tools.redaction import without_fragments, without_secrets
 from ckpt_tools.report.records.metrics_json import metrics_json
 from ckpt_tools.report.records.reestimation_json import outcome_json
-from ckpt_tools.storage.output.atomic_write import check_target
+from ckpt_tools.storage.output.atomic_write import check_target, deliver_file
 from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.output.own_files import (
     OwnFileKind,
@@ -35,6 +32,7 @@ from ckpt_tools.storage.output.own_files import (
     require_distinct_file,
     require_own_content,
 )
+from ckpt_tools.urls import is_url
 
 __all__ = ["Manifest", "check_manifest", "make_record", "parse_records"]
 
@@ -61,14 +59,14 @@ _NEWER_FIELDS: Mapping[str, _Types] = {  # which version 0.1.0 did not write
 }
 
 
-def check_manifest(path: Path, others: Iterable[Path | None] = ()) -> None:
+def check_manifest(place: LocationLike, others: Iterable[LocationLike | None] = ()) -> None:
     """Refuse a manifest that could not be appended to, before anything is written. ``others``: the job's other files.
 
     Raises UsageError if it is one of the others, OutputError if it is another file, or none that may be written to,
     RemoteError.
     """
-    require_distinct_file(path, _KIND, others)
-    read_own_file(path, _KIND)
+    require_distinct_file(place, _KIND, others)
+    read_own_file(place, _KIND)
 
 
 class Manifest:
@@ -77,22 +75,25 @@ class Manifest:
     A remote one is fetched first and written anew by ``publish``: stores append nothing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, place: LocationLike) -> None:
         """Read what earlier runs recorded. Raises OutputError if the file cannot be read and written, RemoteError."""
-        self.path = path
+        self.location = Location.of(place)
+        path, is_remote = self.location.path, self.location.store is not None
         self._made: dict[tuple[str, str, str], Record] = {}  # what is known of outputs, by what made them
         self._latest: dict[str, Record] = {}  # the latest record of an output, by its place
-        found = read_own_file(path, _KIND)
-        self._fresh = found is None
-        if is_remote(path):
-            check_target(path, overwrite=True)
+        earlier_content = read_own_file(self.location, _KIND)
+        self._fresh = earlier_content is None
+        if is_remote:
+            check_target(self.location, overwrite=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if is_remote(path):
-                path.write_bytes(found or b"")  # at its place on this machine
-            content, self._file = self._begin(new=found is None and not is_remote(path))
+            if is_remote:  # records are appended to a copy, which ``publish`` uploads
+                path.write_bytes(earlier_content or b"")
+            content, self._file = self._begin(new=self._fresh and not is_remote)
         except OSError as error:
-            raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
+            raise OutputError(
+                f"{self.location}: expected a manifest to append to, found: {error}. Give --manifest."
+            ) from error
         for record in parse_records(content):
             self._keep(record)
 
@@ -101,26 +102,27 @@ class Manifest:
         with self._open(new=new) as file:
             file.seek(0)
             content = file.read()
-            require_own_content(self.path, _KIND, content)
+            require_own_content(self.location, _KIND, content)
             if content and not content.endswith(b"\n"):  # killed while writing
                 file.write(b"\n")
             return content, _device_and_inode(file)
 
     def _open(self, *, new: bool) -> BinaryIO:
         flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0)
-        return os.fdopen(open_own_file(self.path, _KIND, flags), "a+b")
+        return os.fdopen(open_own_file(self.location.path, _KIND, flags), "a+b")
 
     def publish(self) -> None:
         """Put a remote manifest where it belongs; remove one that this run began for nothing. Raises OutputError."""
-        if self._fresh and self.path.exists() and not self.path.stat().st_size:
-            self.path.unlink(missing_ok=True)
-        elif is_remote(self.path):
-            read_own_file(self.path, _KIND)  # once more: the job may have taken hours
-            upload_file(self.path, self.path, overwrite=True)
+        path = self.location.path
+        if self._fresh and path.exists() and not path.stat().st_size:
+            path.unlink(missing_ok=True)
+        elif self.location.store is not None:
+            read_own_file(self.location, _KIND)  # once more: the job may have taken hours
+            deliver_file(path, self.location, overwrite=True)
 
-    def recorded_output(self, output: Path) -> EarlierOutput | None:
+    def recorded_output(self, output: LocationLike) -> EarlierOutput | None:
         """What the latest record of an output says of it."""
-        record = self._latest.get(_place(restore_urls(str(output))))
+        record = self._latest.get(_place(without_secrets(str(output))))
         if record is None or not record.get("source_sha256") or not record.get("settings"):
             return None
         sha256, size = record.get("output_sha256"), record.get("output_bytes")
@@ -143,20 +145,22 @@ class Manifest:
     def _append(self, line: bytes) -> None:
         """Append to the file that was looked at in the beginning, and to no other that has its name by now."""
         try:
-            new = not os.path.lexists(self.path)  # somebody has removed it
+            new = not os.path.lexists(self.location.path)  # somebody has removed it
             with self._open(new=new) as file:
                 if new:
                     self._file = _device_and_inode(file)
                 if _device_and_inode(file) != self._file:
                     raise OutputError(
-                        f"{self.path}: expected the manifest that was there when the run began, found another file in "
+                        f"{self.location}: expected the manifest that was there when the run began, found another file in "
                         "its place. Nothing was written to it; run again."
                     )
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Give another --manifest.") from error
+            raise OutputError(
+                f"{self.location}: cannot be written ({error.strerror}). Give another --manifest."
+            ) from error
 
     def _keep(self, record: Record) -> None:
         """The latest record of an output; one without a report takes the place of none with one."""
@@ -180,10 +184,10 @@ def make_record(result: ItemResult) -> Record:
     """
     error = result.error
     written = result.made.file if result.made else None
-    record: Record = restore_urls(
+    record: Record = without_secrets(
         {
             "checkpoint": str(result.item.checkpoint),
-            "also_named": [str(path) for path in result.item.also_named],
+            "also_named": list(map(str, result.item.also_named)),
             "status": result.status,
             "output": str(result.item.output) if result.status in ("done", "done before") else None,
             "error": None if error is None else _message(error, known=result.error_is_expected),
@@ -209,7 +213,7 @@ def _device_and_inode(file: BinaryIO) -> tuple[int, int]:
 def _message(error: BaseException, *, known: bool) -> str:
     """What went wrong, without secrets and of bounded size; with its kind where it is none of our own errors."""
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    return shorten_message(without_fragments(restore_urls(text)))
+    return shorten_message(without_fragments(text))
 
 
 def _maker(record: Record) -> tuple[str, str, str]:

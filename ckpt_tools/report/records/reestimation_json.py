@@ -176,7 +176,7 @@ def comparison_json(comparison: Comparison, expect: str, violations: tuple[str, 
 def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
     """Where a state dict stood, and what stood beside it."""
     return {
-        "path": str(checkpoint.path),
+        "path": checkpoint.shown_path,
         "format": checkpoint.format,
         "weights": checkpoint.weights,
         "prefix": checkpoint.prefix,

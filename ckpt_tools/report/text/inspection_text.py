@@ -102,7 +102,7 @@ def _file_rows(found: Inspection) -> list[tuple[str, str]]:
     if checkpoint is None:
         return [("file", "none, the architecture alone"), ("holds", _holds(found))]
     rows = [
-        ("file", f"{checkpoint.path}, {size_text(found.size or 0)}, {checkpoint.format}"),
+        ("file", f"{checkpoint.shown_path}, {size_text(found.size or 0)}, {checkpoint.format}"),
         ("taken", _weights_entry(checkpoint)),
         ("left out", list_names(checkpoint.left_out)),
         ("holds", _holds(found)),

@@ -90,7 +90,7 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
 
 
 def _contestant(contestant: EvaluatedCheckpoint) -> str:
-    return f"{contestant.checkpoint.path} ({contestant.loaded.recipe.architecture})"
+    return f"{contestant.checkpoint.shown_path} ({contestant.loaded.recipe.architecture})"
 
 
 def evaluation_text(outcome: EvaluationOutcome) -> str:

@@ -73,7 +73,7 @@ def checkpoint_line(checkpoint: Checkpoint) -> str:
     """Path, format, and which of its entries was taken."""
     taken = f", weights from {one_line(checkpoint.weights)!r}" if checkpoint.weights else ""
     stripped = f", prefix {one_line(checkpoint.prefix)!r} removed" if checkpoint.prefix else ""
-    return f"{one_line(checkpoint.path)} ({one_line(checkpoint.format)}{taken}{stripped})"
+    return f"{one_line(checkpoint.shown_path)} ({one_line(checkpoint.format)}{taken}{stripped})"
 
 
 def architecture_line(loaded: LoadedModel) -> str:

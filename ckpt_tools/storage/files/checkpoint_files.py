@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.paths import is_link, path_below, require_below
-from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.dcp.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX, load_distributed
 from ckpt_tools.storage.files.fetching import fetch_checkpoint
@@ -45,11 +45,10 @@ class CheckpointFiles:
 
 
 def find_checkpoint_files(path: Path) -> CheckpointFiles:
-    """The files behind a path that the user gave: a file, an index, or a folder; those behind a URL are fetched.
+    """Return the files of a checkpoint on this machine; the path is that of a file, an index or a folder.
 
-    Raises CheckpointError, RemoteError.
+    Raises CheckpointError.
     """
-    fetch_checkpoint(path)
     try:
         if path.is_dir():
             return _in_folder(path)
@@ -92,16 +91,18 @@ def _weights(source: CheckpointFiles, trust: bool) -> FileContent:
     return FileContent(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
 
 
-def checkpoint_sha256(path: Path | str) -> str:
-    """SHA-256 of a checkpoint as lower-case hex. Raises CheckpointError.
+def checkpoint_sha256(place: LocationLike) -> str:
+    """SHA-256 of a checkpoint as lower-case hex. Raises CheckpointError, RemoteError.
 
     Of shards: what ``sha256sum`` prints for them in the order of their names, hashed once more.
     """
-    source = find_checkpoint_files(resolve_location(path))
+    location = Location.of(place)
+    with location.urls_in_errors():
+        source = find_checkpoint_files(fetch_checkpoint(location))
     try:
         digests = [(_file_digest(file), file.name) for file in source.files]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(f"{location}: cannot be read ({error.strerror}). Check its permissions.") from error
     if source.shard_of is None and source.index is None and len(digests) == 1:
         return digests[0][0]
     return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in digests).encode()).hexdigest()

@@ -26,7 +26,7 @@ def require_unchanged(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
     require_same_stamps(checkpoint, stamps)
     if changed := _find_changed_key(checkpoint):
         raise OutputError(
-            f"{checkpoint.path}: expected the tensors as they were read, found {changed} changed in the file or in "
+            f"{checkpoint.shown_path}: expected the tensors as they were read, found {changed} changed in the file or in "
             f"memory since. {_AGAIN}"
         )
     return stamps
@@ -36,7 +36,7 @@ def require_same_stamps(checkpoint: Checkpoint, stamps: tuple[FileStamp, ...]) -
     """Refuse if a checkpoint's files were written to after their stamps were taken. Raises OutputError."""
     if stamp_checkpoint_files(find_checkpoint_files(checkpoint.path)) != stamps:
         raise OutputError(
-            f"{checkpoint.path}: expected the file as it was read, found that it was written to since. {_AGAIN}"
+            f"{checkpoint.shown_path}: expected the file as it was read, found that it was written to since. {_AGAIN}"
         )
 
 

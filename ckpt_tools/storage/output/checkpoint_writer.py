@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
+from ckpt_tools.storage.files.fetching import fetch_checkpoint
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
 from ckpt_tools.storage.formats.safetensors_file import data_offset, load_safetensors, read_safetensors_header
 from ckpt_tools.storage.output.atomic_write import check_target, sync_to_disk, write_atomically
@@ -40,7 +41,7 @@ _ROOMY = BLANK_DIGEST + "0" * 8
 
 
 def save(
-    path: Path | str,
+    path: LocationLike,
     checkpoint: Checkpoint,
     replacements: Mapping[str, Tensor],
     *,
@@ -62,7 +63,7 @@ def save(
 
 
 def replace_tensors(
-    path: Path | str,
+    place: LocationLike,
     checkpoint: Checkpoint,
     replacements: Mapping[str, Tensor],
     *,
@@ -75,8 +76,9 @@ def replace_tensors(
     ``replaces``: the stamp of a damaged output of an earlier run, which is replaced without ``overwrite`` as long as
     it still is that file. Raises OutputError.
     """
-    target = resolve_location(path)
-    check_output(target, checkpoint.path, overwrite=overwrite or replaces is not None)
+    target = Location.of(place)
+    _refuse_source(target, checkpoint.path, checkpoint.shown_path)
+    _check_writable(target, overwrite=overwrite or replaces is not None)
     tensors = _apply_replacements(checkpoint.tensors, replacements)
     stamps = require_unchanged(checkpoint)
     known = str(provenance.get("source_sha256") or "")
@@ -95,20 +97,20 @@ def replace_tensors(
 
 
 def write_safetensors(
-    target: Path | str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], overwrite: bool = False
+    place: LocationLike, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], overwrite: bool = False
 ) -> OutputDigests:
     """Write tensors to a safetensors file, all or nothing, and return its digest and size.
 
     Tensors may share memory and need not be contiguous. ``metadata`` of ``output_metadata`` are sealed. Raises
     OutputError.
     """
-    with _output(resolve_location(target), tensors, overwrite) as temporary:
+    with _output(Location.of(place), tensors, overwrite) as temporary:
         return _write_new(temporary, tensors, metadata)
 
 
 @contextmanager
 def _output(
-    target: Path,
+    target: Location,
     tensors: Mapping[str, Tensor],
     overwrite: bool,
     sources: Sequence[Path] = (),
@@ -118,7 +120,7 @@ def _output(
 
     Raises OutputError for what the system refuses.
     """
-    may_replace = partial(_is_still, target, replaces) if replaces is not None and not overwrite else None
+    may_replace = partial(_is_still, target.path, replaces) if replaces is not None and not overwrite else None
     replace = overwrite or replaces is not None
     try:
         with write_atomically(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
@@ -138,25 +140,33 @@ def _is_still(target: Path, stamp: FileStamp) -> bool:
         return False
 
 
-def check_output(target: Path, source_path: Path | None, *, overwrite: bool) -> None:
+def check_output(place: LocationLike, source: LocationLike | None, *, overwrite: bool) -> None:
     """Refuse at once what cannot be written at the end: the source itself, a taken name, a missing folder.
 
     Also refuses a name by which other tools would take the safetensors file for a pickle. Raises OutputError.
     """
-    if source_path is not None:
-        _refuse_source(target, source_path)
+    target = Location.of(place)
+    if source is not None:
+        source_location = Location.of(source)
+        with source_location.urls_in_errors():
+            _refuse_source(target, fetch_checkpoint(source_location), str(source_location))
+    _check_writable(target, overwrite=overwrite)
+
+
+def _check_writable(target: Location, *, overwrite: bool) -> None:
     check_target(target, overwrite=overwrite)
-    if target.suffix.lower() in _PICKLES:
+    name = target.path
+    if name.suffix.lower() in _PICKLES:
         raise OutputError(
-            f"{target}: expected a name that ends in .safetensors, which is what is written, found {target.suffix}, "
-            f"which torch.load would take for a pickle. Name it {target.with_suffix('.safetensors').name}."
+            f"{target}: expected a name that ends in .safetensors, which is what is written, found {name.suffix}, "
+            f"which torch.load would take for a pickle. Name it {name.with_suffix('.safetensors').name}."
         )
 
 
-def _refuse_source(target: Path, source_path: Path) -> None:
-    if any(_is_same(target, file) for file in _files_of(source_path)):
+def _refuse_source(target: Location, source_path: Path, shown_path: str) -> None:
+    if any(_is_same(target.path, file) for file in _files_of(source_path)):
         raise OutputError(
-            f"{target}: expected a file of its own, found the source checkpoint ({source_path}), which is never "
+            f"{target}: expected a file of its own, found the source checkpoint ({shown_path}), which is never "
             "written to. Choose another name."
         )
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError, UsageError
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.paths import identity
 from ckpt_tools.remote.local_copies import read_remote_file
-from ckpt_tools.remote.mirror import is_remote
 
 __all__ = ["OwnFileKind", "open_own_file", "read_own_file", "require_distinct_file", "require_own_content"]
 
@@ -34,16 +34,17 @@ class OwnFileKind:
     is_own: Callable[[bytes], bool]
 
 
-def require_distinct_file(path: Path, kind: OwnFileKind, others: Iterable[Path | None]) -> None:
+def require_distinct_file(place: LocationLike, kind: OwnFileKind, others: Iterable[LocationLike | None]) -> None:
     """Refuse a file that is also another file of the run, under whatever name.
 
     Files are compared by device and inode, those that are not there yet by their resolved paths. Raises UsageError.
     """
-    own = _file_behind(path)
+    location = Location.of(place)
+    own_identity = _file_behind(location.path)
     for other in others:
-        if other is not None and _file_behind(other) == own:
+        if other is not None and _file_behind(Location.of(other).path) == own_identity:
             raise UsageError(
-                f"{kind.option} {path}: expected a file of its own, found another file of this job ({other}). "
+                f"{kind.option} {location}: expected a file of its own, found another file of this job ({other}). "
                 "Rename it."
             )
 
@@ -53,23 +54,27 @@ def _file_behind(path: Path) -> object:
     return identity(path) or os.path.realpath(path)
 
 
-def read_own_file(path: Path, kind: OwnFileKind) -> bytes | None:
+def read_own_file(place: LocationLike, kind: OwnFileKind) -> bytes | None:
     """The content of a file that this tool wrote, or of an empty one; None if there is no such file.
 
     Raises OutputError for a link, a file with several names, anything that is no file, one that cannot be read, and one
     that something else wrote; RemoteError.
     """
-    content = read_remote_file(path, _LARGEST) if is_remote(path) else _local_content(path, kind)
+    location = Location.of(place)
+    if location.store is None:
+        content = _local_content(location.path, kind)
+    else:
+        content = read_remote_file(location.store, location.path, _LARGEST)
     if content is not None:
-        require_own_content(path, kind, content)
+        require_own_content(location, kind, content)
     return content
 
 
-def require_own_content(path: Path, kind: OwnFileKind, content: bytes) -> None:
+def require_own_content(location: LocationLike, kind: OwnFileKind, content: bytes) -> None:
     """Raise OutputError for the content of a file that something else wrote. An empty file is nobody's."""
     if content and (len(content) > _LARGEST or not kind.is_own(content)):
         raise OutputError(
-            f"{path}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. It stays as it is; "
+            f"{location}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. It stays as it is; "
             f"give another name with {kind.option}."
         )
 
