@@ -92,10 +92,8 @@ def progress_bar(name: str, total: int | None, **settings: Any) -> tqdm[Never]:
     """
     stream = unguarded_stderr()
     interval = 0.2 if stream.isatty() else 10
-    return tqdm(
-        total=total, desc=harmless(one_line(without_secrets(name))), file=stream, mininterval=interval, dynamic_ncols=True,
-        **settings,
-    )  # fmt: skip
+    title = harmless(one_line(without_secrets(name)))
+    return tqdm(total=total, desc=title, file=stream, mininterval=interval, dynamic_ncols=True, **settings)
 
 
 def write_above_bars(line: str) -> None:

@@ -66,7 +66,8 @@ def require_single_candidate(checkpoint: Checkpoint, found: tuple[Candidate, ...
     guess = guess_by_file_name(checkpoint.path, found)
     hint = f"The file's name suggests {guess.architecture}. " if guess else ""
     raise AmbiguousArchitecture(
-        f"{checkpoint.shown_path}: its tensors fit {len(found)} architectures that differ in function or in the input they "
+        f"{checkpoint.shown_path}: its tensors fit {len(found)} architectures that differ in function or in the "
+        "input they "
         "expect:\n  " + "\n  ".join(lines) + f"\n{hint}Choose one, e.g. --arch {(guess or found[0]).architecture}.",
         tuple(one.architecture for one in found),
     )
@@ -138,7 +139,8 @@ def _require_one_meaning(checkpoint: Checkpoint, found: Iterable[Candidate]) -> 
     if len(recorded) > 1:
         first, second, *_ = recorded.values()
         raise AmbiguousArchitecture(
-            f"{checkpoint.shown_path}: its keys fit {first} and {second}, and the drop rates it records may mean different "
+            f"{checkpoint.shown_path}: its keys fit {first} and {second}, and the drop rates it records may mean "
+            "different "
             f"layers in each. Give --arch {first} or --arch {second}.",
             tuple(recorded.values()),
         )

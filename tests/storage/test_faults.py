@@ -24,13 +24,13 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import stress
 
+from ckpt_tools import temporary_folders
 from ckpt_tools.cli import error_boundary, main
 from ckpt_tools.data import prefetch
 from ckpt_tools.data.images import image_files
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.prefetch import read_ahead, track_reading
 from ckpt_tools.errors import DataError
-from ckpt_tools import temporary_folders
 from ckpt_tools.storage.output import atomic_write, checkpoint_writer, patching
 
 SHAPE = (3, 8, 8)

@@ -124,7 +124,8 @@ def write_signals_figure(
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
-            f"{location}: expected to write a picture there, found: {error}. Nothing was left behind; choose another place."
+            f"{location}: expected to write a picture there, found: {error}. Nothing was left behind; choose another "
+            "place."
         ) from error
 
 

@@ -151,8 +151,8 @@ class Manifest:
                     self._file = _device_and_inode(file)
                 if _device_and_inode(file) != self._file:
                     raise OutputError(
-                        f"{self.location}: expected the manifest that was there when the run began, found another file in "
-                        "its place. Nothing was written to it; run again."
+                        f"{self.location}: expected the manifest that was there when the run began, found another "
+                        "file in its place. Nothing was written to it; run again."
                     )
                 file.write(line)
                 file.flush()

@@ -26,8 +26,8 @@ def require_unchanged(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
     require_same_stamps(checkpoint, stamps)
     if changed := _find_changed_key(checkpoint):
         raise OutputError(
-            f"{checkpoint.shown_path}: expected the tensors as they were read, found {changed} changed in the file or in "
-            f"memory since. {_AGAIN}"
+            f"{checkpoint.shown_path}: expected the tensors as they were read, found {changed} changed in the file "
+            f"or in memory since. {_AGAIN}"
         )
     return stamps
 

@@ -74,8 +74,8 @@ def require_own_content(location: LocationLike, kind: OwnFileKind, content: byte
     """Raise OutputError for the content of a file that something else wrote. An empty file is nobody's."""
     if content and (len(content) > _LARGEST or not kind.is_own(content)):
         raise OutputError(
-            f"{location}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. It stays as it is; "
-            f"give another name with {kind.option}."
+            f"{location}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. It stays as it "
+            f"is; give another name with {kind.option}."
         )
 
 
