@@ -24,7 +24,8 @@ from ckpt_tools.temporary_folders import (
     new_temporary_name,
     remove_abandoned_folders,
 )
-from ckpt_tools.urls import RemoteAddress, UrlOrigin, parse_url, scheme_of
+from ckpt_tools.url_syntax import scheme_of
+from ckpt_tools.urls import RemoteAddress, UrlOrigin, parse_url
 
 __all__ = ["Mirror", "MirroredStore", "TransferWatch", "current_mirror", "open_mirror"]
 

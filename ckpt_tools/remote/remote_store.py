@@ -17,7 +17,8 @@ from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
 from ckpt_tools.paths import shown_name, spelling_fault
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.urls import redact_url, remember_storage_options, remember_url, scheme_of
+from ckpt_tools.url_syntax import scheme_of
+from ckpt_tools.urls import redact_url, remember_storage_options, remember_url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
