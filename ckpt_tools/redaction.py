@@ -2,7 +2,7 @@
 
 Nobody can tell from a finished message where a secret ends: passwords hold blanks, quotes and
 slashes. So this module remembers the secrets in every URL that the process is given, and what may
-be shown of that URL (``remote/address.py``), and masks them in every text, as the runners of CI
+be shown of that URL (``urls.py``), and masks them in every text, as the runners of CI
 services do. URLs that were never parsed, such as those in names of files, are recognised by their
 form alone.
 

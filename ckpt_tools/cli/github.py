@@ -15,7 +15,6 @@ from typing import Any, Literal
 from ckpt_tools.cli.printing import print_message, write_workflow_command
 from ckpt_tools.plain_text import escape_controls, shorten_message
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.mirror import restore_urls
 
 _TITLE = "ckpt-fix"
 _SHOWN = 9  # of each kind: GitHub shows ten of a step, and the last says how the step ended
@@ -25,7 +24,7 @@ AnnotationLevel = Literal["error", "warning"]
 def annotate(kind: AnnotationLevel, message: str) -> None:
     """Show ``message`` on the page of the run; elsewhere do nothing."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        message = shorten_message(without_fragments(restore_urls(message)))
+        message = shorten_message(without_fragments(message))
         write_workflow_command(f"::{kind} title={_escape_property(_TITLE)}::{_escape_data(message)}")
 
 

@@ -69,7 +69,7 @@ def bound_construction(
     # Drop rates do not change the size of a model, so its cost is what the user chose.
     chosen_by_user = recognised_by == "user" and all(map(_is_rate, recipe.kwargs.values()))
     budget = None if chosen_by_user else ConstructionBudget.from_shapes(checkpoint.shapes)
-    return limited_construction(budget, f"{checkpoint.path}: {recipe.architecture}")
+    return limited_construction(budget, f"{checkpoint.shown_path}: {recipe.architecture}")
 
 
 def _list_argument_kinds(adapter: Adapter, name: str) -> Mapping[str, ArgumentKind]:
@@ -85,7 +85,7 @@ def _is_rate(value: object) -> bool:
 
 def _describe_refusal(checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted) -> str:
     return (
-        f"{checkpoint.path}: expected arguments of {recipe.architecture} that a checkpoint may "
+        f"{checkpoint.shown_path}: expected arguments of {recipe.architecture} that a checkpoint may "
         f"set, found {name}={reprlib.repr(value)} ({reason}). If the file is right, give it "
         f"yourself: --model-kwargs {name}=…"
     )

@@ -83,7 +83,7 @@ def require_single_candidate(checkpoint: Checkpoint, candidates: tuple[Candidate
     hint = f"The file's name suggests {guess.architecture}. " if guess else ""
     example = (guess or candidates[0]).architecture
     raise AmbiguousArchitecture(
-        f"{checkpoint.path}: its tensors fit {len(candidates)} architectures that differ in "
+        f"{checkpoint.shown_path}: its tensors fit {len(candidates)} architectures that differ in "
         "function or in the input they expect:\n  "
         + "\n  ".join(lines)
         + f"\n{hint}Choose one, e.g. --arch {example}.",
@@ -176,7 +176,7 @@ def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]
     if len(architectures) > 1:
         first, second, *_ = architectures.values()
         raise AmbiguousArchitecture(
-            f"{checkpoint.path}: its keys fit {first} and {second}, and the drop rates it records "
+            f"{checkpoint.shown_path}: its keys fit {first} and {second}, and the drop rates it records "
             f"may mean different layers in each. Give --arch {first} or --arch {second}.",
             tuple(architectures.values()),
         )
@@ -185,7 +185,7 @@ def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]
 def _unknown_architecture_error(
     checkpoint: Checkpoint, misfits: list[ArchitectureError]
 ) -> ArchitectureError:
-    description = f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
+    description = f"{checkpoint.shown_path}: {describe_recorded_name(checkpoint)}."
     reason = misfits[0] if misfits else description
     return ArchitectureError(
         f"{reason}\n{describe_closest(checkpoint.shapes)}\n"

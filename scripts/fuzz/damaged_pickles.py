@@ -15,7 +15,8 @@ from fuzz.damaged_bytes import NUMBERS, mutate_text, pack_extreme
 __all__ = ["is_pickled", "mutate_pickle"]
 
 _NAMES = (
-    *(*GLOBAL_CALLS, *GLOBAL_VALUES, "os.system", "builtins.eval", "torch.nn.modules.module.Module", "torch.FloatStorage"),
+    *(*GLOBAL_CALLS, *GLOBAL_VALUES, "os.system", "builtins.eval"),
+    *("torch.nn.modules.module.Module", "torch.FloatStorage"),
     *("torch.QInt8Storage", "torch.storage._load_from_bytes", "numpy.ndarray", "numpy.dtype", "copyreg._reconstructor"),
     *("numpy._core.numeric._frombuffer", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
     "torch._utils._rebuild_qtensor",

@@ -64,9 +64,9 @@ def _touch(tensor: Tensor) -> None:
 
 def _folder(path: Path) -> None:
     """As a folder run searches it."""
-    for location in find_checkpoints([path]):
+    for checkpoint in find_checkpoints([path]):
         try:
-            _checkpoint(location.path)
+            _checkpoint(checkpoint.location.path)
         except CkptToolsError:
             continue
 

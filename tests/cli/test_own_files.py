@@ -23,7 +23,8 @@ from report_facts import facts, records
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CkptToolsError, OutputError, UsageError
-from ckpt_tools.remote.mirror import open_mirror, resolve_location
+from ckpt_tools.location import Location
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.report.marks import add_mark, is_own_report
 from ckpt_tools.report.pages import signals_figure
 from ckpt_tools.report.records.manifest import Manifest, check_manifest
@@ -372,15 +373,15 @@ def test_behind_urls() -> None:
     store.pipe_file("/bucket/m.jsonl", b'{"checkpoint": "a.pt"}\n')
     with open_mirror():
         with pytest.raises(OutputError, match="another file"):
-            write_report(resolve_location("memory://bucket/notes.md"), facts())
+            write_report(Location.of("memory://bucket/notes.md"), facts())
         with pytest.raises(OutputError, match="another file"):
-            Manifest(resolve_location("memory://bucket/m.jsonl"))
+            Manifest(Location.of("memory://bucket/m.jsonl"))
         for _ in range(2):
-            write_report(resolve_location("memory://bucket/own.md"), facts())
-            log = Manifest(resolve_location("memory://bucket/own.jsonl"))
+            write_report(Location.of("memory://bucket/own.md"), facts())
+            log = Manifest(Location.of("memory://bucket/own.jsonl"))
             log.add_record({**RECORD, **NEWER})
             log.publish()
-        log = Manifest(resolve_location("memory://bucket/own.jsonl"))
+        log = Manifest(Location.of("memory://bucket/own.jsonl"))
         store.pipe_file("/bucket/own.jsonl", b"notes")
         log.add_record({**RECORD, **NEWER})
         with pytest.raises(CkptToolsError, match="another file"):
@@ -397,7 +398,8 @@ def test_no_system_calls_are_needed_that_others_lack() -> None:
         "import os, sys; [delattr(os, name) for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC', 'getxattr')]; "
         "sys.modules['fcntl'] = None; "
         "import ckpt_tools.storage.output.own_files, ckpt_tools.storage.output.permissions; "
-        "from pathlib import Path; from ckpt_tools.storage.output.atomic_write import write_atomically; import tempfile; "
+        "from pathlib import Path; import tempfile; "
+        "from ckpt_tools.storage.output.atomic_write import write_atomically; "
         "folder = Path(tempfile.mkdtemp()); target = folder / 'x'\n"
         "with write_atomically(target, overwrite=False) as path: path.touch()\n"
         "print([one.name for one in folder.iterdir()])"

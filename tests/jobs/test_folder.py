@@ -199,7 +199,7 @@ def test_shards_beside_the_checkpoints_are_none(root: Path) -> None:
     for name in names:
         name.write_bytes(b"a shard")
     request = Request(Path(), str(root / "runs" / "train-{000..001}.tar"))
-    assert set(names) <= set(_data_files(request))
+    assert set(names) <= {location.path for location in _data_files(request)}
 
 
 def test_reports_of_earlier_runs_are_kept_however_the_folder_is_named(

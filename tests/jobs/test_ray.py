@@ -32,7 +32,8 @@ from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, me
 from ckpt_tools.jobs.many.ray_engine import RayEngine, _Part
 from ckpt_tools.jobs.many.ray_loopback import require_loopback
 from ckpt_tools.jobs.request import ModelChoice, ReadingOptions, Request
-from ckpt_tools.remote.mirror import open_mirror, resolve_location
+from ckpt_tools.location import Location
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.storage.discovery import find_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -296,7 +297,7 @@ def _greeted(server: socket.socket, greeting: bytes) -> None:
 
 def test_a_checkpoint_behind_a_url_is_refused(tmp_path: Path) -> None:
     with open_mirror():
-        item = CheckpointItem(resolve_location("memory://bucket/a.pt"), tmp_path / "a.safetensors")
+        item = CheckpointItem(Location.of("memory://bucket/a.pt"), Location(tmp_path / "a.safetensors"))
         with pytest.raises(UsageError, match=r"memory://bucket/a\.pt: expected a path"):
             RayEngine().run([item], Request(Path(), "data.npy"), lethal.described, print)
 

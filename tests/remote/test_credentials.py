@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from ckpt_tools.cli import main
 from ckpt_tools.errors import UsageError
 from ckpt_tools.redaction import presentable, remember_secret, remembering, without_fragments, without_secrets
-from ckpt_tools.remote.address import is_url, parse_url, redact_url, remember_url, remember_urls
 from ckpt_tools.storage.contents.recorded_values import plain_words
+from ckpt_tools.urls import is_url, parse_url, redact_url, remember_url, remember_urls
 
 FRAGMENT = 6  # characters in a row that tell something of a secret
 
@@ -196,7 +196,7 @@ def test_what_a_client_says(secret: str, shape: str, before: str, after: str) ->
 def test_urls_that_can_be_read(url: str, shown: str, path: str, query: str) -> None:
     address = parse_url(url)
     assert (redact_url(url), address.path, address.query) == (shown, path, query)
-    assert f"{address.origin.said}{address.path}{address.query}".lower() == url.lower()
+    assert f"{address.origin.with_credentials}{address.path}{address.query}".lower() == url.lower()
     assert f"{address.origin.shown}{address.path}" == shown
 
 

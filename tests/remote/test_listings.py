@@ -25,8 +25,9 @@ from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.data.labels import folder_labels
 from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
+from ckpt_tools.location import Location
 from ckpt_tools.remote.local_copies import fetch_beginning, fetch_file
-from ckpt_tools.remote.mirror import open_mirror, resolve_location
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.remote.remote_store import open_remote
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
@@ -115,7 +116,7 @@ def test_hostile_names_that_nobody_wants_do_not_matter(weights: bytes, name: str
     Lying.tell(["a.pt", name], weights)
     with open_mirror():
         assert read_checkpoint(URL).tensors
-        assert [found.place.as_posix() for found in find_checkpoints([resolve_location(URL)])] == ["a.pt"]
+        assert [found.place.as_posix() for found in find_checkpoints([Location.of(URL)])] == ["a.pt"]
 
 
 def test_what_is_listed_outside_of_the_folder_is_not_in_it(weights: bytes) -> None:
@@ -123,23 +124,23 @@ def test_what_is_listed_outside_of_the_folder_is_not_in_it(weights: bytes) -> No
     for name in ("vault/runs2/b.pt", "vault/b.pt", "b.pt", "/vault/runs/b.pt", "lying://vault/runs/b.pt", "vault/runs"):
         Lying.entries.append({"name": name, "size": 1, "type": "file"})
     with open_mirror():
-        assert [found.place.as_posix() for found in find_checkpoints([resolve_location(URL)])] == ["a.pt"]
+        assert [found.place.as_posix() for found in find_checkpoints([Location.of(URL)])] == ["a.pt"]
 
 
 def test_a_name_that_is_a_file_and_a_folder(weights: bytes) -> None:
     Lying.tell(["a.pt", "a.pt/b.pt"], weights)
     with open_mirror(), pytest.raises(RemoteError, match=r"'a\.pt' to be a file or a folder, found both"):
-        find_checkpoints([resolve_location(URL)])
+        find_checkpoints([Location.of(URL)])
     Lying.tell(["a.pt", "a.pt/notes.txt"], weights)
     with open_mirror():
-        assert len(find_checkpoints([resolve_location(URL)])) == 1
+        assert len(find_checkpoints([Location.of(URL)])) == 1
 
 
 @pytest.mark.parametrize("size", [None, 0, -1, 1 << 50, 1 << 59, 1 << 70, -(1 << 70), "8", "x", 1.5, [1], True])
 def test_sizes_that_are_not_true(weights: bytes, size: object) -> None:
     Lying.tell(["a.pt"], weights, size=size)
     with open_mirror():
-        places = attempt(lambda: find_checkpoints([resolve_location(URL)]))
+        places = attempt(lambda: find_checkpoints([Location.of(URL)]))
         assert isinstance(places, RemoteError) or len(places) == 1
         content = attempt(lambda: read_checkpoint(f"{URL}/a.pt").tensors)
         assert isinstance(content, RemoteError) or content
@@ -169,7 +170,7 @@ def test_entries_that_are_none(weights: bytes, entry: object) -> None:
     with open_mirror():
         for use in (
             lambda: read_checkpoint(URL),
-            lambda: find_checkpoints([resolve_location(URL)]),
+            lambda: find_checkpoints([Location.of(URL)]),
             lambda: open_source(URL),
         ):
             with pytest.raises(CkptToolsError):
@@ -186,7 +187,7 @@ parts = st.sampled_from(
 def test_nothing_is_written_elsewhere(tmp_path: Path, names: list[tuple[str, list[str]]]) -> None:
     Lying.tell([start + "/".join([*inner, "x.pt"]) for start, inner in names], b"content")
     outside = tmp_path / "temporary"
-    for use in (lambda: find_checkpoints([resolve_location(URL)]), lambda: read_checkpoint(URL)):
+    for use in (lambda: find_checkpoints([Location.of(URL)]), lambda: read_checkpoint(URL)):
         with open_mirror() as mirror:
             assert "\n" not in str(attempt(use))
             assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(mirror.folder)} == {outside}
@@ -203,7 +204,7 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, names: list[tuple[str, lis
 )
 def test_urls_that_have_no_place(path: str) -> None:
     with open_mirror(), pytest.raises(UsageError, match="expected the name of a file below it"):
-        resolve_location(f"lying://{path}")
+        Location.of(f"lying://{path}")
 
 
 def test_copies_are_new_files_that_nobody_else_reads(weights: bytes, tmp_path: Path) -> None:
@@ -211,10 +212,11 @@ def test_copies_are_new_files_that_nobody_else_reads(weights: bytes, tmp_path: P
     precious = tmp_path / "precious.pt"
     precious.write_bytes(b"my only checkpoint")
     with open_mirror() as mirror:
-        place = resolve_location(f"{URL}/a.pt")
+        location = Location.of(f"{URL}/a.pt")
+        store, place = location.store, location.path
         mirror.make_folder(place.parent)
         assert mirror.folder.stat().st_mode & 0o077 == 0
-        for copy in (lambda: fetch_beginning(place, 4), lambda: fetch_file(place)):
+        for copy in (lambda: fetch_beginning(store, place, 4), lambda: fetch_file(store, place)):
             place.unlink(missing_ok=True)
             place.symlink_to(precious)  # as nobody can put it there but ourselves
             copy()
@@ -231,7 +233,7 @@ def test_a_file_system_that_refuses_a_name(weights: bytes, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "replace", refuse)
     with open_mirror():
-        for use in (lambda: read_checkpoint(f"{URL}/a.pt"), lambda: find_checkpoints([resolve_location(URL)])):
+        for use in (lambda: read_checkpoint(f"{URL}/a.pt"), lambda: find_checkpoints([Location.of(URL)])):
             with pytest.raises(RemoteError, match=r"lying://vault/runs/a\.pt: its copy .* \(File name too long\)"):
                 use()
 

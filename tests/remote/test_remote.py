@@ -37,12 +37,14 @@ from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
 from ckpt_tools.jobs.outputs import default_output_path
+from ckpt_tools.location import Location
+from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.local_copies import fetch_file
-from ckpt_tools.remote.mirror import open_mirror, resolve_location, restore_urls
-from ckpt_tools.remote.temporary_folders import new_temporary_name
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint
+from ckpt_tools.temporary_folders import new_temporary_name
 
 ARCH = ["--arch", "nets:DenseNet", "--batch-size", 16]
 SHAPE = (3, 8, 8)
@@ -355,22 +357,24 @@ def test_secrets_are_shown_nowhere(files: Path) -> None:
 def test_places_are_told_as_urls() -> None:
     with open_mirror():
         one, other = (
-            resolve_location("https://me:pw@host/a/b.pt?sig=1"),
-            resolve_location("https://me:pw@host/a/b.pt?sig=2"),
+            Location.of("https://me:pw@host/a/b.pt?sig=1"),
+            Location.of("https://me:pw@host/a/b.pt?sig=2"),
         )
         assert one != other
-        assert one == resolve_location("https://me:pw@host/a/b.pt?sig=1")
-        assert restore_urls({str(one): [f"{other}: bad", one.parent.as_posix()]}) == {
-            "https://host/a/b.pt": ["https://host/a/b.pt: bad", "https://host/a"]
-        }
-        assert restore_urls("see https://me:pw@host/x?sig=1") == "see https://host/x"
-    assert resolve_location("plain/path") == Path("plain/path")
+        assert one == Location.of("https://me:pw@host/a/b.pt?sig=1")
+        assert (str(one), str(one.parent)) == ("https://host/a/b.pt", "https://host/a")
+        with pytest.raises(RemoteError, match=r"^https://host/a/b\.pt: bad, in https://host/a$"), one.urls_in_errors():
+            raise RemoteError(f"{one.path}: bad, in {one.path.parent}")
+        with pytest.raises(OSError, match=r"'https://host/a/b\.pt'"), one.urls_in_errors():
+            one.path.stat()
+        assert without_secrets("see https://me:pw@host/x?sig=1") == "see https://host/x"
+    assert Location.of("plain/path") == Location(Path("plain/path"))
 
 
 @pytest.mark.parametrize("url", ["s3://b//x", "s3://b/./x", "https://host/../../etc/passwd", "s3://"])
 def test_places_stay_in_the_mirror(url: str) -> None:
     with open_mirror(), pytest.raises(UsageError, match="without empty parts"):
-        resolve_location(url)
+        Location.of(url)
 
 
 # Checkpoints of several files
@@ -482,8 +486,8 @@ def test_one_failure_stops_no_other(runs: Path) -> None:
 def test_copies_go_when_their_checkpoint_is_done(runs: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     most = []
 
-    def counted(path: Path, **more: object) -> Path:
-        found = fetch_file(path, **more)
+    def counted(*arguments: object, **more: object) -> Path:
+        found = fetch_file(*arguments, **more)
         most.append(len([path for path in temporary.rglob("*.pt") if path.is_file() and path.stat().st_blocks]))
         return found
 
@@ -497,7 +501,7 @@ def test_names_that_lead_out_of_a_folder_are_no_checkpoints(files: Path, tempora
     upload(files / "model.pt", "fragile://bucket/runs/a.pt")
     Fragile.files["bucket/runs/../../evil.pt"] = Fragile.files["bucket/runs/a.pt"]
     with open_mirror():
-        (found,) = find_checkpoints([resolve_location("fragile://bucket/runs")])
+        (found,) = find_checkpoints([Location.of("fragile://bucket/runs")])
         assert found.place.as_posix() == "a.pt"
         assert not list(temporary.rglob("evil*"))
 
@@ -584,7 +588,7 @@ def test_remote_arrays(files: Path) -> None:
 def test_remote_class_maps(files: Path) -> None:
     (files / "classes.txt").write_text("cat\ndog\n")
     with open_mirror():
-        found = read_class_map(resolve_location(upload(files / "classes.txt", "memory://bucket/classes.txt")))
+        found = read_class_map(Location.of(upload(files / "classes.txt", "memory://bucket/classes.txt")))
         assert found.numbers == {"cat": 0, "dog": 1}
 
 
@@ -659,11 +663,8 @@ def test_nothing_is_written_unasked_over_http_or_into_a_repository(
     monkeypatch.chdir(tmp_path)
     with open_mirror():
         for url in ("http://host/a/model.pt", "hf://org/repo/model.pt"):
-            assert default_output_path(resolve_location(url), "bn") == tmp_path / "model.bn.safetensors"
-        assert (
-            restore_urls(str(default_output_path(resolve_location("s3://bucket/model.pt"))))
-            == "s3://bucket/model.safetensors"
-        )
+            assert default_output_path(Location.of(url), "bn") == Location(tmp_path / "model.bn.safetensors")
+        assert str(default_output_path(Location.of("s3://bucket/model.pt"))) == "s3://bucket/model.safetensors"
 
 
 def test_copies_of_killed_processes_are_removed(files: Path, temporary: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     for found in find_checkpoints([tmp_path]):
         with pytest.raises(CheckpointError, match="neither a file"):
-            read_checkpoint(found.path)
+            read_checkpoint(found.location)
     with pytest.raises(DataError, match="no regular file"):
         list(open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), Reading(batch_size=2, workers=0)))
 

@@ -129,7 +129,7 @@ def test_a_copied_entry_hides_no_checkpoint(made: tuple[Request, Path], tmp_path
     save_file(state, tmp_path / "same.safetensors", metadata)
     save_file({key: tensor + 1 for key, tensor in state.items()}, tmp_path / "trained.safetensors", metadata)
     write_safetensors(tmp_path / "ours.safetensors", state, metadata=metadata)  # which seals it anew
-    assert [one.path.name for one in find_checkpoints([tmp_path])] == ["same.safetensors", "trained.safetensors"]
+    assert [one.location.name for one in find_checkpoints([tmp_path])] == ["same.safetensors", "trained.safetensors"]
 
 
 NAMES = ["version", "settings", "source", "source_sha256", "weights", "prefix", "data_sha256", "data_bytes"]
@@ -168,7 +168,7 @@ def test_no_entry_hides_a_checkpoint(tmp_path_factory: pytest.TempPathFactory, e
     written = json.dumps(entry) if text is None else text
     save_file(STATE, folder / "a.safetensors", {"ckpt_tools": written})
     assume(text is not None or not is_of_0_1_0(json.loads(written)))
-    assert [one.path.name for one in find_checkpoints([folder])] == ["a.safetensors"]
+    assert [one.location.name for one in find_checkpoints([folder])] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(tmp_path: Path, monkeypat
     )
     save_file(STATE, "a.bn.safetensors", metadata)
     save_file(STATE, "init.safetensors", output_metadata(None, {"expect": "init", "scheme": "normal"}))
-    assert [one.path.name for one in find_checkpoints([tmp_path])] == ["a.pt"]
+    assert [one.location.name for one in find_checkpoints([tmp_path])] == ["a.pt"]
     with pytest.raises(Exception, match=r"of version 0\.1\.0.*--overwrite"):
         find_earlier_output(Path("a.bn.safetensors"), asked, None)
 

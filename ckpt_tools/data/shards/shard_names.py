@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.paths import is_folder, matching_paths
-from ckpt_tools.remote.address import redact_url
 from ckpt_tools.remote.remote_store import open_remote
+from ckpt_tools.urls import redact_url
 
 __all__ = ["expand_braces", "is_pattern", "is_shard", "is_shard_url", "list_shards", "local_shards", "remote_shards"]
 

@@ -27,7 +27,7 @@ from ckpt_tools.data.shards.shard_index import no_images_error
 from ckpt_tools.data.shards.shard_names import remote_shards
 from ckpt_tools.data.stream import Batch, concatenate_parts
 from ckpt_tools.data.unreadable_samples import SkippedSample, SkippedSamples, translate_reading_errors
-from ckpt_tools.remote.address import redact_url
+from ckpt_tools.urls import redact_url
 
 __all__ = ["ShardStream", "ShardStreamSource"]
 

@@ -188,7 +188,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
     ``weights`` is the entry that was taken, ``prefix`` the prefix that was removed from every key.
     """
     return {
-        "path": str(checkpoint.path),
+        "path": checkpoint.shown_path,
         "format": checkpoint.format,
         "weights": checkpoint.weights,
         "prefix": checkpoint.prefix,

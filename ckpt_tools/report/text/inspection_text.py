@@ -119,7 +119,7 @@ def _file_rows(inspection: Inspection) -> list[tuple[str, str]]:
     if checkpoint is None:
         return [("file", "none, the architecture alone"), ("holds", _holds(inspection))]
     rows = [
-        ("file", f"{checkpoint.path}, {size_text(inspection.size or 0)}, {checkpoint.format}"),
+        ("file", f"{checkpoint.shown_path}, {size_text(inspection.size or 0)}, {checkpoint.format}"),
         ("taken", _weights_entry(checkpoint)),
         ("left out", list_names(checkpoint.left_out)),
         ("holds", _holds(inspection)),

@@ -104,4 +104,4 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
 
 
 def _checkpoint_line(evaluated: EvaluatedCheckpoint) -> str:
-    return f"{evaluated.checkpoint.path} ({evaluated.loaded.recipe.architecture})"
+    return f"{evaluated.checkpoint.shown_path} ({evaluated.loaded.recipe.architecture})"

@@ -83,7 +83,7 @@ def checkpoint_line(checkpoint: Checkpoint) -> str:
     """Return path and format, and the entry of the file that holds the weights."""
     entry = f", weights from {one_line(checkpoint.weights)!r}" if checkpoint.weights else ""
     prefix = f", prefix {one_line(checkpoint.prefix)!r} removed" if checkpoint.prefix else ""
-    return f"{one_line(checkpoint.path)} ({one_line(checkpoint.format)}{entry}{prefix})"
+    return f"{one_line(checkpoint.shown_path)} ({one_line(checkpoint.format)}{entry}{prefix})"
 
 
 def architecture_line(loaded: LoadedModel) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.paths import is_link, path_below, require_below
-from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.dcp.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX, load_distributed
 from ckpt_tools.storage.files.fetching import fetch_checkpoint
@@ -53,11 +53,10 @@ class CheckpointFiles:
 
 
 def find_checkpoint_files(path: Path) -> CheckpointFiles:
-    """Return the files behind a path that the user gave: that of a file, an index, or a folder.
+    """Return the files of a checkpoint on this machine.
 
-    Those behind a URL are fetched. Raises CheckpointError, RemoteError.
+    ``path`` is that of a file, an index or a folder. Raises CheckpointError.
     """
-    fetch_checkpoint(path)
     try:
         if path.is_dir():
             return _find_in_folder(path)
@@ -109,17 +108,19 @@ def _load_weights(source: CheckpointFiles, trust: bool) -> FileContent:
     return FileContent(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
 
 
-def checkpoint_sha256(path: Path | str) -> str:
+def checkpoint_sha256(place: LocationLike) -> str:
     """Return the SHA-256 of a checkpoint as lower-case hex.
 
     Of several files it is that of the lines which ``sha256sum`` prints for them, in the order of
-    their names. Raises CheckpointError.
+    their names. Raises CheckpointError, RemoteError.
     """
-    source = find_checkpoint_files(resolve_location(path))
+    location = Location.of(place)
+    with location.urls_in_errors():
+        source = find_checkpoint_files(fetch_checkpoint(location))
     try:
         digests = [(_hash_file(file), file.name) for file in source.files]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(f"{location}: cannot be read ({error.strerror}). Check its permissions.") from error
     if source.shard_of is None and source.index is None and len(digests) == 1:
         return digests[0][0]
     lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
