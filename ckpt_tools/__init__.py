@@ -22,7 +22,9 @@ def _leave_current_folder() -> None:
     if sys.argv[:1] != ["-m"] or sys.flags.safe_path:
         return
     named = sys.orig_argv[-len(sys.argv)]
-    if named in ("ckpt_tools", "ckpt_tools.__main__") or (named.startswith("-") and named.endswith("mckpt_tools")):
+    if named in ("ckpt_tools", "ckpt_tools.__main__") or (
+        named.startswith("-") and named.endswith("mckpt_tools")
+    ):
         try:
             here = os.getcwd()  # noqa: PTH109 - pathlib is a file that the folder could replace
         except OSError:  # the folder was removed, and Python did not list it

@@ -55,7 +55,9 @@ def _statistics_of_each(parts: Sequence[Tensor]) -> list[Statistics]:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     barrier = threading.Barrier(threads)  # no thread is idle before the last one has started
-    pool = ThreadPoolExecutor(threads, "ckpt-tools-statistics", initializer=_use_one_core, initargs=(barrier,))
+    pool = ThreadPoolExecutor(
+        threads, "ckpt-tools-statistics", initializer=_use_one_core, initargs=(barrier,)
+    )
     list(pool.map(_statistics_of_each, [()] * threads))
     # The number that a thread sets also holds for threads that start later, until another sets it.
     torch.set_num_threads(threads)
@@ -81,6 +83,8 @@ def _on_accelerator(x: Tensor, rows: int) -> Statistics:
     """
     even = x.shape[0] // rows * rows  # the rows of all parts of full size
     stacks = [x[:even].unflatten(0, (-1, rows)), x[even:].unsqueeze(0)]
-    parts = [torch.var_mean(stack, [1, *range(3, stack.ndim)], correction=0) for stack in stacks if stack.numel()]
+    parts = [
+        torch.var_mean(stack, [1, *range(3, stack.ndim)], correction=0) for stack in stacks if stack.numel()
+    ]
     variance, mean = map(torch.cat, zip(*parts, strict=True))
     return mean, variance

@@ -162,7 +162,11 @@ class _MeteredFactories(TorchFunctionMode):
         self._meter = meter
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if func in _FACTORIES and not _goes_to_meta(kwargs):
@@ -177,7 +181,9 @@ def _goes_to_meta(kwargs: Mapping[str, Any]) -> bool:
 
 def _count_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Return the number of values of a tensor that a factory would make, without making it."""
-    described = {name: value for name, value in kwargs.items() if name not in ("generator", "out", "pin_memory")}
+    described = {
+        name: value for name, value in kwargs.items() if name not in ("generator", "out", "pin_memory")
+    }
     try:
         return int(func(*args, **{**described, "device": "meta"}).numel())
     # The call itself is wrong, and the error of the real call will say so better.

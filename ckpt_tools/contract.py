@@ -35,7 +35,7 @@ class Checkpoint:
     file order.
     """
 
-    path: Path
+    path: Path  # of the file or folder on this machine
     format: str
     tensors: Mapping[str, Tensor]
     weights: str = ""  # where in the file the state dict stood, "" for the top level
@@ -46,6 +46,13 @@ class Checkpoint:
     # Entries that belong to no state dict, and odd entries within it
     left_out: tuple[str, ...] = ()
     module: nn.Module | None = None  # the model itself, if a trusted pickle held a whole one
+    # Where ``path`` was copied from, without credentials; "" for a file of this machine
+    url: str = ""
+
+    @property
+    def shown_path(self) -> str:
+        """The checkpoint's URL or path, as messages and reports name it."""
+        return self.url or str(self.path)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ckpt_tools.errors import CkptToolsError, RankError, UsageError
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.mirror import restore_urls
 
 __all__ = ["ALONE", "Processes", "Ranks", "Team", "join_team", "start_team"]
 
@@ -211,8 +210,6 @@ class Processes(Team):
     def _error_for_others(self, error: Exception) -> CkptToolsError:
         """Return an error that can be pickled and means something to the other ranks."""
         if isinstance(error, CkptToolsError):
-            # The copies of this rank mean nothing to the others
-            error.args = tuple(map(restore_urls, error.args))
             return error
         reason = without_fragments(f"{type(error).__name__}: {error}")
         return RankError(

@@ -112,7 +112,9 @@ class Width:
         """Admit whole numbers up to the largest dimension in the file."""
         largest = evidence.largest_dimension
         expected = f"whole numbers of at most {largest:,}, the largest dimension of the file's tensors"
-        return _admit_integers(value, evidence, expected, lambda sizes: all(abs(size) <= largest for size in sizes))
+        return _admit_integers(
+            value, evidence, expected, lambda sizes: all(abs(size) <= largest for size in sizes)
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ class Pixels:
     def admit(self, value: object, evidence: Evidence) -> object:
         """Admit whole numbers of at most 8192, and sequences of them."""
         expected = f"whole numbers of at most {_LARGEST_SIDE:,}"
-        return _admit_integers(value, evidence, expected, lambda sides: all(abs(s) <= _LARGEST_SIDE for s in sides))
+        return _admit_integers(
+            value, evidence, expected, lambda sides: all(abs(s) <= _LARGEST_SIDE for s in sides)
+        )
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,11 @@ class Nested:
             raise NotAdmitted("expected a configuration that is not nested too deeply")
         inner = replace(evidence, nesting=evidence.nesting - 1)
         kinds = self.arguments_of({str(name): setting for name, setting in value.items()})
-        return {name: admit_argument(kinds, name, setting, inner) for name, setting in value.items() if name in kinds}
+        return {
+            name: admit_argument(kinds, name, setting, inner)
+            for name, setting in value.items()
+            if name in kinds
+        }
 
 
 def admit_argument(kinds: Mapping[str, ArgumentKind], name: str, value: object, evidence: Evidence) -> object:
@@ -240,7 +248,9 @@ def _admit_numbers(value: object, evidence: Evidence, expected: str, fits: Calla
     return value
 
 
-def _admit_integers(value: object, evidence: Evidence, expected: str, fits: Callable[[list[int]], bool]) -> object:
+def _admit_integers(
+    value: object, evidence: Evidence, expected: str, fits: Callable[[list[int]], bool]
+) -> object:
     leaves = [leaf for leaf in _leaves(value, evidence) if leaf is not None]
     # In Python True and False are integers, too.
     if not all(isinstance(leaf, int) and not isinstance(leaf, bool) for leaf in leaves) or not fits(leaves):

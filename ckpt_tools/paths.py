@@ -42,7 +42,9 @@ _DEEPEST = 64
 _DRIVE = re.compile(r"[A-Za-z]:")
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: devices, whatever suffix follows
 # their name.
-_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", re.IGNORECASE | re.DOTALL)
+_DEVICE = re.compile(
+    r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", re.IGNORECASE | re.DOTALL
+)
 # No file name on Windows has them; a colon opens another stream of a file
 _WINDOWS_MARKS = frozenset('<>:"|?*')
 _DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -87,7 +89,9 @@ def path_below(
     return require_below(folder, path, origin=origin, error=error)
 
 
-def require_below(folder: Path, path: Path, *, origin: object, error: type[CkptToolsError] = CheckpointError) -> Path:
+def require_below(
+    folder: Path, path: Path, *, origin: object, error: type[CkptToolsError] = CheckpointError
+) -> Path:
     """Return a path that was made by joining a name to ``folder`` if no link leads out of it.
 
     A link counts as the file that it leads to, and that must lie in the folder or below it. The one
@@ -150,7 +154,9 @@ def spelling_fault(name: object) -> str | None:
         return "which has an empty part or a dot for one"
     if "\\" in name:
         return "which has a backslash in it"
-    if any(character in _DIRECTION_MARKS or unicodedata.category(character) in _INVISIBLE for character in name):
+    if any(
+        character in _DIRECTION_MARKS or unicodedata.category(character) in _INVISIBLE for character in name
+    ):
         return "which has characters in it that do not show"
     return None
 
@@ -246,11 +252,16 @@ def _matching(pattern: Path) -> set[Path]:
     paths: set[Path] = set()
     for start in _matching(Path(*parts[:at])):
         for folder, inner, names in os.walk(start):
-            inner[:] = [name for name in inner if not name.startswith(".") and not is_deep(start, Path(folder))]
+            inner[:] = [
+                name for name in inner if not name.startswith(".") and not is_deep(start, Path(folder))
+            ]
             if parts[at + 1 :]:
                 paths |= _matching(Path(glob.escape(folder), *parts[at + 1 :]))
             else:
-                paths |= {Path(folder), *(Path(folder, name) for name in [*inner, *names] if not name.startswith("."))}
+                paths |= {
+                    Path(folder),
+                    *(Path(folder, name) for name in [*inner, *names] if not name.startswith(".")),
+                }
     return paths
 
 

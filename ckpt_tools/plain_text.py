@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["LONGEST_NAME", "LONGEST_VALUE", "escape_controls", "harmless", "one_line", "shorten", "shorten_message"]
+__all__ = [
+    "LONGEST_NAME",
+    "LONGEST_VALUE",
+    "escape_controls",
+    "harmless",
+    "one_line",
+    "shorten",
+    "shorten_message",
+]
 
 LONGEST_NAME = 500  # characters of a name in a table or a list
 LONGEST_VALUE = 4000  # of a value in JSON, of a message, and of a printed line
@@ -32,7 +40,8 @@ def escape_controls(text: str, keep: str = "") -> str:
     if text.isprintable():  # nearly all texts are
         return text
     return "".join(
-        character if character.isprintable() or character in keep else ascii(character)[1:-1] for character in text
+        character if character.isprintable() or character in keep else ascii(character)[1:-1]
+        for character in text
     )
 
 
@@ -68,5 +77,7 @@ def harmless(text: str) -> str:
     The result for the beginning of a text is always the beginning of the result for the whole text.
     So a stream may pass text on piece by piece.
     """
-    cut = "\n".join(line if len(line) <= LONGEST_VALUE else f"{line[:LONGEST_VALUE]}…" for line in text.split("\n"))
+    cut = "\n".join(
+        line if len(line) <= LONGEST_VALUE else f"{line[:LONGEST_VALUE]}…" for line in text.split("\n")
+    )
     return _COMMAND.sub(r"\1\2 ", escape_controls(cut, keep="\n\t"))

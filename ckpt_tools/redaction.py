@@ -2,7 +2,7 @@
 
 Nobody can tell from a finished message where a secret ends: passwords hold blanks, quotes and
 slashes. So this module remembers the secrets in every URL that the process is given, and what may
-be shown of that URL (``remote/address.py``), and masks them in every text, as the runners of CI
+be shown of that URL (``urls.py``), and masks them in every text, as the runners of CI
 services do. URLs that were never parsed, such as those in names of files, are recognised by their
 form alone.
 
@@ -132,7 +132,9 @@ def _mask_secrets(text: str, spellings: tuple[tuple[str, str], ...]) -> str:
         start = folded.find(spelling)
         while start >= 0:
             end = start + len(spelling)
-            if len(spelling) >= _WORD or not (folded[start - 1 : start].isalnum() or folded[end : end + 1].isalnum()):
+            if len(spelling) >= _WORD or not (
+                folded[start - 1 : start].isalnum() or folded[end : end + 1].isalnum()
+            ):
                 text = f"{text[:start]}{shown}{text[end:]}"
                 # Replaced text is not searched again
                 folded = f"{folded[:start]}{chr(0) * len(shown)}{folded[end:]}"
@@ -145,7 +147,9 @@ def _mask_secrets(text: str, spellings: tuple[tuple[str, str], ...]) -> str:
 def _fragments(spellings: tuple[tuple[str, str], ...]) -> frozenset[str]:
     """Return all fragments of secrets, without those of the text that may be shown."""
     public = {fragment for _, shown in spellings for fragment in _split_fragments(_fold_case(shown))}
-    return frozenset({fragment for spelling, _ in spellings for fragment in _split_fragments(spelling)} - public)
+    return frozenset(
+        {fragment for spelling, _ in spellings for fragment in _split_fragments(spelling)} - public
+    )
 
 
 def _fold_case(text: str) -> str:
@@ -155,7 +159,9 @@ def _fold_case(text: str) -> str:
     of İ, for example.
     """
     lower = text.lower()
-    return lower if len(lower) == len(text) else "".join(low if len(low := c.lower()) == 1 else c for c in text)
+    return (
+        lower if len(lower) == len(text) else "".join(low if len(low := c.lower()) == 1 else c for c in text)
+    )
 
 
 def _split_fragments(text: str) -> set[str]:

@@ -173,9 +173,13 @@ class Reestimation:
     processes: int = 1  # that shared the batches
     cut_to: int | None = None  # samples at a time, where memory was too short for whole batches
     precision: Precision = "fp32"
-    deviation: Spread | None = None  # of the variances on the first images from those in fp32, for other precisions
+    deviation: Spread | None = (
+        None  # of the variances on the first images from those in fp32, for other precisions
+    )
     outliers: tuple[Outlier, ...] = ()  # samples that were left out, in the order in which they were met
-    common: tuple[OutlierReason, ...] = ()  # what over 1 % of the samples look like: no outliers, they counted
+    common: tuple[
+        OutlierReason, ...
+    ] = ()  # what over 1 % of the samples look like: no outliers, they counted
 
     @property
     def rewritten(self) -> tuple[LayerResult, ...]:

@@ -82,15 +82,21 @@ def index_one(architecture: str) -> Indexed:
 def compare(built: ArchitectureIndex, only: str) -> list[str]:
     """A line for every architecture about which the shipped index says something else."""
     shipped_entries = {
-        entry.architecture: entry for entry in load_shipped_index().entries if fnmatch.fnmatch(entry.architecture, only)
+        entry.architecture: entry
+        for entry in load_shipped_index().entries
+        if fnmatch.fnmatch(entry.architecture, only)
     }
     built_entries = {entry.architecture: entry for entry in built.entries}
     versions = load_shipped_index().versions
     lines = [
-        f"{lib} {v}, the index has {versions.get(lib)}" for lib, v in built.versions.items() if versions.get(lib) != v
+        f"{lib} {v}, the index has {versions.get(lib)}"
+        for lib, v in built.versions.items()
+        if versions.get(lib) != v
     ]
     lines += [f"{name}: not in the index" for name in built_entries.keys() - shipped_entries.keys()]
-    lines += [f"{name}: in the index, not in the library" for name in shipped_entries.keys() - built_entries.keys()]
+    lines += [
+        f"{name}: in the index, not in the library" for name in shipped_entries.keys() - built_entries.keys()
+    ]
     return lines + [
         f"{name}: has other tensors"
         for name in built_entries.keys() & shipped_entries.keys()

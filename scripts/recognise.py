@@ -44,7 +44,11 @@ from zoo.models import Checked, architectures, brief, check_all
 
 LARGEST = 1_000_000_000  # parameters of the models that count
 SMALL = 60_000_000  # parameters of the models that are saved
-VARIANTS: dict[str, dict[str, object]] = {"as built": {}, "7 classes": {"num_classes": 7}, "1 channel": {"in_chans": 1}}
+VARIANTS: dict[str, dict[str, object]] = {
+    "as built": {},
+    "7 classes": {"num_classes": 7},
+    "1 channel": {"in_chans": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,10 @@ def block_renamed(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     block = list(shapes)[len(shapes) // 2]
     while block.count(".") and sum(key.startswith(f"{block}.") for key in shapes) < 5:
         block = block.rpartition(".")[0]
-    return {f"{block}.inner{key[len(block) :]}" if key.startswith(f"{block}.") else key: s for key, s in shapes.items()}
+    return {
+        f"{block}.inner{key[len(block) :]}" if key.startswith(f"{block}.") else key: s
+        for key, s in shapes.items()
+    }
 
 
 def layer_added(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -113,26 +120,41 @@ def layer_added(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def count_answers(results: list[Asked], variant: str) -> str:
-    answers = {result.architecture: names for result in results for label, names in result.names if label == variant}
+    answers = {
+        result.architecture: names for result in results for label, names in result.names if label == variant
+    }
     unique = sum(names == (architecture,) for architecture, names in answers.items())
     right = sum(architecture in names for architecture, names in answers.items())
     groups = len(set(answers.values()))
-    return f"{variant}: {len(answers)} asked, {unique} named alone, {right} in the right group, {groups} groups"
+    return (
+        f"{variant}: {len(answers)} asked, {unique} named alone, {right} in the right group, {groups} groups"
+    )
 
 
 def count_functions(results: list[Asked]) -> str:
     """How many are told apart down to one function, and down to one function and input."""
-    groups = {names for result in results for label, names in result.names if label == "as built" and len(names) > 1}
+    groups = {
+        names for result in results for label, names in result.names if label == "as built" and len(names) > 1
+    }
     looked_up = {result.architecture for result in results}
     recognised = sum(
-        names == (result.architecture,) for result in results for label, names in result.names if label == "as built"
+        names == (result.architecture,)
+        for result in results
+        for label, names in result.names
+        if label == "as built"
     )
     for names in tqdm(sorted(groups), unit="group", file=sys.stderr):
         adapter, name = plugins.resolve(names[0])
         tensors = build_skeleton(adapter, name, {}).state_dict()
-        distinct = merge_equivalent_candidates(Checkpoint(Path("model.pt"), "", tensors), list(map(candidate, names)))
+        distinct = merge_equivalent_candidates(
+            Checkpoint(Path("model.pt"), "", tensors), list(map(candidate, names))
+        )
         for candidate_of_one in distinct:
-            print("  " + " = ".join(candidate_of_one.names) + ("" if len(distinct) == 1 else "  (one of several)"))
+            print(
+                "  "
+                + " = ".join(candidate_of_one.names)
+                + ("" if len(distinct) == 1 else "  (one of several)")
+            )
         recognised += sum(name in looked_up for name in names) if len(distinct) == 1 else 0
     return f"as built, twins of one function taken as one: {recognised} of {len(results)} recognised without data"
 
@@ -140,7 +162,9 @@ def count_functions(results: list[Asked]) -> str:
 def candidate(architecture: str) -> Candidate:
     adapter, recipe = recipe_without_arguments(architecture)
     model = build_skeleton(adapter, recipe.name, {})
-    return replace(Candidate(adapter, recipe, "shapes"), input_spec=adapter.input_spec(model, recipe.name, {}))
+    return replace(
+        Candidate(adapter, recipe, "shapes"), input_spec=adapter.input_spec(model, recipe.name, {})
+    )
 
 
 def save_and_load(architecture: str, folder: Path) -> str:
@@ -170,7 +194,9 @@ def save_and_load_all(names: Iterable[str]) -> None:
     print("saved and loaded: " + ", ".join(f"{count} {answer}" for answer, count in answers.most_common()))
 
 
-def draw_sample(results: list[Asked], count: int, largest: int, keep: Callable[[Asked], bool] = bool) -> list[str]:
+def draw_sample(
+    results: list[Asked], count: int, largest: int, keep: Callable[[Asked], bool] = bool
+) -> list[str]:
     pool = sorted(result.architecture for result in results if result.parameters <= largest and keep(result))
     return random.Random(0).sample(pool, min(count, len(pool)))
 
@@ -198,11 +224,18 @@ def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
         print(count_answers(results, variant))
     seconds = sorted(second for result in results for second in result.seconds)
     worst = [seconds[len(seconds) // 2], seconds[int(0.99 * len(seconds))], seconds[-1]]
-    print("look-up: median {:.1f} ms, 99th percentile {:.1f} ms, longest {:.1f} ms".format(*(1000 * s for s in worst)))
+    print(
+        "look-up: median {:.1f} ms, 99th percentile {:.1f} ms, longest {:.1f} ms".format(
+            *(1000 * s for s in worst)
+        )
+    )
     if close:
         ranked: list[Ranked] = check_all(rank, draw_sample(results, close, LARGEST), jobs, None)
         ranks = Counter(how for result in ranked for how, hit in result.hits if hit)
-        print(f"among the closest three, of {len(ranked)}: " + ", ".join(f"{how} {n}" for how, n in ranks.items()))
+        print(
+            f"among the closest three, of {len(ranked)}: "
+            + ", ".join(f"{how} {n}" for how, n in ranks.items())
+        )
     if twins:
         print(count_functions(results))
     if files:

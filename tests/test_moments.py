@@ -33,7 +33,9 @@ def clustered(parts: list[BatchMoments]) -> Clusters:
     spatial=st.sampled_from([(), (3,), (2, 2), (2, 1, 3)]),
     offset=st.sampled_from([0.0, 3.0, -600.0]),
 )
-def test_any_split_gives_the_moments_of_the_whole(sizes: list[int], spatial: tuple[int, ...], offset: float) -> None:
+def test_any_split_gives_the_moments_of_the_whole(
+    sizes: list[int], spatial: tuple[int, ...], offset: float
+) -> None:
     x = torch.randn(sum(sizes) + 1, 4, *spatial) + offset
     sizes = [*sizes, 1]
     centre = torch.zeros(4, dtype=torch.float64) + offset
@@ -50,7 +52,9 @@ def test_merging_is_associative_and_commutative() -> None:
     for left, right in [([a, b, c], [c, b, a]), ([a, b, c], [b, c, a])]:
         one, other = pooled(left), pooled(right)
         torch.testing.assert_close(one.m2, other.m2, rtol=1e-12, atol=0)
-        torch.testing.assert_close(clustered(left).comoments, clustered(right).comoments, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            clustered(left).comoments, clustered(right).comoments, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_large_means_keep_their_digits() -> None:

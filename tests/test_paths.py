@@ -69,7 +69,9 @@ def test_harmless_names(tmp_path: Path, name: str) -> None:
 
 
 pieces = st.one_of(
-    st.sampled_from(["..", ".", "/", "\\", "C:", "nul", "x", "a.pt", "\0", "\n", "\u202e", "\ud800", "::", "~", " "]),
+    st.sampled_from(
+        ["..", ".", "/", "\\", "C:", "nul", "x", "a.pt", "\0", "\n", "\u202e", "\ud800", "::", "~", " "]
+    ),
     st.text(max_size=4),
 )
 
@@ -130,7 +132,14 @@ def test_links_out_of_a_folder(tmp_path: Path) -> None:
     for root in (folder, tmp_path / "mine"):
         for name in ("inside.pt", "real/x.pt", "linked/x.pt", "self.pt", "real/nothing.pt"):
             assert path_below(root, name, origin="x", nested=True) == root / name
-        for name in ("absolute.pt", "relative.pt", "twice.pt", "away/x.pt", "away/nothing", "root/etc/passwd"):
+        for name in (
+            "absolute.pt",
+            "relative.pt",
+            "twice.pt",
+            "away/x.pt",
+            "away/nothing",
+            "root/etc/passwd",
+        ):
             with pytest.raises(CheckpointError, match="a link that leads out of it, to /"):
                 path_below(root, name, origin="x", nested=True)
 
@@ -167,12 +176,18 @@ def sharded(folder: Path) -> dict[str, bytes]:
 
 @folders
 @pytest.mark.parametrize("way", ["snapshot", "index", "linked folder", "relative"])
-def test_the_cache_of_the_hub_is_read(cache: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_the_hub_is_read(
+    cache: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, content in sharded(tmp_path / "source").items():
         blob(cache, name, content)
     (tmp_path / "mine").symlink_to(cache)
     monkeypatch.chdir(cache)
-    path = {"snapshot": cache, "index": cache / "model.safetensors.index.json", "linked folder": tmp_path / "mine"}
+    path = {
+        "snapshot": cache,
+        "index": cache / "model.safetensors.index.json",
+        "linked folder": tmp_path / "mine",
+    }
     found = read_checkpoint(path.get(way, Path("model.safetensors.index.json")))
     assert list(found.tensors) == ["a.running_var", "b.running_var"]
     assert found.words["config"] == {"architecture": "resnet18"}
@@ -261,7 +276,9 @@ def test_an_index_with_a_hostile_name(tmp_path: Path, name: object) -> None:
     folder = tmp_path / "folder"
     sharded(folder)
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a.running_var": "model-0.safetensors", "b.running_var": name}}))
+    index.write_text(
+        json.dumps({"weight_map": {"a.running_var": "model-0.safetensors", "b.running_var": name}})
+    )
     before = sorted(tmp_path.rglob("*"))
     for command in (["inspect"], ["convert", "-o", str(tmp_path / "out.safetensors")]):
         result = CliRunner().invoke(main, [command[0], str(folder), *command[1:]])

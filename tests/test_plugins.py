@@ -48,7 +48,9 @@ def with_plugins(monkeypatch):
     def install(**values):
         added = [EntryPoint(name, value, plugins.GROUP) for name, value in values.items()]
         monkeypatch.setattr(
-            plugins, "entry_points", lambda **wanted: EntryPoints([*real(group=plugins.GROUP), *added]).select(**wanted)
+            plugins,
+            "entry_points",
+            lambda **wanted: EntryPoints([*real(group=plugins.GROUP), *added]).select(**wanted),
         )
 
     plugins.adapter.cache_clear()

@@ -30,7 +30,14 @@ def test_commands_parse(line: str) -> None:
 
 def test_every_command_and_public_name_is_shown() -> None:
     assert all(f"ckpt-fix {name}" in README for name in main.commands)
-    for name in ("reestimate_bn", "walk", "load", "rewrite_init", "activation_moments", "corrected_state_dict"):
+    for name in (
+        "reestimate_bn",
+        "walk",
+        "load",
+        "rewrite_init",
+        "activation_moments",
+        "corrected_state_dict",
+    ):
         assert f"ckpt_tools.{name}(" in README
     assert ckpt_tools.__all__ == sorted(ckpt_tools.__all__)
 
@@ -42,7 +49,12 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(timm.create_model("resnet18").state_dict(), "model.pt")
     data = nets.batches((3, 8, 8))
     names = {"new_model": nets.DenseNet(), "linear": torch.nn.Linear(4, 3), "torch": torch}
-    names |= {"model": nets.DenseNet(), "swa_model": nets.DenseNet(), "loader": data, "example_batch": data[0]}
+    names |= {
+        "model": nets.DenseNet(),
+        "swa_model": nets.DenseNet(),
+        "loader": data,
+        "example_batch": data[0],
+    }
     for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL):
         if "ckpt_tools" in block:
             exec(block, names)
@@ -53,9 +65,16 @@ def test_the_map_names_every_room_and_only_files_that_exist() -> None:
     tree = README.split("```\nckpt_tools/")[1].split("```")[0]
     rows = [re.findall(r"[\w/]+\.py|[\w]+/", line) for line in tree.splitlines()]
     folders = {path.parent.name for path in (ROOT / "ckpt_tools").glob("*/__init__.py")}
-    assert {row[0].rstrip("/") for row in rows if row and row[0].endswith("/")} - {"adapters", "scripts"} == folders
+    assert {row[0].rstrip("/") for row in rows if row and row[0].endswith("/")} - {
+        "adapters",
+        "scripts",
+    } == folders
     for row in rows:
-        room = ROOT / (row[0] if row and row[0] in ("adapters/", "scripts/") else f"ckpt_tools/{row[0]}" if row else "")
+        room = ROOT / (
+            row[0] if row and row[0] in ("adapters/", "scripts/") else f"ckpt_tools/{row[0]}" if row else ""
+        )
         for name in row:
             place = room if room.is_dir() else room.parent
-            assert any(place.rglob(name.rstrip("/"))) or (place / name).exists() or place.name == name[:-1], name
+            assert any(place.rglob(name.rstrip("/"))) or (place / name).exists() or place.name == name[:-1], (
+                name
+            )

@@ -59,7 +59,10 @@ class AdmitsEverything:
 
 SHARED = SmallNet()
 FAULTS = {  # the check that sees it, the method that is wrong, and how
-    "check_a_file_cannot_name_anything_in_an_argument": ("file_arguments", lambda *_: {"a": AdmitsEverything()}),
+    "check_a_file_cannot_name_anything_in_an_argument": (
+        "file_arguments",
+        lambda *_: {"a": AdmitsEverything()},
+    ),
     "check_protocol": ("architectures", lambda *_: ["small", "another"]),
     "check_builds_a_new_module_offline": ("build", lambda *_: SHARED),
     "check_unknown_names_and_arguments_are_named": ("build", lambda *_: SmallNet()),
@@ -67,7 +70,10 @@ FAULTS = {  # the check that sees it, the method that is wrong, and how
     "check_strange_shapes_do_not_confuse": ("class_kwargs", lambda *_: {0: 1}),
     "check_rates_are_taken_and_keep_the_keys": ("rate_kwargs", lambda *_: ["num_classes"]),
     "check_words_give_its_own_recipe_or_none": ("recognise", lambda *_: Recipe("zoo", "small")),
-    "check_the_input_fits_the_model": ("input_spec", lambda *_: InputSpec((3, 8, 8), crop_pct=2.0, origin="zoo")),
+    "check_the_input_fits_the_model": (
+        "input_spec",
+        lambda *_: InputSpec((3, 8, 8), crop_pct=2.0, origin="zoo"),
+    ),
 }
 
 
@@ -81,11 +87,23 @@ def test_each_check_passes_a_correct_adapter_and_sees_its_fault(check, monkeypat
 
 
 def test_the_example_of_the_guide_runs_in_a_third_partys_pytest(tmp_path):
-    (example,) = (block for block in re.findall(r"```python\n(.+?)```", CONTRIBUTING, re.DOTALL) if "testing" in block)
+    (example,) = (
+        block for block in re.findall(r"```python\n(.+?)```", CONTRIBUTING, re.DOTALL) if "testing" in block
+    )
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "ckpt.py").write_text("from test_testing import ZooAdapter as MyZooAdapter\n")
     (tmp_path / "test_ckpt.py").write_text(example.replace("small_model", "small"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "test_ckpt.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "/dev/null",
+        "test_ckpt.py",
+    ]
     paths = ":".join([str(tmp_path), str(Path(__file__).parent), *sys.path])
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": paths}, capture_output=True, text=True)
     assert f"{len(CHECKS)} passed" in done.stdout, done.stdout + done.stderr

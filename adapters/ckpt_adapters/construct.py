@@ -63,7 +63,11 @@ class _SkipMetaInitialisation(TorchFunctionMode):
     """
 
     _INITIALISERS = frozenset(
-        {function for name, function in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+        {
+            function
+            for name, function in vars(nn.init).items()
+            if name.endswith("_") and not name.startswith("_")
+        }
         | {getattr(Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "clamp_")}
     )
 
@@ -179,7 +183,9 @@ def _is_rate(parameter: inspect.Parameter) -> bool:
     return has_no_default and not parameter.name.endswith(("_size", "_layer", "_type", "_mode"))
 
 
-def _describe_failure(architecture: str, make: Constructor, kwargs: Mapping[str, object], error: BaseException) -> str:
+def _describe_failure(
+    architecture: str, make: Constructor, kwargs: Mapping[str, object], error: BaseException
+) -> str:
     name = find_refused_keyword(error, kwargs)
     if name is None:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")

@@ -83,7 +83,9 @@ class FactoryAdapter:
         try:
             return InputSpec(**{"origin": name, **fields})
         except TypeError as error:
-            raise ArchitectureError(f"{name}: input_spec should hold the fields of InputSpec: {error}") from error
+            raise ArchitectureError(
+                f"{name}: input_spec should hold the fields of InputSpec: {error}"
+            ) from error
 
 
 def _fields_of_cfg(cfg: object) -> dict[str, Any]:
@@ -113,7 +115,9 @@ def _factory(name: str) -> Callable[..., object]:
             f"{suggest_names(path, callables)}"
         ) from error
     if not callable(factory):
-        raise ArchitectureError(f"{name}: expected a callable, found {type(factory).__name__}. Name a function.")
+        raise ArchitectureError(
+            f"{name}: expected a callable, found {type(factory).__name__}. Name a function."
+        )
     return factory
 
 

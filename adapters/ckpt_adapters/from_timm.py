@@ -176,7 +176,9 @@ def _create_model(name: str, *, split_bn: int = 0, **kwargs: object) -> nn.Modul
     with warnings.catch_warnings():
         # timm builds the new model of that name, which is what we want.
         warnings.filterwarnings("ignore", message="Mapping deprecated model name")
-        model: nn.Module = _timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **kwargs)
+        model: nn.Module = _timm.create_model(
+            name, pretrained=False, pretrained_cfg_overlay=overlay, **kwargs
+        )
     return _timm.layers.convert_splitbn_model(model, split_bn) if split_bn else model
 
 

@@ -167,7 +167,9 @@ def _constructor(name: str) -> functools.partial[nn.Module]:
     parameters = inspect.signature(builder).parameters
     # Left out, `weights_backbone` would stand for pretrained weights: segmentation and detection
     # download them.
-    fixed: dict[str, Any] = {keyword: None for keyword in ("weights", "weights_backbone") if keyword in parameters}
+    fixed: dict[str, Any] = {
+        keyword: None for keyword in ("weights", "weights_backbone") if keyword in parameters
+    }
     if "inception" in name or "googlenet" in name:
         # Their initialisation takes minutes of truncated normals, and warns about that.
         fixed["init_weights"] = False

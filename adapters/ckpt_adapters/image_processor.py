@@ -21,7 +21,9 @@ _SQUASHED_FROM = 384
 _LEVIT_RESIZE = 256 / 224  # LeViT's processor resizes the shorter side by this factor before it crops.
 
 
-def input_spec(settings: Settings, defaults: Settings, channels: int, side: object, origin: str) -> InputSpec | None:
+def input_spec(
+    settings: Settings, defaults: Settings, channels: int, side: object, origin: str
+) -> InputSpec | None:
     """Return what a processor does to an image, where `settings` override the `defaults` of its
     class.
 
@@ -55,7 +57,9 @@ def input_spec(settings: Settings, defaults: Settings, channels: int, side: obje
     return recorded_arguments.require_valid_input_spec(spec)
 
 
-def _scaling(settings: Settings, channels: int, *, normalised: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _scaling(
+    settings: Settings, channels: int, *, normalised: bool
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation that do what rescaling, offset and normalisation do.
 
     Both are on the scale 0–1, by channel. They are empty if pixels are only divided by 255.

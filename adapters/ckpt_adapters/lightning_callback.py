@@ -112,7 +112,9 @@ class BNReestimation(Callback):
         if self.when == "checkpoint":
             self._check_callbacks(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Put corrected variances into the checkpoint. The module keeps its own.
 
         The variances of the training are stored beside them, for `on_load_checkpoint`.
@@ -129,7 +131,9 @@ class BNReestimation(Callback):
             state.update(variances)
             checkpoint[_ENTRY] = {**_describe_result(self.result), "training": training}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Give a training that resumes the variances of the training back."""
         entry = checkpoint.get(_ENTRY)
         if trainer.state.fn == "fit" and isinstance(entry, Mapping):
@@ -203,7 +207,9 @@ class BNReestimation(Callback):
             )
         # The number is infinite for an iterable dataset without a length.
         bounds = [
-            number for number in (self.limit_batches, trainer.num_training_batches) if number and number != float("inf")
+            number
+            for number in (self.limit_batches, trainer.num_training_batches)
+            if number and number != float("inf")
         ]
         return loader, int(min(bounds)) if bounds else None
 
@@ -255,7 +261,9 @@ def _load_weights_temporarily(module: nn.Module, state: Mapping[str, Any]) -> It
     They differ from the module's own where a callback averages weights. Yields whether they differ.
     """
     live = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    differs = any(key in state and not torch.equal(state[key].to(value.device), value) for key, value in live.items())
+    differs = any(
+        key in state and not torch.equal(state[key].to(value.device), value) for key, value in live.items()
+    )
     backup = {key: value.detach().clone() for key, value in live.items()} if differs else {}
     try:
         _overwrite(module, {key: state[key] for key in backup if key in state})

@@ -124,7 +124,9 @@ def require_valid_input_spec(spec: InputSpec) -> InputSpec:
     numbers = (*spec.mean, *spec.std, spec.crop_pct)
     too_large = math.prod(spec.shape) > _LARGEST_SIDE**2
     if not sides or too_large or not all(map(math.isfinite, numbers)) or spec.crop_pct <= 0:
-        raise ValueError(f"an input of shape {spec.shape}, mean {spec.mean}, std {spec.std}, crop {spec.crop_pct}")
+        raise ValueError(
+            f"an input of shape {spec.shape}, mean {spec.mean}, std {spec.std}, crop {spec.crop_pct}"
+        )
     return spec
 
 

@@ -38,7 +38,9 @@ def infer_size_argument(
     if not multiples:
         return None
     values = {
-        shapes[key][axis] / multiple for key, multiple in multiples.items() if key in shapes and len(shapes[key]) > axis
+        shapes[key][axis] / multiple
+        for key, multiple in multiples.items()
+        if key in shapes and len(shapes[key]) > axis
     }
     if not values:
         return 0

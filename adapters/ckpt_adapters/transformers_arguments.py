@@ -187,7 +187,9 @@ def _mapping_kind(default: Mapping[str, object]) -> ArgumentKind:
     """Return the kind of a mapping in a configuration, by the default that the class has for it."""
     if default.get("model_type") in _configurations():
         return Nested(_arguments_by_type)
-    kinds = {name: _kind_of_setting(name, value) for name, value in default.items() if name not in NOT_SETTINGS}
+    kinds = {
+        name: _kind_of_setting(name, value) for name, value in default.items() if name not in NOT_SETTINGS
+    }
     return Nested(lambda settings: kinds)
 
 

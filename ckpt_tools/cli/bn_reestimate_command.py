@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
@@ -13,10 +12,11 @@ from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_s
 from ckpt_tools.cli.progress import EvaluationBar, ReestimationBar
 from ckpt_tools.cli.torchrun import join_team
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Statistics
+from ckpt_tools.location import Location
 from ckpt_tools.machine.heap import keep_freed_memory
 from ckpt_tools.method import Method
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.redaction import without_secrets
 
 if TYPE_CHECKING:  # these import torch
     from ckpt_tools.data.preprocessing import Preprocessing
@@ -122,9 +122,9 @@ _method = options.combine_options(
 @options.as_json
 @options.quiet
 def bn_reestimate(
-    checkpoints: tuple[Path, ...],
+    checkpoints: tuple[Location, ...],
     data: str,
-    output: Path | None,
+    output: Location | None,
     overwrite: bool,
     folder: many_checkpoints.FolderOptions,
     model: ModelChoice,
@@ -134,7 +134,7 @@ def bn_reestimate(
     preprocessing: Preprocessing,
     eval_data: str | None,
     evaluation: EvaluationOptions,
-    reports: tuple[Path, ...],
+    reports: tuple[Location, ...],
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -187,12 +187,16 @@ def bn_reestimate(
         evaluation=evaluation,
     )
     if many_checkpoints.is_folder_run(checkpoints, folder):
-        many_checkpoints.reestimate_checkpoints(checkpoints, request, folder, reports, as_json=as_json, quiet=quiet)
+        many_checkpoints.reestimate_checkpoints(
+            checkpoints, request, folder, reports, as_json=as_json, quiet=quiet
+        )
     else:
         _reestimate_checkpoint(request, reports, as_json=as_json, quiet=quiet)
 
 
-def _reestimate_checkpoint(request: Request, reports: tuple[Path, ...], *, as_json: bool, quiet: bool) -> None:
+def _reestimate_checkpoint(
+    request: Request, reports: tuple[Location, ...], *, as_json: bool, quiet: bool
+) -> None:
     from ckpt_tools.evaluate.scores import GateFailed
     from ckpt_tools.jobs.plan import prepare_reestimation
     from ckpt_tools.jobs.reestimation import execute_reestimation
@@ -222,12 +226,12 @@ def _reestimate_checkpoint(request: Request, reports: tuple[Path, ...], *, as_js
             _show_outcome(outcome, reports, as_json)
 
 
-def _show_outcome(outcome: ReestimationOutcome, reports: tuple[Path, ...], as_json: bool) -> None:
+def _show_outcome(outcome: ReestimationOutcome, reports: tuple[Location, ...], as_json: bool) -> None:
     from ckpt_tools.report.records.reestimation_json import outcome_json
     from ckpt_tools.report.report_files import write_report
     from ckpt_tools.report.text.reestimation_text import outcome_text
 
-    facts = restore_urls(outcome_json(outcome))
+    facts = without_secrets(outcome_json(outcome))
     for report in reports:
         write_report(report, facts)
     if as_json:
@@ -244,7 +248,7 @@ def _show_refusal(plan: Plan, metrics: Metrics, as_json: bool) -> None:
     from ckpt_tools.report.records.reestimation_json import refusal_json
     from ckpt_tools.report.text.metrics_text import metrics_text
 
-    facts = restore_urls(refusal_json(plan, metrics))
+    facts = without_secrets(refusal_json(plan, metrics))
     if as_json:
         print_json(facts)
     else:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
 from ckpt_tools.errors import CheckFailed
+from ckpt_tools.location import Location
 from ckpt_tools.plain_text import one_line
 
 
@@ -26,7 +25,7 @@ from ckpt_tools.plain_text import one_line
 )
 @options.weights
 @options.as_json
-def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_json: bool) -> None:
+def diff(before: Location, after: Location, expect: str, weights: str, trust: bool, as_json: bool) -> None:
     """Compare two checkpoints bit by bit; exit 4 if anything differs that should not.
 
     Wrapper prefixes are removed from the keys. Where AFTER is an output of ckpt-fix, the weights of
@@ -48,4 +47,6 @@ def diff(before: Path, after: Path, expect: str, weights: str, trust: bool, as_j
         print_result(comparison_text(comparison, violations))
     if violations:
         names = ", ".join(map(one_line, violations[:3])) + (", …" if len(violations) > 3 else "")
-        raise CheckFailed(f"{after}: {len(violations)} of its tensors should be as in {before} and are not: {names}.")
+        raise CheckFailed(
+            f"{after}: {len(violations)} of its tensors should be as in {before} and are not: {names}."
+        )

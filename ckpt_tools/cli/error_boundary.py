@@ -21,8 +21,8 @@ from ckpt_tools.errors import CkptToolsError, is_short_of_memory
 from ckpt_tools.import_path import children_without_current_folder
 from ckpt_tools.plain_text import harmless, shorten_message
 from ckpt_tools.redaction import remembering, without_fragments
-from ckpt_tools.remote.address import remember_urls
-from ckpt_tools.remote.mirror import open_mirror, restore_urls
+from ckpt_tools.remote.mirror import open_mirror
+from ckpt_tools.urls import remember_urls
 
 TRACEBACK_VARIABLE = "CKPT_FIX_TRACEBACK"  # set it to anything to see where an error came from
 
@@ -169,4 +169,4 @@ def _presentable(message: str) -> str:
     """A message for standard error, an annotation and the summary: without secrets, of bounded
     size, harmless.
     """
-    return harmless(shorten_message(without_fragments(restore_urls(message))))
+    return harmless(shorten_message(without_fragments(message)))

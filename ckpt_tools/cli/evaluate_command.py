@@ -10,7 +10,7 @@ from ckpt_tools.cli import github, options
 from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
 from ckpt_tools.cli.progress import EvaluationBar
 from ckpt_tools.machine.heap import keep_freed_memory
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.redaction import without_secrets
 
 if TYPE_CHECKING:  # it imports torch
     from ckpt_tools.jobs.evaluation import EvaluationRequest
@@ -59,7 +59,7 @@ def evaluate(request: EvaluationRequest, as_json: bool, quiet: bool) -> None:
         print_result(evaluation_plan_text(plan) + "\n")
     with EvaluationBar(plan.images, hidden=quiet) as bar, redirect_foreign_stdout(), keep_freed_memory():
         outcome = execute_evaluation(plan, bar)
-    facts = restore_urls(evaluation_json(outcome))
+    facts = without_secrets(evaluation_json(outcome))
     if as_json:
         print_json(facts)
     else:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from ckpt_tools.cli.printing import print_message, write_workflow_command
 from ckpt_tools.plain_text import escape_controls, shorten_message
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.mirror import restore_urls
 
 _TITLE = "ckpt-fix"
 _SHOWN = 9  # of each kind: GitHub shows ten of a step, and the last says how the step ended
@@ -25,7 +24,7 @@ AnnotationLevel = Literal["error", "warning"]
 def annotate(kind: AnnotationLevel, message: str) -> None:
     """Show ``message`` on the page of the run; elsewhere do nothing."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        message = shorten_message(without_fragments(restore_urls(message)))
+        message = shorten_message(without_fragments(message))
         write_workflow_command(f"::{kind} title={_escape_property(_TITLE)}::{_escape_data(message)}")
 
 
@@ -42,7 +41,9 @@ def append_step_summary(markdown: str) -> None:
         with Path(path).open("a", encoding="utf-8", errors="replace") as file:
             file.write(markdown + "\n")
     except OSError as error:
-        message = f"GITHUB_STEP_SUMMARY={path}: the summary cannot be written ({error.strerror}); the run goes on."
+        message = (
+            f"GITHUB_STEP_SUMMARY={path}: the summary cannot be written ({error.strerror}); the run goes on."
+        )
         print_message(f"ckpt-fix: {message}")
         annotate("warning", message)
 
@@ -76,7 +77,9 @@ def report_folder_run(records: Sequence[Mapping[str, Any]]) -> None:
     from ckpt_tools.report.pages.markdown_page import folder_markdown
 
     errors = [
-        f"{record['checkpoint']}: {error_without_path(record)}" for record in records if record["status"] == "failed"
+        f"{record['checkpoint']}: {error_without_path(record)}"
+        for record in records
+        if record["status"] == "failed"
     ]
     for message in errors[:_SHOWN]:
         annotate("error", message)

@@ -13,7 +13,7 @@ from ckpt_tools.cli import options
 from ckpt_tools.cli.error_boundary import interrupt_on_sigterm
 from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, Scheme
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location
 
 if TYPE_CHECKING:  # it imports torch
     from ckpt_tools.jobs.initialization import InitRequest, SignalsCallback
@@ -134,7 +134,7 @@ def _make_figure_writer(request: InitRequest) -> SignalsCallback | None:
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
     inputs = () if request.checkpoint is None else files_of_checkpoint(request.checkpoint)
-    data = None if request.data is None else resolve_location(request.data)
+    data = None if request.data is None else Location.of(request.data)
     # Before the weights are made: the figure is drawn last.
     check_figure(report)
     check_earlier_figure(report, (*inputs, request.output, data))

@@ -17,11 +17,11 @@ from ckpt_tools.cli.options import combine_options, pack, path
 from ckpt_tools.cli.printing import print_json, print_result, redirect_foreign_stdout
 from ckpt_tools.cli.progress import progress_bar, write_above_bars
 from ckpt_tools.errors import CheckFailed, CkptToolsError, NothingToDo, UsageError
+from ckpt_tools.location import Location
 from ckpt_tools.machine.heap import keep_freed_memory
 from ckpt_tools.paths import matching_paths
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.remote.mirror import resolve_location, restore_urls
-from ckpt_tools.remote.uploads import may_write_beside
+from ckpt_tools.redaction import without_secrets
 
 if TYPE_CHECKING:
     from tqdm import tqdm  # noqa: TID251 - a type
@@ -38,10 +38,10 @@ _MANIFEST = "ckpt-fix.jsonl"
 class FolderOptions:
     """Which of many checkpoints are meant, where their outputs go, and what works on them."""
 
-    output_dir: Path | None = None
+    output_dir: Location | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    manifest: Path | None = None
+    manifest: Location | None = None
     engine: str = "local"
     ray_address: str | None = None
     ray_cpus: int | None = None
@@ -74,7 +74,9 @@ options = combine_options(
         metavar="GLOB",
         help="Of a folder, only these names; repeatable.",
     ),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Of a folder, not these names; repeatable."),
+    click.option(
+        "--exclude", multiple=True, metavar="GLOB", help="Of a folder, not these names; repeatable."
+    ),
     click.option(
         "--manifest",
         type=path,
@@ -103,7 +105,7 @@ options = combine_options(
 )
 
 
-def is_folder_run(paths: Sequence[Path], folder: FolderOptions) -> bool:
+def is_folder_run(paths: Sequence[Location], folder: FolderOptions) -> bool:
     """Whether a run has, or may have, more than one checkpoint."""
     from ckpt_tools.storage.discovery import is_one_checkpoint
 
@@ -111,10 +113,10 @@ def is_folder_run(paths: Sequence[Path], folder: FolderOptions) -> bool:
 
 
 def reestimate_checkpoints(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     request: Request,
     folder: FolderOptions,
-    reports: Sequence[Path],
+    reports: Sequence[Location],
     *,
     as_json: bool,
     quiet: bool,
@@ -129,7 +131,9 @@ def reestimate_checkpoints(
     engine = folder.make_engine()
     # torchrun sets this to the number of its processes.
     if os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
-        raise UsageError("torchrun shares one checkpoint among processes, not several. Run a folder in one process.")
+        raise UsageError(
+            "torchrun shares one checkpoint among processes, not several. Run a folder in one process."
+        )
     if request.output is not None:
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
     # Data and earlier outputs may lie in the folders that are searched, and are no checkpoints to
@@ -139,14 +143,14 @@ def reestimate_checkpoints(
         outside.append(folder.output_dir)
     checkpoints = find_checkpoints(paths, folder.include, folder.exclude, outside=outside)
     items = plan_items(checkpoints, folder.output_dir)
-    manifest_path = folder.manifest or _default_manifest(paths, folder.output_dir)
+    manifest_location = folder.manifest or _default_manifest(paths, folder.output_dir)
     inputs = input_files(request, [item.checkpoint for item in items])
     files = (*inputs, *(item.output for item in items))
-    check_manifest(manifest_path, files)  # all of this before anything is written
-    check_reports(reports, (manifest_path, *files), new_folder=folder.output_dir)
+    check_manifest(manifest_location, files)  # all of this before anything is written
+    check_reports(reports, (manifest_location, *files), new_folder=folder.output_dir)
     if folder.output_dir is not None:
         make_folder(folder.output_dir)  # reports may go into it
-    manifest = Manifest(manifest_path)
+    manifest = Manifest(manifest_location)
     try:
         records = _run_engine(engine, items, request, manifest, quiet=quiet)
     finally:
@@ -156,9 +160,9 @@ def reestimate_checkpoints(
     if as_json:
         print_json({"checkpoints": records})
     else:
-        print_result(folder_text(records, manifest.path))
+        print_result(folder_text(records, manifest.location))
     github.report_folder_run(records)
-    _raise_failures(records, manifest.path)
+    _raise_failures(records, manifest.location)
 
 
 def _run_engine(
@@ -177,8 +181,8 @@ def _run_engine(
     from ckpt_tools.report.records.manifest import make_record
 
     records: list[Record] = []
-    # Records name URLs, while items hold the paths of the local copies.
-    numbers = {restore_urls(str(item.checkpoint)): number for number, item in enumerate(items)}
+    # Records hold no secrets, so the names of the items are compared without them.
+    numbers = {without_secrets(str(item.checkpoint)): number for number, item in enumerate(items)}
 
     def add_record(record: Record) -> None:
         record = manifest.add_record(record)
@@ -197,20 +201,20 @@ def _run_engine(
     return sorted(records, key=lambda record: numbers[record["checkpoint"]])
 
 
-def _data_files(request: Request) -> list[Path]:
+def _data_files(request: Request) -> list[Location]:
     """The files and folders that hold the data. They lie beside the checkpoints now and then."""
     from ckpt_tools.data.shards.shard_names import expand_braces
 
     specs = [spec for spec in (request.data, request.eval_data) if spec is not None]
-    files = [Path(resolve_location(spec)) for spec in specs]
-    for pattern in map(str, tuple(files)):
+    locations = list(map(Location.of, specs))
+    for pattern in [str(location.path) for location in locations]:
         with contextlib.suppress(OverflowError):  # too many to be files of this machine
             for name in expand_braces(pattern):
-                files += matching_paths(name)
-    return files
+                locations += map(Location, matching_paths(name))
+    return locations
 
 
-def input_files(request: Request, checkpoints: Sequence[Path]) -> tuple[Path, ...]:
+def input_files(request: Request, checkpoints: Sequence[Location]) -> tuple[Location, ...]:
     """The files that a run reads: those of its checkpoints, its data and its class map."""
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
@@ -222,11 +226,11 @@ def _remove_copies(item: CheckpointItem) -> None:
     """Remove the copies of remote files, so that a folder may be larger than the disk."""
     from ckpt_tools.storage.files.fetching import remove_checkpoint_copies
 
-    for file in (item.checkpoint, item.output):
-        remove_checkpoint_copies(file)
+    for location in (item.checkpoint, item.output):
+        remove_checkpoint_copies(location)
 
 
-def _raise_failures(records: Sequence[Record], manifest: Path) -> None:
+def _raise_failures(records: Sequence[Record], manifest: Location) -> None:
     """Raise CheckFailed if only checks failed, CkptToolsError for any other failure.
 
     Raises NothingToDo if there was nothing to do in any checkpoint.
@@ -240,13 +244,15 @@ def _raise_failures(records: Sequence[Record], manifest: Path) -> None:
         raise NothingToDo(f"nothing to do in any of {len(records)} checkpoints; {manifest} says why.")
 
 
-def _default_manifest(paths: Sequence[Path], output_dir: Path | None) -> Path:
+def _default_manifest(paths: Sequence[Location], output_dir: Location | None) -> Location:
     """In the folder of the outputs; without one in the folder that was given, else in the current
     one.
     """
-    if output_dir is None and len(paths) == 1 and paths[0].is_dir() and may_write_beside(paths[0]):
+    if output_dir is not None:
+        return output_dir / _MANIFEST
+    if len(paths) == 1 and paths[0].path.is_dir() and paths[0].may_write_beside():
         return paths[0] / _MANIFEST
-    return (output_dir or Path()) / _MANIFEST
+    return Location(Path(_MANIFEST))
 
 
 class _FolderBars:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -17,24 +18,26 @@ from typing import Any, TypeVar, cast
 import click
 
 from ckpt_tools.identify.model_kwargs import parse_model_kwargs
-from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location
+from ckpt_tools.urls import is_url
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _Location(click.Path):
-    """A path, or a URL, whose place on this machine is taken instead."""
+class _LocationType(click.Path):
+    """A path or a URL, as a ``Location``."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, Location):
+            return value
         if isinstance(value, str) and is_url(value):
-            return resolve_location(value)
-        return super().convert(value, param, ctx)
+            return Location.of(value)
+        return Location(Path(os.fsdecode(super().convert(value, param, ctx))))
 
 
 # click shall not check permissions: the reader's message says more about a file that cannot be
 # read.
-path = _Location(path_type=Path, readable=False)
+path = _LocationType(path_type=Path, readable=False)
 
 
 def comma_separated_numbers(kind: type[int] | type[float], *, positive: bool) -> dict[str, Any]:
@@ -209,7 +212,9 @@ reading = combine_options(
     ),
 )
 
-as_json = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there.")
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="The result as JSON on stdout, and nothing else there."
+)
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 

@@ -19,8 +19,7 @@ from typing import Any, TextIO, cast
 import click
 
 from ckpt_tools.plain_text import LONGEST_VALUE, harmless, shorten
-from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.redaction import without_fragments, without_secrets
 
 __all__ = [
     "guarded_streams",
@@ -81,10 +80,10 @@ class GuardedStream:
 def guarded_streams() -> Iterator[None]:
     """Let standard output and standard error pass the gate within the block."""
     before = sys.stdout, sys.stderr
-    stdout = GuardedStream(_underlying_stream(sys.stdout), restore_urls)
+    stdout = GuardedStream(_underlying_stream(sys.stdout), without_secrets)
     # Libraries print to standard error, redirect_foreign_stdout() sees to that, and quote URLs in
     # their own ways: so fragments of secrets are removed there, too.
-    stderr = GuardedStream(_underlying_stream(sys.stderr), lambda text: without_fragments(restore_urls(text)))
+    stderr = GuardedStream(_underlying_stream(sys.stderr), without_fragments)
     guarded = cast(TextIO, stdout), cast(TextIO, stderr)
     sys.stdout, sys.stderr = guarded
     try:
@@ -124,22 +123,24 @@ def redirect_foreign_stdout() -> Iterator[None]:
 
 
 def print_result(text: str, *, end: str = "\n") -> None:
-    """Print a result on standard output, with URLs in the place of local copies."""
-    click.echo(harmless(restore_urls(text)) + end, nl=False)  # click would remove escape sequences, not show them
+    """Print a result on standard output."""
+    click.echo(
+        harmless(without_secrets(text)) + end, nl=False
+    )  # click would remove escape sequences, not show them
 
 
 def print_message(text: str) -> None:
     """Print a message on standard error."""
-    click.echo(harmless(without_fragments(restore_urls(text))), err=True)
+    click.echo(harmless(without_fragments(text)), err=True)
 
 
 def print_json(facts: object) -> None:
-    """Print a result as JSON on standard output, with URLs in the place of local copies.
+    """Print a result as JSON on standard output.
 
     It goes around the gate, which would change names. JSON is harmless: all characters are
     printable ASCII, no line begins with a colon, and an escape parts ``##[`` where a name holds it.
     """
-    text = json.dumps(_shorten_long_texts(restore_urls(facts)), indent=2).replace("##", "#\\u0023")
+    text = json.dumps(_shorten_long_texts(without_secrets(facts)), indent=2).replace("##", "#\\u0023")
     stream = _underlying_stream(sys.stdout)
     stream.write(f"{text}\n")
     stream.flush()

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ckpt_tools.cli.printing import unguarded_stderr
 from ckpt_tools.plain_text import harmless, one_line
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.redaction import without_secrets
 
 if TYPE_CHECKING:
     from ckpt_tools.reestimate.stopping import Progress
@@ -106,7 +106,7 @@ def progress_bar(
     stream = unguarded_stderr()
     return tqdm(
         total=total,
-        desc=harmless(one_line(restore_urls(name))),
+        desc=harmless(one_line(without_secrets(name))),
         file=stream,
         mininterval=0.2 if stream.isatty() else 10,  # seconds; a log keeps every state of a bar
         dynamic_ncols=True,
@@ -121,7 +121,7 @@ def progress_bar(
 
 def write_above_bars(line: str) -> None:
     """Print a line on standard error while bars are shown there."""
-    tqdm.write(harmless(one_line(restore_urls(line))), file=unguarded_stderr())
+    tqdm.write(harmless(one_line(without_secrets(line))), file=unguarded_stderr())
 
 
 def _certainty(progress: Progress) -> str:

@@ -57,7 +57,9 @@ class CallableSource:
             return None
         return len(data) if self.limit is None else min(self.limit, len(data))
 
-    def batches(self, input_spec: InputSpec | None, reading: Reading, *, labelled: bool = False) -> CallableStream:
+    def batches(
+        self, input_spec: InputSpec | None, reading: Reading, *, labelled: bool = False
+    ) -> CallableStream:
         """The user's batches as they come, where they come.
 
         A Dataset is batched as ``reading`` says, with its labels if ``labelled``. Of an iterable
@@ -182,7 +184,9 @@ def _collate_inputs(samples: list[Any]) -> Any:
 
 def _collate_pairs(samples: list[Any]) -> Any:
     """Collate inputs and labels, and drop further items of a sample."""
-    return default_collate([tuple(sample[:2]) if isinstance(sample, tuple | list) else sample for sample in samples])
+    return default_collate(
+        [tuple(sample[:2]) if isinstance(sample, tuple | list) else sample for sample in samples]
+    )
 
 
 def input_tensors(batch: object) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,6 +13,7 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.arrays.array_files import ARRAY_SUFFIXES, Split, find_array
 from ckpt_tools.data.arrays.array_source import ArraySource
 from ckpt_tools.data.arrays.datasets import DATASETS, find_dataset, recognise_dataset
+from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.data.callables import CallableSource
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
@@ -21,10 +23,9 @@ from ckpt_tools.data.shards.shard_names import is_pattern, is_shard, is_shard_ur
 from ckpt_tools.data.shards.shard_stream import ShardStreamSource
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.remote.address import check_url, is_url, local_path_of_url, redact_url
-from ckpt_tools.remote.local_copies import fetch_file
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location
 from ckpt_tools.remote.remote_store import open_remote
+from ckpt_tools.urls import check_url, is_url, local_path_of_url, redact_url
 
 __all__ = ["Source", "describe_source", "open_source"]
 
@@ -127,9 +128,12 @@ def _behind_url(spec: str, limit: int | None, seed: int, split: Split) -> Source
     if is_shard_url(spec):
         return ShardStreamSource.open(spec, limit=limit, seed=seed)
     if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
-        return ArraySource(shown, find_array(fetch_file(resolve_location(spec)), split), limit, seed)
+        return ArraySource(shown, _fetch_array(Location.of(spec), split), limit, seed)
     remote = open_remote(spec)
-    if not remote.is_folder() and remote.scheme not in ("http", "https"):  # where a folder is a page that lists it
+    if not remote.is_folder() and remote.scheme not in (
+        "http",
+        "https",
+    ):  # where a folder is a page that lists it
         return _file(shown, Path(shown), limit, seed, split)
     try:
         return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
@@ -137,6 +141,16 @@ def _behind_url(spec: str, limit: int | None, seed: int, split: Split) -> Source
         if not any(map(is_shard, remote.names(is_shard))):
             raise
         return ShardStreamSource.open(spec, limit=limit, seed=seed)
+
+
+def _fetch_array(location: Location, split: Split) -> StoredArray:
+    """Fetch an array file and find the samples in it; messages about them name the URL."""
+    with location.urls_in_errors():
+        array = find_array(location.fetch(), split)
+    labels = array.labels
+    if labels is not None:
+        labels = replace(labels, label=location.restore_urls(labels.label))
+    return replace(array, label=location.restore_urls(array.label), labels=labels)
 
 
 def _folder(spec: str, path: Path, limit: int | None, seed: int) -> Source:

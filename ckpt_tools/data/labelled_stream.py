@@ -54,7 +54,9 @@ def labelled_batches(
     "labels". ``class_map`` is for folders. Raises DataError where there are no labels.
     """
     if class_map is not None and not isinstance(source, FolderSource):
-        raise UsageError(f"--class-map names folders; the labels of {source.spec} are numbers already. Drop it.")
+        raise UsageError(
+            f"--class-map names folders; the labels of {source.spec} are numbers already. Drop it."
+        )
     if isinstance(source, CallableSource | ShardStreamSource):
         return _StreamWithLabels(source.spec, source.batches(input_spec, reading, labelled=True))
     if isinstance(source, FolderSource):
@@ -64,7 +66,9 @@ def labelled_batches(
     elif isinstance(source, ShardSource):
         labels = shard_labels(source)
     else:
-        raise DataError(f"{source.spec}: a {source.kind} has no labels. Give a folder, an .npz or a callable.")
+        raise DataError(
+            f"{source.spec}: a {source.kind} has no labels. Give a folder, an .npz or a callable."
+        )
     return _IndexedWithLabels(source.spec, source.batches(input_spec, reading), labels)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
-from ckpt_tools.remote.local_copies import fetch_file
+from ckpt_tools.location import Location, LocationLike
 
 __all__ = [
     "ClassMap",
@@ -42,7 +42,7 @@ class ClassMap:
     ``outputs`` is how many outputs the model must have; None where the file does not say.
     """
 
-    path: Path
+    location: Location
     numbers: Mapping[str, int]
     outputs: int | None
 
@@ -61,46 +61,47 @@ class Labels:
     hint: str
 
 
-def read_class_map(path: Path) -> ClassMap:
+def read_class_map(place: LocationLike) -> ClassMap:
     """Read a class map: JSON, or a text file with one class name a line.
 
     JSON is ``{"folder name": index, …}`` or a list of names. Names without numbers stand in the
     order of the model's outputs. Raises DataError.
     """
+    location = Location.of(place)
     try:
-        text = fetch_file(path).read_text("utf-8-sig")
+        text = location.fetch().read_text("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise DataError(f"--class-map {path}: expected a text or JSON file: {error}.") from error
-    if path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
-        return _class_map_from_names(path, [line.strip() for line in text.rstrip().splitlines()])
+        raise DataError(f"--class-map {location}: expected a text or JSON file: {error}.") from error
+    if location.path.suffix.lower() != ".json" and not text.lstrip().startswith(("{", "[")):
+        return _class_map_from_names(location, [line.strip() for line in text.rstrip().splitlines()])
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"--class-map {path}: expected JSON: {error}.") from error
+        raise DataError(f"--class-map {location}: expected JSON: {error}.") from error
     if isinstance(content, list):
-        return _class_map_from_names(path, content)
-    return _class_map_from_dict(path, content)
+        return _class_map_from_names(location, content)
+    return _class_map_from_dict(location, content)
 
 
-def _class_map_from_names(path: Path, names: Sequence[object]) -> ClassMap:
+def _class_map_from_names(location: Location, names: Sequence[object]) -> ClassMap:
     numbers: dict[str, int] = {}
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name or name in numbers:
-            raise DataError(f"--class-map {path}: class {number} is {name!r}; expected names, each once.")
+            raise DataError(f"--class-map {location}: class {number} is {name!r}; expected names, each once.")
         numbers[name] = number
     if not numbers:
-        raise DataError(f"--class-map {path}: expected class names, found none.")
-    return ClassMap(path, numbers, len(numbers))
+        raise DataError(f"--class-map {location}: expected class names, found none.")
+    return ClassMap(location, numbers, len(numbers))
 
 
-def _class_map_from_dict(path: Path, content: object) -> ClassMap:
+def _class_map_from_dict(location: Location, content: object) -> ClassMap:
     if not isinstance(content, dict) or not content:
-        raise DataError(f'--class-map {path}: expected {{"folder name": index, …}} or a list of names.')
+        raise DataError(f'--class-map {location}: expected {{"folder name": index, …}} or a list of names.')
     for name, number in content.items():
         if type(number) is not int or not 0 <= number < _MAX_OUTPUTS:  # true and false are no numbers
             expected = "the number of an output, from 0"
-            raise DataError(f"--class-map {path}: {name!r} is {number!r}; expected {expected}.")
-    return ClassMap(path, content, None)
+            raise DataError(f"--class-map {location}: {name!r} is {number!r}; expected {expected}.")
+    return ClassMap(location, content, None)
 
 
 def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: ClassMap | None) -> Labels:
@@ -120,12 +121,12 @@ def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: Cl
     if unknown:
         listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise DataError(
-            f"--class-map {class_map.path}: class folders of {root} are not in it: "
+            f"--class-map {class_map.location}: class folders of {root} are not in it: "
             f"{listed}. Add these folders to that file, each with the number of its output."
         )
     values = torch.tensor([class_map.numbers[name] for name in class_names])
-    hint = f"Name every output of the head, in its order, in {class_map.path}."
-    return Labels(values, class_map.outputs, f"the names in {class_map.path}", hint)
+    hint = f"Name every output of the head, in its order, in {class_map.location}."
+    return Labels(values, class_map.outputs, f"the names in {class_map.location}", hint)
 
 
 def _alphabetical_labels(root: Path | RemoteFolder, class_names: Sequence[str]) -> Labels:
@@ -134,7 +135,9 @@ def _alphabetical_labels(root: Path | RemoteFolder, class_names: Sequence[str]) 
         folders = sorted({*root.folders(), *class_names})
     else:
         # Empty folders count, because torchvision numbers them, too.
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        folders = sorted(
+            entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        )
     numbers = {name: number for number, name in enumerate(folders)}
     values = torch.tensor([numbers[name] for name in class_names])
     return Labels(values, len(folders), f"one for each class folder in {root}", _CLASS_MAP_HINT)

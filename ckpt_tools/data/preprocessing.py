@@ -31,7 +31,9 @@ class Preprocessing:
         return {name: value for name, value in options.items() if value is not None and name != "input_size"}
 
 
-def resolve_input_spec(model_spec: InputSpec | None, options: Preprocessing, source: Source | None) -> InputSpec | None:
+def resolve_input_spec(
+    model_spec: InputSpec | None, options: Preprocessing, source: Source | None
+) -> InputSpec | None:
     """Return the input shape and preprocessing to use.
 
     The user's ``options`` override ``model_spec``, which comes from the checkpoint and the library.

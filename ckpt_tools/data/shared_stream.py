@@ -20,7 +20,9 @@ Job = Callable[[BatchStream], None]
 """A function that reads a stream: one pass, a part of one, or several."""
 
 
-def read_together(stream: BatchStream, jobs: Sequence[Job], watch: Callable[[int], None] | None = None) -> None:
+def read_together(
+    stream: BatchStream, jobs: Sequence[Job], watch: Callable[[int], None] | None = None
+) -> None:
     """Run jobs that read the same stream, as if each had a stream of its own.
 
     The jobs go through the stream pass by pass, and one job computes at a time. A job may stop

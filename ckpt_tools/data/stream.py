@@ -205,7 +205,11 @@ class IndexedStream:
                 yield [partial(_read_cached_batch, self._cache, number)]
             else:
                 # Without threads there is no reason to divide a batch.
-                parts = torch.split(indices, balanced_batch_sizes(size, _CHUNK_SIZE)) if self._workers else [indices]
+                parts = (
+                    torch.split(indices, balanced_batch_sizes(size, _CHUNK_SIZE))
+                    if self._workers
+                    else [indices]
+                )
                 yield [partial(self._samples.__getitem__, part.tolist()) for part in parts]
 
 

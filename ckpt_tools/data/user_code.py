@@ -44,7 +44,9 @@ def _import_module(spec: str, name: str) -> ModuleType:
         # error.name is the module itself or a package around it; else the module imports another.
         if error.name and f"{name}.".startswith(f"{error.name}."):
             places = f"{Path.cwd()} or the environment"
-            raise DataError(f"{spec}: expected a module to import, {error.name!r} is not in {places}.") from error
+            raise DataError(
+                f"{spec}: expected a module to import, {error.name!r} is not in {places}."
+            ) from error
         raise DataError(f"{spec}: importing {name} failed: {error}. Install what is missing.") from error
     except (Exception, SystemExit) as error:  # a module may call sys.exit when it is imported
         raise DataError(f"{spec}: importing {name} raised {describe_error(error)}.") from error

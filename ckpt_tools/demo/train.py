@@ -71,7 +71,9 @@ def score(model: nn.Module, images: Tensor, labels: Tensor) -> Score:
 
 def _epochs(model: nn.Module, digits: Digits, epochs: int) -> Iterator[int]:
     images, labels = digits.train_images, digits.train_labels
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
     steps = epochs * -(-len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     model.train()

@@ -192,7 +192,9 @@ def _reason_without_layers(walk: Walk) -> str:
     return f"{few} to forget the initial statistics"
 
 
-def _run_batches(runner: Runner, batches: Iterable[Batch], layers: Sequence[Layer], *, stop: bool) -> Iterator[int]:
+def _run_batches(
+    runner: Runner, batches: Iterable[Batch], layers: Sequence[Layer], *, stop: bool
+) -> Iterator[int]:
     """Run all batches through the model, and yield how many images each has held."""
     for number, batch in enumerate(batches):
         check_input(batch, number)

@@ -115,7 +115,9 @@ def _normalisation(mean: ChannelValues, std: ChannelValues, channels: int) -> _A
     return _Affine(1 / stds, -means / stds)
 
 
-def preprocessing_hypotheses(batch: Tensor, spec: InputSpec | None, *, preprocessed: bool) -> list[Hypothesis]:
+def preprocessing_hypotheses(
+    batch: Tensor, spec: InputSpec | None, *, preprocessed: bool
+) -> list[Hypothesis]:
     """Return every usual preprocessing but the one in force, with both orders of the channels.
 
     Args:

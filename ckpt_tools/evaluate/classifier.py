@@ -107,9 +107,13 @@ class _Outputs:
         logits = torch.cat(self._parts)
         self._parts = []
         if len(logits) != count:
-            raise ModelError(f"batch {number}: {count} labels, and the model returned {len(logits)} rows of logits.")
+            raise ModelError(
+                f"batch {number}: {count} labels, and the model returned {len(logits)} rows of logits."
+            )
         if not bool(torch.isfinite(logits).all()):
-            raise ModelError(f"batch {number}: the model's logits hold NaN or infinity. Look for NaN in its weights.")
+            raise ModelError(
+                f"batch {number}: the model's logits hold NaN or infinity. Look for NaN in its weights."
+            )
         return logits
 
 
@@ -125,7 +129,12 @@ def _logits(output: object) -> Tensor:
         logits = output[0]
     if isinstance(logits, Tensor) and logits.ndim > 2 and logits.shape[2:].numel() == 1:
         logits = logits.flatten(1)  # from a head that is a convolution
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+    if (
+        not isinstance(logits, Tensor)
+        or logits.ndim != 2
+        or logits.shape[1] < 2
+        or not logits.is_floating_point()
+    ):
         shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         raise ModelError(f"the model returned {shape}; expected logits (N, classes), as of a classifier.")
     return _log(logits) if _is_softmax(logits) else logits

@@ -31,7 +31,9 @@ from ckpt_tools.evaluate.metrics import METRICS
 _Values = Mapping[str, float]
 
 # The last alternative is the end of the text, which becomes an empty token.
-_TOKEN = re.compile(r"[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?|[A-Za-z_][\w.]*|<=|>=|\S|\Z")
+_TOKEN = re.compile(
+    r"[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?|[A-Za-z_][\w.]*|<=|>=|\S|\Z"
+)
 _NUMBER = re.compile(r"\.?[0-9]")
 _COMPARISONS: Mapping[str, Callable[[float, float, float], bool]] = {  # NaN satisfies none of them
     "<=": lambda value, bound, slack: value <= bound + slack,
@@ -187,4 +189,6 @@ def _evaluate(node: ast.expr, values: _Values) -> float:
 def _refusal(expected: str, token: re.Match[str]) -> UsageError:
     actual = f"{token[0]!r} at character {token.start() + 1}" if token[0] else "the end"
     example = "'error <= before + 0.1 and ece <= 5'"
-    return UsageError(f"--gate {token.string!r}: expected {expected}, found {actual}. For example: {example}.")
+    return UsageError(
+        f"--gate {token.string!r}: expected {expected}, found {actual}. For example: {example}."
+    )

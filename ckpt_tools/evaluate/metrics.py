@@ -99,7 +99,9 @@ def _calibration_error(outcomes: Outcomes) -> float:
     """
     from torchmetrics.functional.classification import binary_calibration_error
 
-    return float(binary_calibration_error(outcomes.confidence, outcomes.correct.long(), n_bins=BINS, norm="l1"))
+    return float(
+        binary_calibration_error(outcomes.confidence, outcomes.correct.long(), n_bins=BINS, norm="l1")
+    )
 
 
 def _pseudovalues(outcomes: Outcomes) -> Tensor:

@@ -57,7 +57,9 @@ class GateFailed(CheckFailed):
         self.metrics = metrics
 
 
-def compute_metrics(validation: Validation, before: ModelEvaluation | None, after: ModelEvaluation) -> Metrics:
+def compute_metrics(
+    validation: Validation, before: ModelEvaluation | None, after: ModelEvaluation
+) -> Metrics:
     """Metrics of one or two models on the same images.
 
     Raises DataError if the images were not the same, ModelError if the heads do not have the same size.

@@ -44,7 +44,9 @@ def calibrate(logits: Tensor, labels: Tensor, *, seed: int = 0) -> Calibration:
     """
     count = len(labels)
     if count < 2:
-        raise DataError(f"--calibrate: expected at least two images to fit and judge a temperature, found {count}.")
+        raise DataError(
+            f"--calibrate: expected at least two images to fit and judge a temperature, found {count}."
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     halves = order[: count // 2], order[count // 2 :]
     first, second = (fit_temperature(logits[half], labels[half]) for half in halves)
@@ -56,7 +58,10 @@ def calibrate(logits: Tensor, labels: Tensor, *, seed: int = 0) -> Calibration:
     shuffled, back = Outcomes.concatenate(parts), order.argsort()
     five = shuffled.among_five
     held_out = Outcomes(
-        shuffled.correct[back], None if five is None else five[back], shuffled.nll[back], shuffled.confidence[back]
+        shuffled.correct[back],
+        None if five is None else five[back],
+        shuffled.nll[back],
+        shuffled.confidence[back],
     )
     return Calibration(fit_temperature(logits, labels), (first, second), held_out)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from ckpt_tools.evaluate.gate import Gate, parse_gate
 from ckpt_tools.evaluate.metrics import require_torchmetrics
 from ckpt_tools.evaluate.outcomes import TOP, Outcomes
 from ckpt_tools.evaluate.temperature import Calibration, calibrate
+from ckpt_tools.location import LocationLike
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EvaluationSettings:
 
 
 def parse_evaluation_settings(
-    data: str, class_map: Path | None, calibrate: bool, gate: str | None, *, compared: bool
+    data: str, class_map: LocationLike | None, calibrate: bool, gate: str | None, *, compared: bool
 ) -> EvaluationSettings:
     """Checks what can be checked without data. ``compared``: whether there will be metrics before.
 
@@ -43,18 +43,26 @@ def parse_evaluation_settings(
     """
     parsed = None if gate is None else parse_gate(gate)
     if parsed is not None and parsed.needs_before and not compared:
-        raise UsageError(f"--gate {gate!r}: there is no 'before' in this evaluation. Give --before CHECKPOINT.")
+        raise UsageError(
+            f"--gate {gate!r}: there is no 'before' in this evaluation. Give --before CHECKPOINT."
+        )
     require_torchmetrics()
-    return EvaluationSettings(data, None if class_map is None else read_class_map(class_map), calibrate, parsed)
+    return EvaluationSettings(
+        data, None if class_map is None else read_class_map(class_map), calibrate, parsed
+    )
 
 
 def parse_optional_settings(
-    data: str | None, class_map: Path | None, calibrate: bool, gate: str | None
+    data: str | None, class_map: LocationLike | None, calibrate: bool, gate: str | None
 ) -> EvaluationSettings | None:
     """The same where there need be no data; None if there is none. Raises UsageError if only the rest was said."""
     if data is not None:
         return parse_evaluation_settings(data, class_map, calibrate, gate, compared=True)
-    for option, said in (("--gate", gate is not None), ("--calibrate", calibrate), ("--class-map", class_map)):
+    for option, said in (
+        ("--gate", gate is not None),
+        ("--calibrate", calibrate),
+        ("--class-map", class_map),
+    ):
         if said:
             raise UsageError(f"{option} needs labelled data to evaluate on. Give --eval-data SPEC.")
     return None

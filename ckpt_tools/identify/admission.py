@@ -23,7 +23,9 @@ class ArgumentRefused(ArchitectureError):
     """A file sets an argument that it may not set, or to a value that it may not have."""
 
 
-def admit_recipe(checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, user_kwargs: Mapping[str, object]) -> Recipe:
+def admit_recipe(
+    checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, user_kwargs: Mapping[str, object]
+) -> Recipe:
     """Return the recipe with the arguments that the file may set, as its adapter lists them.
 
     An argument in `user_kwargs` is left out, since the user's value replaces the file's. Class
@@ -52,7 +54,9 @@ def admit_recipe(checkpoint: Checkpoint, adapter: Adapter, recipe: Recipe, user_
 # Widths that `Adapter.class_kwargs` reads off the shapes. A backbone without its head may still
 # record a class count that no tensor justifies, so an inadmissible value of these is dropped
 # instead of refused.
-_READ_OFF_SHAPES = frozenset({"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"})
+_READ_OFF_SHAPES = frozenset(
+    {"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"}
+)
 
 
 def bound_construction(
@@ -69,7 +73,7 @@ def bound_construction(
     # Drop rates do not change the size of a model, so its cost is what the user chose.
     chosen_by_user = recognised_by == "user" and all(map(_is_rate, recipe.kwargs.values()))
     budget = None if chosen_by_user else ConstructionBudget.from_shapes(checkpoint.shapes)
-    return limited_construction(budget, f"{checkpoint.path}: {recipe.architecture}")
+    return limited_construction(budget, f"{checkpoint.shown_path}: {recipe.architecture}")
 
 
 def _list_argument_kinds(adapter: Adapter, name: str) -> Mapping[str, ArgumentKind]:
@@ -83,9 +87,11 @@ def _is_rate(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
-def _describe_refusal(checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted) -> str:
+def _describe_refusal(
+    checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted
+) -> str:
     return (
-        f"{checkpoint.path}: expected arguments of {recipe.architecture} that a checkpoint may "
+        f"{checkpoint.shown_path}: expected arguments of {recipe.architecture} that a checkpoint may "
         f"set, found {name}={reprlib.repr(value)} ({reason}). If the file is right, give it "
         f"yourself: --model-kwargs {name}=…"
     )

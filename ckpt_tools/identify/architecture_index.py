@@ -124,7 +124,9 @@ class ArchitectureIndex:
         return tables
 
 
-def make_index_entry(architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]) -> IndexEntry:
+def make_index_entry(
+    architecture: str, shapes: Shapes, head: Iterable[str], stem: Iterable[str]
+) -> IndexEntry:
     """Return the entry of one architecture, from the shapes of its default build."""
     part, head, stem = ModelPart("", shapes), tuple(sorted(head)), tuple(sorted(stem))
     left_out = _left_out(head, stem)

@@ -22,7 +22,7 @@ def require_batch_norm(checkpoint: Checkpoint) -> None:
     if any(key.endswith(_VARIANCE) for key in checkpoint.tensors):
         return
     reason = missing_batch_norm(checkpoint.tensors) or _describe_folding(checkpoint)
-    raise NothingToDo(f"{checkpoint.path}: {reason or _NO_STATISTICS}")
+    raise NothingToDo(f"{checkpoint.shown_path}: {reason or _NO_STATISTICS}")
 
 
 def _describe_folding(checkpoint: Checkpoint) -> str | None:

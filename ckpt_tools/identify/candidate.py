@@ -70,7 +70,9 @@ class Candidate:
         return (self.architecture, *self.twins)
 
 
-def fit_candidate(checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]) -> Candidate:
+def fit_candidate(
+    checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]
+) -> Candidate:
     """Return the candidate with the prefix and the arguments that fit the checkpoint's shapes.
 
     The keys and shapes are compared on a model without weights. The user's arguments replace all
@@ -84,7 +86,9 @@ def fit_candidate(checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Map
         return _fit_to_shapes(checkpoint, replace(candidate, recipe=recipe), user_kwargs)
 
 
-def _fit_to_shapes(checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]) -> Candidate:
+def _fit_to_shapes(
+    checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]
+) -> Candidate:
     prefix = candidate.prefix or ""
     part, recipe, skeleton = _build_for_part(checkpoint, candidate, prefix, user_kwargs)
     if candidate.prefix is None:

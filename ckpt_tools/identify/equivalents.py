@@ -24,7 +24,9 @@ _MAX_VALUES = 250_000_000  # Comparing larger models takes a minute, so they are
 _TOLERANCE = 1e-4
 
 
-def merge_equivalent_candidates(checkpoint: Checkpoint, candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+def merge_equivalent_candidates(
+    checkpoint: Checkpoint, candidates: Iterable[Candidate]
+) -> tuple[Candidate, ...]:
     """Merge the candidates that compute the same function into one, with the others as its `twins`.
 
     Equivalent candidates have the same output, and expect the same input shape, mean and standard
@@ -32,7 +34,9 @@ def merge_equivalent_candidates(checkpoint: Checkpoint, candidates: Iterable[Can
     one with the shortest name.
     """
     # Sorted first, so that each group begins with its preferred name.
-    ordered = sorted(candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture))
+    ordered = sorted(
+        candidates, key=lambda candidate: name_preference(checkpoint.path, candidate.architecture)
+    )
     if len(ordered) < 2:
         return tuple(ordered)
     groups: list[list[Candidate]] = []
@@ -88,7 +92,9 @@ def _number_functions(candidates: Sequence[Candidate], shape: Sequence[int]) -> 
     return numbers
 
 
-def output_on_random_input(candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]) -> Tensor | None:
+def output_on_random_input(
+    candidate: Candidate, shape: Sequence[int], weights: dict[str, Tensor]
+) -> Tensor | None:
     """Return the model's output for two random inputs under random weights, in one row.
 
     `weights` holds, by key, the random weights of earlier candidates, which are used again. Weights

@@ -21,7 +21,9 @@ def guess_by_file_name(path: Path, candidates: Sequence[Candidate]) -> Candidate
     """
     # A file is often named `model_best.pth`, in a folder that is named after the model.
     for text in (path.name, path.absolute().parent.name):
-        lengths = [max(matched_name_length(text, name) for name in candidate.names) for candidate in candidates]
+        lengths = [
+            max(matched_name_length(text, name) for name in candidate.names) for candidate in candidates
+        ]
         longest = max(lengths, default=0)
         if longest and lengths.count(longest) == 1:
             return candidates[lengths.index(longest)]

@@ -119,13 +119,15 @@ def misfit_error(
         *_shorten(unexpected, f"of the checkpoint's {len(shapes)} tensors are unexpected"),
     ]
     return ArchitectureError(
-        f"{checkpoint.path} does not fit {architecture}:\n  " + "\n  ".join(lines) + "\n"
+        f"{checkpoint.shown_path} does not fit {architecture}:\n  " + "\n  ".join(lines) + "\n"
         "Try another --arch, or --model-kwargs name=value if the model was built with arguments of "
         "its own."
     )
 
 
-def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()) -> None:
+def fill_model(
+    model: nn.Module, checkpoint: Checkpoint, architecture: str, as_built: Collection[str] = ()
+) -> None:
     """Load every tensor of the checkpoint into the model, in the model's own precision.
 
     All keys and shapes must agree, except under the top attributes `as_built`: tensors that differ
@@ -144,10 +146,10 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_b
     for key, tensor in checkpoint.tensors.items():
         if key not in built or key in differences.reshaped:
             continue
-        converted = _cast(f"{checkpoint.path}: {key}", tensor, built[key].dtype)
+        converted = _cast(f"{checkpoint.shown_path}: {key}", tensor, built[key].dtype)
         # Other buffers may hold infinities on purpose: attention masks do.
         if key in parameters or key.endswith(("running_mean", "running_var")):
-            _require_finite(f"{checkpoint.path}: {key}", converted)
+            _require_finite(f"{checkpoint.shown_path}: {key}", converted)
         state[key] = converted
     # `load_state_dict` is strict. So what a checkpoint may lack is added from the model as built:
     # counters, extra state, and in `_metadata` the versions of the modules, without which torch
@@ -157,7 +159,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_b
     try:
         model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
-        raise ArchitectureError(f"{checkpoint.path} does not fit {architecture}: {error}") from error
+        raise ArchitectureError(f"{checkpoint.shown_path} does not fit {architecture}: {error}") from error
 
 
 def _shorten(lines: list[str], summary: str) -> list[str]:

@@ -67,7 +67,9 @@ def describe_recorded_name(checkpoint: Checkpoint) -> str:
     for key in ("arch", "architecture", "model"):
         name = checkpoint.words.get(key)
         if isinstance(name, str):
-            return f"the file calls its architecture {name!r}, which no adapter can build without being told how"
+            return (
+                f"the file calls its architecture {name!r}, which no adapter can build without being told how"
+            )
     return "the file does not say which architecture it holds"
 
 

@@ -78,12 +78,15 @@ def require_single_candidate(checkpoint: Checkpoint, candidates: tuple[Candidate
     """
     if len(candidates) == 1:
         return candidates[0]
-    lines = [item.architecture + (f" (same as {', '.join(item.twins)})" if item.twins else "") for item in candidates]
+    lines = [
+        item.architecture + (f" (same as {', '.join(item.twins)})" if item.twins else "")
+        for item in candidates
+    ]
     guess = guess_by_file_name(checkpoint.path, candidates)
     hint = f"The file's name suggests {guess.architecture}. " if guess else ""
     example = (guess or candidates[0]).architecture
     raise AmbiguousArchitecture(
-        f"{checkpoint.path}: its tensors fit {len(candidates)} architectures that differ in "
+        f"{checkpoint.shown_path}: its tensors fit {len(candidates)} architectures that differ in "
         "function or in the input they expect:\n  "
         + "\n  ".join(lines)
         + f"\n{hint}Choose one, e.g. --arch {example}.",
@@ -176,14 +179,16 @@ def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]
     if len(architectures) > 1:
         first, second, *_ = architectures.values()
         raise AmbiguousArchitecture(
-            f"{checkpoint.path}: its keys fit {first} and {second}, and the drop rates it records "
+            f"{checkpoint.shown_path}: its keys fit {first} and {second}, and the drop rates it records "
             f"may mean different layers in each. Give --arch {first} or --arch {second}.",
             tuple(architectures.values()),
         )
 
 
-def _unknown_architecture_error(checkpoint: Checkpoint, misfits: list[ArchitectureError]) -> ArchitectureError:
-    description = f"{checkpoint.path}: {describe_recorded_name(checkpoint)}."
+def _unknown_architecture_error(
+    checkpoint: Checkpoint, misfits: list[ArchitectureError]
+) -> ArchitectureError:
+    description = f"{checkpoint.shown_path}: {describe_recorded_name(checkpoint)}."
     reason = misfits[0] if misfits else description
     return ArchitectureError(
         f"{reason}\n{describe_closest(checkpoint.shapes)}\n"

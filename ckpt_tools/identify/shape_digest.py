@@ -57,7 +57,9 @@ class ModelPart:
     @cached_property
     def hashes(self) -> dict[str, int]:
         """The hash of every key with its shape, without counters of batches."""
-        return {key: _hash(key, shape) for key, shape in self.shapes.items() if not key.endswith(BATCH_COUNTER)}
+        return {
+            key: _hash(key, shape) for key, shape in self.shapes.items() if not key.endswith(BATCH_COUNTER)
+        }
 
     @cached_property
     def full_digest(self) -> int:

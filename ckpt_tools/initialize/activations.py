@@ -72,7 +72,9 @@ def _integrate_adaptively(f: Function) -> ActivationMoments:
         if not len(low):
             break
         if len(low) > _MAX_INTERVALS:
-            raise UsageError(f"{_name(f)}: no quadrature converges on it; expected a piecewise smooth function.")
+            raise UsageError(
+                f"{_name(f)}: no quadrature converges on it; expected a piecewise smooth function."
+            )
         middle = (low + high) / 2
         low, high = torch.cat([low, middle]), torch.cat([middle, high])
     else:

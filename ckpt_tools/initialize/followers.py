@@ -120,7 +120,9 @@ def _average_functions(functions: Iterable[_FunctionOfZ]) -> Follower:
     return Follower(label, statistics.fmean(slopes), statistics.fmean(keeps))
 
 
-def _function_behind(states: PaperRule, node: Node, functions: dict[int, _FunctionOfZ]) -> _FunctionOfZ | None:
+def _function_behind(
+    states: PaperRule, node: Node, functions: dict[int, _FunctionOfZ]
+) -> _FunctionOfZ | None:
     """The function of z behind an operation; None where its result is no function of z alone."""
     operands = states.activation_operands(node)
     if is_pointwise(node.op):

@@ -96,7 +96,9 @@ def _moments(f: Activation | None, name: str) -> ActivationMoments:
     if f is None:
         return _UNKNOWN
     if not callable(f):
-        raise UsageError(f"{name}={f!r}: expected a function of a tensor such as torch.relu or nn.GELU(), or None.")
+        raise UsageError(
+            f"{name}={f!r}: expected a function of a tensor such as torch.relu or nn.GELU(), or None."
+        )
     if isinstance(f, nn.Module):
         # A module's parameters (PReLU's) must be where the quadrature's nodes are, in their dtype.
         f = copy.deepcopy(f).to("cpu", torch.float64)

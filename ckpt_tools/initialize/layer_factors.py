@@ -57,7 +57,9 @@ def compute_factors(
     """The factors of every weight, by parameter, in order of execution."""
     paper_rule = PaperRule(graph, constants, uses)
     inputs = paper_rule.weight_inputs()
-    followers = {use.node: find_follower(paper_rule, use.node) for use in uses if method.has_backward_term(use)}
+    followers = {
+        use.node: find_follower(paper_rule, use.node) for use in uses if method.has_backward_term(use)
+    }
     if method.rule == "propagated":
         inputs = _propagate(graph, constants, uses, followers, method)
     factors = {}

@@ -167,7 +167,9 @@ class Pointwise:
         state = self._new_source((index, 0, 0), signal, "a joint function")
         return replace(state, parts=operands.parts, joint=joint)
 
-    def _sample_sources(self, variables: Sequence[Variable], shape: tuple[int, int]) -> dict[Variable, Tensor]:
+    def _sample_sources(
+        self, variables: Sequence[Variable], shape: tuple[int, int]
+    ) -> dict[Variable, Tensor]:
         """Quasi-random values of independent sources, as flat tensors.
 
         Every value of the activations (the first dimension of ``shape``) meets every value of the

@@ -74,7 +74,8 @@ class PointwiseOperands:
             return True
         constants = [operand for operand in self.node.operands if operand not in self.states]
         return all(
-            operand in self.averages or self.constants.uniform_value(operand) is not None for operand in constants
+            operand in self.averages or self.constants.uniform_value(operand) is not None
+            for operand in constants
         )
 
     @property

@@ -182,7 +182,9 @@ def _share_inside(node: Node) -> float:
     dimensions = len(weight.shape) - 2
     stride, padding, dilation = (_one_per_dimension(numbers, dimensions) for numbers in settings)
     share = 1.0
-    for size, taps, step, pad, gap in zip(maps.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False):
+    for size, taps, step, pad, gap in zip(
+        maps.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False
+    ):
         outputs = max(1, (size + 2 * pad - gap * (taps - 1) - 1) // step + 1)
         first_tap = torch.arange(outputs) * step - pad
         position = first_tap[:, None] + torch.arange(taps) * gap

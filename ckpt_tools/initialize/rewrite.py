@@ -76,7 +76,9 @@ def rewrite_init(
     return InitRewrite(tuple(layers), rule, scheme, backward_term, backward_factor, seed)
 
 
-def _record_weight_uses(model: nn.Module, example_input: Batch, forward: Forward) -> tuple[Graph, Sequence[WeightUse]]:
+def _record_weight_uses(
+    model: nn.Module, example_input: Batch, forward: Forward
+) -> tuple[Graph, Sequence[WeightUse]]:
     parameters = dict(model.named_parameters())
     record = record_training_forward(model, example_input, forward)
     for site in record.sites.values():

@@ -82,7 +82,9 @@ def fill(
     if not weight.is_floating_point():
         raise UsageError(f"weight: expected floating point values, found {weight.dtype}. Convert it first.")
     if generator.device.type != "cpu":
-        raise UsageError(f"generator: expected one on the CPU, found {generator.device}. Pass torch.Generator().")
+        raise UsageError(
+            f"generator: expected one on the CPU, found {generator.device}. Pass torch.Generator()."
+        )
     with torch.no_grad():
         for view in _views(weight, geometry):
             blocks, units, *inputs = view.shape
@@ -153,7 +155,9 @@ _DRAW: dict[Scheme, Callable[[Shape, torch.Generator], Tensor]] = {
 def _check_geometry(shape: Sequence[int], geometry: Geometry) -> None:
     name = f"weight of shape {tuple(shape)}"
     if len(shape) < 2 or not prod(shape):
-        raise UsageError(f"{name}: expected at least 2 dimensions and no empty one. It has no fan-in; leave it out.")
+        raise UsageError(
+            f"{name}: expected at least 2 dimensions and no empty one. It has no fan-in; leave it out."
+        )
     if geometry.kind == "linear":
         if len(shape) > 3:
             raise UsageError(
@@ -163,9 +167,13 @@ def _check_geometry(shape: Sequence[int], geometry: Geometry) -> None:
             )
         return
     if geometry.groups < 1 or shape[0] % geometry.groups:
-        raise UsageError(f"{name}: expected groups that divide {shape[0]}, found {geometry.groups}. Pass the layer's.")
+        raise UsageError(
+            f"{name}: expected groups that divide {shape[0]}, found {geometry.groups}. Pass the layer's."
+        )
     if geometry.kind == "transposed convolution":
         dimensions = len(shape) - 2
         for setting, numbers in (("stride", geometry.stride), ("dilation", geometry.dilation)):
             if numbers and (len(numbers) != dimensions or min(numbers) < 1):
-                raise UsageError(f"{name}: expected {dimensions} numbers above 0 as {setting}, found {numbers}.")
+                raise UsageError(
+                    f"{name}: expected {dimensions} numbers above 0 as {setting}, found {numbers}."
+                )

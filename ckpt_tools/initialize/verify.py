@@ -108,7 +108,9 @@ def _measure(
             inputs = pytree.tree_map_only(Tensor, _to_differentiable, to_device(batch, device))
             with recorder:
                 outputs = _differentiable_outputs(forward(twin, inputs))
-            errors = [_ERROR_SCALE * torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+            errors = [
+                _ERROR_SCALE * torch.randn(output.shape, generator=generator).to(output) for output in outputs
+            ]
             with recorder.backward_pass():
                 torch.autograd.backward(outputs, errors)
     return recorder.layers()
@@ -160,7 +162,9 @@ class _SignalRecorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # A view of a parameter, such as a part of a packed weight, shares the parameter's storage.
-        self._names = {StorageWeakRef(tensor.untyped_storage()): name for name, tensor in model.named_parameters()}
+        self._names = {
+            StorageWeakRef(tensor.untyped_storage()): name for name, tensor in model.named_parameters()
+        }
         self._outputs: dict[str, _PooledValues] = {}
         self._errors: dict[str, _PooledValues] = {}
         self._generator = generator

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.outputs import default_output_path
+from ckpt_tools.location import Location
 from ckpt_tools.storage.output.checkpoint_writer import check_output, replace_tensors
 from ckpt_tools.storage.reading import read_checkpoint
 
@@ -24,8 +24,8 @@ class ConvertRequest:
     ``output`` None: NAME.safetensors beside the checkpoint.
     """
 
-    checkpoint: Path
-    output: Path | None = None
+    checkpoint: Location
+    output: Location | None = None
     weights: str = "auto"
     trust: bool = False
     overwrite: bool = False
@@ -39,7 +39,7 @@ class Conversion:
     """
 
     checkpoint: Checkpoint
-    output: Path
+    output: Location
     source_sha256: str
     output_sha256: str
     shared: tuple[tuple[str, ...], ...]
@@ -55,7 +55,9 @@ def convert_checkpoint(request: ConvertRequest) -> Conversion:
     check_output(output, request.checkpoint, overwrite=request.overwrite)
     checkpoint = read_checkpoint(request.checkpoint, weights=request.weights, trust=request.trust)
     # `ckpt-fix diff` reads from the provenance which differences to expect.
-    digests = replace_tensors(output, checkpoint, {}, provenance={"expect": "nothing"}, overwrite=request.overwrite)
+    digests = replace_tensors(
+        output, checkpoint, {}, provenance={"expect": "nothing"}, overwrite=request.overwrite
+    )
     shared = keys_sharing_memory(checkpoint.tensors)
     return Conversion(checkpoint, output, digests.source, digests.output, shared)
 
@@ -88,11 +90,11 @@ def _end_address(tensor: Tensor) -> int:
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _default_copy_path(checkpoint: Path) -> Path:
+def _default_copy_path(checkpoint: Location) -> Location:
     output = default_output_path(checkpoint)
-    if output == checkpoint.absolute():
+    if output.path == checkpoint.path.absolute():
         raise OutputError(
             f"{checkpoint}: expected another name for the copy, found a .safetensors file already. "
-            f"Give one with -o, e.g. -o {output.stem}.copy.safetensors."
+            f"Give one with -o, e.g. -o {output.path.stem}.copy.safetensors."
         )
     return output

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.request import Request
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
 from ckpt_tools.storage.output.integrity import FileDigest, measure_output
 from ckpt_tools.storage.provenance import read_provenance_entry, read_seal
@@ -38,7 +38,7 @@ class DamagedOutput:
 
 
 def find_earlier_output(
-    output: Path, request: Request, in_manifest: EarlierOutput | None
+    output: LocationLike, request: Request, in_manifest: EarlierOutput | None
 ) -> EarlierOutput | DamagedOutput | None:
     """The output of an earlier run with the same checkpoint and settings, whole or damaged; else
     None.
@@ -65,7 +65,7 @@ def find_earlier_output(
             "again, or give another --output-dir."
         )
     try:
-        stamp = stamp_file(output)
+        stamp = stamp_file(Location.of(output).path)
         measured = measure_output(output)
     except OSError as error:
         raise OutputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
@@ -22,6 +21,7 @@ from ckpt_tools.evaluate.validation import (
 )
 from ckpt_tools.jobs.recognition import recognise_architecture
 from ckpt_tools.jobs.request import EvaluationOptions, ModelChoice, ReadingOptions
+from ckpt_tools.location import Location
 from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
@@ -35,9 +35,9 @@ class EvaluationRequest:
     ``before``: a second checkpoint, to compare with.
     """
 
-    checkpoint: Path
+    checkpoint: Location
     data: str
-    before: Path | None = None
+    before: Location | None = None
     model: ModelChoice = field(default_factory=ModelChoice)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     reading: ReadingOptions = field(default_factory=ReadingOptions)
@@ -105,7 +105,9 @@ def prepare_evaluation(request: EvaluationRequest) -> EvaluationPlan:
     return EvaluationPlan(request, after, before, device)
 
 
-def execute_evaluation(plan: EvaluationPlan, progress: Callable[[str, int], None] | None = None) -> EvaluationOutcome:
+def execute_evaluation(
+    plan: EvaluationPlan, progress: Callable[[str, int], None] | None = None
+) -> EvaluationOutcome:
     """Run the models on the labelled data.
 
     ``progress`` is called with the name of the model ("before", "after", or "evaluate" for a single
@@ -128,12 +130,12 @@ def execute_evaluation(plan: EvaluationPlan, progress: Callable[[str, int], None
 
 
 def _load_for_evaluation(
-    path: Path, settings: EvaluationSettings, request: EvaluationRequest, device: str
+    location: Location, settings: EvaluationSettings, request: EvaluationRequest, device: str
 ) -> EvaluatedCheckpoint:
     # Each checkpoint has a source of its own; with the same seed both see the same images.
     options = request.reading
     source = open_source(request.data, limit=options.limit, seed=options.seed, split="test")
-    checkpoint = read_checkpoint(path, weights=request.model.weights, trust=request.model.trust)
+    checkpoint = read_checkpoint(location, weights=request.model.weights, trust=request.model.trust)
     loaded = recognise_architecture(checkpoint, request.model, source, request.preprocessing).loaded
     assert loaded.checkpoint is not None
     batch_size = options.batch_size

@@ -8,7 +8,6 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from ckpt_tools.initialize.rewrite import rewrite_init
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.request import ModelChoice
 from ckpt_tools.jobs.verification import VerificationBatches, make_verification_batches
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.storage.output.checkpoint_writer import (
@@ -46,8 +46,8 @@ class InitRequest:
     concern the verification: new weights are made on the CPU, so that they are the same everywhere.
     """
 
-    checkpoint: Path | None = None
-    output: Path | None = None
+    checkpoint: Location | None = None
+    output: Location | None = None
     model: ModelChoice = field(default_factory=ModelChoice)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     scheme: Scheme = "hypersphere"
@@ -59,7 +59,7 @@ class InitRequest:
     data: str | None = None
     samples: int = 64
     device: str = "auto"
-    report: Path | None = None
+    report: Location | None = None
     overwrite: bool = False
     force: bool = False
 
@@ -79,7 +79,7 @@ class InitOutcome:
     request: InitRequest
     loaded: LoadedModel
     result: InitRewrite
-    output: Path
+    output: Location
     output_sha256: str
     source_sha256: str | None = None
     trial: VerificationBatches | None = None
@@ -136,7 +136,7 @@ def refuse_trained_checkpoint(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _choose_output(request: InitRequest) -> Path:
+def _choose_output(request: InitRequest) -> Location:
     """Where the output goes, after a check that it may be written.
 
     Raises UsageError, OutputError.
@@ -155,7 +155,7 @@ def _choose_output(request: InitRequest) -> Path:
         )
     if request.data is not None:
         refuse_overwriting_data(output, request.data)
-    if request.report is not None and request.report.absolute() == output.absolute():
+    if request.report is not None and request.report.path.absolute() == output.path.absolute():
         raise UsageError(
             f"--report {request.report}: expected a file of its own, found the output's name. Choose another."
         )
@@ -222,7 +222,7 @@ def seed_constructors(seed: int) -> Iterator[None]:
 
 
 def write_initialized(
-    output: Path, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False
+    output: LocationLike, loaded: LoadedModel, result: InitRewrite, *, overwrite: bool = False
 ) -> OutputDigests:
     """Write a model whose weights were rewritten.
 

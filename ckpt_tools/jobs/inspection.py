@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, Us
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.loading import identify_model, load_architecture
 from ckpt_tools.jobs.request import ModelChoice
+from ckpt_tools.location import Location
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.results import Walk
@@ -30,7 +30,7 @@ _STATISTICS = ("running_mean", "running_var")
 class InspectRequest:
     """What the user asks for: a checkpoint, an architecture, or both."""
 
-    checkpoint: Path | None = None
+    checkpoint: Location | None = None
     model: ModelChoice = field(default_factory=ModelChoice)
     input_size: tuple[int, ...] | None = None
 
@@ -106,8 +106,8 @@ def _inspect_architecture(request: InspectRequest) -> Inspection:
     return _add_walk(Inspection(request, None, None, _total_by_type(tensors), parameters, loaded))
 
 
-def _inspect_file(request: InspectRequest, path: Path) -> Inspection:
-    checkpoint = read_checkpoint(path, weights=request.model.weights, trust=request.model.trust)
+def _inspect_file(request: InspectRequest, location: Location) -> Inspection:
+    checkpoint = read_checkpoint(location, weights=request.model.weights, trust=request.model.trust)
     # Without an architecture nothing tells parameters from buffers: all floats but running
     # statistics.
     parameters = sum(
@@ -116,7 +116,7 @@ def _inspect_file(request: InspectRequest, path: Path) -> Inspection:
         if tensor.is_floating_point() and not key.endswith(_STATISTICS)
     )
     # A checkpoint may be several files: shards and their index.
-    size = sum(file.stat().st_size for file in find_checkpoint_files(path).files)
+    size = sum(file.stat().st_size for file in find_checkpoint_files(checkpoint.path).files)
     return Inspection(request, checkpoint, size, _total_by_type(checkpoint.tensors), parameters)
 
 
@@ -202,7 +202,9 @@ def _total_by_type(tensors: Mapping[str, Tensor]) -> dict[str, TensorTotals]:
     for tensor in tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
         total = totals.get(name, TensorTotals())
-        totals[name] = TensorTotals(total.tensors + 1, total.numbers + tensor.numel(), total.bytes + tensor.nbytes)
+        totals[name] = TensorTotals(
+            total.tensors + 1, total.numbers + tensor.numel(), total.bytes + tensor.nbytes
+        )
     return dict(sorted(totals.items(), key=lambda item: -item[1].bytes))
 
 

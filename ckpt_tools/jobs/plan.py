@@ -5,7 +5,6 @@ checked in advance.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
+from ckpt_tools.location import Location
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
@@ -57,7 +57,7 @@ class Plan:
     input_spec: InputSpec | None
     batch_size: int
     device: str
-    output: Path
+    output: Location
     look: BatchStream
     team: Team = ALONE
     validation: Validation | None = None

@@ -83,7 +83,9 @@ def _measure_agreement(
 def _ambiguity_message(checkpoint: Checkpoint, scores: Mapping[str, float | None]) -> str:
     lines = [f"{name}: {'no score' if score is None else f'{score:.3f}'}" for name, score in scores.items()]
     return (
-        f"{checkpoint.path}: its tensors fit {len(scores)} architectures that differ in "
+        f"{checkpoint.shown_path}: its tensors fit {len(scores)} architectures that differ in "
         "function, and the data fits them about equally (distance from the stored BN "
-        "statistics, 0 is perfect):\n  " + "\n  ".join(lines) + f"\nChoose one, e.g. --arch {next(iter(scores))}."
+        "statistics, 0 is perfect):\n  "
+        + "\n  ".join(lines)
+        + f"\nChoose one, e.g. --arch {next(iter(scores))}."
     )

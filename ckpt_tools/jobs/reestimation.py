@@ -90,7 +90,9 @@ def _run_and_write(
     metrics = compute_gated_metrics(plan.validation, before, after)
     skipped = _collect_skipped(plan)
     digests = team.first(lambda: _write_output(plan, result, metrics))
-    return ReestimationOutcome(plan, verdict, result, skipped, digests.source, digests.output, digests.size, metrics)
+    return ReestimationOutcome(
+        plan, verdict, result, skipped, digests.source, digests.output, digests.size, metrics
+    )
 
 
 def _collect_skipped(plan: Plan) -> tuple[SkippedSample, ...]:

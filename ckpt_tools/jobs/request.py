@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing
+from ckpt_tools.location import Location
 from ckpt_tools.method import Method
-from ckpt_tools.remote.address import is_url, redact_url
-from ckpt_tools.remote.mirror import restore_urls
+from ckpt_tools.redaction import without_secrets
+from ckpt_tools.urls import is_url, redact_url
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ReadingOptions:
 class EvaluationOptions:
     """What is asked of labelled data: which output each class folder is, a temperature, a gate."""
 
-    class_map: Path | None = None
+    class_map: Location | None = None
     calibrate: bool = False
     gate: str | None = None
 
@@ -65,9 +66,9 @@ class Request:
     same bits every time.
     """
 
-    checkpoint: Path
+    checkpoint: Location
     data: str
-    output: Path | None = None
+    output: Location | None = None
     model: ModelChoice = field(default_factory=ModelChoice)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     method: Method = field(default_factory=Method)
@@ -97,8 +98,7 @@ class Request:
             "class_map": class_map and _read_class_outputs(class_map),
         }
         decisive = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
-        # The local copy of a remote file has another path in every run.
-        text = restore_urls(json.dumps(decisive, sort_keys=True, default=repr))
+        text = without_secrets(json.dumps(decisive, sort_keys=True, default=repr))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -109,8 +109,8 @@ def _normalise_place(data: str) -> str:
     return redact_url(data) if is_url(data) else data
 
 
-def _read_class_outputs(path: Path) -> object:
-    class_map = read_class_map(path)
+def _read_class_outputs(location: Location) -> object:
+    class_map = read_class_map(location)
     return sorted(class_map.numbers.items()), class_map.outputs
 
 

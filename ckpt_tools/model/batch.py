@@ -57,7 +57,9 @@ def _are_images(inputs: object) -> TypeGuard[Sequence[Tensor]]:
     """Tell whether this is a list of images (C, H, W), as detection models take it."""
     if not isinstance(inputs, (tuple, list)) or not inputs:
         return False
-    return all(isinstance(item, Tensor) and item.ndim == 3 and len(item) <= _MAX_IMAGE_CHANNELS for item in inputs)
+    return all(
+        isinstance(item, Tensor) and item.ndim == 3 and len(item) <= _MAX_IMAGE_CHANNELS for item in inputs
+    )
 
 
 def slice_samples(batch: Batch, start: int, stop: int) -> Batch:
@@ -106,7 +108,9 @@ def iterate_inputs(batch: Batch) -> Iterator[tuple[int | None, Tensor]]:
     yield from zip(rows, tensors, strict=False)
 
 
-def to_device(batch: Batch, device: torch.device | str, memory_format: torch.memory_format | None = None) -> Batch:
+def to_device(
+    batch: Batch, device: torch.device | str, memory_format: torch.memory_format | None = None
+) -> Batch:
     """Move every tensor of a batch to ``device``.
 
     Tensors with four dimensions get the ``memory_format``, if there is one: torch refuses channels

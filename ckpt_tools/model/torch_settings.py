@@ -116,7 +116,9 @@ def _pair(getter: str, setter: str) -> TorchSetting:
     return TorchSetting(getter, lambda: function(getter)(), lambda value: function(setter)(value))
 
 
-def _pair_of_tuples(name: str, getters: Sequence[Callable[[], object]], setter: Callable[..., object]) -> TorchSetting:
+def _pair_of_tuples(
+    name: str, getters: Sequence[Callable[[], object]], setter: Callable[..., object]
+) -> TorchSetting:
     """Return a setting of several values, which one function sets together."""
 
     def read() -> object:

@@ -83,7 +83,9 @@ def _hidden_noise_note(walk: Walk) -> str:
 def _no_layer_message(walk: Walk) -> str:
     layers = [f"{item.name} ({item.reason})" for item in walk.left_alone]
     layers += [f"{layer.name} (never reached by an evaluation forward)" for layer in walk.batch_norms]
-    message = "no BatchNorm layer with running statistics that a forward reaches; there is nothing to re-estimate"
+    message = (
+        "no BatchNorm layer with running statistics that a forward reaches; there is nothing to re-estimate"
+    )
     return f"{message}. Found: {'; '.join(layers[:3])}" if layers else f"{message}."
 
 

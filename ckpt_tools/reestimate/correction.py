@@ -118,7 +118,14 @@ def reestimate_bn(
         force=force,
     )
     return run_method(
-        model, batches, method, rates=rates, forward=forward, walk=walk, progress=progress, distributed=distributed
+        model,
+        batches,
+        method,
+        rates=rates,
+        forward=forward,
+        walk=walk,
+        progress=progress,
+        distributed=distributed,
     )
 
 

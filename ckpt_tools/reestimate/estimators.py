@@ -85,7 +85,9 @@ def exact(context: PassContext, statistics: Statistics, tolerance: float | None)
         for name, values in current.items():
             context.layers[name].current = values
         passes += 1
-        last = DataPass(context, current_statistics, passes, first, same_samples=True, residual=residual).run()
+        last = DataPass(
+            context, current_statistics, passes, first, same_samples=True, residual=residual
+        ).run()
         targets = _measured_statistics(context, last.evidence, statistics)
         residual = _largest_change(context, targets)
         current = {name: _step(context.layers[name].current, targets[name]) for name in targets}

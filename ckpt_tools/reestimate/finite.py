@@ -64,7 +64,9 @@ def check_activations(model: nn.Module, moments: Mapping[str, Moments | None], n
         return
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name}: NaN or infinity in the model's weights; nothing can be measured behind them.")
+            raise ModelError(
+                f"{name}: NaN or infinity in the model's weights; nothing can be measured behind them."
+            )
     name = next(name for name, total in sums.items() if not bool(torch.isfinite(total)))
     raise ModelError(
         f"{name}: batch {number} gives non-finite inputs to this layer although weights and input "

@@ -24,7 +24,9 @@ def layer_results(
     return tuple(_result(layer, choice, layers, estimate) for layer in walk.batch_norms)
 
 
-def _result(walked: BatchNormLayer, choice: Choice, layers: Mapping[str, Layer], estimate: Estimate) -> LayerResult:
+def _result(
+    walked: BatchNormLayer, choice: Choice, layers: Mapping[str, Layer], estimate: Estimate
+) -> LayerResult:
     evidence = estimate.last_pass.evidence.get(walked.name)
     ratio = error = None
     if evidence is not None:

@@ -128,7 +128,9 @@ def has_extreme_cluster(energy: Tensor, images: int, history: EnergyHistory) -> 
     return bool(is_extreme(single, reference, LAYER_LIMIT).any())
 
 
-def extreme_samples(energies: Mapping[str, Tensor], histories: Mapping[str, EnergyHistory]) -> dict[int, Suspect]:
+def extreme_samples(
+    energies: Mapping[str, Tensor], histories: Mapping[str, EnergyHistory]
+) -> dict[int, Suspect]:
     """Samples that are extreme in some layer, by their place in its ``energies`` (n,)."""
     suspects: dict[int, Suspect] = {}
     for name, values in energies.items():
@@ -211,7 +213,8 @@ def fingerprints(batch: Batch, heads: Collection[bytes] | None = None) -> list[b
     columns = torch.linspace(0, rows.shape[1] - 1, min(_HEAD_VALUES, rows.shape[1])).long()
     values = [row.numpy().tobytes() for row in rows[:, columns.tolist()].float().cpu()]
     return [
-        head + (_digest(row) if heads is None or head in heads else b"") for head, row in zip(values, rows, strict=True)
+        head + (_digest(row) if heads is None or head in heads else b"")
+        for head, row in zip(values, rows, strict=True)
     ]
 
 
@@ -249,7 +252,9 @@ class InputFilter:
         return select_samples(batch, usual) if outliers and not too_many else batch
 
 
-def find_suspects(batch: Batch, history: EnergyHistory, ignored: Collection[OutlierReason] = ()) -> dict[int, Suspect]:
+def find_suspects(
+    batch: Batch, history: EnergyHistory, ignored: Collection[OutlierReason] = ()
+) -> dict[int, Suspect]:
     """Rows of a finite batch that its input alone shows to be outliers.
 
     The energies of the other rows are added to ``history``. Reasons in ``ignored`` do not count.
@@ -266,7 +271,10 @@ def find_suspects(batch: Batch, history: EnergyHistory, ignored: Collection[Outl
         reasons.update(dict.fromkeys(one_colour_rows(batch), "blank"))
     history.remember(energies[[row for row in range(len(energies)) if row not in reasons]])
     median = float(reference.median())
-    return {row: Suspect(reason, math.exp(float(energies[row]) - median), "input") for row, reason in reasons.items()}
+    return {
+        row: Suspect(reason, math.exp(float(energies[row]) - median), "input")
+        for row, reason in reasons.items()
+    }
 
 
 def _single_input(batch: Batch) -> Tensor | None:

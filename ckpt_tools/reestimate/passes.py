@@ -123,7 +123,9 @@ class DataPass:
         """How many batches hold the images that control layers need, by the largest first batch."""
         if self.first is not None:
             return self.first.control_batches
-        first_sizes = self.context.team.all(lambda: max(map(batch_size, self.context.batches.ahead(1)[:1]), default=0))
+        first_sizes = self.context.team.all(
+            lambda: max(map(batch_size, self.context.batches.ahead(1)[:1]), default=0)
+        )
         if not max(first_sizes):
             raise no_batch_error()
         return math.ceil(_CONTROL_IMAGES / max(first_sizes))

@@ -44,7 +44,9 @@ class Runner:
         self._layout = torch.channels_last if convolutional else None
         self.largest: int | None = None
 
-    def run(self, batch: Batch, number: int, watched: Sequence[Layer], *, stop: bool = False) -> Iterator[int]:
+    def run(
+        self, batch: Batch, number: int, watched: Sequence[Layer], *, stop: bool = False
+    ) -> Iterator[int]:
         """Run one batch, as a whole or in parts; after each part yield its number of images.
 
         With ``stop`` a forward ends behind the last watched layer. Raises ModelError, naming the
@@ -57,7 +59,9 @@ class Runner:
             if self._fits(part, number, watched, stop=stop):
                 yield images
             elif images < 2:
-                raise ModelError(f"batch {number}: not even one sample fits into memory. Use a smaller --input-size.")
+                raise ModelError(
+                    f"batch {number}: not even one sample fits into memory. Use a smaller --input-size."
+                )
             else:
                 # Later batches are split from the start: each failed attempt costs a forward. The
                 # parts of this one go to the front, so that images keep their order.

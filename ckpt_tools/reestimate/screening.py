@@ -221,7 +221,8 @@ class Screening:
         if not self.judges or task.turn >= _MAX_TURNS:
             return False
         return task.per_image or any(
-            has_extreme_cluster(values, len(task.rows), self._histories[name]) for name, values in energy.items()
+            has_extreme_cluster(values, len(task.rows), self._histories[name])
+            for name, values in energy.items()
         )
 
     def _find_outliers(
@@ -235,7 +236,8 @@ class Screening:
         energies = {name: values for name, values in on_host if len(values) == count}
         if task.suspects:
             return {
-                row: with_leverage(task.rows.index(row), suspect, energies) for row, suspect in task.suspects.items()
+                row: with_leverage(task.rows.index(row), suspect, energies)
+                for row, suspect in task.suspects.items()
             }
         if finite:
             places = extreme_samples(energies, self._histories)
@@ -267,7 +269,9 @@ def refuse_not_finite(outliers: Sequence[DetectedOutlier], samples: int) -> None
     names = ", ".join(outlier.name for outlier in not_finite[:5])
     if len(not_finite) > 5:
         names += ", …"
-    places = dict.fromkeys("the input" if outlier.where == "input" else outlier.where for outlier in not_finite)
+    places = dict.fromkeys(
+        "the input" if outlier.where == "input" else outlier.where for outlier in not_finite
+    )
     raise DataError(
         f"{names}: NaN or infinity in {' and '.join(places)}; {len(not_finite)} of {samples} "
         f"samples, expected {TOLERATED_SHARE:.0%} at most. Remove them or fix the preprocessing."

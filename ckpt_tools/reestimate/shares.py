@@ -68,7 +68,10 @@ def unpack_evidence(flat: Tensor, channels: Sequence[int]) -> list[Evidence | No
     head = 3 * len(channels)
     counts = flat[:head].long().view(-1, 3).tolist()
     pieces = flat[head:].split([_ROWS * width for width in channels])
-    return [_evidence(layer_counts, piece.view(_ROWS, -1)) for layer_counts, piece in zip(counts, pieces, strict=True)]
+    return [
+        _evidence(layer_counts, piece.view(_ROWS, -1))
+        for layer_counts, piece in zip(counts, pieces, strict=True)
+    ]
 
 
 def _counts(part: Evidence | None) -> tuple[int, int, int]:

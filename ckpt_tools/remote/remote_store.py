@@ -1,4 +1,8 @@
-"""Stores as fsspec knows them: ``s3:// gs:// hf:// http://`` and all others that are installed."""
+"""Stores behind URLs, by way of fsspec: ``s3:// gs:// hf:// http://`` and all others it knows.
+
+Whatever a store's client raises becomes a RemoteError that says what to do. A listing is input from
+somebody else, so names in it are checked before anything uses them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
 from ckpt_tools.paths import shown_name, spelling_fault
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.address import redact_url, remember_storage_options, remember_url, scheme_of
+from ckpt_tools.url_syntax import scheme_of
+from ckpt_tools.urls import redact_url, remember_storage_options, remember_url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -29,19 +34,34 @@ __all__ = [
     "translate_store_errors",
 ]
 
+# The package that fsspec needs for a scheme, for the advice to install it.
 _PACKAGES = {
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp",
-    "https": "aiohttp", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
-    "oss": "ossfs", "oci": "ocifs", "smb": "smbprotocol", "webdav": "webdav4", "hdfs": "pyarrow",
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub",
+    "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
+    "sftp": "paramiko", "ssh": "paramiko", "oss": "ossfs", "oci": "ocifs", "smb": "smbprotocol",
+    "webdav": "webdav4", "hdfs": "pyarrow",
 }  # fmt: skip
-_REFUSED = ("credential", "accessdenied", "forbidden", "unauthorized", "authentication", "permission")
-_READ, _LONGEST = 10_000, 300  # characters of what a store's client says that are looked at, and that are shown
+# Parts of the names of exceptions by which clients say that credentials do not suffice.
+_ACCESS_REFUSED = (
+    "credential",
+    "accessdenied",
+    "forbidden",
+    "unauthorized",
+    "authentication",
+    "permission",
+)
+# Characters of a client's message that are searched for secrets, and that are shown: the search
+# takes time, and some clients quote whole pages of HTML.
+_SEARCHED, _SHOWN = 10_000, 300
 _LARGEST = 1 << 60  # bytes: no store holds such a file, and no file system such a hole
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or a folder behind a URL: the file system of its store, and the name it has there."""
+    """A file or a folder behind a URL: the file system of its store, and its name there.
+
+    As a text it is the URL without credentials and query.
+    """
 
     url: str = field(repr=False)
     fs: AbstractFileSystem
@@ -56,77 +76,98 @@ class RemotePath:
         return scheme_of(self.url)
 
     def child_path(self, name: str) -> str:
-        """What the store calls the file ``name``, a path with slashes, below this folder."""
+        """Return the store's name for the file ``name``, a path with slashes, below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
 
     def is_folder(self) -> bool:
-        """Raises RemoteError if there is nothing, or nobody can tell."""
+        """Whether it is a folder. Raises RemoteError if nothing is there, or if nobody can tell."""
         with translate_store_errors(self.url):
             return bool(self.fs.info(self.path)["type"] == "directory")
 
     def size(self) -> int | None:
-        """Bytes of a file, None where the store does not tell before. Raises RemoteError."""
-        with translate_store_errors(self.url):
-            return _size(self.fs.info(self.path))
-
-    def names(self, wanted: Callable[[str], bool]) -> list[str]:
-        """Names of the files directly in this folder, sorted, checked as by ``sizes``. Raises RemoteError."""
-        return list(self.sizes(wanted, depth=1))
-
-    def sizes(self, wanted: Callable[[str], bool], depth: int | None = None) -> dict[str, int | None]:
-        """Bytes of every file below this folder, by its path from here, sorted; with ``depth`` 1 only of those in it.
-
-        A listing is foreign input. What it names outside of this folder is not listed. A name that could lead out of
-        the folder or to another store is refused if it is ``wanted``, and left out otherwise: nobody needs a file that
-        nobody wants, but half of what is wanted would pass for all of it.
+        """The bytes of a file; None where the store tells them only with the content.
 
         Raises RemoteError.
         """
-        start = self.child_path("")
+        with translate_store_errors(self.url):
+            return _listed_size(self.fs.info(self.path))
+
+    def names(self, is_wanted: Callable[[str], bool]) -> list[str]:
+        """List the files directly in this folder, sorted, checked as by ``sizes``.
+
+        Raises RemoteError.
+        """
+        return list(self.sizes(is_wanted, depth=1))
+
+    def sizes(self, is_wanted: Callable[[str], bool], depth: int | None = None) -> dict[str, int | None]:
+        """List the bytes of every file below this folder by its path from here, sorted.
+
+        With ``depth`` 1, only the files directly in the folder. What the listing names outside of
+        the folder is left out. A name that could lead out of the folder or to another store is
+        refused if ``is_wanted`` says that somebody will read the file: without it, an incomplete
+        folder would pass for a complete one. Other such names are left out.
+
+        Raises RemoteError.
+        """
+        prefix = self.child_path("")
         with translate_store_errors(self.url):
             listing = self.fs.find(self.path, maxdepth=depth, detail=True)
             sizes = {
-                name.removeprefix(start): _size(entry)
+                name.removeprefix(prefix): _listed_size(entry)
                 for name, entry in sorted(listing.items())
-                if name.startswith(start) and name != start and entry.get("type") == "file"
+                if name.startswith(prefix) and name != prefix and entry.get("type") == "file"
             }
-        safe = [name for name in sizes if self._is_safe(name, wanted)]
-        return {name: sizes[name] for name in safe if depth != 1 or "/" not in name}
+        safe_names = [name for name in sizes if self._is_safe(name, is_wanted)]
+        # A listing is foreign input: it may go deeper than it was asked to.
+        return {name: sizes[name] for name in safe_names if depth != 1 or "/" not in name}
 
-    def matches(self, wanted: Callable[[str], bool]) -> list[str]:
-        """URLs of what ``path`` matches as a pattern, sorted, checked as by ``sizes``. Raises RemoteError."""
-        before, slash, _ = re.split(r"[*?\[]", self.path, maxsplit=1)[0].rpartition("/")
-        start = before + slash
+    def matches(self, is_wanted: Callable[[str], bool]) -> list[str]:
+        """List the URLs that ``path`` matches as a pattern, sorted, checked as by ``sizes``.
+
+        Raises RemoteError.
+        """
+        fixed_part = re.split(r"[*?\[]", self.path, maxsplit=1)[0]
+        folder, slash, _ = fixed_part.rpartition("/")
+        prefix = folder + slash
         with translate_store_errors(self.url):
-            listed = sorted(name for name in self.fs.glob(self.path) if name.startswith(start))
-            safe = [name for name in listed if self._is_safe(name.removeprefix(start), wanted)]
-            return [self.fs.unstrip_protocol(name) for name in safe if wanted(name)]
+            names = sorted(name for name in self.fs.glob(self.path) if name.startswith(prefix))
+            return [
+                self.fs.unstrip_protocol(name)
+                for name in names
+                if self._is_safe(name.removeprefix(prefix), is_wanted) and is_wanted(name)
+            ]
 
-    def _is_safe(self, name: str, wanted: Callable[[str], bool]) -> bool:
-        """Raises RemoteError for a name that is wanted and not safe."""
+    def _is_safe(self, name: str, is_wanted: Callable[[str], bool]) -> bool:
+        """Whether a listed name is that of a file below the folder.
+
+        Raises RemoteError for a name that is not, and is wanted.
+        """
         fault = spelling_fault(name)
-        if fault is None and "::" in name:  # fsspec takes it for a chain of stores: a.pt::file://…
+        if fault is None and "::" in name:  # fsspec takes a.pt::file://… for a chain of stores
             fault = "which fsspec would take for files of two stores"
-        if fault is not None and wanted(name):
+        if fault is not None and is_wanted(name):
             raise RemoteError(
-                f"{self}: expected its listing to name files below it, found {shown_name(name)}, {fault}. Do not trust "
-                "this folder; if it is yours, rename the file."
+                f"{self}: expected its listing to name files below it, found {shown_name(name)}, "
+                f"{fault}. Do not trust this folder; if it is yours, rename the file."
             )
         return fault is None
 
 
-def _size(entry: Mapping[str, Any]) -> int | None:
-    """Bytes of a file as its store lists it; None where it tells none, or a number that no file has."""
+def _listed_size(entry: Mapping[str, Any]) -> int | None:
+    """Return the bytes of a file; None where the store gives none, or a number no file has."""
     size = entry.get("size")
     return None if size is None or not 0 <= int(size) < _LARGEST else int(size)
 
 
 def open_remote(url: str) -> RemotePath:
-    """What a URL stands for; no network yet. Raises UsageError for an unknown scheme, RemoteError without a package."""
+    """Return what a URL stands for; no network is used yet.
+
+    Raises UsageError for an unknown scheme, RemoteError where a package is missing.
+    """
     from fsspec.core import url_to_fs
 
     remember_url(url)
-    _require_known(url)
+    _require_supported_scheme(url)
     with translate_store_errors(url):
         fs, path = url_to_fs(url)
     remember_storage_options(fs.storage_options)
@@ -134,7 +175,10 @@ def open_remote(url: str) -> RemotePath:
 
 
 def open_url(url: str) -> IO[bytes]:
-    """A file behind a URL, to be read from beginning to end. Raises RemoteError; reading raises what the store does."""
+    """Open a file behind a URL, to be read from beginning to end.
+
+    Raises RemoteError. Reading the file raises what the store's client raises.
+    """
     remote = open_remote(url)
     with translate_store_errors(url):
         return cast("IO[bytes]", remote.fs.open(remote.path, "rb"))
@@ -142,55 +186,69 @@ def open_url(url: str) -> IO[bytes]:
 
 @contextlib.contextmanager
 def translate_store_errors(url: str) -> Iterator[None]:
-    """Whatever a store's client raises within becomes a RemoteError that says what to do."""
+    """Let whatever a store's client raises in the block become a RemoteError."""
     try:
         yield
     except CkptToolsError:
         raise
     except Exception as error:
-        raise RemoteError(_sentence(url, error)) from error
+        raise RemoteError(_message(url, error)) from error
 
 
-def _require_known(url: str) -> None:
+def _require_supported_scheme(url: str) -> None:
+    """Raise UsageError for a scheme that fsspec does not know."""
     from fsspec.registry import available_protocols, registry
 
-    known = {*available_protocols(), *registry}
+    supported_schemes = {*available_protocols(), *registry}
     scheme = scheme_of(url)
-    if scheme not in known:
-        near = get_close_matches(scheme, sorted(known), 1, 0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
+    if scheme not in supported_schemes:
+        similar = get_close_matches(scheme, sorted(supported_schemes), 1, 0.5)
+        hint = f" Did you mean {similar[0]}?" if similar else ""
         raise UsageError(
-            f"{redact_url(url)}: expected a kind of store that fsspec knows (s3, gs, hf, http, …), found {scheme}.{hint}"
+            f"{redact_url(url)}: expected a kind of store that fsspec knows "
+            f"(s3, gs, hf, http, …), found {scheme}.{hint}"
         )
 
 
-def _sentence(url: str, error: Exception) -> str:
+def _message(url: str, error: Exception) -> str:
+    """Say what an exception of a store's client means, and what to do."""
     shown, scheme = redact_url(url), scheme_of(url)
     package = _PACKAGES.get(scheme)
     if isinstance(error, ImportError):
-        install = f"Run: pip install {package}" if package else one_line(without_fragments(str(error)))
-        return f"{shown}: reading {scheme}:// needs {package or 'a package'}, which is not installed. {install}"
+        needed = package or "a package"
+        advice = one_line(without_fragments(str(error)))
+        if package:
+            advice = f"Run: pip install {package}"
+        return f"{shown}: reading {scheme}:// needs {needed}, which is not installed. {advice}"
     if is_missing_file_error(error):
         return f"{shown}: expected a file or folder there, found nothing. Check the URL."
-    said = describe_store_error(error)
+    description = describe_store_error(error)
     if is_access_refused_error(error):
-        taken = f"that {package} takes " if package and package != "aiohttp" else ""
-        return f"{shown}: access is refused ({said}). Check the name, and the credentials {taken}from the environment."
-    return f"{shown}: cannot be reached ({said}). Check the network and the URL, and run again."
+        accepted_by_client = f"that {package} takes " if package and package != "aiohttp" else ""
+        return (
+            f"{shown}: access is refused ({description}). Check the name, and the credentials "
+            f"{accepted_by_client}from the environment."
+        )
+    return f"{shown}: cannot be reached ({description}). Check the network and the URL, and run again."
 
 
 def describe_store_error(error: BaseException) -> str:
-    """What a store's client says, on one line and without secrets."""
-    told = _causes(error)[-1] if isinstance(error, FileNotFoundError) else error
-    text = " ".join(without_fragments(str(told)[:_READ]).split())[:_LONGEST]
-    return f"{type(told).__name__}: {text}" if text else type(told).__name__
+    """Return the type and the message of a client's error, on one line and without secrets."""
+    # Some clients raise FileNotFoundError for every failure; then the cause says more.
+    error = _causes(error)[-1] if isinstance(error, FileNotFoundError) else error
+    text = " ".join(without_fragments(str(error)[:_SEARCHED]).split())[:_SHOWN]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def is_missing_file_error(error: BaseException) -> bool:
-    """Whether an error means that there is no such file: some clients say so of every failure, but name its cause."""
+    """Whether an error means that there is no such file.
+
+    Some clients raise FileNotFoundError for every failure, but keep the cause with it: a status
+    of HTTP decides, and without one every cause must mean that something is missing.
+    """
     if not isinstance(error, FileNotFoundError):
         return False
-    status = _status(error)
+    status = _http_status(error)
     if status is not None:
         return status == 404
     return all(isinstance(cause, (FileNotFoundError, KeyError)) for cause in _causes(error))
@@ -199,18 +257,20 @@ def is_missing_file_error(error: BaseException) -> bool:
 def is_access_refused_error(error: BaseException) -> bool:
     """Whether an error means that the credentials do not suffice, or that there are none."""
     names = [type(cause).__name__.lower() for cause in _causes(error)]
-    return _status(error) in (401, 403) or any(word in name for name in names for word in _REFUSED)
+    is_named_so = any(word in name for name in names for word in _ACCESS_REFUSED)
+    return is_named_so or _http_status(error) in (401, 403)
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    found = [error]
-    while (cause := found[-1].__cause__) is not None and cause not in found:
-        found.append(cause)
-    return found
+    """Return an error, its cause, the cause of that, and so on."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error tells of, itself or through its cause."""
+def _http_status(error: BaseException) -> int | None:
+    """Return the status of HTTP that an error or one of its causes holds, under any usual name."""
     for cause in _causes(error):
         response: Any = getattr(cause, "response", None)
         for status in (getattr(cause, "status", None), getattr(response, "status_code", None)):
@@ -219,8 +279,8 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def transfer_callback(seen: Callable[[int], object]) -> Any:
-    """What a transfer takes as ``callback``, to tell how many bytes have passed so far."""
+def transfer_callback(report_bytes: Callable[[int], object]) -> Any:
+    """Return a callback for a transfer of fsspec that reports how many bytes have passed so far."""
     from fsspec.callbacks import Callback
 
-    return Callback(hooks={"seen": lambda size, value, **_: seen(value)})
+    return Callback(hooks={"bytes": lambda size, value, **_: report_bytes(value)})

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 from ckpt_tools.jobs.plan import Plan
+from ckpt_tools.location import Location
 from ckpt_tools.redaction import without_secrets
 
 _OPTION_NAMES = {"architecture": "arch"}  # fields whose option has another name
@@ -40,7 +41,7 @@ def _options(settings: object) -> Iterator[str]:
         if field.name == "checkpoint" or value == _default(field):
             continue
         option = "--" + _OPTION_NAMES.get(field.name, field.name).replace("_", "-")
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, Location):
             yield from _options(value)
         elif isinstance(value, Mapping):
             for name, item in value.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.location import LocationLike
 from ckpt_tools.storage.provenance import checkpoint_provenance
 from ckpt_tools.storage.reading import read_checkpoint, reread_checkpoint
 from ckpt_tools.storage.tensor_bytes import equal_bytes, raw_bytes
@@ -95,7 +95,12 @@ def compare_checkpoints(before: Checkpoint, after: Checkpoint) -> Comparison:
 
 
 def compare_files(
-    before: Path, after: Path, expect: str = "auto", *, weights: str = "auto", trust: bool = False
+    before: LocationLike,
+    after: LocationLike,
+    expect: str = "auto",
+    *,
+    weights: str = "auto",
+    trust: bool = False,
 ) -> tuple[Comparison, Expectation, tuple[str, ...]]:
     """Compare two files.
 
@@ -129,7 +134,7 @@ def _recorded_expectation(provenance: Mapping[str, object]) -> Expectation:
     return cast("Expectation", statistics) if statistics in _MAY_CHANGE else "variance"
 
 
-def _listed_keys(provenance: Mapping[str, object], path: Path) -> tuple[list[str], list[str]]:
+def _listed_keys(provenance: Mapping[str, object], path: LocationLike) -> tuple[list[str], list[str]]:
     """Return the keys of the rewritten weights, and of the biases that were set to zero.
 
     Raises CheckpointError for a file that lists none.
@@ -159,7 +164,9 @@ def _describe_wrong_entries(
     return (*(f"{key}: {no_weight}" for key in vectors), *(f"{key}: {no_zeros}" for key in filled))
 
 
-def _read_source(path: Path, provenance: Mapping[str, object], weights: str, trust: bool) -> Checkpoint:
+def _read_source(
+    path: LocationLike, provenance: Mapping[str, object], weights: str, trust: bool
+) -> Checkpoint:
     """Read the weights of a file that an output with this provenance was made from."""
     if weights == "auto" and "weights" in provenance:
         recorded, prefix = str(provenance["weights"]), str(provenance.get("prefix", ""))

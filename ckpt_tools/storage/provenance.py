@@ -15,10 +15,10 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ckpt_tools.contract import Checkpoint
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.storage.files.fetching import fetch_header
 from ckpt_tools.storage.formats.safetensors_file import read_header_bytes
 from ckpt_tools.version import VERSION
@@ -66,15 +66,17 @@ def checkpoint_provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     return None if entry is None else _without_seal(entry)
 
 
-def read_provenance_entry(path: Path) -> dict[str, object] | None:
+def read_provenance_entry(place: LocationLike) -> dict[str, object] | None:
     """Return the entry of a safetensors file that this tool wrote; None for any other file.
 
     The entry must have the structure that this tool writes, and the header must have the very bytes
     that it wrote. Nothing but the header is read, also of a remote file. Raises RemoteError.
     """
+    location = Location.of(place)
+    path = location.path
     try:
         if not path.exists():
-            fetch_header(path)
+            fetch_header(location)
         # Opening a pipe would wait for somebody who writes into it.
         if not path.is_file():
             return None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.storage.contents.quantized import missing_batch_norm
 from ckpt_tools.storage.contents.recorded_values import plain_words
 from ckpt_tools.storage.contents.state_dict_keys import plain_tensors, strip_wrappers
@@ -27,6 +26,7 @@ from ckpt_tools.storage.files.checkpoint_files import (
     find_checkpoint_files,
     load_checkpoint_files,
 )
+from ckpt_tools.storage.files.fetching import fetch_checkpoint
 from ckpt_tools.storage.files.stamps import FileStamp, StoredCheckpoint, stamp_checkpoint_files
 from ckpt_tools.storage.formats.file_formats import FileContent
 from ckpt_tools.storage.formats.module_trees import module_class_name, module_drop_rates
@@ -35,7 +35,7 @@ from ckpt_tools.storage.formats.pickles import OpaqueObject
 __all__ = ["checkpoint_sha256", "read_checkpoint", "reread_checkpoint", "select_prefix"]
 
 
-def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = False) -> Checkpoint:
+def read_checkpoint(place: LocationLike, *, weights: str = "auto", trust: bool = False) -> Checkpoint:
     """Read a state dict from any format that PyTorch's libraries save.
 
     These are torch.save files with state dicts or complete modules, safetensors, TorchScript,
@@ -50,28 +50,31 @@ def read_checkpoint(path: Path | str, *, weights: str = "auto", trust: bool = Fa
 
     Raises CheckpointError, RemoteError.
     """
-    source = find_checkpoint_files(resolve_location(path))
-    stamps = stamp_checkpoint_files(source)
-    content = load_checkpoint_files(source, trust=trust)
-    try:
-        return _extract_checkpoint(source, content, weights, stamps)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # A hostile pickle may hide methods of a dict or a tensor behind attributes.
-        raise CheckpointError(
-            f"{path}: expected a state dict, found an object that cannot be searched for one "
-            f"({type(error).__name__}: {error}). Save model.state_dict() with torch.save."
-        ) from error
+    location = Location.of(place)
+    with location.urls_in_errors():
+        source = find_checkpoint_files(fetch_checkpoint(location))
+        stamps = stamp_checkpoint_files(source)
+        content = load_checkpoint_files(source, trust=trust)
+        try:
+            checkpoint = _extract_checkpoint(source, content, weights, stamps)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # A hostile pickle may hide methods of a dict or a tensor behind attributes.
+            raise CheckpointError(
+                f"{location}: expected a state dict, found an object that cannot be searched for "
+                f"one ({type(error).__name__}: {error}). Save model.state_dict() with torch.save."
+            ) from error
+    return replace(checkpoint, url=location.url)
 
 
-def reread_checkpoint(path: Path | str, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
+def reread_checkpoint(place: LocationLike, *, weights: str, prefix: str, trust: bool = False) -> Checkpoint:
     """Read the entry ``weights`` of a file once more, without ``prefix`` before its keys.
 
     Raises CheckpointError if it is not there any more.
     """
     # An entry at the top level has no name; "model" takes no averaged copy in its place.
-    checkpoint = read_checkpoint(path, weights=weights or "model", trust=trust)
+    checkpoint = read_checkpoint(place, weights=weights or "model", trust=trust)
     inner_prefix = prefix.removeprefix(checkpoint.prefix)
     return select_prefix(checkpoint, inner_prefix) if inner_prefix else checkpoint
 

@@ -170,7 +170,9 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def _expect_architecture_error(adapter: Adapter, name: str, kwargs: Mapping[str, object], mentioned: str) -> None:
+def _expect_architecture_error(
+    adapter: Adapter, name: str, kwargs: Mapping[str, object], mentioned: str
+) -> None:
     message = None
     try:
         adapter.build(name, kwargs)

@@ -89,7 +89,9 @@ def walk_preserved_model(
     position = {name: index for index, name in enumerate(executed)}
     names = sorted(layers, key=lambda name: position.get(name, len(position)))
     return Walk(
-        batch_norms=tuple(_batch_norm_layer(name, layers[name], training, probing, evaluation) for name in names),
+        batch_norms=tuple(
+            _batch_norm_layer(name, layers[name], training, probing, evaluation) for name in names
+        ),
         dropout_sites=(*training.sites.values(), *inactive_sites),
         weights=weight_layers(training.graph, model),
         left_alone=tuple(left_alone),
@@ -99,7 +101,9 @@ def walk_preserved_model(
     )
 
 
-def record_training_forward(model: nn.Module, example_input: Batch, forward: Forward = call_model) -> ForwardRecord:
+def record_training_forward(
+    model: nn.Module, example_input: Batch, forward: Forward = call_model
+) -> ForwardRecord:
     """Record one forward with dropout on.
 
     Where the whole model cannot be in training mode, only its leaf modules are. Raises ModelError.

@@ -60,7 +60,9 @@ class TaintTracker:
         foreign_module_ran: whether a module that is none of the copy's has run.
     """
 
-    def __init__(self, model: nn.Module, record: ForwardRecord, recorder: Recorder, *, training: bool) -> None:
+    def __init__(
+        self, model: nn.Module, record: ForwardRecord, recorder: Recorder, *, training: bool
+    ) -> None:
         self.record, self.recorder = record, recorder
         self.running = [_RunningModule("", model)]
         self.dropout_call: tuple[str, float] | None = None

@@ -51,7 +51,9 @@ def keep(section: str, figures: Any) -> None:
 
 
 def machine(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    )
 
 
 @click.group(help=__doc__)
@@ -106,7 +108,9 @@ def sizes(device: str, rounds: int, longest: int) -> None:
 @main.command()
 @click.option("--images", default=20_000, show_default=True)
 @click.option("--trials", default=200, show_default=True, help="Of the stated errors, for each net; 0: none.")
-@click.option("--rounds", default=1, show_default=True, help="Of the whole command on a folder of JPEG files; 0: none.")
+@click.option(
+    "--rounds", default=1, show_default=True, help="Of the whole command on a folder of JPEG files; 0: none."
+)
 @click.option("--folder", type=click.Path(path_type=Path), default=SCRATCH, show_default=True)
 def stopping(images: int, trials: int, rounds: int, folder: Path) -> None:
     """--tolerance: whether the stated errors are right, and what it saves."""
@@ -137,7 +141,9 @@ def input_(images: int, rounds: int) -> None:
 
 
 @main.command()
-@click.option("--megabytes", default=(100, 1000), multiple=True, show_default=True, help="Of files that are written.")
+@click.option(
+    "--megabytes", default=(100, 1000), multiple=True, show_default=True, help="Of files that are written."
+)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=SCRATCH, show_default=True)
 def files(megabytes: tuple[int, ...], rounds: int, folder: Path) -> None:
@@ -147,8 +153,13 @@ def files(megabytes: tuple[int, ...], rounds: int, folder: Path) -> None:
     for size in megabytes:
         seconds = figures[f"writing {size} MB"] = writing(folder, size * 10**6, rounds)
         for name in seconds:
-            ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["cp and sync"], strict=True))
-            print(f"{size} MB, {name}: {statistics.median(seconds[name]):.2f} s, {ratio:.2f} × cp and sync", flush=True)
+            ratio = statistics.median(
+                a / b for a, b in zip(seconds[name], seconds["cp and sync"], strict=True)
+            )
+            print(
+                f"{size} MB, {name}: {statistics.median(seconds[name]):.2f} s, {ratio:.2f} × cp and sync",
+                flush=True,
+            )
     figures["start-up"] = start_up(folder, rounds)
     for name, median in figures["start-up"].items():
         print(f"{name}: {median:.2f} s", flush=True)
@@ -185,7 +196,9 @@ def folder(images: int, each: int, rounds: int, scratch: Path) -> None:
         seconds = race_folder(data, runs, rounds, Path(outputs))
     alone, together = seconds.values()
     ratio = statistics.median(b / a for a, b in zip(alone, together, strict=True))
-    print(f"{3 * each} single runs {statistics.median(alone):.1f} s, one of all {statistics.median(together):.1f} s")
+    print(
+        f"{3 * each} single runs {statistics.median(alone):.1f} s, one of all {statistics.median(together):.1f} s"
+    )
     print(f"{ratio:.2f} of the time; all tensors equal")
     keep(f"folder, {3 * each} checkpoints, {images} images", seconds)
 

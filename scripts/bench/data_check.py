@@ -72,7 +72,9 @@ def measure_net(net: Net, subsets: int, wrong: int, seconds: float) -> dict[str,
     """
     verdicts = list(on_right_data(net, subsets, seconds))
     fair = [verdict for verdict in verdicts if verdict is not None and verdict.scores is not None]
-    unknown = [check_on(net, right(net, subset(net, n)), rates_known=False) for n in range(min(subsets, wrong))]
+    unknown = [
+        check_on(net, right(net, subset(net, n)), rates_known=False) for n in range(min(subsets, wrong))
+    ]
     rates: dict[str, dict[str, list[int]]] = {}
     for kind, variant, make in wrong_kinds(net):
         verdicts_on_wrong = [check_on(net, make(net, subset(net, 1000 + number))) for number in range(wrong)]
@@ -83,8 +85,13 @@ def measure_net(net: Net, subsets: int, wrong: int, seconds: float) -> dict[str,
         "net": net.training.name,
         "data": net.data.name,
         "false alarms": [sum(v.verdict == "disagree" for v in fair), len(fair)],
-        "false alarms, rates unknown": [sum(v is not None and v.verdict == "disagree" for v in unknown), len(unknown)],
-        "scores": {name: _quantiles([getattr(v.scores, name) for v in fair]) for name in ("early", "first", "deep")},
+        "false alarms, rates unknown": [
+            sum(v is not None and v.verdict == "disagree" for v in unknown),
+            len(unknown),
+        ],
+        "scores": {
+            name: _quantiles([getattr(v.scores, name) for v in fair]) for name in ("early", "first", "deep")
+        },
         "refused": rates,
     }
 
@@ -129,7 +136,9 @@ def tell_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
     picked = {"right": 0, "wrong": 0, "none": 0}
     ratios = []
     for name, build in pair.builds.items():
-        training = Training(f"{pair.title}: {name}", build, pair.data, IMAGENET, epochs, 64, "f", "adam", 1e-3)
+        training = Training(
+            f"{pair.title}: {name}", build, pair.data, IMAGENET, epochs, 64, "f", "adam", 1e-3
+        )
         net = train_and_walk(training)
         candidates = {other: make(net.data.channels) for other, make in pair.builds.items()}
         for model in candidates.values():
@@ -148,14 +157,18 @@ def tell_apart(pair: Pair, wrong: int, epochs: int = 5) -> dict[str, object]:
 
 
 @click.command(help=__doc__)
-@click.option("--subsets", default=200, show_default=True, help="Random subsets of the right data, for each net.")
+@click.option(
+    "--subsets", default=200, show_default=True, help="Random subsets of the right data, for each net."
+)
 @click.option("--seconds", default=math.inf, help=f"For the right data of a net, after {FEWEST} subsets.")
 @click.option("--wrong", default=10, show_default=True, help="Subsets for each variant of wrong data.")
 @click.option("--only", default="", help="Nets whose name contains this; the others' results stay.")
 @click.option("--quick", is_flag=True, help="One small net, few subsets; nothing is stored.")
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder for trained nets.")
 @click.option("--jobs", default=2, show_default=True, help="Processes of one thread.")
-def main(subsets: int, seconds: float, wrong: int, only: str, quick: bool, keep: Path | None, jobs: int) -> None:
+def main(
+    subsets: int, seconds: float, wrong: int, only: str, quick: bool, keep: Path | None, jobs: int
+) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -168,7 +181,8 @@ def main(subsets: int, seconds: float, wrong: int, only: str, quick: bool, keep:
         pairs = range(0 if quick or only else len(PAIRS))
         apart = [pool.submit(_tell_numbered_apart, number, 2 * wrong) for number in pairs]
         for result in pool.map(
-            functools.partial(_measure_numbered, subsets=subsets, wrong=wrong, seconds=seconds, keep=keep), chosen
+            functools.partial(_measure_numbered, subsets=subsets, wrong=wrong, seconds=seconds, keep=keep),
+            chosen,
         ):
             results["nets"].append(result)
             click.echo(_line(result))
@@ -187,7 +201,9 @@ def replace_nets(stored: dict, nets: list[dict]) -> dict:
     return stored | {"nets": [new.get(net["net"], net) for net in stored["nets"]]}
 
 
-def _measure_numbered(number: int, *, subsets: int, wrong: int, seconds: float, keep: Path | None) -> dict[str, object]:
+def _measure_numbered(
+    number: int, *, subsets: int, wrong: int, seconds: float, keep: Path | None
+) -> dict[str, object]:
     return measure_net(_load_or_train(TRAININGS[number], keep), subsets, wrong, seconds)
 
 
@@ -249,5 +265,7 @@ def table(results: dict) -> str:
         lines.append(f"| {kind} | {_share([c for counts in variants.values() for c in counts])} | {parts} |")
     for pair in results["pairs"]:
         count = pair["right"] + pair["wrong"] + pair["none"]
-        lines.append(f"| {pair['pair']}: right architecture | {pair['right']} of {count} | wrong {pair['wrong']} |")
+        lines.append(
+            f"| {pair['pair']}: right architecture | {pair['right']} of {count} | wrong {pair['wrong']} |"
+        )
     return "\n".join(lines)

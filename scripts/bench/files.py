@@ -97,9 +97,21 @@ def peak_memory(root: Path, counts: tuple[int, ...]) -> dict[str, int]:
     folder = jpeg_folder(root, max(counts), 120, 160)
     peaks = {}
     for count in counts:
-        arguments = [checkpoint, "--data", folder, "--arch", "torchvision:resnet18", "--limit", count, "--force", "-q"]
+        arguments = [
+            checkpoint,
+            "--data",
+            folder,
+            "--arch",
+            "torchvision:resnet18",
+            "--limit",
+            count,
+            "--force",
+            "-q",
+        ]
         arguments += ["--input-size", "3,96,96", "--batch-size", 32, "--overwrite", "--json"]
-        peaks[f"{count} images"] = _peak([sys.executable, "-m", "ckpt_tools", "bn-reestimate", *map(str, arguments)])
+        peaks[f"{count} images"] = _peak(
+            [sys.executable, "-m", "ckpt_tools", "bn-reestimate", *map(str, arguments)]
+        )
     return peaks
 
 
@@ -109,5 +121,7 @@ def _peak(command: list[str]) -> int:
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    done = subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], check=True, capture_output=True, text=True
+    )
     return 1024 * int(done.stdout)

@@ -75,7 +75,9 @@ def race(data: Path, runs: Path, rounds: int, scratch: Path) -> dict[str, list[f
 
 def _sample(files: list[Path]) -> Tensor:
     small = [resize(pil_to_tensor(Image.open(file)), [round(SIDE / 0.875)]) for file in files]
-    return normalize(torch.stack([center_crop(image, [SIDE, SIDE]) for image in small]).float() / 255, MEAN, STD)
+    return normalize(
+        torch.stack([center_crop(image, [SIDE, SIDE]) for image in small]).float() / 255, MEAN, STD
+    )
 
 
 def _with_statistics(model: nn.Module, sample: Tensor) -> nn.Module:

@@ -62,12 +62,19 @@ NETS = {
         (3, 224, 224),
     ),
     "vgg": Net("VGG-16, dropout 0.5", torchvision.models.vgg16, (3, 224, 224)),
-    "densenet": Net("DenseNet-121, dropout 0.2", lambda: torchvision.models.densenet121(drop_rate=0.2), (3, 224, 224)),
+    "densenet": Net(
+        "DenseNet-121, dropout 0.2", lambda: torchvision.models.densenet121(drop_rate=0.2), (3, 224, 224)
+    ),
     "mixer": Net("MLP-Mixer S/32", lambda: timm.create_model("mixer_s32_224"), (3, 224, 224)),
     "vit": Net(
-        "ViT block, dropout 0.1", lambda: Block(192, 3, mlp_ratio=4, proj_drop=0.1, attn_drop=0.1), (197, 192), 4
+        "ViT block, dropout 0.1",
+        lambda: Block(192, 3, mlp_ratio=4, proj_drop=0.1, attn_drop=0.1),
+        (197, 192),
+        4,
     ),
-    "mlp": Net("MLP of 20 layers, keep 0.5", lambda: mlp([500] * 15 + [250] * 5, 500, 0, nn.ReLU), (500,), 32),
+    "mlp": Net(
+        "MLP of 20 layers, keep 0.5", lambda: mlp([500] * 15 + [250] * 5, 500, 0, nn.ReLU), (500,), 32
+    ),
 }
 
 # Each changes a fresh model, given a batch and a seed; False where it does not apply.
@@ -87,7 +94,9 @@ DIGIT_RULES: dict[str, Rule] = {
     "He": lambda model, batch, seed: he(model),
     "Xavier": lambda model, batch, seed: xavier(model),
     "ours": lambda model, batch, seed: rewrite_init(model, batch, seed=seed),
-    "ours, forward term only": lambda model, batch, seed: rewrite_init(model, batch, seed=seed, backward_term="off"),
+    "ours, forward term only": lambda model, batch, seed: rewrite_init(
+        model, batch, seed=seed, backward_term="off"
+    ),
 }
 
 
@@ -97,9 +106,13 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--only", type=click.Choice(list(NETS)), multiple=True, help="These nets; several times for several.")
+@click.option(
+    "--only", type=click.Choice(list(NETS)), multiple=True, help="These nets; several times for several."
+)
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--samples", default=8, show_default=True, help="Images; tokens take 4 times as many, vectors 32 times.")
+@click.option(
+    "--samples", default=8, show_default=True, help="Images; tokens take 4 times as many, vectors 32 times."
+)
 def signals(only: Sequence[str], seeds: int, samples: int) -> None:
     """Show the share of weight layers with 0.5 ≤ Var(z) ≤ 2, and min, median and max of Var(z)."""
     started = time.perf_counter()
@@ -155,7 +168,12 @@ class Trained:
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option(
-    "--rate", "rates", type=float, default=LEARNING_RATES, multiple=True, help="Learning rates to choose from."
+    "--rate",
+    "rates",
+    type=float,
+    default=LEARNING_RATES,
+    multiple=True,
+    help="Learning rates to choose from.",
 )
 def digits(epochs: int, seeds: int, rates: Sequence[float]) -> None:
     """Train 7 hidden layers of 128 (keep 0.5, Adam) on all 1,797 digits.
@@ -169,7 +187,8 @@ def digits(epochs: int, seeds: int, rates: Sequence[float]) -> None:
     for activation, f in ACTIVATIONS.items():
         for title, rule in DIGIT_RULES.items():
             runs = {
-                rate: [train(f, rule, images, labels, rate, epochs, seed) for seed in range(seeds)] for rate in rates
+                rate: [train(f, rule, images, labels, rate, epochs, seed) for seed in range(seeds)]
+                for rate in rates
             }
             rows.append([activation, title, *best(runs, "noisy"), *best(runs, "quiet")])
     head = ["activation", "initialisation", "NLL, dropout on", "rate", "NLL, dropout off", "rate"]
@@ -220,7 +239,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
     )
 
 

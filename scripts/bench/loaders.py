@@ -43,7 +43,9 @@ def photographs(root: Path, count: int) -> None:
         box = (left, top, left + height * 4 // 3, top + height)
         parts = [image.resize((500, 375), Image.Resampling.BICUBIC, box) for image in originals]
         parts = [ImageOps.mirror(image) if rng.random() < 0.5 else image for image in parts]
-        blend = np.asarray(Image.blend(*parts, rng.choice([0.0, 1.0, rng.random()]))) * rng.uniform(0.7, 1.2, 3)
+        blend = np.asarray(Image.blend(*parts, rng.choice([0.0, 1.0, rng.random()]))) * rng.uniform(
+            0.7, 1.2, 3
+        )
         Image.fromarray(blend.clip(0, 255).astype(np.uint8)).save(root / f"class/{number:05}.jpg", quality=90)
 
 
@@ -104,13 +106,17 @@ def measure_speed(root: Path, count: int, rounds: int) -> dict[str, dict[str, fl
         # one torch thread without workers: with more, the libraries' loaders wait for cores on a
         # busy machine
         torch.set_num_threads(max(workers, 1))
-        rounds_of_seconds = [{name: seconds(stream) for name, stream in streams.items()} for _ in range(rounds)]
+        rounds_of_seconds = [
+            {name: seconds(stream) for name, stream in streams.items()} for _ in range(rounds)
+        ]
         print(f"\n{workers} workers, {interpolation}")
         for name in LOADERS:
             row = {"images/s": count / median(times[name] for times in rounds_of_seconds)}
             for base in PEERS:
                 row[f"× {base}"] = median(times[base] / times[name] for times in rounds_of_seconds)
-            print(f"  {name:38}" + "".join(f"  {value:7.2f} {unit}" for unit, value in row.items()), flush=True)
+            print(
+                f"  {name:38}" + "".join(f"  {value:7.2f} {unit}" for unit, value in row.items()), flush=True
+            )
             rates[f"{name}, {workers} workers, {interpolation}"] = row
     return rates
 
@@ -120,7 +126,17 @@ def alikeness() -> dict[str, dict[str, float]]:
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     noise = np.random.default_rng(0).integers(0, 256, (427, 640, 3), dtype=np.uint8)
     pictures = {"photographs": photographs, "noise": [Image.fromarray(noise)]}
-    sizes = [(640, 427), (500, 375), (375, 500), (333, 251), (97, 611), (1600, 1201), (3001, 35), (35, 3000), (17, 23)]
+    sizes = [
+        (640, 427),
+        (500, 375),
+        (375, 500),
+        (333, 251),
+        (97, 611),
+        (1600, 1201),
+        (3001, 35),
+        (35, 3000),
+        (17, 23),
+    ]
     goals = [(341, 256), (235, 235), (224, 224), (300, 129), (32, 32), (384, 512)]
     differences = {}
     for interpolation, (kind, images) in itertools.product(("bilinear", "bicubic"), pictures.items()):
@@ -128,7 +144,9 @@ def alikeness() -> dict[str, dict[str, float]]:
         for image, size, goal in itertools.product(images, sizes, goals):
             if matches_pil(size, goal, interpolation):
                 picture = image.resize(size, Image.Resampling.BICUBIC)
-                spec = InputSpec((3, goal[1], goal[0]), interpolation=interpolation, crop_mode="squash", crop_pct=1.0)
+                spec = InputSpec(
+                    (3, goal[1], goal[0]), interpolation=interpolation, crop_mode="squash", crop_pct=1.0
+                )
                 theirs = np.array(picture.resize(goal, INTERPOLATIONS[interpolation])).transpose(2, 0, 1)
                 off.append(ImageTransform(spec)(picture).numpy().astype(int) - theirs)
         absolute = [float(abs(part).mean()) for part in off]

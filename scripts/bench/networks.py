@@ -63,10 +63,14 @@ class Network:
         g = torch.Generator().manual_seed(0)
         batches = []
         for _ in range(count):
-            coarse = F.interpolate(torch.randn(size, 3, 8, 8, generator=g), size=(self.side,) * 2, mode="bilinear")
+            coarse = F.interpolate(
+                torch.randn(size, 3, 8, 8, generator=g), size=(self.side,) * 2, mode="bilinear"
+            )
             fine = 0.3 * torch.randn(size, 3, self.side, self.side, generator=g)
             contrast = 0.5 + torch.rand(size, 1, 1, 1, generator=g)
-            batches.append(((coarse + fine) * contrast + 0.5 * torch.randn(size, 1, 1, 1, generator=g)).to(device))
+            batches.append(
+                ((coarse + fine) * contrast + 0.5 * torch.randn(size, 1, 1, 1, generator=g)).to(device)
+            )
         return batches
 
     def model(self, device: str) -> nn.Module:

@@ -42,7 +42,9 @@ def cases() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
             yield training.name, model, images, bad
 
 
-def ruin(model: nn.Module, images: Tensor, bad: Tensor, rows: Sequence[int]) -> dict[str, tuple[float, float] | None]:
+def ruin(
+    model: nn.Module, images: Tensor, bad: Tensor, rows: Sequence[int]
+) -> dict[str, tuple[float, float] | None]:
     """Relative error of running variances, median and worst channel, against the same tool without
     those images.
 
@@ -83,7 +85,9 @@ def _deep_margins(model: nn.Module, images: Tensor) -> float:
     """The largest margin of a batch's images in any BN layer, measured image by image."""
     interception, modules = Interception(), dict(model.named_modules())
     layers = [
-        Layer(name, module, rewritten=True) for name, module in modules.items() if isinstance(module, nn.BatchNorm2d)
+        Layer(name, module, rewritten=True)
+        for name, module in modules.items()
+        if isinstance(module, nn.BatchNorm2d)
     ]
     for layer in layers:
         layer.begin_pass(batch_variance)

@@ -75,7 +75,9 @@ def _ours(tolerance: float | None = None) -> Run:
 CONTESTANTS = (
     Contestant("eval forward, NCHW", _forward, writes=False),
     Contestant(BASE, _forward, channels_last=True, writes=False),
-    Contestant("eval forward, folded, channels last", _forward, channels_last=True, folded=True, writes=False),
+    Contestant(
+        "eval forward, folded, channels last", _forward, channels_last=True, folded=True, writes=False
+    ),
     Contestant("update_bn", _update_bn),
     Contestant("fvcore", _fvcore),
     Contestant("update_bn, channels last", _update_bn, channels_last=True),
@@ -226,5 +228,7 @@ def summary(raced: Mapping[str, Sequence[Cost]]) -> str:
     for peer in PEERS:
         gains = [speed_up(costs, peer) for costs in raced.values()]
         mean = statistics.geometric_mean(gains)
-        lines.append(f"| gain over {peer}: {mean:.2f} | " + " | ".join(f"{gain:.2f}" for gain in gains) + " |")
+        lines.append(
+            f"| gain over {peer}: {mean:.2f} | " + " | ".join(f"{gain:.2f}" for gain in gains) + " |"
+        )
     return "\n".join(lines)

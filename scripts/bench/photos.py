@@ -26,7 +26,10 @@ def photos(count: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, 
         second, _ = _crop(sources, height, width, g)
         share = 0.3 * torch.rand((), generator=g)
         image = (1 - share) * first + share * second
-        gain, offset = 0.6 + 0.8 * torch.rand(3, 1, 1, generator=g), 60 * (torch.rand(3, 1, 1, generator=g) - 0.5)
+        gain, offset = (
+            0.6 + 0.8 * torch.rand(3, 1, 1, generator=g),
+            60 * (torch.rand(3, 1, 1, generator=g) - 0.5),
+        )
         images[number] = (image * gain + offset).clamp(0, 255).to(torch.uint8)
         labels[number] = label
     return images, labels

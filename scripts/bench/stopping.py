@@ -62,7 +62,10 @@ def shuffle(images: Tensor, seed: int) -> Iterator[Tensor]:
 def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | None) -> Estimate:
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms}
-    runner, screening = Runner(model, call_model, Interception()), Screening(model, lambda batch, row: "", keep=False)
+    runner, screening = (
+        Runner(model, call_model, Interception()),
+        Screening(model, lambda batch, row: "", keep=False),
+    )
     context = PassContext(model, Batches(batches), runner, layers, screening)
     with preserved_evaluation_mode(model), torch.no_grad():
         return pooled(context, "variance", tolerance)
@@ -109,7 +112,11 @@ def wall_times(root: Path, count: int, rounds: int) -> dict[str, list[float]]:
         for batch in sample.split(64):
             model(batch)
     torch.save(model.state_dict(), checkpoint)
-    cases = {"everything": [], "tolerance 0.02": ["--tolerance", "0.02"], "tolerance 0.05": ["--tolerance", "0.05"]}
+    cases = {
+        "everything": [],
+        "tolerance 0.02": ["--tolerance", "0.02"],
+        "tolerance 0.05": ["--tolerance", "0.05"],
+    }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, arguments in cases.items():

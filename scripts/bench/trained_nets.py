@@ -45,7 +45,9 @@ class Residual(nn.Module):
     behind them.
     """
 
-    def __init__(self, inside: int, outside: int, stride: int, *, pre: bool, drop: float, path: float) -> None:
+    def __init__(
+        self, inside: int, outside: int, stride: int, *, pre: bool, drop: float, path: float
+    ) -> None:
         super().__init__()
         self.pre = pre
         self.bn1 = nn.BatchNorm2d(inside if pre else outside)
@@ -64,7 +66,13 @@ class Residual(nn.Module):
 
 
 def resnet(
-    channels: int, *, width: int = 12, pre: bool = False, drop: float = 0.0, path: float = 0.0, pool: str = "mean"
+    channels: int,
+    *,
+    width: int = 12,
+    pre: bool = False,
+    drop: float = 0.0,
+    path: float = 0.0,
+    pool: str = "mean",
 ) -> nn.Sequential:
     layers: list[nn.Module] = [conv(channels, width)]
     layers += [] if pre else [nn.BatchNorm2d(width), nn.ReLU()]
@@ -138,7 +146,9 @@ class Training:
     norm: object = IMAGENET
     epochs: int = 8
     batch: int = 64
-    augment: str = ""  # letters: f flip, c crop with padding, r random resized crop, j jitter, e erasing, m mixup
+    augment: str = (
+        ""  # letters: f flip, c crop with padding, r random resized crop, j jitter, e erasing, m mixup
+    )
     optimizer: str = "sgd"
     rate: float = 0.05
     schedule: bool = True

@@ -66,7 +66,11 @@ def wrong_kinds(net: Net) -> Iterator[tuple[str, str, Wrong]]:
     """Kind, variant and maker of everything that is wrong for this net."""
     if net.training.norm:
         yield "no normalisation", "0–1", lambda net, i: _rescale(net, i, (0.0,), (1.0,))
-        yield "no normalisation", "0–1, from a file", lambda net, i: replace(_rescale(net, i, (0,), (1,)), spec=None)
+        yield (
+            "no normalisation",
+            "0–1, from a file",
+            lambda net, i: replace(_rescale(net, i, (0,), (1,)), spec=None),
+        )
     yield "0–255", "0–255, from a file", lambda net, i: CheckInput(resize(net.data.source[i]).float(), None)
     for name, mean, std in _other_norms(net):
         far = "another mean/std" if _apart(net, mean, std) > 0.3 else "another mean/std, near"
@@ -76,21 +80,41 @@ def wrong_kinds(net: Net) -> Iterator[tuple[str, str, Wrong]]:
         yield kind, "BGR", lambda net, i: _normalise(net, resize(net.data.source[i]).flip(1))
     for other in ("digits", "coloured", "photos", "china", "flower"):
         if other != net.data.name and not (net.data.name == "photos" and other in ("china", "flower")):
-            yield "another data set", other, lambda net, i, other=other: _normalise(net, _other(net, other, len(i)))
-    yield "another resize", "half the size", lambda net, i: _normalise(net, resize(net.data.source[i], SIZE // 2))
+            yield (
+                "another data set",
+                other,
+                lambda net, i, other=other: _normalise(net, _other(net, other, len(i))),
+            )
+    yield (
+        "another resize",
+        "half the size",
+        lambda net, i: _normalise(net, resize(net.data.source[i], SIZE // 2)),
+    )
     yield (
         "another resize",
         "twice the size",
         lambda net, i: _normalise(net, resize(net.data.source[i[:96]], 2 * SIZE)),
     )
-    yield "another resize", "heavy blur", lambda net, i: _normalise(net, resize(resize(net.data.source[i], 6)))
+    yield (
+        "another resize",
+        "heavy blur",
+        lambda net, i: _normalise(net, resize(resize(net.data.source[i], 6))),
+    )
     yield (
         "another resize, near",
         "centre crop 70 %",
         lambda net, i: _normalise(net, resize(crop_centre(net.data.source[i], 0.7))),
     )
-    yield "another resize, near", "nearest", lambda net, i: _normalise(net, resize(net.data.source[i], how="nearest"))
-    yield "another resize, near", "bicubic", lambda net, i: _normalise(net, resize(net.data.source[i], how="bicubic"))
+    yield (
+        "another resize, near",
+        "nearest",
+        lambda net, i: _normalise(net, resize(net.data.source[i], how="nearest")),
+    )
+    yield (
+        "another resize, near",
+        "bicubic",
+        lambda net, i: _normalise(net, resize(net.data.source[i], how="bicubic")),
+    )
 
 
 def _rescale(net: Net, chosen: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> CheckInput:
@@ -100,7 +124,13 @@ def _rescale(net: Net, chosen: Tensor, mean: tuple[float, ...], std: tuple[float
 
 
 def _other_norms(net: Net) -> Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]:
-    common = {"ImageNet": IMAGENET, "CIFAR-10": CIFAR, "0.5/0.5": HALF, "MNIST": MNIST, "0.3/0.15": ((0.3,), (0.15,))}
+    common = {
+        "ImageNet": IMAGENET,
+        "CIFAR-10": CIFAR,
+        "0.5/0.5": HALF,
+        "MNIST": MNIST,
+        "0.3/0.15": ((0.3,), (0.15,)),
+    }
     for name, (mean, std) in common.items():
         if net.data.channels == 1 and len(mean) == 3:
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)

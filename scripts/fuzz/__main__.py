@@ -48,7 +48,9 @@ class Book:
         for failure in tally.failures:
             self.failed[failure.case.reader] += 1
             _keep(failure, self.folder)
-            self.bar.write(f"{failure.case}: {failure.failure.strip().splitlines()[-1][:200]}", file=sys.stderr)
+            self.bar.write(
+                f"{failure.case}: {failure.failure.strip().splitlines()[-1][:200]}", file=sys.stderr
+            )
         self.bar.update(len(tally.done))
 
     def summary(self, seconds: float) -> str:
@@ -70,12 +72,23 @@ class Book:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--readers", default=",".join(READERS), show_default=True, metavar="NAME,…")
 @click.option("--jobs", default=1, show_default=True, help="Processes.")
-@click.option("--only", metavar="READER:NUMBER", help="Make this case again, in this process, and show what happens.")
-@click.option("--guided", metavar="READER", help="Fuzz this reader by coverage instead; needs: pip install atheris.")
+@click.option(
+    "--only", metavar="READER:NUMBER", help="Make this case again, in this process, and show what happens."
+)
+@click.option(
+    "--guided", metavar="READER", help="Fuzz this reader by coverage instead; needs: pip install atheris."
+)
 @click.option("--seconds", default=60, show_default=True, help="Of --guided.")
 @click.option("--crashes", type=click.Path(path_type=Path), default=Path("fuzz-crashes"), show_default=True)
 def main(
-    cases: int, seed: int, readers: str, jobs: int, only: str | None, guided: str | None, seconds: int, crashes: Path
+    cases: int,
+    seed: int,
+    readers: str,
+    jobs: int,
+    only: str | None,
+    guided: str | None,
+    seconds: int,
+    crashes: Path,
 ) -> None:
     if guided:
         guide(guided, seconds, crashes)
@@ -101,7 +114,9 @@ def main(
 def _again(case: Case, crashes: Path) -> int:
     folder = crashes / str(case).replace(":", "-").replace(" ", "-")
     result = run(case, folder)
-    print(f"{case}: {result.seconds:.3f} s, {'refused' if result.refused else 'read'}; its files are in {folder}")
+    print(
+        f"{case}: {result.seconds:.3f} s, {'refused' if result.refused else 'read'}; its files are in {folder}"
+    )
     print(result.failure)
     return 1 if result.failure else 0
 

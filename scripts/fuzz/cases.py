@@ -95,7 +95,9 @@ def _rearrange(files: dict[str, bytes], name: str, draw: random.Random) -> dict[
     elif kind == 1:
         files[name] = b""
     elif kind == 2:
-        files[draw.choice((f"{name}.pt", "config.json", "model.safetensors", ".metadata", "meta.pt"))] = files[name]
+        files[draw.choice((f"{name}.pt", "config.json", "model.safetensors", ".metadata", "meta.pt"))] = (
+            files[name]
+        )
     else:
         del files[name]
     return files

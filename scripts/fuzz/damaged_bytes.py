@@ -16,8 +16,30 @@ NUMBERS = (
     *(-1, -2, -(1 << 31), -(1 << 63)),
 )  # fmt: skip
 _TEXTS = (
-    *("", "a", ".", "..", "/", "../../../../etc/passwd", "/etc/passwd", "C:\\x", "\0", "\ud800", "\u202e", "\x1b[2J"),
-    *("<script>alert(1)</script>", "\r\n::error::x", "%s%n", "x" * 300, "y" * 5000, "module.", "__class__", "NaN"),
+    *(
+        "",
+        "a",
+        ".",
+        "..",
+        "/",
+        "../../../../etc/passwd",
+        "/etc/passwd",
+        "C:\\x",
+        "\0",
+        "\ud800",
+        "\u202e",
+        "\x1b[2J",
+    ),
+    *(
+        "<script>alert(1)</script>",
+        "\r\n::error::x",
+        "%s%n",
+        "x" * 300,
+        "y" * 5000,
+        "module.",
+        "__class__",
+        "NaN",
+    ),
 )
 EXTREMES: tuple[Any, ...] = (
     *(None, True, False, 1e308, -0.0, 1e-320, float("nan"), float("inf"), float("-inf"), 10**400, -(10**30)),
@@ -165,7 +187,9 @@ def _change_value(value: Any, draw: random.Random) -> Any:
     elif kind == 2 and isinstance(holder, dict):
         holder[mutate_text(str(key), draw)] = holder.pop(key)
     elif kind == 3:
-        many = 2 if isinstance(holder[key], dict | list) else 1000  # lists of lists of lists take a while to write
+        many = (
+            2 if isinstance(holder[key], dict | list) else 1000
+        )  # lists of lists of lists take a while to write
         holder[key] = [holder[key]] * draw.choice((1, 2, many)) if draw.random() < 0.5 else {"a": holder[key]}
     elif kind == 4 and isinstance(holder[key], str):
         holder[key] = mutate_text(holder[key], draw)

@@ -73,13 +73,21 @@ def _safetensors(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
         header = dict(draw.sample(list(header.items()), len(header)))
     elif kind == 1 and names:  # offsets that overlap, leave gaps or go backwards
         start, stop = header[draw.choice(names)]["data_offsets"]
-        header[draw.choice(names)]["data_offsets"] = draw.choice(([stop, start], [start + 1, stop + 1], [start, stop]))
+        header[draw.choice(names)]["data_offsets"] = draw.choice(
+            ([stop, start], [start + 1, stop + 1], [start, stop])
+        )
     elif kind == 2 and names:
-        header[draw.choice(names)]["shape"] = [draw.choice((0, 1, *NUMBERS)) for _ in range(draw.randrange(5))]
+        header[draw.choice(names)]["shape"] = [
+            draw.choice((0, 1, *NUMBERS)) for _ in range(draw.randrange(5))
+        ]
     text = json.dumps(header).encode() if kind < 3 else mutate_json(header, draw)
     if kind == 3:
         text += b" " * draw.choice((1, 7, 4096))
-    size = len(text) if draw.random() < 0.9 else draw.choice((len(text) - 1, len(text) + 1, *NUMBERS)) % (1 << 64)
+    size = (
+        len(text)
+        if draw.random() < 0.9
+        else draw.choice((len(text) - 1, len(text) + 1, *NUMBERS)) % (1 << 64)
+    )
     return size.to_bytes(8, "little") + text + body
 
 
@@ -87,14 +95,43 @@ def _safetensors(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
 
 # Where the fields of zip's records stand: offset and width by signature.
 _FIELDS = {
-    b"PK\x01\x02": ((6, 2), (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (42, 4)),
+    b"PK\x01\x02": (
+        (6, 2),
+        (8, 2),
+        (10, 2),
+        (16, 4),
+        (20, 4),
+        (24, 4),
+        (28, 2),
+        (30, 2),
+        (32, 2),
+        (34, 2),
+        (42, 4),
+    ),
     b"PK\x03\x04": ((4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)),
     b"PK\x05\x06": ((4, 2), (6, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2)),
     b"PK\x06\x06": ((4, 8), (16, 4), (24, 8), (32, 8), (40, 8), (48, 8)),
 }
 _NAMES = (
-    *("../../../etc/passwd", "/etc/passwd", "a/../b", "", "a" * 300, "archive/data.pkl", "archive/data/0", "data.pkl"),
-    *("archive/constants.pkl", "archive/byteorder", "archive/code/x.py", "archive_format", "\\x", "é\u202e", "a.npy"),
+    *(
+        "../../../etc/passwd",
+        "/etc/passwd",
+        "a/../b",
+        "",
+        "a" * 300,
+        "archive/data.pkl",
+        "archive/data/0",
+        "data.pkl",
+    ),
+    *(
+        "archive/constants.pkl",
+        "archive/byteorder",
+        "archive/code/x.py",
+        "archive_format",
+        "\\x",
+        "é\u202e",
+        "a.npy",
+    ),
 )
 
 
@@ -132,7 +169,9 @@ def _zip_members(data: bytes, draw: random.Random, donors: Sequence[bytes]) -> b
     elif kind == 5:
         members.append((draw.choice(_NAMES), draw.choice(members)[1]))
     else:
-        inside = [i for i, (n, _) in enumerate(members) if n.endswith((".pkl", ".pt", ".json", ".py", ".npy"))]
+        inside = [
+            i for i, (n, _) in enumerate(members) if n.endswith((".pkl", ".pt", ".json", ".py", ".npy"))
+        ]
         at = draw.choice(inside) if inside and kind > 6 else at
         contents = [content for _, content in members]
         changed = mutate(members[at][1], draw, [*donors, *contents], depth=1)
@@ -145,9 +184,15 @@ def _write_zip(members: Sequence[tuple[str, bytes]], draw: random.Random) -> byt
     if draw.random() < 0.03:  # slow to write
         method = draw.choice((zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     if draw.random() < 0.01:
-        method, members = zipfile.ZIP_DEFLATED, [(name, content + bytes(20_000_000)) for name, content in members[:2]]
+        method, members = (
+            zipfile.ZIP_DEFLATED,
+            [(name, content + bytes(20_000_000)) for name, content in members[:2]],
+        )
     target = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(target, "w") as archive:  # names that come twice
+    with (
+        warnings.catch_warnings(action="ignore"),
+        zipfile.ZipFile(target, "w") as archive,
+    ):  # names that come twice
         for name, content in members:
             info = zipfile.ZipInfo(name.encode("utf-8", "replace").decode().replace("\0", "?") or "x")
             archive.writestr(info, content, method, 1)
@@ -155,7 +200,14 @@ def _write_zip(members: Sequence[tuple[str, bytes]], draw: random.Random) -> byt
 
 
 _RECORDS = (
-    *(b"16 size=1000000\n", b"11 size=-1\n", b"9 size=0\n", b"0 path=x\n", b"-5 path=x\n", b"999999999 path=x\n"),
+    *(
+        b"16 size=1000000\n",
+        b"11 size=-1\n",
+        b"9 size=0\n",
+        b"0 path=x\n",
+        b"-5 path=x\n",
+        b"999999999 path=x\n",
+    ),
     *(
         b"10 path=\0\n",
         b"20 path=../../../x\n",
@@ -175,7 +227,9 @@ def _tar(data: bytes, draw: random.Random, _: Sequence[bytes]) -> bytes:
         size = min(int(header[124:135], 8), len(data) - at - 512)
         records = draw.choice((mutate_bytes(data[at + 512 : at + 512 + size], draw), *_RECORDS))[:size]
         return data[: at + 512] + records.ljust(size, b"\0") + data[at + 512 + size :]
-    offset, width = draw.choice(((0, 100), (124, 12), (124, 12), (124, 12), (156, 1), (156, 1), (157, 100), (345, 155)))
+    offset, width = draw.choice(
+        ((0, 100), (124, 12), (124, 12), (124, 12), (156, 1), (156, 1), (157, 100), (345, 155))
+    )
     if width == 1:
         header[offset] = draw.choice(b"0123456789gxLKSDV\0\xff")
     elif width == 12 and draw.random() < 0.5:

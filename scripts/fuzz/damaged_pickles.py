@@ -15,7 +15,8 @@ from fuzz.damaged_bytes import NUMBERS, mutate_text, pack_extreme
 __all__ = ["is_pickled", "mutate_pickle"]
 
 _NAMES = (
-    *(*GLOBAL_CALLS, *GLOBAL_VALUES, "os.system", "builtins.eval", "torch.nn.modules.module.Module", "torch.FloatStorage"),
+    *(*GLOBAL_CALLS, *GLOBAL_VALUES, "os.system", "builtins.eval"),
+    *("torch.nn.modules.module.Module", "torch.FloatStorage"),
     *("torch.QInt8Storage", "torch.storage._load_from_bytes", "numpy.ndarray", "numpy.dtype", "copyreg._reconstructor"),
     *("numpy._core.numeric._frombuffer", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
     "torch._utils._rebuild_qtensor",
@@ -127,7 +128,9 @@ def _value(draw: random.Random) -> bytes:
     if kind == 4:
         raw = draw.randbytes(draw.choice((0, 1, 8, 100)))
         return b"B" + struct.pack("<I", len(raw)) + raw
-    return pickle.dumps(draw.choice([(), [], {}, (1, 2), [0] * 70, {"a": 1}, {1, 2}, frozenset(), b"x", 1j]), 4)[2:-1]
+    return pickle.dumps(
+        draw.choice([(), [], {}, (1, 2), [0] * 70, {"a": 1}, {1, 2}, frozenset(), b"x", 1j]), 4
+    )[2:-1]
 
 
 def _integer(value: int) -> bytes:
@@ -142,8 +145,29 @@ def _text(value: str) -> bytes:
 
 _COUNTED = {"BINUNICODE", "BINBYTES", "BINSTRING"}
 _ARGUMENTS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "BINGET", "LONG_BINGET"),
-    *("BINPUT", "LONG_BINPUT", "BINBYTES", "SHORT_BINBYTES", "BINFLOAT", "FRAME", "INT", "LONG", "UNICODE", "STRING"),
+    *(
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "GLOBAL",
+        "BINGET",
+        "LONG_BINGET",
+    ),
+    *(
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINFLOAT",
+        "FRAME",
+        "INT",
+        "LONG",
+        "UNICODE",
+        "STRING",
+    ),
     *("PROTO", "GET", "PUT", "BINSTRING", "SHORT_BINSTRING", "BYTEARRAY8", "BINBYTES8", "PERSID", "INST"),
 }
 
@@ -153,12 +177,17 @@ def _argument(name: str, raw: bytes, draw: random.Random) -> bytes:
         return _integer(draw.choice(NUMBERS))
     if name in ("BINUNICODE", "SHORT_BINUNICODE") and draw.random() < 0.8:
         old = raw[5 if name == "BINUNICODE" else 2 :].decode("utf-8", "replace")
-        return _text(draw.choice((mutate_text(old, draw), draw.choice(_NAMES), draw.choice(_NAMES).rpartition(".")[0])))
+        return _text(
+            draw.choice((mutate_text(old, draw), draw.choice(_NAMES), draw.choice(_NAMES).rpartition(".")[0]))
+        )
     if name == "GLOBAL":
         return _name(draw)
     if name in ("BINGET", "BINPUT"):
         return raw[:1] + bytes([draw.randrange(256)])
-    if name in ("LONG_BINGET", "LONG_BINPUT", "BINFLOAT", "FRAME", "BYTEARRAY8", "BINBYTES8") or name in _COUNTED:
+    if (
+        name in ("LONG_BINGET", "LONG_BINPUT", "BINFLOAT", "FRAME", "BYTEARRAY8", "BINBYTES8")
+        or name in _COUNTED
+    ):
         width = 4 if name.startswith("LONG") or name in _COUNTED else 8
         return raw[:1] + pack_extreme(draw, width) + raw[1 + width :]
     return raw[:1] + bytes([draw.randrange(256)]) + raw[2:]

@@ -53,7 +53,12 @@ def guide(reader: str, seconds: int, crashes: Path) -> None:
     def change(data: bytes, largest: int, seed: int) -> bytes:
         return mutate(data, random.Random(seed), parts)[:largest]
 
-    flags = [f"-max_total_time={seconds}", f"-max_len={_LARGEST}", f"-artifact_prefix={crashes}/", "-timeout=5"]
+    flags = [
+        f"-max_total_time={seconds}",
+        f"-max_len={_LARGEST}",
+        f"-artifact_prefix={crashes}/",
+        "-timeout=5",
+    ]
     atheris.Setup([sys.argv[0], *flags, "-rss_limit_mb=4096", str(corpus)], read, custom_mutator=change)
     atheris.Fuzz()
 
@@ -68,7 +73,9 @@ def _instrument(atheris: Any) -> None:
     """Count what is reached in the readers' own functions."""
     for name, module in list(sys.modules.items()):
         if name.startswith(("ckpt_tools.storage", "ckpt_tools.data")):
-            classes = [item for item in vars(module).values() if isinstance(item, type) and item.__module__ == name]
+            classes = [
+                item for item in vars(module).values() if isinstance(item, type) and item.__module__ == name
+            ]
             for holder in (module, *classes):
                 for item in vars(holder).values():
                     if isinstance(item, types.FunctionType) and item.__module__ == name:

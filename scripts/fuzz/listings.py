@@ -20,17 +20,20 @@ from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.remote.mirror import open_mirror, resolve_location
-from ckpt_tools.remote.temporary_folders import LOCK_NAME, large_temporary_folder
+from ckpt_tools.location import Location
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
+from ckpt_tools.temporary_folders import LOCK_NAME, large_temporary_folder
 
 __all__ = ["read_listing"]
 
 URL = f"lying://{Lying.folder}"
 SECRET = "secret"  # a folder beside the listing, into which no name may lead
 _CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_EVENTS = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"})
+_EVENTS = frozenset(
+    {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+)
 
 
 class Trespass(AssertionError):
@@ -48,15 +51,17 @@ def read_listing(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         return
     Lying.entries = entries if isinstance(entries, list) else [entries]
-    Lying.contents = {file.suffix: file.read_bytes() for file in path.parent.iterdir() if file.name.startswith("any.")}
+    Lying.contents = {
+        file.suffix: file.read_bytes() for file in path.parent.iterdir() if file.name.startswith("any.")
+    }
     for use in _USES:
         with open_mirror(), confine(path.parent / SECRET), suppress(CkptToolsError):
             use()
 
 
 def _search() -> None:
-    for checkpoint in find_checkpoints([resolve_location(URL)]):
-        read_checkpoint(checkpoint.path)
+    for checkpoint in find_checkpoints([Location.of(URL)]):
+        read_checkpoint(checkpoint.location)
 
 
 def _images() -> None:
@@ -72,7 +77,7 @@ _USES: tuple[Callable[[], object], ...] = (
     lambda: read_checkpoint(URL),
     lambda: read_checkpoint(f"{URL}/model.safetensors.index.json"),
     lambda: read_checkpoint(f"{URL}/.metadata"),
-    lambda: find_checkpoints([resolve_location(f"{URL}/*/*.pt")]),
+    lambda: find_checkpoints([Location.of(f"{URL}/*/*.pt")]),
     _images,
     _shards,
 )

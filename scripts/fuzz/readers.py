@@ -64,9 +64,9 @@ def _touch(tensor: Tensor) -> None:
 
 def _folder(path: Path) -> None:
     """As a folder run searches it."""
-    for location in find_checkpoints([path]):
+    for checkpoint in find_checkpoints([path]):
         try:
-            _checkpoint(location.path)
+            _checkpoint(checkpoint.location.path)
         except CkptToolsError:
             continue
 
@@ -117,7 +117,8 @@ def _behind_url(path: Path) -> None:
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             store.pipe_file(
-                f"/{path.name}/{file.relative_to(path)}" if path.is_dir() else f"/{path.name}", file.read_bytes()
+                f"/{path.name}/{file.relative_to(path)}" if path.is_dir() else f"/{path.name}",
+                file.read_bytes(),
             )
     _read_labelled(f"memory://{path.name}")
 
@@ -199,6 +200,8 @@ SLOW: Mapping[str, float] = {
     "words": 0.05,
     "manifest": 0.25,
     "listing": 0.1,
-    **dict.fromkeys(("folder", "distributed", "shards", "malicious", "streamed tars", "streamed images"), 0.5),
+    **dict.fromkeys(
+        ("folder", "distributed", "shards", "malicious", "streamed tars", "streamed images"), 0.5
+    ),
 }
 """Readers that get a smaller share of the cases: they work in a larger one."""

@@ -107,13 +107,19 @@ def _safetensors(folder: Path) -> Iterator[Seed]:
     for metadata in (None, {"format": "pt"}, {"format": "pt", "ckpt_tools": provenance}):
         save_file(state, folder / "x.safetensors", metadata)
         yield _of(folder / "x.safetensors")
-    save_file({"a": torch.empty(0, 3), "b": torch.ones(2).bfloat16(), "c": torch.tensor(1)}, folder / "x.safetensors")
+    save_file(
+        {"a": torch.empty(0, 3), "b": torch.ones(2).bfloat16(), "c": torch.tensor(1)},
+        folder / "x.safetensors",
+    )
     yield _of(folder / "x.safetensors")
 
 
 def _shards(folder: Path) -> Iterator[Seed]:
     state = formats.Net().state_dict()
-    for suffix, index in (("safetensors", "model.safetensors.index.json"), ("bin", "pytorch_model.bin.index.json")):
+    for suffix, index in (
+        ("safetensors", "model.safetensors.index.json"),
+        ("bin", "pytorch_model.bin.index.json"),
+    ):
         here = folder / suffix
         here.mkdir()
         shard_of = {key: f"model-{i % 2}.{suffix}" for i, key in enumerate(state)}
@@ -146,9 +152,20 @@ def _folder(folder: Path) -> Iterator[Seed]:
 
 # What files may ask of a constructor, and what they may not.
 _ARGUMENTS = [
-    {"depth": 12, "embed_dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "act_layer": "silu", "img_size": [64, 64]},
+    {
+        "depth": 12,
+        "embed_dim": 192,
+        "num_heads": 3,
+        "mlp_ratio": 4.0,
+        "act_layer": "silu",
+        "img_size": [64, 64],
+    },
     {"checkpoint_path": "elsewhere.pt", "pretrained_cfg": {"file": "elsewhere.pt"}, "depth": 10**7},
-    {"block_args": {"attn_layer": "package.module:Class"}, "layers": [2, 2, 2, 10**6], "norm_layer": "os.system"},
+    {
+        "block_args": {"attn_layer": "package.module:Class"},
+        "layers": [2, 2, 2, 10**6],
+        "norm_layer": "os.system",
+    },
 ]
 _UPERNET = {
     "architectures": ["UperNetForSemanticSegmentation"],
@@ -167,7 +184,12 @@ _UPERNET = {
 _TIMM = {
     "architecture": "resnet18",
     "num_classes": 5,
-    "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9},
+    "pretrained_cfg": {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+    },
     "model_args": {"drop_rate": 0.1},
 }
 _RESNET = {
@@ -190,17 +212,35 @@ _PROCESSOR = {
     "rescale_factor": 1 / 255,
 }
 _SCRIPT = {
-    **{"model": "resnet18", "drop": 0.2, "drop_path": 0.1, "num_classes": 5, "input_size": [3, 32, 32], "gp": "avg"},
+    **{
+        "model": "resnet18",
+        "drop": 0.2,
+        "drop_path": 0.1,
+        "num_classes": 5,
+        "input_size": [3, 32, 32],
+        "gp": "avg",
+    },
     **{"mean": [0.5, 0.5, 0.5], "split_bn": False, "aug_splits": 0},
 }
-_REFERENCE = {"model": "densenet121", "val_resize_size": 256, "val_crop_size": 224, "interpolation": "bilinear"}
+_REFERENCE = {
+    "model": "densenet121",
+    "val_resize_size": 256,
+    "val_crop_size": 224,
+    "interpolation": "bilinear",
+}
 _MODULE = {"class": "torchvision.models.resnet.ResNet", "rates": {"": {"p": 0.5}}}
 _WORDS: tuple[dict[str, object], ...] = (
     {"config": _TIMM},
     {"config": _RESNET, "preprocessor": _PROCESSOR},
     {"args": _SCRIPT, "arch": "resnet18"},
     {"args": _REFERENCE, "epoch": 1},
-    {"hyper_parameters": {"model_name": "timm:resnet18", "drop_rate": 0.1, "model_kwargs": {"num_classes": 3}}},
+    {
+        "hyper_parameters": {
+            "model_name": "timm:resnet18",
+            "drop_rate": 0.1,
+            "model_kwargs": {"num_classes": 3},
+        }
+    },
     {"arch": "resnet50", "best_acc1": 0.5, "module": _MODULE},
 )
 
@@ -231,7 +271,10 @@ def _npy(folder: Path) -> Iterator[Seed]:
 
 def _npz(folder: Path) -> Iterator[Seed]:
     for save in (np.savez, np.savez_compressed):
-        for arrays in ({"images": PIXELS, "labels": np.arange(6)}, {"x": RNG.normal(size=(5, 4)), "y": np.arange(5)}):
+        for arrays in (
+            {"images": PIXELS, "labels": np.arange(6)},
+            {"x": RNG.normal(size=(5, 4)), "y": np.arange(5)},
+        ):
             target = io.BytesIO()
             save(target, **arrays)
             yield Seed({"a.npz": target.getvalue()}, "a.npz")
@@ -315,14 +358,21 @@ def _images(folder: Path) -> Iterator[Seed]:
 def _tars(folder: Path) -> Iterator[Seed]:
     """Ten samples each, as every way of writing a tar has them; some names are too long for a header."""
     images = [
-        content for seed in _images(folder) for name, content in seed.files.items() if name.endswith((".jpg", ".png"))
+        content
+        for seed in _images(folder)
+        for name, content in seed.files.items()
+        if name.endswith((".jpg", ".png"))
     ]
     for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         target = io.BytesIO()
         with tarfile.open(fileobj=target, mode="w", format=kind) as archive:
             for number, image in enumerate(images):
                 key = f"{'deep/' * (30 * (kind != tarfile.USTAR_FORMAT and number % 3 == 0))}{number:04}"
-                for name, content in ((f"{key}.jpg", image), (f"{key}.cls", b"%d" % number), (f"{key}.json", b"{}")):
+                for name, content in (
+                    (f"{key}.jpg", image),
+                    (f"{key}.cls", b"%d" % number),
+                    (f"{key}.json", b"{}"),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
@@ -339,12 +389,53 @@ def _class_map(folder: Path) -> Iterator[Seed]:
 # names as they come.
 _LISTED = (
     *("{}", "0/{}", "a b/é/{}", "run 10:00/{}", "{}/{}", ".hidden/{}", "..{}", "~/{}", "%2e%2e/{}", "-{}"),
-    *("../{}", "../../secret/{}", "../secret/{}", "a/../../../secret/{}", "/tmp/{}", "//tmp/{}", "./{}", "a//{}"),
-    *("..\\{}", "C:{}", "C:/{}", "a/C:/{}", "nul/{}", "con.{}", "{}.", "{} ", "\0{}", "\n{}", "\x1b[2J{}", "\u202e{}"),
-    *("\ud800{}", "\udcff{}", "a::{}", "file://{}", "a::file:///tmp/{}", "a?{}", "a#{}", "a*{}", "[a]{}", "{{a}}{}"),
+    *(
+        "../{}",
+        "../../secret/{}",
+        "../secret/{}",
+        "a/../../../secret/{}",
+        "/tmp/{}",
+        "//tmp/{}",
+        "./{}",
+        "a//{}",
+    ),
+    *(
+        "..\\{}",
+        "C:{}",
+        "C:/{}",
+        "a/C:/{}",
+        "nul/{}",
+        "con.{}",
+        "{}.",
+        "{} ",
+        "\0{}",
+        "\n{}",
+        "\x1b[2J{}",
+        "\u202e{}",
+    ),
+    *(
+        "\ud800{}",
+        "\udcff{}",
+        "a::{}",
+        "file://{}",
+        "a::file:///tmp/{}",
+        "a?{}",
+        "a#{}",
+        "a*{}",
+        "[a]{}",
+        "{{a}}{}",
+    ),
     *("x" * 300 + "{}", "d/" * 2000 + "{}", "../" * 40 + "tmp/{}"),
 )
-_ANY = ("a.pt", "model.safetensors", "model.safetensors.index.json", ".metadata", "__0_0.distcp", "1/i.png", "s.tar")
+_ANY = (
+    "a.pt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    ".metadata",
+    "__0_0.distcp",
+    "1/i.png",
+    "s.tar",
+)
 
 
 def _listing(folder: Path) -> Iterator[Seed]:
@@ -352,7 +443,10 @@ def _listing(folder: Path) -> Iterator[Seed]:
     state = formats.Net().state_dict()
     torch.save(state, folder / "any.pt")
     save_file(state, folder / "any.safetensors")
-    names = {key: "../../secret/any.safetensors" if number % 2 else "a.safetensors" for number, key in enumerate(state)}
+    names = {
+        key: "../../secret/any.safetensors" if number % 2 else "a.safetensors"
+        for number, key in enumerate(state)
+    }
     (folder / "any.json").write_text(json.dumps({"weight_map": names}))
     Image.fromarray(PIXELS[0].transpose(1, 2, 0)).save(folder / "any.png")
     with tarfile.open(folder / "any.tar", "w") as archive:
@@ -361,7 +455,9 @@ def _listing(folder: Path) -> Iterator[Seed]:
     sizes = {Path(name).suffix: len(content) for name, content in files.items()}
     for pattern, good in itertools.product(_LISTED, _ANY):
         listed = [good, pattern.format(good, good)]
-        entries = [{"name": f"vault/runs/{it}", "size": sizes.get(Path(it).suffix), "type": "file"} for it in listed]
+        entries = [
+            {"name": f"vault/runs/{it}", "size": sizes.get(Path(it).suffix), "type": "file"} for it in listed
+        ]
         entries.append({"name": f"vault/{pattern.format('x', 'x')}", "size": None, "type": "directory"})
         text = json.dumps(entries).encode()
         yield Seed({**files, "listing.json": text, "secret/any.safetensors": b"secret"}, "listing.json")

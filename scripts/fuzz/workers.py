@@ -80,7 +80,8 @@ class _Worker:
             self.process.join()
             if self.at.value < len(self.cases):
                 self._blame(
-                    report, f"the process ended with {self.process.exitcode} (-11: segmentation fault, -9: memory)"
+                    report,
+                    f"the process ended with {self.process.exitcode} (-11: segmentation fault, -9: memory)",
                 )
             return False
 

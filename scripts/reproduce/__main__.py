@@ -33,7 +33,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(exists=True, file_okay=False, path_type=Path), help="As the others' --out.")
+@click.option(
+    "--out", type=click.Path(exists=True, file_okay=False, path_type=Path), help="As the others' --out."
+)
 def results(out: Path | None) -> None:
     """Draw all pictures and write RESULTS.md from the records, running nothing."""
     from reproduce.experiment import HOME, draw

@@ -22,16 +22,26 @@ def command(experiment: Experiment) -> click.Command:
     @click.option("--seeds", type=click.IntRange(1), help=f"Repetitions; {experiment.seeds} by default.")
     @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
     @click.option(
-        "--only", multiple=True, metavar="FIELD=VALUE", help=f"Only these cells. Fields: {_names(experiment)}."
+        "--only",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help=f"Only these cells. Fields: {_names(experiment)}.",
     )
-    @click.option("--quick", is_flag=True, help="The whole way in less than a minute, on very little; proves nothing.")
+    @click.option(
+        "--quick", is_flag=True, help="The whole way in less than a minute, on very little; proves nothing."
+    )
     @click.option(
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
         help="Folder for RESULTS.md and results/; beside the scripts by default, with --quick a temporary one.",
     )
     def invoke(
-        seeds: int | None, device: str, only: Sequence[str], quick: bool, out: Path | None, data: str | None = None
+        seeds: int | None,
+        device: str,
+        only: Sequence[str],
+        quick: bool,
+        out: Path | None,
+        data: str | None = None,
     ) -> None:
         _check_device(device)
         chosen = _chosen(experiment, only)
@@ -49,7 +59,9 @@ def command(experiment: Experiment) -> click.Command:
     if experiment.data:
         kinds = ", ".join(f"{name}:DIR" for name in experiment.data)
         help_ = f"digits (bundled), or in torchvision's layout, without a download: {kinds}."
-        invoke = click.option("--data", "--root", "data", default="digits", show_default=True, help=help_)(invoke)
+        invoke = click.option("--data", "--root", "data", default="digits", show_default=True, help=help_)(
+            invoke
+        )
     return click.command(experiment.name, help=f"{experiment.title}.\n\n{experiment.paper}")(invoke)
 
 

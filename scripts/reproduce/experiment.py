@@ -86,7 +86,9 @@ def run(experiment: Experiment, setup: Setup, out: Path) -> int:
     with tqdm(desc=experiment.name, unit="cell") as bar:
         while True:
             records_so_far = [
-                record for record in experiment.read(out) if (record.data, record.quick) == (data, setup.quick)
+                record
+                for record in experiment.read(out)
+                if (record.data, record.quick) == (data, setup.quick)
             ]
             done = {record.cell for record in records_so_far}
             wanted = [cell for cell in experiment.plan(setup, records_so_far) if setup.wants(cell)]
@@ -104,7 +106,9 @@ def run(experiment: Experiment, setup: Setup, out: Path) -> int:
                 measurements = experiment.run(cell, setup)
                 seconds = round(time.perf_counter() - started, 2)
                 device = records.device_name(setup.device)
-                records.append(file, Record(cell, data, setup.quick, measurements, seconds, device, records.versions()))
+                records.append(
+                    file, Record(cell, data, setup.quick, measurements, seconds, device, records.versions())
+                )
                 bar.update()
                 count += 1
 

@@ -21,12 +21,16 @@ INITIALISATIONS = initialisations(backward_term="off")
 
 def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
     keeps = KEEPS[::2] if setup.quick else KEEPS
-    return [Cell(keep, name, seed) for keep in keeps for name in INITIALISATIONS for seed in range(setup.seeds)]
+    return [
+        Cell(keep, name, seed) for keep in keeps for name in INITIALISATIONS for seed in range(setup.seeds)
+    ]
 
 
 def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     model = signals.net(cell.keep)
-    return {"forward": signals.measure_spread(model, INITIALISATIONS[cell.initialisation], cell.seed)["forward"]}
+    return {
+        "forward": signals.measure_spread(model, INITIALISATIONS[cell.initialisation], cell.seed)["forward"]
+    }
 
 
 def claim(keep: float, initialisation: str) -> str:
@@ -54,7 +58,11 @@ def section(records: Sequence[Record]) -> str:
                 )
     note = "Xavier's factor a layer is 0.5/p for a ReLU: at keep 0.5 it happens to be right."
     return "\n\n".join(
-        [signals.rule(), table(["keep", "initialisation", "Var(z) of layer 20", "paper", "verdict"], rows), note]
+        [
+            signals.rule(),
+            table(["keep", "initialisation", "Var(z) of layer 20", "paper", "verdict"], rows),
+            note,
+        ]
     )
 
 

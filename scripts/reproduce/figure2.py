@@ -23,7 +23,12 @@ from reproduce.resuming import Training
 from reproduce.sets import Part, Sets, Spec, load_sets
 from reproduce.tables import of_differences, table
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "ReLU": nn.ReLU, "ELU": nn.ELU, "GELU": nn.GELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": nn.Tanh,
+    "ReLU": nn.ReLU,
+    "ELU": nn.ELU,
+    "GELU": nn.GELU,
+}
 KEEPS = (1.0, 0.5, 0.3)
 INITIALISATIONS = initialisations()
 RATES = (1e-3, 1e-4, 1e-5)
@@ -59,7 +64,9 @@ def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
     if not {record.cell for record in records} >= set(search):
         return search
     best = {curve: best_rate(records, *curve) for curve in curves}
-    return search + [Cell(*curve, best[curve], epochs, seed) for seed in range(1, setup.seeds) for curve in curves]
+    return search + [
+        Cell(*curve, best[curve], epochs, seed) for seed in range(1, setup.seeds) for curve in curves
+    ]
 
 
 def best_rate(records: Sequence[Record], activation: str, keep: float, initialisation: str) -> float:
@@ -101,7 +108,9 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     training = Training(setup.scratch, (setup.data.name, cell), model=model, optimizer=optimizer)
     curves = training.notes.setdefault("curves", {"train": [], "held_out": []})
     for epoch in training.epochs(cell.epochs):
-        order = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(1000 * cell.seed + epoch))
+        order = torch.randperm(
+            len(sets.train), generator=torch.Generator().manual_seed(1000 * cell.seed + epoch)
+        )
         curves["train"].append(_epoch(model.train(), optimizer, sets.train, order.to(setup.device)))
         curves["held_out"].append(_score_part(model, sets.held_out)[0])
     loss, error = _score_part(model, sets.test)
@@ -130,9 +139,13 @@ def _score_part(model: nn.Module, part: Part) -> tuple[float, float]:
 def at_best_rates(records: Sequence[Record]) -> dict[tuple[str, float, str], list[Record]]:
     """The seeds of every curve at the learning rate that was chosen for it, with the first seed."""
     first = select(records, seed=0)
-    curves = dict.fromkeys((record.cell.activation, record.cell.keep, record.cell.initialisation) for record in first)
+    curves = dict.fromkeys(
+        (record.cell.activation, record.cell.keep, record.cell.initialisation) for record in first
+    )
     names = ("activation", "keep", "initialisation")
-    return {c: select(records, **dict(zip(names, c, strict=True)), rate=best_rate(records, *c)) for c in curves}
+    return {
+        c: select(records, **dict(zip(names, c, strict=True)), rate=best_rate(records, *c)) for c in curves
+    }
 
 
 def convergence(record: Record) -> float:
@@ -148,7 +161,10 @@ def section(records: Sequence[Record]) -> str:
         of = {name: curves.get((activation, keep, name), []) for name in INITIALISATIONS}
         if not all(of.values()):
             continue
-        heights = {name: mean([convergence(record) for record in curve_records]) for name, curve_records in of.items()}
+        heights = {
+            name: mean([convergence(record) for record in curve_records])
+            for name, curve_records in of.items()
+        }
         against = [_difference(of[OURS], of[other]) for other in (XAVIER, HE)]
         claim = "—" if keep == 1 else "ours lowest"
         verdict = "no claim" if keep == 1 else of_differences(against)
@@ -206,7 +222,9 @@ def picture(records: Sequence[Record]) -> Figure:
         middle = losses.mean(0)
         spread = losses.std(0) / len(losses) ** 0.5 if len(losses) > 1 else torch.zeros_like(middle)
         panel.plot(epochs, middle, color=COLOURS[name], label=name, linewidth=1.2)
-        panel.fill_between(epochs, middle - spread, middle + spread, color=COLOURS[name], alpha=0.2, linewidth=0)
+        panel.fill_between(
+            epochs, middle - spread, middle + spread, color=COLOURS[name], alpha=0.2, linewidth=0
+        )
         panel.set_title(f"{activation}, keep {keep:g}")
         panel.set_ylim(0, 3)
     for panel in panels[-1]:

@@ -37,13 +37,32 @@ def section(records: Sequence[Record]) -> str:
         for name in contestants(records, optimizer):
             ours = chosen(records, optimizer, "ours")
             theirs = chosen(records, optimizer, name)
-            levels = [[level(record) for record in side] for side in zip(*pair_by_seed(ours, theirs), strict=True)]
+            levels = [
+                [level(record) for record in side] for side in zip(*pair_by_seed(ours, theirs), strict=True)
+            ]
             gain = paired_difference(*levels)
             cells = [mean([logarithms(record)[epoch] for record in theirs]).text() for epoch in (0, -1)]
             verdict = of_differences([gain], falls=False) if name == "He" else "–"
             compared = "–" if name == "ours" else gain.text()
-            rows.append([optimizer, name, *cells, mean([level(record) for record in theirs]).text(), compared, verdict])
-    head = ["optimizer", "from", "first epoch", "last epoch", "mean of all", "ours minus it", "ours is larger"]
+            rows.append(
+                [
+                    optimizer,
+                    name,
+                    *cells,
+                    mean([level(record) for record in theirs]).text(),
+                    compared,
+                    verdict,
+                ]
+            )
+    head = [
+        "optimizer",
+        "from",
+        "first epoch",
+        "last epoch",
+        "mean of all",
+        "ours minus it",
+        "ours is larger",
+    ]
     return f"log₁₀ of the norm of the first layer's gradient:\n\n{table(head, rows)}"
 
 

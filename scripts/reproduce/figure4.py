@@ -87,7 +87,9 @@ def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
             if {record.cell.rate for record in searched} >= set(rates):
                 chosen = best_rate(searched)
                 more = range(1, setup.seeds)
-                cells += [Cell(name, optimizer, chosen, size.width, size.epochs, size.batch, seed) for seed in more]
+                cells += [
+                    Cell(name, optimizer, chosen, size.width, size.epochs, size.batch, seed) for seed in more
+                ]
     return cells
 
 
@@ -106,7 +108,9 @@ def draw_rates() -> tuple[float, ...]:
 
 def best_rate(searched: Sequence[Record]) -> float:
     """The one with the least error on what was held out; of equals the one with the least NLL."""
-    best = min(searched, key=lambda record: (record.found["held_out"]["error"], record.found["held_out"]["nll"]))
+    best = min(
+        searched, key=lambda record: (record.found["held_out"]["error"], record.found["held_out"]["nll"])
+    )
     rate: float = best.cell.rate
     return rate
 
@@ -133,8 +137,14 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
         watched=model.get_parameter("0.weight"),
         each=lambda done: {"test_nll": score(model, sets.test).nll},
     )
-    curves = {name: [float(f"{epoch[name]:.4g}") for epoch in history] for name in ("loss", "gradient", "test_nll")}
-    return {**curves, "held_out": asdict(score(model, sets.held_out)), "test": asdict(score(model, sets.test))}
+    curves = {
+        name: [float(f"{epoch[name]:.4g}") for epoch in history] for name in ("loss", "gradient", "test_nll")
+    }
+    return {
+        **curves,
+        "held_out": asdict(score(model, sets.held_out)),
+        "test": asdict(score(model, sets.test)),
+    }
 
 
 def contestants(records: Sequence[Record], optimizer: str) -> list[str]:
@@ -142,7 +152,9 @@ def contestants(records: Sequence[Record], optimizer: str) -> list[str]:
 
     Without a record of ours there is nothing to compare, and none is returned.
     """
-    finished = [name for name in INITIALISATIONS if select(records, optimizer=optimizer, initialisation=name, seed=0)]
+    finished = [
+        name for name in INITIALISATIONS if select(records, optimizer=optimizer, initialisation=name, seed=0)
+    ]
     return finished if "ours" in finished else []
 
 
@@ -158,16 +170,30 @@ def section(records: Sequence[Record]) -> str:
     for optimizer in RATES:
         for name in contestants(records, optimizer):
             rows.append(_row(records, optimizer, name, chosen(records, optimizer, "ours")))
-    head = ["optimizer", "from", "best rate", "better than chance at", "training loss", "test NLL", "test error, %"]
+    head = [
+        "optimizer",
+        "from",
+        "best rate",
+        "better than chance at",
+        "training loss",
+        "test NLL",
+        "test error, %",
+    ]
     return table([*head, "ours minus it", "paper, %", "ours is better"], rows)
 
 
 def _row(records: Sequence[Record], optimizer: str, name: str, ours: Sequence[Record]) -> list[str]:
     theirs = chosen(records, optimizer, name)
-    rates = [record for record in select(records, optimizer=optimizer, initialisation=name) if record.cell.seed == 0]
+    rates = [
+        record
+        for record in select(records, optimizer=optimizer, initialisation=name)
+        if record.cell.seed == 0
+    ]
     learnt = sum(_learnt(record) for record in rates)
     pairs = list(pair_by_seed(ours, theirs))
-    gain = paired_difference(*([record.found["test"]["error"] for record in side] for side in zip(*pairs, strict=True)))
+    gain = paired_difference(
+        *([record.found["test"]["error"] for record in side] for side in zip(*pairs, strict=True))
+    )
     paper = PAPER[optimizer].get(name)
     return [
         optimizer,

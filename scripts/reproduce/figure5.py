@@ -46,7 +46,12 @@ def backward_alone(keep: float, factor: BackwardFactor) -> Initialise:
 
 
 def plan(setup: Setup, records: Sequence[Record]) -> list[Cell]:
-    return [Cell(keep, name, seed) for keep in KEEPS for name in (*MASKING, *SCALING) for seed in range(setup.seeds)]
+    return [
+        Cell(keep, name, seed)
+        for keep in KEEPS
+        for name in (*MASKING, *SCALING)
+        for seed in range(setup.seeds)
+    ]
 
 
 def run(cell: Cell, setup: Setup) -> dict[str, Any]:

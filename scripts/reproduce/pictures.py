@@ -28,7 +28,13 @@ def write(picture: Callable[[], Figure], stem: Path) -> list[Path]:
 
 
 def grid(
-    rows: int, columns: int, *, width: float = 3.2, height: float = 2.4, sharex: bool = True, sharey: bool = True
+    rows: int,
+    columns: int,
+    *,
+    width: float = 3.2,
+    height: float = 2.4,
+    sharex: bool = True,
+    sharey: bool = True,
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure of rows × columns panels; ``width`` and ``height`` of one in inches."""
     figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")

@@ -85,7 +85,9 @@ def device_name(device: str) -> str:
 def select(records: Iterable[Record], **fields: object) -> list[Record]:
     """The records whose cells have these values, in the order of their seeds."""
     chosen = [
-        record for record in records if all(getattr(record.cell, name) == value for name, value in fields.items())
+        record
+        for record in records
+        if all(getattr(record.cell, name) == value for name, value in fields.items())
     ]
     return sorted(chosen, key=lambda record: record.cell.seed)
 

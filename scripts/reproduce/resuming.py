@@ -60,7 +60,13 @@ class Training:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         temporary = self._file.with_suffix(".tmp")
         torch.save(
-            {"parts": state, "next": self._next, "notes": self.notes, "cpu": torch.get_rng_state(), "cuda": cuda},
+            {
+                "parts": state,
+                "next": self._next,
+                "notes": self.notes,
+                "cpu": torch.get_rng_state(),
+                "cuda": cuda,
+            },
             temporary,
         )
         os.replace(temporary, self._file)

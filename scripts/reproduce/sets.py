@@ -71,7 +71,9 @@ class Sets:
 
     def to(self, device: str) -> Sets:
         """The same on a device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "held_out", "test")})
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in ("train", "held_out", "test")}
+        )
 
 
 def load_sets(
@@ -101,7 +103,9 @@ def load_sets(
     train, test, classes = _digits(generator, digits_train) if spec.is_bundled else _read_dataset(spec)
     train, test = _shuffle(train, generator, limit), _shuffle(test, generator, limit)
     mean, deviation = _channels(train.images)
-    train, test = (Part(_resize((part.images - mean) / deviation, size), part.labels) for part in (train, test))
+    train, test = (
+        Part(_resize((part.images - mean) / deviation, size), part.labels) for part in (train, test)
+    )
     count = round(held_out * len(train))
     return Sets(classes, _slice(train, count, None), _slice(train, 0, count), test)
 

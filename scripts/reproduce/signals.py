@@ -136,7 +136,9 @@ def picture(records: Sequence[Record], side: str, label: str, colours: dict[str,
             lines = values(select(records, keep=keep, initialisation=name), side)
             for number, line in enumerate(lines):
                 label_once = name if number == 0 else None
-                panel.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.7, label=label_once)
+                panel.plot(
+                    range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.7, label=label_once
+                )
         panel.set_title(f"keep {keep:g}")
         panel.set_yscale("log")
         panel.set_xlabel("layer")

@@ -65,7 +65,9 @@ def section(records: Sequence[Record]) -> str:
         for side, symbol, printed in zip(SIDES, ("E[f²]", "E[f′²]"), PRINTED[activation], strict=True):
             exact = values(of_one, "quadrature")[0][side]
             drawn = mean([drawn[side] for drawn in values(of_one, "drawn")])
-            rows.append([activation, symbol, f"{exact:.4f}", drawn.text(4), printed, of_number(exact, printed)])
+            rows.append(
+                [activation, symbol, f"{exact:.4f}", drawn.text(4), printed, of_number(exact, printed)]
+            )
     head = ["f", "", "quadrature", f"Monte Carlo, {records[0].cell.draws:,} draws a seed", "paper", "verdict"]
     return table(head, rows)
 

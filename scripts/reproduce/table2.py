@@ -105,7 +105,10 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     with _array(sets.train, folder) as data:
         return {
             when: {"before": asdict(_score(cell, sets, torch.load(file, weights_only=True), setup.device))}
-            | {method: asdict(_score_corrected(cell, sets, file, data, method, setup.device)) for method in METHODS}
+            | {
+                method: asdict(_score_corrected(cell, sets, file, data, method, setup.device))
+                for method in METHODS
+            }
             for when, file in checkpoints.items()
         }
 
@@ -172,10 +175,23 @@ def _score_corrected(cell: Cell, sets: Sets, checkpoint: Path, data: Path, metho
 def section(records: Sequence[Record]) -> str:
     rows = []
     for when in reversed(WHEN):
-        for net in distinct(records, lambda record: (record.cell.depth, record.cell.growth, record.cell.keep)):
+        for net in distinct(
+            records, lambda record: (record.cell.depth, record.cell.growth, record.cell.keep)
+        ):
             of_one = select(records, depth=net[0], growth=net[1], keep=net[2])
             rows += [_row(net, of_one, when, method) for method in METHODS]
-    head = ["net", "checkpoint", "estimator", "error, %", "corrected", "change", "NLL", "corrected", "paper", "verdict"]
+    head = [
+        "net",
+        "checkpoint",
+        "estimator",
+        "error, %",
+        "corrected",
+        "change",
+        "NLL",
+        "corrected",
+        "paper",
+        "verdict",
+    ]
     return f"{table(head, rows)}\n\n{NOTE}"
 
 
@@ -212,7 +228,9 @@ def picture(records: Sequence[Record]) -> Figure:
                 values_at = [record.found[when] for record in of_one]
                 changes = [scores[method]["error"] - scores["before"]["error"] for scores in values_at]
                 label = when if not place else None
-                panel.plot([place + shift] * len(changes), changes, "o", ms=4, alpha=0.6, color=colour, label=label)
+                panel.plot(
+                    [place + shift] * len(changes), changes, "o", ms=4, alpha=0.6, color=colour, label=label
+                )
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xticks(range(len(METHODS)), METHODS)
         panel.set_title(f"L = {net[0]}, k = {net[1]}, keep {net[2]:g}")

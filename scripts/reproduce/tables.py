@@ -51,7 +51,9 @@ def of_differences(differences: Iterable[Difference], *, falls: bool = True) -> 
     ):
         return Verdict.NOT
     return (
-        Verdict.REPRODUCED if all(difference.p < SIGNIFICANT for difference in all_differences) else Verdict.DIRECTION
+        Verdict.REPRODUCED
+        if all(difference.p < SIGNIFICANT for difference in all_differences)
+        else Verdict.DIRECTION
     )
 
 
@@ -66,7 +68,9 @@ def provenance(records: Sequence[Record]) -> str:
     data = " and ".join(distinct(records, lambda record: record.data))
     seeds = len({record.cell.seed for record in records})
     devices = ", ".join(distinct(records, lambda record: record.device))
-    versions = "; ".join(distinct(records, lambda record: ", ".join(f"{k} {v}" for k, v in record.versions.items())))
+    versions = "; ".join(
+        distinct(records, lambda record: ", ".join(f"{k} {v}" for k, v in record.versions.items()))
+    )
     seconds = sum(record.seconds for record in records)
     quick = "A quick run, which proves nothing: " if any(record.quick for record in records) else ""
     on = f"on {data}, " if data else ""
@@ -122,5 +126,7 @@ seeds, verdicts follow from them by these rules.
 def write_page(out: Path) -> Path:
     """Write RESULTS.md from all records in a folder."""
     page = out / "RESULTS.md"
-    page.write_text("\n\n".join([_HEAD, *(section(find(name), out) for name in EXPERIMENTS)]) + "\n", encoding="utf-8")
+    page.write_text(
+        "\n\n".join([_HEAD, *(section(find(name), out) for name in EXPERIMENTS)]) + "\n", encoding="utf-8"
+    )
     return page

@@ -46,7 +46,9 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, Recipe], torch.optim.Optimizer]] =
     "Nesterov": lambda model, recipe: torch.optim.SGD(
         model.parameters(), recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
     ),
-    "Adam": lambda model, recipe: torch.optim.Adam(model.parameters(), recipe.rate, weight_decay=recipe.weight_decay),
+    "Adam": lambda model, recipe: torch.optim.Adam(
+        model.parameters(), recipe.rate, weight_decay=recipe.weight_decay
+    ),
 }
 
 

@@ -47,7 +47,9 @@ class Job:
 
 
 JOBS = (
-    Job("one .safetensors", ("bn-reestimate", "a.safetensors", *_PASS), {"a.bn.safetensors": "a.safetensors"}),
+    Job(
+        "one .safetensors", ("bn-reestimate", "a.safetensors", *_PASS), {"a.bn.safetensors": "a.safetensors"}
+    ),
     Job("one .pt", ("bn-reestimate", "a.pt", *_PASS, "-o", "b.safetensors"), {"b.safetensors": "a.pt"}),
     Job(
         "overwrite, report",

@@ -105,7 +105,9 @@ class _Child:
         """How it ended."""
         assert self._status is not None
         code = os.waitstatus_to_exitcode(self._status)
-        return End(code, self._output.read_text(errors="replace"), time.perf_counter() - self._started, writing)
+        return End(
+            code, self._output.read_text(errors="replace"), time.perf_counter() - self._started, writing
+        )
 
     def _has_ended(self) -> bool:
         if self._status is None:

@@ -114,9 +114,15 @@ def _after(job: Job, undisturbed: Undisturbed, folder: Path, end: End, earlier: 
         elif end.code == 0 and value_now != value:
             wrong.append(f"{output} is not there, with exit code 0")
     wrong += [
-        f"{source} has changed" for source, value in undisturbed.sources.items() if digest(folder / source) != value
+        f"{source} has changed"
+        for source, value in undisturbed.sources.items()
+        if digest(folder / source) != value
     ]
-    wrong += [f"{name} is broken" for name in job.reports if (folder / name).exists() and not _is_whole(folder / name)]
+    wrong += [
+        f"{name} is broken"
+        for name in job.reports
+        if (folder / name).exists() and not _is_whole(folder / name)
+    ]
     strange = _files(folder) - undisturbed.files - _leftovers(folder)
     return wrong + [f"{name} is nothing that was asked for" for name in sorted(strange)]
 
@@ -128,11 +134,17 @@ def _after_next(job: Job, undisturbed: Undisturbed, folder: Path, again: End, *,
     for output, value in undisturbed.outputs.items():
         if _digest(folder / output) != value:
             wrong.append(f"the next run's {output} differs")
-    wrong += [f"left or missing after the next run: {name}" for name in sorted(_files(folder) ^ undisturbed.files)]
     wrong += [
-        f"{source} has changed" for source, value in undisturbed.sources.items() if digest(folder / source) != value
+        f"left or missing after the next run: {name}" for name in sorted(_files(folder) ^ undisturbed.files)
     ]
-    return wrong + [f"the next run's {name} is broken" for name in job.reports if not _is_whole(folder / name)]
+    wrong += [
+        f"{source} has changed"
+        for source, value in undisturbed.sources.items()
+        if digest(folder / source) != value
+    ]
+    return wrong + [
+        f"the next run's {name} is broken" for name in job.reports if not _is_whole(folder / name)
+    ]
 
 
 def _is_whole(report: Path) -> bool:
@@ -164,7 +176,9 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(".ckpt-tools-") and name.endswith(".tmp")
 
 
-def run_trials(stress: Stress, kills: int, seed: int, tick: Callable[[int], object] = lambda done: None) -> Book:
+def run_trials(
+    stress: Stress, kills: int, seed: int, tick: Callable[[int], object] = lambda done: None
+) -> Book:
     """As many kills, of jobs, by signals and at moments drawn at random."""
     source, book = random.Random(seed), Book()
     while book.kills.total() < kills:

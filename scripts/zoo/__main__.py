@@ -85,7 +85,16 @@ def run_one(architecture: str, folder: Path) -> str:
     command = [sys.executable, "-m", "ckpt_tools"]
     options = ["--layers", "all", "--batch-size", "8", "--workers", "0", "--overwrite", "--json", "--quiet"]
     for step in (
-        [*command, "bn-reestimate", checkpoint, "--data", folder / "images", "--arch", architecture, *options],
+        [
+            *command,
+            "bn-reestimate",
+            checkpoint,
+            "--data",
+            folder / "images",
+            "--arch",
+            architecture,
+            *options,
+        ],
         [*command, "diff", checkpoint, output, "--json"],
     ):
         done = subprocess.run(step, capture_output=True, text=True, check=False)
@@ -100,14 +109,18 @@ def make_images(folder: Path, count: int) -> None:
     (folder / "images").mkdir()
     numbers = random.Random(0)
     for index in range(count):
-        noise = Image.frombytes("RGB", (12, 9), numbers.randbytes(324)).resize((320, 240), Image.Resampling.BICUBIC)
+        noise = Image.frombytes("RGB", (12, 9), numbers.randbytes(324)).resize(
+            (320, 240), Image.Resampling.BICUBIC
+        )
         noise.save(folder / "images" / f"{index}.jpg")
 
 
 @click.command(help=__doc__)
 @click.option("--only", default="*", metavar="PATTERN", help="Names such as 'timm:resnet*'.")
 @click.option("--jobs", default=2, show_default=True)
-@click.option("--init", is_flag=True, help=f"Initialise all models up to {LARGEST:,} parameters instead of walking.")
+@click.option(
+    "--init", is_flag=True, help=f"Initialise all models up to {LARGEST:,} parameters instead of walking."
+)
 @click.option("--run", "runs", default=0, metavar="N", help="The whole job on N models drawn at random.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -129,11 +142,15 @@ def main(only: str, jobs: int, init: bool, runs: int, seed: int, log: Path | Non
         print(summary(results))
     else:
         good = [result for result in results if not result.failure and result.layers]
-        print(f"{len(results)} models, {len(good) + failed} with BatchNorm, {len(good)} walked, {failed} failed")
+        print(
+            f"{len(results)} models, {len(good) + failed} with BatchNorm, {len(good)} walked, {failed} failed"
+        )
         if good:
             print(walked_line(good))
         if runs:
-            failed += run_some([result.architecture for result in good if result.parameters <= LARGEST], runs, seed)
+            failed += run_some(
+                [result.architecture for result in good if result.parameters <= LARGEST], runs, seed
+            )
     sys.exit(1 if failed else 0)
 
 

@@ -79,7 +79,9 @@ def check(loaded: LoadedModel) -> InitRewrite:
     rewritten, zeroed = recorded["rewritten"], recorded["zeroed"]
     assert isinstance(rewritten, list)
     assert isinstance(zeroed, list)
-    assert changed <= {*rewritten, *zeroed}, f"changed but not listed: {sorted(changed - {*rewritten, *zeroed})[:3]}"
+    assert changed <= {*rewritten, *zeroed}, (
+        f"changed but not listed: {sorted(changed - {*rewritten, *zeroed})[:3]}"
+    )
     assert changed >= set(rewritten), f"listed but not changed: {sorted(set(rewritten) - changed)[:3]}"
     missing = weight_keys(model) - {layer.parameter for layer in result.layers}
     assert not missing, f"not in the table: {sorted(missing)[:3]} and {max(0, len(missing) - 3)} more"
@@ -92,7 +94,9 @@ def weight_keys(model: nn.Module) -> set[str]:
     """Every linear or convolutional weight, a tied one under its first name."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     weighted = [module for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))]
-    return {first[id(weight)] for module in weighted if (weight := module._parameters.get("weight")) is not None}
+    return {
+        first[id(weight)] for module in weighted if (weight := module._parameters.get("weight")) is not None
+    }
 
 
 def call_once(loaded: LoadedModel) -> object:
@@ -109,7 +113,10 @@ def finite(output: object) -> bool:
 def digests(model: nn.Module) -> dict[str, int]:
     """A checksum of every tensor: a copy of a large model would need its memory once more."""
     tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return {key: zlib.crc32(value.contiguous().view(-1).view(torch.uint8).numpy()) for key, value in tensors.items()}
+    return {
+        key: zlib.crc32(value.contiguous().view(-1).view(torch.uint8).numpy())
+        for key, value in tensors.items()
+    }
 
 
 def scramble(model: nn.Module) -> None:

@@ -86,7 +86,9 @@ def check_all(check: Check, names: list[str], jobs: int, log: Path | None) -> li
     results = []
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(log.open("a")) if log else None
-        for result in tqdm(_in_processes(check, names, jobs), total=len(names), unit="model", file=sys.stderr):
+        for result in tqdm(
+            _in_processes(check, names, jobs), total=len(names), unit="model", file=sys.stderr
+        ):
             results.append(result)
             if lines:
                 print(json.dumps(asdict(result)), file=lines, flush=True)

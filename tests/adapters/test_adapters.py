@@ -18,7 +18,9 @@ from ckpt_tools.testing import Case, parametrize_checks
 
 
 class SmallNet(nn.Module):
-    def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 4, drop_rate: float = 0.0) -> None:
+    def __init__(
+        self, num_classes: int = 10, in_chans: int = 3, width: int = 4, drop_rate: float = 0.0
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chans, width, 3)
         self.norm = nn.BatchNorm2d(width)
@@ -136,7 +138,11 @@ def test_timm_split_batch_norm_is_rebuilt():
 
 @pytest.mark.parametrize(
     ("args", "rates", "kwargs"),
-    [({}, "unknown", {}), ({"drop_rate": 0.2}, "recorded", {"drop_rate": 0.2}), ({"drop_rate": "?"}, "unknown", {})],
+    [
+        ({}, "unknown", {}),
+        ({"drop_rate": 0.2}, "recorded", {"drop_rate": 0.2}),
+        ({"drop_rate": "?"}, "unknown", {}),
+    ],
 )
 def test_a_plain_script_records_rates_under_the_constructors_names(args, rates, kwargs):
     recipe = TorchvisionAdapter().recognise({"arch": "densenet121", "args": args})
@@ -166,12 +172,19 @@ def test_timm_preprocessing_is_the_checkpoints_before_the_librarys():
     assert adapter.input_spec(model, "resnet18", train_py()).crop_pct == own["crop_pct"]
     words = train_py(input_size=[3, 96, 96], crop_pct=0.5, mean=[0.1, 0.2, 0.3], interpolation="bilinear")
     spec = adapter.input_spec(model, "resnet18", words)
-    assert (spec.shape, spec.crop_pct, spec.mean, spec.interpolation) == ((3, 96, 96), 0.5, (0.1, 0.2, 0.3), "bilinear")
+    assert (spec.shape, spec.crop_pct, spec.mean, spec.interpolation) == (
+        (3, 96, 96),
+        0.5,
+        (0.1, 0.2, 0.3),
+        "bilinear",
+    )
     assert "args" in spec.origin
     assert adapter.input_spec(model, "resnet18", train_py(input_size=96)).shape == (3, 96, 96)  # DeiT
 
 
-@pytest.mark.parametrize("args", [{"mean": "imagenet"}, {"mean": 0.5}, {"input_size": [32, 32]}, {"std": [1, 2]}])
+@pytest.mark.parametrize(
+    "args", [{"mean": "imagenet"}, {"mean": 0.5}, {"input_size": [32, 32]}, {"std": [1, 2]}]
+)
 def test_arguments_of_another_meaning_are_not_timms_preprocessing(args):
     model = meta(TimmAdapter(), "resnet18")
     own = TimmAdapter().input_spec(model, "resnet18", {})
@@ -217,7 +230,10 @@ def test_hidden_rates_are_found():
     assert TorchvisionAdapter().rate_kwargs("densenet121") == ("drop_rate",)
     assert set(TorchvisionAdapter().rate_kwargs("efficientnet_b0")) == {"dropout", "stochastic_depth_prob"}
     assert TorchvisionAdapter().rate_kwargs("resnet18") == ()
-    assert TorchvisionAdapter().rate_kwargs("swin_t") == ("dropout", "attention_dropout")  # the third is fixed
+    assert TorchvisionAdapter().rate_kwargs("swin_t") == (
+        "dropout",
+        "attention_dropout",
+    )  # the third is fixed
 
 
 def test_a_fixed_argument_is_explained():
@@ -225,7 +241,9 @@ def test_a_fixed_argument_is_explained():
         TorchvisionAdapter().build("swin_t", {"stochastic_depth_prob": 0.1})
 
 
-@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "ssd300_vgg16"])
+@pytest.mark.parametrize(
+    "name", ["retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "ssd300_vgg16"]
+)
 def test_class_count_of_a_detector_is_read_through_its_anchors(name):
     adapter = TorchvisionAdapter()
     model = meta(adapter, name, num_classes=7)
@@ -234,7 +252,8 @@ def test_class_count_of_a_detector_is_read_through_its_anchors(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "keyword"), [("inception_v3", "aux_logits"), ("fcn_resnet50", "aux_loss"), ("googlenet", "aux_logits")]
+    ("name", "keyword"),
+    [("inception_v3", "aux_logits"), ("fcn_resnet50", "aux_loss"), ("googlenet", "aux_logits")],
 )
 @pytest.mark.parametrize("auxiliary", [True, False])
 def test_auxiliary_heads_follow_the_keys(name, keyword, auxiliary):
@@ -314,7 +333,13 @@ def test_timms_own_folders_tell_name_input_and_preprocessing(tmp_path):
     from timm.models import save_for_hf
 
     model = timm.create_model("test_resnet", num_classes=5, in_chans=1)
-    data = {"input_size": [1, 96, 96], "mean": [0.3], "std": [0.2], "crop_pct": 0.9, "interpolation": "bilinear"}
+    data = {
+        "input_size": [1, 96, 96],
+        "mean": [0.3],
+        "std": [0.2],
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+    }
     save_for_hf(model, str(tmp_path), model_config={"pretrained_cfg": data}, safe_serialization=True)
     words = {"config": json.loads((tmp_path / "config.json").read_text())}
     adapter, stored = TimmAdapter(), words["config"]["pretrained_cfg"]
@@ -325,7 +350,11 @@ def test_timms_own_folders_tell_name_input_and_preprocessing(tmp_path):
     spec = adapter.input_spec(built, recipe.name, words)
     assert spec.origin.endswith("from config.json")
     assert list(spec.shape) == stored["input_size"]
-    assert (list(spec.mean), list(spec.std), spec.crop_pct) == (stored["mean"], stored["std"], stored["crop_pct"])
+    assert (list(spec.mean), list(spec.std), spec.crop_pct) == (
+        stored["mean"],
+        stored["std"],
+        stored["crop_pct"],
+    )
     assert TorchvisionAdapter().recognise(words) is None
 
 
@@ -339,7 +368,11 @@ def test_a_timm_config_of_nonsense_is_not_followed(cfg):
 
 
 def test_model_args_of_a_config_are_constructor_arguments():
-    config = {"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"drop_rate": 0.2, "pretrained": True}}
+    config = {
+        "architecture": "resnet18",
+        "pretrained_cfg": {},
+        "model_args": {"drop_rate": 0.2, "pretrained": True},
+    }
     recipe = TimmAdapter().recognise({"config": config})
     assert (recipe.kwargs, recipe.rates) == ({"drop_rate": 0.2}, "recorded")
     wrapped = {

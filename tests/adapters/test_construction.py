@@ -80,7 +80,9 @@ class Asking(nn.Module):
         (Endless, {}, "s to build"),
     ],
 )
-def test_a_construction_without_end_ends(make: type[nn.Module], kwargs: dict[str, int], what: str, device: str) -> None:
+def test_a_construction_without_end_ends(
+    make: type[nn.Module], kwargs: dict[str, int], what: str, device: str
+) -> None:
     budget = ConstructionBudget(SMALL.modules, SMALL.values, seconds=0.2 if make is Endless else 30)
     message = rf"^bad\.pt: .*{what}.*--model-kwargs"
     with (
@@ -156,7 +158,9 @@ def test_nobody_is_asked_while_a_library_builds(monkeypatch: pytest.MonkeyPatch)
 def test_small_files_that_describe_large_models_are_refused(
     tmp_path: Path, words: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save({"state_dict": {"w": torch.ones(2), "b.running_var": torch.ones(2)}, **words}, tmp_path / "bad.pt")
+    torch.save(
+        {"state_dict": {"w": torch.ones(2), "b.running_var": torch.ones(2)}, **words}, tmp_path / "bad.pt"
+    )
     with pytest.raises(SystemExit) as end:
         main(["inspect", str(tmp_path / "bad.pt")])
     assert end.value.code == 1

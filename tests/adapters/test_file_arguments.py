@@ -85,8 +85,23 @@ def leaves(value: object) -> Iterator[Any]:
 
 def all_names(library: str) -> list[str]:
     adapter, name = ADAPTERS[library]
-    others = ["checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights"]
-    others += ["_name_or_path", "auto_map", "_target_", "backbone", "trust_remote_code", "attn_implementation", "class"]
+    others = [
+        "checkpoint_path",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "cache_dir",
+        "weights",
+    ]
+    others += [
+        "_name_or_path",
+        "auto_map",
+        "_target_",
+        "backbone",
+        "trust_remote_code",
+        "attn_implementation",
+        "class",
+    ]
     return sorted({*adapter.file_arguments(name), *others})
 
 
@@ -104,7 +119,14 @@ def test_no_argument_of_a_constructor_can_be_a_name_that_leads_somewhere(library
 def test_whatever_a_file_records_only_bounded_numbers_and_listed_words_arrive(
     data: st.DataObject, library: str
 ) -> None:
-    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(LEADING)
+    scalars = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=12)
+        | st.sampled_from(LEADING)
+    )
     values = st.recursive(
         scalars,
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -139,7 +161,9 @@ def test_whatever_a_file_records_only_bounded_numbers_and_listed_words_arrive(
         ("transformers", "auxiliary_num_convs", 1, 10**9),
     ],
 )
-def test_sizes_are_bounded_by_the_files_own_tensors(library: str, name: str, right: object, wrong: object) -> None:
+def test_sizes_are_bounded_by_the_files_own_tensors(
+    library: str, name: str, right: object, wrong: object
+) -> None:
     assert admitted(library, {name: right}).items() >= {name: right}.items()
     assert admitted(library, {name: wrong}) is None
 
@@ -147,7 +171,9 @@ def test_sizes_are_bounded_by_the_files_own_tensors(library: str, name: str, rig
 def test_a_refusal_names_the_file_the_argument_and_the_way_out() -> None:
     model = timm.create_model("test_resnet")
     words = {"arch": "test_resnet", "model_kwargs": {"act_layer": "/tmp/act.py"}}
-    with pytest.raises(ArgumentRefused, match=r"stranger\.pt: .*act_layer='/tmp/act\.py'.*--model-kwargs act_layer="):
+    with pytest.raises(
+        ArgumentRefused, match=r"stranger\.pt: .*act_layer='/tmp/act\.py'.*--model-kwargs act_layer="
+    ):
         identify_model(checkpoint(words, model.state_dict()))
     # The user may give any argument, and then it is no matter what the file says of it.
     loaded = identify_model(checkpoint(words, model.state_dict()), None, {"act_layer": "relu"})
@@ -232,7 +258,9 @@ def test_covers_of_timm_are_not_built_by_transformers(name: str) -> None:
         adapter.build(name, {})
 
 
-def test_a_folder_cannot_make_transformers_ask_or_run_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_cannot_make_transformers_ask_or_run_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The nested `auto_map` would have AutoBackbone run `theirs.py`, after a question at the terminal."""
     config = transformers.UperNetConfig(
         backbone_config=transformers.ResNetConfig(

@@ -128,7 +128,9 @@ def test_files_are_corrected_and_training_goes_on_bit_for_bit(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == names
     for name in names:
         file, other = plain(tmp_path / name), plain(tmp_path / "alone" / name)
-        assert differing(file["state_dict"], other["state_dict"]) == {f"model.{name}.running_var" for name in LAYERS}
+        assert differing(file["state_dict"], other["state_dict"]) == {
+            f"model.{name}.running_var" for name in LAYERS
+        }
         assert_corrected(file["state_dict"], images())
         assert set(file["ckpt_tools"]["rewritten"]) == {f"model.{name}" for name in LAYERS}
     assert callback.result is not None
@@ -175,7 +177,9 @@ def test_at_the_end_the_model_in_memory_is_corrected(tmp_path: Path) -> None:
     weights_only = ModelCheckpoint(tmp_path, save_weights_only=True)
     task = fit(tmp_path, exact("end"), weights_only)
     alone = fit(tmp_path)
-    assert differing(task.state_dict(), alone.state_dict()) == {f"model.{name}.running_var" for name in LAYERS}
+    assert differing(task.state_dict(), alone.state_dict()) == {
+        f"model.{name}.running_var" for name in LAYERS
+    }
     assert_corrected(task.state_dict(), images())
 
 
@@ -242,7 +246,9 @@ class Watched(BNReestimation):
 
     saves = 0
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         before = photograph.of_model(pl_module), photograph.of_process()
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         assert photograph.differences(before[0], photograph.of_model(pl_module)) == []
@@ -277,7 +283,10 @@ def test_the_command_line_reads_the_file(tmp_path: Path) -> None:
     fit(tmp_path, BNReestimation(), saving(tmp_path), epochs=1)
     found = read_checkpoint(tmp_path / "last.ckpt")
     assert bits(dict(found.tensors)) == bits(
-        {key.removeprefix(found.prefix): value for key, value in plain(tmp_path / "last.ckpt")["state_dict"].items()}
+        {
+            key.removeprefix(found.prefix): value
+            for key, value in plain(tmp_path / "last.ckpt")["state_dict"].items()
+        }
     )
     restored = Task.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert set(restored.state_dict()) == set(Task().state_dict())
@@ -288,7 +297,9 @@ def test_the_older_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     import pytorch_lightning as pl
 
     monkeypatch.delitem(sys.modules, "lightning.pytorch")
-    spec = importlib.util.spec_from_file_location("callback_of_the_older_namespace", lightning_callback.__file__)
+    spec = importlib.util.spec_from_file_location(
+        "callback_of_the_older_namespace", lightning_callback.__file__
+    )
     assert spec is not None
     assert spec.loader is not None
     fresh = importlib.util.module_from_spec(spec)
@@ -300,7 +311,11 @@ def test_the_older_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             super().__init__()
             self.model = network()
 
-        forward, training_step, configure_optimizers = Task.forward, Task.training_step, Task.configure_optimizers
+        forward, training_step, configure_optimizers = (
+            Task.forward,
+            Task.training_step,
+            Task.configure_optimizers,
+        )
 
     callbacks = [fresh.BNReestimation(), pl.callbacks.ModelCheckpoint(tmp_path, filename="model")]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -312,7 +327,9 @@ def test_the_older_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.filterwarnings("ignore")
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = (text for text in re.findall(r"```python\n(.+?)```", readme, re.DOTALL) if "BNReestimation" in text)
+    (block,) = (
+        text for text in re.findall(r"```python\n(.+?)```", readme, re.DOTALL) if "BNReestimation" in text
+    )
     monkeypatch.chdir(tmp_path)
     exec(block, {"module": Task(), "loader": loader()})
     assert plain(tmp_path / "checkpoints" / "last.ckpt")["ckpt_tools"]["rewritten"]

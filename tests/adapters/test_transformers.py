@@ -38,16 +38,29 @@ NETS = {
     "ResNetModel": RESNET,
     "RegNetForImageClassification": {**RESNET, "groups_width": 8},
     "MobileNetV2ForImageClassification": {"depth_multiplier": 0.35, "image_size": 64},
-    "EfficientNetForImageClassification": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
+    "EfficientNetForImageClassification": {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.3,
+        "hidden_dim": 320,
+    },
     "LevitForImageClassification": {**NARROW, "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1]},
     "CvtForImageClassification": {"embed_dim": [8, 12, 16], "num_heads": [1, 1, 2], "depth": [1, 2, 3]},
     "MobileViTForImageClassification": {**NARROW, "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32]},
-    "SwiftFormerForImageClassification": {"image_size": 64, "embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "SwiftFormerForImageClassification": {
+        "image_size": 64,
+        "embed_dims": [8, 16, 24, 32],
+        "depths": [1, 1, 1, 1],
+    },
     "SegformerForSemanticSegmentation": {**HEADS, "hidden_sizes": [8, 16, 16, 32], "decoder_hidden_size": 16},
     "ConvNextForImageClassification": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
 }
 CASES = [
-    Case(TransformersAdapter, name, kwargs, resized={"num_channels": 1} if name == "ResNetModel" else {"num_labels": 3})
+    Case(
+        TransformersAdapter,
+        name,
+        kwargs,
+        resized={"num_channels": 1} if name == "ResNetModel" else {"num_labels": 3},
+    )
     for name, kwargs in NETS.items()
     if name.startswith(("ResNet", "Cvt"))
 ]
@@ -66,7 +79,11 @@ def built(name: str, **changes: object) -> nn.Module:
 def read_folder(folder: Path) -> dict[str, object]:
     """What the files beside the weights say."""
     beside = {"config": "config.json", "preprocessor": "preprocessor_config.json"}
-    return {word: json.loads((folder / name).read_text()) for word, name in beside.items() if (folder / name).exists()}
+    return {
+        word: json.loads((folder / name).read_text())
+        for word, name in beside.items()
+        if (folder / name).exists()
+    }
 
 
 def loaded(folder: Path, **changes: object) -> LoadedModel:
@@ -127,17 +144,33 @@ def test_the_pass_runs_on_model_outputs(tmp_path: Path) -> None:
 def test_the_command_line_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     model = built("MobileViTForImageClassification", num_labels=5)
     model.save_pretrained(tmp_path / "net")
-    transformers.MobileViTImageProcessor(crop_size={"height": 64, "width": 64}).save_pretrained(tmp_path / "net")
+    transformers.MobileViTImageProcessor(crop_size={"height": 64, "width": 64}).save_pretrained(
+        tmp_path / "net"
+    )
     data = torch.randn(12, 3, 64, 64)
     np.save(tmp_path / "data.npy", data.numpy())
-    base = [str(tmp_path / "net"), "--data", str(tmp_path / "data.npy"), "-q", "--force", "--batch-size", "6", "--json"]
+    base = [
+        str(tmp_path / "net"),
+        "--data",
+        str(tmp_path / "data.npy"),
+        "-q",
+        "--force",
+        "--batch-size",
+        "6",
+        "--json",
+    ]
     result = CliRunner().invoke(main, ["bn-reestimate", *base])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert (told["architecture"], told["rates"]) == ("transformers:MobileViTForImageClassification", "recorded")
+    assert (told["architecture"], told["rates"]) == (
+        "transformers:MobileViTForImageClassification",
+        "recorded",
+    )
     expected = reestimate_bn(model, data.split(6), rates="recorded", force=True)
     written = load_file(tmp_path / "net.bn.safetensors")
-    assert {layer["name"] for layer in told["layers"] if layer["rewritten"]} == {x.name for x in expected.rewritten}
+    assert {layer["name"] for layer in told["layers"] if layer["rewritten"]} == {
+        x.name for x in expected.rewritten
+    }
     assert expected.rewritten
     assert all(torch.allclose(tensor, written[key], rtol=1e-4) for key, tensor in model.state_dict().items())
 
@@ -224,7 +257,10 @@ PROCESSORS = [
     ("ConvNextImageProcessor", {"size": {"shortest_edge": 128}, "crop_pct": 0.8}),
     ("ViTImageProcessor", {"size": SQUARE}),
     ("ViTImageProcessor", {"size": SQUARE, "do_normalize": False}),
-    ("ViTImageProcessor", {"size": SQUARE, "do_rescale": False, "image_mean": [120.0] * 3, "image_std": [60.0] * 3}),
+    (
+        "ViTImageProcessor",
+        {"size": SQUARE, "do_rescale": False, "image_mean": [120.0] * 3, "image_std": [60.0] * 3},
+    ),
     ("ViTImageProcessor", {"size": SQUARE, "do_rescale": False, "do_normalize": False}),
     ("ViTImageProcessor", {"size": SQUARE, "rescale_factor": 1 / 127.5}),
     ("LevitImageProcessor", {}),
@@ -232,7 +268,10 @@ PROCESSORS = [
     ("BitImageProcessor", {}),
     ("PoolFormerImageProcessor", {}),
     ("EfficientNetImageProcessor", {}),
-    ("EfficientNetImageProcessor", {"rescale_offset": True, "rescale_factor": 1 / 127.5, "include_top": False}),
+    (
+        "EfficientNetImageProcessor",
+        {"rescale_offset": True, "rescale_factor": 1 / 127.5, "include_top": False},
+    ),
 ]
 
 
@@ -252,10 +291,18 @@ def test_images_become_what_the_librarys_processor_makes(tmp_path: Path, kind: s
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
-        ({"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.875}, (3, 224, 224)),
+        (
+            {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.875},
+            (3, 224, 224),
+        ),
         ({"image_processor_type": "ViTImageProcessorFast", "size": 96}, (3, 96, 96)),
         (
-            {"image_processor_type": "NoSuchProcessor", "size": 96, "image_mean": [0.5] * 3, "image_std": [1] * 3},
+            {
+                "image_processor_type": "NoSuchProcessor",
+                "size": 96,
+                "image_mean": [0.5] * 3,
+                "image_std": [1] * 3,
+            },
             (3, 96, 96),
         ),
         ({"image_processor_type": "ViTImageProcessor", "size": [96, 128]}, (3, 96, 128)),
@@ -267,7 +314,8 @@ def test_older_and_newer_settings(settings: dict, shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize(
-    "settings", [{"resample": 99}, {"image_mean": "grey"}, {"rescale_factor": 0}, {"size": 128, "crop_pct": "x"}]
+    "settings",
+    [{"resample": 99}, {"image_mean": "grey"}, {"rescale_factor": 0}, {"size": 128, "crop_pct": "x"}],
 )
 def test_settings_of_another_meaning_leave_the_librarys(settings: dict) -> None:
     model = built("ResNetModel")

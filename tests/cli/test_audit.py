@@ -36,6 +36,9 @@ def test_hostile_files_lead_nowhere(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     findings = json.loads(done.stdout)
-    lines = [f"{one['event']}: {one['what']}\n    in: {one['command']}\n    with: {one['file']}" for one in findings]
+    lines = [
+        f"{one['event']}: {one['what']}\n    in: {one['command']}\n    with: {one['file']}"
+        for one in findings
+    ]
     assert not lines, "\n".join([f"{len(lines)} findings", *lines[:40]])
     assert int(done.stderr.split()[-2]) > 1500  # commands

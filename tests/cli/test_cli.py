@@ -42,7 +42,11 @@ def job(files: Path, *more: object) -> list[object]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [name for name in names_in(folder) if name.startswith(".") or name.endswith((".tmp", ".bn.safetensors"))]
+    return [
+        name
+        for name in names_in(folder)
+        if name.startswith(".") or name.endswith((".tmp", ".bn.safetensors"))
+    ]
 
 
 def test_the_main_job(files: Path, model: nn.Module) -> None:
@@ -55,7 +59,9 @@ def test_the_main_job(files: Path, model: nn.Module) -> None:
     names = {layer["name"] for layer in result["layers"] if layer["rewritten"]}
     truth = oracle.corrected(model, torch.cat(nets.batches((3, 8, 8))), names)
     found = load_file(output)
-    assert oracle.relative_difference({name: found[f"{name}.running_var"] for name in names}, truth).max() < 1e-3
+    assert (
+        oracle.relative_difference({name: found[f"{name}.running_var"] for name in names}, truth).max() < 1e-3
+    )
     nets.DenseNet().load_state_dict(found)
     assert ok("diff", files / "model.pt", output).exit_code == 0
     assert result["controls"]["verdict"] == "agree"
@@ -67,7 +73,9 @@ def test_only_running_variances_differ(files: Path) -> None:
     before = {key: value.numpy().tobytes() for key, value in stored(files / "model.pt").items()}
     assert list(after) == list(before)
     changed = {key for key in after if after[key][2] != before[key]}
-    assert changed == {key for key in before if key.endswith(".running_var")} - {"norms.0.running_var"}  # a control
+    assert changed == {key for key in before if key.endswith(".running_var")} - {
+        "norms.0.running_var"
+    }  # a control
 
 
 @pytest.mark.parametrize(("rate", "rewritten"), [(None, 121), ("0.2", 118)])
@@ -104,16 +112,27 @@ def test_a_timm_checkpoint_needs_no_options(tmp_path: Path) -> None:
 
     model = timm.create_model("resnet18", num_classes=3, drop_path_rate=0.2)
     arguments = {"model": "resnet18", "num_classes": 3, "drop": 0.0, "drop_path": 0.2, "drop_block": None}
-    arguments |= {"img_size": None, "input_size": [3, 40, 40], "mean": None, "std": None, "interpolation": "bicubic"}
+    arguments |= {
+        "img_size": None,
+        "input_size": [3, 40, 40],
+        "mean": None,
+        "std": None,
+        "interpolation": "bicubic",
+    }
     saved = {"epoch": 1, "arch": "resnet18", "version": 2, "args": argparse.Namespace(**arguments)}
     averaged = {key: value + 1 if "weight" in key else value for key, value in model.state_dict().items()}
-    torch.save(saved | {"state_dict": model.state_dict(), "state_dict_ema": averaged}, tmp_path / "last.pth.tar")
+    torch.save(
+        saved | {"state_dict": model.state_dict(), "state_dict_ema": averaged}, tmp_path / "last.pth.tar"
+    )
     folder = photos(tmp_path / "photos", 12)
     out = json.loads(ok("bn-reestimate", tmp_path / "last.pth.tar", "--data", folder, "-q", "--json").stdout)
     assert (out["rates"], out["checkpoint"]["weights"]) == ("recorded", "state_dict_ema")
     assert out["data"]["input"]["shape"] == [3, 40, 40]
     assert 0 < sum(layer["rewritten"] for layer in out["layers"]) < len(out["layers"])
-    zero = saved | {"args": argparse.Namespace(**arguments | {"drop_path": None}), "state_dict": model.state_dict()}
+    zero = saved | {
+        "args": argparse.Namespace(**arguments | {"drop_path": None}),
+        "state_dict": model.state_dict(),
+    }
     torch.save(zero, tmp_path / "zero.pth.tar")
     refused = run("bn-reestimate", tmp_path / "zero.pth.tar", "--data", folder, "-q")
     assert refused.exit_code == 3
@@ -131,7 +150,14 @@ def photos(folder: Path, count: int) -> Path:
 
 def test_text_and_progress(files: Path) -> None:
     result = ok(*[argument for argument in job(files) if argument != "-q"])
-    for word in ("architecture", "control layer", "stored/new variance", "standard error", "written:", "sha256"):
+    for word in (
+        "architecture",
+        "control layer",
+        "stored/new variance",
+        "standard error",
+        "written:",
+        "sha256",
+    ):
         assert word in result.stdout
     assert "img/s" in result.stderr
 
@@ -207,7 +233,12 @@ BAD = {
     "missing checkpoint": (lambda f: (f / "model.pt").unlink(), [], 1, "found nothing there"),
     "empty checkpoint": (lambda f: (f / "model.pt").write_bytes(b""), [], 1, "empty"),
     "truncated checkpoint": (_truncate, [], 1, "model.pt"),
-    "needs code": (lambda f: torch.save({"state_dict": {}, "x": Evil()}, f / "model.pt"), [], 1, "found none"),
+    "needs code": (
+        lambda f: torch.save({"state_dict": {}, "x": Evil()}, f / "model.pt"),
+        [],
+        1,
+        "found none",
+    ),
     "not a checkpoint": (lambda f: (f / "model.pt").write_text("hello"), [], 1, "model.pt"),
     "NaN in weights": (_nan, [], 1, r"convs.0.weight"),
     "NaN in the data": (_nan_data, [], 1, "NaN"),
@@ -228,7 +259,12 @@ BAD = {
     "output is the source": (lambda f: None, ["-o", "model.pt", "--overwrite"], 1, "source"),
     "other data": (lambda f: np.save(f / "data.npy", np.load(f / "data.npy") * 9), [], 4, "--force"),
     "the data as output": (lambda f: None, ["-o", "data.npy", "--overwrite"], 1, "training data"),
-    "a device as output": (lambda f: os.mkfifo(f / "pipe"), ["-o", "pipe", "--overwrite"], 1, "device or pipe"),
+    "a device as output": (
+        lambda f: os.mkfifo(f / "pipe"),
+        ["-o", "pipe", "--overwrite"],
+        1,
+        "device or pipe",
+    ),
     "mean of floats": (lambda f: None, ["--mean", "0.5"], 2, "--mean"),
     "infinite mean": (lambda f: None, ["--mean", "inf"], 2, "--mean"),
     "bad number": (lambda f: None, ["--input-size", "3,x"], 2, "--input-size"),
@@ -275,7 +311,9 @@ def test_a_read_only_folder_is_refused_before_the_pass(files: Path, monkeypatch:
     monkeypatch.setattr(
         "os.access", lambda path, mode, **_: mode != os.W_OK
     )  # root, who runs many a CI, may write anywhere
-    monkeypatch.setattr("ckpt_tools.jobs.plan.read_checkpoint", lambda *_, **__: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(
+        "ckpt_tools.jobs.plan.read_checkpoint", lambda *_, **__: pytest.fail("nothing may be loaded")
+    )
     result = run(*job(files))
     assert result.exit_code == 1
     assert "read-only" in result.stderr
@@ -343,7 +381,16 @@ def test_json_is_alone_on_stdout(files: Path, monkeypatch: pytest.MonkeyPatch) -
         "def data():\n    print('loading')\n    return nets.batches((3, 8, 8))\n"
     )
     monkeypatch.syspath_prepend(files)
-    base = ["bn-reestimate", files / "model.pt", "--data", "chatty:data", "--arch", "chatty:build", "-q", "--json"]
+    base = [
+        "bn-reestimate",
+        files / "model.pt",
+        "--data",
+        "chatty:data",
+        "--arch",
+        "chatty:build",
+        "-q",
+        "--json",
+    ]
     result = ok(*base, "--input-size", "3,8,8")
     assert json.loads(result.stdout)["data"]["images"] == 128
     assert "building" in result.stderr
@@ -375,4 +422,12 @@ def test_versioned_modules_load(tmp_path: Path) -> None:
     import torchvision
 
     torch.save(torchvision.models.mnasnet0_5(weights=None).state_dict(), tmp_path / "model.pt")
-    ok("inspect", tmp_path / "model.pt", "--arch", "torchvision:mnasnet0_5", "--input-size", "3,64,64", "--json")
+    ok(
+        "inspect",
+        tmp_path / "model.pt",
+        "--arch",
+        "torchvision:mnasnet0_5",
+        "--input-size",
+        "3,64,64",
+        "--json",
+    )

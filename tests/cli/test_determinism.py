@@ -43,7 +43,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(root: Path, output: object, *more: object, source: object = None) -> list[str]:
-    said = ["bn-reestimate", source or root / "model.pt", "--data", root / "images", "--arch", "nets:DenseNet", "-q"]
+    said = [
+        "bn-reestimate",
+        source or root / "model.pt",
+        "--data",
+        root / "images",
+        "--arch",
+        "nets:DenseNet",
+        "-q",
+    ]
     said += ["--input-size", "3,8,8", "--mean", "0.5,0.5,0.5", "--std", "0.157,0.157,0.157", "--crop-pct", 1]
     said += ["--interpolation", "bilinear", "--force", "--batch-size", 16, "--json", "--overwrite"]
     return [str(word) for word in [*said, *(("-o", output) if output else ()), *more]]
@@ -145,7 +153,10 @@ def test_deterministic_changes_nothing_on_a_cpu(root: Path) -> None:
 
 def settings() -> tuple[object, ...]:
     cudnn = torch.backends.cudnn
-    enabled = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     return *enabled, cudnn.benchmark, cudnn.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
 

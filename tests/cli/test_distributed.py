@@ -89,7 +89,9 @@ def test_shares_are_a_partition(batches: int, world: int) -> None:
 
 @pytest.mark.parametrize("spec", ["data.npy", "ranks:broken", "ranks:dataset"])
 def test_streams_read_their_share(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "dataset", lambda: torch.utils.data.TensorDataset(torch.randn(41, 3)), raising=False)
+    monkeypatch.setattr(
+        ranks, "dataset", lambda: torch.utils.data.TensorDataset(torch.randn(41, 3)), raising=False
+    )
     np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(41, 3)).astype("float32"))
     source = open_source(str(tmp_path / spec) if spec.endswith("npy") else spec)
     options: dict[str, Any] = {"batch_size": 7, "workers": 0}
@@ -121,7 +123,11 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [resolve_device(said, Ranks(5, 8, 1, 4)) for said in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert [resolve_device(said, Ranks(5, 8, 1, 4)) for said in ("auto", "cuda", "cpu")] == [
+        "cuda:1",
+        "cuda:1",
+        "cpu",
+    ]
     assert resolve_device("auto") == "cuda"
     with pytest.raises(UsageError, match="its own GPU"):
         resolve_device("cuda:0", Ranks(1, 2, 1, 2))
@@ -170,7 +176,15 @@ def prepared(folder: Path) -> None:
 
 def torchrun(world: int, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(str(SUPPORT / part) for part in ("../..", "../../adapters", "."))
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+    ]
     return subprocess.run(
         [*command, *map(str, arguments)],
         cwd=folder,
@@ -213,7 +227,11 @@ def test_many_equal_one(world: int, alone: tuple[Path, dict[str, Any]], tmp_path
     for name in ranks.jobs(world):
         if name != "tolerance":
             compared(load_file(tmp_path / f"{name}.safetensors"), load_file(folder / f"{name}.safetensors"))
-    assert told[0]["outliers"]["outliers"] == [["row 120", "blank"], ["row 250", "not finite"], ["row 7", "extreme"]]
+    assert told[0]["outliers"]["outliers"] == [
+        ["row 120", "blank"],
+        ["row 250", "not finite"],
+        ["row 7", "extreme"],
+    ]
     library_and_errors(told[0], world)
     assert {path.name for path in tmp_path.iterdir()} == expected_files(world)
 
@@ -240,7 +258,14 @@ def library_and_errors(told: dict[str, Any], world: int) -> None:
 
 def expected_files(world: int) -> set[str]:
     outputs = {f"{name}.safetensors" for name in ranks.jobs(world)}
-    return {"model.pt", "data.npy", "more.npy", "bad.npy", *outputs, *(f"rank{rank}.json" for rank in range(world))}
+    return {
+        "model.pt",
+        "data.npy",
+        "more.npy",
+        "bad.npy",
+        *outputs,
+        *(f"rank{rank}.json" for rank in range(world)),
+    }
 
 
 def job(folder: Path, data: object, *more: object) -> list[object]:
@@ -258,7 +283,9 @@ def test_the_command_speaks_once(tmp_path: Path) -> None:
     result = json.loads(run.stdout)
     assert (result["processes"], result["data"]["images"], result["data"]["batches"]) == (2, 101, 4)
     assert run.stderr.count("pass 1: 100%") == 1
-    one = CliRunner().invoke(main, [str(part) for part in [*arguments[2:], "-q", "-o", tmp_path / "one.safetensors"]])
+    one = CliRunner().invoke(
+        main, [str(part) for part in [*arguments[2:], "-q", "-o", tmp_path / "one.safetensors"]]
+    )
     assert one.exit_code == 0, one.output
     compared(load_file(tmp_path / "model.bn.safetensors"), load_file(tmp_path / "one.safetensors"))
 

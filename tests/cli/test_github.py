@@ -181,7 +181,9 @@ def test_skipped_labelled_images_are_a_warning(files: Path, summary: Path) -> No
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (2 * number, number, 255 - number)).save(folder / f"{number}.png")
     (files / "val" / "0" / "torn.png").write_bytes(b"\x89PNG")
-    result = run("evaluate", files / "model.pt", "--data", files / "val", *ARCH, "--input-size", "3,8,8", "-q")
+    result = run(
+        "evaluate", files / "model.pt", "--data", files / "val", *ARCH, "--input-size", "3,8,8", "-q"
+    )
     assert result.exit_code == 0, result.stderr
     ((kind, _, message),) = annotations(result.stderr)
     assert kind == "warning"

@@ -52,7 +52,14 @@ def test_walk_of_a_model_on_cuda() -> None:
 def test_command_line(tmp_path: Path) -> None:
     torch.save(nets.trained(nets.DenseNet(), nets.batches((3, 8, 8))).state_dict(), tmp_path / "model.pt")
     np.save(tmp_path / "data.npy", torch.cat(nets.batches((3, 8, 8))).numpy())
-    arguments = ["bn-reestimate", tmp_path / "model.pt", "--data", tmp_path / "data.npy", "--arch", "nets:DenseNet"]
+    arguments = [
+        "bn-reestimate",
+        tmp_path / "model.pt",
+        "--data",
+        tmp_path / "data.npy",
+        "--arch",
+        "nets:DenseNet",
+    ]
     for device in ("cpu", "cuda"):
         output = tmp_path / f"{device}.safetensors"
         result = CliRunner().invoke(main, [str(a) for a in [*arguments, "-o", output, "--device", device]])

@@ -22,7 +22,18 @@ from ckpt_tools.import_path import children_without_current_folder, import_user_
 
 ROOT = Path(__file__).parents[2]
 # Libraries try to import these and go on without them; none of them is installed everywhere.
-OPTIONAL = {"colorama", "cupy", "dill", "h5py", "opt_einsum", "orjson", "pandas", "tensorflow", "triton", "xformers"}
+OPTIONAL = {
+    "colorama",
+    "cupy",
+    "dill",
+    "h5py",
+    "opt_einsum",
+    "orjson",
+    "pandas",
+    "tensorflow",
+    "triton",
+    "xformers",
+}
 SIZE = ("--input-size", "4")
 STARTUP = {"sitecustomize", "usercustomize"}
 CANARY = "import pathlib\npathlib.Path(r'{}').touch()\n"
@@ -38,11 +49,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.isidentifier():
             (folder / f"{name}.py").write_text(CANARY.format(folder / f"canary-{name}"))
     (folder / "plugin-1.dist-info").mkdir()
-    (folder / "plugin-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (folder / "plugin-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: plugin\nVersion: 1\n"
+    )
     groups = ("ckpt_tools.adapters", "torch.backends", "fsspec.specs", "console_scripts")
     declared = "\n".join(f"[{group}]\nplugin = plugin:Plugin" for group in groups)
     (folder / "plugin-1.dist-info" / "entry_points.txt").write_text(declared)
-    (folder / "mymodel.py").write_text("import mylayers\ndef make():\n    import mylate\n    return mylayers.Net()\n")
+    (folder / "mymodel.py").write_text(
+        "import mylayers\ndef make():\n    import mylate\n    return mylayers.Net()\n"
+    )
     (folder / "mylayers.py").write_text("from malicious import Net\n")
     (folder / "mylate.py").write_text("")
     torch.save(Net().state_dict(), folder / "model.pt")
@@ -73,7 +88,9 @@ def test_python_m_imports_nothing_from_the_current_folder(hostile: Path, options
 
 
 def test_naming_a_module_opens_the_folder_to_nobody_else(hostile: Path) -> None:
-    run = started(hostile, sys.executable, "-m", "ckpt_tools", "inspect", "model.pt", "--arch", "mymodel:make", *SIZE)
+    run = started(
+        hostile, sys.executable, "-m", "ckpt_tools", "inspect", "model.pt", "--arch", "mymodel:make", *SIZE
+    )
     assert run.returncode == 0, run.stderr
     assert "mymodel:make" in run.stdout
     assert not [path.name for path in hostile.glob("canary-*")]
@@ -153,7 +170,9 @@ def test_a_named_module_finds_its_neighbours_now_and_later(here: Callable[[str, 
 
 
 def test_a_library_finds_nothing_there(here: Callable[[str, str], Path], tmp_path: Path) -> None:
-    asked = "try:\n        import optional_thing\n    except ImportError:\n        return None\n    return 1\n"
+    asked = (
+        "try:\n        import optional_thing\n    except ImportError:\n        return None\n    return 1\n"
+    )
     here("installed/library.py", f"def ask():\n    {asked}")
     here("here/optional_thing.py", "raise SystemExit('hijacked')")
     here("here/named.py", "import library\nfound = library.ask()\n")
@@ -177,7 +196,9 @@ def test_what_is_installed_comes_before_a_neighbour_of_the_same_name(
 
 
 @pytest.mark.parametrize("name", ["common_name", "statistics", "torchvision.models", "malicious"])
-def test_a_name_that_both_have_is_refused(here: Callable[[str, str], Path], tmp_path: Path, name: str) -> None:
+def test_a_name_that_both_have_is_refused(
+    here: Callable[[str, str], Path], tmp_path: Path, name: str
+) -> None:
     here("installed/common_name.py", "")
     sys.path.append(str(tmp_path / "installed"))
     path = here(f"here/{name.partition('.')[0]}.py", "raise SystemExit('hijacked')")
@@ -207,7 +228,9 @@ def test_our_own_package_is_the_one_that_runs(here: Callable[[str, str], Path]) 
 
 
 def test_an_adapter_may_stand_in_the_current_folder(here: Callable[[str, str], Path]) -> None:
-    here("here/my_adapter.py", "from test_plugins import Foreign\nclass Mine(Foreign):\n    prefix = 'mine'\n")
+    here(
+        "here/my_adapter.py", "from test_plugins import Foreign\nclass Mine(Foreign):\n    prefix = 'mine'\n"
+    )
     plugins.adapter.cache_clear()
     assert plugins.resolve("my_adapter:Mine:anything")[0].prefix == "mine"
     plugins.adapter.cache_clear()

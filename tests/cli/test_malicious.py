@@ -24,7 +24,10 @@ from ckpt_tools.storage.reading import read_checkpoint
 
 ALL: dict[str, Callable[[], bytes]] = {
     **PICKLES,
-    **{f"{label}, archive": (lambda make=make: as_archive(make())) for label, make in (CODE_PICKLES | TENSORS).items()},
+    **{
+        f"{label}, archive": (lambda make=make: as_archive(make()))
+        for label, make in (CODE_PICKLES | TENSORS).items()
+    },
     **{f"{label}, legacy": (lambda make=make: as_legacy(make())) for label, make in CODE_PICKLES.items()},
     **FILES,
 }
@@ -43,8 +46,17 @@ COMMANDS = [
     ["bn-reestimate", "other.pt", "--data", "cifar100:sets", "--arch", "malicious:Net"],
     ["convert", "distributed"],
 ]
-FORBIDDEN = frozenset({"import", "exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.putenv"})
-FORBIDDEN |= {"subprocess.Popen", "pickle.find_class", "socket.connect", "os.remove", "shutil.rmtree", "marshal.loads"}
+FORBIDDEN = frozenset(
+    {"import", "exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.putenv"}
+)
+FORBIDDEN |= {
+    "subprocess.Popen",
+    "pickle.find_class",
+    "socket.connect",
+    "os.remove",
+    "shutil.rmtree",
+    "marshal.loads",
+}
 
 
 class Watch:
@@ -104,7 +116,9 @@ def test_the_corpus_is_large() -> None:
     assert len(CODE_PICKLES) >= 60
 
 
-@pytest.mark.parametrize("label", ["builtins.eval", "functools.partial", "INST", "OBJ", "protocol 4 of pickle itself"])
+@pytest.mark.parametrize(
+    "label", ["builtins.eval", "functools.partial", "INST", "OBJ", "protocol 4 of pickle itself"]
+)
 def test_the_canary_would_sing(tmp_path: Path, label: str) -> None:
     pickle.loads(PICKLES[label]())
     (tmp_path / CANARY).unlink()

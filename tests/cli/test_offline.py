@@ -63,7 +63,12 @@ def test_the_main_job_needs_no_network(tmp_path: Path) -> None:
         image.save(tmp_path / "train" / "ab"[number % 2] / f"{number}.png")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "done without a network" in done.stdout

@@ -92,7 +92,9 @@ def test_streams_of_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch)
     assert not isinstance(sys.stdout, GuardedStream)
     for target in targets:
         assert refused(target.getvalue().decode(encoding)) == []
-    assert json.loads(targets[0].getvalue().decode(encoding).split(":error::x\n")[1]) == {"##[x]漢字": "\udcff"}
+    assert json.loads(targets[0].getvalue().decode(encoding).split(":error::x\n")[1]) == {
+        "##[x]漢字": "\udcff"
+    }
 
 
 def test_libraries_pass_the_gate(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +181,14 @@ NO_NAMES = {  # these show numbers, or parts of what others render
         "escape_markdown",
         "leverage_text",
     ),
-    *("checkpoint_page", "folder_page", "evaluation_page", "sites_section", "metrics_section", "flagged_section"),
+    *(
+        "checkpoint_page",
+        "folder_page",
+        "evaluation_page",
+        "sites_section",
+        "metrics_section",
+        "flagged_section",
+    ),
     *(
         "control_verdict",
         "data_verdict",
@@ -200,7 +209,11 @@ NO_NAMES = {  # these show numbers, or parts of what others render
         "parse_records",
     ),
     *("check_manifest", "check_earlier_figure"),
-    *("check_figure", "write_signals_figure", "write_report"),  # files; their texts are those of html and markdown
+    *(
+        "check_figure",
+        "write_signals_figure",
+        "write_report",
+    ),  # files; their texts are those of html and markdown
 }
 MODULES_WITHOUT = {"axis", "marks", "number_format", "layer_tables"}
 
@@ -215,7 +228,9 @@ def renderers() -> Iterator[tuple[Any, str]]:
                 yield module, name
 
 
-NOTED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {}  # the last call of each renderer
+NOTED: dict[
+    str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+] = {}  # the last call of each renderer
 
 
 def note(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,7 +340,9 @@ in_files = names.filter(lambda name: "\0" not in name and name.isprintable() is 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(in_files, min_size=3, max_size=3, unique=True))
-def test_every_command_on_hostile_files(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_on_hostile_files(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     key, word, name = (text.encode("utf-8", "replace").decode() for text in texts)
     name = name.replace("/", "")[:60] + ".pt"

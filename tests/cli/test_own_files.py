@@ -23,7 +23,8 @@ from report_facts import facts, records
 
 from ckpt_tools.cli import main
 from ckpt_tools.errors import CkptToolsError, OutputError, UsageError
-from ckpt_tools.remote.mirror import open_mirror, resolve_location
+from ckpt_tools.location import Location
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.report.marks import add_mark, is_own_report
 from ckpt_tools.report.pages import signals_figure
 from ckpt_tools.report.records.manifest import Manifest, check_manifest
@@ -32,7 +33,13 @@ from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
 SUFFIXES = (".html", ".md", ".json")
 RECORD: dict[str, Any] = {
-    **{"checkpoint": "runs/a.pt", "status": "done", "output": "fixed/a.bn.safetensors", "error": None, "exit_code": 0},
+    **{
+        "checkpoint": "runs/a.pt",
+        "status": "done",
+        "output": "fixed/a.bn.safetensors",
+        "error": None,
+        "exit_code": 0,
+    },
     **{"seconds": 1.5, "source_sha256": "a" * 64, "settings": "b" * 16, "metrics": None, "report": {}},
 }
 NEWER = {"output_sha256": "c" * 64, "output_bytes": 9, "replaced": None}
@@ -93,7 +100,15 @@ def put(kind: str, path: Path, own: bytes) -> None:
         path.write_bytes(b"notes on ckpt-tools\n")
 
 
-KINDS = ["link to a file of our own", "dangling link", "link to itself", "second name", "folder", "pipe", "notes"]
+KINDS = [
+    "link to a file of our own",
+    "dangling link",
+    "link to itself",
+    "second name",
+    "folder",
+    "pipe",
+    "notes",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,7 +261,9 @@ def test_other_files_are_not(tmp_path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
-def test_a_manifest_that_is_exchanged_after_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_is_exchanged_after_the_first_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b"my notes")
     monkeypatch.setattr("ckpt_tools.report.records.manifest.read_own_file", lambda path, kind: line())
@@ -258,7 +275,11 @@ def test_a_manifest_that_is_exchanged_after_the_first_look(tmp_path: Path, monke
 def test_a_manifest_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
     path, other = tmp_path / "m.jsonl", tmp_path / "other"
     other.write_text("precious")
-    for exchange in (lambda: path.symlink_to(other), lambda: path.hardlink_to(other), lambda: path.write_text("x")):
+    for exchange in (
+        lambda: path.symlink_to(other),
+        lambda: path.hardlink_to(other),
+        lambda: path.write_text("x"),
+    ):
         path.unlink(missing_ok=True)
         log = Manifest(path)
         path.rename(tmp_path / "moved")
@@ -316,7 +337,9 @@ def test_json_that_mentions_the_tool_is_no_report(content: bytes) -> None:
 
 
 @given(text=st.binary(max_size=200), more=st.binary(min_size=1, max_size=60), data=st.data())
-def test_a_mark_vouches_for_what_stands_before_it_alone(text: bytes, more: bytes, data: st.DataObject) -> None:
+def test_a_mark_vouches_for_what_stands_before_it_alone(
+    text: bytes, more: bytes, data: st.DataObject
+) -> None:
     suffix = data.draw(st.sampled_from([".md", ".html", ".svg", ".pdf", ".png"]))
     whole = add_mark(text, suffix)
     assert is_own_report(whole, suffix)
@@ -356,7 +379,16 @@ def test_pictures_of_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     Path("photo.png").write_bytes(b"a photo")
-    command = ["init-rewrite", "--arch", "nets:DenseNet", "--input-size", "3,8,8", "--overwrite", "-o", "o.safetensors"]
+    command = [
+        "init-rewrite",
+        "--arch",
+        "nets:DenseNet",
+        "--input-size",
+        "3,8,8",
+        "--overwrite",
+        "-o",
+        "o.safetensors",
+    ]
     result = CliRunner().invoke(main, [*command, "--report", "photo.png"])
     assert (result.exit_code, "another file" in result.output) == (1, True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"photo.png": b"a photo"}
@@ -372,15 +404,15 @@ def test_behind_urls() -> None:
     store.pipe_file("/bucket/m.jsonl", b'{"checkpoint": "a.pt"}\n')
     with open_mirror():
         with pytest.raises(OutputError, match="another file"):
-            write_report(resolve_location("memory://bucket/notes.md"), facts())
+            write_report(Location.of("memory://bucket/notes.md"), facts())
         with pytest.raises(OutputError, match="another file"):
-            Manifest(resolve_location("memory://bucket/m.jsonl"))
+            Manifest(Location.of("memory://bucket/m.jsonl"))
         for _ in range(2):
-            write_report(resolve_location("memory://bucket/own.md"), facts())
-            log = Manifest(resolve_location("memory://bucket/own.jsonl"))
+            write_report(Location.of("memory://bucket/own.md"), facts())
+            log = Manifest(Location.of("memory://bucket/own.jsonl"))
             log.add_record({**RECORD, **NEWER})
             log.publish()
-        log = Manifest(resolve_location("memory://bucket/own.jsonl"))
+        log = Manifest(Location.of("memory://bucket/own.jsonl"))
         store.pipe_file("/bucket/own.jsonl", b"notes")
         log.add_record({**RECORD, **NEWER})
         with pytest.raises(CkptToolsError, match="another file"):
@@ -397,7 +429,8 @@ def test_no_system_calls_are_needed_that_others_lack() -> None:
         "import os, sys; [delattr(os, name) for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC', 'getxattr')]; "
         "sys.modules['fcntl'] = None; "
         "import ckpt_tools.storage.output.own_files, ckpt_tools.storage.output.permissions; "
-        "from pathlib import Path; from ckpt_tools.storage.output.atomic_write import write_atomically; import tempfile; "
+        "from pathlib import Path; import tempfile; "
+        "from ckpt_tools.storage.output.atomic_write import write_atomically; "
         "folder = Path(tempfile.mkdtemp()); target = folder / 'x'\n"
         "with write_atomically(target, overwrite=False) as path: path.touch()\n"
         "print([one.name for one in folder.iterdir()])"

@@ -38,7 +38,15 @@ def umask() -> None:
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(0o600, 0o600), (0o400, 0o600), (0o640, 0o640), (0o644, 0o644), (0o666, 0o644), (0o777, 0o644), (0o604, 0o604)],
+    [
+        (0o600, 0o600),
+        (0o400, 0o600),
+        (0o640, 0o640),
+        (0o644, 0o644),
+        (0o666, 0o644),
+        (0o777, 0o644),
+        (0o604, 0o604),
+    ],
 )
 def test_modes(tmp_path: Path, suffix: str, given: int, expected: int) -> None:
     source = tmp_path / f"in.{suffix}"
@@ -89,7 +97,9 @@ def test_nobody_gains(source: int, in_source: bool, in_output: bool, same: bool)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may give files away")
-@pytest.mark.parametrize(("given", "expected"), [(0o640, (0o640, 1234)), (0o644, (0o644, 0)), (0o604, (0o600, 0))])
+@pytest.mark.parametrize(
+    ("given", "expected"), [(0o640, (0o640, 1234)), (0o644, (0o644, 0)), (0o604, (0o600, 0))]
+)
 def test_a_file_for_a_group_keeps_it(tmp_path: Path, given: int, expected: tuple[int, int]) -> None:
     torch.save(STATE, tmp_path / "in.pt")
     os.chown(tmp_path / "in.pt", -1, 1234)
@@ -99,7 +109,9 @@ def test_a_file_for_a_group_keeps_it(tmp_path: Path, given: int, expected: tuple
     assert (mode(output), output.stat().st_gid) == expected
 
 
-def test_a_group_that_cannot_be_handed_on_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_cannot_be_handed_on_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 

@@ -49,7 +49,12 @@ def test_floats_are_taken_as_they_are(tmp_path, suffix, dtype):
     array = RNG.normal(size=(12, 3, 8, 8)).astype(dtype)
     spec = write(tmp_path / f"a{suffix}", array)
     source = open_source(spec)
-    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("array", 12, (3, 8, 8), True)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == (
+        "array",
+        12,
+        (3, 8, 8),
+        True,
+    )
     assert source.batches(None, Reading(batch_size=4)).transform == "floats, taken as they are"
     assert torch.equal(read(spec), torch.from_numpy(array).float())
     assert torch.equal(read(spec, None), torch.from_numpy(array).float())
@@ -183,7 +188,9 @@ def test_objects_are_not_made(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[object(), 1]], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="found object"):
         open_source(str(tmp_path / "a.npy"))
-    torch.save({"images": torch.ones(2, 2), "path": tmp_path, "x": Attack(tmp_path / "executed")}, tmp_path / "a.pt")
+    torch.save(
+        {"images": torch.ones(2, 2), "path": tmp_path, "x": Attack(tmp_path / "executed")}, tmp_path / "a.pt"
+    )
     assert read(str(tmp_path / "a.pt"), None).sum() == 4
     torch.save(Attack(tmp_path / "executed"), tmp_path / "a.pt")
     with pytest.raises(DataError, match=r"found posix\.mkdir"):

@@ -102,14 +102,18 @@ def test_nothing_is_left_on_disk(tmp_path, monkeypatch):
 def test_floats_and_arrays_at_the_models_size_are_not_kept(tmp_path):
     np.save(tmp_path / "a.npy", PIXELS.numpy())
     for spec, kept in [(InputSpec((3, 4, 5)), False), (InputSpec((3, 8, 8)), True)]:
-        batches = open_source(str(tmp_path / "a.npy")).batches(spec, Reading(batch_size=20, workers=0, cached=True))
+        batches = open_source(str(tmp_path / "a.npy")).batches(
+            spec, Reading(batch_size=20, workers=0, cached=True)
+        )
         assert (batches._cache is not None) is kept
 
 
 def test_a_folder_is_decoded_once(tmp_path):
     for number in range(6):
         Image.fromarray(PIXELS[number].permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
-    batches = open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), Reading(batch_size=4, workers=2, cached=True))
+    batches = open_source(str(tmp_path)).batches(
+        InputSpec((3, 8, 8)), Reading(batch_size=4, workers=2, cached=True)
+    )
     first = list(batches)
     for path in tmp_path.iterdir():
         path.unlink()

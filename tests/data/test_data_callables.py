@@ -64,7 +64,9 @@ def module(tmp_path, monkeypatch):
 
 
 def stream(name, *, batch_size=16, workers=0, **options):
-    return open_source(f"my_batches:{name}", **options).batches(None, Reading(batch_size=batch_size, workers=workers))
+    return open_source(f"my_batches:{name}", **options).batches(
+        None, Reading(batch_size=batch_size, workers=workers)
+    )
 
 
 def first_column(batches):
@@ -75,7 +77,12 @@ def first_column(batches):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_dataset_is_batched_in_random_order_without_labels(workers):
     source = open_source("my_batches:pairs", seed=1)
-    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("callable", 40, None, True)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == (
+        "callable",
+        40,
+        None,
+        True,
+    )
     batches = source.batches(None, Reading(batch_size=16, workers=workers))
     first, second = list(batches), list(batches)
     assert [len(batch) for batch in first] == [14, 13, 13]

@@ -17,7 +17,9 @@ RNG = np.random.default_rng(0)
 
 
 def read(source, channels, size):
-    batches = torch.cat(list(source.batches(InputSpec((channels, size, size)), Reading(batch_size=3, workers=0))))
+    batches = torch.cat(
+        list(source.batches(InputSpec((channels, size, size)), Reading(batch_size=3, workers=0)))
+    )
     return (batches[random_order(source.count, limit=None, seed=0).argsort()] * 255).round().to(torch.uint8)
 
 
@@ -73,7 +75,9 @@ def test_a_pickle_is_never_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x02}q", pickle.dumps([1]), pickle.dumps({"data": np.zeros((2, 5))})])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02}q", pickle.dumps([1]), pickle.dumps({"data": np.zeros((2, 5))})]
+)
 def test_damaged_cifar_is_refused(tmp_path, content):
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python/train").write_bytes(content)
@@ -101,7 +105,8 @@ def test_mnist_plain_and_gzipped(tmp_path, folder, suffix):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda c: c[:-5], lambda c: b"\0\0\x08\x01" + c[4:], lambda c: c[:9], lambda c: c[:4] + b"\0" * 12]
+    "change",
+    [lambda c: c[:-5], lambda c: b"\0\0\x08\x01" + c[4:], lambda c: c[:9], lambda c: c[:4] + b"\0" * 12],
 )
 def test_damaged_mnist_is_refused(tmp_path, change):
     content = change(idx(np.zeros((3, 28, 28), np.uint8)))

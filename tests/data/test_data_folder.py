@@ -31,7 +31,16 @@ def samples(source, **options):
 
 
 def test_any_structure_any_case_no_hidden_files(tmp_path):
-    for name in ["flat.JPG", "cat/a.png", "cat/b.Bmp", "dog/deep/er/c.webp", "dog/d.tif", "e.gif", "f.ppm", "g.pgm"]:
+    for name in [
+        "flat.JPG",
+        "cat/a.png",
+        "cat/b.Bmp",
+        "dog/deep/er/c.webp",
+        "dog/d.tif",
+        "e.gif",
+        "f.ppm",
+        "g.pgm",
+    ]:
         draw(tmp_path / name, mode="L" if name.endswith("pgm") else "RGB")
     draw(tmp_path / ".hidden.png")
     draw(tmp_path / ".cache/x.png")
@@ -40,7 +49,12 @@ def test_any_structure_any_case_no_hidden_files(tmp_path):
         "cat/a.png", "cat/b.Bmp", "dog/d.tif", "dog/deep/er/c.webp", "e.gif", "f.ppm", "flat.JPG", "g.pgm",
     )  # fmt: skip
     source = open_source(str(tmp_path))
-    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("folder", 8, None, False)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == (
+        "folder",
+        8,
+        None,
+        False,
+    )
     assert samples(source).shape == (8, 3, 16, 16)
 
 

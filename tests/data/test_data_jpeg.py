@@ -46,7 +46,9 @@ def fast(path):
 
 VARIANTS = [
     {"quality": quality, "subsampling": subsampling, "progressive": progressive}
-    for quality, subsampling, progressive in itertools.product([30, 95], ["4:4:4", "4:2:2", "4:2:0"], [False, True])
+    for quality, subsampling, progressive in itertools.product(
+        [30, 95], ["4:4:4", "4:2:2", "4:2:0"], [False, True]
+    )
 ]
 
 

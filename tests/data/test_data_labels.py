@@ -52,7 +52,9 @@ def stream(spec: object, class_map: Path | None = None, **reading: object) -> La
 
 def read(labelled: LabelledStream) -> tuple[list[int], list[int]]:
     """Grey values and labels, in the order of the pass."""
-    batches = [(inputs[:, 0, 0, 0].mul(255).round().int().tolist(), labels.tolist()) for inputs, labels in labelled]
+    batches = [
+        (inputs[:, 0, 0, 0].mul(255).round().int().tolist(), labels.tolist()) for inputs, labels in labelled
+    ]
     return [x for xs, _ in batches for x in xs], [y for _, ys in batches for y in ys]
 
 
@@ -106,7 +108,13 @@ def test_a_class_map(
     "content",
     [
         *("", "a\n\nc", "a\nc\na", "a\nc", "{", "{}", "[1, 2]", "[]"),
-        *('{"a": "0"}', '{"a": 100000000000000000000, "c": 1, "d": 2}', '{"a": -1}', '{"a": true}', '{"a": 0, "c": 1}'),
+        *(
+            '{"a": "0"}',
+            '{"a": 100000000000000000000, "c": 1, "d": 2}',
+            '{"a": -1}',
+            '{"a": true}',
+            '{"a": 0, "c": 1}',
+        ),
     ],
 )
 def test_a_bad_class_map(folder: Path, tmp_path: Path, content: str) -> None:
@@ -149,7 +157,9 @@ def saved(path: Path, kind: str) -> Path:
     return next(path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["npz labels", "npz x_train", "npz unnamed", "pt dict", "pt pair", "safetensors"])
+@pytest.mark.parametrize(
+    "kind", ["npz labels", "npz x_train", "npz unnamed", "pt dict", "pt pair", "safetensors"]
+)
 def test_arrays(tmp_path: Path, kind: str) -> None:
     labelled = stream(saved(tmp_path, kind))
     greys, labels = read(labelled)
@@ -282,6 +292,8 @@ def test_labels_are_those_of_their_split(tmp_path: Path) -> None:
     torch.save({"x_test": x, "labels": [0, 1, 2, 3]}, tmp_path / "test.pt")
     found = find_array(tmp_path / "test.pt", "test")
     assert (found.name, found.labels is not None) == ("x_test", True)
-    torch.save({"x_train": x, "y_train": [0, 1, 2, 3], "x_test": x, "y_test": [3, 2, 1, 0]}, tmp_path / "both.pt")
+    torch.save(
+        {"x_train": x, "y_train": [0, 1, 2, 3], "x_test": x, "y_test": [3, 2, 1, 0]}, tmp_path / "both.pt"
+    )
     for split, name in (("train", "x_train"), ("test", "x_test")):
         assert find_array(tmp_path / "both.pt", split).name == name  # type: ignore[arg-type]

@@ -37,7 +37,9 @@ def test_constants_follow_the_device():
 def test_the_cpu_needs_no_cuda(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", None)
     np.save(tmp_path / "a.npy", PIXELS.numpy())
-    batch = next(iter(open_source(str(tmp_path / "a.npy")).batches(SPEC, Reading(batch_size=5, device="cpu"))))
+    batch = next(
+        iter(open_source(str(tmp_path / "a.npy")).batches(SPEC, Reading(batch_size=5, device="cpu")))
+    )
     assert batch.device.type == "cpu"
 
 

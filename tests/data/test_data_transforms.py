@@ -17,7 +17,9 @@ SIZES = [(64, 48), (31, 77), (32, 32), (9, 40), (101, 100)]
 
 
 def picture(size, mode="RGB", seed=0):
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8
+    )
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     return image.convert(mode)
 
@@ -67,7 +69,9 @@ def test_modes_become_rgb_as_the_libraries_load_them(mode):
 
     config = resolve_data_config({}, pretrained_cfg={"input_size": (3, 32, 32), "crop_pct": 0.95})
     theirs = create_transform(**config, is_training=False)
-    spec = InputSpec(config["input_size"], config["mean"], config["std"], config["interpolation"], config["crop_pct"])
+    spec = InputSpec(
+        config["input_size"], config["mean"], config["std"], config["interpolation"], config["crop_pct"]
+    )
     image = picture((50, 41), mode)
     assert alike(ours(spec, image), theirs(image.convert("RGB")))
 
@@ -79,7 +83,9 @@ def test_equals_torchvision(name, size):
 
     theirs = torchvision.models.get_weight(name).transforms()
     crop, resize = theirs.crop_size[0], theirs.resize_size[0]
-    spec = InputSpec((3, crop, crop), tuple(theirs.mean), tuple(theirs.std), theirs.interpolation.value, crop / resize)
+    spec = InputSpec(
+        (3, crop, crop), tuple(theirs.mean), tuple(theirs.std), theirs.interpolation.value, crop / resize
+    )
     image = picture(size)
     assert alike(ours(spec, image), theirs(image))
 
@@ -88,10 +94,14 @@ def test_equals_torchvision(name, size):
 def test_resizing_is_pils(interpolation):
     """Up and down, odd sizes, strips; noise is the hardest picture."""
     off = []
-    for width, height, goal in itertools.product([1, 17, 96, 255, 700], [1, 23, 97, 256, 611], [(20, 31), (64, 48)]):
+    for width, height, goal in itertools.product(
+        [1, 17, 96, 255, 700], [1, 23, 97, 256, 611], [(20, 31), (64, 48)]
+    ):
         image = picture((width, height), seed=width)
         spec = InputSpec((3, goal[1], goal[0]), interpolation=interpolation, crop_mode="squash", crop_pct=1.0)
-        theirs = torch.from_numpy(np.array(image.resize(goal, INTERPOLATIONS[interpolation]))).permute(2, 0, 1)
+        theirs = torch.from_numpy(np.array(image.resize(goal, INTERPOLATIONS[interpolation]))).permute(
+            2, 0, 1
+        )
         difference = ImageTransform(spec)(image).int() - theirs.int()
         if not matches_pil((width, height), goal, interpolation):
             assert not difference.any()
@@ -119,7 +129,9 @@ def test_grey_models_get_one_channel():
 
 def test_random_interpolation_is_bicubic():
     image = picture((40, 40))
-    a, b = (ImageTransform(InputSpec((3, 20, 20), interpolation=name))(image) for name in ("random", "bicubic"))
+    a, b = (
+        ImageTransform(InputSpec((3, 20, 20), interpolation=name))(image) for name in ("random", "bicubic")
+    )
     assert torch.equal(a, b)
 
 
@@ -150,7 +162,11 @@ def test_a_transform_that_means_nothing_is_refused(spec, error, word):
 
 @pytest.mark.parametrize(
     "spec",
-    [InputSpec((1, 8, 8), mean=MEAN), InputSpec((3, 8, 8), std=(0.1, 0.0, 0.1)), InputSpec((3, 8, 8), std=STD[:2])],
+    [
+        InputSpec((1, 8, 8), mean=MEAN),
+        InputSpec((3, 8, 8), std=(0.1, 0.0, 0.1)),
+        InputSpec((3, 8, 8), std=STD[:2]),
+    ],
 )
 def test_normalisation_that_does_not_fit_is_refused(spec):
     with pytest.raises(UsageError, match=r"--mean|--std"):

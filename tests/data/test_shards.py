@@ -82,7 +82,9 @@ def folder(tmp_path: Path) -> Path:
         for number in range(90):
             content = png(number)
             (tmp_path / "images" / f"{number:04}.png").write_bytes(content)
-            writer.write({"__key__": f"{number:04}", "png": content, "cls": number % 7, "json": {"any": "thing"}})
+            writer.write(
+                {"__key__": f"{number:04}", "png": content, "cls": number % 7, "json": {"any": "thing"}}
+            )
     return tmp_path
 
 
@@ -115,7 +117,12 @@ def seen(
 def test_they_are_the_images_of_a_folder(folder: Path) -> None:
     wanted = samples(folder / "images", seed=3)
     source = open_source(str(folder / "shards"))
-    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == ("shards", 90, None, False)
+    assert (source.kind, source.count, source.sample_shape, source.is_preprocessed) == (
+        "shards",
+        90,
+        None,
+        False,
+    )
     for name in (
         "shards",
         "shards/train-{000..002}.tar",
@@ -140,9 +147,13 @@ def test_statistics_are_those_of_a_folder(folder: Path) -> None:
         torch.manual_seed(0)
         model = nets.DenseNet()
         reestimate_bn(
-            model, open_source(str(folder / name)).batches(SPEC, Reading(batch_size=32, workers=0)), force=True
+            model,
+            open_source(str(folder / name)).batches(SPEC, Reading(batch_size=32, workers=0)),
+            force=True,
         )
-        found.append(torch.cat([buffer for key, buffer in model.named_buffers() if key.endswith("running_var")]))
+        found.append(
+            torch.cat([buffer for key, buffer in model.named_buffers() if key.endswith("running_var")])
+        )
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
 
 
@@ -156,7 +167,13 @@ def test_of_several_images_in_a_sample_one_is_taken(tmp_path: Path) -> None:
     assert image_extension(["mask.png", "txt"]) is None
     assert all(image_extension([extension[1:]]) for extension in IMAGE_EXTENSIONS)
     members = [("a.mask.png", grey(1)), ("a.PNG", grey(2)), ("a.bmp", grey(3)), ("deep/er/b.png", grey(4))]
-    members += [(".hidden.png", b""), ("c/._b.png", b""), ("__meta__/d.png", b""), ("none", b""), ("words.txt", b"")]
+    members += [
+        (".hidden.png", b""),
+        ("c/._b.png", b""),
+        ("__meta__/d.png", b""),
+        ("none", b""),
+        ("words.txt", b""),
+    ]
     (tmp_path / "a.tar").write_bytes(packed(members))
     assert sorted(seen(tmp_path / "a.tar")) == [2, 4]
 
@@ -176,7 +193,9 @@ def test_links_and_devices_are_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("far", [False, True])
-def test_unreadable_images_are_skipped_and_named(tmp_path: Path, remote: str, workers: int, far: bool) -> None:
+def test_unreadable_images_are_skipped_and_named(
+    tmp_path: Path, remote: str, workers: int, far: bool
+) -> None:
     members = [(f"{number:03}.png", b"no image" if number in (7, 150) else grey(1)) for number in range(200)]
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
@@ -196,10 +215,14 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path, remote: str, wo
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_absurd_sizes_and_names(tmp_path: Path, remote: str, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absurd_sizes_and_names(
+    tmp_path: Path, remote: str, far: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shard_index, "MAX_IMAGE_BYTES", 1000)
     monkeypatch.setattr("ckpt_tools.data.shards.raw_shards.MAX_IMAGE_BYTES", 1000)
-    members = [(f"{number}.png", grey(1)) for number in range(99)] + [("\x1b[31m" + "x" * 999 + ".png", b"." * 1001)]
+    members = [(f"{number}.png", grey(1)) for number in range(99)] + [
+        ("\x1b[31m" + "x" * 999 + ".png", b"." * 1001)
+    ]
     (tmp_path / "a.tar").write_bytes(packed(members))
     put(remote, [packed(members)])
     stream = open_source(f"{remote}/train-00.tar" if far else str(tmp_path / "a.tar")).batches(
@@ -239,7 +262,9 @@ BAD = [
 @pytest.mark.parametrize(("content", "words"), BAD)
 def test_bad_shards(tmp_path: Path, remote: str, content: bytes, words: str, far: bool) -> None:
     good = levels([[1, 2], [3]])
-    for number, shard in enumerate([*good, content] if "images" not in words and "×" not in words else [content]):
+    for number, shard in enumerate(
+        [*good, content] if "images" not in words and "×" not in words else [content]
+    ):
         MEMORY.pipe(f"{remote}/a-{number}.tar", shard)
         (tmp_path / f"a-{number}.tar").write_bytes(shard)
     with pytest.raises(DataError, match=words) as caught:
@@ -278,7 +303,9 @@ def test_lists_that_lead_nowhere(tmp_path: Path, remote: str, spec: str, words: 
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.tuples(st.text("aé/.\udc80", min_size=1, max_size=300), st.binary(max_size=1100)), max_size=6),
+    st.lists(
+        st.tuples(st.text("aé/.\udc80", min_size=1, max_size=300), st.binary(max_size=1100)), max_size=6
+    ),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
     st.randoms(use_true_random=False),
 )
@@ -327,7 +354,9 @@ def test_sparse_members_are_refused() -> None:
         list(TarReader(content, ""))
 
 
-NAMES = st.lists(st.sampled_from(["", "a", "b", "a/", "a.b/", "_", "__m__", "__m__/"]), max_size=2).map("".join)
+NAMES = st.lists(st.sampled_from(["", "a", "b", "a/", "a.b/", "_", "__m__", "__m__/"]), max_size=2).map(
+    "".join
+)
 EXTENSION = st.lists(st.sampled_from([".png", ".PNG", ".cls", ".a.b", ".", ""]), max_size=2).map("".join)
 
 
@@ -336,7 +365,11 @@ EXTENSION = st.lists(st.sampled_from([".png", ".PNG", ".cls", ".a.b", ".", ""]),
 def test_groups_are_webdatasets(names: list[str]) -> None:
     tariterators = pytest.importorskip("webdataset.tariterators")
     # hidden files, which WebDataset takes for members of a sample named like their folder, are no samples here
-    names = [name for name in names if name and not name.rpartition("/")[2].startswith(".") and not name.endswith("/")]
+    names = [
+        name
+        for name in names
+        if name and not name.rpartition("/")[2].startswith(".") and not name.endswith("/")
+    ]
 
     def outcome(groups: object) -> object:
         try:
@@ -350,12 +383,17 @@ def test_groups_are_webdatasets(names: list[str]) -> None:
         (sample["__key__"], {part: int(data) for part, data in sample.items() if not part.startswith("__")})
         for sample in tariterators.group_by_keys(files)
     )
-    ours = ((sample.key, sample.parts) for sample in group_members(zip(names, range(len(names)), strict=True), "shard"))
+    ours = (
+        (sample.key, sample.parts)
+        for sample in group_members(zip(names, range(len(names)), strict=True), "shard")
+    )
     assert outcome(ours) == outcome(theirs)
 
 
 PATTERN = st.recursive(
-    st.sampled_from(["a", "tr-", "{0..3}", "{08..11}", "{3..1}", "{-1..1}", "{0..9..4}", "{c..e}", "{x}", "{}", ""]),
+    st.sampled_from(
+        ["a", "tr-", "{0..3}", "{08..11}", "{3..1}", "{-1..1}", "{0..9..4}", "{c..e}", "{x}", "{}", ""]
+    ),
     lambda inner: (
         st.lists(inner, min_size=1, max_size=3).map(lambda parts: "{" + ",".join(parts) + "}")
         | st.tuples(inner, inner).map("".join)
@@ -491,7 +529,9 @@ def test_labels_stay_with_batches_that_are_sent_ahead(remote: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("label", "words"), [(None, r"KEY\.cls"), (b"cat", "found b'cat'"), (b"9" * 99, "found b'9999")]
 )
-def test_labels_that_are_none(tmp_path: Path, remote: str, far: bool, label: bytes | None, words: str) -> None:
+def test_labels_that_are_none(
+    tmp_path: Path, remote: str, far: bool, label: bytes | None, words: str
+) -> None:
     content = packed([("a.png", grey(1))] + ([] if label is None else [("a.cls", label)]))
     (tmp_path / "a.tar").write_bytes(content)
     source = open_source(put(remote, [content]) if far else str(tmp_path))

@@ -37,7 +37,12 @@ def trained(digits):
 
 def test_bundled_values_are_the_published_ones(stored):
     images, labels = stored
-    assert (images.shape, images.dtype, labels.shape, labels.dtype) == ((1797, 8, 8), np.uint8, (1797,), np.uint8)
+    assert (images.shape, images.dtype, labels.shape, labels.dtype) == (
+        (1797, 8, 8),
+        np.uint8,
+        (1797,),
+        np.uint8,
+    )
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest() == SHA256_OF_THE_VALUES
 
 

@@ -22,7 +22,9 @@ def inputs(model: nn.Module, data: Tensor) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, given, name=name: seen.update({name: given[0].transpose(0, 1).reshape(given[0].shape[1], -1)})
+            lambda _, given, name=name: seen.update(
+                {name: given[0].transpose(0, 1).reshape(given[0].shape[1], -1)}
+            )
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -66,7 +68,9 @@ def test_distances_on_stored_statistics(model: nn.Module, shape: tuple[int, ...]
 def test_batch_statistics_judge_every_layer_by_itself() -> None:
     data = nets.batches((10,))
     model = nets.trained(nets.mlp(0.0), data)
-    found = measure_agreement(model, [100 * torch.cat(data)], walk(model, data[0]), rates_known=True, normalise="batch")
+    found = measure_agreement(
+        model, [100 * torch.cat(data)], walk(model, data[0]), rates_known=True, normalise="batch"
+    )
     first, *rest = (layer.distance for layer in found.layers)
     assert first > 0.9
     assert max(rest) < 0.1
@@ -140,7 +144,9 @@ def test_reused_layers_and_layers_that_no_forward_reaches() -> None:
         assert [layer.name for layer in found.layers] == ["first", "shared"]
 
 
-@pytest.mark.parametrize(("steps", "counted", "usable"), [(0, True, False), (5, True, False), (60, False, True)])
+@pytest.mark.parametrize(
+    ("steps", "counted", "usable"), [(0, True, False), (5, True, False), (60, False, True)]
+)
 def test_statistics_that_training_has_not_made_cannot_serve(steps: int, counted: bool, usable: bool) -> None:
     data = nets.batches((10,))
     model = nets.mlp(0.0).train()

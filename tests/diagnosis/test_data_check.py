@@ -134,7 +134,9 @@ def test_shifted_images_over_black_are_excused() -> None:
     shifted = torch.stack([p[:, t : t + 16, s : s + 16] for p, t, s in zip(padded, tops, lefts, strict=True)])
     model = nets.trained(nets.ResNet(0.0), list(normalised(shifted, IMAGENET).split(64)), 80)
     given = normalised(x, IMAGENET)
-    verdict = check_data(model, [given], walk(model, given[:2]), spec(IMAGENET), preprocessed=False, rates_known=True)
+    verdict = check_data(
+        model, [given], walk(model, given[:2]), spec(IMAGENET), preprocessed=False, rates_known=True
+    )
     assert verdict.scores is not None
     assert verdict.scores.early > 0.12
     assert verdict.verdict == "agree"
@@ -146,7 +148,9 @@ def test_features_without_a_map() -> None:
     found = walk(model, data[0])
 
     def verdict(scale: float) -> DataVerdict:
-        return check_data(model, [scale * batch for batch in data], found, None, preprocessed=True, rates_known=True)
+        return check_data(
+            model, [scale * batch for batch in data], found, None, preprocessed=True, rates_known=True
+        )
 
     assert verdict(1.0).verdict == "agree"
     assert verdict(255.0).verdict == "disagree"
@@ -188,7 +192,9 @@ def test_untrained_statistics_say_nothing() -> None:
 @pytest.mark.parametrize(("right", "wrong"), list(itertools.permutations([IMAGENET, HALF, RAW, BYTES], 2)))
 @pytest.mark.parametrize("swapped", [True, False])
 @pytest.mark.parametrize("from_file", [True, False])
-def test_some_hypothesis_undoes_any_usual_mistake(right: Norm, wrong: Norm, swapped: bool, from_file: bool) -> None:
+def test_some_hypothesis_undoes_any_usual_mistake(
+    right: Norm, wrong: Norm, swapped: bool, from_file: bool
+) -> None:
     x = pixels("warm")[:64]
     given = normalised(x.flip(1) if swapped else x, wrong)
     wanted = normalised(x, right)

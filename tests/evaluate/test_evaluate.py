@@ -34,7 +34,9 @@ def test_metrics_are_those_of_scikit_learn_and_torchmetrics() -> None:
     p = logits.double().softmax(1).numpy()
     every = range(8)
     assert found["error"].value == pytest.approx(100 * (1 - accuracy_score(labels, p.argmax(1))))
-    assert found["error5"].value == pytest.approx(100 * (1 - top_k_accuracy_score(labels, p, k=5, labels=every)))
+    assert found["error5"].value == pytest.approx(
+        100 * (1 - top_k_accuracy_score(labels, p, k=5, labels=every))
+    )
     assert found["nll"].value == pytest.approx(log_loss(labels, p, labels=every))
     metric = MulticlassCalibrationError(8, n_bins=15, norm="l1")
     metric.update(torch.from_numpy(p), labels)
@@ -53,14 +55,19 @@ def test_the_standard_error_of_ece_is_the_jackknifes() -> None:
     def without(outcomes: Outcomes) -> np.ndarray:
         rest = [torch.arange(80) != image for image in range(80)]
         return np.array(
-            [100 * binary_calibration_error(outcomes.confidence[r], outcomes.correct[r].long()).item() for r in rest]
+            [
+                100 * binary_calibration_error(outcomes.confidence[r], outcomes.correct[r].long()).item()
+                for r in rest
+            ]
         )
 
     def jackknife(values: np.ndarray) -> float:
         return float(np.sqrt(79 / 80 * ((values - values.mean()) ** 2).sum()))
 
     assert measure(after)["ece"].error == pytest.approx(jackknife(without(after)), rel=1e-4)
-    assert changes(before, after)["ece"].error == pytest.approx(jackknife(without(after) - without(before)), rel=1e-4)
+    assert changes(before, after)["ece"].error == pytest.approx(
+        jackknife(without(after) - without(before)), rel=1e-4
+    )
 
 
 def test_changes_are_paired() -> None:
@@ -102,7 +109,9 @@ def test_the_temperature_is_scipys(heat: float) -> None:
 
     best = minimize_scalar(nll, bounds=(-4.6, 4.6), method="bounded", options={"xatol": 1e-9})
     assert fit_temperature(logits, labels) == pytest.approx(np.exp(best.x), rel=1e-5)
-    assert fit_temperature(logits * 1e-3 + 500, labels) == pytest.approx(max(np.exp(best.x) * 1e-3, LOWEST), rel=1e-3)
+    assert fit_temperature(logits * 1e-3 + 500, labels) == pytest.approx(
+        max(np.exp(best.x) * 1e-3, LOWEST), rel=1e-3
+    )
 
 
 def test_temperatures_end_somewhere() -> None:

@@ -86,16 +86,28 @@ def _states(output: Path, files: Path) -> tuple[dict[str, Tensor], dict[str, Ten
 def test_the_table(files: Path) -> None:
     result = run(*job(files, "--eval-data", files / "val.npz", "--calibrate"))
     assert result.exit_code == 0, result.output
-    for words in ("top-1 error, %", "NLL at T, nats", "ECE, %", "before", "change", "128 images, 5 classes", "±"):
+    for words in (
+        "top-1 error, %",
+        "NLL at T, nats",
+        "ECE, %",
+        "before",
+        "change",
+        "128 images, 5 classes",
+        "±",
+    ):
         assert words in result.stdout
     assert "top-5" not in result.stdout
     assert (
-        result.stdout.index("largest changes") < result.stdout.index("top-1 error") < result.stdout.index("written: ")
+        result.stdout.index("largest changes")
+        < result.stdout.index("top-1 error")
+        < result.stdout.index("written: ")
     )
 
 
 def test_a_failed_gate_leaves_no_output(files: Path) -> None:
-    result = run(*job(files, "--eval-data", files / "val.npz", "--gate", "ece <= 50 and error <= before - 80"))
+    result = run(
+        *job(files, "--eval-data", files / "val.npz", "--gate", "ece <= 50 and error <= before - 80")
+    )
     assert result.exit_code == 4
     assert "error <= before - 80: error is" in result.stderr
     assert "Nothing was written" in result.stderr
@@ -131,7 +143,9 @@ def test_programs_are_told_what_a_failed_gate_saw(files: Path) -> None:
         (["--eval-data", "seven.npz"], 1, "label 6 is no class of a head with 5 outputs"),
     ],
 )
-def test_bad_input(files: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], code: int, said: str) -> None:
+def test_bad_input(
+    files: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], code: int, said: str
+) -> None:
     monkeypatch.chdir(files)
     (files / "map.json").write_text('{"a": 0}')
     np.savez("seven.npz", images=np.zeros((14, 3, 8, 8), np.float32), labels=np.arange(14) % 7)
@@ -146,7 +160,17 @@ def test_bad_input(files: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 def test_two_files(files: Path) -> None:
     assert run(*job(files)).exit_code == 0
     after = files / "model.bn.safetensors"
-    arguments = ("evaluate", after, "--data", files / "val.npz", "--before", files / "model.pt", *ARCH, "-q", "--json")
+    arguments = (
+        "evaluate",
+        after,
+        "--data",
+        files / "val.npz",
+        "--before",
+        files / "model.pt",
+        *ARCH,
+        "-q",
+        "--json",
+    )
     found = json.loads(run(*arguments).stdout)["metrics"]
     assert found["before"]["error"]["value"] == pytest.approx(truth(files / "model.pt", files)["error"])
     assert found["after"]["nll"]["value"] == pytest.approx(truth(after, files)["nll"], rel=1e-4)
@@ -253,7 +277,9 @@ def test_a_checkpoint_without_its_head_is_not_judged(files: Path) -> None:
     import timm
 
     state = timm.create_model("resnet18").state_dict()
-    torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, files / "headless.pt")
+    torch.save(
+        {key: value for key, value in state.items() if not key.startswith("fc.")}, files / "headless.pt"
+    )
     np.savez(files / "big.npz", images=np.zeros((4, 3, 64, 64), np.float32), labels=np.arange(4))
     arguments = ("--data", files / "big.npz", "--arch", "timm:resnet18", "-q")
     own = {key.replace("fc.", "fc.0."): value for key, value in state.items()}

@@ -59,13 +59,22 @@ def test_a_digest_knows_no_order_and_no_counters(some, random):
 @given(shapes, st.sets(keys))
 def test_a_part_is_what_the_rest_adds_up_to(some, head):
     part = ModelPart("", some)
-    assert part.body_digest(head) == ModelPart("", {key: s for key, s in some.items() if key not in head}).full_digest
+    assert (
+        part.body_digest(head)
+        == ModelPart("", {key: s for key, s in some.items() if key not in head}).full_digest
+    )
     attributes = top_attributes(head)
     assert (
         part.trunk_digest(attributes)
-        == ModelPart("", {k: s for k, s in some.items() if top_attributes([k])[0] not in attributes}).full_digest
+        == ModelPart(
+            "", {k: s for k, s in some.items() if top_attributes([k])[0] not in attributes}
+        ).full_digest
     )
-    wide = {k: s for k, s in some.items() if top_attributes([k])[0] not in attributes and k not in head and len(s) > 1}
+    wide = {
+        k: s
+        for k, s in some.items()
+        if top_attributes([k])[0] not in attributes and k not in head and len(s) > 1
+    }
     assert part.frame_digest(attributes, head) == ModelPart("", wide).full_digest
 
 
@@ -82,7 +91,9 @@ def test_another_shape_or_key_is_another_digest(some):
 @settings(max_examples=30)
 @given(st.lists(shapes, min_size=1, max_size=5))
 def test_an_index_comes_back_as_it_was(many):
-    entries = tuple(make_index_entry(f"lib:{i}", one, list(one)[:2], list(one)[2:3]) for i, one in enumerate(many))
+    entries = tuple(
+        make_index_entry(f"lib:{i}", one, list(one)[:2], list(one)[2:3]) for i, one in enumerate(many)
+    )
     index = ArchitectureIndex({"lib": "1.0"}, entries)
     assert decode_index(encode_index(index)) == index
     assert encode_index(index) == encode_index(decode_index(encode_index(index)))
@@ -92,7 +103,9 @@ def test_the_shipped_index_is_small_and_says_what_it_was_made_of():
     assert files("ckpt_tools.identify").joinpath("index.json.gz").stat().st_size < 60_000
     assert load_shipped_index().versions.keys() == {"timm", "torchvision"}
     assert len(load_shipped_index().entries) > 1400
-    assert len({entry.architecture for entry in load_shipped_index().entries}) == len(load_shipped_index().entries)
+    assert len({entry.architecture for entry in load_shipped_index().entries}) == len(
+        load_shipped_index().entries
+    )
 
 
 @pytest.mark.parametrize("architecture", SMALL)
@@ -102,7 +115,9 @@ def test_the_shipped_index_says_what_the_libraries_build(architecture):
         pytest.skip("built with another version; scripts/run build_index makes a new one")
     adapter, name = plugins.resolve(architecture)
     own = built(architecture)
-    head, stem = (keys_depending_on(adapter, name, {}, words, own) for words in (CLASS_KEYWORDS, CHANNEL_KEYWORDS))
+    head, stem = (
+        keys_depending_on(adapter, name, {}, words, own) for words in (CLASS_KEYWORDS, CHANNEL_KEYWORDS)
+    )
     known = next(entry for entry in load_shipped_index().entries if entry.architecture == architecture)
     assert known == make_index_entry(architecture, own, head, stem)
 
@@ -125,7 +140,9 @@ def test_another_class_count_is_found_without_the_head(architecture):
 
 
 @pytest.mark.parametrize("architecture", [name for name in SMALL if name.startswith("timm")])
-@pytest.mark.parametrize("kwargs", [{"num_classes": 0}, {"in_chans": 1}, {"in_chans": 5, "num_classes": 3}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"num_classes": 0}, {"in_chans": 1}, {"in_chans": 5, "num_classes": 3}], ids=str
+)
 def test_headless_and_other_channels_are_found(architecture, kwargs):
     assert any(
         architecture in match.architectures

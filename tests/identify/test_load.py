@@ -75,7 +75,9 @@ def test_a_timm_train_py_checkpoint_needs_nothing_said(tmp_path):
     args = argparse.Namespace(
         model="resnet18", num_classes=6, drop=0.0, drop_path=0.1, input_size=[1, 64, 64], model_kwargs={}
     )
-    torch.save({"arch": "resnet18", "state_dict": model.state_dict(), "args": args, "version": 2}, tmp_path / "m.pt")
+    torch.save(
+        {"arch": "resnet18", "state_dict": model.state_dict(), "args": args, "version": 2}, tmp_path / "m.pt"
+    )
     loaded = load(tmp_path / "m.pt")
     assert (loaded.recipe.architecture, loaded.rates) == ("timm:resnet18", "recorded")
     assert loaded.recipe.kwargs["drop_path_rate"] == 0.1
@@ -172,7 +174,9 @@ def test_a_misfit_names_the_first_differences_and_both_shapes():
 
 
 def test_a_file_without_words_asks_for_an_architecture():
-    with pytest.raises(ArchitectureError, match=r"(?s)does not say which architecture it holds\..*Give --arch"):
+    with pytest.raises(
+        ArchitectureError, match=r"(?s)does not say which architecture it holds\..*Give --arch"
+    ):
         identify_model(checkpoint(Small(), epoch=3))
     with pytest.raises(ArchitectureError, match=r"(?s)'my_net', which no adapter.*--arch"):
         identify_model(checkpoint(Small(), arch="my_net"))
@@ -203,7 +207,15 @@ def test_an_architecture_alone():
 
 
 def test_model_kwargs_are_python_values_or_strings():
-    pairs = ["drop_rate=0.2", "block_config=(4, 4)", "norm=bn", "bias=False", "url=a=b", "none=None", "empty="]
+    pairs = [
+        "drop_rate=0.2",
+        "block_config=(4, 4)",
+        "norm=bn",
+        "bias=False",
+        "url=a=b",
+        "none=None",
+        "empty=",
+    ]
     assert parse_model_kwargs(pairs) == {
         "drop_rate": 0.2, "block_config": (4, 4), "norm": "bn", "bias": False, "url": "a=b", "none": None, "empty": "",
     }  # fmt: skip

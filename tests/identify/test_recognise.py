@@ -56,7 +56,10 @@ def test_a_bare_state_dict_says_what_it_is(tmp_path, prefix, dtype):
     state = {prefix + key: t for key, t in reversed(model.state_dict().items())}
     torch.save(state | ({"criterion.weight": torch.ones(7)} if prefix else {}), tmp_path / "m.pt")
     loaded = load(tmp_path / "m.pt")
-    assert (loaded.recipe.architecture, loaded.recognised_by) == ("timm:test_efficientnet", "shapes without head")
+    assert (loaded.recipe.architecture, loaded.recognised_by) == (
+        "timm:test_efficientnet",
+        "shapes without head",
+    )
     assert (loaded.rates, loaded.as_built, loaded.twins) == ("unknown", (), ())
     assert loaded.checkpoint.prefix == prefix
     assert same_function(loaded, model.float())
@@ -65,7 +68,9 @@ def test_a_bare_state_dict_says_what_it_is(tmp_path, prefix, dtype):
 @pytest.mark.parametrize("architecture", [None, "timm:test_efficientnet"])
 def test_a_loss_with_weights_of_its_own_is_no_part_of_the_model(architecture):
     model = trained(timm.create_model("test_efficientnet", num_classes=7))
-    loaded = identify_model(checkpoint(model.state_dict() | {"criterion.weight": torch.ones(7)}), architecture)
+    loaded = identify_model(
+        checkpoint(model.state_dict() | {"criterion.weight": torch.ones(7)}), architecture
+    )
     assert (loaded.recipe.architecture, loaded.as_built) == ("timm:test_efficientnet", ("criterion.",))
     assert "criterion.weight" in loaded.checkpoint.tensors
     assert same_function(loaded, model)
@@ -159,11 +164,17 @@ def test_the_users_arguments_hold_for_what_the_tensors_tell():
 
 def test_a_backbone_in_a_larger_model_is_no_answer():
     neck = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).state_dict()
-    state = {f"backbone.{key}": t for key, t in timm.create_model("test_efficientnet").state_dict().items()} | neck
-    with pytest.raises(ArchitectureError, match=r"timm:test_efficientnet \(.*first difference 0\.weight: only in"):
+    state = {
+        f"backbone.{key}": t for key, t in timm.create_model("test_efficientnet").state_dict().items()
+    } | neck
+    with pytest.raises(
+        ArchitectureError, match=r"timm:test_efficientnet \(.*first difference 0\.weight: only in"
+    ):
         identify_model(checkpoint(state))
     copies = {
-        p + key: t for p in ("a.", "b.") for key, t in timm.create_model("test_efficientnet").state_dict().items()
+        p + key: t
+        for p in ("a.", "b.")
+        for key, t in timm.create_model("test_efficientnet").state_dict().items()
     }
     assert identify_model(checkpoint(copies)).checkpoint.prefix == "a."
 
@@ -174,15 +185,22 @@ def test_twins_of_one_function_are_one_answer():
     assert (loaded.recipe.architecture, loaded.twins) == ("timm:densenet121", ("torchvision:densenet121",))
     assert same_function(loaded, model)
     published = identify_model(checkpoint(model, "densenet121-a639ec97.pth"))
-    assert (published.recipe.architecture, published.twins) == ("torchvision:densenet121", ("timm:densenet121",))
-    pickled = identify_model(checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}}))
+    assert (published.recipe.architecture, published.twins) == (
+        "torchvision:densenet121",
+        ("timm:densenet121",),
+    )
+    pickled = identify_model(
+        checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}})
+    )
     assert pickled.recipe.adapter == "torchvision"
 
 
 def test_the_class_of_a_pickled_module_goes_before_a_library_whose_headless_model_fits_better():
     model = torchvision.models.densenet121(num_classes=2)
     model.classifier = nn.Sequential(nn.Dropout(0.3), nn.Linear(1024, 2))
-    pickled = identify_model(checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}}))
+    pickled = identify_model(
+        checkpoint(model, module={"class": "torchvision.models.densenet.DenseNet", "rates": {}})
+    )
     assert (pickled.recipe.adapter, pickled.as_built) == ("torchvision", ("classifier.",))
 
 
@@ -238,7 +256,9 @@ def test_other_padding_is_another_function_and_pruning_is_none():
             for name in names
         ]
 
-    plain, pruned, same = answers("timm:efficientnet_es", "timm:efficientnet_es_pruned", "timm:tf_efficientnet_es")
+    plain, pruned, same = answers(
+        "timm:efficientnet_es", "timm:efficientnet_es_pruned", "timm:tf_efficientnet_es"
+    )
     assert torch.equal(plain, pruned)
     assert (plain - same).norm() > 0.1 * plain.norm()
 
@@ -318,7 +338,11 @@ def folded(model):
         (nn.Linear(2, 2).state_dict(), "no BatchNorm statistics in it"),
         (folded(timm.create_model("resnet10t")), "looks like timm:resnet10t with its BatchNorm folded"),
         (
-            {"fc.scale": torch.ones(1), "fc.zero_point": torch.ones(1), "fc._packed_params.dtype": torch.ones(1)},
+            {
+                "fc.scale": torch.ones(1),
+                "fc.zero_point": torch.ones(1),
+                "fc._packed_params.dtype": torch.ones(1),
+            },
             "quantised",
         ),
     ],
@@ -342,7 +366,10 @@ def test_the_rates_of_a_pickled_module_are_set_where_they_belong():
         "blocks.2.0.drop_path": {"drop_prob": 0.3},
     }
     state = timm.create_model("test_efficientnet").state_dict()
-    words = {"class": "timm.models.efficientnet.EfficientNet", "rates": rates | {"gone": {"p": 0.5, "odd": "x"}}}
+    words = {
+        "class": "timm.models.efficientnet.EfficientNet",
+        "rates": rates | {"gone": {"p": 0.5, "odd": "x"}},
+    }
     loaded = identify_model(checkpoint(state, module=words))
     assert (loaded.rates, loaded.recipe.kwargs["drop_path_rate"]) == ("recorded", 0.3)
     assert loaded.model.drop_rate == 0.1
@@ -351,7 +378,9 @@ def test_the_rates_of_a_pickled_module_are_set_where_they_belong():
     assert identify_model(checkpoint(state, module=words), None, {"drop_rate": 0.4}).rates == "given"
 
 
-@pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel, lambda model: nn.DataParallel(nn.Sequential(model))])
+@pytest.mark.parametrize(
+    "wrap", [nn.Sequential, nn.DataParallel, lambda model: nn.DataParallel(nn.Sequential(model))]
+)
 def test_the_rates_of_a_wrapped_module_are_found(tmp_path, wrap):
     torch.save(wrap(torchvision.models.densenet121(drop_rate=0.2)), tmp_path / "m.pt")
     loaded = load(tmp_path / "m.pt")
@@ -359,7 +388,9 @@ def test_the_rates_of_a_wrapped_module_are_found(tmp_path, wrap):
     assert loaded.model.features.denseblock1.denselayer1.drop_rate == 0.2
 
 
-@pytest.mark.parametrize("rates", [{"drop_block_rate": 0.1}, {"drop_block_rate": 0.1, "drop_path_rate": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "rates", [{"drop_block_rate": 0.1}, {"drop_block_rate": 0.1, "drop_path_rate": 0.2}], ids=str
+)
 def test_drop_blocks_are_no_drop_paths(tmp_path, rates):
     model = timm.create_model("resnet26d", **rates)
     torch.save(model, tmp_path / "m.pt")
@@ -367,24 +398,31 @@ def test_drop_blocks_are_no_drop_paths(tmp_path, rates):
     assert loaded.rates == "recorded"
     assert {key: value for key, value in loaded.recipe.kwargs.items() if "drop" in key} == rates
     own, found = [
-        [(n, m.drop_prob) for n, m in x.named_modules() if hasattr(m, "drop_prob")] for x in (model, loaded.model)
+        [(n, m.drop_prob) for n, m in x.named_modules() if hasattr(m, "drop_prob")]
+        for x in (model, loaded.model)
     ]
     assert own == found
 
 
 def test_rates_of_layers_that_the_architecture_has_not_leave_the_others_unknown():
     words = {"class": "mine.Net", "rates": {"features.drop_path": {"drop_prob": 0.3}}}
-    assert identify_model(checkpoint(torchvision.models.shufflenet_v2_x0_5(), module=words)).rates == "unknown"
+    assert (
+        identify_model(checkpoint(torchvision.models.shufflenet_v2_x0_5(), module=words)).rates == "unknown"
+    )
 
 
-@pytest.mark.parametrize("words", [None, 3, {"rates": [1]}, {"class": 5, "rates": {"a": 3, 4: {"p": 1}}}], ids=str)
+@pytest.mark.parametrize(
+    "words", [None, 3, {"rates": [1]}, {"class": 5, "rates": {"a": 3, 4: {"p": 1}}}], ids=str
+)
 def test_hostile_words_about_a_module_are_no_words(words):
     assert identify_model(checkpoint(timm.create_model("resnet10t"), module=words)).rates == "unknown"
 
 
 def test_a_trusted_module_is_the_model_itself():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3)))
-    some = Checkpoint(Path("m.pt"), "pickle", model.state_dict(), module=nn.DataParallel(model), prefix="module.")
+    some = Checkpoint(
+        Path("m.pt"), "pickle", model.state_dict(), module=nn.DataParallel(model), prefix="module."
+    )
     loaded = identify_model(some)
     assert (loaded.recognised_by, loaded.rates, loaded.recipe.name) == ("module", "model", "Sequential")
     assert same_function(loaded, model)

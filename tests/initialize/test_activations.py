@@ -54,7 +54,9 @@ def test_against_scipy(name: str) -> None:
     def expect(g: object) -> float:
         points = [-12, *kinks, 12]
         density = [
-            integrate.quad(lambda z: float(g(z)) * math.exp(-z * z / 2) / math.sqrt(2 * math.pi), a, b, epsabs=1e-13)[0]
+            integrate.quad(
+                lambda z: float(g(z)) * math.exp(-z * z / 2) / math.sqrt(2 * math.pi), a, b, epsabs=1e-13
+            )[0]
             for a, b in itertools.pairwise(points)
         ]
         return sum(density)

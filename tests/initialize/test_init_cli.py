@@ -63,7 +63,10 @@ def fresh(tmp_path: Path) -> Path:
 
 
 def weights_of(path: Path) -> dict[str, bytes]:
-    return {key: value.numpy().tobytes() for key, value in torch.load(path, weights_only=True)["state_dict"].items()}
+    return {
+        key: value.numpy().tobytes()
+        for key, value in torch.load(path, weights_only=True)["state_dict"].items()
+    }
 
 
 def written(path: Path) -> dict[str, bytes]:
@@ -76,7 +79,9 @@ def tampered(path: Path, target: Path, change: dict[str, Tensor], **said: object
         words = json.loads(file.metadata()["ckpt_tools"])
     metadata = {"format": "pt", "ckpt_tools": json.dumps({**words, **said})}
     tensors = load_file(path) | change
-    write_safetensors(target, {key: tensors[key] for key in raw_tensors(path)}, metadata=metadata)  # in their order
+    write_safetensors(
+        target, {key: tensors[key] for key in raw_tensors(path)}, metadata=metadata
+    )  # in their order
     return target
 
 
@@ -99,12 +104,15 @@ def test_only_weights_and_their_biases_differ_from_the_checkpoint(fresh: Path) -
 
 def test_half_precision_stays(fresh: Path) -> None:
     state = {
-        key: value.half() if value.is_floating_point() else value for key, value in nets.DenseNet().state_dict().items()
+        key: value.half() if value.is_floating_point() else value
+        for key, value in nets.DenseNet().state_dict().items()
     }
     torch.save(state, fresh)
     ok("init-rewrite", fresh, *DENSE)
     after = load_file(fresh.with_name("fresh.init.safetensors"))
-    assert {key: value.dtype for key, value in after.items()} == {key: value.dtype for key, value in state.items()}
+    assert {key: value.dtype for key, value in after.items()} == {
+        key: value.dtype for key, value in state.items()
+    }
     assert not torch.equal(after["head.weight"], state["head.weight"])
     assert ok("diff", fresh, fresh.with_name("fresh.init.safetensors"), "--expect", "init").exit_code == 0
 
@@ -113,7 +121,9 @@ def test_an_architecture_alone_keeps_the_library_s_other_values(tmp_path: Path) 
     torch.manual_seed(7)
     built = Mixed().state_dict()
     torch.manual_seed(99)
-    found = json.loads(ok("init-rewrite", *MIXED, "--seed", 7, "-o", tmp_path / "init.safetensors", "--json").stdout)
+    found = json.loads(
+        ok("init-rewrite", *MIXED, "--seed", 7, "-o", tmp_path / "init.safetensors", "--json").stdout
+    )
     after = load_file(tmp_path / "init.safetensors")
     assert list(raw_tensors(tmp_path / "init.safetensors")) == list(built)
     for key in ("position", "table.weight", "norm.weight", "norm.bias"):
@@ -137,7 +147,9 @@ def test_tied_weights_are_new_under_every_name(tmp_path: Path) -> None:
 def test_a_seed_fixes_every_byte_and_another_seed_none_of_the_weights(fresh: Path, source: str) -> None:
     given = (*((fresh,) if source == "checkpoint" else ()), *DENSE)
     made = []
-    for number, options in enumerate([("--seed", 3), ("--seed", 3, "--verify", "--samples", 8), ("--seed", 4)]):
+    for number, options in enumerate(
+        [("--seed", 3), ("--seed", 3, "--verify", "--samples", 8), ("--seed", 4)]
+    ):
         torch.manual_seed(number)
         ok("init-rewrite", *given, *options, "-o", fresh.with_name(f"{number}.safetensors"))
         made.append(fresh.with_name(f"{number}.safetensors"))
@@ -168,7 +180,9 @@ def test_seeding_a_build_leaves_every_generator_as_it_was() -> None:
 
 def test_json_tells_everything(fresh: Path) -> None:
     rate = ("--model-kwargs", "drop_rate=0.3")
-    result = ok("init-rewrite", fresh, *DENSE, *rate, "--scheme", "normal", "--backward-term", "off", "--json")
+    result = ok(
+        "init-rewrite", fresh, *DENSE, *rate, "--scheme", "normal", "--backward-term", "off", "--json"
+    )
     found = json.loads(result.stdout)
     settings = ("scheme", "rule", "backward_term", "backward_factor", "seed")
     assert [found[name] for name in settings] == ["normal", "paper", "off", "paper", 0]
@@ -180,14 +194,23 @@ def test_json_tells_everything(fresh: Path) -> None:
     assert found["verification"] is None
     names = [layer["name"] for layer in found["layers"]]
     assert names == ["stem", "convs.0", "convs.1", "convs.2", "convs.3", "head"]
-    assert {"activation", "second_moment", "keep", "next_slope", "divisor"} <= found["layers"][-1]["factors"].keys()
+    assert {"activation", "second_moment", "keep", "next_slope", "divisor"} <= found["layers"][-1][
+        "factors"
+    ].keys()
     assert all(layer["reason"] and not layer["rewritten"] for layer in found["left"])
 
 
 def test_the_table_lists_layers_in_order_and_groups_what_is_left(tmp_path: Path) -> None:
     text = ok("init-rewrite", *MIXED, "-o", tmp_path / "init.safetensors").stdout
     assert text.index("\nfirst ") < text.index("\nhead ")
-    for words in ("divided by", "left as they are: ", "table.weight", "written: ", "sha256", "hypersphere, seed 0"):
+    for words in (
+        "divided by",
+        "left as they are: ",
+        "table.weight",
+        "written: ",
+        "sha256",
+        "hypersphere, seed 0",
+    ):
         assert words in text
     assert not text.endswith("\n\n")
 
@@ -196,7 +219,9 @@ def test_a_long_table_is_cut_with_a_hint(tmp_path: Path) -> None:
     deep = ("--arch", "nets:DenseNet", "--input-size", "3,8,8", "--model-kwargs", "layers=45")
     text = ok("init-rewrite", *deep, "-o", tmp_path / "init.safetensors").stdout
     assert "and 7 more (--json lists all)" in text
-    found = json.loads(ok("init-rewrite", *deep, "-o", tmp_path / "init.safetensors", "--overwrite", "--json").stdout)
+    found = json.loads(
+        ok("init-rewrite", *deep, "-o", tmp_path / "init.safetensors", "--overwrite", "--json").stdout
+    )
     assert len(found["layers"]) == 47
 
 
@@ -204,7 +229,9 @@ def test_a_long_table_is_cut_with_a_hint(tmp_path: Path) -> None:
 def test_verification_measures_every_layer_before_and_after(fresh: Path, data: bool) -> None:
     np.save(fresh.with_name("data.npy"), torch.cat(nets.batches((3, 8, 8))).numpy())
     how = ("--data", fresh.with_name("data.npy")) if data else ("--verify",)
-    found = json.loads(ok("init-rewrite", fresh, *DENSE, *how, "--samples", 20, "--device", "cpu", "--json").stdout)
+    found = json.loads(
+        ok("init-rewrite", fresh, *DENSE, *how, "--samples", 20, "--device", "cpu", "--json").stdout
+    )
     tried = found["verification"]
     assert (tried["samples"], tried["device"]) == (20, "cpu")
     assert ("data.npy" if data else "N(0, 1)") in tried["inputs"]
@@ -214,7 +241,9 @@ def test_verification_measures_every_layer_before_and_after(fresh: Path, data: b
         assert row["after"]["variance"] > 0
         assert row["after"] != row["before"]
         assert row["after"].keys() == {"variance", "error_variance"}
-    assert tried["within_range"]["after"] == sum(0.5 <= row["after"]["variance"] <= 2 for row in tried["layers"])
+    assert tried["within_range"]["after"] == sum(
+        0.5 <= row["after"]["variance"] <= 2 for row in tried["layers"]
+    )
 
 
 def test_a_report_is_a_picture_beside_the_output(fresh: Path) -> None:
@@ -239,7 +268,13 @@ def output(fresh: Path) -> Path:
 def test_diff_passes_and_names_whatever_else_changed(fresh: Path, output: Path, expect: str) -> None:
     assert json.loads(ok("diff", fresh, output, "--expect", expect, "--json").stdout)["expect"] == "init"
     after = load_file(output)
-    for key in ("norms.1.weight", "norms.1.bias", "norm.running_var", "norm.num_batches_tracked", "stem.bias"):
+    for key in (
+        "norms.1.weight",
+        "norms.1.bias",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+        "stem.bias",
+    ):
         other = tampered(output, output.with_name(f"{key}.safetensors"), {key: after[key] + 1})
         result = run("diff", fresh, other, "--expect", expect)
         assert result.exit_code == 4
@@ -300,7 +335,11 @@ ALONE = ("-o", "new.safetensors")
 BAD = {
     "nothing given": (["-o", "new.safetensors"], 2, "--arch"),
     "no output": ([*DENSE], 2, "-o"),
-    "no weight layers": (["--arch", "test_init_cli:no_weights", "--input-size", "3,8,8", *ALONE], 1, "convolution"),
+    "no weight layers": (
+        ["--arch", "test_init_cli:no_weights", "--input-size", "3,8,8", *ALONE],
+        1,
+        "convolution",
+    ),
     "no input size": (["--arch", "nets:DenseNet", *ALONE], 2, "--input-size"),
     "wrong input size": (["--arch", "nets:DenseNet", "--input-size", "4,8,8", *ALONE], 1, "--input-size"),
     "unknown architecture": (["--arch", "timm:resnt18", *ALONE], 1, "resnet18"),
@@ -336,7 +375,9 @@ def test_bad_input(case: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.exit_code == code or (code is None and result.exit_code in (1, 2)), result.output
     assert words in result.stderr
     assert "This is a bug" not in result.output
-    assert {name: Path(name).read_bytes() for name in names_in(fresh.parent)} == mine, "nothing may be written"
+    assert {name: Path(name).read_bytes() for name in names_in(fresh.parent)} == mine, (
+        "nothing may be written"
+    )
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,9 @@ def an_input(case: Case, batch: int) -> Tensor:
 
 def middle(case: Case, z: Tensor) -> Tensor:
     """(batch, units, phases): one whole period of output positions in the middle, away from the edges."""
-    window = tuple(slice(size // 2, size // 2 + step) for size, step in zip(z.shape[2:], case.period, strict=True))
+    window = tuple(
+        slice(size // 2, size // 2 + step) for size, step in zip(z.shape[2:], case.period, strict=True)
+    )
     return z[(..., *window)].flatten(2) if case.period else z[..., None]
 
 
@@ -127,7 +129,9 @@ def test_standard_normal_input_gives_variance_one_at_every_output_phase(case: Ca
     with torch.no_grad():
         for seed in range(draws):
             fill(case.layer.weight, case.geometry, scheme, generator(seed))
-            variance = variance + middle(case, case.layer(an_input(case, batch))).square().mean((0, 1)) / draws
+            variance = (
+                variance + middle(case, case.layer(an_input(case, batch))).square().mean((0, 1)) / draws
+            )
     reached = variance[variance > 0]
     assert len(reached)
     torch.testing.assert_close(reached, torch.ones_like(reached), atol=0.15, rtol=0)
@@ -183,7 +187,11 @@ def test_fans_count_what_a_unit_sums_and_what_an_input_feeds(case: Case) -> None
     fan_in, fan_out = fans(case.layer.weight.shape, case.geometry)
     per_phase = (fan_in_vectors(case) != 0).sum(-1).double().mean().item()
     assert fan_in == max(1, round(per_phase))
-    x = an_input(case, 1) if not case.period else torch.zeros(1, case.layer.in_channels, *(9,) * len(case.period))
+    x = (
+        an_input(case, 1)
+        if not case.period
+        else torch.zeros(1, case.layer.in_channels, *(9,) * len(case.period))
+    )
     (fed,) = torch.autograd.grad(case.layer(x.requires_grad_()).sum(), x)
     assert fan_out == fed[(0, 0, *(size // 2 for size in x.shape[2:]))].item()
 
@@ -253,7 +261,9 @@ def test_the_norms_are_those_of_the_formula(factor: BackwardFactor) -> None:
 def test_auto_adds_the_backward_term_to_linear_weights_only() -> None:
     for shape, auto in (((6, 50), "on"), ((6, 5, 3), "off"), ((6, 5, 3, 3), "off")):
         found = dropout_corrected_(torch.empty(shape), torch.relu, generator=generator())
-        expected = dropout_corrected_(torch.empty(shape), torch.relu, backward_term=auto, generator=generator())
+        expected = dropout_corrected_(
+            torch.empty(shape), torch.relu, backward_term=auto, generator=generator()
+        )
         assert torch.equal(found, expected)
 
 
@@ -332,9 +342,13 @@ def test_figure_5_the_papers_factor_lets_errors_grow_by_the_square_of_the_keep_p
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_generator_makes_it_reproducible_and_the_global_one_is_left_alone(scheme: Scheme) -> None:
     before = torch.get_rng_state()
-    first, second = (dropout_corrected_(torch.empty(4, 6), scheme=scheme, generator=generator(5)) for _ in range(2))
+    first, second = (
+        dropout_corrected_(torch.empty(4, 6), scheme=scheme, generator=generator(5)) for _ in range(2)
+    )
     assert torch.equal(first, second)
-    assert not torch.equal(first, dropout_corrected_(torch.empty(4, 6), scheme=scheme, generator=generator(6)))
+    assert not torch.equal(
+        first, dropout_corrected_(torch.empty(4, 6), scheme=scheme, generator=generator(6))
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -364,7 +378,9 @@ def test_views_are_written_through(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_any_floating_dtype_gets_the_float32_values_rounded_once(scheme: Scheme, dtype: torch.dtype) -> None:
     single = dropout_corrected_(torch.empty(4, 6), F.gelu, 0.8, scheme=scheme, generator=generator())
-    found = dropout_corrected_(torch.empty(4, 6, dtype=dtype), F.gelu, 0.8, scheme=scheme, generator=generator())
+    found = dropout_corrected_(
+        torch.empty(4, 6, dtype=dtype), F.gelu, 0.8, scheme=scheme, generator=generator()
+    )
     assert torch.equal(found, single.to(dtype))
 
 
@@ -396,9 +412,15 @@ BAD_ARGUMENTS = {
     "no function": ({"activation": "relu"}, "activation='relu': expected a function"),
     "no pointwise function": ({"next_activation": lambda z: z.softmax(-1)}, "pointwise"),
     "a random function": ({"activation": nn.Dropout(0.5)}, "random"),
-    "nothing comes through": ({"activation": lambda z: 0 * z, "backward_term": "off"}, "lets nothing through"),
+    "nothing comes through": (
+        {"activation": lambda z: 0 * z, "backward_term": "off"},
+        "lets nothing through",
+    ),
     "groups": ({"geometry": Geometry("convolution", groups=3)}, "groups that divide 4"),
-    "stride": ({"geometry": Geometry("transposed convolution", stride=(2, 2))}, "0 numbers above 0 as stride"),
+    "stride": (
+        {"geometry": Geometry("transposed convolution", stride=(2, 2))},
+        "0 numbers above 0 as stride",
+    ),
 }
 
 

@@ -39,7 +39,9 @@ def hooked(model: nn.Module) -> Iterator[tuple[dict[str, list[Tensor]], dict[str
             weights = [names.get(id(arg), names.get(id(getattr(arg, "_base", None)))) for arg in args[:2]]
             for name in filter(None, weights):  # none in attention's product of queries and keys
                 outputs.setdefault(name, []).append(z.detach().clone().flatten())
-                z.register_hook(lambda delta, name=name: errors.setdefault(name, []).append(delta.clone().flatten()))
+                z.register_hook(
+                    lambda delta, name=name: errors.setdefault(name, []).append(delta.clone().flatten())
+                )
             return z
 
         return caught
@@ -69,7 +71,9 @@ def oracle(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, tuple[float
 class Net(nn.Module):
     """Parts and a function of them."""
 
-    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+    def __init__(
+        self, function: Callable[[nn.Module, Tensor], Tensor], **parts: nn.Module | nn.Parameter
+    ) -> None:
         super().__init__()
         self.function = function
         for name, part in parts.items():
@@ -81,7 +85,13 @@ class Net(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.4), nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3)
+        nn.Linear(6, 16),
+        nn.ReLU(),
+        nn.Dropout(0.4),
+        nn.Linear(16, 16),
+        nn.Tanh(),
+        nn.Dropout(0.2),
+        nn.Linear(16, 3),
     )
 
 
@@ -119,7 +129,10 @@ def reused() -> nn.Module:
 
 
 def attention(*, cross: bool) -> nn.Module:
-    parts = {"attention": nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True), "memory": nn.Linear(8, 8)}
+    parts = {
+        "attention": nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True),
+        "memory": nn.Linear(8, 8),
+    }
 
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         memory = net.memory(x)
@@ -136,7 +149,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "reused": (reused, (6,)),
     "self-attention": (lambda: attention(cross=False), (5, 8)),
     "cross-attention": (lambda: attention(cross=True), (5, 8)),
-    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.2, activation="gelu", batch_first=True), (5, 8)),
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.2, activation="gelu", batch_first=True),
+        (5, 8),
+    ),
 }
 
 
@@ -160,16 +176,25 @@ def test_recomputed_segments_count_once(reentrant: bool) -> None:
     def recomputed(net: nn.Module, x: Tensor) -> Tensor:
         return net.tail(checkpoint(net.head, x, use_reentrant=reentrant))
 
-    parts = {"head": nn.Sequential(nn.Linear(6, 6, bias=False), nn.Dropout(0.5), mlp()), "tail": nn.Linear(3, 2)}
+    parts = {
+        "head": nn.Sequential(nn.Linear(6, 6, bias=False), nn.Dropout(0.5), mlp()),
+        "tail": nn.Linear(3, 2),
+    }
     batches = [torch.randn(16, 6)]
     plain, again = (measure_signals(Net(function, **parts), batches) for function in (stored, recomputed))
-    assert {layer.parameter: layer.variance for layer in plain} == {layer.parameter: layer.variance for layer in again}
-    assert [layer.error_variance for layer in again] == pytest.approx([layer.error_variance for layer in plain])
+    assert {layer.parameter: layer.variance for layer in plain} == {
+        layer.parameter: layer.variance for layer in again
+    }
+    assert [layer.error_variance for layer in again] == pytest.approx(
+        [layer.error_variance for layer in plain]
+    )
 
 
 def test_frozen_parameters_are_measured_alike() -> None:
     model, batches = mlp(), [torch.randn(16, 6)]
-    assert measure_signals(model, batches) == measure_signals(copy.deepcopy(model).requires_grad_(False), batches)
+    assert measure_signals(model, batches) == measure_signals(
+        copy.deepcopy(model).requires_grad_(False), batches
+    )
 
 
 def test_gradients_may_be_off_around_it() -> None:
@@ -189,17 +214,23 @@ def test_embeddings_pass_errors_on_to_the_first_layer() -> None:
 
 
 def test_layers_without_gradient_have_no_error() -> None:
-    model = Net(lambda net, x: net.behind(net.before(x).detach()), before=nn.Linear(4, 4), behind=nn.Linear(4, 4))
+    model = Net(
+        lambda net, x: net.behind(net.before(x).detach()), before=nn.Linear(4, 4), behind=nn.Linear(4, 4)
+    )
     before, behind = measure_signals(model, [torch.randn(8, 4)])
     assert (before.error_variance, before.errors) == (None, ())
     assert behind.error_variance is None, "its input is a constant for autograd"
-    silent = measure_signals(Net(lambda net, x: net.layer(x).argmax(), layer=nn.Linear(4, 4)), [torch.randn(8, 4)])
+    silent = measure_signals(
+        Net(lambda net, x: net.layer(x).argmax(), layer=nn.Linear(4, 4)), [torch.randn(8, 4)]
+    )
     assert [layer.error_variance for layer in silent] == [None]
 
 
 def test_every_output_is_fed_an_error() -> None:
     model = Net(
-        lambda net, x: {"scores": net.a(x), "more": [net.b(x), "word", 3]}, a=nn.Linear(4, 50), b=nn.Linear(4, 50)
+        lambda net, x: {"scores": net.a(x), "more": [net.b(x), "word", 3]},
+        a=nn.Linear(4, 50),
+        b=nn.Linear(4, 50),
     )
     layers = measure_signals(model, [{"x": torch.randn(40, 4)}])
     assert [layer.error_variance for layer in layers] == pytest.approx([1, 1], rel=0.1)
@@ -244,7 +275,11 @@ def test_the_seed_decides() -> None:
 
 
 def test_wrappers_leave_no_trace_in_names() -> None:
-    assert [layer.name for layer in measure_signals(nn.DataParallel(mlp()), [torch.randn(16, 6)])] == ["0", "3", "6"]
+    assert [layer.name for layer in measure_signals(nn.DataParallel(mlp()), [torch.randn(16, 6)])] == [
+        "0",
+        "3",
+        "6",
+    ]
 
 
 def test_nothing_of_the_callers_changes() -> None:
@@ -298,7 +333,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def signal(variance: float, error: float | None, size: int = 300) -> LayerSignal:
     values = torch.randn(size, generator=torch.Generator().manual_seed(0)).double()
     errors = () if error is None else tuple((values * error**0.5).tolist())
-    return LayerSignal("layer", "layer.weight", variance, error, tuple((values * variance**0.5).tolist()), errors)
+    return LayerSignal(
+        "layer", "layer.weight", variance, error, tuple((values * variance**0.5).tolist()), errors
+    )
 
 
 MAGIC = {"signals.png": b"\x89PNG", "signals.svg": b"<?xml", "signals.PDF": b"%PDF"}
@@ -333,7 +370,9 @@ ODD = {
         LayerSignal("a", "a", float("inf"), float("nan"), (float("inf"), 1.0), (float("nan"),)),
         signal(1.0, 1.0),
     ],
-    "constant layers": [LayerSignal(name, name, 0.0, None, (value,) * 9) for name, value in (("a", 1.0), ("b", 2.0))],
+    "constant layers": [
+        LayerSignal(name, name, 0.0, None, (value,) * 9) for name, value in (("a", 1.0), ("b", 2.0))
+    ],
     "far from each other": [
         signal(1.0, 1.0),
         *[LayerSignal("b", "b", 1.0, 1.0, (1e6, 1e6 + 1), (1e6, 1e6 + 1))] * 2,
@@ -359,13 +398,18 @@ def test_other_formats_and_missing_folders_are_refused_early(tmp_path: Path) -> 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for refuse in (check_figure, lambda path: write_signals_figure(path, [signal(1.0, 1.0)], [signal(1.0, 1.0)])):
+    for refuse in (
+        check_figure,
+        lambda path: write_signals_figure(path, [signal(1.0, 1.0)], [signal(1.0, 1.0)]),
+    ):
         with pytest.raises(UsageError, match=r"pip install 'ckpt-tools\[report\]'"):
             refuse(tmp_path / "signals.png")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(figure: Figure, path: Path, **options: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")

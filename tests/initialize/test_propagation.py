@@ -32,7 +32,11 @@ def simulated(net: nn.Module, x: Tensor) -> float:
 class Vectors(nn.Module):
     def __init__(self, f: object, width: int = 400) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Linear(300, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.first, self.second, self.third = (
+            nn.Linear(300, width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
         self.f, self.last = f, nn.LazyLinear(10)
         self(torch.zeros(2, 300))
 

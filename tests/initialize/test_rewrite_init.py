@@ -232,7 +232,9 @@ def test_vectors_have_the_length_that_the_divisor_says() -> None:
         result = rewrite_init(net, torch.zeros(2, 3, 5, 5), scheme=scheme)
         for layer in result.rewritten:
             weight = net.get_parameter(layer.parameter).detach().flatten(1)
-            assert torch.allclose(weight.norm(dim=1), torch.tensor(1 / layer.factors.divisor), atol=1e-5), layer
+            assert torch.allclose(weight.norm(dim=1), torch.tensor(1 / layer.factors.divisor), atol=1e-5), (
+                layer
+            )
 
 
 class Bare(nn.Module):
@@ -286,7 +288,9 @@ def test_a_weight_used_twice_gets_the_average() -> None:
 
 
 def test_computed_and_frozen_weights_stay() -> None:
-    net = nn.Sequential(nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 6))
+    net = nn.Sequential(
+        nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 6)
+    )
     net[0].weight.requires_grad_(False)
     result = rewrite_init(net, torch.zeros(2, 6))
     assert [layer.parameter for layer in result.rewritten] == ["2.weight"]
@@ -296,7 +300,9 @@ def test_computed_and_frozen_weights_stay() -> None:
 
 
 def test_only_weights_and_biases_change_and_the_model_comes_back_as_it_was() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)).train()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+    ).train()
     net(torch.randn(2, 3, 6, 6))
     net[0].eval()
     nn.init.uniform_(net[1].weight)
@@ -336,7 +342,12 @@ def test_half_precision_and_tied_weights_keep_their_type_and_their_tie() -> None
     ("net", "x", "error", "words"),
     [
         (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), (2, 4), ModelError, "linear layers or convolutions"),
-        (nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0), nn.Linear(4, 4)), (2, 4), ModelError, "lets nothing through"),
+        (
+            nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0), nn.Linear(4, 4)),
+            (2, 4),
+            ModelError,
+            "lets nothing through",
+        ),
         (nn.Linear(4, 4), (2, 5), ModelError, "--input-size"),
         (nn.Linear(4, 4, device="meta"), (2, 4), ModelError, "meta device"),
     ],

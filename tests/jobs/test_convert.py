@@ -1,4 +1,7 @@
-"""``convert_checkpoint``: whatever can be read comes out as safetensors, bit for bit, under the same keys in the same order."""
+"""``convert_checkpoint``: whatever can be read comes out as safetensors, bit for bit.
+
+The keys and their order stay the same.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from ckpt_tools.cli import main
 from ckpt_tools.errors import CheckpointError, OutputError
 from ckpt_tools.jobs.conversion import ConvertRequest, convert_checkpoint, keys_sharing_memory
 from ckpt_tools.jobs.outputs import default_output_path
+from ckpt_tools.location import Location
 
 
 def run(*arguments: object) -> Result:
@@ -62,7 +66,9 @@ def as_legacy(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 def as_training_state(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     wrapped = {f"module.{key}": value for key, value in tensors.items()}
-    torch.save({"epoch": 3, "state_dict": wrapped, "optimizer": {"state": {}, "param_groups": []}}, folder / "x.ckpt")
+    torch.save(
+        {"epoch": 3, "state_dict": wrapped, "optimizer": {"state": {}, "param_groups": []}}, folder / "x.ckpt"
+    )
     return folder / "x.ckpt"
 
 
@@ -118,8 +124,8 @@ def test_any_state_dict_survives(described) -> None:
     tensors["net.weight"] = torch.ones(2)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(tensors, Path(folder, "m.pt"))
-        done = convert_checkpoint(ConvertRequest(Path(folder, "m.pt")))
-        require_same(load_file(done.output), dict(done.checkpoint.tensors))
+        done = convert_checkpoint(ConvertRequest(Location(Path(folder, "m.pt"))))
+        require_same(load_file(done.output.path), dict(done.checkpoint.tensors))
         assert list(done.checkpoint.tensors) == list(tensors)
 
 
@@ -156,7 +162,13 @@ def test_tied_tensors_are_written_once_each_and_named(tmp_path: Path) -> None:
 
 def test_shared_memory_is_told_from_neighbours() -> None:
     base = torch.arange(12.0)
-    parts = {"left": base[:4], "right": base[4:8], "across": base[3:5], "copy": base.clone(), "none": base[:0]}
+    parts = {
+        "left": base[:4],
+        "right": base[4:8],
+        "across": base[3:5],
+        "copy": base.clone(),
+        "none": base[:0],
+    }
     assert keys_sharing_memory(parts) == (("left", "right", "across"),)
     assert keys_sharing_memory({"left": base[:6], "right": base[6:]}) == ()
     assert keys_sharing_memory({"b": base, "a": base.view(3, 4).t(), "c": base[-1:]}) == (("b", "a", "c"),)
@@ -178,7 +190,7 @@ def test_shared_memory_is_told_from_neighbours() -> None:
     ],
 )
 def test_names_of_outputs(tmp_path: Path, source: str, kind: str, output: str) -> None:
-    assert default_output_path(tmp_path / source, kind) == tmp_path / output
+    assert default_output_path(tmp_path / source, kind).path == tmp_path / output
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
@@ -204,6 +216,6 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
 def test_errors_are_the_packages_own(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     with pytest.raises(CheckpointError, match="found none"):
-        convert_checkpoint(ConvertRequest(tmp_path / "empty.pt"))
+        convert_checkpoint(ConvertRequest(Location(tmp_path / "empty.pt")))
     with pytest.raises(OutputError, match=r"copy\.safetensors"):
-        convert_checkpoint(ConvertRequest(as_safetensors(tmp_path, state())))
+        convert_checkpoint(ConvertRequest(Location(as_safetensors(tmp_path, state()))))

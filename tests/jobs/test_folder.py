@@ -119,7 +119,9 @@ def test_a_bad_file_stops_no_other(root: Path) -> None:
     assert "1 of 6 checkpoints failed" in result.stderr
     assert "expected a checkpoint" in result.stdout
     records = {Path(line["checkpoint"]).name: line for line in lines(root / "fixed" / "ckpt-fix.jsonl")}
-    assert {name for name, record in records.items() if record["status"] == "done"} == {f"{n}.pt" for n in range(4)}
+    assert {name for name, record in records.items() if record["status"] == "done"} == {
+        f"{n}.pt" for n in range(4)
+    }
     assert records["bad.pt"]["status"] == "failed"
     assert records["other.pt"]["status"] == "nothing to do"  # it has no BN layer
     assert records["0.pt"]["report"]["output"]["path"] == records["0.pt"]["output"]
@@ -153,7 +155,11 @@ def test_two_that_would_share_an_output_keep_their_suffix(root: Path) -> None:
     first = root / "runs" / "0" / "0.pt"
     first.with_suffix(".pth").write_bytes(first.read_bytes())
     items = plan_items(find_checkpoints([root / "runs" / "0"]), root / "fixed")
-    assert [item.output.name for item in items] == ["0.pt.bn.safetensors", "0.pth.bn.safetensors", "2.bn.safetensors"]
+    assert [item.output.name for item in items] == [
+        "0.pt.bn.safetensors",
+        "0.pth.bn.safetensors",
+        "2.bn.safetensors",
+    ]
 
 
 def test_no_output_takes_the_place_of_a_checkpoint(root: Path) -> None:
@@ -181,7 +187,9 @@ def test_earlier_outputs_are_no_checkpoints_though_a_pattern_names_them(root: Pa
     written = sorted(folder.glob("*.safetensors"))
     for paths in ([folder / "*.safetensors"], written):
         result = cli(*job(root, *paths, "--json", "--manifest", folder / "m.jsonl"))
-        assert [record["status"] for record in json.loads(result.stdout)["checkpoints"]] == ["done before"] * 2
+        assert [record["status"] for record in json.loads(result.stdout)["checkpoints"]] == [
+            "done before"
+        ] * 2
     assert sorted(folder.glob("*.safetensors")) == written
 
 
@@ -199,7 +207,7 @@ def test_shards_beside_the_checkpoints_are_none(root: Path) -> None:
     for name in names:
         name.write_bytes(b"a shard")
     request = Request(Path(), str(root / "runs" / "train-{000..001}.tar"))
-    assert set(names) <= set(_data_files(request))
+    assert set(names) <= {location.path for location in _data_files(request)}
 
 
 def test_reports_of_earlier_runs_are_kept_however_the_folder_is_named(
@@ -208,7 +216,11 @@ def test_reports_of_earlier_runs_are_kept_however_the_folder_is_named(
     monkeypatch.chdir(root)
     cli(*job(root, "runs"), "--output-dir", "fixed")
     size = len(lines(root / "fixed" / "ckpt-fix.jsonl"))
-    for runs, fixed in (("runs", "../" + root.name + "/fixed"), (root / "runs", "fixed"), ("runs", root / "fixed")):
+    for runs, fixed in (
+        ("runs", "../" + root.name + "/fixed"),
+        (root / "runs", "fixed"),
+        ("runs", root / "fixed"),
+    ):
         result = cli(*job(root, runs), "--output-dir", fixed, "--json")
         records = json.loads(result.stdout)["checkpoints"]
         assert all(record["report"] and record["status"] == "done before" for record in records)
@@ -221,10 +233,14 @@ def test_reports_of_earlier_runs_are_kept_however_the_folder_is_named(
 
 
 def test_reports_go_into_a_new_folder_of_outputs(root: Path) -> None:
-    result = cli(*job(root, root / "runs", "--output-dir", root / "new", "--report", root / "new" / "report.html"))
+    result = cli(
+        *job(root, root / "runs", "--output-dir", root / "new", "--report", root / "new" / "report.html")
+    )
     assert result.exit_code == 0, result.output
     assert (root / "new" / "report.html").is_file()
-    again = cli(*job(root, root / "runs", "--output-dir", root / "new", "--report", root / "new" / "report.md"))
+    again = cli(
+        *job(root, root / "runs", "--output-dir", root / "new", "--report", root / "new" / "report.md")
+    )
     assert "4 of 4, 4 of them before" in (root / "new" / "report.md").read_text()
     assert again.exit_code == 0
 
@@ -286,13 +302,17 @@ def whole_run(root: Path) -> list[str]:
         reading=ReadingOptions(batch_size=16),
     )
     seen: list[str] = []
-    reestimate_items(items, request, lambda result: seen.append(log.add_record(make_record(result))["status"]))
+    reestimate_items(
+        items, request, lambda result: seen.append(log.add_record(make_record(result))["status"])
+    )
     return seen
 
 
 def test_killed_at_random_moments(root: Path) -> None:
     whole_run(root)
-    expected = {path.relative_to(root / "fixed"): load_file(path) for path in (root / "fixed").rglob("*.safetensors")}
+    expected = {
+        path.relative_to(root / "fixed"): load_file(path) for path in (root / "fixed").rglob("*.safetensors")
+    }
     (root / "fixed").rename(root / "reference")
     source = random.Random(0)
     for _ in range(20):
@@ -300,12 +320,15 @@ def test_killed_at_random_moments(root: Path) -> None:
         for path in (root / "fixed").rglob("*.safetensors"):
             found = load_file(path)
             assert all(
-                torch.equal(found[key], value) for key, value in expected[path.relative_to(root / "fixed")].items()
+                torch.equal(found[key], value)
+                for key, value in expected[path.relative_to(root / "fixed")].items()
             )
     assert set(whole_run(root)) <= {"done", "done before"}
     assert len(list((root / "fixed").rglob("*.safetensors"))) == 4
     assert not list((root / "fixed").rglob("*.tmp"))
-    done = [line["checkpoint"] for line in lines(root / "fixed" / "ckpt-fix.jsonl") if line["status"] == "done"]
+    done = [
+        line["checkpoint"] for line in lines(root / "fixed" / "ckpt-fix.jsonl") if line["status"] == "done"
+    ]
     assert len(done) == len(set(done))
 
 
@@ -400,7 +423,9 @@ def test_what_concerns_all_is_said_once(
 
 def test_a_gate_that_says_no_to_all(root: Path) -> None:
     gate = ("--eval-data", labelled(root), "--gate", "error < before - 50")
-    result = cli(*job(root, root / "runs"), "--output-dir", root / "fixed", *gate, "--report", root / "r.md", "--json")
+    result = cli(
+        *job(root, root / "runs"), "--output-dir", root / "fixed", *gate, "--report", root / "r.md", "--json"
+    )
     assert result.exit_code == 4
     assert "4 of 4 checkpoints failed" in result.stderr
     assert not list((root / "fixed").rglob("*.safetensors"))
@@ -415,7 +440,9 @@ def test_a_gate_that_says_no_to_all(root: Path) -> None:
 def test_done_before_has_the_report_of_the_output_that_is_there(root: Path) -> None:
     first = (*job(root, root / "runs"), "--output-dir", root / "fixed", "--json")
     cli(*first)
-    cli(*first, "--seed", 1, "--overwrite", "--manifest", root / "other.jsonl")  # the outputs are other ones now
+    cli(
+        *first, "--seed", 1, "--overwrite", "--manifest", root / "other.jsonl"
+    )  # the outputs are other ones now
     records = json.loads(cli(*first, "--seed", 1).stdout)["checkpoints"]
     assert [(record["status"], record["report"]) for record in records] == [("done before", None)] * 4
     assert all(Path(record["output"]).is_file() for record in records)
@@ -450,7 +477,9 @@ def test_settings_have_the_digest_of_earlier_versions() -> None:
         "x.npy",
         model=ModelChoice("timm:resnet18", {"a": 1, "b": "x"}, "ema", trust=True),
         preprocessing=Preprocessing(input_size=(3, 8, 8), crop_pct=0.9),
-        method=Method("ema", "all", momentum=0.2, epochs=2, precision="bf16", compile=True, keep_outliers=True),
+        method=Method(
+            "ema", "all", momentum=0.2, epochs=2, precision="bf16", compile=True, keep_outliers=True
+        ),
         reading=ReadingOptions(limit=7, seed=3, device="cpu", batch_size=4, workers=2),
         eval_data="s3://b/x",
         evaluation=EvaluationOptions(calibrate=True, gate="error<5"),
@@ -470,7 +499,11 @@ def test_a_manifest_has_a_file_of_its_own(root: Path) -> None:
 
 
 def test_a_manifest_is_not_appended_to_other_files(tmp_path: Path) -> None:
-    for name, content in {"model.pt": b"PK\x03\x04 1\n2", "short": b"PK", "config.json": b'{"a":\n1}\n'}.items():
+    for name, content in {
+        "model.pt": b"PK\x03\x04 1\n2",
+        "short": b"PK",
+        "config.json": b'{"a":\n1}\n',
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(OutputError, match="another file"):
             Manifest(tmp_path / name)

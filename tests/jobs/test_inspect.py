@@ -20,8 +20,27 @@ from ckpt_tools.jobs import inspection
 
 ARCH = ("--arch", "nets:DenseNet", "--input-size", "3,8,8")
 KEYS = {  # what others read; more may come
-    *("architecture", "model_kwargs", "rates", "checkpoint", "input", "batch_norms", "dropout_sites", "left_alone"),
-    *("containers_trained", "recognised_by", "twins", "candidates", "parameters", "tensors", "dtypes", "plan", "error"),
+    *(
+        "architecture",
+        "model_kwargs",
+        "rates",
+        "checkpoint",
+        "input",
+        "batch_norms",
+        "dropout_sites",
+        "left_alone",
+    ),
+    *(
+        "containers_trained",
+        "recognised_by",
+        "twins",
+        "candidates",
+        "parameters",
+        "tensors",
+        "dtypes",
+        "plan",
+        "error",
+    ),
 }
 
 
@@ -54,9 +73,19 @@ def file(tmp_path: Path, model: nn.Module) -> Path:
 
 
 def test_the_file_and_what_is_inside(tmp_path: Path, model: nn.Module) -> None:
-    averaged = {f"module.{key}": value.half() if value.is_floating_point() else value for key, value in state(model)}
-    words = {"epoch": 7, "metric": 70.123456789, "args": {"lr": 0.1, "drop": 0.2}, "run": "x" * 99, "\x1b[31m": "\x07"}
-    torch.save({**words, "model": model.state_dict(), "model_ema": averaged, "optimizer": {}}, tmp_path / "last.pth")
+    averaged = {
+        f"module.{key}": value.half() if value.is_floating_point() else value for key, value in state(model)
+    }
+    words = {
+        "epoch": 7,
+        "metric": 70.123456789,
+        "args": {"lr": 0.1, "drop": 0.2},
+        "run": "x" * 99,
+        "\x1b[31m": "\x07",
+    }
+    torch.save(
+        {**words, "model": model.state_dict(), "model_ema": averaged, "optimizer": {}}, tmp_path / "last.pth"
+    )
     found = facts(tmp_path / "last.pth", *ARCH)
     assert found["checkpoint"]["weights"] == "model_ema"
     assert found["checkpoint"]["prefix"] == "module."
@@ -67,7 +96,15 @@ def test_the_file_and_what_is_inside(tmp_path: Path, model: nn.Module) -> None:
     floats = sum(value.nbytes for value in averaged.values() if value.is_floating_point())
     assert found["dtypes"]["float16"]["bytes"] == floats
     text = page(tmp_path / "last.pth", *ARCH)
-    for said in ("'model_ema'", "'module.'", "epoch=7", "metric=70.1235", "args (2 entries)", "left out", "optimizer"):
+    for said in (
+        "'model_ema'",
+        "'module.'",
+        "epoch=7",
+        "metric=70.1235",
+        "args (2 entries)",
+        "left out",
+        "optimizer",
+    ):
         assert said in text
     assert "x" * 50 not in text
     assert all(character.isprintable() or character == "\n" for character in text)
@@ -83,12 +120,17 @@ def test_counters_tell_what_is_trained(file: Path, model: nn.Module) -> None:
     assert f"trained on {steps} batches" in page(file, *ARCH)
     model.norms[1].reset_running_stats()
     torch.save(model.state_dict(), file)
-    assert [layer["name"] for layer in facts(file, *ARCH)["batch_norms"] if layer["batches"] == 0] == ["norms.1"]
+    assert [layer["name"] for layer in facts(file, *ARCH)["batch_norms"] if layer["batches"] == 0] == [
+        "norms.1"
+    ]
     assert "only 4 of which has seen data" in page(file, *ARCH)
     assert page(file, *ARCH).count("never trained") == 1
     torch.save({key: value for key, value in state(model) if "tracked" not in key}, file)
     layers = facts(file, *ARCH)["batch_norms"]
-    assert {layer["name"]: layer["batches"] for layer in layers}.items() >= {"norms.1": 0, "norm": None}.items()
+    assert {layer["name"]: layer["batches"] for layer in layers}.items() >= {
+        "norms.1": 0,
+        "norm": None,
+    }.items()
 
 
 def test_sites_say_what_lies_behind_them(file: Path) -> None:
@@ -102,7 +144,9 @@ def test_sites_say_what_lies_behind_them(file: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [None, "0.2", "0.0"])
-def test_the_plan_is_what_bn_reestimate_does(file: Path, monkeypatch: pytest.MonkeyPatch, rate: str | None) -> None:
+def test_the_plan_is_what_bn_reestimate_does(
+    file: Path, monkeypatch: pytest.MonkeyPatch, rate: str | None
+) -> None:
     monkeypatch.chdir(file.parent)
     kwargs = () if rate is None else ("--model-kwargs", f"drop_rate={rate}")
     plan = facts("model.pt", *ARCH, *kwargs)["plan"]
@@ -162,7 +206,13 @@ def test_a_model_of_a_library(tmp_path: Path) -> None:
     assert found["input"]["shape"] == [3, 160, 160]
     text = page(tmp_path / "model.pt")
     assert found["input"]["interpolation"] in text
-    for said in ("3×160×160", "mean 0.5/0.5/0.5", "default_cfg", "not recorded", "none of which has seen data"):
+    for said in (
+        "3×160×160",
+        "mean 0.5/0.5/0.5",
+        "default_cfg",
+        "not recorded",
+        "none of which has seen data",
+    ):
         assert said in text
 
 
@@ -195,7 +245,11 @@ def test_candidates_are_listed(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def language_model() -> dict[str, torch.Tensor]:
-    return {"wte.weight": torch.randn(50, 8), "h.0.ln.weight": torch.ones(8), "h.0.mlp.weight": torch.randn(8, 8)}
+    return {
+        "wte.weight": torch.randn(50, 8),
+        "h.0.ln.weight": torch.ones(8),
+        "h.0.mlp.weight": torch.randn(8, 8),
+    }
 
 
 @pytest.mark.parametrize("words", [{}, {"arch": "no_such_net"}])
@@ -229,7 +283,12 @@ def diverged(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ("change", "arguments", "code", "said"),
     [
         (dict, ["--arch", "nets:DenseNet"], 2, "--input-size"),
-        (dict, ["--arch", "nets:DenseNet", "--input-size", "3,8,8", "--model-kwargs", "layers=2"], 1, "does not fit"),
+        (
+            dict,
+            ["--arch", "nets:DenseNet", "--input-size", "3,8,8", "--model-kwargs", "layers=2"],
+            1,
+            "does not fit",
+        ),
         (dict, ["--arch", "nets:DenseNet", "--input-size", "5,8,8"], 1, "--input-size"),
         (dict, ["--arch", "nets:NoSuchNet"], 1, "NoSuchNet"),
         (diverged, [*ARCH], 1, "diverged"),

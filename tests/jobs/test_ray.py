@@ -32,7 +32,8 @@ from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, me
 from ckpt_tools.jobs.many.ray_engine import RayEngine, _Part
 from ckpt_tools.jobs.many.ray_loopback import require_loopback
 from ckpt_tools.jobs.request import ModelChoice, ReadingOptions, Request
-from ckpt_tools.remote.mirror import open_mirror, resolve_location
+from ckpt_tools.location import Location
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.storage.discovery import find_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,9 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests/support")))
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "adapters", "tests/support"))
+        )
         patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where a token of the user's would be
         for name in [name for name in os.environ if name.startswith("RAY_AUTH") or name == "RAY_ADDRESS"]:
@@ -74,7 +77,18 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cli(*more: str, data: str = "data.npy", arch: str = "nets:DenseNet") -> Result:
-    command = ["bn-reestimate", "runs", "--data", data, "--arch", arch, "--batch-size", "16", "--output-dir", "fixed"]
+    command = [
+        "bn-reestimate",
+        "runs",
+        "--data",
+        data,
+        "--arch",
+        arch,
+        "--batch-size",
+        "16",
+        "--output-dir",
+        "fixed",
+    ]
     return CliRunner().invoke(main, [*command, "-q", "--json", *more])
 
 
@@ -102,7 +116,9 @@ def test_a_folder_comes_out_as_from_one_process(root: Path) -> None:
     assert without_seconds(json.loads(there.stdout)) == without_seconds(json.loads(here.stdout))
     outputs = sorted(path.name for path in (root / "here").glob("*.safetensors"))
     assert len(outputs) == 3
-    assert all((root / "fixed" / name).read_bytes() == (root / "here" / name).read_bytes() for name in outputs)
+    assert all(
+        (root / "fixed" / name).read_bytes() == (root / "here" / name).read_bytes() for name in outputs
+    )
 
 
 @pytest.mark.usefixtures("ray", "root")
@@ -116,7 +132,9 @@ def test_a_worker_killed_amid_its_task_is_replaced() -> None:
 
 
 @pytest.mark.usefixtures("ray")
-def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_kills_every_worker_fails_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ckpt_tools.jobs.many.ray_engine._ATTEMPTS", 3)  # the last one alone
     state = torch.load(root / "runs" / "1.pt")
     state["head.bias"][0] = 666
@@ -133,7 +151,9 @@ def test_a_checkpoint_that_kills_every_worker_fails_alone(root: Path, monkeypatc
 @pytest.mark.usefixtures("ray")
 def test_what_a_lost_worker_could_not_say_is_done_and_not_done_again(root: Path) -> None:
     items = plan_items(find_checkpoints([root / "runs"]), root / "fixed")
-    request = Request(Path(), "data.npy", model=ModelChoice("nets:DenseNet"), reading=ReadingOptions(batch_size=16))
+    request = Request(
+        Path(), "data.npy", model=ModelChoice("nets:DenseNet"), reading=ReadingOptions(batch_size=16)
+    )
     records: list[Any] = []
     RayEngine(cpus=2).run(items, request, lethal.described, records.append)
     assert sorted(record["checkpoint"] for record in records) == [str(item.checkpoint) for item in items]
@@ -182,7 +202,11 @@ def test_only_who_has_the_token_is_answered(ray: Any) -> None:
     assert len(token) == 64
     assert not [path for path in listening.PROC.glob("[0-9]*/cmdline") if token.encode() in content(path)]
     address = ray.get_runtime_context().gcs_address
-    for said, answered in (({"RAY_AUTH_MODE": "disabled"}, False), ({"RAY_AUTH_TOKEN": "0" * 64}, False), ({}, True)):
+    for said, answered in (
+        ({"RAY_AUTH_MODE": "disabled"}, False),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, False),
+        ({}, True),
+    ):
         environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **said}
         asked = subprocess.run(
             [sys.executable, "-c", ASK, address], env=environment, capture_output=True, text=True, check=False
@@ -264,7 +288,8 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("address", "code"), [("127.0.0.1:1", 1), ("127.0.0.1", 2), ("ray://127.0.0.1:10001", 2), ("127.0.0.1:x", 2)]
+    ("address", "code"),
+    [("127.0.0.1:1", 1), ("127.0.0.1", 2), ("ray://127.0.0.1:10001", 2), ("127.0.0.1:x", 2)],
 )
 @pytest.mark.usefixtures("root")
 def test_an_address_that_is_no_cluster(address: str, code: int) -> None:
@@ -296,7 +321,7 @@ def _greeted(server: socket.socket, greeting: bytes) -> None:
 
 def test_a_checkpoint_behind_a_url_is_refused(tmp_path: Path) -> None:
     with open_mirror():
-        item = CheckpointItem(resolve_location("memory://bucket/a.pt"), tmp_path / "a.safetensors")
+        item = CheckpointItem(Location.of("memory://bucket/a.pt"), Location(tmp_path / "a.safetensors"))
         with pytest.raises(UsageError, match=r"memory://bucket/a\.pt: expected a path"):
             RayEngine().run([item], Request(Path(), "data.npy"), lethal.described, print)
 

@@ -102,7 +102,9 @@ ENTRIES: dict[str, Call] = {
     "agreement": lambda model, more: measure_agreement(model, DATA, known_walk(), rates_known=True, **more),
     "signals": lambda model, more: measure_signals(model, DATA, **more),
     "evaluation": lambda model, more: evaluate(
-        model, labelled(), forward=lambda net, batch: more.get("forward", lambda net, batch: net(batch))(net, batch)
+        model,
+        labelled(),
+        forward=lambda net, batch: more.get("forward", lambda net, batch: net(batch))(net, batch),
     ),
     "initial weights": lambda model, more: ckpt_tools.rewrite_init(model, DATA[0], **more),
 }
@@ -111,7 +113,9 @@ WRITES = {
     "precise": ("[running_var]", "[running_mean]"),
     "initial weights": ("[weight]", "[bias]"),
 }
-HARMLESS = [name for name in SETTINGS if name not in ("default device", "default dtype", "gradients", "anomalies")]
+HARMLESS = [
+    name for name in SETTINGS if name not in ("default device", "default dtype", "gradients", "anomalies")
+]
 HARMLESS += [name for name in MUTATIONS if name != "attributes_exchanged"]
 
 
@@ -222,7 +226,9 @@ def quantisation_aware(config: quantization.QConfig) -> nn.Module:
 
 def per_channel() -> quantization.QConfig:
     activation = fake_quantize.FakeQuantize.with_args(observer=observer.PerChannelMinMaxObserver, ch_axis=1)
-    return quantization.QConfig(activation=activation, weight=fake_quantize.default_per_channel_weight_fake_quant)
+    return quantization.QConfig(
+        activation=activation, weight=fake_quantize.default_per_channel_weight_fake_quant
+    )
 
 
 RESIZED: dict[str, Callable[[], nn.Module]] = {

@@ -47,7 +47,9 @@ def test_any_sequence_of_changes_is_undone(program: list[str], error: type[BaseE
     attic = Attic()
     with unchanged(attic), suppress(Injected, KeyboardInterrupt), preserve_models(attic), torch.no_grad():
         for name in program:
-            with suppress(AttributeError, RuntimeError, TypeError, KeyError, ValueError):  # on what is gone by now
+            with suppress(
+                AttributeError, RuntimeError, TypeError, KeyError, ValueError
+            ):  # on what is gone by now
                 MUTATIONS[name](attic)
         fail(error)
 
@@ -116,7 +118,14 @@ def test_nothing_is_written_where_nothing_has_changed() -> None:
 def test_within_modes_of_the_caller(ambient: Callable[[], Any]) -> None:
     attic = Attic()
     with ambient(), unchanged(attic), preserve_models(attic):
-        for name in ("data_in_place", "data_replaced", "overlapping", "resized", "gradients_zeroed", "inferred"):
+        for name in (
+            "data_in_place",
+            "data_replaced",
+            "overlapping",
+            "resized",
+            "gradients_zeroed",
+            "inferred",
+        ):
             MUTATIONS[name](attic)
 
 
@@ -209,7 +218,9 @@ def test_any_mixture_of_settings_comes_back(own: list[str], changes: list[str]) 
     try:
         for name in own:
             SETTINGS[name]()
-        assume(RuntimeError not in dict(photograph.of_process()["switches"]).values())  # names of TF32 contradict
+        assume(
+            RuntimeError not in dict(photograph.of_process()["switches"]).values()
+        )  # names of TF32 contradict
         with unchanged(), preserve_models():
             for name in changes:
                 SETTINGS[name]()

@@ -39,7 +39,9 @@ class Busy(nn.Module):
         super().__init__()
         self.net = nets.DenseNet(layers=1)
         self.register_buffer("table", None, persistent=False)
-        self.register_buffer("mask", torch.ones(1, 3).expand(2, 3))  # two rows in one place: not to be written
+        self.register_buffer(
+            "mask", torch.ones(1, 3).expand(2, 3)
+        )  # two rows in one place: not to be written
         self.register_buffer("forwards", torch.zeros(1))
         self.built = False
 
@@ -111,7 +113,9 @@ Call = Callable[[nn.Module, list[Tensor], ckpt_tools.Walk], object]
 
 
 def reestimate(**more: Any) -> Call:
-    return lambda model, data, walk: ckpt_tools.reestimate_bn(model, data, walk=walk, force=True, layers="all", **more)
+    return lambda model, data, walk: ckpt_tools.reestimate_bn(
+        model, data, walk=walk, force=True, layers="all", **more
+    )
 
 
 def labelled(data: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -180,7 +184,9 @@ def attempt(call: Call, model: nn.Module, data: list[Tensor], walk: ckpt_tools.W
             raise
 
 
-PAIRS = [(kind, name) for kind in MODELS for name in CALLS if kind == "training" or name in ("pooled", "walk")]
+PAIRS = [
+    (kind, name) for kind in MODELS for name in CALLS if kind == "training" or name in ("pooled", "walk")
+]
 PAIRS += [
     ("shared", "exact"),
     ("channels last", "agreement"),

@@ -29,7 +29,13 @@ from ckpt_tools.distributed import ALONE
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.reestimate.correction import _sample_namer
 from ckpt_tools.reestimate.finite import not_finite_rows
-from ckpt_tools.reestimate.outliers import EnergyHistory, find_suspects, is_extreme, log_energies, one_colour_rows
+from ckpt_tools.reestimate.outliers import (
+    EnergyHistory,
+    find_suspects,
+    is_extreme,
+    log_energies,
+    one_colour_rows,
+)
 from ckpt_tools.results import Reestimation
 
 SHAPE = (3, 8, 8)
@@ -65,7 +71,9 @@ def clean(x: Tensor) -> Tensor:
     return x[[row for row in range(len(x)) if row not in BAD]]
 
 
-def run(model: nn.Module, x: Tensor, size: int = 128, **options: Any) -> tuple[Reestimation, dict[str, Tensor]]:
+def run(
+    model: nn.Module, x: Tensor, size: int = 128, **options: Any
+) -> tuple[Reestimation, dict[str, Tensor]]:
     model = copy.deepcopy(model)
     result = reestimate_bn(model, list(x.split(size)), **{"layers": "all", "force": True, **options})
     return result, {name: b for name, b in model.named_buffers() if name.endswith("running_var")}
@@ -127,7 +135,9 @@ def test_the_first_of_small_batches(size: int, places: tuple[int, ...]) -> None:
     bad = x.clone()
     bad[list(places)] *= 100
     result, found = run(model, bad, size)
-    assert {one.name for one in result.outliers} == {f"sample {at % size} of batch {at // size}" for at in places}
+    assert {one.name for one in result.outliers} == {
+        f"sample {at % size} of batch {at // size}" for at in places
+    }
     rest = [row for row in range(len(x)) if row not in places]
     assert farthest(found, run(model, x[rest], size)[1]) < 0.02
 
@@ -143,7 +153,9 @@ def test_a_loader_may_fill_the_same_memory_again() -> None:
 
     twin = copy.deepcopy(model)
     reestimate_bn(twin, Refilled(), layers="all", force=True)
-    assert identical({n: b for n, b in twin.named_buffers() if n.endswith("running_var")}, run(model, x, 4)[1])
+    assert identical(
+        {n: b for n, b in twin.named_buffers() if n.endswith("running_var")}, run(model, x, 4)[1]
+    )
 
 
 @pytest.mark.parametrize("value", [1e20, 1e38])
@@ -206,7 +218,12 @@ def crops(count: int = 700, side: int = 8) -> Tensor:
     for number in range(count):
         image = images[number % 2]
         top, left = (int(rng.integers(length - 64)) for length in image.shape[:2])
-        crop = image[top : top + 64, left : left + 64].reshape(side, 64 // side, side, 64 // side, 3).mean((1, 3)) / 255
+        crop = (
+            image[top : top + 64, left : left + 64]
+            .reshape(side, 64 // side, side, 64 // side, 3)
+            .mean((1, 3))
+            / 255
+        )
         found.append(crop * (0.1 if number % 8 == 0 else 1) if number % 8 != 4 else 1 - 0.1 * crop)
     return torch.from_numpy(np.stack(found)).float().permute(0, 3, 1, 2).sub(0.45).div(0.25)
 
@@ -224,7 +241,9 @@ def blanks(count: int = 600) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize(("size", "kind"), [(16, "resnet"), (40, "densenet"), (256, "densenet"), (600, "resnet")])
+@pytest.mark.parametrize(
+    ("size", "kind"), [(16, "resnet"), (40, "densenet"), (256, "densenet"), (600, "resnet")]
+)
 @pytest.mark.parametrize("make", [digits, crops, heavy, blanks])
 def test_no_false_alarm(make: Any, size: int, kind: str) -> None:
     x = make()
@@ -258,7 +277,9 @@ def test_nan_in_more_than_one_in_a_hundred_is_an_error(share: float) -> None:
     if share == 0.01:
         assert len(run(model, x)[0].outliers) == 6
         return
-    with pytest.raises(DataError, match=r"sample 0 of batch 0, .*NaN or infinity in the input; 12 of 600 samples"):
+    with pytest.raises(
+        DataError, match=r"sample 0 of batch 0, .*NaN or infinity in the input; 12 of 600 samples"
+    ):
         reestimate_bn(model, list(x.split(128)), layers="all")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -303,7 +324,9 @@ def test_what_shows_in_the_layers_alone() -> None:
     x[77, 0, 0, 0] = 51.0
     x[77, 0] = x[77, 0].clamp(-60, 60)
     others = torch.cat([x[:77], x[78:]])
-    assert find_suspects(x[:128] * torch.tensor([1.0] * 128)[:, None, None, None], EnergyHistory()).keys() <= {77}
+    assert find_suspects(
+        x[:128] * torch.tensor([1.0] * 128)[:, None, None, None], EnergyHistory()
+    ).keys() <= {77}
     model = Listening()
     result = reestimate_bn(model, [{"x": part} for part in x.split(200)], layers="all", force=True)
     (one,) = result.outliers
@@ -436,7 +459,9 @@ def test_several_inputs_are_cut_together() -> None:
     worse[200, 3] = math.nan
 
     def pairs(a: Tensor, b: Tensor) -> list[Any]:
-        return [((one, two), torch.zeros(len(one))) for one, two in zip(a.split(64), b.split(64), strict=True)]
+        return [
+            ((one, two), torch.zeros(len(one))) for one, two in zip(a.split(64), b.split(64), strict=True)
+        ]
 
     changed, expected = copy.deepcopy(model), copy.deepcopy(model)
     result = reestimate_bn(changed, pairs(bad, worse), force=True)
@@ -470,7 +495,9 @@ def test_the_command_names_rows_and_reports_them(tmp_path: Path, monkeypatch: py
     assert farthest({key: a[key] for key in variances}, {key: b[key] for key in variances}) < 0.02
     text = CliRunner().invoke(main, [*call, "bad.npy", "-o", "again.safetensors"])
     assert "3 samples left out" in text.output
-    kept = CliRunner().invoke(main, [*call, "bad.npy", "--keep-outliers", "--force", "--json", "-o", "k.safetensors"])
+    kept = CliRunner().invoke(
+        main, [*call, "bad.npy", "--keep-outliers", "--force", "--json", "-o", "k.safetensors"]
+    )
     facts = json.loads(kept.stdout)
     assert [one["name"] for one in facts["outliers"]] == ["row 300"]
     assert "--keep-outliers" in facts["command"]

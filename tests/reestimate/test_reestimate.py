@@ -73,7 +73,9 @@ def test_ema_is_the_authors_average() -> None:
     """Momentum average of unbiased batch variances while batch statistics normalise: what BN in training mode does."""
     model, data = case("densenet")
     by_torch = copy.deepcopy(model)
-    names = {layer.name for layer in reestimate_bn(model, data, estimator="ema", momentum=0.2, epochs=2).rewritten}
+    names = {
+        layer.name for layer in reestimate_bn(model, data, estimator="ema", momentum=0.2, epochs=2).rewritten
+    }
     for name, module in by_torch.named_modules():
         if name in names:
             module.training, module.momentum = True, 0.2
@@ -176,7 +178,11 @@ class TestPreciseBN:
 
     @pytest.mark.parametrize(
         ("kind", "shape"),
-        [(nn.BatchNorm1d, (16, 8, 24)), (nn.BatchNorm2d, (16, 8, 24, 8)), (nn.BatchNorm3d, (16, 8, 4, 12, 6))],
+        [
+            (nn.BatchNorm1d, (16, 8, 24)),
+            (nn.BatchNorm2d, (16, 8, 24, 8)),
+            (nn.BatchNorm3d, (16, 8, 4, 12, 6)),
+        ],
     )
     def test_population_statistics(self, kind: type[nn.Module], shape: tuple[int, ...]) -> None:
         tensors = [torch.randn(shape) for _ in range(8)]
@@ -185,7 +191,9 @@ class TestPreciseBN:
             model = kind(shape[1])
             reestimate_bn(model, batches, statistics="mean+variance")
             torch.testing.assert_close(model.running_mean, together.mean(1), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(model.running_var, together.var(1, unbiased=False), rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(
+                model.running_var, together.var(1, unbiased=False), rtol=1e-5, atol=1e-8
+            )
 
     @pytest.mark.filterwarnings("ignore")
     def test_same_as_fvcore(self) -> None:
@@ -319,7 +327,8 @@ def test_what_is_not_finite_is_refused(spoil, error: type[Exception], words: str
     with pytest.raises(error, match=words):
         reestimate_bn(model, data)
     assert all(
-        torch.equal(before[key], value) or key.startswith("convs.1") for key, value in model.state_dict().items()
+        torch.equal(before[key], value) or key.startswith("convs.1")
+        for key, value in model.state_dict().items()
     )
 
 

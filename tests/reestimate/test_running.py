@@ -225,7 +225,11 @@ def test_the_process_computes_afterwards_as_it_did_before() -> None:
     model = densenet()
     with pytest.raises(ModelError, match="ValueError"):
         reestimate_bn(model, DATA, forward=failing, walk=ckpt_tools.walk(model, DATA[0]))
-    assert before == (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+    assert before == (
+        torch.backends.cuda.matmul.fp32_precision,
+        cudnn.conv.fp32_precision,
+        cudnn.rnn.fp32_precision,
+    )
 
 
 def test_a_compiled_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,10 +49,16 @@ def test_exactly_the_running_variances_differ_and_they_are_right() -> None:
     own = model.state_dict()
     assert list(state) == list(own)
     names = {layer.name for layer in results[0].rewritten}
-    assert {key for key in own if not torch.equal(own[key], state[key])} == {f"{name}.running_var" for name in names}
-    assert all((state[key].data_ptr() == own[key].data_ptr()) == torch.equal(own[key], state[key]) for key in own)
+    assert {key for key in own if not torch.equal(own[key], state[key])} == {
+        f"{name}.running_var" for name in names
+    }
+    assert all(
+        (state[key].data_ptr() == own[key].data_ptr()) == torch.equal(own[key], state[key]) for key in own
+    )
     truth = oracle.corrected(stored, torch.cat(data), names)
-    assert oracle.relative_difference({name: state[f"{name}.running_var"] for name in names}, truth).max() < 1e-3
+    assert (
+        oracle.relative_difference({name: state[f"{name}.running_var"] for name in names}, truth).max() < 1e-3
+    )
     nets.DenseNet().load_state_dict(state)
     assert state._metadata == own._metadata
 
@@ -88,7 +94,9 @@ class Augmented(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.images[index] + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * float(np.random.rand())
+        return (
+            self.images[index] + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * float(np.random.rand())
+        )
 
 
 def steps(loader: DataLoader[Tensor], *, saving: bool) -> Tensor:
@@ -127,7 +135,9 @@ def test_exact_may_read_augmented_data() -> None:
     assert results[0].images == 64
 
 
-@pytest.mark.parametrize(("limits", "images"), [({"limit_batches": 3}, 96), ({"max_images": 40}, 64), ({}, 128)])
+@pytest.mark.parametrize(
+    ("limits", "images"), [({"limit_batches": 3}, 96), ({"max_images": 40}, 64), ({}, 128)]
+)
 def test_limits(limits: dict[str, int], images: int) -> None:
     model, data = case()
     results: list[ckpt_tools.Reestimation] = []

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from ckpt_tools.cli import main
 from ckpt_tools.errors import UsageError
 from ckpt_tools.redaction import presentable, remember_secret, remembering, without_fragments, without_secrets
-from ckpt_tools.remote.address import is_url, parse_url, redact_url, remember_url, remember_urls
 from ckpt_tools.storage.contents.recorded_values import plain_words
+from ckpt_tools.urls import is_url, parse_url, redact_url, remember_url, remember_urls
 
 FRAGMENT = 6  # characters in a row that tell something of a secret
 
@@ -38,8 +38,21 @@ class Closed(fsspec.AbstractFileSystem):
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         pieces = path.replace("@", " ").replace("?", " ").replace(":", " ").split()
-        ways = (path, repr(path), quote(path), unquote(path), path.lower(), json.dumps({"url": path}), " ".join(pieces))
-        ways += (path[len(path) // 3 :], path[: 2 * len(path) // 3], max(pieces, key=len, default=""), ascii(path))
+        ways = (
+            path,
+            repr(path),
+            quote(path),
+            unquote(path),
+            path.lower(),
+            json.dumps({"url": path}),
+            " ".join(pieces),
+        )
+        ways += (
+            path[len(path) // 3 :],
+            path[: 2 * len(path) // 3],
+            max(pieces, key=len, default=""),
+            ascii(path),
+        )
         raise PermissionError(f"no access to {ways[self.quoting % len(ways)]} for you")
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
@@ -62,7 +75,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # No control characters: a terminal's user can hardly type them, and the operating system refuses NUL.
 characters = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])
 odd = st.sampled_from(" /\\@#?&=%:;,+\"'`$(){}[]<>|~^*!0123456789") | characters
-secrets = st.text(odd, min_size=8, max_size=24).filter(lambda text: text == text.strip() and len(set(text)) > 3)
+secrets = st.text(odd, min_size=8, max_size=24).filter(
+    lambda text: text == text.strip() and len(set(text)) > 3
+)
 SHAPES = {
     "password": "closed://user:{}@127.0.0.1/x.pt",
     "password and port": "ftp://user:{}@127.0.0.1:1/x.pt",
@@ -171,9 +186,18 @@ def test_what_a_client_says(secret: str, shape: str, before: str, after: str) ->
     assume(not leaked(secret, f"{before} {after} x.pt 127.0.0.1:1/x.pt"))
     with remembering():
         remember_urls([SHAPES[shape].format(secret)])
-        for spelling in (secret, quote(secret), quote(secret, safe=""), repr(secret), json.dumps(secret), secret[:-1]):
+        for spelling in (
+            secret,
+            quote(secret),
+            quote(secret, safe=""),
+            repr(secret),
+            json.dumps(secret),
+            secret[:-1],
+        ):
             shown = without_fragments(f"{before} {spelling} {after}")
-            assert not [part for part in leaked(secret, shown) if part not in f"{before} {after}".lower()], shown
+            assert not [part for part in leaked(secret, shown) if part not in f"{before} {after}".lower()], (
+                shown
+            )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +205,12 @@ def test_what_a_client_says(secret: str, shape: str, before: str, after: str) ->
     [
         ("s3://bucket/key.pt", "s3://bucket/key.pt", "bucket/key.pt", ""),
         ("S3://bucket/key.pt", "s3://bucket/key.pt", "bucket/key.pt", ""),
-        ("https://me:pw@host:8080/a/b.pt?sig=1#x", "https://host:8080/a/b.pt", "host:8080/a/b.pt", "?sig=1#x"),
+        (
+            "https://me:pw@host:8080/a/b.pt?sig=1#x",
+            "https://host:8080/a/b.pt",
+            "host:8080/a/b.pt",
+            "?sig=1#x",
+        ),
         ("https://host.org/@me/x.pt", "https://host.org/@me/x.pt", "host.org/@me/x.pt", ""),
         ("http://127.0.0.1:8000/a@b.pt", "http://127.0.0.1:8000/a@b.pt", "127.0.0.1:8000/a@b.pt", ""),
         ("hf://org/repo@main/x.pt", "hf://org/repo@main/x.pt", "org/repo@main/x.pt", ""),
@@ -189,14 +218,15 @@ def test_what_a_client_says(secret: str, shape: str, before: str, after: str) ->
         ("http://host/x.pt;token=abc", "http://host/x.pt", "host/x.pt", ";token=abc"),
         ("s3://bucket/lr=1;wd=2.pt", "s3://bucket/lr=1;wd=2.pt", "bucket/lr=1;wd=2.pt", ""),
         ("hdfs:///runs/x.pt", "hdfs:///runs/x.pt", "runs/x.pt", ""),
-        ("s3://arn:aws:s3:us-east-1:1:accesspoint/x.pt",) * 2 + ("arn:aws:s3:us-east-1:1:accesspoint/x.pt", ""),
+        ("s3://arn:aws:s3:us-east-1:1:accesspoint/x.pt",) * 2
+        + ("arn:aws:s3:us-east-1:1:accesspoint/x.pt", ""),
         ("ftp://me:a b\"c'd@host/x.pt", "ftp://host/x.pt", "host/x.pt", ""),
     ],
 )
 def test_urls_that_can_be_read(url: str, shown: str, path: str, query: str) -> None:
     address = parse_url(url)
     assert (redact_url(url), address.path, address.query) == (shown, path, query)
-    assert f"{address.origin.said}{address.path}{address.query}".lower() == url.lower()
+    assert f"{address.origin.with_credentials}{address.path}{address.query}".lower() == url.lower()
     assert f"{address.origin.shown}{address.path}" == shown
 
 
@@ -243,7 +273,9 @@ def test_a_file_with_the_name_of_a_url_is_a_file(tmp_path: Path, monkeypatch: py
 
 
 def test_ordinary_words_stay() -> None:
-    url = "https://x:abc@host/resnet50.safetensors?response-content-type=application&download=true&inline&n=123"
+    url = (
+        "https://x:abc@host/resnet50.safetensors?response-content-type=application&download=true&inline&n=123"
+    )
     remember_url(url)
     said = "x abc resnet50.safetensors application download true inline 123 host"
     assert without_secrets(said) == said

@@ -25,8 +25,9 @@ from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.data.labels import folder_labels
 from ckpt_tools.errors import CkptToolsError, RemoteError, UsageError
+from ckpt_tools.location import Location
 from ckpt_tools.remote.local_copies import fetch_beginning, fetch_file
-from ckpt_tools.remote.mirror import open_mirror, resolve_location
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.remote.remote_store import open_remote
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
@@ -60,7 +61,11 @@ def cli(*arguments: object) -> Result:
 
 
 def files_in(folder: Path, *, but: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(but)}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_relative_to(but)
+    }
 
 
 # Names that lead away, and names that no file here can have; {0} is an absolute path to the folder of the test.
@@ -93,10 +98,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", [*LEADING, *FLAT, *NESTED], ids=ascii)
 @pytest.mark.parametrize("others", [[], ["a.pt"]], ids=["alone", "with others"])
-def test_a_hostile_name_is_refused_in_one_line(here: Path, weights: bytes, name: str, others: list[str]) -> None:
+def test_a_hostile_name_is_refused_in_one_line(
+    here: Path, weights: bytes, name: str, others: list[str]
+) -> None:
     name = name.format("../" * 40 + str(here).lstrip("/"))
     Lying.tell([*others, name], weights)
-    run = ["bn-reestimate", URL, "--arch", "nets:DenseNet", "--data", "data.npy", "-q", "--output-dir", "fixed"]
+    run = [
+        "bn-reestimate",
+        URL,
+        "--arch",
+        "nets:DenseNet",
+        "--data",
+        "data.npy",
+        "-q",
+        "--output-dir",
+        "fixed",
+    ]
     if any(part.startswith(".") for part in name.split("/")[:-1]):  # a search leaves out what is hidden
         result = cli(*run)
         assert result.exit_code == (0 if others else 1)
@@ -115,31 +132,40 @@ def test_hostile_names_that_nobody_wants_do_not_matter(weights: bytes, name: str
     Lying.tell(["a.pt", name], weights)
     with open_mirror():
         assert read_checkpoint(URL).tensors
-        assert [found.place.as_posix() for found in find_checkpoints([resolve_location(URL)])] == ["a.pt"]
+        assert [found.place.as_posix() for found in find_checkpoints([Location.of(URL)])] == ["a.pt"]
 
 
 def test_what_is_listed_outside_of_the_folder_is_not_in_it(weights: bytes) -> None:
     Lying.tell(["a.pt"], weights)
-    for name in ("vault/runs2/b.pt", "vault/b.pt", "b.pt", "/vault/runs/b.pt", "lying://vault/runs/b.pt", "vault/runs"):
+    for name in (
+        "vault/runs2/b.pt",
+        "vault/b.pt",
+        "b.pt",
+        "/vault/runs/b.pt",
+        "lying://vault/runs/b.pt",
+        "vault/runs",
+    ):
         Lying.entries.append({"name": name, "size": 1, "type": "file"})
     with open_mirror():
-        assert [found.place.as_posix() for found in find_checkpoints([resolve_location(URL)])] == ["a.pt"]
+        assert [found.place.as_posix() for found in find_checkpoints([Location.of(URL)])] == ["a.pt"]
 
 
 def test_a_name_that_is_a_file_and_a_folder(weights: bytes) -> None:
     Lying.tell(["a.pt", "a.pt/b.pt"], weights)
     with open_mirror(), pytest.raises(RemoteError, match=r"'a\.pt' to be a file or a folder, found both"):
-        find_checkpoints([resolve_location(URL)])
+        find_checkpoints([Location.of(URL)])
     Lying.tell(["a.pt", "a.pt/notes.txt"], weights)
     with open_mirror():
-        assert len(find_checkpoints([resolve_location(URL)])) == 1
+        assert len(find_checkpoints([Location.of(URL)])) == 1
 
 
-@pytest.mark.parametrize("size", [None, 0, -1, 1 << 50, 1 << 59, 1 << 70, -(1 << 70), "8", "x", 1.5, [1], True])
+@pytest.mark.parametrize(
+    "size", [None, 0, -1, 1 << 50, 1 << 59, 1 << 70, -(1 << 70), "8", "x", 1.5, [1], True]
+)
 def test_sizes_that_are_not_true(weights: bytes, size: object) -> None:
     Lying.tell(["a.pt"], weights, size=size)
     with open_mirror():
-        places = attempt(lambda: find_checkpoints([resolve_location(URL)]))
+        places = attempt(lambda: find_checkpoints([Location.of(URL)]))
         assert isinstance(places, RemoteError) or len(places) == 1
         content = attempt(lambda: read_checkpoint(f"{URL}/a.pt").tensors)
         assert isinstance(content, RemoteError) or content
@@ -169,7 +195,7 @@ def test_entries_that_are_none(weights: bytes, entry: object) -> None:
     with open_mirror():
         for use in (
             lambda: read_checkpoint(URL),
-            lambda: find_checkpoints([resolve_location(URL)]),
+            lambda: find_checkpoints([Location.of(URL)]),
             lambda: open_source(URL),
         ):
             with pytest.raises(CkptToolsError):
@@ -182,14 +208,18 @@ parts = st.sampled_from(
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.sampled_from(["", "/", "../../../../"]), st.lists(parts, max_size=4)), max_size=3))
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "/", "../../../../"]), st.lists(parts, max_size=4)), max_size=3)
+)
 def test_nothing_is_written_elsewhere(tmp_path: Path, names: list[tuple[str, list[str]]]) -> None:
     Lying.tell([start + "/".join([*inner, "x.pt"]) for start, inner in names], b"content")
     outside = tmp_path / "temporary"
-    for use in (lambda: find_checkpoints([resolve_location(URL)]), lambda: read_checkpoint(URL)):
+    for use in (lambda: find_checkpoints([Location.of(URL)]), lambda: read_checkpoint(URL)):
         with open_mirror() as mirror:
             assert "\n" not in str(attempt(use))
-            assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(mirror.folder)} == {outside}
+            assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(mirror.folder)} == {
+                outside
+            }
             for path in mirror.folder.rglob("*"):
                 assert not path.is_symlink()
                 assert path.stat().st_nlink == 1 or path.is_dir()
@@ -203,7 +233,7 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, names: list[tuple[str, lis
 )
 def test_urls_that_have_no_place(path: str) -> None:
     with open_mirror(), pytest.raises(UsageError, match="expected the name of a file below it"):
-        resolve_location(f"lying://{path}")
+        Location.of(f"lying://{path}")
 
 
 def test_copies_are_new_files_that_nobody_else_reads(weights: bytes, tmp_path: Path) -> None:
@@ -211,10 +241,11 @@ def test_copies_are_new_files_that_nobody_else_reads(weights: bytes, tmp_path: P
     precious = tmp_path / "precious.pt"
     precious.write_bytes(b"my only checkpoint")
     with open_mirror() as mirror:
-        place = resolve_location(f"{URL}/a.pt")
+        location = Location.of(f"{URL}/a.pt")
+        store, place = location.store, location.path
         mirror.make_folder(place.parent)
         assert mirror.folder.stat().st_mode & 0o077 == 0
-        for copy in (lambda: fetch_beginning(place, 4), lambda: fetch_file(place)):
+        for copy in (lambda: fetch_beginning(store, place, 4), lambda: fetch_file(store, place)):
             place.unlink(missing_ok=True)
             place.symlink_to(precious)  # as nobody can put it there but ourselves
             copy()
@@ -231,8 +262,10 @@ def test_a_file_system_that_refuses_a_name(weights: bytes, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "replace", refuse)
     with open_mirror():
-        for use in (lambda: read_checkpoint(f"{URL}/a.pt"), lambda: find_checkpoints([resolve_location(URL)])):
-            with pytest.raises(RemoteError, match=r"lying://vault/runs/a\.pt: its copy .* \(File name too long\)"):
+        for use in (lambda: read_checkpoint(f"{URL}/a.pt"), lambda: find_checkpoints([Location.of(URL)])):
+            with pytest.raises(
+                RemoteError, match=r"lying://vault/runs/a\.pt: its copy .* \(File name too long\)"
+            ):
                 use()
 
 
@@ -246,7 +279,9 @@ def png() -> bytes:
         return file.read()
 
 
-@pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a\\x.png", "x\n.png", "a//x.png", "\0.png"], ids=ascii)
+@pytest.mark.parametrize(
+    "name", ["../x.png", "/etc/x.png", "a\\x.png", "x\n.png", "a//x.png", "\0.png"], ids=ascii
+)
 def test_images_with_hostile_names(name: str) -> None:
     Lying.tell(["cat/1.png", name], png())
     if name.startswith(".."):  # hidden, as all that begins with a dot
@@ -269,7 +304,9 @@ def test_folders_that_a_store_does_not_list() -> None:
     assert folder_labels(root, ["cat/1.png", "dog/2.png"], None).values.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["../x.tar", "a::file:///x.tar", "/x.tar", "x\n.tar", "..\\x.tar"], ids=ascii)
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "a::file:///x.tar", "/x.tar", "x\n.tar", "..\\x.tar"], ids=ascii
+)
 def test_shards_with_hostile_names(name: str) -> None:
     Lying.tell(["a.tar", name], b"")
     for url in (URL, f"{URL}/*.tar")[: 1 if "/" in name else 2]:  # * matches no slash

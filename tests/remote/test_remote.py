@@ -37,12 +37,14 @@ from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
 from ckpt_tools.jobs.outputs import default_output_path
+from ckpt_tools.location import Location
+from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.local_copies import fetch_file
-from ckpt_tools.remote.mirror import open_mirror, resolve_location, restore_urls
-from ckpt_tools.remote.temporary_folders import new_temporary_name
+from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint
+from ckpt_tools.temporary_folders import new_temporary_name
 
 ARCH = ["--arch", "nets:DenseNet", "--batch-size", 16]
 SHAPE = (3, 8, 8)
@@ -141,7 +143,10 @@ def test_a_remote_run_gives_the_bytes_of_a_local_one(files: Path, scheme: str) -
     ok("bn-reestimate", files / "model.pt", *data)
     url = upload(files / "model.pt", f"{scheme}://bucket/my runs/model.pt")
     result = ok("bn-reestimate", url, *data)
-    assert content(f"{scheme}://bucket/my runs/model.bn.safetensors") == (files / "model.bn.safetensors").read_bytes()
+    assert (
+        content(f"{scheme}://bucket/my runs/model.bn.safetensors")
+        == (files / "model.bn.safetensors").read_bytes()
+    )
     assert f"checkpoint     {url} (torch.save)" in result.stdout
     assert f"written: {scheme}://bucket/my runs/model.bn.safetensors" in result.stdout
     assert "temporary" not in result.output
@@ -190,13 +195,17 @@ def test_python_reads_and_writes_urls(files: Path) -> None:
     url = upload(files / "model.pt", "memory://bucket/model.pt")
     with open_mirror():
         loaded = ckpt_tools.load(url, "nets:DenseNet")
-        ckpt_tools.save("memory://bucket/copy.safetensors", loaded.checkpoint, {}, provenance={"expect": "nothing"})
+        ckpt_tools.save(
+            "memory://bucket/copy.safetensors", loaded.checkpoint, {}, provenance={"expect": "nothing"}
+        )
     assert set(load(content("memory://bucket/copy.safetensors"))) == set(torch.load(files / "model.pt"))
 
 
 def test_file_urls_are_paths(files: Path) -> None:
     ok("convert", f"file://{files}/model.pt", "-o", f"file://{files}/x.safetensors")
-    assert "0 different" in ok("diff", files / "model.pt", files / "x.safetensors", "--expect", "nothing").stdout
+    assert (
+        "0 different" in ok("diff", files / "model.pt", files / "x.safetensors", "--expect", "nothing").stdout
+    )
 
 
 # Bad input
@@ -209,7 +218,11 @@ def job(files: Path, *more: object) -> list[object]:
 @pytest.mark.parametrize(
     ("url", "code", "said"),
     [
-        ("memory://bucket/nothing.pt", 1, "memory://bucket/nothing.pt: expected a file or folder there, found nothing"),
+        (
+            "memory://bucket/nothing.pt",
+            1,
+            "memory://bucket/nothing.pt: expected a file or folder there, found nothing",
+        ),
         ("s4://bucket/model.pt", 2, "Did you mean s3?"),
         ("memory://bucket/../model.pt", 2, "without empty parts"),
         ("memory://", 2, "without empty parts"),
@@ -217,7 +230,9 @@ def job(files: Path, *more: object) -> list[object]:
         ("gs://bucket/model.pt", 1, "pip install gcsfs"),
     ],
 )
-def test_urls_that_lead_nowhere(files: Path, url: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_that_lead_nowhere(
+    files: Path, url: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     missing = {"class": "not_there.Store", "err": "Install it."}
     for scheme in ("lost", "gs"):
         monkeypatch.setitem(known_implementations, scheme, missing)
@@ -235,7 +250,9 @@ def test_a_connection_that_is_lost_while_reading(files: Path) -> None:
 
 def test_a_store_that_may_not_be_written_is_found_out_before_the_data_is_read(files: Path) -> None:
     Fragile.read_only = True
-    said = failed("bn-reestimate", files / "model.pt", "--data", "nowhere", "-o", "fragile://bucket/x.safetensors")
+    said = failed(
+        "bn-reestimate", files / "model.pt", "--data", "nowhere", "-o", "fragile://bucket/x.safetensors"
+    )
     assert "fragile://bucket/x.safetensors: cannot be written there (PermissionError: AccessDenied)" in said
     assert "Nothing was left behind" in said
     assert Fragile.files == {}
@@ -244,7 +261,10 @@ def test_a_store_that_may_not_be_written_is_found_out_before_the_data_is_read(fi
 def test_a_connection_that_is_lost_while_writing(files: Path) -> None:
     Fragile.write_limit = 1000
     said = failed(*job(files, files / "model.pt", "-o", "fragile://bucket/x.safetensors"))
-    assert "cannot be written there (ConnectionResetError: the store went away). Nothing was left behind." in said
+    assert (
+        "cannot be written there (ConnectionResetError: the store went away). Nothing was left behind."
+        in said
+    )
     assert Fragile.files == {}
 
 
@@ -276,7 +296,9 @@ def test_an_interruption_leaves_nothing(files: Path, step: str, monkeypatch: pyt
 
 
 def test_other_bytes_than_were_sent(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fragile, "put_file", lambda self, local, name, **more: self.pipe_file(name, b"rubbish"))
+    monkeypatch.setattr(
+        Fragile, "put_file", lambda self, local, name, **more: self.pipe_file(name, b"rubbish")
+    )
     said = failed("convert", files / "model.pt", "-o", "fragile://bucket/x.safetensors")
     assert "other bytes came back than were sent" in said
     assert Fragile.files == {}
@@ -332,7 +354,10 @@ def test_a_disk_without_room(files: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_secrets_are_shown_nowhere(files: Path) -> None:
     upload(files / "model.pt", "fragile://bucket/model.pt")
     upload(files / "data.npy", "fragile://bucket/data.npy")
-    source, data = "fragile://me:s3cr3t@bucket/model.pt?token=t0k3n", "fragile://me:s3cr3t@bucket/data.npy?token=t0k3n"
+    source, data = (
+        "fragile://me:s3cr3t@bucket/model.pt?token=t0k3n",
+        "fragile://me:s3cr3t@bucket/data.npy?token=t0k3n",
+    )
     reports = [files / f"report.{kind}" for kind in ("json", "md", "html")]
     more = [*ARCH, *(f"--report={report}" for report in reports), "-q"]
     result = ok("bn-reestimate", source, "--data", data, *more)
@@ -342,7 +367,9 @@ def test_secrets_are_shown_nowhere(files: Path) -> None:
     Fragile.read_limit = 10
     told_all.append(failed("bn-reestimate", source, "--data", data, *more))
     Fragile.read_limit = None
-    told_all.append(failed("bn-reestimate", source, "--data", data.replace("data", "nothing"), *more, "--overwrite"))
+    told_all.append(
+        failed("bn-reestimate", source, "--data", data.replace("data", "nothing"), *more, "--overwrite")
+    )
     told_all.append(failed("inspect", source.replace("model", "nothing")))
     told_all.append(failed("inspect", "model.pt", source, code=2))
     for text in told_all:
@@ -355,22 +382,27 @@ def test_secrets_are_shown_nowhere(files: Path) -> None:
 def test_places_are_told_as_urls() -> None:
     with open_mirror():
         one, other = (
-            resolve_location("https://me:pw@host/a/b.pt?sig=1"),
-            resolve_location("https://me:pw@host/a/b.pt?sig=2"),
+            Location.of("https://me:pw@host/a/b.pt?sig=1"),
+            Location.of("https://me:pw@host/a/b.pt?sig=2"),
         )
         assert one != other
-        assert one == resolve_location("https://me:pw@host/a/b.pt?sig=1")
-        assert restore_urls({str(one): [f"{other}: bad", one.parent.as_posix()]}) == {
-            "https://host/a/b.pt": ["https://host/a/b.pt: bad", "https://host/a"]
-        }
-        assert restore_urls("see https://me:pw@host/x?sig=1") == "see https://host/x"
-    assert resolve_location("plain/path") == Path("plain/path")
+        assert one == Location.of("https://me:pw@host/a/b.pt?sig=1")
+        assert (str(one), str(one.parent)) == ("https://host/a/b.pt", "https://host/a")
+        with (
+            pytest.raises(RemoteError, match=r"^https://host/a/b\.pt: bad, in https://host/a$"),
+            one.urls_in_errors(),
+        ):
+            raise RemoteError(f"{one.path}: bad, in {one.path.parent}")
+        with pytest.raises(OSError, match=r"'https://host/a/b\.pt'"), one.urls_in_errors():
+            one.path.stat()
+        assert without_secrets("see https://me:pw@host/x?sig=1") == "see https://host/x"
+    assert Location.of("plain/path") == Location(Path("plain/path"))
 
 
 @pytest.mark.parametrize("url", ["s3://b//x", "s3://b/./x", "https://host/../../etc/passwd", "s3://"])
 def test_places_stay_in_the_mirror(url: str) -> None:
     with open_mirror(), pytest.raises(UsageError, match="without empty parts"):
-        resolve_location(url)
+        Location.of(url)
 
 
 # Checkpoints of several files
@@ -421,7 +453,9 @@ def test_a_distributed_checkpoint(tmp_path: Path, model: nn.Module) -> None:
 def test_a_folder_with_two_candidates_names_them(files: Path) -> None:
     for name in ("a", "b"):
         upload(files / "model.pt", f"memory://bucket/runs/{name}.pt")
-    assert "memory://bucket/runs: expected a folder with one" in (said := failed("inspect", "memory://bucket/runs"))
+    assert "memory://bucket/runs: expected a folder with one" in (
+        said := failed("inspect", "memory://bucket/runs")
+    )
     assert "2 candidates (a.pt, b.pt)" in said
 
 
@@ -450,7 +484,9 @@ def test_a_remote_folder_is_done_as_a_local_one_and_only_once(runs: Path, scheme
     again = ok(*arguments, "--json")
     records = json.loads(again.stdout)["checkpoints"]
     assert [record["status"] for record in records] == ["done before"] * 3
-    assert [record["checkpoint"] for record in records] == [f"{url}/{name}" for name in ("0/0.pt", "0/2.pt", "1/1.pt")]
+    assert [record["checkpoint"] for record in records] == [
+        f"{url}/{name}" for name in ("0/0.pt", "0/2.pt", "1/1.pt")
+    ]
     assert all(record["report"] for record in records)  # from the manifest of the first run
     assert not [asked for asked in Fragile.asked if asked[0].endswith(".safetensors") and asked[2] is None]
     manifest = content(f"{scheme}://bucket/fixed/ckpt-fix.jsonl").decode()
@@ -479,12 +515,16 @@ def test_one_failure_stops_no_other(runs: Path) -> None:
     assert len(list((runs / "fixed").rglob("*.safetensors"))) == 3
 
 
-def test_copies_go_when_their_checkpoint_is_done(runs: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_go_when_their_checkpoint_is_done(
+    runs: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     most = []
 
-    def counted(path: Path, **more: object) -> Path:
-        found = fetch_file(path, **more)
-        most.append(len([path for path in temporary.rglob("*.pt") if path.is_file() and path.stat().st_blocks]))
+    def counted(*arguments: object, **more: object) -> Path:
+        found = fetch_file(*arguments, **more)
+        most.append(
+            len([path for path in temporary.rglob("*.pt") if path.is_file() and path.stat().st_blocks])
+        )
         return found
 
     monkeypatch.setattr("ckpt_tools.storage.files.fetching.fetch_file", counted)
@@ -497,7 +537,7 @@ def test_names_that_lead_out_of_a_folder_are_no_checkpoints(files: Path, tempora
     upload(files / "model.pt", "fragile://bucket/runs/a.pt")
     Fragile.files["bucket/runs/../../evil.pt"] = Fragile.files["bucket/runs/a.pt"]
     with open_mirror():
-        (found,) = find_checkpoints([resolve_location("fragile://bucket/runs")])
+        (found,) = find_checkpoints([Location.of("fragile://bucket/runs")])
         assert found.place.as_posix() == "a.pt"
         assert not list(temporary.rglob("evil*"))
 
@@ -584,7 +624,7 @@ def test_remote_arrays(files: Path) -> None:
 def test_remote_class_maps(files: Path) -> None:
     (files / "classes.txt").write_text("cat\ndog\n")
     with open_mirror():
-        found = read_class_map(resolve_location(upload(files / "classes.txt", "memory://bucket/classes.txt")))
+        found = read_class_map(Location.of(upload(files / "classes.txt", "memory://bucket/classes.txt")))
         assert found.numbers == {"cat": 0, "dog": 1}
 
 
@@ -659,10 +699,9 @@ def test_nothing_is_written_unasked_over_http_or_into_a_repository(
     monkeypatch.chdir(tmp_path)
     with open_mirror():
         for url in ("http://host/a/model.pt", "hf://org/repo/model.pt"):
-            assert default_output_path(resolve_location(url), "bn") == tmp_path / "model.bn.safetensors"
+            assert default_output_path(Location.of(url), "bn") == Location(tmp_path / "model.bn.safetensors")
         assert (
-            restore_urls(str(default_output_path(resolve_location("s3://bucket/model.pt"))))
-            == "s3://bucket/model.safetensors"
+            str(default_output_path(Location.of("s3://bucket/model.pt"))) == "s3://bucket/model.safetensors"
         )
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.remote import temporary_folders
-from ckpt_tools.remote.temporary_folders import create_locked_folder, new_temporary_name, remove_abandoned_folders
+from ckpt_tools import temporary_folders
 from ckpt_tools.storage.output.atomic_write import write_atomically
+from ckpt_tools.temporary_folders import create_locked_folder, new_temporary_name, remove_abandoned_folders
 
 pytestmark = pytest.mark.skipif(temporary_folders.fcntl is None, reason="no locks on this system")
 
@@ -168,7 +168,9 @@ def test_many_that_claim_and_sweep_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("days", "kept"), [(0, True), (6, True), (8, False)])
-def test_another_kernel_has_a_week(tmp_path: Path, days: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_kernel_has_a_week(
+    tmp_path: Path, days: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its locks may not be seen here; this machine has another identity after each start."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(temporary_folders, "_KERNEL", "f" * 16)

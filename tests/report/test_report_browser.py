@@ -37,7 +37,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
-    write_report(folder / "one.html", with_metrics(facts(layers=60, names=HOSTILE, path=f"/runs/{HOSTILE[0]}")))
+    write_report(
+        folder / "one.html", with_metrics(facts(layers=60, names=HOSTILE, path=f"/runs/{HOSTILE[0]}"))
+    )
     write_report(folder / "folder.html", records())
     write_report(folder / "short.html", records()[:2])
     return folder
@@ -46,7 +48,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Tab:
     """A page that keeps what it complained about and what it asked for."""
 
-    def __init__(self, browser: Any, path: Path, theme: str = "light", width: int = 1280, scripts: bool = True) -> None:
+    def __init__(
+        self, browser: Any, path: Path, theme: str = "light", width: int = 1280, scripts: bool = True
+    ) -> None:
         size = {"width": width, "height": 900}
         self.context = browser.new_context(viewport=size, color_scheme=theme, java_script_enabled=scripts)
         self.page = self.context.new_page()
@@ -67,7 +71,9 @@ class Tab:
 
 def column(page: Any, number: int) -> list[str]:
     rows = page.locator("section:has(> #checkpoints) tbody tr")
-    found: list[str] = rows.evaluate_all("(rows, number) => rows.map((row) => row.cells[number].innerText)", number)
+    found: list[str] = rows.evaluate_all(
+        "(rows, number) => rows.map((row) => row.cells[number].innerText)", number
+    )
     return found
 
 
@@ -75,7 +81,9 @@ def column(page: Any, number: int) -> list[str]:
 @pytest.mark.parametrize(("theme", "width"), VIEWS)
 def test_every_view(browser: Any, reports: Path, tmp_path: Path, name: str, theme: str, width: int) -> None:
     with Tab(browser, reports / f"{name}.html", theme, width) as tab:
-        size = tab.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        size = tab.page.evaluate(
+            "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
         assert size == [width, width], "no sideways scrolling of the page"
         style = "getComputedStyle(document.body)"
         colours = tab.page.evaluate(f"[{style}.backgroundColor, {style}.color]")
@@ -155,7 +163,9 @@ def test_without_scripts(browser: Any, reports: Path) -> None:
 
 def test_the_chart_speaks(browser: Any, reports: Path) -> None:
     with Tab(browser, reports / "one.html") as tab:
-        chart = tab.page.get_by_role("img", name="Stored over new running variance of every BatchNorm layer, by depth")
+        chart = tab.page.get_by_role(
+            "img", name="Stored over new running variance of every BatchNorm layer, by depth"
+        )
         assert chart.count() == 1
         assert "60 layers" in chart.locator("desc").text_content()
 

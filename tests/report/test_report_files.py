@@ -42,7 +42,15 @@ def files(tmp_path: Path) -> Path:
 
 
 def job(files: Path, *more: object) -> list[object]:
-    base = ["bn-reestimate", files / "model.pt", "--data", files / "data.npy", "--arch", "nets:DenseNet", "-q"]
+    base = [
+        "bn-reestimate",
+        files / "model.pt",
+        "--data",
+        files / "data.npy",
+        "--arch",
+        "nets:DenseNet",
+        "-q",
+    ]
     return [*base, *RATE, *more]
 
 
@@ -93,7 +101,16 @@ def test_the_command_repeats_the_run() -> None:
         "--compile",
         "--keep-outliers",
     ]
-    words += ["--statistics", "mean+variance", "--layers", "all", "--arch", "nets:DenseNet", "--tolerance", "0.05"]
+    words += [
+        "--statistics",
+        "mean+variance",
+        "--layers",
+        "all",
+        "--arch",
+        "nets:DenseNet",
+        "--tolerance",
+        "0.05",
+    ]
     words += ["--keep-outliers"]
     words += [word for pair in pairs for word in ("--model-kwargs", pair)]
     request = parsed(words)
@@ -127,8 +144,12 @@ def test_labelled_data_is_reported(files: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.txt", "out", "out.html.gz"])
-def test_other_suffixes_are_refused_before_any_work(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt_tools.jobs.plan.prepare_reestimation", lambda _: pytest.fail("nothing may be loaded"))
+def test_other_suffixes_are_refused_before_any_work(
+    files: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ckpt_tools.jobs.plan.prepare_reestimation", lambda _: pytest.fail("nothing may be loaded")
+    )
     result = run(*job(files, "--report", files / name))
     assert result.exit_code == 2
     assert ".html, .md or .json" in result.stderr

@@ -22,8 +22,36 @@ from ckpt_tools.report.text.folder_text import folder_text
 FOREIGN |= {"origin", "error", "sha256", "device", "cause", "checkpoint", "output"}
 FRAGMENTS = (
     *HOSTILE,
-    *("<", ">", "&", '"', "'", "`", "|", "\\", "\n", "\r", "\t", "\0", "#", "- ", "1. ", "```", "~~~", "$$", "{{x}}"),
-    *("</pre></code>", "<svg onload=alert(1)>", "--><script>", "{% raw %}", "&lt;b&gt;", "![x](http://x)", "<!--"),
+    *(
+        "<",
+        ">",
+        "&",
+        '"',
+        "'",
+        "`",
+        "|",
+        "\\",
+        "\n",
+        "\r",
+        "\t",
+        "\0",
+        "#",
+        "- ",
+        "1. ",
+        "```",
+        "~~~",
+        "$$",
+        "{{x}}",
+    ),
+    *(
+        "</pre></code>",
+        "<svg onload=alert(1)>",
+        "--><script>",
+        "{% raw %}",
+        "&lt;b&gt;",
+        "![x](http://x)",
+        "<!--",
+    ),
     *("javascript:alert(1)", '" onmouseover="alert(1)', "</title>", "</details>", "\u2028", "<img src=x>"),
     "::error::x",
 )
@@ -45,7 +73,9 @@ class Skeleton(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag != "wbr":
             self.tags.append((tag, *(name for name, _ in attributes)))
-        self.acting |= {value or "" for name, value in attributes if name in ("href", "src", "style", "class")}
+        self.acting |= {
+            value or "" for name, value in attributes if name in ("href", "src", "style", "class")
+        }
 
     def handle_endtag(self, tag: str) -> None:
         self.tags.append((f"/{tag}",))
@@ -91,7 +121,9 @@ def plain(markdown: str) -> str:
 def shape(markdown: str) -> list[int | str]:
     """Of every line: the cells, if it is a row of a table; else its mark, if it has one."""
     lines = plain(markdown).split("\n")
-    return [len(re.findall(r"(?<!\\)\|", x)) if x.startswith("|") else re.match(r"[#<>*-]*", x)[0] for x in lines]
+    return [
+        len(re.findall(r"(?<!\\)\|", x)) if x.startswith("|") else re.match(r"[#<>*-]*", x)[0] for x in lines
+    ]
 
 
 @settings(max_examples=15)
@@ -110,7 +142,10 @@ def test_markdown_has_no_markup_of_somebody_elses(texts: list[str]) -> None:
 
 @given(hostile)
 def test_a_failure_is_text(text: str) -> None:
-    assert Skeleton(plain(failure_markdown(f"a{text}", 1))).tags == Skeleton(plain(failure_markdown("a", 1))).tags
+    assert (
+        Skeleton(plain(failure_markdown(f"a{text}", 1))).tags
+        == Skeleton(plain(failure_markdown("a", 1))).tags
+    )
 
 
 @settings(max_examples=15)

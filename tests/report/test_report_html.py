@@ -98,7 +98,9 @@ def test_nothing_is_fetched_and_only_our_script_runs(page: str) -> None:
         for name in ("src", "href", "action", "data", "srcset"):
             assert re.match(r"#|data:image/png|$", attributes.get(name, ""))
     ((_, script),) = found.all("script")
-    digest = base64.b64encode(hashlib.sha256(re.search("<script>(.*?)</script>", page, re.DOTALL)[1].encode()).digest())
+    digest = base64.b64encode(
+        hashlib.sha256(re.search("<script>(.*?)</script>", page, re.DOTALL)[1].encode()).digest()
+    )
     (policy,) = [attributes["content"] for attributes, _ in found.all("meta") if "http-equiv" in attributes]
     assert f"script-src 'sha256-{digest.decode()}'" in policy
     assert policy.startswith("default-src 'none'")
@@ -128,7 +130,16 @@ def test_the_table_carries_the_facts() -> None:
         ratio = row["ratio"]
         assert all(f"{ratio[key]:.3f}" in text for key in ("median", "min", "max"))
         assert row["name"] in text
-    expected = ("a" * 64, "b" * 64, given["command"], "torn.png", "1,234", "drop2", "not known", "agrees with the data")
+    expected = (
+        "a" * 64,
+        "b" * 64,
+        given["command"],
+        "torn.png",
+        "1,234",
+        "drop2",
+        "not known",
+        "agrees with the data",
+    )
     for said in expected:
         assert said in text
 
@@ -203,7 +214,9 @@ def test_contrast_in_every_theme() -> None:
     assert len(themes) == 3, "light, dark, print"
     for theme in themes:
         for ground in (theme["paper"], theme["wash"]):
-            assert all(contrast(theme[name], ground) >= 4.5 for name in ("ink", "soft", "accent", "good", "bad"))
+            assert all(
+                contrast(theme[name], ground) >= 4.5 for name in ("ink", "soft", "accent", "good", "bad")
+            )
         assert all(contrast(theme[name], theme["paper"]) >= 3 for name in ("range", "control", "dropout"))
 
 
@@ -214,7 +227,11 @@ def test_folder() -> None:
     assert table.count("done") == 9
     assert table.count("failed") == 2
     assert "nothing to do" in table
-    links = [attributes["href"] for attributes, text in found.all("a") if attributes["href"].startswith("#checkpoint-")]
+    links = [
+        attributes["href"]
+        for attributes, text in found.all("a")
+        if attributes["href"].startswith("#checkpoint-")
+    ]
     assert {f"#checkpoint-{place}" for place in range(1, 13)} <= set(links)
     assert len(found.all("details", **{"class": "checkpoint"})) == 12
     assert "https://host/x" in table

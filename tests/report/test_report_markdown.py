@@ -51,7 +51,13 @@ def test_every_table_is_whole(text: str) -> None:
 
 def test_no_html_but_ours(text: str) -> None:
     prose = re.sub(r"^(`{3,})sh\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
-    ours = {"<details>", "</details>", "<summary>", "</summary>", *re.findall("<!-- ckpt-tools .*? -->", prose[:60])}
+    ours = {
+        "<details>",
+        "</details>",
+        "<summary>",
+        "</summary>",
+        *re.findall("<!-- ckpt-tools .*? -->", prose[:60]),
+    }
     assert set(re.findall(r"</?[a-z!][^>]*>", prose)) <= ours
     assert prose.count("<details>") == prose.count("</details>")
 
@@ -60,7 +66,9 @@ def test_secrets_stay_at_home(text: str) -> None:
     assert not re.search("hush|SEC/RET|KEY|me:pw|key=1", text)
 
 
-@pytest.mark.parametrize("name", [*HOSTILE[:4], "_a_b_", "1. a", "# a", "- a", "a\\", "x_y_z", "a`b``c", "&lt;"])
+@pytest.mark.parametrize(
+    "name", [*HOSTILE[:4], "_a_b_", "1. a", "# a", "- a", "a\\", "x_y_z", "a`b``c", "&lt;"]
+)
 def test_escaping_is_read_back(name: str) -> None:
     assert read(escape_markdown(name)) == " ".join(name.split())
     assert "\n" not in escape_markdown(name)
@@ -98,7 +106,9 @@ def test_a_command_with_fences_stays_inside() -> None:
     assert text.count(f"\n{fence}\n") == 1
 
 
-@pytest.mark.parametrize(("layers", "copies", "left_out"), [(3, 1, ""), (60, 200, "Layers"), (3, 500, "reports are")])
+@pytest.mark.parametrize(
+    ("layers", "copies", "left_out"), [(3, 1, ""), (60, 200, "Layers"), (3, 500, "reports are")]
+)
 def test_a_folder_fits_into_a_summary(layers: int, copies: int, left_out: str) -> None:
     """GitHub refuses more than 1 MiB."""
     record = {"checkpoint": "/a/b.pt", "status": "done", "report": facts(layers=layers), "seconds": 1.0}

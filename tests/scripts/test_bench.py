@@ -56,7 +56,9 @@ def test_passes_are_printed_and_kept(network, tmp_path, monkeypatch):
     assert all(f"| {one.name} |" in result.output for one in passes.CONTESTANTS)
     (section,) = json.loads((tmp_path / "measurements.json").read_text()).values()
     assert section["torch"] == torch.__version__
-    assert [cost["contestant"] for cost in section["figures"]["tiny"]] == [one.name for one in passes.CONTESTANTS]
+    assert [cost["contestant"] for cost in section["figures"]["tiny"]] == [
+        one.name for one in passes.CONTESTANTS
+    ]
     assert "gain over update_bn" in result.output
 
 
@@ -95,7 +97,9 @@ def test_writing_is_raced_with_cp(tmp_path):
 
 def test_loaders_give_the_same_pixels(tmp_path):
     loaders.photographs(tmp_path, 4)
-    ours, peer = (next(iter(loaders.LOADERS[name](tmp_path, "bilinear", 0))) for name in ("ours", "torchvision"))
+    ours, peer = (
+        next(iter(loaders.LOADERS[name](tmp_path, "bilinear", 0))) for name in ("ours", "torchvision")
+    )
     ours, peer = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in (ours, peer))
     as_pixels = [
         batch * torch.tensor(loaders.STD).reshape(3, 1, 1) + torch.tensor(loaders.MEAN).reshape(3, 1, 1)

@@ -83,7 +83,9 @@ def test_lsuv_goes_by_execution_and_scales_a_shared_layer_once():
     model, batch = Parallel(), noise(32, 2, 8, 8)
     rules.lsuv(model, batch)
     stem, first, _second = outputs(model, batch)
-    assert [float(z.var(correction=0)) for z in (stem, first)] == pytest.approx([1, 1], abs=rules.LSUV_TOLERANCE)
+    assert [float(z.var(correction=0)) for z in (stem, first)] == pytest.approx(
+        [1, 1], abs=rules.LSUV_TOLERANCE
+    )
     assert not any(layer._forward_hooks for layer in rules.weight_layers(model))
 
 
@@ -117,7 +119,10 @@ def test_what_is_not_finite_was_not_kept():
 
 def test_every_contestant_trains_on_the_same_masks_and_order():
     images, labels = initialisations.all_digits()
-    keep = [initialisations.train(nn.ReLU, lambda *_: None, images[:64], labels[:64], 1e-3, 1, 5) for _ in range(2)]
+    keep = [
+        initialisations.train(nn.ReLU, lambda *_: None, images[:64], labels[:64], 1e-3, 1, 5)
+        for _ in range(2)
+    ]
     drawn = initialisations.train(
         nn.ReLU, lambda model, batch, seed: torch.rand(9), images[:64], labels[:64], 1e-3, 1, 5
     )
@@ -127,7 +132,9 @@ def test_every_contestant_trains_on_the_same_masks_and_order():
 def test_a_net_prints_a_row_for_every_contestant(monkeypatch):
     tiny = initialisations.Net("tiny", lambda: initialisations.mlp([16, 16], 16, 0, nn.ReLU), (16,), 4)
     monkeypatch.setitem(initialisations.NETS, "mlp", tiny)
-    result = CliRunner().invoke(initialisations.main, ["signals", "--only", "mlp", "--seeds", "2", "--samples", "8"])
+    result = CliRunner().invoke(
+        initialisations.main, ["signals", "--only", "mlp", "--seeds", "2", "--samples", "8"]
+    )
     assert result.exit_code == 0, result.output
     for title in initialisations.SIGNAL_RULES:
         assert f"| {title}" in result.output

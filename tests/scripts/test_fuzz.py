@@ -29,7 +29,9 @@ def test_seeds_are_read(tmp_path: Path, reader: str) -> None:
 def test_a_thousand_cases(tmp_path: Path) -> None:
     thousand = plan_cases(list(READERS), 1000, seed=20)
     assert {case.reader for case in thousand} == set(READERS)
-    failures = {str(case): result.failure for case in thousand if (result := run(case, tmp_path / "case")).failure}
+    failures = {
+        str(case): result.failure for case in thousand if (result := run(case, tmp_path / "case")).failure
+    }
     assert not failures
 
 

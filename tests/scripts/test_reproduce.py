@@ -111,7 +111,9 @@ def test_figure2_by_its_full_protocol(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "On mnist" in said
     records = figure2.EXPERIMENT.read(out)
     assert {record.cell.rate for record in records} == set(figure2.RATES)
-    assert len(records) == 3 * 3 * (3 + 1)  # keeps, initialisations; all rates, and the best with a second seed
+    assert len(records) == 3 * 3 * (
+        3 + 1
+    )  # keeps, initialisations; all rates, and the best with a second seed
     assert all(len(record.found["train"]) == 2 for record in records)
     assert "| ELU | 0.5 |" in said
     for count in range(0, len(records), 5):  # wherever it is interrupted, the page can be written

@@ -46,7 +46,8 @@ def stored(root: Path, name: str) -> str:
         for split in ("train", "test"):
             digits = np.arange(40)[:, None] % 10 + 1
             matlab.savemat(
-                root / f"{split}_32x32.mat", {"X": RNG.integers(0, 256, (32, 32, 3, 40), dtype=np.uint8), "y": digits}
+                root / f"{split}_32x32.mat",
+                {"X": RNG.integers(0, 256, (32, 32, 3, 40), dtype=np.uint8), "y": digits},
             )
     return f"{name}:{root}"
 
@@ -163,7 +164,9 @@ def test_a_diverged_net_is_told_and_left(tmp_path):
     model = vgg(channels=1, width=1 / 16)
     data = Part(torch.full((8, 1, 32, 32), math.inf), torch.zeros(8, dtype=torch.int64))
     watched = model[0].weight
-    found = train(model, data, RECIPE, cell=0, seed=0, scratch=tmp_path, watched=watched, each=lambda done: {})
+    found = train(
+        model, data, RECIPE, cell=0, seed=0, scratch=tmp_path, watched=watched, each=lambda done: {}
+    )
     assert [epoch["loss"] for epoch in found] == [math.inf] * 4
 
 
@@ -188,7 +191,9 @@ def test_table2_by_its_full_protocol(tmp_path, monkeypatch, name):
     monkeypatch.setattr(table2, "NETS", {name: ((7, 4, 0.8),)})
     monkeypatch.setattr(table2, "METHODS", ("pooled",))
     monkeypatch.setattr(table2, "PAPER", {(name, 7, 4, 0.8): {"final": (9.0, 8.0)}})
-    output = invoke(table2.EXPERIMENT, "--data", stored(tmp_path, name), "--seeds", "1", "--out", str(tmp_path / "out"))
+    output = invoke(
+        table2.EXPERIMENT, "--data", stored(tmp_path, name), "--seeds", "1", "--out", str(tmp_path / "out")
+    )
     assert "9.0 → 8.0" in output
     kept = sorted(path.name for path in (tmp_path / "out/results/.table2" / name).iterdir())
     assert kept == [f"L7-k4-keep0.8-2epochs-seed0-{when}.pt" for when in ("final", "halfway")]
@@ -197,7 +202,11 @@ def test_table2_by_its_full_protocol(tmp_path, monkeypatch, name):
 
 
 def test_full_plans_are_those_of_the_paper(tmp_path):
-    for name, net in (("svhn", (40, 12, 0.8, 40)), ("cifar10", (100, 12, 0.8, 300)), ("cifar100", (100, 12, 0.7, 300))):
+    for name, net in (
+        ("svhn", (40, 12, 0.8, 40)),
+        ("cifar10", (100, 12, 0.8, 300)),
+        ("cifar100", (100, 12, 0.7, 300)),
+    ):
         cells = table2.plan(Setup(Spec(name, tmp_path), 1, "cpu", False, tmp_path), ())
         assert net in [(cell.depth, cell.growth, cell.keep, cell.epochs) for cell in cells]
     cells = figure4.plan(Setup(Spec("cifar10", tmp_path), 1, "cpu", False, tmp_path), ())
@@ -229,5 +238,7 @@ def test_figure4_by_its_full_protocol(tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     invoke(figure4.EXPERIMENT, "--data", stored(tmp_path, "cifar10"), "--seeds", "2", "--out", out)
     found = figure4.EXPERIMENT.read(Path(out))
-    assert len(found) == 2 * 3 * (2 + 1)  # optimizers, initialisations; both rates, and the best with a second seed
+    assert len(found) == 2 * 3 * (
+        2 + 1
+    )  # optimizers, initialisations; both rates, and the best with a second seed
     assert all(len(record.found["gradient"]) == 2 for record in found)

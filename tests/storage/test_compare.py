@@ -110,7 +110,11 @@ def test_another_order_of_keys() -> None:
 
 def test_relative_change_at_zero_infinity_and_nan() -> None:
     def change(before: list[float], after: list[float]) -> float | None:
-        return compare_checkpoints(*(checkpoint({"a": torch.tensor(x)}) for x in (before, after))).changes[0].relative
+        return (
+            compare_checkpoints(*(checkpoint({"a": torch.tensor(x)}) for x in (before, after)))
+            .changes[0]
+            .relative
+        )
 
     assert change([2.0, math.inf], [1.0, math.inf]) == 0.5
     assert change([0.0], [1e-9]) == math.inf

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckpt_tools.errors import CheckpointError, UsageError
+from ckpt_tools.location import Location
 from ckpt_tools.storage.discovery import find_checkpoints, is_one_checkpoint
 from ckpt_tools.storage.output.checkpoint_writer import save
 from ckpt_tools.storage.reading import read_checkpoint
@@ -32,7 +33,12 @@ def runs(tmp_path: Path) -> Path:
     save_file(STATE, root / "hub" / "model.safetensors")
     (root / "hub" / "config.json").write_text("{}")
     (root / "log.txt").write_text("nothing")
-    save(root / "done.bn.safetensors", read_checkpoint(root / "a b" / "last.pt"), {}, provenance={"settings": "x"})
+    save(
+        root / "done.bn.safetensors",
+        read_checkpoint(root / "a b" / "last.pt"),
+        {},
+        provenance={"settings": "x"},
+    )
     return root
 
 
@@ -71,7 +77,7 @@ def test_equal_names_keep_places_of_their_own(runs: Path, tmp_path: Path) -> Non
 def test_a_folder_of_outputs_inside_is_left_out(runs: Path) -> None:
     torch.save(STATE, runs / "a b" / "other.pt")
     found = find_checkpoints([runs], outside=[runs / "a b"])
-    assert [one.path.name for one in found] == ["model.safetensors", "hub"]
+    assert [one.location.name for one in found] == ["model.safetensors", "hub"]
 
 
 def test_a_file_that_is_named_counts_whatever_it_is(runs: Path) -> None:
@@ -130,7 +136,12 @@ def test_a_folder_that_cannot_be_read_fails_for_itself(runs: Path, monkeypatch: 
 
 
 def test_links_that_lead_nowhere_are_found_like_files(runs: Path) -> None:
-    for name, target in {"self.pt": "self.pt", "one.pt": "two.pt", "two.pt": "one.pt", "gone.pt": "nothing"}.items():
+    for name, target in {
+        "self.pt": "self.pt",
+        "one.pt": "two.pt",
+        "two.pt": "one.pt",
+        "gone.pt": "nothing",
+    }.items():
         (runs / "a b" / name).symlink_to(target)
     (runs / "again").symlink_to(".")
     (runs / "nowhere").symlink_to("nowhere")
@@ -159,14 +170,16 @@ def test_a_file_with_several_names_is_found_once(runs: Path) -> None:
         (folder / name).hardlink_to(folder / "checkpoint-9.pth.tar")
     (folder / "a-link.pth.tar").symlink_to("last.pth.tar")
     torch.save(STATE, folder / "checkpoint-8.pth.tar")  # equal bytes, but another file
-    names = [(one.path.name, [path.name for path in one.also_named]) for one in find_checkpoints([folder])]
+    names = [
+        (one.location.name, [path.name for path in one.also_named]) for one in find_checkpoints([folder])
+    ]
     others = ["a-link.pth.tar", "last.pth.tar", "model_best.pth.tar"]
     assert names == [("checkpoint-9.pth.tar", others), ("checkpoint-8.pth.tar", [])]
     given = [folder / "model_best.pth.tar", folder / "last.pth.tar"]
     (found,) = find_checkpoints(given)
-    assert (found.path, found.also_named) == (given[0], (given[1],))
+    assert (found.location, found.also_named) == (Location(given[0]), (Location(given[1]),))
     (found,) = find_checkpoints([folder], include=["*t*"], exclude=["checkpoint-*"])
-    assert found.path.name == "last.pth.tar"
+    assert found.location.name == "last.pth.tar"
     (found,) = find_checkpoints([folder / "a-link.pth.tar"])
     assert found.also_named == ()
 
@@ -188,7 +201,10 @@ def test_patterns_for_folders_and_any_depth(runs: Path) -> None:
 
 
 def test_data_beside_the_checkpoints_is_none(runs: Path) -> None:
-    assert places(runs, outside=[runs / "a b" / "last.pt", runs / "hub"]) == ["model.safetensors", "a b/best.PTH"]
+    assert places(runs, outside=[runs / "a b" / "last.pt", runs / "hub"]) == [
+        "model.safetensors",
+        "a b/best.PTH",
+    ]
 
     assert places(runs / "*", outside=[runs / "a b", runs]) == ["hub", "model.safetensors"]
     assert places(runs / "**" / "*.pt", include=["last*"], outside=[runs.parent]) == ["a b/last.pt"]

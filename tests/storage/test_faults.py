@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ckpt_tools import temporary_folders
 from ckpt_tools.cli import error_boundary, main
 from ckpt_tools.data import prefetch
 from ckpt_tools.data.images import image_files
@@ -26,7 +27,6 @@ from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.prefetch import read_ahead, track_reading
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import DataError
-from ckpt_tools.remote import temporary_folders
 from ckpt_tools.storage.output import atomic_write, patching, safetensors_writer
 from stress import trials
 
@@ -67,7 +67,9 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
 
 
 def test_twenty_kills(tmp_path: Path) -> None:
-    jobs = tuple(job for job in trials.JOBS if job.name in ("one .safetensors", "overwrite, report", "convert"))
+    jobs = tuple(
+        job for job in trials.JOBS if job.name in ("one .safetensors", "overwrite, report", "convert")
+    )
     book = trials.run_trials(trials.Stress(tmp_path, jobs), 20, seed=0)
     assert not book.failures, book.failures[0]
     assert book.kills.total() == 20
@@ -81,7 +83,9 @@ def test_the_folder_of_a_living_run_is_kept_and_that_of_a_killed_one_goes(root: 
     living.remove_folder()
 
 
-def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_library_was_writing_is_swept_with_its_folder(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """safetensors has a temporary file of its own, under a name that says nothing of whose it is."""
     killed = root / f".{temporary_folders.new_temporary_name()}.tmp"
     killed.mkdir()
@@ -108,7 +112,9 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(root: Path, monkeyp
     [(patching, "write_parts"), (patching.os, "fsync"), (atomic_write, "_move")],
     ids=["write", "fsync", "rename"],
 )
-def test_disk_full(root: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[object, str], number: int) -> None:
+def test_disk_full(
+    root: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[object, str], number: int
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -275,9 +281,15 @@ def test_memory_that_runs_out(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(NO_MEMORY)],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(NO_MEMORY),
+    ],
 )
-def test_memory_that_runs_out_elsewhere(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_memory_that_runs_out_elsewhere(
+    root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 

@@ -54,7 +54,15 @@ def test_reestimated_as_the_plain_state_dict(tmp_path: Path, model: nn.Module, m
 
 
 def reestimated(folder: Path, checkpoint: Path) -> dict[str, Tensor]:
-    arguments = ["bn-reestimate", checkpoint, "--data", folder / "data.npy", "--arch", "format_files:Net", "-q"]
+    arguments = [
+        "bn-reestimate",
+        checkpoint,
+        "--data",
+        folder / "data.npy",
+        "--arch",
+        "format_files:Net",
+        "-q",
+    ]
     output = folder / "out.safetensors"
     more = ["--model-kwargs", "rate=0.3", "--force", "--overwrite", "-o", output]
     result = CliRunner().invoke(main, [str(word) for word in (*arguments, *more)])
@@ -94,10 +102,15 @@ def test_whole_module_says_its_class_and_rates(tmp_path: Path, model: nn.Module)
 def test_wrapped_module_says_what_is_inside(tmp_path: Path, model: nn.Module) -> None:
     said = read_checkpoint(format_files.data_parallel(model, tmp_path)).words
     # Paths are the file's own; the checkpoint's prefix tells what was removed from the keys.
-    assert said == {"epoch": 3, "module": {"class": "format_files.Net", "rates": {"module.body.3": {"p": 0.3}}}}
+    assert said == {
+        "epoch": 3,
+        "module": {"class": "format_files.Net", "rates": {"module.body.3": {"p": 0.3}}},
+    }
 
 
-@pytest.mark.parametrize("maker", [format_files.whole_module, format_files.data_parallel, format_files.ultralytics])
+@pytest.mark.parametrize(
+    "maker", [format_files.whole_module, format_files.data_parallel, format_files.ultralytics]
+)
 def test_trusted_module_is_handed_on(tmp_path: Path, model: nn.Module, maker: Maker) -> None:
     path = maker(model, tmp_path)
     assert read_checkpoint(path).module is None
@@ -193,7 +206,9 @@ def test_averaged_copy_within_a_state_dict(tmp_path: Path, model: nn.Module, nam
 
 def test_branches_with_similar_names_are_no_copies() -> None:
     branch = {"0.weight": torch.ones(2, 2), "1.running_var": torch.ones(2)}
-    state = {f"{name}.{key}": tensor for name in ("avg_branch", "max_branch") for key, tensor in branch.items()}
+    state = {
+        f"{name}.{key}": tensor for name in ("avg_branch", "max_branch") for key, tensor in branch.items()
+    }
     assert find_averaged_copies(state) == []
     without_statistics = {"ema.0.weight": torch.ones(2, 2), **branch}
     assert find_averaged_copies(without_statistics) == []
@@ -206,7 +221,9 @@ def test_timm_saver_after_reestimation_of_its_average(tmp_path: Path) -> None:
     model = timm.create_model("test_byobnet", num_classes=4)
     ema = ModelEmaV3(model)
     args = __import__("argparse").Namespace(model="test_byobnet", drop=0.1, num_classes=4)
-    saver = CheckpointSaver(model, torch.optim.SGD(model.parameters(), 0.1), args, ema, checkpoint_dir=str(tmp_path))
+    saver = CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), 0.1), args, ema, checkpoint_dir=str(tmp_path)
+    )
     saver.save_checkpoint(1, metric=1.0)
     checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
     assert checkpoint.weights == "state_dict_ema"

@@ -27,13 +27,17 @@ def test_distributed_words_and_optimizer(tmp_path: Path, model: nn.Module) -> No
     assert read_checkpoint(tmp_path / "dcp" / ".metadata").words == checkpoint.words
 
 
-def test_optimizer_states_stay_on_the_disk(tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_states_stay_on_the_disk(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ckpt_tools.storage.dcp import dcp_folder
 
     read: list[str] = []
     inner = dcp_folder._read_piece
     monkeypatch.setattr(
-        dcp_folder, "_read_piece", lambda folder, name, piece: (read.append(name), inner(folder, name, piece))[1]
+        dcp_folder,
+        "_read_piece",
+        lambda folder, name, piece: (read.append(name), inner(folder, name, piece))[1],
     )
     read_checkpoint(format_files.distributed(model, tmp_path))
     assert {name.partition(".")[0] for name in read} == {"model", "epoch", "args"}

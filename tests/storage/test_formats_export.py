@@ -72,7 +72,9 @@ class Passing(nn.Module):
 @pytest.mark.parametrize(
     "maker", [format_files.exported, format_files.exported_2_6, format_files.exported_2_8], ids=maker_id
 )
-def test_persistent_state_of_an_exported_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: Maker) -> None:
+def test_persistent_state_of_an_exported_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: Maker
+) -> None:
     monkeypatch.setattr(format_files, "example", lambda: torch.randn(2, 3))
     model = Passing()
     checkpoint = read_checkpoint(maker(model, tmp_path))
@@ -111,7 +113,10 @@ def edited(**changes: object) -> object:
     [
         (CONFIG, edited(sizes=[{"as_int": 2**40}, {"as_int": 8}])),
         (CONFIG, edited(sizes=[{"as_int": -1}, {"as_int": 8}])),
-        (CONFIG, edited(strides=[{"as_int": 0}, {"as_int": 0}], sizes=[{"as_int": 2**20}, {"as_int": 2**20}])),
+        (
+            CONFIG,
+            edited(strides=[{"as_int": 0}, {"as_int": 0}], sizes=[{"as_int": 2**20}, {"as_int": 2**20}]),
+        ),
         (CONFIG, edited(storage_offset={"as_int": 10})),
         (CONFIG, edited(storage_offset={"as_expr": "s0"})),
         (CONFIG, edited(dtype=99)),

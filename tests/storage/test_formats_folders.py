@@ -18,7 +18,9 @@ def test_transformers_folder(tmp_path: Path) -> None:
     with format_files.quietly():
         from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
-        config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+        config = ResNetConfig(
+            embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+        )
         model = ResNetForImageClassification(config)
         model.save_pretrained(tmp_path / "one")
         model.save_pretrained(tmp_path / "shards", max_shard_size="2KB")

@@ -80,7 +80,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     for found in find_checkpoints([tmp_path]):
         with pytest.raises(CheckpointError, match="neither a file"):
-            read_checkpoint(found.path)
+            read_checkpoint(found.location)
     with pytest.raises(DataError, match="no regular file"):
         list(open_source(str(tmp_path)).batches(InputSpec((3, 8, 8)), Reading(batch_size=2, workers=0)))
 
@@ -145,7 +145,9 @@ def test_svhn_of_any_damage(tmp_path: Path) -> None:
 
 def png(width: int, height: int) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     rows = zlib.compress(bytes(min(height * (width // 8 + 1), 10_000_000)))
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
@@ -164,7 +166,13 @@ def test_images_that_would_grow(tmp_path: Path, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     "odd",
-    [{"crop_pct": {"a": 1}}, {"mean": ["x"]}, {"std": []}, {"input_size": [3, 10**6, 10**6]}, {"input_size": [[]]}],
+    [
+        {"crop_pct": {"a": 1}},
+        {"mean": ["x"]},
+        {"std": []},
+        {"input_size": [3, 10**6, 10**6]},
+        {"input_size": [[]]},
+    ],
 )
 def test_settings_that_mean_nothing_are_passed_over(odd: dict[str, object]) -> None:
     from ckpt_adapters.from_timm import TimmAdapter
@@ -172,7 +180,10 @@ def test_settings_that_mean_nothing_are_passed_over(odd: dict[str, object]) -> N
     adapter = TimmAdapter()
     model = adapter.build("test_resnet", {})
     usual = adapter.input_spec(model, "test_resnet", {})
-    words: list[dict[str, object]] = [{"args": odd}, {"config": {"architecture": "test_resnet", "pretrained_cfg": odd}}]
+    words: list[dict[str, object]] = [
+        {"args": odd},
+        {"config": {"architecture": "test_resnet", "pretrained_cfg": odd}},
+    ]
     for said in words:
         found = adapter.input_spec(model, "test_resnet", said)
         assert (found.shape, found.crop_pct, found.mean, found.std) == (
@@ -191,10 +202,19 @@ def test_a_manifest_of_somebody_elses(odd: object) -> None:
     keys = ("checkpoint", "status", "output", "error", "seconds", "report")
     layer = {"name": "a", "rewritten": True, "ratio": odd, "channels": odd, "relative_standard_error": odd}
     site = {"name": odd, "rate": odd, "depth": odd}
-    report = {"layers": [layer], "dropout_sites": [site], "data": {"images": odd, "skipped": odd}, "seconds": odd}
+    report = {
+        "layers": [layer],
+        "dropout_sites": [site],
+        "data": {"images": odd, "skipped": odd},
+        "seconds": odd,
+    }
     report["controls"] = dict.fromkeys(("names", "deviation", "worst", "shift"), odd) | {"verdict": "agree"}
     whole_record = {"checkpoint": "//a", "status": "done", "report": report}
-    for records in ([dict.fromkeys(keys, odd)], [whole_record], [whole_record, whole_record | {"checkpoint": "/b"}]):
+    for records in (
+        [dict.fromkeys(keys, odd)],
+        [whole_record],
+        [whole_record, whole_record | {"checkpoint": "/b"}],
+    ):
         folder_html(records)
         folder_markdown(records)
         folder_text(records, Path("x"))
@@ -235,7 +255,9 @@ def test_a_name_gives_no_orders_to_the_runner(tmp_path: Path) -> None:
     assert "\x1b" not in said
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["convert"], ["bn-reestimate", "--data", "y"], ["diff", "z"]])
+@pytest.mark.parametrize(
+    "arguments", [["inspect"], ["convert"], ["bn-reestimate", "--data", "y"], ["diff", "z"]]
+)
 def test_a_path_that_no_system_takes(tmp_path: Path, arguments: list[str]) -> None:
     result = CliRunner().invoke(main, [arguments[0], "a" * 5000, *arguments[1:]])
     assert result.exit_code == 1

@@ -73,7 +73,9 @@ def raw(path: Path) -> Raw:
     return Raw(8 + length, header, entries, metadata, content[8 + length :])
 
 
-def lay(path: Path, state: Mapping[str, Tensor], order: list[str] | None = None, pad: int = 8, **said: str) -> Path:
+def lay(
+    path: Path, state: Mapping[str, Tensor], order: list[str] | None = None, pad: int = 8, **said: str
+) -> Path:
     """Write a file whose header names the tensors as ``state`` does and whose data has them in ``order``."""
     spans, data = {}, b""
     for key in order or list(state):
@@ -145,7 +147,9 @@ def assert_faithful(before: Raw, after: Raw, replaced: Mapping[str, bytes], pref
     assert after.start % 8 == 0
     assert after.header.startswith(b"{")
     assert after.header.rstrip(b" ").endswith(b"}")
-    assert {**before.metadata, "format": "pt"} == {k: v for k, v in after.metadata.items() if k != "ckpt_tools"}
+    assert {**before.metadata, "format": "pt"} == {
+        k: v for k, v in after.metadata.items() if k != "ckpt_tools"
+    }
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
@@ -163,7 +167,11 @@ def test_only_the_replaced_bytes_differ(tmp_path: Path, source: Path, large: boo
     assert digests.source == hashlib.sha256(source.read_bytes()).hexdigest()
     assert digests.output == hashlib.sha256(target.read_bytes()).hexdigest()
     said = json.loads(after.metadata["ckpt_tools"])
-    assert (said["images"], said["source"], said["source_sha256"]) == (3, "source.safetensors", digests.source)
+    assert (said["images"], said["source"], said["source_sha256"]) == (
+        3,
+        "source.safetensors",
+        digests.source,
+    )
     with safe_open(target, framework="pt") as file:
         assert file.get_tensor("bn.num_batches_tracked") == 3
 
@@ -182,7 +190,9 @@ VALUES = st.builds(
     st.sampled_from(list(NAMES)),
     st.integers(0, 9),
 )
-KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(lambda key: key != "n_averaged")
+KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(
+    lambda key: key != "n_averaged"
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -237,7 +247,9 @@ def test_replaced_tensors_of_half_width(tmp_path: Path, dtype: torch.dtype) -> N
     path = lay(tmp_path / "in.safetensors", {"bn.running_var": torch.rand(3).to(dtype), "x": torch.rand(2)})
     new = torch.tensor([0.25, 2, 3.5])
     save(tmp_path / "out.safetensors", read_checkpoint(path), {"bn.running_var": new}, provenance={})
-    exact = [struct.pack("<e", x) if dtype == torch.float16 else struct.pack("<f", x)[2:] for x in new.tolist()]
+    exact = [
+        struct.pack("<e", x) if dtype == torch.float16 else struct.pack("<f", x)[2:] for x in new.tolist()
+    ]
     assert raw(tmp_path / "out.safetensors").bytes_of("bn.running_var") == b"".join(exact)
 
 
@@ -289,7 +301,9 @@ def test_ways_of_copying(
     elif ranges == "nothing":
         monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
     elif ranges == "short":
-        monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, at, to: real(a, b, min(count, 50), at, to))
+        monkeypatch.setattr(
+            os, "copy_file_range", lambda a, b, count, at, to: real(a, b, min(count, 50), at, to)
+        )
     else:
         monkeypatch.delattr(os, "copy_file_range")
     if sending is not None:
@@ -398,7 +412,9 @@ def test_a_byte_that_reads_back_differently(
     refused(tmp_path, source, f"{name} reading back differently")
 
 
-def test_a_longer_file_reads_back_differently(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_longer_file_reads_back_differently(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = patching.verify_and_hash
     monkeypatch.setattr(patching, "verify_and_hash", lambda file, size, wanted: real(file, size + 1, wanted))
     refused(tmp_path, source, "bytes instead of")
@@ -442,7 +458,9 @@ def test_a_source_replaced_since_it_was_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("moment", "message"), [("copy_range", "reading back"), ("verify_and_hash", "written to since")]
 )
-def test_a_source_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, message: str) -> None:
+def test_a_source_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, message: str
+) -> None:
     path = lay(tmp_path / "in.safetensors", state())
     checkpoint = read_checkpoint(path)
     real = getattr(patching, moment)
@@ -499,7 +517,9 @@ def test_mapped_tensors_are_not_read_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def status(field: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -89,7 +89,10 @@ LEAVES = (
     | st.datetimes(timezones=st.just(datetime.UTC))
 )  # fmt: skip
 KEYS = (
-    st.text(max_size=4) | st.integers(-(2**40), 2**40) | st.none() | st.tuples(st.integers(0, 9), st.text(max_size=2))
+    st.text(max_size=4)
+    | st.integers(-(2**40), 2**40)
+    | st.none()
+    | st.tuples(st.integers(0, 9), st.text(max_size=2))
 )
 DATA = st.recursive(
     LEAVES,
@@ -177,7 +180,9 @@ def test_lazy_conjugates_negatives_and_parameters() -> None:
         assert isinstance(found, dict)
         for key in content:
             assert type(found[key]) is Tensor
-            assert torch.equal(found[key].resolve_conj().resolve_neg(), expected[key].resolve_conj().resolve_neg())
+            assert torch.equal(
+                found[key].resolve_conj().resolve_neg(), expected[key].resolve_conj().resolve_neg()
+            )
 
 
 def test_big_endian_archives(tmp_path: Path) -> None:
@@ -240,12 +245,18 @@ def test_arrays_are_the_weights_where_nothing_else_is(how: str) -> None:
 
 
 def test_arrays_beside_tensors_and_odd_arrays_stay_opaque() -> None:
-    odd = {"o": np.array([object], dtype=object), "text": np.array(["a"]), "when": np.array(["2024"], "M8[s]")}
+    odd = {
+        "o": np.array([object], dtype=object),
+        "text": np.array(["a"]),
+        "when": np.array(["2024"], "M8[s]"),
+    }
     for content in (odd, {"w": torch.ones(2), "a": np.ones(2)}):
         found = read(pickle.dumps(content))
         assert isinstance(found, dict)
         assert {key for key, value in found.items() if type(value) is OpaqueObject} == set(content) - {"w"}
-        assert repr(next(value for value in found.values() if type(value) is OpaqueObject)) == "<numpy.ndarray>"
+        assert (
+            repr(next(value for value in found.values() if type(value) is OpaqueObject)) == "<numpy.ndarray>"
+        )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -334,7 +345,12 @@ def test_a_pickled_module_yields_its_state_dict(how: str) -> None:
 
 
 def test_wrapped_modules_come_with_their_prefixes() -> None:
-    for wrap in (nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile, torch.fx.symbolic_trace):
+    for wrap in (
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        torch.compile,
+        torch.fx.symbolic_trace,
+    ):
         model = wrap(net())
         found = read(written(model, "zip"))
         assert_module(found, model)

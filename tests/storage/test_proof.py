@@ -27,7 +27,11 @@ from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.provenance import output_metadata, read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint
 
-STATE = {"weight": torch.arange(40.0), "bn.running_var": torch.ones(40), "bn.num_batches_tracked": torch.tensor(3)}
+STATE = {
+    "weight": torch.arange(40.0),
+    "bn.running_var": torch.ones(40),
+    "bn.num_batches_tracked": torch.tensor(3),
+}
 
 
 @pytest.fixture(scope="module", params=["pt", "safetensors"])
@@ -100,9 +104,13 @@ def test_the_manifest_counts_as_well(made: tuple[Request, Path]) -> None:
     assert isinstance(whole, EarlierOutput)
     source, asked, file = whole.source_sha256, whole.settings, whole.file
     assert found(made, content, in_manifest=whole) == whole
-    assert found(made, content, in_manifest=EarlierOutput(source, asked)) == whole  # version 0.1.0 recorded no digest
+    assert (
+        found(made, content, in_manifest=EarlierOutput(source, asked)) == whole
+    )  # version 0.1.0 recorded no digest
     for other in (FileDigest("0" * 64, file.size), FileDigest(file.sha256, 1)):
-        assert isinstance(found(made, content, in_manifest=EarlierOutput(source, asked, other)), DamagedOutput)
+        assert isinstance(
+            found(made, content, in_manifest=EarlierOutput(source, asked, other)), DamagedOutput
+        )
         assert found(made, content, in_manifest=EarlierOutput(source, "other settings", other)) == whole
         assert found(made, content, in_manifest=EarlierOutput("0" * 64, asked, other)) == whole
 
@@ -129,7 +137,10 @@ def test_a_copied_entry_hides_no_checkpoint(made: tuple[Request, Path], tmp_path
     save_file(state, tmp_path / "same.safetensors", metadata)
     save_file({key: tensor + 1 for key, tensor in state.items()}, tmp_path / "trained.safetensors", metadata)
     write_safetensors(tmp_path / "ours.safetensors", state, metadata=metadata)  # which seals it anew
-    assert [one.path.name for one in find_checkpoints([tmp_path])] == ["same.safetensors", "trained.safetensors"]
+    assert [one.location.name for one in find_checkpoints([tmp_path])] == [
+        "same.safetensors",
+        "trained.safetensors",
+    ]
 
 
 NAMES = ["version", "settings", "source", "source_sha256", "weights", "prefix", "data_sha256", "data_bytes"]
@@ -150,25 +161,36 @@ SOURCE = {"source": "a.pt", "source_sha256": "a" * 64, "weights": "", "prefix": 
 
 def is_of_0_1_0(entry: Any) -> bool:
     """What version 0.1.0 may have written, said in another way than the code does."""
-    if not isinstance(entry, dict) or entry.get("version") != "0.1.0" or {"data_sha256", "data_bytes"} & set(entry):
+    if (
+        not isinstance(entry, dict)
+        or entry.get("version") != "0.1.0"
+        or {"data_sha256", "data_bytes"} & set(entry)
+    ):
         return False
     kinds = {name: type(entry.get(name)) for name in SOURCE}
     sourced = set(kinds.values()) == {str} and len(entry["source_sha256"]) == 64
-    fresh = not set(SOURCE) & set(entry) and entry.get("expect") == "init" and isinstance(entry.get("scheme"), str)
+    fresh = (
+        not set(SOURCE) & set(entry)
+        and entry.get("expect") == "init"
+        and isinstance(entry.get("scheme"), str)
+    )
     return (sourced or fresh) and "header_sha256" not in entry and isinstance(entry.get("settings", ""), str)
 
 
 @settings(max_examples=150)
 @given(
-    entry=JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, JSON)).map(lambda more: {**SOURCE, **more}),
+    entry=JSON
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, JSON)).map(lambda more: {**SOURCE, **more}),
     text=st.none() | st.text(max_size=20),
 )
-def test_no_entry_hides_a_checkpoint(tmp_path_factory: pytest.TempPathFactory, entry: Any, text: str | None) -> None:
+def test_no_entry_hides_a_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, entry: Any, text: str | None
+) -> None:
     folder = tmp_path_factory.mktemp("any", numbered=True)
     written = json.dumps(entry) if text is None else text
     save_file(STATE, folder / "a.safetensors", {"ckpt_tools": written})
     assume(text is not None or not is_of_0_1_0(json.loads(written)))
-    assert [one.path.name for one in find_checkpoints([folder])] == ["a.safetensors"]
+    assert [one.location.name for one in find_checkpoints([folder])] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +219,9 @@ def test_deep_entries(tmp_path: Path) -> None:
     assert "earlier" not in read_provenance_entry(tmp_path / "b.safetensors")
 
 
-def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(STATE, "a.pt")
     asked = Request(Path("a.pt"), "data.npy")
@@ -206,7 +230,7 @@ def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(tmp_path: Path, monkeypat
     )
     save_file(STATE, "a.bn.safetensors", metadata)
     save_file(STATE, "init.safetensors", output_metadata(None, {"expect": "init", "scheme": "normal"}))
-    assert [one.path.name for one in find_checkpoints([tmp_path])] == ["a.pt"]
+    assert [one.location.name for one in find_checkpoints([tmp_path])] == ["a.pt"]
     with pytest.raises(Exception, match=r"of version 0\.1\.0.*--overwrite"):
         find_earlier_output(Path("a.bn.safetensors"), asked, None)
 
@@ -239,7 +263,9 @@ def test_a_damaged_output_is_made_again(runs: Path, place: str) -> None:
     whole = outputs[damaged]
     damages: dict[str, Callable[[], object]] = {
         "cut off": lambda: damaged.write_bytes(whole[:-4]),
-        "zeros": lambda: damaged.write_bytes(whole[: header_of(whole)] + bytes(len(whole) - header_of(whole))),
+        "zeros": lambda: damaged.write_bytes(
+            whole[: header_of(whole)] + bytes(len(whole) - header_of(whole))
+        ),
     }
     for number, damage in enumerate(damages.values()):
         damage()
@@ -262,7 +288,9 @@ def test_what_is_not_ours_is_not_replaced(runs: Path) -> None:
     whole = output.read_bytes()
     with safe_open(output, "pt") as file:
         metadata = file.metadata()
-    save_file({key: tensor + 1 for key, tensor in load_file(output).items()}, output, metadata)  # somebody trained on
+    save_file(
+        {key: tensor + 1 for key, tensor in load_file(output).items()}, output, metadata
+    )  # somebody trained on
     for content in (output.read_bytes(), b"", whole[:20], b"notes"):
         output.write_bytes(content)
         result = run("--output-dir", "fixed")

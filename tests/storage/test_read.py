@@ -102,17 +102,28 @@ def test_repacked_archive_is_not_mapped_as_noise(tmp_path: Path) -> None:
 
 def test_half_precision_strides_and_shared_memory(tmp_path: Path) -> None:
     w = torch.randn(4, 6)
-    state = {"h": w.half(), "b": w.bfloat16(), "t": w.t(), "tied": w, "n": torch.tensor(3), "empty": torch.empty(0, 2)}
+    state = {
+        "h": w.half(),
+        "b": w.bfloat16(),
+        "t": w.t(),
+        "tied": w,
+        "n": torch.tensor(3),
+        "empty": torch.empty(0, 2),
+    }
     state["p"] = nn.Parameter(w)
     assert_same(read_checkpoint(saved(tmp_path, state)).tensors, {**state, "p": w})
 
 
 def shard(folder: Path, index: str = "model.safetensors.index.json") -> dict[str, str]:
     state = weights()
-    shard_of = {key: f"model-{i % 2}{'.bin' if 'bin' in index else '.safetensors'}" for i, key in enumerate(state)}
+    shard_of = {
+        key: f"model-{i % 2}{'.bin' if 'bin' in index else '.safetensors'}" for i, key in enumerate(state)
+    }
     for name in set(shard_of.values()):
         part = {key: state[key] for key in state if shard_of[key] == name}
-        torch.save(part, folder / name) if "bin" in index else save_file(part, folder / name, {"format": "pt"})
+        torch.save(part, folder / name) if "bin" in index else save_file(
+            part, folder / name, {"format": "pt"}
+        )
     (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": shard_of}))
     return shard_of
 
@@ -172,7 +183,9 @@ def test_sha256_of_a_file_and_of_shards(tmp_path: Path) -> None:
     shard(tmp_path)
     one = tmp_path / "model-0.safetensors"
     assert checkpoint_sha256(one) == hashlib.sha256(one.read_bytes()).hexdigest()
-    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(tmp_path.glob("model-*"))]
+    lines = [
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(tmp_path.glob("model-*"))
+    ]
     assert checkpoint_sha256(tmp_path) == hashlib.sha256("".join(lines).encode()).hexdigest()
     assert checkpoint_sha256(tmp_path) == checkpoint_sha256(tmp_path / "model.safetensors.index.json")
 
@@ -185,7 +198,11 @@ NAMES = "state_dict model model_state_dict net network weights params module wha
 @pytest.mark.parametrize("name", NAMES)
 def test_state_dict_under_a_name(tmp_path: Path, name: str) -> None:
     model, optimizer = trained()
-    content: dict[str, object] = {"epoch": 3, "best_acc1": torch.tensor(0.5), "rng_state": torch.get_rng_state()}
+    content: dict[str, object] = {
+        "epoch": 3,
+        "best_acc1": torch.tensor(0.5),
+        "rng_state": torch.get_rng_state(),
+    }
     content["optimizer"] = optimizer.state_dict()
     outer, _, inner = name.partition(".")
     content[outer] = {inner: model.state_dict(), "note": "hi"} if inner else model.state_dict()
@@ -263,7 +280,12 @@ def test_no_state_dict(tmp_path: Path, content: object) -> None:
 def test_optimizer_alone_is_no_state_dict(tmp_path: Path) -> None:
     optimizer = trained()[1].state_dict()
     by_name = {"state": {"0.weight": {"exp_avg": torch.ones(3)}}, "param_groups": []}
-    for content in (optimizer, {"optimizer": optimizer, "epoch": 1}, {"optimizer": by_name}, {"thing": by_name}):
+    for content in (
+        optimizer,
+        {"optimizer": optimizer, "epoch": 1},
+        {"optimizer": by_name},
+        {"thing": by_name},
+    ):
         with pytest.raises(CheckpointError, match="found none"):
             read_checkpoint(saved(tmp_path, content))
 
@@ -283,7 +305,12 @@ def test_odd_entries_are_left_out(tmp_path: Path) -> None:
 
 @given(
     st.lists(st.sampled_from(["module.", "_orig_mod."]), max_size=5),
-    st.lists(st.from_regex(r"[a-l]{1,3}(\.[a-l0-9]{1,3}){0,2}", fullmatch=True), min_size=1, max_size=5, unique=True),
+    st.lists(
+        st.from_regex(r"[a-l]{1,3}(\.[a-l0-9]{1,3}){0,2}", fullmatch=True),
+        min_size=1,
+        max_size=5,
+        unique=True,
+    ),
 )
 def test_any_nesting_of_wrappers_comes_off(wrappers: list[str], keys: list[str]) -> None:
     prefix = "".join(wrappers)
@@ -297,7 +324,9 @@ def test_a_prefix_of_only_some_keys_stays() -> None:
 
 
 def test_compiled_submodule() -> None:
-    tensors, prefix, _ = strip_wrappers({"module.body._orig_mod.0.w": torch.ones(1), "module.head.w": torch.ones(1)})
+    tensors, prefix, _ = strip_wrappers(
+        {"module.body._orig_mod.0.w": torch.ones(1), "module.head.w": torch.ones(1)}
+    )
     assert (list(tensors), prefix) == (["body.0.w", "head.w"], "module.")
     twins = {"a._orig_mod.w": torch.ones(1), "a.w": torch.ones(1)}
     assert list(strip_wrappers(twins)[0]) == list(twins)
@@ -333,7 +362,9 @@ def test_timm_checkpoint_saver(tmp_path: Path) -> None:
     model, optimizer = trained()
     ema = ModelEmaV3(model, decay=0.5)
     ema.update(net(7))
-    args = argparse.Namespace(model="resnet18", drop=0.1, drop_path=None, mean=(0.5, 0.5, 0.5), model_kwargs={"a": 1})
+    args = argparse.Namespace(
+        model="resnet18", drop=0.1, drop_path=None, mean=(0.5, 0.5, 0.5), model_kwargs={"a": 1}
+    )
     saver = CheckpointSaver(model, optimizer, args, ema, NativeScaler("cpu"), checkpoint_dir=str(tmp_path))
     saver.save_checkpoint(4, metric=np.float64(71.5))
     checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
@@ -351,7 +382,9 @@ def test_torchvision_reference_dict(tmp_path: Path) -> None:
     model, optimizer = trained()
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=1)
     rest = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
-    ema = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda avg, new, n: 0.5 * avg + 0.5 * new, use_buffers=True)
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, avg_fn=lambda avg, new, n: 0.5 * avg + 0.5 * new, use_buffers=True
+    )
     ema.update_parameters(net(5))
     ema.update_parameters(net(6))
     content = {
@@ -359,14 +392,19 @@ def test_torchvision_reference_dict(tmp_path: Path) -> None:
         "optimizer": optimizer.state_dict(),
         "lr_scheduler": torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, rest], [2]).state_dict(),
         "epoch": 2,
-        "args": argparse.Namespace(model="densenet121", data_path=pathlib.Path("/data"), device=torch.device("cuda")),
+        "args": argparse.Namespace(
+            model="densenet121", data_path=pathlib.Path("/data"), device=torch.device("cuda")
+        ),
         "model_ema": ema.state_dict(),
         "scaler": torch.amp.GradScaler("cpu").state_dict(),
     }
     checkpoint = read_checkpoint(saved(tmp_path, content, "checkpoint.pth"))
     assert (checkpoint.weights, checkpoint.prefix) == ("model_ema", "module.")
     assert_same(checkpoint.tensors, ema.module.state_dict())
-    assert checkpoint.words == {"epoch": 2, "args": {"model": "densenet121", "data_path": "/data", "device": "cuda"}}
+    assert checkpoint.words == {
+        "epoch": 2,
+        "args": {"model": "densenet121", "data_path": "/data", "device": "cuda"},
+    }
     assert set(checkpoint.left_out) == {"model", "optimizer", "lr_scheduler", "scaler", "n_averaged"}
 
 
@@ -377,7 +415,9 @@ def test_lightning_dict(tmp_path: Path) -> None:
         "pytorch-lightning_version": "2.5.0",
         "state_dict": {f"model.{key}": tensor for key, tensor in weights().items()},
         "loops": {"fit_loop": {"state_dict": {}, "progress": {"total": collections.Counter(ready=3)}}},
-        "callbacks": {"ModelCheckpoint{'monitor': 'x'}": {"best_model_score": torch.tensor(0.5), "k": torch.ones(2)}},
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'x'}": {"best_model_score": torch.tensor(0.5), "k": torch.ones(2)}
+        },
         "optimizer_states": [trained()[1].state_dict()],
         "lr_schedulers": [{"_step_count": 3}],
         "hparams_name": "kwargs",
@@ -449,7 +489,9 @@ def test_words_that_hold_themselves(tmp_path: Path) -> None:
     wide: list[object] = [1]
     for _ in range(100):
         deep, wide = [deep], [wide, wide]
-    words = read_checkpoint(saved(tmp_path, {"model": weights(), "loop": loop, "deep": deep, "wide": wide})).words
+    words = read_checkpoint(
+        saved(tmp_path, {"model": weights(), "loop": loop, "deep": deep, "wide": wide})
+    ).words
     assert words["loop"] == {"a": 1, "self": "<...>"}
     assert str(words["deep"]).count("[") < 20
     assert set(words) == {"loop", "deep", "wide"}
@@ -471,7 +513,11 @@ class Touch:
 def test_malicious_pickle_leaves_no_canary(tmp_path: Path, legacy: bool, place: str) -> None:
     canary = tmp_path / "canary"
     evil = Touch(canary)
-    content = {"top": evil, "beside": {"model": weights(), "x": evil}, "inside": {"model": {**weights(), "x": evil}}}
+    content = {
+        "top": evil,
+        "beside": {"model": weights(), "x": evil},
+        "inside": {"model": {**weights(), "x": evil}},
+    }
     torch.save(content[place], tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
     if place == "top":
         with pytest.raises(CheckpointError, match="found none"):
@@ -541,7 +587,13 @@ def test_no_checkpoint_at_all(tmp_path: Path, what: str, trust: bool) -> None:
 
 
 def test_missing_file_and_odd_places(tmp_path: Path) -> None:
-    for path in (tmp_path / "gone.pt", tmp_path / "gone" / "x.pt", tmp_path / ("x" * 300), Path("/dev/null"), tmp_path):
+    for path in (
+        tmp_path / "gone.pt",
+        tmp_path / "gone" / "x.pt",
+        tmp_path / ("x" * 300),
+        Path("/dev/null"),
+        tmp_path,
+    ):
         with pytest.raises(CheckpointError, match=r"expected|cannot"):
             read_checkpoint(path)
     saved(tmp_path, weights(), "a.pt")
@@ -566,7 +618,11 @@ def test_tensors_that_are_not_dense(tmp_path: Path, kind: str) -> None:
 
 def whole_files(folder: Path) -> dict[str, bytes]:
     model, optimizer = trained()
-    content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "args": argparse.Namespace(a=1)}
+    content = {
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "args": argparse.Namespace(a=1),
+    }
     torch.save(content, folder / "zip")
     torch.save(content, folder / "legacy", _use_new_zipfile_serialization=False)
     save_file(weights(), folder / "safetensors", {"format": "pt"})
@@ -589,7 +645,9 @@ def test_truncated_files_say_so(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.pt")
     size = len(files["safetensors"])
     (tmp_path / "x.safetensors").write_bytes(files["safetensors"][:-10])
-    with pytest.raises(CheckpointError, match=rf"expected the {size:,} bytes .* found {size - 10:,} .* cut short"):
+    with pytest.raises(
+        CheckpointError, match=rf"expected the {size:,} bytes .* found {size - 10:,} .* cut short"
+    ):
         read_checkpoint(tmp_path / "x.safetensors")
 
 

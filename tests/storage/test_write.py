@@ -87,7 +87,9 @@ def test_independent_check_of_the_bytes(tmp_path: Path, source: Checkpoint) -> N
 
 def test_returns_the_digest_and_says_where_it_comes_from(tmp_path: Path, source: Checkpoint) -> None:
     target = tmp_path / "out.safetensors"
-    digest = save(target, source, new_variance(), provenance={"images": 3, "bad": float("nan"), "path": tmp_path})
+    digest = save(
+        target, source, new_variance(), provenance={"images": 3, "bad": float("nan"), "path": tmp_path}
+    )
     assert digest == hashlib.sha256(target.read_bytes()).hexdigest()
     written = read_checkpoint(target)
     assert written.metadata["format"] == "pt"
@@ -107,7 +109,9 @@ def test_returns_the_digest_and_says_where_it_comes_from(tmp_path: Path, source:
 
 def test_an_output_as_source_keeps_metadata_and_history(tmp_path: Path) -> None:
     save_file(model().state_dict(), tmp_path / "a.safetensors", {"format": "pt", "licence": "MIT"})
-    digest = save(tmp_path / "b.safetensors", read_checkpoint(tmp_path / "a.safetensors"), {}, provenance={"step": 1})
+    digest = save(
+        tmp_path / "b.safetensors", read_checkpoint(tmp_path / "a.safetensors"), {}, provenance={"step": 1}
+    )
     save(tmp_path / "c.safetensors", read_checkpoint(tmp_path / "b.safetensors"), {}, provenance={"step": 2})
     last = read_checkpoint(tmp_path / "c.safetensors")
     assert last.metadata["licence"] == "MIT"
@@ -154,7 +158,9 @@ def test_tied_strided_and_odd_tensors(tmp_path: Path) -> None:
     assert list(after.tensors) == list(state)
     for key, tensor in load_file(tmp_path / "y.safetensors").items():
         torch.testing.assert_close(tensor, state[key].resolve_conj(), rtol=0, atol=0, equal_nan=True)
-    assert not compare_checkpoints(read_checkpoint(tmp_path / "x.pt"), after).unexpected_differences("nothing")
+    assert not compare_checkpoints(read_checkpoint(tmp_path / "x.pt"), after).unexpected_differences(
+        "nothing"
+    )
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
@@ -172,19 +178,29 @@ TENSORS = st.builds(
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), TENSORS, max_size=6))
-def test_any_state_dict_comes_back(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]) -> None:
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), TENSORS, max_size=6
+    )
+)
+def test_any_state_dict_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, state: dict[str, Tensor]
+) -> None:
     target = tmp_path_factory.getbasetemp() / "any.safetensors"
     write_safetensors(target, state, metadata={"format": "pt"}, overwrite=True)
     found = load_file(target)
     assert list(raw_tensors(target)) == list(state)
-    assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in state.items())
+    assert all(
+        torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in state.items()
+    )
 
 
 def test_timm_loads_the_output(tmp_path: Path) -> None:
     import timm
 
-    torch.save({"state_dict": timm.create_model("test_resnet", num_classes=5).state_dict()}, tmp_path / "t.pth.tar")
+    torch.save(
+        {"state_dict": timm.create_model("test_resnet", num_classes=5).state_dict()}, tmp_path / "t.pth.tar"
+    )
     source = read_checkpoint(tmp_path / "t.pth.tar")
     key = next(key for key in source.tensors if key.endswith("running_var"))
     new = torch.rand_like(source.tensors[key]) + 1
@@ -202,7 +218,9 @@ def test_shards_become_one_file(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
     source = read_checkpoint(tmp_path)
     save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
-    assert [key for key, x in load_file(tmp_path / "out.safetensors").items() if not x.equal(state[key])] == [VARIANCE]
+    assert [key for key, x in load_file(tmp_path / "out.safetensors").items() if not x.equal(state[key])] == [
+        VARIANCE
+    ]
     for name in ("0.safetensors", "m.safetensors.index.json"):
         with pytest.raises(OutputError, match="source"):
             save(tmp_path / name, source, new_variance(), provenance={}, overwrite=True)
@@ -213,7 +231,9 @@ def test_a_trusted_source_is_not_executed_again(tmp_path: Path) -> None:
     source = read_checkpoint(tmp_path / "whole.pt", trust=True)
     save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert (
-        compare_checkpoints(source, read_checkpoint(tmp_path / "out.safetensors")).unexpected_differences("variance")
+        compare_checkpoints(source, read_checkpoint(tmp_path / "out.safetensors")).unexpected_differences(
+            "variance"
+        )
         == ()
     )
 
@@ -226,7 +246,10 @@ def test_a_trusted_source_is_not_executed_again(tmp_path: Path) -> None:
     [
         ({"1.running_varr": torch.ones(4)}, r"1\.running_varr: expected a key"),
         ({VARIANCE: torch.ones(5)}, r"stored shape \(4,\), found \(5,\)"),
-        ({VARIANCE: torch.tensor([1.0, 70_000.0, 1.0, 1.0])}, r"found 70000 in element 1, which is inf as float16"),
+        (
+            {VARIANCE: torch.tensor([1.0, 70_000.0, 1.0, 1.0])},
+            r"found 70000 in element 1, which is inf as float16",
+        ),
         ({VARIANCE: torch.tensor([1.0, 1.0, float("nan"), 1.0])}, r"found nan in element 2"),
         ({"1.num_batches_tracked": torch.tensor(float("inf"))}, r"num_batches_tracked: expected finite"),
     ],
@@ -270,7 +293,9 @@ def no_links(*_: object) -> None:
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-def test_file_system_without_links(tmp_path: Path, source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_links(
+    tmp_path: Path, source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "link", no_links)
     save(tmp_path / "out.safetensors", source, new_variance(), provenance={})
     assert files(tmp_path) == {"source.pt", "out.safetensors"}
@@ -282,7 +307,9 @@ def test_file_system_without_links(tmp_path: Path, source: Checkpoint, monkeypat
 
 @pytest.mark.parametrize("way", ["same", "symlink", "hard link", "relative"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_the_source_is_never_the_target(tmp_path: Path, source: Checkpoint, way: str, overwrite: bool) -> None:
+def test_the_source_is_never_the_target(
+    tmp_path: Path, source: Checkpoint, way: str, overwrite: bool
+) -> None:
     target = tmp_path / ("source.pt" if way == "same" else "alias.pt")
     if way == "symlink":
         target.symlink_to(source.path)

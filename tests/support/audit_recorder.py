@@ -112,7 +112,9 @@ class Recorder:
     hostile files has.
     """
 
-    def __init__(self, readable: Sequence[Path], writable: Sequence[Path], strangers: Path, canary: str) -> None:
+    def __init__(
+        self, readable: Sequence[Path], writable: Sequence[Path], strangers: Path, canary: str
+    ) -> None:
         self._writable = tuple(str(folder.resolve()) for folder in writable)
         self._readable = (*self._writable, *(str(folder.resolve()) for folder in readable))
         self._strangers, self._canary = str(strangers.resolve()), canary
@@ -163,7 +165,9 @@ class Recorder:
                 self._file(event, arguments[place], written=True)
 
     def _file(self, event: str, path: object, written: bool) -> None:
-        if not isinstance(path, str | bytes | os.PathLike) or not path:  # a descriptor was opened before, and seen then
+        if (
+            not isinstance(path, str | bytes | os.PathLike) or not path
+        ):  # a descriptor was opened before, and seen then
             return
         name = _absolute(os.fsdecode(path))
         if _below(name, SYSTEM) and (not written or name == "/dev/null"):
@@ -178,7 +182,9 @@ class Recorder:
         code = arguments[0] if event == "exec" else arguments[1]
         name = code.co_filename if isinstance(code, CodeType) else str(code or "")
         source = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else ""
-        of_a_file = bool(name) and not name.startswith("<")  # <string> is what dataclasses and others generate
+        of_a_file = bool(name) and not name.startswith(
+            "<"
+        )  # <string> is what dataclasses and others generate
         if self._canary in source or (of_a_file and _below(_resolved(_absolute(name)), (self._strangers,))):
             self.note(event, f"{name} {source}")
 
@@ -189,7 +195,9 @@ class Recorder:
         if isinstance(file, str):
             self._file("import", file, written=False)
         for folder in path if isinstance(path, list) else ():
-            if (not folder or folder.startswith(os.sep)) and _below(_resolved(_absolute(folder)), (self._strangers,)):
+            if (not folder or folder.startswith(os.sep)) and _below(
+                _resolved(_absolute(folder)), (self._strangers,)
+            ):
                 self.note("import with the checkpoint's folder on the path", (name, folder))
 
 

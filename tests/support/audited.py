@@ -44,7 +44,12 @@ TAKES_LONG = (
     "modules that unfold without end",
     "states merged again and again",
 )
-UNKNOWN_CLASSES = ("a class by its dotted name", "a class by a path", "a class that is no model", "a class of ours")
+UNKNOWN_CLASSES = (
+    "a class by its dotted name",
+    "a class by a path",
+    "a class that is no model",
+    "a class of ours",
+)
 FORMATS = [
     maker
     for maker in format_files.FORMATS
@@ -57,7 +62,12 @@ Case = tuple[str, str, list[list[str]]]  # the file, how it is called in a findi
 def recorder() -> Recorder:
     """For reading: checkpoints and data, what is installed, and this tree. For writing: outputs and temporary files."""
     installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    own = ("ckpt_tools", "adapters", "tests", "ckpt_tools.egg-info")  # the last is written by an editable installation
+    own = (
+        "ckpt_tools",
+        "adapters",
+        "tests",
+        "ckpt_tools.egg-info",
+    )  # the last is written by an editable installation
     places = [sys.prefix, sys.base_prefix, *(ROOT / part for part in own)]
     return Recorder(
         readable=[WORK, *installed, *map(Path, places)],
@@ -125,12 +135,18 @@ def folders() -> Iterator[Case]:
         Path("hub").mkdir()
         fill(Path("hub"), OUTSIDE)
         todo = commands("hub", images="pictures.npy", labelled="pictures.npz")
-        if any(words in label for words in UNKNOWN_CLASSES):  # a second to say which classes have similar names
+        if any(
+            words in label for words in UNKNOWN_CLASSES
+        ):  # a second to say which classes have similar names
             todo.remove(todo[3])
         yield label, "hub", todo
     for label, words in hostile_folders.WORDS.items():
         torch.save({"state_dict": hostile_folders.STATE, **words(OUTSIDE)}, "said.pt")
-        yield f"words, {label}", "said.pt", commands("said.pt", images="pictures.npy", labelled="pictures.npz")
+        yield (
+            f"words, {label}",
+            "said.pt",
+            commands("said.pt", images="pictures.npy", labelled="pictures.npz"),
+        )
 
 
 def manifests() -> Iterator[Case]:
@@ -249,7 +265,9 @@ def main_of_the_audit() -> None:
     secrets = prepare()
     watch = recorder()
     controls(watch)
-    for secret in secrets:  # even where access times are kept seldom (relatime), the next reading changes this one
+    for (
+        secret
+    ) in secrets:  # even where access times are kept seldom (relatime), the next reading changes this one
         os.utime(secret, (0, secret.stat().st_mtime))
     runs = 0
     for make in (files, arrays, folders, manifests, formats):

@@ -35,7 +35,12 @@ class Net(nn.Module):
     def __init__(self, rate: float = 0.3) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(rate), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)
+            nn.Conv2d(3, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Dropout(rate),
+            nn.Conv2d(6, 8, 3),
+            nn.BatchNorm2d(8),
         )
         self.head = nn.Linear(8, 5)
         self.register_buffer("scale", torch.full((1,), 1.5))
@@ -109,14 +114,23 @@ def pickled_module(model: nn.Module, folder: Path) -> Path:
 
 
 def ultralytics(model: nn.Module, folder: Path) -> Path:
-    content = {"epoch": -1, "model": None, "ema": model, "optimizer": None, "train_args": {"lr0": 0.01}, "updates": 9}
+    content = {
+        "epoch": -1,
+        "model": None,
+        "ema": model,
+        "optimizer": None,
+        "train_args": {"lr0": 0.01},
+        "updates": 9,
+    }
     torch.save(content, folder / "best.pt")
     return folder / "best.pt"
 
 
 def detectron2(model: nn.Module, folder: Path) -> Path:
     arrays = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    (folder / "R-50.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "me", "matching_heuristics": True}))
+    (folder / "R-50.pkl").write_bytes(
+        pickle.dumps({"model": arrays, "__author__": "me", "matching_heuristics": True})
+    )
     return folder / "R-50.pkl"
 
 
@@ -145,7 +159,12 @@ def averaged_model_whole(model: nn.Module, folder: Path) -> Path:
 def torchvision_reference(model: nn.Module, folder: Path) -> Path:
     average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     other = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
-    content = {"model": other, "model_ema": average.state_dict(), "optimizer": optimizer_state(model), "epoch": 2}
+    content = {
+        "model": other,
+        "model_ema": average.state_dict(),
+        "optimizer": optimizer_state(model),
+        "epoch": 2,
+    }
     torch.save({**content, "args": argparse.Namespace(model="resnet18", lr=0.1)}, folder / "checkpoint.pth")
     return folder / "checkpoint.pth"
 
@@ -228,7 +247,12 @@ def old_tar(path: Path, tensors: dict[str, Tensor]) -> None:
     Pickler(target, 2).dump(tensors)
     with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
         system = pickle.dumps({"protocol_version": 1000, "little_endian": True}, 2)
-        members = {"sys_info": system, "pickle": target.getvalue(), "tensors": described, "storages": storages}
+        members = {
+            "sys_info": system,
+            "pickle": target.getvalue(),
+            "tensors": described,
+            "storages": storages,
+        }
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -284,7 +308,10 @@ def save_by_ranks(model: nn.Module, writer: dcp.FileSystemWriter) -> None:
     """What two ranks write, one after the other in one process; counters come from the first."""
     state = model.state_dict()
     scalars = {key for key, tensor in state.items() if not tensor.dim()}
-    planners = [Ranks(state, 0), Ranks({key: tensor for key, tensor in state.items() if key not in scalars}, 1)]
+    planners = [
+        Ranks(state, 0),
+        Ranks({key: tensor for key, tensor in state.items() if key not in scalars}, 1),
+    ]
     plans = []
     for rank, planner in enumerate(planners):
         planner.set_up_planner(planner.state, is_coordinator=rank == 0)
@@ -332,9 +359,18 @@ def lightning_ckpt(model: nn.Module, folder: Path, *callbacks: object, **options
             def configure_optimizers(self) -> torch.optim.Optimizer:
                 return torch.optim.SGD(self.parameters(), 0.0)
 
-        flags = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        flags = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+        }
         trainer = lightning.Trainer(
-            max_epochs=1, default_root_dir=folder, enable_checkpointing=False, callbacks=list(callbacks), **flags
+            max_epochs=1,
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            callbacks=list(callbacks),
+            **flags,
         )
         saver = Saver(folder / "last.ckpt")
         trainer.callbacks.append(saver.callback())

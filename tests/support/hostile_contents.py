@@ -56,13 +56,19 @@ def script(text: str) -> bytes:
 
 def one_module_many_times() -> bytes:
     parameters = {f"p{i}": b"h\x01" for i in range(3000)}
-    module = call("torch.nn.Module") + value({"_parameters": parameters, "_buffers": {}, "_modules": {}}) + b"b"
+    module = (
+        call("torch.nn.Module") + value({"_parameters": parameters, "_buffers": {}, "_modules": {}}) + b"b"
+    )
     wrapped = [
-        call("torch.nn.Module") + value({"_parameters": {}, "_buffers": {}, "_modules": {"m": b"h\x02"}}) + b"b"
+        call("torch.nn.Module")
+        + value({"_parameters": {}, "_buffers": {}, "_modules": {"m": b"h\x02"}})
+        + b"b"
         for _ in range(3000)
     ]
     return as_archive(
-        whole(tensor() + b"q\x010" + module + b"q\x020" + value({f"model{i}": x for i, x in enumerate(wrapped)}))
+        whole(
+            tensor() + b"q\x010" + module + b"q\x020" + value({f"model{i}": x for i, x in enumerate(wrapped)})
+        )
     )
 
 

@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # Leaves that come from files and their names; the others are words of ours.
-FOREIGN = {"name", "path", "spec", "reason", "op", "architecture", "format", "weights", "why", "transform", "command"}
+FOREIGN = {
+    "name",
+    "path",
+    "spec",
+    "reason",
+    "op",
+    "architecture",
+    "format",
+    "weights",
+    "why",
+    "transform",
+    "command",
+}
 
 
 def filled(value: Any, give: Callable[[], str], key: str = "") -> Any:

@@ -24,10 +24,24 @@ __all__ = ["DATA", "FOLDERS", "MANIFESTS", "WORDS", "fill_outside"]
 
 Words = Callable[[Path], Mapping[str, object]]
 STATE = {"w": torch.ones(2)}
-RESNET = timm.create_model("test_resnet", num_classes=5).state_dict()  # for configs that fit it: a second a command
-TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 16}
+RESNET = timm.create_model(
+    "test_resnet", num_classes=5
+).state_dict()  # for configs that fit it: a second a command
+TINY = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "vocab_size": 16,
+}
 SMALL_RESNET = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
-SMALL_DETR = {"num_queries": 2, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
+SMALL_DETR = {
+    "num_queries": 2,
+    "d_model": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 1,
+}
 SMALL_DETR |= {"decoder_attention_heads": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
 SERVER = "http://127.0.0.1:9/"
 
@@ -45,7 +59,12 @@ def fill_outside(outside: Path) -> list[Path]:
 
 
 def _timm(**more: object) -> dict[str, object]:
-    return {"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": {"input_size": [3, 32, 32]}, **more}
+    return {
+        "architecture": "test_resnet",
+        "num_classes": 5,
+        "pretrained_cfg": {"input_size": [3, 32, 32]},
+        **more,
+    }
 
 
 def _wrapper(kind: str, **more: object) -> dict[str, object]:
@@ -54,7 +73,9 @@ def _wrapper(kind: str, **more: object) -> dict[str, object]:
 
 
 def _evil_map(*classes: str) -> dict[str, str]:
-    return dict.fromkeys(classes or ("AutoConfig", "AutoModel", "AutoModelForImageClassification"), "evil.Model")
+    return dict.fromkeys(
+        classes or ("AutoConfig", "AutoModel", "AutoModelForImageClassification"), "evil.Model"
+    )
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -83,8 +104,12 @@ CONFIGS: dict[str, Words] = {
     "timm: a local folder as the architecture": lambda out: _timm(architecture=f"local-dir:{out}"),
     "timm: a repository as the architecture": lambda out: _timm(architecture="hf-hub:evil/model"),
     "timm: a repository with blanks and capitals": lambda out: _timm(architecture=" HF_HUB:evil/model"),
-    "timm: a local folder among the arguments": lambda out: _timm(model_args={"model_name": f"local-dir:{out}"}),
-    "timm: layers by name": lambda out: _timm(model_args={"norm_layer": "evil.Model", "act_layer": "os.system"}),
+    "timm: a local folder among the arguments": lambda out: _timm(
+        model_args={"model_name": f"local-dir:{out}"}
+    ),
+    "timm: layers by name": lambda out: _timm(
+        model_args={"norm_layer": "evil.Model", "act_layer": "os.system"}
+    ),
     "timm: a backbone in a backbone": lambda out: _timm(
         architecture="vit_base_resnet50_224_in21k", model_args={"backbone": f"local-dir:{out}"}
     ),
@@ -133,7 +158,10 @@ CONFIGS: dict[str, Words] = {
         use_timm_backbone=True,
     ),
     "upernet: a backbone of transformers elsewhere": lambda out: _wrapper(
-        "UperNetForSemanticSegmentation", model_type="upernet", backbone=str(out), use_pretrained_backbone=True
+        "UperNetForSemanticSegmentation",
+        model_type="upernet",
+        backbone=str(out),
+        use_pretrained_backbone=True,
     ),
     "upernet: a nested backbone of timm": lambda out: _wrapper(
         "UperNetForSemanticSegmentation",
@@ -175,11 +203,19 @@ CONFIGS: dict[str, Words] = {
     "auto_map in a vision and a text config": lambda out: _wrapper(
         "VisionTextDualEncoderModel",
         model_type="vision-text-dual-encoder",
-        vision_config={"model_type": "resnet", **SMALL_RESNET, "auto_map": _evil_map(), "name_or_path": str(out)},
+        vision_config={
+            "model_type": "resnet",
+            **SMALL_RESNET,
+            "auto_map": _evil_map(),
+            "name_or_path": str(out),
+        },
         text_config={"model_type": "bert", **TINY, "auto_map": _evil_map(), "name_or_path": str(out)},
     ),
     "a name that is a path": lambda out: _wrapper(
-        "ResNetForImageClassification", _name_or_path=str(out), name_or_path=str(out), pretrained_model_name=str(out)
+        "ResNetForImageClassification",
+        _name_or_path=str(out),
+        name_or_path=str(out),
+        pretrained_model_name=str(out),
     ),
     "an encoder that is a path": lambda out: _wrapper(
         "VisionEncoderDecoderModel",
@@ -210,15 +246,30 @@ CONFIGS: dict[str, Words] = {
         "ResNetForImageClassification",
         quantization_config={"quant_method": "evil.Quantizer", "modules_to_not_convert": ["os.system"]},
     ),
-    "a dtype that is code": lambda out: _wrapper("ResNetForImageClassification", torch_dtype=CODE, dtype=CODE),
+    "a dtype that is code": lambda out: _wrapper(
+        "ResNetForImageClassification", torch_dtype=CODE, dtype=CODE
+    ),
     "an activation that is code": lambda out: _wrapper("ResNetForImageClassification", hidden_act=CODE),
     "a class by its dotted name": lambda out: _wrapper("os.system"),
     "a class by a path": lambda out: _wrapper("../../evil.Model"),
     "a class that is no model": lambda out: _wrapper("pipeline"),
-    "a target of hydra": lambda out: {"_target_": "os.system", "model": {"_target_": "evil.Model"}, "args": [CODE]},
+    "a target of hydra": lambda out: {
+        "_target_": "os.system",
+        "model": {"_target_": "evil.Model"},
+        "args": [CODE],
+    },
     "words that are paths": lambda out: {
         name: str(out / "secret.pt")
-        for name in ("model", "arch", "checkpoint", "resume", "initial_checkpoint", "pretrained", "weights", "config")
+        for name in (
+            "model",
+            "arch",
+            "checkpoint",
+            "resume",
+            "initial_checkpoint",
+            "pretrained",
+            "weights",
+            "config",
+        )
     },
     "an adapter of another model": lambda out: {"base_model_name_or_path": str(out), "peft_type": "LORA"},
 }
@@ -297,7 +348,9 @@ FITTING = ("timm: checkpoint_path", "wrapper: by its own type")
 FOLDERS: dict[str, Callable[[Path, Path], None]] = {
     **{f"config.json, {label}": _with_config(words) for label, words in CONFIGS.items()},
     **{f"config.json that fits, {label}": _with_config(CONFIGS[label], RESNET) for label in FITTING},
-    "index: an absolute name": _index("model.safetensors.index.json", lambda out: str(out / "model.safetensors")),
+    "index: an absolute name": _index(
+        "model.safetensors.index.json", lambda out: str(out / "model.safetensors")
+    ),
     "index: a name that climbs": _index(
         "model.safetensors.index.json", lambda out: "../../../outside/model.safetensors"
     ),
@@ -305,9 +358,13 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
         "model.safetensors.index.json", lambda out: "x/../../../../outside/model.safetensors"
     ),
     "index: a URL": _index("model.safetensors.index.json", lambda out: SERVER + "model.safetensors"),
-    "index: a URL of a file": _index("model.safetensors.index.json", lambda out: f"file://{out}/model.safetensors"),
+    "index: a URL of a file": _index(
+        "model.safetensors.index.json", lambda out: f"file://{out}/model.safetensors"
+    ),
     "index: of pickles": _index("pytorch_model.bin.index.json", lambda out: str(out / "secret.pt")),
-    "index: of pickles, climbing": _index("pytorch_model.bin.index.json", lambda out: "../../../outside/secret.pt"),
+    "index: of pickles, climbing": _index(
+        "pytorch_model.bin.index.json", lambda out: "../../../outside/secret.pt"
+    ),
     "distributed: a name that climbs": _distributed,
 }
 
@@ -358,7 +415,9 @@ def _shards(folder: Path, outside: Path) -> str:
 
 
 def _shard_list(folder: Path, outside: Path) -> str:
-    (folder / "index.json").write_text(json.dumps({"shards": [{"url": str(outside / "secret.pt"), "nsamples": 4}]}))
+    (folder / "index.json").write_text(
+        json.dumps({"shards": [{"url": str(outside / "secret.pt"), "nsamples": 4}]})
+    )
     (folder / "info.json").write_text(json.dumps({"shardlist": [{"url": "../../outside/secret.pt"}]}))
     return "."
 

@@ -26,12 +26,48 @@ FRAGMENTS = (
         "%0A",
         "section_start:1:x\r\x1b[0K",
     ),
-    *("##[add-mask]x", "##[error]x", "##vso[task.setvariable variable=a]b", "##teamcity[buildStop]", "##", "[", "]"),
-    *("\n", "\r", "\r\n", "\v", "\f", "\x85", "\u2028", "\u2029", "\n::error::x", "\r::error::x", "\u2028##[error]x"),
-    *("\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\x7f", "\0", "\b", "\u202e", "\u2066", "\u200f", "\ufeff", "\u3000"),
+    *(
+        "##[add-mask]x",
+        "##[error]x",
+        "##vso[task.setvariable variable=a]b",
+        "##teamcity[buildStop]",
+        "##",
+        "[",
+        "]",
+    ),
+    *(
+        "\n",
+        "\r",
+        "\r\n",
+        "\v",
+        "\f",
+        "\x85",
+        "\u2028",
+        "\u2029",
+        "\n::error::x",
+        "\r::error::x",
+        "\u2028##[error]x",
+    ),
+    *(
+        "\x1b[2J",
+        "\x1b]0;title\x07",
+        "\x9b31m",
+        "\x7f",
+        "\0",
+        "\b",
+        "\u202e",
+        "\u2066",
+        "\u200f",
+        "\ufeff",
+        "\u3000",
+    ),
     *("\udcff", "\U000e0001", "é", "漢字", " ", "/", "..", "a.pt", "'", '"', "\\", "$(x)", "`x`", "<b>", "|"),
 )
-names = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), min_size=1, max_size=5).map("".join).filter(bool)
+names = (
+    st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), min_size=1, max_size=5)
+    .map("".join)
+    .filter(bool)
+)
 
 
 def lines(output: str) -> list[str]:
@@ -48,7 +84,9 @@ def is_command(line: str) -> bool:
     trimmed = line.lstrip()
     if trimmed.startswith("::") and "::" in trimmed[2:]:
         return True
-    return any((start := line.find(mark)) >= 0 and "]" in line[start:] for mark in ("##[", "##vso[", "##teamcity["))
+    return any(
+        (start := line.find(mark)) >= 0 and "]" in line[start:] for mark in ("##[", "##vso[", "##teamcity[")
+    )
 
 
 def is_own(line: str) -> bool:
@@ -64,7 +102,9 @@ def poisoned(value: Any, give: Callable[[], str], hint: Any = None) -> Any:
         return Path(give() or "x")
     if isinstance(value, Mapping):
         key_hint, value_hint = (*typing.get_args(hint), None, None)[:2]
-        return {poisoned(key, give, key_hint): poisoned(item, give, value_hint) for key, item in value.items()}
+        return {
+            poisoned(key, give, key_hint): poisoned(item, give, value_hint) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         item_hint = (*typing.get_args(hint), None)[0]
         return type(value)(poisoned(item, give, item_hint) for item in value)
@@ -90,5 +130,7 @@ def _hints(kind: type) -> dict[str, Any]:
     hints = {}
     for field in dataclasses.fields(kind):
         with contextlib.suppress(NameError):
-            hints[field.name] = eval(str(field.type), vars(sys.modules[kind.__module__]))  # our own annotations
+            hints[field.name] = eval(
+                str(field.type), vars(sys.modules[kind.__module__])
+            )  # our own annotations
     return hints

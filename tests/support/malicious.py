@@ -11,7 +11,20 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from pickle_assembler import ORDERED, built, call, data, name, number, reduced, storage, tensor, text, value, whole
+from pickle_assembler import (
+    ORDERED,
+    built,
+    call,
+    data,
+    name,
+    number,
+    reduced,
+    storage,
+    tensor,
+    text,
+    value,
+    whole,
+)
 
 __all__ = ["CANARY", "CODE_PICKLES", "MACHINE", "PICKLES", "TENSORS"]
 
@@ -42,7 +55,9 @@ CALLS: dict[str, bytes] = {
     "commands.getoutput of Python 2": call("commands.getoutput", SHELL),
     "pty.spawn": call("pty.spawn", ["sh", "-c", SHELL]),
     "asyncio subprocess": call("asyncio.create_subprocess_shell", SHELL),
-    "multiprocessing.util.spawnv_passfds": call("multiprocessing.util.spawnv_passfds", data(b"/bin/sh"), [], []),
+    "multiprocessing.util.spawnv_passfds": call(
+        "multiprocessing.util.spawnv_passfds", data(b"/bin/sh"), [], []
+    ),
     "builtins.eval": call("builtins.eval", CODE),
     "__builtin__.eval of Python 2": call("__builtin__.eval", CODE),
     "builtins.exec": call("builtins.exec", CODE),
@@ -51,7 +66,9 @@ CALLS: dict[str, bytes] = {
     "builtins.open": call("builtins.open", CANARY, "w"),
     "io.open": call("io.open", CANARY, "w"),
     "_io.FileIO": call("_io.FileIO", CANARY, "w"),
-    "builtins.getattr chain": call(call("builtins.getattr", call("builtins.__import__", "os"), "system"), SHELL),
+    "builtins.getattr chain": call(
+        call("builtins.getattr", call("builtins.__import__", "os"), "system"), SHELL
+    ),
     "builtins.getattr of a module": call(call("builtins.getattr", name("os.path"), "os.system"), SHELL),
     "builtins.map in a list": call("builtins.list", call("builtins.map", name("os.system"), [SHELL])),
     "builtins.setattr": call("builtins.setattr", name("ckpt_tools.errors"), "CheckpointError", 3),
@@ -69,7 +86,9 @@ CALLS: dict[str, bytes] = {
     "imp.load_source": call("imp.load_source", "evil", "evil.py"),
     "pkgutil.resolve_name": call(call("pkgutil.resolve_name", "os:system"), SHELL),
     "operator.attrgetter": call(call("operator.attrgetter", "system"), call("importlib.import_module", "os")),
-    "operator.methodcaller": call(call("operator.methodcaller", "system", SHELL), call("builtins.__import__", "os")),
+    "operator.methodcaller": call(
+        call("operator.methodcaller", "system", SHELL), call("builtins.__import__", "os")
+    ),
     "operator.itemgetter": call(call("operator.itemgetter", "system"), name("os.__dict__")),
     "_operator.attrgetter": call(call("_operator.attrgetter", "system"), call("builtins.__import__", "os")),
     "operator.call": call("operator.call", name("os.system"), SHELL),
@@ -79,12 +98,19 @@ CALLS: dict[str, bytes] = {
     ),
     "functools.reduce": call("functools.reduce", name("os.system"), [0], SHELL),
     "itertools.starmap": call("builtins.list", call("itertools.starmap", name("os.system"), [(SHELL,)])),
-    "copyreg._reconstructor": call("copyreg._reconstructor", name("subprocess.Popen"), name("builtins.object"), None),
+    "copyreg._reconstructor": call(
+        "copyreg._reconstructor", name("subprocess.Popen"), name("builtins.object"), None
+    ),
     "copyreg.__newobj__": call("copyreg.__newobj__", name("subprocess.Popen"), ["sh", "-c", SHELL]),
     "copyreg.__newobj_ex__": call("copyreg.__newobj_ex__", name("os.system"), (SHELL,), {"x": 1}),
-    "copyreg.__newobj__ of itself": call("copyreg.__newobj__", name("copyreg.__newobj__"), name("os.system"), SHELL),
+    "copyreg.__newobj__ of itself": call(
+        "copyreg.__newobj__", name("copyreg.__newobj__"), name("os.system"), SHELL
+    ),
     "copyreg.__reduce_ex__": call("copyreg.__reduce_ex__", name("os.system"), 0),
-    "copyreg.add_extension": call("copyreg.add_extension", "os", "system", 7) + b"0\x82\x07" + value((SHELL,)) + b"R",
+    "copyreg.add_extension": call("copyreg.add_extension", "os", "system", 7)
+    + b"0\x82\x07"
+    + value((SHELL,))
+    + b"R",
     "copyreg.pickle": call("copyreg.pickle", name("builtins.int"), name("os.system")),
     "types.FunctionType": call(call("types.FunctionType", call("types.CodeType", 0, data(b"d\0S\0")), {})),
     "types.MethodType": call(call("types.MethodType", name("os.system"), SHELL)),
@@ -107,14 +133,18 @@ CALLS: dict[str, bytes] = {
     "shutil.copyfile": call("shutil.copyfile", "state.pt", CANARY),
     "pathlib touch": call(call("builtins.getattr", call("pathlib.PosixPath", CANARY), "touch")),
     "tempfile and zipfile": call("zipfile.ZipFile", CANARY, "w"),
-    "logging.config": call("logging.config.dictConfig", {"version": 1, "handlers": {"h": {"()": "os.system"}}}),
+    "logging.config": call(
+        "logging.config.dictConfig", {"version": 1, "handlers": {"h": {"()": "os.system"}}}
+    ),
     "weakref.finalize": call("weakref.finalize", name("builtins.print"), name("os.system"), SHELL),
     "atexit.register": call("atexit.register", name("os.system"), SHELL),
     "threading.Timer": call("threading.Timer", 0, name("os.system"), [SHELL]),
     "signal.raise_signal": call("signal.raise_signal", 9),
     "faulthandler._sigsegv": call("faulthandler._sigsegv"),
     "gc.get_objects": call("gc.get_objects"),
-    "str.format": call(call("builtins.getattr", "{0.__class__.__init__.__globals__}", "format"), name("os.system")),
+    "str.format": call(
+        call("builtins.getattr", "{0.__class__.__init__.__globals__}", "format"), name("os.system")
+    ),
     "string.Formatter": call("string.Formatter.vformat", "{0.__globals__}", (name("os.system"),), {}),
     "enum functional": call("enum.Enum", "E", {"a": name("os.system")}),
     "collections.namedtuple": call("collections.namedtuple", "x", CODE),
@@ -141,7 +171,9 @@ CALLS: dict[str, bytes] = {
     "torch._utils._import_dotted_name": call(call("torch._utils._import_dotted_name", "os.system"), SHELL),
     "torch._utils._set_obj_state": call("torch._utils._set_obj_state", name("os.environ"), {CANARY: "1"}),
     "torch._dynamo": call("torch._dynamo.eval_frame.OptimizedModule", name("os.system"), CODE),
-    "torch.storage._load_from_bytes": call("torch.storage._load_from_bytes", data(whole(call("os.system", SHELL)))),
+    "torch.storage._load_from_bytes": call(
+        "torch.storage._load_from_bytes", data(whole(call("os.system", SHELL)))
+    ),
     "torch.storage._load_from_bytes of itself": call(
         "torch.storage._load_from_bytes",
         data(whole(call("torch.storage._load_from_bytes", data(whole(call("os.system", SHELL)))))),
@@ -150,17 +182,27 @@ CALLS: dict[str, bytes] = {
         "torch._tensor._rebuild_from_type_v2", name("os.system"), name("builtins.str"), (SHELL,), {}
     ),
     "_rebuild_from_type_v2 of a deserialiser": call(
-        "torch._tensor._rebuild_from_type_v2", name("torch.storage._load_from_bytes"), name("x.y"), (data(b"."),), {}
+        "torch._tensor._rebuild_from_type_v2",
+        name("torch.storage._load_from_bytes"),
+        name("x.y"),
+        (data(b"."),),
+        {},
     ),
     "torch._utils._rebuild_parameter_with_state": call(
-        "torch._utils._rebuild_parameter_with_state", tensor(), False, call(ORDERED), {"detach": name("os.system")}
+        "torch._utils._rebuild_parameter_with_state",
+        tensor(),
+        False,
+        call(ORDERED),
+        {"detach": name("os.system")},
     ),
     "numpy.load": call("numpy.load", "state.pt", None, True),
     "numpy.lib.npyio": call("numpy.lib.npyio.NpzFile", "state.pt"),
     "numpy.testing runstring": call("numpy.testing._private.utils.runstring", CODE, {}),
     "numpy.f2py": call("numpy.f2py.diagnose.run_command", SHELL),
     "numpy object array": pickle.dumps(np.array([type("E", (), {}), 1], dtype=object)[1:], 2)[2:-1],
-    "numpy dtype with objects": built(call("numpy.dtype", "O8", 0, 1), (3, "|", None, None, None, -1, -1, 63)),
+    "numpy dtype with objects": built(
+        call("numpy.dtype", "O8", 0, 1), (3, "|", None, None, None, -1, -1, 63)
+    ),
     "numpy _reconstruct of another class": call(
         "numpy._core.multiarray._reconstruct", name("subprocess.Popen"), (0,), data(b"b")
     ),
@@ -174,7 +216,9 @@ CALLS: dict[str, bytes] = {
             data(b"A" * 9),
         ),
     ),
-    "numpy scalar of objects": call("numpy._core.multiarray.scalar", call("numpy.dtype", "O8"), data(b"A" * 8)),
+    "numpy scalar of objects": call(
+        "numpy._core.multiarray.scalar", call("numpy.dtype", "O8"), data(b"A" * 8)
+    ),
     "numpy scalar cut short": call("numpy._core.multiarray.scalar", call("numpy.dtype", "f8"), data(b"A")),
     "numpy _frombuffer": call(
         "numpy._core.numeric._frombuffer", data(b"A"), call("numpy.dtype", "f8"), (1 << 60,), "C"
@@ -208,9 +252,13 @@ CODE_PICKLES: dict[str, Maker] = {
     "INST": lambda: f"(S'{SHELL}'\nios\nsystem\n.".encode(),
     "OBJ": lambda: whole(b"(" + name("os.system") + text(SHELL) + b"o"),
     "NEWOBJ": lambda: whole(name("os.system") + value((SHELL,)) + b"\x81"),
-    "NEWOBJ_EX": lambda: whole(name("subprocess.Popen") + value((SHELL,)) + value({"shell": True}) + b"\x92", 4),
+    "NEWOBJ_EX": lambda: whole(
+        name("subprocess.Popen") + value((SHELL,)) + value({"shell": True}) + b"\x92", 4
+    ),
     "STACK_GLOBAL": lambda: whole(text("os") + text("system") + b"\x93" + value((SHELL,)) + b"R", 4),
-    "STACK_GLOBAL with dots": lambda: whole(text("os.path") + text("os.system") + b"\x93" + value((SHELL,)) + b"R", 4),
+    "STACK_GLOBAL with dots": lambda: whole(
+        text("os.path") + text("os.system") + b"\x93" + value((SHELL,)) + b"R", 4
+    ),
     "extension code of one byte": lambda: whole(b"\x82\xf0" + value((SHELL,)) + b"R"),
     "extension code of two bytes": lambda: whole(b"\x83\xf1\xf0" + value((SHELL,)) + b"R"),
     "extension code of four bytes": lambda: whole(b"\x84\xf2\xf1\xf0\x00" + value((SHELL,)) + b"R"),
@@ -223,11 +271,15 @@ CODE_PICKLES: dict[str, Maker] = {
     "BUILD with __class__ and __dict__": lambda: whole(
         built(call("argparse.Namespace"), {"__class__": name("subprocess.Popen"), "__dict__": {"a": 1}})
     ),
-    "BUILD with slots": lambda: whole(built(call("types.SimpleNamespace"), (None, {"__class__": name("os.system")}))),
+    "BUILD with slots": lambda: whole(
+        built(call("types.SimpleNamespace"), (None, {"__class__": name("os.system")}))
+    ),
     "BUILD into a tensor": lambda: whole(built(tensor(), {"data": 3, "__class__": name("os.system")})),
     "BUILD into a dict": lambda: whole(built(call(ORDERED), {"items": name("os.system"), "__class__": 3})),
     "items of a foreign mapping": lambda: whole(name("os.environ") + value((CANARY, "1"))[1:-1] + b"s"),
-    "appending to a foreign list": lambda: whole(call("multiprocessing.managers.ListProxy") + text(SHELL) + b"a"),
+    "appending to a foreign list": lambda: whole(
+        call("multiprocessing.managers.ListProxy") + text(SHELL) + b"a"
+    ),
     "a module that calls back": lambda: whole(
         built(
             call("torch.nn.modules.module.Module"),
@@ -295,24 +347,53 @@ TENSORS: dict[str, Maker] = {
     "a tensor over a tensor": lambda: state(tensor(where=tensor())),
     "a tensor without arguments": lambda: state(call("torch._utils._rebuild_tensor_v2")),
     "a tensor whose type is an object": lambda: state(
-        call("torch._utils._rebuild_tensor_v3", storage(), 0, (4,), (1,), False, None, call("os.system", SHELL))
+        call(
+            "torch._utils._rebuild_tensor_v3", storage(), 0, (4,), (1,), False, None, call("os.system", SHELL)
+        )
     ),
     "a tensor whose metadata is an object": lambda: state(
-        call("torch._utils._rebuild_tensor_v2", storage(), 0, (4,), (1,), False, None, {"conj": name("os.system")})
+        call(
+            "torch._utils._rebuild_tensor_v2",
+            storage(),
+            0,
+            (4,),
+            (1,),
+            False,
+            None,
+            {"conj": name("os.system")},
+        )
     ),
     "a sparse tensor beyond its size": lambda: state(
-        call("torch._utils._rebuild_sparse_tensor", name("torch.sparse_coo"), (tensor(), tensor(), (1 << 60,), True))
+        call(
+            "torch._utils._rebuild_sparse_tensor",
+            name("torch.sparse_coo"),
+            (tensor(), tensor(), (1 << 60,), True),
+        )
     ),
     "a quantised tensor beyond its storage": lambda: state(
         call(
-            "torch._utils._rebuild_qtensor", storage("torch.QInt8Storage"), 1 << 50, (9,), (9,), (0, 1, 2), False, None
+            "torch._utils._rebuild_qtensor",
+            storage("torch.QInt8Storage"),
+            1 << 50,
+            (9,),
+            (9,),
+            (0, 1, 2),
+            False,
+            None,
         )
     ),
     "a meta tensor of any size": lambda: state(
         call("torch._utils._rebuild_meta_tensor_no_storage", name("torch.float32"), (1 << 60,), (1,), False)
     ),
     "a wrapper subclass": lambda: state(
-        call("torch._utils._rebuild_wrapper_subclass", name("evil.Tensor"), name("torch.float32"), (4,), (1,), 0)
+        call(
+            "torch._utils._rebuild_wrapper_subclass",
+            name("evil.Tensor"),
+            name("torch.float32"),
+            (4,),
+            (1,),
+            0,
+        )
     ),
     "a nested tensor": lambda: state(
         call("torch._utils._rebuild_nested_tensor", tensor(), tensor(), tensor(), 1 << 60)
@@ -323,7 +404,9 @@ TENSORS: dict[str, Maker] = {
     "keys that move the cursor": lambda: whole(value({"\x1b[2J\r\n": tensor()})),
     "a key of many prefixes": lambda: whole(value({"module." * 20_000 + "w": tensor()})),
     "a word that is no Unicode": lambda: whole(value({"w": tensor(), "note": "\ud800"})),
-    "a word of a million digits": lambda: whole(value({"model": {"w": tensor()}, "n": b"\x8b\0\0\1\0" + b"A" * 65536})),
+    "a word of a million digits": lambda: whole(
+        value({"model": {"w": tensor()}, "n": b"\x8b\0\0\1\0" + b"A" * 65536})
+    ),
     "a module inside itself": lambda: whole(
         name("torch.nn.Module")
         + b")\x81q\x01"
@@ -404,7 +487,9 @@ MACHINE: dict[str, Maker] = {
     "a frozenset of dicts": lambda: whole(b"(}\x91", 4),
     "a key of nested tuples": lambda: whole(b"})" + b"\x85" * 100_000 + b"K\x01s"),
     "a set of nested tuples": lambda: whole(call("builtins.set", b"](" + b")" + b"\x85" * 100_000 + b"e")),
-    "a key that takes forever to hash": lambda: whole(b"}" + _shared(2, 60, lambda x: b"(" + x + b"t") + b"K\x01s"),
+    "a key that takes forever to hash": lambda: whole(
+        b"}" + _shared(2, 60, lambda x: b"(" + x + b"t") + b"K\x01s"
+    ),
     "keys with one hash": lambda: whole(
         b"}(" + b"".join(number(i * ((1 << 61) - 1)) + b"N" for i in range(1, 20_000)) + b"u"
     ),
@@ -426,7 +511,12 @@ MACHINE: dict[str, Maker] = {
         + b"u"
     ),
     "sets of one list again and again": lambda: whole(
-        b"](" + b"K\x01" * 50_000 + b"eq\x00" + b"0cbuiltins\nlist\nq\x010" + b"h\x01h\x00\x85R0" * 50_000 + b"N"
+        b"]("
+        + b"K\x01" * 50_000
+        + b"eq\x00"
+        + b"0cbuiltins\nlist\nq\x010"
+        + b"h\x01h\x00\x85R0" * 50_000
+        + b"N"
     ),
     "sets through __newobj_ex__": lambda: whole(
         b"]("

@@ -85,20 +85,26 @@ FILES: dict[str, Maker] = {
         whole(value({"w": tensor(where=storage(key="../../../canary"))})),
         **{"data/../../../canary": struct.pack("<4f", 1, 2, 3, 4)},
     ),
-    "archive: an absolute name": lambda: as_archive(whole(value({"good": tensor()})), **{f"/tmp/{CANARY}": b"x"}),
+    "archive: an absolute name": lambda: as_archive(
+        whole(value({"good": tensor()})), **{f"/tmp/{CANARY}": b"x"}
+    ),
     "archive: a bomb": _bomb,
     "archive: records of four gigabytes": lambda: _claims(0xFFFFFFF0),
     "archive: records of size zero": lambda: _claims(0),
     "archive: headers elsewhere": lambda: _archive_with(
         lambda raw: (
-            raw.replace(b"PK\x03\x04", b"PK\x07\x08")[:0] + raw[:4] + raw[4:].replace(b"PK\x03\x04", b"PK\x07\x08")
+            raw.replace(b"PK\x03\x04", b"PK\x07\x08")[:0]
+            + raw[:4]
+            + raw[4:].replace(b"PK\x03\x04", b"PK\x07\x08")
         )
     ),
     "archive: encrypted": lambda: _archive_with(
         lambda raw: raw.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
     ),
     "archive: lzma": lambda: as_archive(whole(value({"good": tensor()})), zipfile.ZIP_LZMA),
-    "archive: an unknown byte order": lambda: as_archive(whole(value({"good": tensor()})), byteorder=b"middle"),
+    "archive: an unknown byte order": lambda: as_archive(
+        whole(value({"good": tensor()})), byteorder=b"middle"
+    ),
     "archive: a short storage": lambda: as_archive(whole(value({"good": tensor()})), **{"data/0": b"xx"}),
     "archive: only the end": lambda: b"PK\x03\x04" + _archive_with(lambda raw: raw[-22:]),
     "archive: inside a pickle": lambda: whole(
@@ -108,7 +114,8 @@ FILES: dict[str, Maker] = {
         whole(value({"good": tensor()})), **{"code/__torch__.py": CODE.encode()}
     ),
     "archive: a script without classes": lambda: as_archive(
-        whole(built(call("__torch__.Evil"), {"w": tensor(), "f": name("os.system")})), **{"constants.pkl": whole(b")")}
+        whole(built(call("__torch__.Evil"), {"w": tensor(), "f": name("os.system")})),
+        **{"constants.pkl": whole(b")")},
     ),
     "legacy: code": lambda: _legacy(call("os.system", SHELL)),
     "legacy: code in the list of keys": lambda: (

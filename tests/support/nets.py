@@ -66,7 +66,11 @@ class ResNet(nn.Sequential):
     def __init__(self, rate: float = 0.3, *, wide: bool = False, classes: int = 5) -> None:
         drop = (lambda: nn.Dropout(rate)) if wide else (lambda: DropPath(rate))
         super().__init__(
-            Block(3, 6, drop()), Block(6, 8, drop()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+            Block(3, 6, drop()),
+            Block(6, 8, drop()),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, classes),
         )
 
 
@@ -134,7 +138,12 @@ def video(rate: float = 0.3) -> nn.Sequential:
 def sequence(rate: float = 0.3) -> nn.Sequential:
     """BN1d on (N, C, L)."""
     return nn.Sequential(
-        nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(rate), nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8)
+        nn.Conv1d(4, 8, 3),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(rate),
+        nn.Conv1d(8, 8, 3),
+        nn.BatchNorm1d(8),
     )
 
 

@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def inputs_of(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     """Everything that reaches the layer, as (C, values) in float64. Batches of 50 images stay in the cache."""
     seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].double().transpose(0, 1).flatten(1)))
+    hook = layer.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].double().transpose(0, 1).flatten(1))
+    )
     with torch.no_grad():
         for batch in x.split(50):
             model(batch)
@@ -21,13 +23,16 @@ def inputs_of(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     return torch.cat(seen, 1)
 
 
-def corrected(model: nn.Module, x: Tensor, names: set[str] | None = None, sweeps: int = 1) -> dict[str, Tensor]:
+def corrected(
+    model: nn.Module, x: Tensor, names: set[str] | None = None, sweeps: int = 1
+) -> dict[str, Tensor]:
     """Running variances by layer name. ``sweeps`` > 1 where a layer lies behind itself (a reused one)."""
     model = copy.deepcopy(model).eval()
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     order: list[str] = []
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, module in modules.items()
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name, module in modules.items()
     ]
     with torch.no_grad():
         model(x[:2])

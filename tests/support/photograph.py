@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-_CALLS = ("batch_norm", "dropout", "dropout2d", "alpha_dropout", "scaled_dot_product_attention", "linear", "conv2d")
+_CALLS = (
+    "batch_norm",
+    "dropout",
+    "dropout2d",
+    "alpha_dropout",
+    "scaled_dot_product_attention",
+    "linear",
+    "conv2d",
+)
 _BACKENDS = ("cudnn", "cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn", "mkldnn.conv", "mkldnn.matmul")
 _SWITCHES = (
     "backends.cuda.flash_sdp_enabled",
@@ -58,7 +66,9 @@ def of_process() -> dict[str, Any]:
         "numpy errors": np.geterr(),
         "warnings": (list(warnings.filters), id(warnings.showwarning)),
         "signals": {number: id(signal.getsignal(number)) for number in signal.valid_signals()},
-        "threads": {thread.name for thread in threading.enumerate() if "ckpt-tools-statistics" not in thread.name},
+        "threads": {
+            thread.name for thread in threading.enumerate() if "ckpt-tools-statistics" not in thread.name
+        },
         "streams": (id(sys.stdout), id(sys.stderr)),
         "environment": dict(os.environ),
         "folder": os.getcwd(),  # noqa: PTH109 - as the process has it
@@ -67,7 +77,9 @@ def of_process() -> dict[str, Any]:
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Names of what has changed, has gone or is new."""
-    return sorted(name for name in before.keys() | after.keys() if before.get(name, _GONE) != after.get(name, _GONE))
+    return sorted(
+        name for name in before.keys() | after.keys() if before.get(name, _GONE) != after.get(name, _GONE)
+    )
 
 
 _GONE = object()
@@ -112,9 +124,19 @@ def _shallow(value: object) -> object:
 
 def _of_tensor(tensor: Tensor) -> tuple[object, ...]:
     grad = None if not tensor.is_leaf or tensor.grad is None else (id(tensor.grad), _of_tensor(tensor.grad))
-    hooks = [sorted(map(id, (hooks or {}).values())) for hooks in (tensor._backward_hooks, _late_hooks(tensor))]
+    hooks = [
+        sorted(map(id, (hooks or {}).values())) for hooks in (tensor._backward_hooks, _late_hooks(tensor))
+    ]
     autograd = tensor.is_leaf, tensor.requires_grad, tensor.is_inference(), grad, hooks
-    return id(tensor), type(tensor), tensor.shape, tensor.dtype, autograd, dict(vars(tensor)), _of_contents(tensor)
+    return (
+        id(tensor),
+        type(tensor),
+        tensor.shape,
+        tensor.dtype,
+        autograd,
+        dict(vars(tensor)),
+        _of_contents(tensor),
+    )
 
 
 def _late_hooks(tensor: Tensor) -> dict[int, Any] | None:
@@ -137,7 +159,10 @@ def _of_contents(tensor: Tensor) -> object:
 
 def _of_torch() -> Iterator[tuple[str, Any]]:
     yield "generator", torch.get_rng_state().numpy().tobytes()
-    yield "gradients", (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled())
+    yield (
+        "gradients",
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
+    )
     yield "saved tensors", torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     yield "defaults", (torch.get_default_dtype(), torch.get_default_device())
     yield "determinism", _determinism()
@@ -149,7 +174,10 @@ def _of_torch() -> Iterator[tuple[str, Any]]:
         "function modes",
         [getattr(mode, "device", id(mode)) for mode in torch.overrides._get_current_function_mode_stack()],
     )
-    yield "dispatch modes", [id(mode) for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()]
+    yield (
+        "dispatch modes",
+        [id(mode) for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()],
+    )
     yield "functions", [id(getattr(F, name)) for name in _CALLS] + [id(nn.Module.__call__), id(Tensor.copy_)]
     yield (
         "hooks of all modules",

@@ -61,7 +61,11 @@ def storage(kind: str = "torch.FloatStorage", key: object = "0", count: object =
 
 
 def tensor(
-    size: object = (4,), stride: object = (1,), offset: object = 0, where: bytes | None = None, rebuild: str = "v2"
+    size: object = (4,),
+    stride: object = (1,),
+    offset: object = 0,
+    where: bytes | None = None,
+    rebuild: str = "v2",
 ) -> bytes:
     over = storage() if where is None else where
     return call(f"torch._utils._rebuild_tensor_{rebuild}", over, offset, size, stride, False, call(ORDERED))

@@ -111,9 +111,13 @@ def main(folder: str) -> None:
         norm.running_var *= 1 + team.rank  # as DDP leaves them
         result = reestimate_bn(model, uneven[team.rank], distributed=True)
         told["uneven"] = [result.images, result.batches, result.processes]
-        told["variances"] = [b.tolist() for name, b in model.named_buffers() if name.endswith("running_var")][1:]
+        told["variances"] = [b.tolist() for name, b in model.named_buffers() if name.endswith("running_var")][
+            1:
+        ]
         model, data = model_and_batches()
-        late = reestimate_bn(model, data if team.rank == 1 else [], walk=walk(model, data[0]), distributed=True)
+        late = reestimate_bn(
+            model, data if team.rank == 1 else [], walk=walk(model, data[0]), distributed=True
+        )
         told["late"] = [late.images, late.batches]
         for name, options in BROKEN.items():
             try:

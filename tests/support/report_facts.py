@@ -14,7 +14,9 @@ HOSTILE = (
 )
 
 
-def layer(name: str, median: float | None, *, role: str = "rewritten", error: float | None = 0.05) -> dict[str, Any]:
+def layer(
+    name: str, median: float | None, *, role: str = "rewritten", error: float | None = 0.05
+) -> dict[str, Any]:
     return {
         "name": name,
         "channels": 16,
@@ -51,7 +53,12 @@ def facts(layers: int = 8, names: tuple[str, ...] = (), path: str = "/runs/model
             "transform": "RGB",
             "input": {"origin": "options"},
             "skipped": [{"name": "torn.png", "reason": "cut short"}],
-            "agreement": {"verdict": "agree", "cause": "", "scores": {"early": 0.01, "deep": 0.02}, "images": 256},
+            "agreement": {
+                "verdict": "agree",
+                "cause": "",
+                "scores": {"early": 0.01, "deep": 0.02},
+                "images": 256,
+            },
         },
         "estimator": "pooled",
         "statistics": "variance",

@@ -22,7 +22,14 @@ class Fragile(AbstractFileSystem):
 
     @classmethod
     def reset(cls) -> None:
-        cls.files, cls.read_only, cls.write_limit, cls.read_limit, cls.faults, cls.asked = {}, False, None, None, -1, []
+        cls.files, cls.read_only, cls.write_limit, cls.read_limit, cls.faults, cls.asked = (
+            {},
+            False,
+            None,
+            None,
+            -1,
+            [],
+        )
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:

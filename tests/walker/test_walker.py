@@ -50,7 +50,9 @@ def test_rates_names_and_order() -> None:
     assert (site.name, site.op, site.rate) == ("0.drop", "DropPath", 0.3)
 
 
-@pytest.mark.parametrize("make", [nets.DenseNet, nets.ResNet, nets.mlp], ids=["functional", "DropPath", "module"])
+@pytest.mark.parametrize(
+    "make", [nets.DenseNet, nets.ResNet, nets.mlp], ids=["functional", "DropPath", "module"]
+)
 def test_sites_at_rate_zero_are_potential(make: type[nn.Module]) -> None:
     shape = (10,) if make is nets.mlp else (3, 8, 8)
     off, on = (ckpt_tools.walk(make(rate), torch.randn(2, *shape)) for rate in (0.0, 0.5))
@@ -68,7 +70,11 @@ def test_rate_one_is_a_site() -> None:
 
 def test_reused_and_unreached_layers() -> None:
     walk = ckpt_tools.walk(nets.Reused(), torch.randn(2, 3, 8, 8))
-    assert {layer.name: layer.reached for layer in walk.batch_norms} == {"first": True, "shared": True, "unused": False}
+    assert {layer.name: layer.reached for layer in walk.batch_norms} == {
+        "first": True,
+        "shared": True,
+        "unused": False,
+    }
     assert [site.name for site in walk.dropout_sites] == ["drop"]
 
 
@@ -142,7 +148,9 @@ def test_batches_in_any_form(form: str) -> None:
 
 def test_wrappers_are_looked_through() -> None:
     model = nets.mlp()
-    assert ckpt_tools.walk(nn.DataParallel(model), torch.randn(4, 10)) == ckpt_tools.walk(model, torch.randn(4, 10))
+    assert ckpt_tools.walk(nn.DataParallel(model), torch.randn(4, 10)) == ckpt_tools.walk(
+        model, torch.randn(4, 10)
+    )
 
 
 def test_a_model_that_does_not_run() -> None:

@@ -60,5 +60,7 @@ def test_downstream_is_what_changes(architecture: str) -> None:
         size = spec.shape
     x = torch.randn(2, *size)
     walk = ckpt_tools.walk(model, x)
-    assert {layer.name for layer in walk.batch_norms if layer.downstream_of} == changed_by_dropout(model, x, draws=3)
+    assert {layer.name for layer in walk.batch_norms if layer.downstream_of} == changed_by_dropout(
+        model, x, draws=3
+    )
     assert all(layer.reached for layer in walk.batch_norms if "aux" not in layer.name)

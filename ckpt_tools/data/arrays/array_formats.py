@@ -49,7 +49,9 @@ def _find_in_npz(path: Path) -> dict[str, StoredArray]:
             name = entry.filename.removesuffix(".npy")
             with _open_entry(archive, entry) as stream:
                 shape, dtype = _read_npy_header(stream, max_decompressed_bytes(path))
-            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype.name, partial(_read_npz_entry, path, entry))
+            arrays[name] = StoredArray(
+                f"{path}[{name}]", shape, dtype.name, partial(_read_npz_entry, path, entry)
+            )
     return arrays
 
 
@@ -170,7 +172,9 @@ def _find_in_safetensors(path: Path) -> dict[str, StoredArray]:
             entry = file.get_slice(name)
             dtype = _SAFETENSORS_TYPES.get(entry.get_dtype(), entry.get_dtype())
             shape = tuple(entry.get_shape())
-            arrays[name] = StoredArray(f"{path}[{name}]", shape, dtype, partial(_read_safetensors, path, name))
+            arrays[name] = StoredArray(
+                f"{path}[{name}]", shape, dtype, partial(_read_safetensors, path, name)
+            )
     return arrays
 
 

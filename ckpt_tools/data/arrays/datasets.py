@@ -113,9 +113,13 @@ def _find_svhn(root: Path, split: Split) -> StoredArray:
     pixels, digits = arrays.get("X"), arrays.get("y")
     if pixels is None or len(pixels.shape) != 4 or pixels.kind != "uint8":
         listed = {name: (array.shape, array.kind) for name, array in arrays.items()}
-        raise DataError(f"{file}: expected SVHN's array X of shape (32, 32, 3, N) uint8, found {listed!r:.300}.")
+        raise DataError(
+            f"{file}: expected SVHN's array X of shape (32, 32, 3, N) uint8, found {listed!r:.300}."
+        )
     if pixels.nbytes + (digits.nbytes if digits else 0) > max_decompressed_bytes(file):
-        raise ValueError(f"it claims to hold an array of shape {pixels.shape}, which is out of all proportion")
+        raise ValueError(
+            f"it claims to hold an array of shape {pixels.shape}, which is out of all proportion"
+        )
 
     # MATLAB stores (height, width, channels, N).
     def read_images() -> Tensor:

@@ -47,9 +47,13 @@ class StoredArray:
         try:
             values = self.read()
         except OSError as error:
-            raise DataError(f"{self.label}: the values cannot be read: {error}. Check file and disk.") from error
+            raise DataError(
+                f"{self.label}: the values cannot be read: {error}. Check file and disk."
+            ) from error
         except Exception as error:  # readers of damaged files raise whatever the damage leads them to
-            raise DataError(f"{self.label}: the values cannot be read: {error}. The file is damaged.") from error
+            raise DataError(
+                f"{self.label}: the values cannot be read: {error}. The file is damaged."
+            ) from error
         if tuple(values.shape) != self.shape or (values.dtype == torch.uint8) != self.holds_pixels:
             raise DataError(
                 f"{self.label}: expected {self.dtype} {self.shape}, "

@@ -164,7 +164,11 @@ _LARGE_IMAGE_LOCK = Lock()
 
 def _describe_failure(error: Exception, file: Path | BytesIO | Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its own text quotes the file or a memory address
-        size = file.stat().st_size if isinstance(file, Path) else isinstance(file, BytesIO) and len(file.getbuffer())
+        size = (
+            file.stat().st_size
+            if isinstance(file, Path)
+            else isinstance(file, BytesIO) and len(file.getbuffer())
+        )
         return "no image" if size else "empty file"
     if isinstance(error, FileNotFoundError):
         return "no such file"

@@ -86,7 +86,9 @@ def _walk_folders(root: Path) -> Iterator[tuple[str, list[str]]]:
             continue
         visited.add((status.st_dev, status.st_ino))
         if is_deep(root, Path(folder)):
-            raise DataError(f"{folder}: expected images in fewer nested folders. Give a folder closer to them.")
+            raise DataError(
+                f"{folder}: expected images in fewer nested folders. Give a folder closer to them."
+            )
         # Changed in place: os.walk then descends in this order, and not into hidden folders.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield folder, [name for name in names if not name.startswith(".")]

@@ -24,7 +24,11 @@ def decode_jpeg(file: Path | BytesIO, size: tuple[int, int]) -> Tensor | None:
     if decode is None:
         return None
     try:
-        content = np.fromfile(file, np.uint8) if isinstance(file, Path) else np.frombuffer(file.getbuffer(), np.uint8)
+        content = (
+            np.fromfile(file, np.uint8)
+            if isinstance(file, Path)
+            else np.frombuffer(file.getbuffer(), np.uint8)
+        )
         pixels: Tensor = decode(torch.from_numpy(content), mode="RGB")
     except (RuntimeError, ValueError, OSError, Warning):
         return None

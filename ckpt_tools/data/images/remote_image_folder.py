@@ -47,7 +47,11 @@ class RemoteFolder:
         """List the names of the folders directly in it, sorted. Raises RemoteError."""
         with translate_store_errors(self.remote.url):
             entries = self.remote.fs.ls(self.remote.path, detail=True)
-            names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+            names = [
+                entry["name"].rstrip("/").rpartition("/")[2]
+                for entry in entries
+                if entry["type"] == "directory"
+            ]
         return sorted({name for name in names if name and not name.startswith(".")})
 
     def read(self, names: Sequence[str]) -> list[BytesIO | Exception]:
@@ -75,7 +79,9 @@ class RemoteFolder:
         # Without ranges, cat_ranges reads complete files, many at a time if the store can do that.
         paths = [self.remote.child_path(name) for name in names]
         failure = None
-        for name, content in zip(names, self.remote.fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
+        for name, content in zip(
+            names, self.remote.fs.cat_ranges(paths, None, None, on_error="return"), strict=True
+        ):
             if not isinstance(content, Exception):
                 contents[name] = BytesIO(content)
             elif is_missing_file_error(content):

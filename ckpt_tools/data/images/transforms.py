@@ -56,7 +56,9 @@ class ImageTransform:
         if spec.crop_mode not in _CROP_MODES:
             raise UsageError(f"crop mode {spec.crop_mode!r} is unknown. One of: {', '.join(_CROP_MODES)}.")
         if not 0 < spec.crop_pct < math.inf:
-            raise UsageError(f"crop fraction {spec.crop_pct} is not above 0. Common values: 0.875, 0.95, 1.0.")
+            raise UsageError(
+                f"crop fraction {spec.crop_pct} is not above 0. Common values: 0.875, 0.95, 1.0."
+            )
 
     @property
     def mode(self) -> Literal["L", "RGB"]:
@@ -76,7 +78,9 @@ class ImageTransform:
         image = self._convert_mode(image)
         if self.accepts_pixels(image.size):
             return self.transform_pixels(to_tensor(image))
-        return self._crop(to_tensor(image.resize(self._goal(image.size), INTERPOLATIONS[self.spec.interpolation])))
+        return self._crop(
+            to_tensor(image.resize(self._goal(image.size), INTERPOLATIONS[self.spec.interpolation]))
+        )
 
     def accepts_pixels(self, size: tuple[int, int]) -> bool:
         """Whether ``transform_pixels`` gives the same result for an image of this size."""
@@ -93,7 +97,9 @@ class ImageTransform:
         goal = self.size_before_crop(size)
         # A strip of 1×60000 pixels is no large image, but resizing its short side makes it one.
         if goal[0] * goal[1] > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{size[0]}×{size[1]} pixels would be resized to {goal[0]}×{goal[1]}")
+            raise Image.DecompressionBombError(
+                f"{size[0]}×{size[1]} pixels would be resized to {goal[0]}×{goal[1]}"
+            )
         return goal
 
     def convert_colours(self, image: Image.Image) -> Tensor:
@@ -195,7 +201,9 @@ class PixelScale:
             count, _, height, width = pixels.shape
             # The constants are repeated to a row of pixels: three values leave vector units idle.
             rows = pixels.permute(0, 2, 3, 1).reshape(count, height, -1)
-            repeated = (constant.expand(pixels.shape[1], 1, 1).flatten().repeat(width) for constant in (scale, shift))
+            repeated = (
+                constant.expand(pixels.shape[1], 1, 1).flatten().repeat(width) for constant in (scale, shift)
+            )
             return _scale_and_shift(rows, *repeated).reshape(count, height, width, -1).permute(0, 3, 1, 2)
         return _scale_and_shift(pixels, scale, shift)
 
@@ -207,7 +215,8 @@ class PixelScale:
 
     def __str__(self) -> str:
         mean, std = (
-            ", ".join(f"{value:.4g}" for value in values.flatten().tolist()) for values in (self.mean, self.std)
+            ", ".join(f"{value:.4g}" for value in values.flatten().tolist())
+            for values in (self.mean, self.std)
         )
         return f"/255, mean {mean}, std {std}"
 

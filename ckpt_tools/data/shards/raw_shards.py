@@ -22,8 +22,8 @@ from ckpt_tools.data.shards.sample_grouping import (
 from ckpt_tools.data.shards.sample_mixing import interleave_sources, shuffle_within_buffer
 from ckpt_tools.data.shards.shard_index import MAX_IMAGE_BYTES, MAX_LABEL_BYTES
 from ckpt_tools.data.shards.tar_members import TarMember, TarReader
-from ckpt_tools.remote.address import redact_url
 from ckpt_tools.remote.remote_store import open_url, translate_store_errors
+from ckpt_tools.urls import redact_url
 
 __all__ = ["RawSample", "mixed_samples"]
 

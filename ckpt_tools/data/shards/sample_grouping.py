@@ -61,7 +61,9 @@ def group_members(members: Iterable[tuple[str, T]], shard: str) -> Iterator[Samp
             current_key, parts = key, {}
         if extension in parts:
             shown = printable_name(name)
-            raise DataError(f"{shard}: expected members of different names, found {shown} again. Write it anew.")
+            raise DataError(
+                f"{shard}: expected members of different names, found {shown} again. Write it anew."
+            )
         parts[extension] = member
     if parts:
         yield Sample(current_key, parts)

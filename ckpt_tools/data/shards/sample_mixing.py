@@ -31,7 +31,9 @@ def interleave_sources(
     ``weight`` is bounded. The order is the same with and without a pool.
     """
     waiting = iter(sources)
-    active = deque(_start_reading(source, pool, weight) for _, source in zip(range(together), waiting, strict=False))
+    active = deque(
+        _start_reading(source, pool, weight) for _, source in zip(range(together), waiting, strict=False)
+    )
     while active:
         source = active.popleft()
         for item in source:

@@ -14,7 +14,12 @@ import numpy.typing as npt
 
 from ckpt_tools.data.prefetch import read_ahead
 from ckpt_tools.data.sample_order import default_workers
-from ckpt_tools.data.shards.sample_grouping import LABEL_EXTENSION, group_members, image_extension, printable_name
+from ckpt_tools.data.shards.sample_grouping import (
+    LABEL_EXTENSION,
+    group_members,
+    image_extension,
+    printable_name,
+)
 from ckpt_tools.data.shards.tar_members import TarReader
 from ckpt_tools.errors import DataError
 

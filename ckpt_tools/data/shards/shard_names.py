@@ -11,10 +11,18 @@ from pathlib import Path
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.paths import is_folder, matching_paths
-from ckpt_tools.remote.address import redact_url
 from ckpt_tools.remote.remote_store import open_remote
+from ckpt_tools.urls import redact_url
 
-__all__ = ["expand_braces", "is_pattern", "is_shard", "is_shard_url", "list_shards", "local_shards", "remote_shards"]
+__all__ = [
+    "expand_braces",
+    "is_pattern",
+    "is_shard",
+    "is_shard_url",
+    "list_shards",
+    "local_shards",
+    "remote_shards",
+]
 
 _MAX_SHARDS = 100_000  # of one spec: a few braces could ask for more names than fit into memory
 _SHOWN = 100  # characters of a spec that cannot be read, in a message
@@ -120,9 +128,13 @@ def _expand_pattern(spec: str, pattern: str) -> Sequence[str]:
     try:
         return list(dict.fromkeys(expand_braces(pattern)))
     except OverflowError:
-        raise DataError(f"{spec[:_SHOWN]}: more than {_MAX_SHARDS:,} shards. Check the numbers in braces.") from None
+        raise DataError(
+            f"{spec[:_SHOWN]}: more than {_MAX_SHARDS:,} shards. Check the numbers in braces."
+        ) from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{spec[:_SHOWN]}: these braces cannot be read. Write train-{{000..146}}.tar.") from error
+        raise DataError(
+            f"{spec[:_SHOWN]}: these braces cannot be read. Write train-{{000..146}}.tar."
+        ) from error
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -27,7 +27,7 @@ from ckpt_tools.data.shards.shard_index import no_images_error
 from ckpt_tools.data.shards.shard_names import remote_shards
 from ckpt_tools.data.stream import Batch, concatenate_parts
 from ckpt_tools.data.unreadable_samples import SkippedSample, SkippedSamples, translate_reading_errors
-from ckpt_tools.remote.address import redact_url
+from ckpt_tools.urls import redact_url
 
 __all__ = ["ShardStream", "ShardStreamSource"]
 
@@ -60,7 +60,9 @@ class ShardStreamSource:
         """Find the shards that a URL names. Raises DataError, RemoteError, UsageError."""
         return cls(redact_url(url), remote_shards(url), limit, seed)
 
-    def batches(self, input_spec: InputSpec | None, reading: Reading, *, labelled: bool = False) -> ShardStream:
+    def batches(
+        self, input_spec: InputSpec | None, reading: Reading, *, labelled: bool = False
+    ) -> ShardStream:
         """Float32 batches (n, C, H, W), normalised; ``labelled``: pairs with class numbers (n,).
 
         Raises DataError unless ``input_spec`` is an image's.
@@ -199,7 +201,9 @@ class ShardStream:
 
     def _decode_samples(self, samples: list[RawSample]) -> _Decoded:
         names = [sample.name for sample in samples]
-        chunk = read_images(range(len(samples)), (sample.file for sample in samples), names.__getitem__, self._image)
+        chunk = read_images(
+            range(len(samples)), (sample.file for sample in samples), names.__getitem__, self._image
+        )
         labels = [
             parse_class_number(sample.label, partial(names.__getitem__, number))
             for number, sample in enumerate(samples if self._labelled else ())

@@ -131,7 +131,9 @@ class TarReader:
         """
         start = self._position - _BLOCK
         if size > _MAX_EXTENDED_HEADER:
-            raise DataError(f"{self._name}: a header of {size:,} bytes at byte {start:,}. Do not use this tar.")
+            raise DataError(
+                f"{self._name}: a header of {size:,} bytes at byte {start:,}. Do not use this tar."
+            )
         content = bytes(self.read(size))
         self.read(-size % _BLOCK)
         if kind == b"L":
@@ -164,7 +166,9 @@ class TarReader:
         if kind is not None:
             advice = "samples are drawn at random, which compression prevents. Unpack it to a plain .tar"
             return DataError(f"{self._name}: expected a plain tar, found {kind}; {advice}.")
-        return DataError(f"{self._name}: expected a tar, found {'something else' if block else 'an empty file'}.")
+        return DataError(
+            f"{self._name}: expected a tar, found {'something else' if block else 'an empty file'}."
+        )
 
 
 def _has_valid_checksum(block: bytes) -> bool:

@@ -30,11 +30,12 @@ from ckpt_tools.jobs.plan import (
 from ckpt_tools.jobs.reestimation import ReestimationOutcome, execute_reestimation
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.machine.memory import available_bytes, free_bytes
-from ckpt_tools.remote.temporary_folders import remove_abandoned_folders
 from ckpt_tools.storage.discovery import DiscoveredCheckpoint
 from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.provenance import read_provenance_entry
+from ckpt_tools.temporary_folders import remove_abandoned_folders
 
 Status = Literal["done", "done before", "nothing to do", "failed"]
 ProgressCallback = Callable[[int, int, int | None], None]
@@ -59,10 +60,10 @@ class CheckpointItem:
     checkpoint's file.
     """
 
-    checkpoint: Path
-    output: Path
+    checkpoint: Location
+    output: Location
     in_manifest: EarlierOutput | None = None
-    also_named: tuple[Path, ...] = ()
+    also_named: tuple[Location, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class ItemResult:
         return self.error is None or isinstance(self.error, CkptToolsError)
 
 
-def plan_items(checkpoints: Sequence[DiscoveredCheckpoint], output_dir: Path | None) -> tuple[CheckpointItem, ...]:
+def plan_items(
+    checkpoints: Sequence[DiscoveredCheckpoint], output_dir: LocationLike | None
+) -> tuple[CheckpointItem, ...]:
     """Decide where the output of each checkpoint goes.
 
     Outputs lie below ``output_dir`` as the checkpoints lie below the folder that was searched, or
@@ -104,19 +107,22 @@ def plan_items(checkpoints: Sequence[DiscoveredCheckpoint], output_dir: Path | N
     """
     outputs_beside = set()
     for checkpoint in checkpoints:
-        output = default_output_path(checkpoint.path, "bn")
+        output = default_output_path(checkpoint.location, "bn")
         outputs_beside |= {_absolute(output), _absolute(_name_with_suffix(output, checkpoint))}
     checkpoints = [
         checkpoint
         for checkpoint in checkpoints
-        if _absolute(checkpoint.path) not in outputs_beside or read_provenance_entry(checkpoint.path) is None
+        if _absolute(checkpoint.location) not in outputs_beside
+        or read_provenance_entry(checkpoint.location) is None
     ]
     # What is left are checkpoints to correct: outputs are known by their place and their
     # provenance.
     outputs = {}
     for checkpoint in checkpoints:
-        place = checkpoint.path if output_dir is None else output_dir / checkpoint.place
-        outputs[checkpoint] = default_output_path(place, "bn")
+        location = checkpoint.location
+        if output_dir is not None:
+            location = Location.of(output_dir) / checkpoint.place
+        outputs[checkpoint] = default_output_path(location, "bn")
     # A longer name may clash with another output in turn, so this goes on until nothing changes.
     while renamed := {
         checkpoint: name
@@ -127,32 +133,32 @@ def plan_items(checkpoints: Sequence[DiscoveredCheckpoint], output_dir: Path | N
     for checkpoint in _clashing_checkpoints(outputs):
         raise UsageError(
             f"{outputs[checkpoint]}: expected a name for one file alone. "
-            f"Rename {checkpoint.path}, or give --output-dir."
+            f"Rename {checkpoint.location}, or give --output-dir."
         )
     return tuple(
-        CheckpointItem(checkpoint.path, output, also_named=checkpoint.also_named)
+        CheckpointItem(checkpoint.location, output, also_named=checkpoint.also_named)
         for checkpoint, output in outputs.items()
     )
 
 
 def _clashing_checkpoints(
-    outputs: Mapping[DiscoveredCheckpoint, Path],
+    outputs: Mapping[DiscoveredCheckpoint, Location],
 ) -> list[DiscoveredCheckpoint]:
     """Those whose output has the name of another output, or of a checkpoint."""
-    paths = list(outputs.values())
+    locations = list(outputs.values())
     for checkpoint in outputs:
-        paths += [checkpoint.path, *checkpoint.also_named]
-    uses = Counter(map(_absolute, paths))
+        locations += [checkpoint.location, *checkpoint.also_named]
+    uses = Counter(map(_absolute, locations))
     return [checkpoint for checkpoint, output in outputs.items() if uses[_absolute(output)] > 1]
 
 
-def _absolute(path: Path) -> str:
-    return os.path.abspath(path)  # noqa: PTH100 - without .., and without following links
+def _absolute(location: Location) -> str:
+    return os.path.abspath(location.path)  # noqa: PTH100 - without .., and without following links
 
 
-def _name_with_suffix(output: Path, checkpoint: DiscoveredCheckpoint) -> Path:
+def _name_with_suffix(output: Location, checkpoint: DiscoveredCheckpoint) -> Location:
     """``a.pt.bn.safetensors`` for ``a.bn.safetensors``."""
-    return output.with_name(f"{Path(_absolute(checkpoint.path)).name}.bn.safetensors")
+    return output.parent / f"{Path(_absolute(checkpoint.location)).name}.bn.safetensors"
 
 
 def reestimate_items(
@@ -172,7 +178,7 @@ def reestimate_items(
     groups, walks = _PreparedGroups(), WalkCache()
     # Also of items that are done already: a process may be killed between its output and its last
     # step.
-    for folder in {item.output.parent for item in items}:
+    for folder in {item.output.path.parent for item in items}:
         remove_abandoned_folders(folder)
     for item in items:
         started = time.perf_counter()
@@ -204,12 +210,14 @@ def open_data_sources(request: Request) -> Sources:
     return Sources.from_request(request)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Location) -> None:
     """Make a folder for outputs, and its parents. Raises OutputError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made ({error.strerror}). Choose another --output-dir.") from error
+        raise OutputError(
+            f"{folder}: cannot be made ({error.strerror}). Choose another --output-dir."
+        ) from error
 
 
 def inspect_item(item: CheckpointItem, request: Request, sources: Sources) -> ItemResult | StreamKey:
@@ -226,7 +234,7 @@ def inspect_item(item: CheckpointItem, request: Request, sources: Sources) -> It
         reading=replace(request.reading, device="cpu"),
         method=replace(request.method, precision="fp32"),
     )
-    remove_abandoned_folders(item.output.parent)
+    remove_abandoned_folders(item.output.path.parent)
     try:
         prepared = _prepare_item(item, item_request, cpu_request, sources, WalkCache())
     except Exception as error:  # noqa: BLE001 - as above

@@ -27,7 +27,9 @@ from ckpt_tools.redaction import remember_secret
 __all__ = ["ClusterCapacity", "connect_to_ray", "measure_capacity", "require_ray"]
 
 _ANSWER = 10.0  # seconds in which an address must accept a connection and greet
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # of HTTP/2, with settings (RFC 9113, 3.4)
+_PREFACE = (
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+)  # of HTTP/2, with settings (RFC 9113, 3.4)
 _SETTINGS = 4  # the type of the frame that answers
 _THREADS = 8  # CPUs of a task where the nodes have them: as many as decode images by default
 
@@ -172,7 +174,9 @@ def _keep_sigterm_handler() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def measure_capacity(nodes: Sequence[Mapping[str, float]], device: str, cpus: int | None = None) -> ClusterCapacity:
+def measure_capacity(
+    nodes: Sequence[Mapping[str, float]], device: str, cpus: int | None = None
+) -> ClusterCapacity:
     """What a task takes of a cluster whose nodes have these resources, and how many tasks fit.
 
     A task takes one GPU if ``device`` wants one, else none. ``cpus``: default 8, or what the
@@ -180,7 +184,9 @@ def measure_capacity(nodes: Sequence[Mapping[str, float]], device: str, cpus: in
     which such a task could never run.
     """
     if ":" in device:
-        raise UsageError(f"--device {device}: expected auto, cpu or cuda with --engine ray, which picks the GPU.")
+        raise UsageError(
+            f"--device {device}: expected auto, cpu or cuda with --engine ray, which picks the GPU."
+        )
     working = [node for node in nodes if node.get("CPU", 0) >= 1]
     with_gpu = [node for node in working if node.get("GPU", 0) >= 1]
     if device == "cuda" and not with_gpu:
@@ -191,7 +197,9 @@ def measure_capacity(nodes: Sequence[Mapping[str, float]], device: str, cpus: in
     if gpus:
         working = with_gpu
     if not working:
-        raise ClusterError("expected nodes with a CPU in the Ray cluster, found none. ray status lists its resources.")
+        raise ClusterError(
+            "expected nodes with a CPU in the Ray cluster, found none. ray status lists its resources."
+        )
     if cpus is None:
         fewest = min(int(node["CPU"] / (node["GPU"] if gpus else 1)) for node in working)
         cpus = max(1, min(_THREADS, fewest))
@@ -200,5 +208,7 @@ def measure_capacity(nodes: Sequence[Mapping[str, float]], device: str, cpus: in
         tasks = [min(count, int(node["GPU"])) for count, node in zip(tasks, working, strict=True)]
     if not any(tasks):
         largest = max(int(node["CPU"]) for node in working)
-        raise UsageError(f"--ray-cpus {cpus}: expected at most {largest}, the CPUs of the cluster's largest node.")
+        raise UsageError(
+            f"--ray-cpus {cpus}: expected at most {largest}, the CPUs of the cluster's largest node."
+        )
     return ClusterCapacity(cpus, gpus, sum(tasks), max(tasks))

@@ -20,7 +20,6 @@ from ckpt_tools.jobs.many.ray_worker import (
 )
 from ckpt_tools.jobs.plan import parse_evaluation_request
 from ckpt_tools.jobs.request import Request
-from ckpt_tools.remote.mirror import is_remote, restore_urls
 
 __all__ = ["RayEngine"]
 
@@ -124,7 +123,9 @@ class _Cluster:
         parts = [_Part(part) for group in groups for part in _divide_group(group, largest)]
         # Large parts first: a large one that starts last would keep the cluster waiting.
         parts.sort(key=lambda part: -len(part.numbers))
-        for attempt, _, record in self._supervise_tasks(reestimate_items_in_worker, self.capacity.gpus, parts):
+        for attempt, _, record in self._supervise_tasks(
+            reestimate_items_in_worker, self.capacity.gpus, parts
+        ):
             # A worker may be lost after it has written an output and before it has handed over the
             # record.
             if attempt > 1 and record["status"] == "done before":
@@ -211,11 +212,13 @@ def _refuse_remote(items: Sequence[CheckpointItem], request: Request) -> None:
 
     The data may be one, since each worker opens it itself.
     """
-    paths = [path for item in items for path in (item.checkpoint, item.output)]
-    for path in (*paths, *([request.evaluation.class_map] if request.evaluation.class_map else [])):
-        if is_remote(path):
+    locations = [location for item in items for location in (item.checkpoint, item.output)]
+    if request.evaluation.class_map is not None:
+        locations.append(request.evaluation.class_map)
+    for location in locations:
+        if location.store is not None:
             raise UsageError(
-                f"{restore_urls(str(path))}: expected a path on a file system that all nodes "
+                f"{location}: expected a path on a file system that all nodes "
                 "share, found a URL. With --engine ray, only --data and --eval-data may be one."
             )
 

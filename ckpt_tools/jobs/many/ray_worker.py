@@ -156,4 +156,8 @@ def _enter_environment(environment: TaskEnvironment) -> None:
 
 def _add_host_name(error: DataError, environment: TaskEnvironment) -> DataError:
     here = socket.gethostname()
-    return error if here == environment.host else DataError(f"{error} So it is on {here}, a node of the Ray cluster.")
+    return (
+        error
+        if here == environment.host
+        else DataError(f"{error} So it is on {here}, a node of the Ray cluster.")
+    )

@@ -72,7 +72,9 @@ def integer_ticks(last: int, count: int) -> list[int]:
 
 def _round_values(low: float, high: float, ladder: Sequence[float]) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [step * 10.0**decade for decade in decades for step in ladder if low <= step * 10.0**decade <= high]
+    return [
+        step * 10.0**decade for decade in decades for step in ladder if low <= step * 10.0**decade <= high
+    ]
 
 
 def _equal_steps(low: float, high: float) -> list[float]:

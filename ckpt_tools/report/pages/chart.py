@@ -128,7 +128,9 @@ def measured_points(facts: Mapping[str, Any]) -> list[LayerPoint]:
             if error is not None and error < 0:
                 error = None
             name = str(layer.get("name") or "(root)")
-            points.append(LayerPoint(name, layer_role(layer), depth, median, low or median, high or median, error))
+            points.append(
+                LayerPoint(name, layer_role(layer), depth, median, low or median, high or median, error)
+            )
     return points
 
 
@@ -215,7 +217,10 @@ def _dots(points_by_x: Sequence[tuple[float, LayerPoint]], y: LogAxis, step: flo
 
 def _pens(step: float) -> dict[str, float]:
     """Return the widths of the marks in pixels, for layers that stand ``step`` pixels apart."""
-    return {name: round(min(max(share * step, least), largest), 2) for name, (share, least, largest) in _PENS.items()}
+    return {
+        name: round(min(max(share * step, least), largest), 2)
+        for name, (share, least, largest) in _PENS.items()
+    }
 
 
 def _ticks(sites: Sequence[Mapping[str, Any]], step: float, layers: int, bottom: float) -> dict[str, str]:

@@ -99,9 +99,13 @@ def _figures(facts: Facts) -> Iterator[KeyFigure]:
     yield KeyFigure("Layers rewritten", f"{len(rewritten_layers(facts)):,}", f"of {len(layers):,}")
     name = most_changed_layer(ratios)
     if name is not None:  # a name may be "": the model itself may be a BN layer
-        yield KeyFigure("Stored ÷ new variance", ratio_text(statistics.median(ratios.values())), "median layer")
+        yield KeyFigure(
+            "Stored ÷ new variance", ratio_text(statistics.median(ratios.values())), "median layer"
+        )
         yield KeyFigure("Largest change", ratio_text(ratios[name]), name or "(root)")
-    medians = (get_mapping(layer, "relative_standard_error").get("median") for layer in rewritten_layers(facts))
+    medians = (
+        get_mapping(layer, "relative_standard_error").get("median") for layer in rewritten_layers(facts)
+    )
     errors = [error for error in map(finite_number, medians) if error is not None]
     if errors:
         yield KeyFigure("Standard error", percent_text(max(errors)), "median channel, least certain layer")
@@ -129,7 +133,9 @@ def _controls_section(controls: Facts) -> Section:
     verdict = str(controls.get("verdict", "none"))
     deviation, worst, shift = (finite_number(controls.get(key)) for key in ("deviation", "worst", "shift"))
     if verdict == "none" or deviation is None or worst is None:
-        return Section("Control layers", (f"No verdict: {controls.get('reason') or 'there are none'}.",), "quiet")
+        return Section(
+            "Control layers", (f"No verdict: {controls.get('reason') or 'there are none'}.",), "quiet"
+        )
     layers = count_text(len(names), "layer")
     word = verdict + ("s" if len(names) == 1 else "")  # "1 layer agrees", "2 layers agree"
     forced = "" if verdict == "agree" else "; it was used all the same (--force)"
@@ -187,7 +193,9 @@ def _provenance_section(facts: Facts) -> Section:
     libraries, rates = get_mapping(facts, "libraries"), str(facts.get("rates") or "")
     passes = finite_number(facts.get("passes")) or 1
     method = [facts.get("estimator"), facts.get("statistics"), facts.get("precision")]
-    left_alone = (f"{layer.get('name')} ({layer.get('reason')})" for layer in get_mappings(facts, "left_alone"))
+    left_alone = (
+        f"{layer.get('name')} ({layer.get('reason')})" for layer in get_mappings(facts, "left_alone")
+    )
     rows = [
         ("Checkpoint", str(source.get("path") or "")),
         ("SHA-256", str(source.get("sha256") or "")),

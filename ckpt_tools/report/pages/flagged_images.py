@@ -19,7 +19,9 @@ def flagged_section(facts: Facts) -> Section:
     facts of an evaluation have no list of outliers, since nothing is left out there.
     """
     skipped = [("skipped", sample) for sample in get_list(get_mapping(facts, "data"), "skipped")]
-    skipped += [("skipped (labelled data)", image) for image in get_list(get_mapping(facts, "metrics"), "skipped")]
+    skipped += [
+        ("skipped (labelled data)", image) for image in get_list(get_mapping(facts, "metrics"), "skipped")
+    ]
     outliers = [("flagged", outlier) for outlier in get_list(facts, "outliers")]
     if not skipped and not outliers:
         ending = ", and none stood out." if "outliers" in facts else "."

@@ -11,7 +11,13 @@ from typing import Any
 
 from ckpt_tools.redaction import presentable
 from ckpt_tools.report.columns import count_text
-from ckpt_tools.report.facts import get_mapping, get_mappings, median_ratios, most_changed_layer, other_names_sentence
+from ckpt_tools.report.facts import (
+    get_mapping,
+    get_mappings,
+    median_ratios,
+    most_changed_layer,
+    other_names_sentence,
+)
 from ckpt_tools.report.metric_facts import metric_unit, metrics_by_name
 from ckpt_tools.report.number_format import (
     UNKNOWN,
@@ -39,7 +45,10 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
     """
     records = presentable(list(records))
     folder = _common_folder(records)
-    rows = [(f"checkpoint-{place}", _name_within(folder, record), record) for place, record in enumerate(records, 1)]
+    rows = [
+        (f"checkpoint-{place}", _name_within(folder, record), record)
+        for place, record in enumerate(records, 1)
+    ]
     counts = Counter(str(record.get("status")) for record in records)
     headline = ", ".join(f"{count:,} {status}" for status, count in counts.most_common())
     return FolderPage(
@@ -48,7 +57,9 @@ def folder_page(records: Sequence[Record], title: str = "") -> FolderPage:
         headline=f"{headline or 'No checkpoint'}.",
         figures=tuple(_figures(records, counts)),
         failures=tuple(
-            (anchor, name, _error_line(record)) for anchor, name, record in rows if record.get("status") == "failed"
+            (anchor, name, _error_line(record))
+            for anchor, name, record in rows
+            if record.get("status") == "failed"
         ),
         table=_table(rows),
         pages=tuple((anchor, _page(record, name)) for anchor, name, record in rows),
@@ -169,4 +180,6 @@ def _page(record: Record, name: str) -> Page:
     if status == "skipped" and not error:
         headline = f"Nothing was run. {headline}"
     sections = (Section("Error message", code=error) if error else None, metrics_section(record))
-    return Page(name, subtitle, headline, sections=tuple(section for section in sections if section is not None))
+    return Page(
+        name, subtitle, headline, sections=tuple(section for section in sections if section is not None)
+    )

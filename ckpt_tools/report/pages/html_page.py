@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["checkpoint_html", "folder_html", "require_templates"]
 
-_CHART_SIZES = (1000, 400), (360, 300)  # in pixels, for a screen and for a phone: the style sheet shows one of them
+_CHART_SIZES = (
+    (1000, 400),
+    (360, 300),
+)  # in pixels, for a screen and for a phone: the style sheet shows one of them
 _ICON = (  # a dot above a line, 16 × 16
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAYAAAAf8/9hAAAAM0lEQVR4nGNgGAWjYGgBRgYGBgYuruj/"
     "xGr49m0pIxMpGrABJkptH3gDqO6F0TAYDYNRAAAk7AsBMfVQVQAAAABJRU5ErkJggg=="

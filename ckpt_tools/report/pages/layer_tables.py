@@ -63,7 +63,11 @@ def layers_section(facts: Facts) -> Section:
 
 
 def _layer_row(depth: int, layer: Facts) -> tuple[Cell, ...]:
-    ratio, error, role = get_mapping(layer, "ratio"), get_mapping(layer, "relative_standard_error"), layer_role(layer)
+    ratio, error, role = (
+        get_mapping(layer, "ratio"),
+        get_mapping(layer, "relative_standard_error"),
+        layer_role(layer),
+    )
     return (
         Cell(str(layer.get("name") or "(root)"), str(layer.get("name"))),
         number_cell(depth),  # in order of execution, which sorting can restore by this column

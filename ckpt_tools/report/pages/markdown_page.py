@@ -94,7 +94,9 @@ def _body(page: Page, level: int) -> Iterator[str]:
 
 
 def _figures(figures: Iterable[KeyFigure]) -> Iterator[str]:
-    rows = [(figure.label, " ".join(part for part in (figure.value, figure.note) if part)) for figure in figures]
+    rows = [
+        (figure.label, " ".join(part for part in (figure.value, figure.note) if part)) for figure in figures
+    ]
     yield from _pairs(rows)
 
 
@@ -139,7 +141,13 @@ def _row(cells: Iterable[str]) -> str:
 
 def _fold_details(title: str, lines: Iterable[str]) -> Iterator[str]:
     # GitHub renders this HTML. Only behind a blank line does it read Markdown again.
-    yield from (f"<details><summary>{html.escape(' '.join(title.split()))}</summary>", "", *lines, "</details>", "")
+    yield from (
+        f"<details><summary>{html.escape(' '.join(title.split()))}</summary>",
+        "",
+        *lines,
+        "</details>",
+        "",
+    )
 
 
 def _fence_code(code: str) -> Iterator[str]:

@@ -47,7 +47,9 @@ def metrics_section(facts: Facts) -> Section | None:
             f"For the metrics below it, each half has the other's ({first}, {second}).",
         ]
     title = "Before and after" if compared else "Metrics"
-    return Section(title, tuple(sentences), tone, pairs=tuple(_pairs(facts)), table=Table(title, columns, rows))
+    return Section(
+        title, tuple(sentences), tone, pairs=tuple(_pairs(facts)), table=Table(title, columns, rows)
+    )
 
 
 def _values(entries: tuple[object, object, object], *, compared: bool) -> tuple[Cell, ...]:

@@ -9,7 +9,6 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ckpt_tools.errors import OutputError, UsageError
 from ckpt_tools.initialize.init_results import LayerSignal
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.report.marks import add_mark, report_kind
 from ckpt_tools.storage.output.atomic_write import check_target, write_atomically
 from ckpt_tools.storage.output.own_files import read_own_file, require_distinct_file
@@ -57,26 +57,30 @@ _ROWS = (
 )
 
 
-def check_figure(path: Path) -> None:
+def check_figure(place: LocationLike) -> None:
     """Refuse, before any work is done, a picture that could not be drawn or written at the end.
 
     Raises:
         UsageError: the suffix is not .png, .svg or .pdf, or matplotlib is missing.
         OutputError: the folder does not exist or cannot be written to.
     """
-    if path.suffix.lower() not in _SUFFIXES:
+    location = Location.of(place)
+    suffix = location.path.suffix
+    if suffix.lower() not in _SUFFIXES:
         raise UsageError(
-            f"{path}: expected a picture's name, ending in .png, .svg or .pdf; "
-            f"found {repr(path.suffix) if path.suffix else 'no suffix'}. Rename it."
+            f"{location}: expected a picture's name, ending in .png, .svg or .pdf; "
+            f"found {repr(suffix) if suffix else 'no suffix'}. Rename it."
         )
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise UsageError(f"{path}: expected matplotlib, found none. Run: pip install 'ckpt-tools[report]'") from error
-    check_target(path, overwrite=True)
+        raise UsageError(
+            f"{location}: expected matplotlib, found none. Run: pip install 'ckpt-tools[report]'"
+        ) from error
+    check_target(location, overwrite=True)
 
 
-def check_earlier_figure(path: Path, job_files: Iterable[Path | None]) -> None:
+def check_earlier_figure(place: LocationLike, job_files: Iterable[LocationLike | None]) -> None:
     """Refuse to replace a file that is no earlier picture of this tool.
 
     ``job_files`` are the job's other files.
@@ -85,13 +89,18 @@ def check_earlier_figure(path: Path, job_files: Iterable[Path | None]) -> None:
         UsageError: the path is one of the job's other files.
         OutputError: something else wrote the file, or it was changed since.
     """
-    kind = report_kind(path.suffix.lower())
-    require_distinct_file(path, kind, job_files)
-    read_own_file(path, kind)
+    location = Location.of(place)
+    kind = report_kind(location.path.suffix.lower())
+    require_distinct_file(location, kind, job_files)
+    read_own_file(location, kind)
 
 
 def write_signals_figure(
-    path: Path, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
+    place: LocationLike,
+    before: Sequence[LayerSignal],
+    after: Sequence[LayerSignal],
+    *,
+    only_own: bool = False,
 ) -> None:
     """Draw the signals of all weight layers, before and after, into a .png, .svg or .pdf file.
 
@@ -104,15 +113,16 @@ def write_signals_figure(
         UsageError: another suffix, or matplotlib is missing.
         OutputError: the file cannot be written.
     """
-    check_figure(path)
+    location = Location.of(place)
+    check_figure(location)
     # matplotlib is an optional dependency, so every function that draws imports its own part.
     from matplotlib import rc_context, rcdefaults
 
-    suffix = path.suffix.lower()
+    suffix = location.path.suffix.lower()
 
     def may_replace() -> bool:
         # Checked again just before the file is replaced: drawing takes time.
-        return read_own_file(path, report_kind(suffix)) is not None
+        return read_own_file(location, report_kind(suffix)) is not None
 
     try:
         with rc_context():
@@ -120,12 +130,14 @@ def write_signals_figure(
             # the user's: with text.usetex they would run LaTeX.
             rcdefaults()
             figure = _draw_figure(before, after)
-            with write_atomically(path, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
+            with write_atomically(
+                location, overwrite=True, may_replace=may_replace if only_own else None
+            ) as temporary:
                 figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:
         raise OutputError(
-            f"{path}: expected to write a picture there, found: {error}. "
+            f"{location}: expected to write a picture there, found: {error}. "
             "Nothing was left behind there; choose another place for it."
         ) from error
 
@@ -221,7 +233,9 @@ def _set_plain_ticks(panel: Axes) -> None:
     panel.tick_params(labelsize=8)
 
 
-def _density(values: NDArray[np.float64], low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _density(
+    values: NDArray[np.float64], low: float, high: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a kernel density estimate between two bounds, as positions and densities.
 
     The values are counted in bins, and the counts smoothed with a Gaussian of Silverman's width,
@@ -252,7 +266,14 @@ def _draw_depth(panel: Axes, symbol: str, variances: Mapping[str, Sequence[float
     points = {stage: [_drawable(value) for value in values] for stage, values in variances.items()}
     for stage, values in points.items():
         marker = "o" if len(values) <= 40 else ""
-        panel.plot(range(1, len(values) + 1), values, marker=marker, markersize=3.5, color=_COLOURS[stage], label=stage)
+        panel.plot(
+            range(1, len(values) + 1),
+            values,
+            marker=marker,
+            markersize=3.5,
+            color=_COLOURS[stage],
+            label=stage,
+        )
     # The axis spans at least two decades: a ratio of 1.1 must not look large.
     pooled = np.concatenate([*points.values(), [0.1, 10]])
     missing = int(np.isnan(pooled).sum())
@@ -279,5 +300,7 @@ def _add_colour_bar(figure: Figure, axes: NDArray[Any], layers: int, colours: Co
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    bar = figure.colorbar(ScalarMappable(Normalize(1, layers), colours), ax=axes, shrink=0.6, aspect=40, pad=0.02)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(1, layers), colours), ax=axes, shrink=0.6, aspect=40, pad=0.02
+    )
     bar.set_ticks([1, layers], labels=["first\nlayer", "last\nlayer"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from ckpt_tools.errors import OutputError
@@ -19,14 +18,12 @@ from ckpt_tools.evaluate.scores import GateFailed
 from ckpt_tools.jobs.earlier_output import EarlierOutput
 from ckpt_tools.jobs.many.engine import Record
 from ckpt_tools.jobs.many.folder_run import ItemResult
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.plain_text import shorten_message
-from ckpt_tools.redaction import without_fragments
-from ckpt_tools.remote.address import is_url
-from ckpt_tools.remote.mirror import is_remote, restore_urls
-from ckpt_tools.remote.uploads import upload_file
+from ckpt_tools.redaction import without_fragments, without_secrets
 from ckpt_tools.report.records.metrics_json import metrics_json
 from ckpt_tools.report.records.reestimation_json import outcome_json
-from ckpt_tools.storage.output.atomic_write import check_target
+from ckpt_tools.storage.output.atomic_write import check_target, deliver_file
 from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.output.own_files import (
     OwnFileKind,
@@ -35,6 +32,7 @@ from ckpt_tools.storage.output.own_files import (
     require_distinct_file,
     require_own_content,
 )
+from ckpt_tools.urls import is_url
 
 __all__ = ["Manifest", "check_manifest", "make_record", "parse_records"]
 
@@ -60,10 +58,18 @@ _NEWER_FIELDS: Mapping[str, _Types] = {  # version 0.1.0 did not write these, so
     "also_named": list,
 }
 # The report on a checkpoint of an earlier run has its earlier record, with these fields of the new.
-_FIELDS_OF_THIS_RUN = ("checkpoint", "also_named", "output", "status", "output_sha256", "output_bytes", "replaced")
+_FIELDS_OF_THIS_RUN = (
+    "checkpoint",
+    "also_named",
+    "output",
+    "status",
+    "output_sha256",
+    "output_bytes",
+    "replaced",
+)
 
 
-def check_manifest(path: Path, job_files: Iterable[Path | None] = ()) -> None:
+def check_manifest(place: LocationLike, job_files: Iterable[LocationLike | None] = ()) -> None:
     """Refuse a manifest that could not be appended to, before any work is done.
 
     ``job_files`` are the job's other files.
@@ -73,8 +79,8 @@ def check_manifest(path: Path, job_files: Iterable[Path | None] = ()) -> None:
         OutputError: the file there is no manifest, or it cannot be written to.
         RemoteError: a remote manifest cannot be read.
     """
-    require_distinct_file(path, _KIND, job_files)
-    read_own_file(path, _KIND)
+    require_distinct_file(place, _KIND, job_files)
+    read_own_file(place, _KIND)
 
 
 class Manifest:
@@ -85,27 +91,30 @@ class Manifest:
     by ``publish``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, place: LocationLike) -> None:
         """Read what earlier runs recorded, and make the file if it is not there.
 
         Raises:
             OutputError: the file cannot be read and written, or it is no manifest.
             RemoteError: a remote manifest cannot be read.
         """
-        self.path = path
+        self.location = Location.of(place)
+        path, is_remote = self.location.path, self.location.store is not None
         self._by_origin: dict[tuple[str, str, str], Record] = {}  # best record by `_output_origin`
         self._by_output: dict[str, Record] = {}  # latest record by `_absolute_output`
-        earlier_content = read_own_file(path, _KIND)
+        earlier_content = read_own_file(self.location, _KIND)
         self._is_new = earlier_content is None
-        if is_remote(path):
-            check_target(path, overwrite=True)
+        if is_remote:
+            check_target(self.location, overwrite=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if is_remote(path):
+            if is_remote:
                 path.write_bytes(earlier_content or b"")  # the path of the copy on this machine
-            content, self._file = self._begin(create=self._is_new and not is_remote(path))
+            content, self._file = self._begin(create=self._is_new and not is_remote)
         except OSError as error:
-            raise OutputError(f"{path}: expected a manifest to append to, found: {error}. Give --manifest.") from error
+            raise OutputError(
+                f"{self.location}: expected a manifest to append to, found: {error}. Give --manifest."
+            ) from error
         for record in parse_records(content):
             self._remember(record)
 
@@ -117,7 +126,7 @@ class Manifest:
         with self._open(create=create) as file:
             file.seek(0)
             content = file.read()
-            require_own_content(self.path, _KIND, content)
+            require_own_content(self.location, _KIND, content)
             if content and not content.endswith(b"\n"):  # an earlier run was killed while it wrote
                 file.write(b"\n")
             return content, os.fstat(file.fileno())
@@ -125,7 +134,7 @@ class Manifest:
     def _open(self, *, create: bool) -> BinaryIO:
         # O_EXCL: a file or a link that somebody puts there in the meantime is not written to.
         flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT | os.O_EXCL if create else 0)
-        return os.fdopen(open_own_file(self.path, _KIND, flags), "a+b")
+        return os.fdopen(open_own_file(self.location.path, _KIND, flags), "a+b")
 
     def publish(self) -> None:
         """Upload a remote manifest; remove one that this run has made and written nothing to.
@@ -133,18 +142,19 @@ class Manifest:
         Raises OutputError if the file at the remote place is no manifest any more, or cannot be
         replaced.
         """
-        if self._is_new and self.path.exists() and not self.path.stat().st_size:
-            self.path.unlink(missing_ok=True)
-        elif is_remote(self.path):
-            read_own_file(self.path, _KIND)  # checked again, since the job may have taken hours
-            upload_file(self.path, self.path, overwrite=True)
+        path = self.location.path
+        if self._is_new and path.exists() and not path.stat().st_size:
+            path.unlink(missing_ok=True)
+        elif self.location.store is not None:
+            read_own_file(self.location, _KIND)  # checked again, since the job may have taken hours
+            deliver_file(path, self.location, overwrite=True)
 
-    def recorded_output(self, output: Path) -> EarlierOutput | None:
+    def recorded_output(self, output: LocationLike) -> EarlierOutput | None:
         """Return source, settings and digest of an output, as its latest record has them.
 
         None if no record says both what the output was made of and with which settings.
         """
-        record = self._by_output.get(_absolute_output(restore_urls(str(output))))
+        record = self._by_output.get(_absolute_output(without_secrets(str(output))))
         if record is None or not record.get("source_sha256") or not record.get("settings"):
             return None
         sha256, size = record.get("output_sha256"), record.get("output_bytes")
@@ -172,21 +182,23 @@ class Manifest:
         record.
         """
         try:
-            is_gone = not os.path.lexists(self.path)  # somebody has removed it, so it is made anew
+            is_gone = not os.path.lexists(self.location.path)  # somebody has removed it, so it is made anew
             with self._open(create=is_gone) as file:
                 status = os.fstat(file.fileno())
                 if is_gone:
                     self._file = status
                 if not os.path.samestat(status, self._file):
                     raise OutputError(
-                        f"{self.path}: expected the manifest that was there when the run began, "
+                        f"{self.location}: expected the manifest that was there when the run began, "
                         "found another file in its place. Nothing was written to it; run again."
                     )
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror}). Give another --manifest.") from error
+            raise OutputError(
+                f"{self.location}: cannot be written ({error.strerror}). Give another --manifest."
+            ) from error
 
     def _remember(self, record: Record) -> None:
         if not record.get("output"):
@@ -208,11 +220,10 @@ def make_record(result: ItemResult) -> Record:
     """
     error, written = result.error, result.written
     file = written.file if written else None
-    # The job works on local copies of remote files; the record names their URLs.
-    record: Record = restore_urls(
+    record: Record = without_secrets(
         {
             "checkpoint": str(result.item.checkpoint),
-            "also_named": [str(path) for path in result.item.also_named],
+            "also_named": list(map(str, result.item.also_named)),
             "status": result.status,
             "output": str(result.item.output) if result.status in ("done", "done before") else None,
             "error": None if error is None else _message(error, expected=result.error_is_expected),
@@ -237,7 +248,7 @@ def _message(error: BaseException, *, expected: bool) -> str:
     stands before it.
     """
     text = str(error) if expected else f"{type(error).__name__}: {error}"
-    return shorten_message(without_fragments(restore_urls(text)))
+    return shorten_message(without_fragments(text))
 
 
 def _output_origin(record: Record) -> tuple[str, str, str]:

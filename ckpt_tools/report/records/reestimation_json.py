@@ -131,7 +131,8 @@ def inspection_json(inspection: Inspection) -> dict[str, object]:
         "candidates": list(inspection.candidates),
         "error": inspection.error and str(inspection.error),
         "rates": loaded and loaded.rates,
-        "checkpoint": inspection.checkpoint and _inspected_checkpoint_json(inspection.checkpoint, inspection.size),
+        "checkpoint": inspection.checkpoint
+        and _inspected_checkpoint_json(inspection.checkpoint, inspection.size),
         "parameters": inspection.parameters,
         "tensors": sum(tally.tensors for tally in inspection.types.values()),
         "dtypes": {name: dataclasses.asdict(tally) for name, tally in inspection.types.items()},
@@ -179,7 +180,12 @@ def conversion_json(conversion: Conversion) -> dict[str, object]:
 
 def comparison_json(comparison: Comparison, expect: str, violations: tuple[str, ...]) -> dict[str, object]:
     """Return the differences between two checkpoints, and those that were not expected."""
-    return {**dataclass_to_dict(comparison), "expect": expect, "unexpected": list(violations), "ok": not violations}
+    return {
+        **dataclass_to_dict(comparison),
+        "expect": expect,
+        "unexpected": list(violations),
+        "ok": not violations,
+    }
 
 
 def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
@@ -188,7 +194,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
     ``weights`` is the entry that was taken, ``prefix`` the prefix that was removed from every key.
     """
     return {
-        "path": str(checkpoint.path),
+        "path": checkpoint.shown_path,
         "format": checkpoint.format,
         "weights": checkpoint.weights,
         "prefix": checkpoint.prefix,

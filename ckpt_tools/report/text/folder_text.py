@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ckpt_tools.plain_text import escape_controls, one_line, shorten_message
 from ckpt_tools.report.ci_summary import error_without_path
 from ckpt_tools.report.columns import align_columns, count_text
-from ckpt_tools.report.facts import get_mapping, get_mappings, median_ratios, other_names_sentence, rewritten_layers
+from ckpt_tools.report.facts import (
+    get_mapping,
+    get_mappings,
+    median_ratios,
+    other_names_sentence,
+    rewritten_layers,
+)
 from ckpt_tools.report.metric_facts import metrics_by_name
 from ckpt_tools.report.number_format import integer_text, value_and_error
 
 
-def folder_text(records: Sequence[Mapping[str, Any]], manifest: Path) -> str:
+def folder_text(records: Sequence[Mapping[str, Any]], manifest: object) -> str:
     """Return a row for every checkpoint, then why some failed and which outputs were replaced.
 
     ``records`` are those of the manifest. Error and NLL are columns if any checkpoint was

@@ -65,7 +65,9 @@ def rewritten_weights_text(result: InitRewrite) -> str:
     return "\n".join([align_columns(rows), *_cut_note(len(result.rewritten))])
 
 
-def signals_text(trial: VerificationBatches, before: Sequence[LayerSignal], after: Sequence[LayerSignal]) -> str:
+def signals_text(
+    trial: VerificationBatches, before: Sequence[LayerSignal], after: Sequence[LayerSignal]
+) -> str:
     """Return the variance of every layer's output z and of its error signal δ, before and after.
 
     The last line counts the layers whose Var(z) is in the range that counts as healthy.
@@ -76,7 +78,9 @@ def signals_text(trial: VerificationBatches, before: Sequence[LayerSignal], afte
         old = signals_before.get(signal.parameter)
         old_variance, old_error = (old.variance, old.error_variance) if old else (None, None)
         numbers = (old_variance, signal.variance, old_error, signal.error_variance)
-        rows.append((signal.name or "(root)", *("-" if value is None else f"{value:.3g}" for value in numbers)))
+        rows.append(
+            (signal.name or "(root)", *("-" if value is None else f"{value:.3g}" for value in numbers))
+        )
     low, high = HEALTHY_VARIANCES
     healthy_before = f"{count_healthy_layers(before)} of {count_text(len(before), 'layer')} before"
     samples = count_text(trial.samples, "sample")
@@ -107,7 +111,9 @@ def _unchanged_weights_lines(result: InitRewrite) -> list[str]:
     for layer in result.layers:
         if not layer.rewritten:
             by_reason.setdefault(layer.reason, []).append(layer.parameter)
-    return [f"left as they are: {list_names(names)} ({one_line(reason)})" for reason, names in by_reason.items()]
+    return [
+        f"left as they are: {list_names(names)} ({one_line(reason)})" for reason, names in by_reason.items()
+    ]
 
 
 def _cut_note(rows: int) -> list[str]:

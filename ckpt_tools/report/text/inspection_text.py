@@ -46,7 +46,9 @@ def inspection_text(inspection: Inspection, *, everything: bool = False) -> str:
 def dropout_sites_text(walk: Walk, limit: int | None) -> str:
     """Return a table of the dropout sites and the BN layers behind them, at most ``limit`` rows."""
     rows = [("dropout site", "op", "rate", "BN layers behind it")]
-    rows += [(site.name, site.op, _rate(site), _behind(walk.batch_norms, site.name)) for site in walk.dropout_sites]
+    rows += [
+        (site.name, site.op, _rate(site), _behind(walk.batch_norms, site.name)) for site in walk.dropout_sites
+    ]
     return _table(rows, limit) if walk.dropout_sites else "no dropout site"
 
 
@@ -119,7 +121,7 @@ def _file_rows(inspection: Inspection) -> list[tuple[str, str]]:
     if checkpoint is None:
         return [("file", "none, the architecture alone"), ("holds", _holds(inspection))]
     rows = [
-        ("file", f"{checkpoint.path}, {size_text(inspection.size or 0)}, {checkpoint.format}"),
+        ("file", f"{checkpoint.shown_path}, {size_text(inspection.size or 0)}, {checkpoint.format}"),
         ("taken", _weights_entry(checkpoint)),
         ("left out", list_names(checkpoint.left_out)),
         ("holds", _holds(inspection)),
@@ -143,7 +145,9 @@ def _holds(inspection: Inspection) -> str:
 
 def _recorded_entries(entries: Mapping[str, object]) -> str:
     """Return what the checkpoint holds beside its weights: first values, then containers."""
-    values = [f"{key}={_short(value)}" for key, value in entries.items() if isinstance(value, str | int | float)]
+    values = [
+        f"{key}={_short(value)}" for key, value in entries.items() if isinstance(value, str | int | float)
+    ]
     containers = [
         _describe_container(key, value) for key, value in entries.items() if isinstance(value, Mapping | list)
     ]
@@ -173,7 +177,9 @@ def _model_rows(inspection: Inspection) -> list[tuple[str, str]]:
         ("the same as", list_names(loaded.twins)),
     ]
     if loaded.as_built:
-        rows.append(("other head", f"what the file holds under {list_names(loaded.as_built)} is not the library's"))
+        rows.append(
+            ("other head", f"what the file holds under {list_names(loaded.as_built)} is not the library's")
+        )
     return [(name, text) for name, text in rows if text] + _input_rows(inspection.input_spec)
 
 
@@ -182,7 +188,9 @@ def _input_rows(spec: InputSpec | None) -> list[tuple[str, str]]:
         return [("input", "size not known; give one sample's shape with --input-size")]
     rows = [("input", f"{'×'.join(map(str, spec.shape))} ({spec.origin})")]
     if len(spec.shape) == 3:  # channels, height, width: only images are resized and normalised
-        scale = f"mean {_numbers(spec.mean)}, std {_numbers(spec.std)}" if spec.mean else "divided by 255 only"
+        scale = (
+            f"mean {_numbers(spec.mean)}, std {_numbers(spec.std)}" if spec.mean else "divided by 255 only"
+        )
         rows.append(("images", f"{scale}, {spec.interpolation}, {_crop_text(spec)}"))
     return rows
 
@@ -203,7 +211,9 @@ def _layer_rows(inspection: Inspection) -> list[tuple[str, str]]:
     active = sum(site.active for site in inspection.walk.dropout_sites)
     inactive = len(inspection.walk.dropout_sites) - active
     sites = f"{count_text(active, 'active dropout site')}, {inactive} at rate 0"
-    layers = count_text(len(inspection.walk.batch_norms), "BN layer") + _training_batches_text(inspection.steps)
+    layers = count_text(len(inspection.walk.batch_norms), "BN layer") + _training_batches_text(
+        inspection.steps
+    )
     return [("drop rates", f"{DROP_RATE_SOURCES[inspection.loaded.rates]}; {sites}"), ("batch norm", layers)]
 
 
@@ -229,7 +239,9 @@ def _training_batches_text(steps: Mapping[str, int | None]) -> str:
 
 def _behind(layers: Iterable[BatchNormLayer], site: str) -> str:
     names = [
-        layer.name or "(root)" for layer in layers if site in (*layer.downstream_of, *layer.potentially_downstream_of)
+        layer.name or "(root)"
+        for layer in layers
+        if site in (*layer.downstream_of, *layer.potentially_downstream_of)
     ]
     return f"{len(names)}: {list_names(names, 1)}" if names else "none"
 

@@ -50,11 +50,16 @@ def _rows(metrics: Metrics) -> list[tuple[str, ...]]:
     calibrated = before.calibrated if before else None
     rows += [_row(name, "", plain, after.metrics, metrics.change) for name in after.metrics]
     # T is the temperature that the logits were divided by.
-    rows += [_row(name, " at T", calibrated, after.calibrated, metrics.calibrated_change) for name in after.calibrated]
+    rows += [
+        _row(name, " at T", calibrated, after.calibrated, metrics.calibrated_change)
+        for name in after.calibrated
+    ]
     return rows
 
 
-def _row(name: Metric, suffix: str, before: Estimates | None, after: Estimates, change: Estimates) -> tuple[str, ...]:
+def _row(
+    name: Metric, suffix: str, before: Estimates | None, after: Estimates, change: Estimates
+) -> tuple[str, ...]:
     title, unit, digits = _NAMES[name]
     label, value = f"{title}{suffix}, {unit}", _estimate_text(after[name], digits)
     if before is None:
@@ -104,4 +109,4 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
 
 
 def _checkpoint_line(evaluated: EvaluatedCheckpoint) -> str:
-    return f"{evaluated.checkpoint.path} ({evaluated.loaded.recipe.architecture})"
+    return f"{evaluated.checkpoint.shown_path} ({evaluated.loaded.recipe.architecture})"

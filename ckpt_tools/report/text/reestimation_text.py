@@ -45,7 +45,10 @@ def plan_text(plan: Plan) -> str:
         ("checkpoint", checkpoint_line(plan.checkpoint)),
         ("architecture", f"{architecture_line(loaded)} (told by {RECOGNISED_BY_TEXT[loaded.recognised_by]})"),
         ("scores", _scores(plan.recognised.scores)),
-        ("drop rates", f"{DROP_RATE_SOURCES[loaded.rates]}; {count_text(active_sites, 'active dropout site')}"),
+        (
+            "drop rates",
+            f"{DROP_RATE_SOURCES[loaded.rates]}; {count_text(active_sites, 'active dropout site')}",
+        ),
         ("layers", f"{plan.choice.why}; {count_text(len(plan.choice.controls), 'control layer')}"),
         ("data", f"{plan.source.spec} ({describe_source(plan.source)}), {amount}"),
         ("input", plan.stream.transform),
@@ -83,7 +86,7 @@ def checkpoint_line(checkpoint: Checkpoint) -> str:
     """Return path and format, and the entry of the file that holds the weights."""
     entry = f", weights from {one_line(checkpoint.weights)!r}" if checkpoint.weights else ""
     prefix = f", prefix {one_line(checkpoint.prefix)!r} removed" if checkpoint.prefix else ""
-    return f"{one_line(checkpoint.path)} ({one_line(checkpoint.format)}{entry}{prefix})"
+    return f"{one_line(checkpoint.shown_path)} ({one_line(checkpoint.format)}{entry}{prefix})"
 
 
 def architecture_line(loaded: LoadedModel) -> str:
@@ -182,8 +185,12 @@ def _changes(layers: Sequence[LayerResult]) -> str:
     measured.sort(key=lambda row: -abs(math.log(max(row[1].median, 1e-30))))
     rows = [("largest changes", "stored/new variance", "range over channels", "standard error")]
     for name, ratio, error in measured[:_SHOWN_ROWS]:
-        error_text = f"{error.median:.1%} (worst {error.high:.1%})" if math.isfinite(error.high) else "unknown"
-        rows.append((name or "(root)", f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", error_text))
+        error_text = (
+            f"{error.median:.1%} (worst {error.high:.1%})" if math.isfinite(error.high) else "unknown"
+        )
+        rows.append(
+            (name or "(root)", f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", error_text)
+        )
     if len(measured) > _SHOWN_ROWS:
         rows.append((f"… and {len(measured) - _SHOWN_ROWS} more (--json lists all)", "", "", ""))
     return align_columns(rows)

@@ -45,9 +45,17 @@ def find_averaged_copies(state: Mapping[str, object]) -> list[AveragedCopy]:
     if not roots or len(roots) > _MAX_CANDIDATES:
         return []
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-    copies = [AveragedCopy(root, prefix) for root in roots if (prefix := _find_copy_prefix(root, shapes)) is not None]
+    copies = [
+        AveragedCopy(root, prefix)
+        for root in roots
+        if (prefix := _find_copy_prefix(root, shapes)) is not None
+    ]
     # An average of an average is a part of the outer one.
-    return [copy for copy in copies if not any(copy.root != x.root and copy.root.startswith(x.root) for x in copies)]
+    return [
+        copy
+        for copy in copies
+        if not any(copy.root != x.root and copy.root.startswith(x.root) for x in copies)
+    ]
 
 
 def _averaged_roots(parts: tuple[str, ...]) -> list[str]:
@@ -83,7 +91,9 @@ def _occurs(part: Mapping[str, tuple[int, ...]], outside: Mapping[str, tuple[int
     another model.
     """
     first = next(iter(part))
-    places = [key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)][:_MAX_CANDIDATES]
+    places = [key.removesuffix(first) for key in outside if key == first or key.endswith("." + first)][
+        :_MAX_CANDIDATES
+    ]
     if bool(_running_variances(part)) != bool(_running_variances(outside)):
         return False
     for place in places:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.remote.address import redact_url
 from ckpt_tools.storage.formats.module_trees import module_class_name
 from ckpt_tools.storage.formats.pickles import OpaqueObject
+from ckpt_tools.urls import redact_url
 
 __all__ = ["plain_words"]
 

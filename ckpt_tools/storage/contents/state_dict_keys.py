@@ -28,7 +28,9 @@ def plain_tensors(state: Mapping[str, object], where: object) -> tuple[dict[str,
     """
     for key, value in state.items():
         _require_storable(key, value, where)
-    tensors = {key: _require_dense(key, value, where) for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        key: _require_dense(key, value, where) for key, value in state.items() if isinstance(value, Tensor)
+    }
     return tensors, [key for key in state if key not in tensors]
 
 

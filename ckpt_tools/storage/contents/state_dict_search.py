@@ -209,7 +209,9 @@ def _filter_entries(entries: list[StateDictEntry], weights: str) -> list[StateDi
     return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
 
 
-def _search(value: object, path: tuple[str, ...], averaged: bool, memory: SearchMemory) -> Iterator[StateDictEntry]:
+def _search(
+    value: object, path: tuple[str, ...], averaged: bool, memory: SearchMemory
+) -> Iterator[StateDictEntry]:
     """Yield the state dicts in a value that stands at ``path``."""
     state = value if isinstance(value, Mapping) else memory.state_of(value)
     levels = 2 - len(path)
@@ -256,7 +258,8 @@ def _holds_weights(value: Mapping[Any, object]) -> bool:
     if "param_groups" in value or not all(isinstance(key, str) for key in value):
         return False
     return any(
-        isinstance(item, Tensor) and item.dim() > 0 and not _is_no_weights(str(key)) for key, item in value.items()
+        isinstance(item, Tensor) and item.dim() > 0 and not _is_no_weights(str(key))
+        for key, item in value.items()
     )
 
 

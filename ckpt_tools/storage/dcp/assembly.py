@@ -66,7 +66,8 @@ def load_rank_files(files: tuple[Path, ...]) -> dict[str, Tensor]:
         for key, (start, tensor) in _load_parts(file).items():
             parts_of_tensors.setdefault(key, {})[start] = tensor
     return {
-        key: assemble_tensor(files[0].parent, key, _full_size(parts), parts) for key, parts in parts_of_tensors.items()
+        key: assemble_tensor(files[0].parent, key, _full_size(parts), parts)
+        for key, parts in parts_of_tensors.items()
     }
 
 

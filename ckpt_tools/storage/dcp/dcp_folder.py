@@ -148,10 +148,14 @@ def _read_piece(shard: Path, name: str, piece: ShardPiece) -> object:
             file.seek(piece.offset)
             return load_stream(io.BytesIO(file.read(piece.length)), f"{shard}: {name}")
     except OSError as error:
-        raise CheckpointError(f"{shard}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{shard}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
 
 
-def _load_part(folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]) -> Tensor:
+def _load_part(
+    folder: Path, shards: Mapping[str, Path], entry: TensorEntry, start: tuple[int, ...]
+) -> Tensor:
     piece = entry.pieces[start]
     part = _read_piece(shards[piece.file], entry.name, piece)
     sizes = entry.chunks[start]
@@ -179,7 +183,9 @@ def _nest_entries(path: Path, leaves: Mapping[tuple[str | int, ...], object]) ->
                 holders[place[: depth - 1]].setdefault(place[depth - 1], holders[place[:depth]])
         holders[place[:-1]][place[-1]] = value
     if any(place in leaves for place in holders):
-        raise CheckpointError(f"{path}: expected entries that are values or containers, found one that is both.")
+        raise CheckpointError(
+            f"{path}: expected entries that are values or containers, found one that is both."
+        )
     return {str(key): _restore_lists(value) for key, value in root.items()}
 
 

@@ -124,7 +124,9 @@ def _parse_pieces(storage: Mapping[object, object]) -> dict[tuple[str, Ints | No
     return pieces
 
 
-def _find_piece(pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None) -> ShardPiece:
+def _find_piece(
+    pieces: Mapping[tuple[str, Ints | None], ShardPiece], name: str, start: Ints | None
+) -> ShardPiece:
     piece = pieces.get((name, start))
     # Complete tensors may be filed without an offset, scalars with an empty one.
     if piece is None and not any(start or ()):

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.paths import is_link, path_below, require_below
-from ckpt_tools.remote.mirror import resolve_location
 from ckpt_tools.storage.dcp.assembly import is_rank_file, load_rank_files
 from ckpt_tools.storage.dcp.dcp_folder import METADATA_NAME, SHARD_SUFFIX, load_distributed
 from ckpt_tools.storage.files.fetching import fetch_checkpoint
@@ -53,11 +53,10 @@ class CheckpointFiles:
 
 
 def find_checkpoint_files(path: Path) -> CheckpointFiles:
-    """Return the files behind a path that the user gave: that of a file, an index, or a folder.
+    """Return the files of a checkpoint on this machine.
 
-    Those behind a URL are fetched. Raises CheckpointError, RemoteError.
+    ``path`` is that of a file, an index or a folder. Raises CheckpointError.
     """
-    fetch_checkpoint(path)
     try:
         if path.is_dir():
             return _find_in_folder(path)
@@ -74,11 +73,15 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
         problem = "nothing there"
         if is_link(path):
             problem = f"a link to {path.readlink()}, which is not there"
-        raise CheckpointError(f"{path}: expected a checkpoint file, found {problem}. Check the path.") from error
+        raise CheckpointError(
+            f"{path}: expected a checkpoint file, found {problem}. Check the path."
+        ) from error
     except (OSError, ValueError) as error:
         # A path with a NUL or a lone surrogate raises ValueError.
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be opened ({reason}). Check the path and its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be opened ({reason}). Check the path and its permissions."
+        ) from error
     raise CheckpointError(
         f"{path}: expected a checkpoint file, found something that is neither a file nor a folder. Check the path."
     )
@@ -109,17 +112,21 @@ def _load_weights(source: CheckpointFiles, trust: bool) -> FileContent:
     return FileContent(f"{' and '.join(formats)}, {len(shards)} shards", tensors, metadata)
 
 
-def checkpoint_sha256(path: Path | str) -> str:
+def checkpoint_sha256(place: LocationLike) -> str:
     """Return the SHA-256 of a checkpoint as lower-case hex.
 
     Of several files it is that of the lines which ``sha256sum`` prints for them, in the order of
-    their names. Raises CheckpointError.
+    their names. Raises CheckpointError, RemoteError.
     """
-    source = find_checkpoint_files(resolve_location(path))
+    location = Location.of(place)
+    with location.urls_in_errors():
+        source = find_checkpoint_files(fetch_checkpoint(location))
     try:
         digests = [(_hash_file(file), file.name) for file in source.files]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{location}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
     if source.shard_of is None and source.index is None and len(digests) == 1:
         return digests[0][0]
     lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
@@ -132,7 +139,9 @@ def _hash_file(path: Path) -> str:
 
 
 def _find_in_folder(folder: Path) -> CheckpointFiles:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name))
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name)
+    )
     if METADATA_NAME in names:
         return _distributed_files(folder, names)
     # The files of ranks need no index: their metadata says where their parts of tensors belong.

@@ -35,7 +35,9 @@ def find_weight_candidates(names: Sequence[str]) -> list[str]:
     # Hugging Face repositories often hold the same weights in both formats.
     if len(indices) > 1:
         indices = [name for name in indices if "safetensors" in name] or indices
-    return indices or [name for name in names if name.endswith(CHECKPOINT_SUFFIXES) and not is_trainer_file(name)]
+    return indices or [
+        name for name in names if name.endswith(CHECKPOINT_SUFFIXES) and not is_trainer_file(name)
+    ]
 
 
 def list_checkpoint_members(names: Sequence[str]) -> list[str]:

@@ -41,7 +41,9 @@ def stamp_checkpoint_files(source: CheckpointFiles) -> tuple[FileStamp, ...]:
     try:
         return tuple(map(stamp_file, (*source.files, *([source.index] if source.index else []))))
     except OSError as error:
-        raise CheckpointError(f"{source.path}: cannot be opened ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{source.path}: cannot be opened ({error.strerror}). Check its permissions."
+        ) from error
 
 
 def stamp_file(path: Path) -> FileStamp:

@@ -48,9 +48,13 @@ def load_file_content(path: Path, *, trust: bool = False) -> FileContent:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be opened ({error.strerror}). Check its permissions."
+        ) from error
     if not head:
-        raise CheckpointError(f"{path}: expected a checkpoint, found an empty file. Copy or download it again.")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint, found an empty file. Copy or download it again."
+        )
     if head.startswith(ZIP_MAGIC):
         return _load_archive(path, head, trust=trust)
     # PyTorch 0.1 saved a tar archive whose first member is sys_info.

@@ -92,7 +92,9 @@ def _iterate_modules(root: object, path: Path) -> Iterator[_Module]:
             continue
         count += 1
         if depth > _MAX_DEPTH or count > _MAX_MODULES:
-            raise CheckpointError(f"{path}: expected a tree of modules, found one without end. Do not use this file.")
+            raise CheckpointError(
+                f"{path}: expected a tree of modules, found one without end. Do not use this file."
+            )
         yield _Module(prefix, value.name, value.state)
         children = [(f"{prefix}{key}.", child, depth + 1) for key, child in value.state.items()]
         waiting.extend(reversed(children))
@@ -109,7 +111,9 @@ def _read_declarations(path: Path) -> dict[str, _Declaration]:
             if record.startswith("code/") and record.endswith(".py"):
                 module = record.removeprefix("code/").removesuffix(".py").replace("/", ".")
                 text = archive.read(record).decode("utf-8", "replace")
-                declarations.update({f"{module}.{m[1]}": _parse_class(m[1], m[2]) for m in _CLASS.finditer(text)})
+                declarations.update(
+                    {f"{module}.{m[1]}": _parse_class(m[1], m[2]) for m in _CLASS.finditer(text)}
+                )
     return declarations
 
 

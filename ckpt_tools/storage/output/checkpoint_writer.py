@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import CheckpointError, OutputError
-from ckpt_tools.remote.mirror import resolve_location
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
+from ckpt_tools.storage.files.fetching import fetch_checkpoint
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
 from ckpt_tools.storage.output.atomic_write import check_target, write_atomically
 from ckpt_tools.storage.output.change_detection import require_same_stamps, require_unchanged
@@ -41,7 +42,7 @@ _PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".
 
 
 def save(
-    path: Path | str,
+    path: LocationLike,
     checkpoint: Checkpoint,
     replacements: Mapping[str, Tensor],
     *,
@@ -63,7 +64,7 @@ def save(
 
 
 def replace_tensors(
-    path: Path | str,
+    place: LocationLike,
     checkpoint: Checkpoint,
     replacements: Mapping[str, Tensor],
     *,
@@ -77,8 +78,9 @@ def replace_tensors(
     damaged output of an earlier run, which is replaced without ``overwrite`` as long as it still is
     that file. Raises OutputError.
     """
-    target = resolve_location(path)
-    check_output(target, checkpoint.path, overwrite=overwrite or replaces is not None)
+    target = Location.of(place)
+    _require_no_source(target, checkpoint.path, checkpoint.shown_path)
+    _check_writable(target, overwrite=overwrite or replaces is not None)
     tensors = _apply_replacements(checkpoint.tensors, replacements)
     stamps = require_unchanged(checkpoint)
     source_sha256 = str(provenance.get("source_sha256") or "")
@@ -100,7 +102,7 @@ def replace_tensors(
 
 
 def write_safetensors(
-    target: Path | str,
+    place: LocationLike,
     tensors: Mapping[str, Tensor],
     *,
     metadata: Mapping[str, str],
@@ -111,13 +113,13 @@ def write_safetensors(
     Tensors may share memory and need not be contiguous. Metadata made by ``output_metadata`` are
     sealed. Raises OutputError.
     """
-    with _open_output(resolve_location(target), tensors, overwrite) as temporary:
+    with _open_output(Location.of(place), tensors, overwrite) as temporary:
         return write_and_verify(temporary, tensors, metadata)
 
 
 @contextmanager
 def _open_output(
-    target: Path,
+    target: Location,
     tensors: Mapping[str, Tensor],
     overwrite: bool,
     sources: Sequence[Path] = (),
@@ -130,10 +132,12 @@ def _open_output(
     """
     may_replace = None
     if replaces is not None and not overwrite:
-        may_replace = partial(_is_still, target, replaces)
+        may_replace = partial(_is_still, target.path, replaces)
     replace = overwrite or replaces is not None
     try:
-        with write_atomically(target, overwrite=replace, sources=sources, may_replace=may_replace) as temporary:
+        with write_atomically(
+            target, overwrite=replace, sources=sources, may_replace=may_replace
+        ) as temporary:
             yield temporary
     except (OSError, SafetensorError, CheckpointError, ValueError) as error:
         raise OutputError(
@@ -150,27 +154,36 @@ def _is_still(target: Path, stamp: FileStamp) -> bool:
         return False
 
 
-def check_output(target: Path, source_path: Path | None, *, overwrite: bool) -> None:
+def check_output(place: LocationLike, source: LocationLike | None, *, overwrite: bool) -> None:
     """Raise OutputError at once for a target that could not be written at the end.
 
     This is the source itself, a taken name, a name in a missing folder, or one by which other tools
     would take the safetensors file for a pickle.
     """
-    if source_path is not None:
-        _require_no_source(target, source_path)
+    target = Location.of(place)
+    if source is not None:
+        source_location = Location.of(source)
+        with source_location.urls_in_errors():
+            source_path = fetch_checkpoint(source_location)
+            _require_no_source(target, source_path, str(source_location))
+    _check_writable(target, overwrite=overwrite)
+
+
+def _check_writable(target: Location, *, overwrite: bool) -> None:
     check_target(target, overwrite=overwrite)
-    if target.suffix.lower() in _PICKLE_SUFFIXES:
+    path = target.path
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise OutputError(
             f"{target}: expected a name that ends in .safetensors, which is what is written, "
-            f"found {target.suffix}, which torch.load would take for a pickle. Name it "
-            f"{target.with_suffix('.safetensors').name}."
+            f"found {path.suffix}, which torch.load would take for a pickle. Name it "
+            f"{path.with_suffix('.safetensors').name}."
         )
 
 
-def _require_no_source(target: Path, source_path: Path) -> None:
-    if any(_is_same(target, file) for file in _list_files(source_path)):
+def _require_no_source(target: Location, source_path: Path, shown_path: str) -> None:
+    if any(_is_same(target.path, file) for file in _list_files(source_path)):
         raise OutputError(
-            f"{target}: expected a file of its own, found the source checkpoint ({source_path}), "
+            f"{target}: expected a file of its own, found the source checkpoint ({shown_path}), "
             "which is never written to. Choose another name."
         )
 
@@ -188,9 +201,13 @@ def _is_same(target: Path, file: Path) -> bool:
         return False
 
 
-def _apply_replacements(tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _apply_replacements(
+    tensors: Mapping[str, Tensor], replacements: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     if unknown := [key for key in replacements if key not in tensors]:
-        raise OutputError(f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the model.")
+        raise OutputError(
+            f"{unknown[0]}: expected a key of the checkpoint, found none of that name. Check the model."
+        )
     return {
         key: _cast_replacement(key, tensor, replacements[key]) if key in replacements else tensor
         for key, tensor in tensors.items()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.remote.local_copies import iterate_remote_bytes
-from ckpt_tools.remote.mirror import is_remote
 from ckpt_tools.storage.formats.safetensors_file import data_offset
 from ckpt_tools.storage.output.hashing import hash_and_check
 from ckpt_tools.storage.provenance import Seal
@@ -53,21 +53,24 @@ class MeasuredOutput:
         return ""
 
 
-def measure_output(path: Path) -> MeasuredOutput:
+def measure_output(place: LocationLike) -> MeasuredOutput:
     """Read a safetensors file once, and return all of its digests.
 
     Of a remote file only the header needs to be at its place here: the file is read in pieces, and
     no copy is kept. Raises OSError, RemoteError.
     """
-    start = data_offset(path)
+    location = Location.of(place)
+    start = data_offset(location.path)
     data = hashlib.sha256()
 
     def add_data(at: int, piece: ByteArray) -> None:
         # A piece may begin within the header, which is no data.
         data.update(piece[max(0, start - at) :].data)
 
-    read = _read_remote if is_remote(path) else _read_local
-    digest = read(path, add_data)
+    if location.store is None:
+        digest = _read_local(location.path, add_data)
+    else:
+        digest = _hash_pieces(iterate_remote_bytes(location.store, location.path), add_data)
     return MeasuredOutput(digest, data.hexdigest(), max(0, digest.size - start))
 
 
@@ -77,9 +80,9 @@ def _read_local(path: Path, receive: Callable[[int, ByteArray], None]) -> FileDi
         return FileDigest(hash_and_check(file.fileno(), size, receive), size)
 
 
-def _read_remote(path: Path, receive: Callable[[int, ByteArray], None]) -> FileDigest:
+def _hash_pieces(pieces: Iterator[bytes], receive: Callable[[int, ByteArray], None]) -> FileDigest:
     digest, size = hashlib.sha256(), 0
-    for piece in iterate_remote_bytes(path):
+    for piece in pieces:
         digest.update(piece)
         receive(size, np.frombuffer(piece, np.uint8))
         size += len(piece)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.errors import OutputError, UsageError
+from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.paths import identity
 from ckpt_tools.remote.local_copies import read_remote_file
-from ckpt_tools.remote.mirror import is_remote
 
 __all__ = [
     "OwnFileKind",
@@ -45,16 +45,19 @@ class OwnFileKind:
     is_own: Callable[[bytes], bool]
 
 
-def require_distinct_file(path: Path, kind: OwnFileKind, job_files: Iterable[Path | None]) -> None:
+def require_distinct_file(
+    place: LocationLike, kind: OwnFileKind, job_files: Iterable[LocationLike | None]
+) -> None:
     """Raise UsageError for a file that is also another file of the job, under whatever name.
 
     Files are compared by device and inode, those that do not exist yet by their resolved paths.
     """
-    file = _identify(path)
+    location = Location.of(place)
+    file = _identify(location.path)
     for other in job_files:
-        if other is not None and _identify(other) == file:
+        if other is not None and _identify(Location.of(other).path) == file:
             raise UsageError(
-                f"{kind.option} {path}: expected a file of its own, found another file of this "
+                f"{kind.option} {location}: expected a file of its own, found another file of this "
                 f"job ({other}). Rename it."
             )
 
@@ -64,31 +67,33 @@ def _identify(path: Path) -> object:
     return identity(path) or os.path.realpath(path)
 
 
-def read_own_file(path: Path, kind: OwnFileKind) -> bytes | None:
+def read_own_file(place: LocationLike, kind: OwnFileKind) -> bytes | None:
     """Return the content of a file that this tool wrote, or of an empty one.
 
     This is None if there is no such file. Raises OutputError for a link, a file with several names,
     anything that is no file, one that cannot be read, and one that something else wrote. Raises
     RemoteError.
     """
-    content = _read_content(path, kind)
+    location = Location.of(place)
+    if location.store is None:
+        content = _read_local_content(location.path, kind)
+    else:
+        content = read_remote_file(location.store, location.path, _MAX_BYTES)
     if content is not None:
-        require_own_content(path, kind, content)
+        require_own_content(location, kind, content)
     return content
 
 
-def require_own_content(path: Path, kind: OwnFileKind, content: bytes) -> None:
+def require_own_content(location: LocationLike, kind: OwnFileKind, content: bytes) -> None:
     """Raise OutputError for content that another program wrote. An empty file belongs to nobody."""
     if content and (len(content) > _MAX_BYTES or not kind.is_own(content)):
         raise OutputError(
-            f"{path}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. "
+            f"{location}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. "
             f"It stays as it is; give another name with {kind.option}."
         )
 
 
-def _read_content(path: Path, kind: OwnFileKind) -> bytes | None:
-    if is_remote(path):
-        return read_remote_file(path, _MAX_BYTES)
+def _read_local_content(path: Path, kind: OwnFileKind) -> bytes | None:
     try:
         descriptor = open_own_file(path, kind, os.O_RDONLY)
     except FileNotFoundError:

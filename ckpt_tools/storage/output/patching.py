@@ -141,7 +141,9 @@ def write_patched_copy(
             source_sha256 = source_digest()
         with hash_in_background(file.fileno(), start=start) as data_digest:
             os.fsync(file.fileno())  # the disk works while the data is hashed
-            header, metadata = seal_header(original.header, describe(source_sha256), data_digest(), original.size)
+            header, metadata = seal_header(
+                original.header, describe(source_sha256), data_digest(), original.size
+            )
         write_at(file.fileno(), header, 0)
         os.fsync(file.fileno())
         layout = Layout(header, parts, source.fileno(), start - original.start)
@@ -150,7 +152,9 @@ def write_patched_copy(
         return OutputDigests(source_sha256, output_sha256, size), metadata
 
 
-def write_parts(parts: list[FilePart], source: int, target: int, shift: int, flush: Callable[[], None]) -> None:
+def write_parts(
+    parts: list[FilePart], source: int, target: int, shift: int, flush: Callable[[], None]
+) -> None:
     """Write all parts of an output but its header into an open file.
 
     ``flush`` is called now and then, to have the disk work meanwhile. A part without a value has

@@ -58,7 +58,9 @@ def _hand_group_on(path: Path, sources: Sequence[os.stat_result]) -> None:
     Nothing happens where the system does not allow it.
     """
     groups = {source.st_gid for source in sources}
-    only_group = any(source.st_mode & stat.S_IRGRP and not source.st_mode & stat.S_IROTH for source in sources)
+    only_group = any(
+        source.st_mode & stat.S_IRGRP and not source.st_mode & stat.S_IROTH for source in sources
+    )
     if len(groups) == 1 and only_group and groups != {path.stat().st_gid} and hasattr(os, "chown"):
         with contextlib.suppress(OSError):
             os.chown(path, -1, groups.pop())

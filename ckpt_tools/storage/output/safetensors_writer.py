@@ -86,7 +86,11 @@ def _keys_to_copy(tensors: Mapping[str, Tensor]) -> set[str]:
     It takes neither tensors with gaps nor tensors that share memory. Of those that share, the first
     stays.
     """
-    keys = {key for key, tensor in tensors.items() if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()}
+    keys = {
+        key
+        for key, tensor in tensors.items()
+        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()
+    }
     # In the order of their memory, a tensor that begins before the last one ends shares bytes with
     # it.
     end = 0

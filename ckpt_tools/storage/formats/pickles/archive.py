@@ -32,7 +32,9 @@ _MAX_COPIES = 4
 _ALLOWANCE = 1 << 26  # bytes that even a tiny archive may cost
 
 
-def read_archive(blob: Blob, limits: Limits, inner: Callable[[bytes], object], pickle: str = "data.pkl") -> object:
+def read_archive(
+    blob: Blob, limits: Limits, inner: Callable[[bytes], object], pickle: str = "data.pkl"
+) -> object:
     """Return the value of one pickle of an archive, whose storages are records beside it.
 
     ``inner`` reads a pickle that is nested in this one. Raises MalformedFileError.
@@ -86,7 +88,9 @@ class Archive:
             return cast(bytes, self._blob.data[start : start + record.file_size])
         self._inflation_left -= record.file_size
         if record.compress_type != zipfile.ZIP_DEFLATED or self._inflation_left < 0:
-            raise MalformedFileError(f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes")
+            raise MalformedFileError(
+                f"an archive whose record {name[:100]} claims to hold {record.file_size:,} bytes"
+            )
         return self._zip.read(record)
 
     def storage(self, name: str) -> torch.UntypedStorage:

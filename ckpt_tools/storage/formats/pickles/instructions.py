@@ -30,7 +30,9 @@ from ckpt_tools.storage.formats.pickles.stack_machine import (
 __all__ = ["read_pickle"]
 
 
-def read_pickle(data: Buffer, resolver: ValueResolver, limits: Limits, position: int = 0) -> tuple[object, int]:
+def read_pickle(
+    data: Buffer, resolver: ValueResolver, limits: Limits, position: int = 0
+) -> tuple[object, int]:
     """Return the value of the pickle that starts at ``position``, and where that pickle ends.
 
     Nothing that the pickle names is imported, looked up or called: ``resolver`` decides what stands

@@ -166,7 +166,9 @@ GLOBAL_VALUES: dict[str, object] = {
     **{f"{module}.NotImplemented": None for module in ("builtins", "__builtin__")},
 }
 
-SET_TYPES = frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
+SET_TYPES = frozenset(
+    f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset")
+)
 
 GLOBAL_CALLS: dict[str, Callable[..., object]] = {
     **TENSOR_REBUILDERS,

@@ -62,7 +62,9 @@ class ArrayConverter:
             return self._make_tensor(array, raw, dtype, shape, "F" if fortran else "C")
         return array
 
-    def from_buffer(self, raw: object = None, dtype: object = None, shape: object = (), order: object = "C") -> object:
+    def from_buffer(
+        self, raw: object = None, dtype: object = None, shape: object = (), order: object = "C"
+    ) -> object:
         """Return the tensor of an array that numpy's ``_frombuffer`` makes, which protocol 5 uses.
 
         An array that can be no tensor gives an OpaqueObject.
@@ -70,7 +72,9 @@ class ArrayConverter:
         array = OpaqueObject(NUMPY_ARRAY, (raw, dtype, shape, order))
         return self._make_tensor(array, raw, dtype, shape, order)
 
-    def _make_tensor(self, array: OpaqueObject, raw: object, dtype: object, shape: object, order: object) -> object:
+    def _make_tensor(
+        self, array: OpaqueObject, raw: object, dtype: object, shape: object, order: object
+    ) -> object:
         code, byte_order = _parse_dtype(dtype)
         kind = _TORCH_DTYPES.get(code)
         raw = raw.encode("latin-1") if isinstance(raw, str) else raw
@@ -84,7 +88,9 @@ class ArrayConverter:
         storage = Storage(self._copy_bytes(raw, code, byte_order, kind), kind)
         return tensor_over_storage(storage, 0, sizes, _strides(sizes, order == "F"), kind)
 
-    def _copy_bytes(self, raw: bytes | bytearray, code: str, order: str, kind: torch.dtype) -> torch.UntypedStorage:
+    def _copy_bytes(
+        self, raw: bytes | bytearray, code: str, order: str, kind: torch.dtype
+    ) -> torch.UntypedStorage:
         key = (id(raw), code, order)
         if key not in self._storages:
             storage = copy_to_storage(raw)

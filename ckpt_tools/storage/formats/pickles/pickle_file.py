@@ -111,9 +111,13 @@ def _explain_errors(where: object, read: Callable[[], object]) -> object:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{where}: cannot be read ({error.strerror or error}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{where}: cannot be read ({error.strerror or error}). Check its permissions."
+        ) from error
     except MalformedFileError as fault:
-        raise CheckpointError(f"{where}: expected a complete checkpoint, found {fault}. {_DAMAGED}") from fault
+        raise CheckpointError(
+            f"{where}: expected a complete checkpoint, found {fault}. {_DAMAGED}"
+        ) from fault
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             f"{where}: expected a complete torch.save archive, found one without the table of "

@@ -72,7 +72,9 @@ class Limits:
                         hashes = self._hashes.setdefault(id(holder), hashes)
                 hashes[hash(key)] += 1
                 if hashes[hash(key)] > _MAX_EQUAL_HASHES:
-                    raise MalformedFileError("a pickle with keys of a dict that were chosen to share one hash")
+                    raise MalformedFileError(
+                        "a pickle with keys of a dict that were chosen to share one hash"
+                    )
 
 
 def limit_exceeded_error() -> MalformedFileError:
@@ -91,7 +93,9 @@ def _check_key(key: object) -> int:
                 raise MalformedFileError("a pickle with an endless key in a dict")
             waiting.extend(item)
         elif isinstance(item, list | dict | set | bytearray | slice) or _is_long(item):
-            raise MalformedFileError(f"a pickle with a key of a dict that cannot be one ({type(item).__name__})")
+            raise MalformedFileError(
+                f"a pickle with a key of a dict that cannot be one ({type(item).__name__})"
+            )
     return touched
 
 

@@ -39,7 +39,9 @@ def read_tar(blob: Blob, limits: Limits, inner: Callable[[bytes], object]) -> ob
     """Return the object in the archive's pickle. Raises MalformedFileError."""
     # "r:" takes no compressed archive, which could unfold to far more than its own size.
     with tarfile.open(fileobj=cast("IO[bytes]", BlobReader(blob)), mode="r:") as archive:
-        members = {member.name: member for member in archive.getmembers() if member.isreg() and not member.issparse()}
+        members = {
+            member.name: member for member in archive.getmembers() if member.isreg() and not member.issparse()
+        }
     for name in ("storages", "tensors", "pickle"):
         if name not in members:
             raise MalformedFileError(f"a tar archive without {name}, which torch.save did not write")

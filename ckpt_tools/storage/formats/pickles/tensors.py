@@ -50,7 +50,9 @@ _STORAGES = {
     "_Untyped": torch.uint8,
 }
 
-DTYPES = {f"torch.{name}": value for name, value in sorted(vars(torch).items()) if isinstance(value, torch.dtype)}
+DTYPES = {
+    f"torch.{name}": value for name, value in sorted(vars(torch).items()) if isinstance(value, torch.dtype)
+}
 
 # Rebuilders whose result is no dense tensor on the CPU, and what it is instead.
 NOT_DENSE = {
@@ -85,7 +87,9 @@ def storage_dtype(kind: object) -> torch.dtype:
     return _STORAGES[prefix]
 
 
-def tensor_over_storage(storage: object, offset: object, size: object, stride: object, dtype: torch.dtype) -> Tensor:
+def tensor_over_storage(
+    storage: object, offset: object, size: object, stride: object, dtype: torch.dtype
+) -> Tensor:
     """Return a tensor over a storage; ``offset`` and ``stride`` count elements.
 
     Raises MalformedFileError for a tensor that reaches beyond the storage, or that repeats it too
@@ -104,7 +108,9 @@ def tensor_over_storage(storage: object, offset: object, size: object, stride: o
     stored = storage.bytes.nbytes() // dtype.itemsize
     # A tensor without elements needs no byte behind its offset.
     if (end if elements else start) > stored:
-        raise MalformedFileError(f"a tensor of shape {sizes} that reaches element {end:,} of a storage of {stored:,}")
+        raise MalformedFileError(
+            f"a tensor of shape {sizes} that reaches element {end:,} of a storage of {stored:,}"
+        )
     if elements > max(_FREE_BYTES // dtype.itemsize, _MAX_REPEATS * stored):
         raise MalformedFileError(f"a tensor that repeats {stored:,} stored numbers to {elements:,}")
     return torch.empty(0, dtype=dtype).set_(storage.bytes, start, sizes, strides)

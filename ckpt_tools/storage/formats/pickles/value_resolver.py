@@ -113,7 +113,12 @@ class SafeResolver:
 
     def _merge_states(self, old: object, new: object) -> object:
         # Objects with attributes and slots have the state (dict of attributes, dict of slots).
-        if isinstance(new, tuple) and len(new) == 2 and isinstance(new[1], dict) and isinstance(new[0], dict | None):
+        if (
+            isinstance(new, tuple)
+            and len(new) == 2
+            and isinstance(new[1], dict)
+            and isinstance(new[0], dict | None)
+        ):
             new = {**(new[0] or {}), **new[1]}
             self._limits.charge_copies(len(new))
         if isinstance(old, dict) and isinstance(new, dict):

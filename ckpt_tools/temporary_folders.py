@@ -1,14 +1,14 @@
-"""Temporary folders: each is locked by the process that works in it, and what killed processes left is removed.
+"""Temporary folders that a process locks, and the removal of those that killed processes left.
 
-A process may be killed at any moment, so the next run removes the folders of processes that are no more. Whether a
-process lives is told by a lock (``flock``) on a file in its folder: the kernel drops the lock with the last process
-that holds the file open, whatever ended it. Process numbers and host names tell nothing here, because containers that
-share a folder have the same ones.
+A process may be killed at any moment, so the next run removes the folders of processes that have
+ended. A lock (``flock``) on a file in the folder shows whether its process lives: the kernel drops
+the lock with the last process that holds the file open, whatever ended it. Process numbers and host
+names are of no use, because containers that share a folder have the same ones.
 
-A lock is certain only among processes on one kernel: some cluster file systems, and folders that virtual machines
-share, keep locks to each machine. Names therefore begin with the identity of the running kernel. Folders of another
-kernel (another machine, or this one before it was started anew) are removed only when nothing in them has changed for
-a week.
+A lock is certain only among processes on one kernel: some cluster file systems, and folders that
+virtual machines share, keep locks to each machine. Names therefore begin with the identity of the
+running kernel. Folders of another kernel (another machine, or this one before a restart) are
+removed only when nothing in them has changed for a week.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: nothing is ever swept there
+except ImportError:  # Windows has no flock: abandoned folders are never removed there
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -42,54 +42,61 @@ __all__ = [
 LOCK_NAME = "lock"  # the locked file in a temporary folder
 _NAME = re.compile(r"\.?ckpt-tools-([0-9a-f]{16})-[0-9a-f]{16}(\.tmp)?")
 _WEEK = 7 * 24 * 3600.0  # seconds
-_ATTEMPTS = 100  # at a folder that a sweeper takes for abandoned before it is locked
+_ATTEMPTS = 100  # to make a folder that other processes remove before it is locked
 _PAUSE = 0.01  # seconds between them
 _UNKNOWN_KERNEL = "0" * 16
 
 
 def _kernel_identity() -> str:
-    """16 hex digits that all processes on this running kernel share, containers included, and no others do.
+    """Return 16 hex digits that identify the running kernel.
 
-    Zeros where the system does not tell. Source: ``man 5 proc``, /proc/sys/kernel/random/boot_id.
+    All processes on it, also those in containers, get the same digits, and no others do. They are
+    zeros where the system does not tell. Source: ``man 5 proc``, /proc/sys/kernel/random/boot_id.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
         return _UNKNOWN_KERNEL
-    return hashlib.sha256(boot).hexdigest()[:16]
+    return hashlib.sha256(boot_id).hexdigest()[:16]
 
 
 _KERNEL = _kernel_identity()
 
 
 def large_temporary_folder() -> Path:
-    """Where large temporary files go: /tmp often is memory, of which there is none left by then."""
+    """Return the folder for large temporary files, TMPDIR or /var/tmp.
+
+    /tmp often is memory, which the model and its data need.
+    """
     large = Path("/var/tmp")
     usable = "TMPDIR" not in os.environ and os.access(large, os.W_OK)
     return large if usable else Path(tempfile.gettempdir())
 
 
 def new_temporary_name() -> str:
-    """A name that nothing else has, by which ``remove_abandoned_folders`` knows a temporary folder of this tool."""
+    """Return a unique name, by which ``remove_abandoned_folders`` recognises our folders."""
     return f"ckpt-tools-{_KERNEL}-{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True)
 class LockedFolder:
-    """A temporary folder that no sweeper touches as long as this process, or a fork of it, holds its lock."""
+    """A temporary folder that nobody removes while this process, or a fork, holds its lock."""
 
     folder: Path
     descriptor: int  # of the locked file
-    process: int  # that made it
+    process: int  # the number of the process that made it
 
     def file_mode(self) -> int:
-        """The permissions that the umask, or the default access list of the place, leaves to new files."""
+        """Return the permissions of new files here, after the umask or a default access list.
+
+        They are those of the lock file, which was made with all permissions that a file can have.
+        """
         return stat.S_IMODE(os.fstat(self.descriptor).st_mode)
 
     def remove_folder(self) -> None:
-        """Remove the folder with everything in it, as far as the system allows, and let go of the lock.
+        """Remove the folder with everything in it, as far as the system allows, and its lock.
 
-        In a forked child this does nothing: the folder is its parent's, who may be alive.
+        In a forked child this does nothing: the folder belongs to the parent, which may be alive.
         """
         if os.getpid() == self.process:
             _remove(self.folder, self.descriptor)
@@ -98,8 +105,10 @@ class LockedFolder:
 def create_locked_folder(folder: Path) -> LockedFolder:
     """Make a folder that only this user can enter, and lock it before anything is put into it.
 
-    Raises OSError, also if there is something of that name. Where the file system knows no locks the folder is made
-    all the same: no sweeper can lock it there either, so that it is never swept.
+    On a file system without locks the folder is made, too: no other process can lock it there
+    either, so that it is never taken for abandoned.
+
+    Raises OSError, also if something has that name already.
     """
     folder.mkdir(mode=0o700)
     try:
@@ -112,12 +121,12 @@ def create_locked_folder(folder: Path) -> LockedFolder:
 
 
 def _lock_or_make_again(folder: Path) -> int:
-    """Lock a new folder, which is made again where a sweeper has removed it. Raises OSError."""
+    """Lock a new folder, and make it again if another process removes it before. Raises OSError."""
     for _ in range(_ATTEMPTS):
         descriptor = _lock_new(folder)
         if descriptor is not None:
             return descriptor
-        # A sweeper came between the making of the folder and its lock, and is removing it, or has.
+        # Between mkdir and flock the folder looks abandoned: another process is removing it.
         time.sleep(_PAUSE)
         try:
             folder.mkdir(mode=0o700)
@@ -127,11 +136,14 @@ def _lock_or_make_again(folder: Path) -> int:
 
 
 def _lock_new(folder: Path) -> int | None:
-    """Open and lock a new folder's lock file; None if a sweeper holds the lock or has removed the file."""
+    """Open and lock the lock file of a new folder, and return its descriptor.
+
+    Returns None if a process that removes the folder holds the lock, or has removed the file.
+    """
     lock = folder / LOCK_NAME
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except (FileNotFoundError, PermissionError):  # removed, or made by a sweeper of another user
+    except (FileNotFoundError, PermissionError):  # removed, or made by a process of another user
         return None
     with contextlib.suppress(FileNotFoundError):
         if _take_lock(descriptor) is not False and os.path.samestat(os.fstat(descriptor), lock.lstat()):
@@ -142,17 +154,18 @@ def _lock_new(folder: Path) -> int | None:
 
 def _require_own_folder(folder: Path) -> None:
     """Raise FileExistsError unless a path is a folder of this user and no link to one."""
-    there = folder.lstat()
-    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid():
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
 
 
 def _take_lock(descriptor: int) -> bool | None:
-    """Lock an open file without waiting: whether that went well, or None where there are no locks."""
+    """Try to lock an open file without waiting; None where the file system has no locks."""
     if fcntl is None:
         return None
     try:
-        # Not inherited by programs that this process starts: Python opens files with O_CLOEXEC (PEP 446).
+        # Programs that this process starts do not inherit the lock: Python opens files with
+        # O_CLOEXEC (PEP 446).
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -162,30 +175,31 @@ def _take_lock(descriptor: int) -> bool | None:
 
 
 def remove_abandoned_folders(folder: Path) -> None:
-    """Remove the temporary folders in ``folder`` whose processes are no more, as far as the system allows.
+    """Remove temporary folders in ``folder`` whose processes have ended, as far as possible.
 
-    A folder of a living process is never removed. Links, and files of these names, are left alone.
+    A folder of a living process is never removed. Links, and files with such names, stay.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             name = _NAME.fullmatch(path.name)
             if name is not None:
                 with contextlib.suppress(OSError):
-                    _sweep_one(path, name[1])
+                    _remove_if_abandoned(path, name[1])
 
 
-def _sweep_one(path: Path, kernel: str) -> None:
-    """Remove a temporary folder if it is abandoned. Raises OSError, also for what is no folder."""
+def _remove_if_abandoned(path: Path, kernel: str) -> None:
+    """Remove a temporary folder if no process holds its lock. Raises OSError."""
     if fcntl is None or not stat.S_ISDIR(path.lstat().st_mode):
         return
     if (kernel != _KERNEL or kernel == _UNKNOWN_KERNEL) and time.time() - _last_change(path) < _WEEK:
         return
     within = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        # The lock file is made where it is missing: the owner, if there is one, finds it locked and starts anew.
+        # A missing lock file is made: an owner that has not locked its new folder yet finds the
+        # file locked and makes the folder again.
         descriptor = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=within)
-        there = os.stat(LOCK_NAME, dir_fd=within, follow_symlinks=False)
-        if _take_lock(descriptor) and os.path.samestat(os.fstat(descriptor), there):
+        status = os.stat(LOCK_NAME, dir_fd=within, follow_symlinks=False)
+        if _take_lock(descriptor) and os.path.samestat(os.fstat(descriptor), status):
             _remove(path, descriptor, within)
         else:
             os.close(descriptor)
@@ -194,16 +208,16 @@ def _sweep_one(path: Path, kernel: str) -> None:
 
 
 def _last_change(folder: Path) -> float:
-    """When anything in a folder was last written to, in seconds since 1970. Raises OSError."""
+    """Return when anything in a folder was last written to (seconds since 1970). Raises OSError."""
     return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def _remove(folder: Path, descriptor: int, within: int | None = None) -> None:
     """Empty a folder whose lock this process holds, and remove it.
 
-    ``within``: the open folder, by which a folder that others may replace with a link is emptied all the same. The
-    lock file goes last, so that nothing is removed without the lock. It is closed before the folder is removed,
-    because NFS keeps a file that is still open under another name.
+    ``within`` is the descriptor of the open folder, for a folder that somebody else may replace by
+    a link meanwhile. The lock file is removed last, so that nothing is removed without the lock. It
+    is closed before the folder is removed, because NFS keeps an open file under another name.
     """
     place = folder if within is None else Path()
     try:
