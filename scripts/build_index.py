@@ -24,8 +24,8 @@ from unittest import mock
 import click
 from torch.nn import init
 
-from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.architecture_index import (
     ArchitectureIndex,
     IndexEntry,

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import ckpt_tools
 from build_index import no_initialisation
-from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.architecture_index import load_shipped_index
 from ckpt_tools.identify.candidate import Candidate
 from ckpt_tools.identify.closest_architectures import find_closest_architectures

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.machine.memory import available_bytes
-from ckpt_tools.temporary_folders import large_temporary_folder
+from ckpt_tools.machine.temporary_folders import large_temporary_folder
 
 __all__ = ["PixelCache"]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ckpt_tools import plugins
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.admission import admit_recipe, bound_construction
 from ckpt_tools.identify.key_matching import (
     common_prefix,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint, LoadedModel, Recipe
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.candidate import load_candidate, load_recipe
 from ckpt_tools.identify.resolution import find_candidates, require_single_candidate
 from ckpt_tools.storage.reading import read_checkpoint

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ckpt_tools import plugins
 from ckpt_tools.construction import without_standard_input
 from ckpt_tools.contract import Adapter, Checkpoint, Recipe
+from ckpt_tools.identify import plugins
 
 AdapterAndRecipe = tuple[Adapter, Recipe]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.errors import RemoteError
+from ckpt_tools.machine.temporary_folders import new_temporary_name
 from ckpt_tools.remote.mirror import MirroredStore
 from ckpt_tools.remote.remote_store import (
     RemotePath,
@@ -19,7 +20,6 @@ from ckpt_tools.remote.remote_store import (
     transfer_callback,
     translate_store_errors,
 )
-from ckpt_tools.temporary_folders import new_temporary_name
 
 __all__ = [
     "fetch_beginning",

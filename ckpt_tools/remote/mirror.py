@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt_tools.errors import RemoteError, UsageError
-from ckpt_tools.paths import path_below
-from ckpt_tools.remote.remote_store import RemotePath, open_remote
-from ckpt_tools.temporary_folders import (
+from ckpt_tools.machine.temporary_folders import (
     LockedFolder,
     create_locked_folder,
     large_temporary_folder,
     new_temporary_name,
     remove_abandoned_folders,
 )
+from ckpt_tools.paths import path_below
+from ckpt_tools.remote.remote_store import RemotePath, open_remote
 from ckpt_tools.url_syntax import scheme_of
 from ckpt_tools.urls import RemoteAddress, UrlOrigin, parse_url
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_tools.errors import CkptToolsError, OutputError
+from ckpt_tools.machine.temporary_folders import new_temporary_name
 from ckpt_tools.redaction import without_fragments
 from ckpt_tools.remote.mirror import MirroredStore
 from ckpt_tools.remote.remote_store import (
@@ -17,7 +18,6 @@ from ckpt_tools.remote.remote_store import (
     transfer_callback,
     translate_store_errors,
 )
-from ckpt_tools.temporary_folders import new_temporary_name
 
 __all__ = ["check_remote_target", "may_write_beside", "upload_file"]
 

@@ -21,10 +21,10 @@ from ckpt_tools.data.data_source import open_source
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.location import Location
+from ckpt_tools.machine.temporary_folders import LOCK_NAME, large_temporary_folder
 from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.reading import read_checkpoint
-from ckpt_tools.temporary_folders import LOCK_NAME, large_temporary_folder
 
 __all__ = ["read_listing"]
 

@@ -12,13 +12,13 @@ import torchvision.io  # noqa: F401  its JPEG decoder is taken where it is there
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor, nn
 
-from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import ArchitectureError, CkptToolsError
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.candidate import Candidate, fit_candidate
 from ckpt_tools.identify.recipe import recorded_recipes
 from ckpt_tools.jobs.conversion import keys_sharing_memory

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ckpt_tools import plugins
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.loading import load_architecture
 from ckpt_tools.walker.downstream import walk
 from zoo.initialisation import init_one, summary

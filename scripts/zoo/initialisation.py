@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from ckpt_tools import plugins
 from ckpt_tools.contract import LoadedModel, Recipe
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.key_matching import fill_model
 from ckpt_tools.initialize.init_results import InitRewrite
 from ckpt_tools.initialize.rewrite import rewrite_init

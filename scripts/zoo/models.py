@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ckpt_tools import plugins
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.identify import plugins
 
 DEADLINE = 1800.0  # seconds for one model
 

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ckpt_adapters.from_transformers import TransformersAdapter
-from ckpt_tools import plugins, reestimate_bn, walk
+from ckpt_tools import reestimate_bn, walk
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec, LoadedModel
 from ckpt_tools.data.images.transforms import ImageTransform, PixelScale
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.loading import identify_model
 from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.testing import Case, parametrize_checks
@@ -345,7 +346,7 @@ def test_wrapped_timm_models_are_timms(tmp_path: Path) -> None:
 
 def test_the_library_is_imported_only_when_it_is_asked_for() -> None:
     script = (
-        "import sys; from ckpt_tools import plugins; found = plugins.adapters()\n"
+        "import sys; from ckpt_tools.identify import plugins; found = plugins.adapters()\n"
         "assert not found['transformers'].architectures()\n"
         "assert not any(one.recognise({'arch': 'no_such_net'}) for one in found.values())\n"
         "assert 'transformers' not in sys.modules"

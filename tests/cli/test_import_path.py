@@ -15,9 +15,10 @@ import torch
 from malicious import Net
 
 import ckpt_tools
-from ckpt_tools import import_path, plugins
+from ckpt_tools import import_path
 from ckpt_tools.data.data_source import open_source
 from ckpt_tools.errors import ArchitectureError, DataError
+from ckpt_tools.identify import plugins
 from ckpt_tools.import_path import children_without_current_folder, import_user_module, user_code_for_children
 
 ROOT = Path(__file__).parents[2]

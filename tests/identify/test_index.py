@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify import plugins
 from ckpt_tools.identify.architecture_index import (
     ArchitectureIndex,
     decode_index,

@@ -8,10 +8,9 @@ import torch
 import torchvision
 from torch import nn
 
-from ckpt_tools import plugins
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError, NothingToDo
-from ckpt_tools.identify import resolution
+from ckpt_tools.identify import plugins, resolution
 from ckpt_tools.identify.architecture_index import ArchitectureIndex, load_shipped_index, make_index_entry
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.candidate import load_candidate

@@ -38,13 +38,13 @@ from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import OutputError, RemoteError, UsageError
 from ckpt_tools.jobs.outputs import default_output_path
 from ckpt_tools.location import Location
+from ckpt_tools.machine.temporary_folders import new_temporary_name
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.remote.local_copies import fetch_file
 from ckpt_tools.remote.mirror import open_mirror
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.provenance import read_provenance_entry
 from ckpt_tools.storage.reading import read_checkpoint
-from ckpt_tools.temporary_folders import new_temporary_name
 
 ARCH = ["--arch", "nets:DenseNet", "--batch-size", 16]
 SHAPE = (3, 8, 8)

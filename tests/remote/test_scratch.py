@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools import temporary_folders
+from ckpt_tools.machine import temporary_folders
+from ckpt_tools.machine.temporary_folders import (
+    create_locked_folder,
+    new_temporary_name,
+    remove_abandoned_folders,
+)
 from ckpt_tools.storage.output.atomic_write import write_atomically
-from ckpt_tools.temporary_folders import create_locked_folder, new_temporary_name, remove_abandoned_folders
 
 pytestmark = pytest.mark.skipif(temporary_folders.fcntl is None, reason="no locks on this system")
 

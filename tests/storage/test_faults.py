@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ckpt_tools import temporary_folders
 from ckpt_tools.cli import error_boundary, main
 from ckpt_tools.data import prefetch
 from ckpt_tools.data.images import image_files
@@ -27,6 +26,7 @@ from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.prefetch import read_ahead, track_reading
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.errors import DataError
+from ckpt_tools.machine import temporary_folders
 from ckpt_tools.storage.output import atomic_write, patching, safetensors_writer
 from stress import trials
 

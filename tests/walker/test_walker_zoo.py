@@ -10,8 +10,8 @@ from dropout_oracle import changed_by_dropout
 from torch import nn
 
 import ckpt_tools
-from ckpt_tools import plugins
 from ckpt_tools.errors import CkptToolsError
+from ckpt_tools.identify import plugins
 
 CONVOLUTIONAL = """\
 timm:hgnet_tiny timm:legacy_seresnet18 timm:selecsls42 timm:starnet_s100 timm:semnasnet_075 timm:lcnetv2_base

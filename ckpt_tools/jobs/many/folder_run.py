@@ -32,10 +32,10 @@ from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
 from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.machine.memory import available_bytes, free_bytes
+from ckpt_tools.machine.temporary_folders import remove_abandoned_folders
 from ckpt_tools.storage.discovery import DiscoveredCheckpoint
 from ckpt_tools.storage.output.integrity import FileDigest
 from ckpt_tools.storage.provenance import read_provenance_entry
-from ckpt_tools.temporary_folders import remove_abandoned_folders
 
 Status = Literal["done", "done before", "nothing to do", "failed"]
 ProgressCallback = Callable[[int, int, int | None], None]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ckpt_tools.errors import OutputError
 from ckpt_tools.location import Location, LocationLike
-from ckpt_tools.remote.uploads import check_remote_target, upload_file
-from ckpt_tools.storage.output.permissions import set_permissions
-from ckpt_tools.temporary_folders import (
+from ckpt_tools.machine.temporary_folders import (
     create_locked_folder,
     new_temporary_name,
     remove_abandoned_folders,
 )
+from ckpt_tools.remote.uploads import check_remote_target, upload_file
+from ckpt_tools.storage.output.permissions import set_permissions
 
 __all__ = ["check_target", "deliver_file", "sync_to_disk", "write_atomically"]
 

@@ -6,8 +6,8 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
-from ckpt_tools import plugins
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.identify import plugins
 
 
 class Foreign:
@@ -116,7 +116,7 @@ def test_a_broken_plugin_matters_only_when_it_is_used(with_plugins):
 def test_only_the_library_asked_for_is_imported():
     script = """
 import sys
-from ckpt_tools import plugins
+from ckpt_tools.identify import plugins
 assert plugins.prefixes()
 assert "torch" not in sys.modules
 plugins.resolve("factory:package.module:make")
