@@ -12,9 +12,10 @@ import sys
 def _leave_current_folder() -> None:
     """Take the current folder off ``sys.path``, where ``python -m ckpt_tools`` has put it first.
 
-    Otherwise a folder of checkpoints from somebody else could replace the standard library and torch by its own files.
-    Where PYTHONPATH names the folder, too, that entry stays. Python loads ``os`` and ``sys`` before it searches any
-    folder; nothing else may be imported above this, not even ``__future__``, which is a file as well.
+    Otherwise a folder of checkpoints from somebody else could replace the standard library and
+    torch by its own files. Where PYTHONPATH names the folder, too, that entry stays. Python loads
+    ``os`` and ``sys`` before it searches any folder; nothing else may be imported above this, not
+    even ``__future__``, which is a file as well.
 
     ``sys.argv[0]`` is "-m" while Python locates the module (https://docs.python.org/3/using/cmdline.html#cmdoption-m),
     whose name is the last word before the arguments.

@@ -1,6 +1,7 @@
 """``python -m ckpt_tools``: the command line without its entry point.
 
-``ckpt-fix`` is the safer form: given ``-m``, Python itself looks for ``ckpt_tools`` in the current folder first.
+``ckpt-fix`` is the safer form: given ``-m``, Python itself looks for ``ckpt_tools`` in the current
+folder first.
 """
 
 from ckpt_tools.cli import main

@@ -85,7 +85,8 @@ def limited_construction(budget: ConstructionBudget | None, subject: str) -> Ite
     except _BudgetExceeded as error:
         raise ArchitectureError(
             f"{subject}: expected a model that the file's tensors justify, found one that {error}. "
-            "If it is right all the same, name the architecture and its arguments yourself: --arch and --model-kwargs."
+            "If it is right all the same, name the architecture and its arguments yourself: --arch "
+            "and --model-kwargs."
         ) from error
     finally:
         _budget.reset(token)

@@ -213,7 +213,8 @@ class Processes(Team):
             return error
         reason = without_fragments(f"{type(error).__name__}: {error}")
         return RankError(
-            f"rank {self.rank} failed with {reason}. This is a bug of ckpt-fix, or of the code that makes the data."
+            f"rank {self.rank} failed with {reason}. This is a bug of ckpt-fix, or of the code that "
+            "makes the data."
         )
 
 

@@ -1,4 +1,7 @@
-"""What the Python API returns: the sites, layers and numbers of a walk and of a re-estimation, as frozen data."""
+"""What the Python API returns.
+
+The sites, layers and numbers of a walk and of a re-estimation, as frozen data.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ class Geometry:
 
     A linear weight has shape (units, fan-in), or (blocks, units, fan-in) for a batch of them; a convolution
     (units, inputs / groups, *kernel); a transposed convolution (inputs, units / groups, *kernel).
-    ``stride`` and ``dilation`` are those of a transposed convolution: they say which kernel taps meet in one output.
+    ``stride`` and ``dilation`` are those of a transposed convolution: they say which kernel taps
+    meet in one output.
     """
 
     kind: WeightKind = "linear"
@@ -65,8 +69,8 @@ class Geometry:
 class WeightLayer:
     """A weight by which the forward pass multiplies activations, in a linear map or a convolution.
 
-    ``parameter`` is its key in the state dict, ``name`` the key without ``.weight``. ``inputs`` and ``consumers`` are
-    the parameters of the nearest weight layers before and behind it.
+    ``parameter`` is its key in the state dict, ``name`` the key without ``.weight``. ``inputs`` and
+    ``consumers`` are the parameters of the nearest weight layers before and behind it.
     """
 
     name: str
@@ -125,9 +129,10 @@ class LayerResult:
 class Controls:
     """Layers that no dropout reaches: their variance on the right data is the stored one.
 
-    ``deviation``: median over the channels of the first three control layers of |ln(stored / measured)|; ``worst``: the
-    largest median of a layer; ``shift``: median of |measured − running mean| in standard deviations.
-    ``verdict``: "agree", "disagree", or "none" where no layer can serve.
+    ``deviation``: median over the channels of the first three control layers of |ln(stored /
+    measured)|; ``worst``: the largest median of a layer; ``shift``: median of |measured − running
+    mean| in standard deviations. ``verdict``: "agree", "disagree", or "none" where no layer can
+    serve.
     """
 
     names: tuple[str, ...]
@@ -142,9 +147,10 @@ class Controls:
 class Outlier:
     """A sample that was left out.
 
-    ``leverage``: its mean square in units of the median sample's, of the input or of the distance from a BN layer's
-    running mean (geometric mean over channels), whichever is largest; ``where`` is "input" or that layer. None where
-    nothing could be measured. ``reason``: "extreme"; "blank", one colour all over; "not finite", NaN or infinity.
+    ``leverage``: its mean square in units of the median sample's, of the input or of the distance
+    from a BN layer's running mean (geometric mean over channels), whichever is largest; ``where``
+    is "input" or that layer. None where nothing could be measured. ``reason``: "extreme"; "blank",
+    one colour all over; "not finite", NaN or infinity.
     """
 
     name: str

@@ -90,7 +90,8 @@ class BNReestimation(Callback):
         self.when, self.attribute, self.batches = when, attribute, batches
         self.limit_batches, self.max_images = limit_batches, max_images
         self.result: Reestimation | None = None
-        # A Method refuses wrong settings now, not hours later. "ema" reads everything, so it has no tolerance.
+        # A Method refuses wrong settings now, not hours later. "ema" reads everything, so it has no
+        # tolerance.
         self._method = Method(estimator, layers, tolerance=None if estimator == "ema" else tolerance)
         self._forward = forward
         # The last new variances, and the sums of the tensors that they belong to.

@@ -33,14 +33,16 @@ _method = options.combine_options(
         type=click.Choice(get_args(LayerChoice)),
         default=Method.layers,
         show_default=True,
-        help="Which BN layers to rewrite. auto: those behind active dropout, or all where no drop rate is recorded.",
+        help="Which BN layers to rewrite. auto: those behind active dropout, or all where no drop "
+        "rate is recorded.",
     ),
     click.option(
         "--estimator",
         type=click.Choice(get_args(Estimator)),
         default=Method.estimator,
         show_default=True,
-        help="pooled: one pass. exact: passes until every variance is that of the final network. ema: as in the paper.",
+        help="pooled: one pass. exact: passes until every variance is that of the final network. "
+        "ema: as in the paper.",
     ),
     click.option(
         "--statistics",
@@ -67,7 +69,8 @@ _method = options.combine_options(
         type=click.Choice(get_args(Precision)),
         default=Method.precision,
         show_default=True,
-        help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. tf32: CUDA only.",
+        help="Of convolutions and matrix products; the deviation from fp32 is measured and shown. "
+        "tf32: CUDA only.",
     ),
     click.option(
         "--keep-outliers",
@@ -107,7 +110,8 @@ _method = options.combine_options(
 @click.option(
     "--deterministic",
     is_flag=True,
-    help="On CUDA, take only kernels that give the same bits every time (slower). On CPUs that is so by itself.",
+    help="On CUDA, take only kernels that give the same bits every time (slower). On CPUs that is "
+    "so by itself.",
 )
 @options.reading
 @options.preprocessing
@@ -161,7 +165,7 @@ def bn_reestimate(
     system that all nodes share. A task whose worker is lost is started again.
 
     \b
-        ckpt-fix bn-reestimate runs/ --data train/ --output-dir fixed/ --engine ray --ray-address 10.0.0.1:6379
+        ckpt-fix bn-reestimate runs/ --data train/ --engine ray --ray-address 10.0.0.1:6379
 
     Every path may be a URL of a store that fsspec knows, with credentials from the environment:
 

@@ -58,7 +58,8 @@ if TYPE_CHECKING:  # it imports torch
     type=click.Choice(get_args(BackwardFactor)),
     default="paper",
     show_default=True,
-    help="paper: keep·E[f'²]. inverted: E[f'²]/keep, which is what inverted dropout (that of torch) does to errors.",
+    help="paper: keep·E[f'²]. inverted: E[f'²]/keep, which is what inverted dropout (that of torch) "
+    "does to errors.",
 )
 @options.seed(help="Of the new weights, and without a checkpoint of all other values.")
 @click.option("--force", is_flag=True, help="Rewrite a checkpoint whose BatchNorm layers have seen data.")
@@ -89,7 +90,8 @@ if TYPE_CHECKING:  # it imports torch
     "--report",
     type=options.path,
     metavar="FILE",
-    help="Verify, and draw the distributions as .png, .svg or .pdf. An earlier picture is replaced, no other file is.",
+    help="Verify, and draw the distributions as .png, .svg or .pdf. An earlier picture is replaced, "
+    "no other file is.",
 )
 @options.preprocessing
 @options.pack("request", "ckpt_tools.jobs.initialization", "InitRequest")

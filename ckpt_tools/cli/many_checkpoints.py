@@ -66,7 +66,8 @@ options = combine_options(
     click.option(
         "--output-dir",
         type=path,
-        help="For several checkpoints: where outputs go, laid out as the checkpoints are. Default: beside each.",
+        help="For several checkpoints: where outputs go, laid out as the checkpoints are. Default: "
+        "beside each.",
     ),
     click.option(
         "--include",
@@ -100,7 +101,8 @@ options = combine_options(
     click.option(
         "--ray-cpus",
         type=click.IntRange(min=1),
-        help="CPUs, and threads, of a Ray task. Default: 8, or what the smallest node has for each of its GPUs.",
+        help="CPUs, and threads, of a Ray task. Default: 8, or what the smallest node has for each "
+        "of its GPUs.",
     ),
 )
 

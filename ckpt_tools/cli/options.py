@@ -99,7 +99,8 @@ weights = combine_options(
         metavar="auto|model|ema|ENTRY",
         default="auto",
         show_default=True,
-        help="Which weights of a checkpoint that holds several sets; auto takes EMA weights where there are some.",
+        help="Which weights of a checkpoint that holds several sets; auto takes EMA weights where "
+        "there are some.",
     ),
     click.option(
         "--trust",
@@ -122,7 +123,8 @@ model = combine_options(
         multiple=True,
         metavar="K=V",
         callback=lambda context, parameter, pairs: parse_model_kwargs(pairs),
-        help="Keyword argument of the architecture, repeatable; drop rates of the training run go here: drop_rate=0.2.",
+        help="Keyword argument of the architecture, repeatable; drop rates of the training run go "
+        "here: drop_rate=0.2.",
     ),
     weights,
 )

@@ -39,10 +39,11 @@ FULL_SHARE = Share()
 class Reading:
     """How the samples of a source become batches.
 
-    ``batch_size`` is the largest; batches differ by at most one sample. ``workers`` are the threads that decode,
-    or the processes that run a user's Dataset; None: as many as ``default_workers`` says. ``cached`` keeps what the
-    first pass decodes, for sources that are read more than once. ``device``: where the batches shall be; those of a
-    callable stay where it made them. ``share``: the batches that this process reads.
+    ``batch_size`` is the largest; batches differ by at most one sample. ``workers`` are the threads
+    that decode, or the processes that run a user's Dataset; None: as many as ``default_workers``
+    says. ``cached`` keeps what the first pass decodes, for sources that are read more than once.
+    ``device``: where the batches shall be; those of a callable stay where it made them. ``share``:
+    the batches that this process reads.
 
     Raises UsageError for a negative number of workers.
     """

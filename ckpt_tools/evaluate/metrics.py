@@ -43,7 +43,8 @@ def require_torchmetrics() -> None:
     """
     if importlib.util.find_spec("torchmetrics") is None:
         raise CkptToolsError(
-            "an evaluation needs torchmetrics, which is not installed. Run: pip install 'ckpt-tools[evaluate]'"
+            "an evaluation needs torchmetrics, which is not installed. Run: pip install "
+            "'ckpt-tools[evaluate]'"
         )
 
 

@@ -1,4 +1,7 @@
-"""The table of an evaluation: metrics before and after, what a temperature does to them, and the gate's verdict."""
+"""The table of an evaluation.
+
+Metrics before and after, what a temperature does to them, and the gate's verdict.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ CALIBRATED_METRICS: tuple[Metric, ...] = ("nll", "ece")  # what a temperature ch
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model: its metrics with standard errors; with a temperature, NLL and ECE of held-out halves as well."""
+    """One model: its metrics with standard errors.
+
+    With a temperature, NLL and ECE of held-out halves as well.
+    """
 
     metrics: Mapping[Metric, Estimate]
     temperature: float | None = None
@@ -27,7 +33,10 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The table: after, and before with the change if there was one. ``failures``: what of the gate does not hold."""
+    """The table: after, and before with the change if there was one.
+
+    ``failures`` are the conditions of the gate that do not hold.
+    """
 
     data: str
     kind: str
@@ -67,12 +76,14 @@ def compute_metrics(
     asked = validation.question
     if before is not None and before.classes != after.classes:
         raise ModelError(
-            f"expected two checkpoints with the same classes, found a head of {before.classes:,} outputs before and of "
+            f"expected two checkpoints with the same classes, found a head of {before.classes:,} "
+            "outputs before and of "
             f"{after.classes:,} after. Evaluate each alone, without --before."
         )
     if before is not None and not torch.equal(before.labels, after.labels):
         raise DataError(
-            f"{asked.data}: the labels before ({len(before.labels)}) are not those after ({len(after.labels)}). "
+            f"{asked.data}: the labels before ({len(before.labels)}) are not those after "
+            f"({len(after.labels)}). "
             "Both must see the same images in the same order: switch off shuffling and leave the data alone."
         )
     was, now = None if before is None else _scores(before), _scores(after)
@@ -95,7 +106,10 @@ def compute_metrics(
 def compute_gated_metrics(
     validation: Validation | None, before: ModelEvaluation | None, after: ModelEvaluation | None
 ) -> Metrics | None:
-    """The metrics, if there is labelled data. Raises GateFailed, before anything is written, if the gate says no."""
+    """The metrics, if there is labelled data.
+
+    Raises GateFailed, before anything is written, if the gate says no.
+    """
     if validation is None or after is None:
         return None
     metrics = compute_metrics(validation, before, after)

@@ -38,8 +38,8 @@ def parse_evaluation_settings(
 ) -> EvaluationSettings:
     """Checks what can be checked without data. ``compared``: whether there will be metrics before.
 
-    Raises UsageError for a gate that does not parse or needs a before that there is none; DataError for a class map
-    that cannot be read; CkptToolsError if torchmetrics is missing.
+    Raises UsageError for a gate that does not parse or needs a before that there is none; DataError
+    for a class map that cannot be read; CkptToolsError if torchmetrics is missing.
     """
     parsed = None if gate is None else parse_gate(gate)
     if parsed is not None and parsed.needs_before and not compared:
@@ -55,7 +55,10 @@ def parse_evaluation_settings(
 def parse_optional_settings(
     data: str | None, class_map: LocationLike | None, calibrate: bool, gate: str | None
 ) -> EvaluationSettings | None:
-    """The same where there need be no data; None if there is none. Raises UsageError if only the rest was said."""
+    """Open validation data if a command was given any, else return None.
+
+    Raises UsageError if options of an evaluation were given without data.
+    """
     if data is not None:
         return parse_evaluation_settings(data, class_map, calibrate, gate, compared=True)
     for option, said in (
@@ -92,7 +95,8 @@ class Validation:
     ) -> ModelEvaluation:
         """A pass over the images; ``progress`` is told ``name`` and the number of images so far.
 
-        Raises DataError if the classes are not those of the head, ModelError for a model that is no classifier.
+        Raises DataError if the classes are not those of the head, ModelError for a model that is no
+        classifier.
         """
         found = evaluate(
             model,
@@ -128,7 +132,10 @@ def open_validation(
     *,
     seed: int = 0,
 ) -> Validation:
-    """Labelled batches of a source for a model. Raises DataError, UsageError; ModelError without a trained head."""
+    """Return labelled batches of a source for a model.
+
+    Raises DataError, UsageError, and ModelError for a model without a trained head.
+    """
     _require_head(loaded)
     stream = labelled_batches(
         source,
@@ -147,6 +154,7 @@ def _require_head(loaded: LoadedModel) -> None:
     if none or own:
         found = f"other weights or none under {', '.join(own)}" if own else "none"
         raise ModelError(
-            f"{loaded.recipe.architecture}: expected a checkpoint with the classifier of this architecture, found "
+            f"{loaded.recipe.architecture}: expected a checkpoint with the classifier of this "
+            "architecture, found "
             f"{found}. Name what builds your model: --arch package.module:factory."
         )

@@ -33,7 +33,10 @@ class SimilarArchitecture:
     difference: str
 
     def __str__(self) -> str:
-        return f"{self.architecture} ({self.fitting} of {self.total} tensors fit; first difference {self.difference})"
+        return (
+            f"{self.architecture} ({self.fitting} of {self.total} tensors fit; first difference "
+            f"{self.difference})"
+        )
 
 
 def find_closest_architectures(shapes: Shapes, count: int = 3) -> list[SimilarArchitecture]:

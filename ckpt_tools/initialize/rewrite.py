@@ -84,7 +84,8 @@ def _record_weight_uses(
     for site in record.sites.values():
         if site.rate is not None and site.rate >= 1:
             raise ModelError(
-                f"{site.name}: expected a drop rate below 1, found {site.rate:g}, which lets nothing through. Lower it."
+                f"{site.name}: expected a drop rate below 1, found {site.rate:g}, which lets "
+                "nothing through. Lower it."
             )
     trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
     uses = weight_uses(record.graph, trainable)
@@ -96,7 +97,8 @@ def _record_weight_uses(
     for use in uses:
         if parameters[use.parameter].is_meta:
             raise ModelError(
-                f"{use.parameter}: expected values, found a tensor on the meta device. Build the model on a real one."
+                f"{use.parameter}: expected values, found a tensor on the meta device. Build the "
+                "model on a real one."
             )
     return record.graph, uses
 

@@ -151,7 +151,8 @@ def _choose_output(request: InitRequest) -> Location:
         check_output(output, None, overwrite=request.overwrite)
     else:
         raise UsageError(
-            f"--arch {request.model.architecture} alone names no output. Give one with -o, e.g. -o init.safetensors."
+            f"--arch {request.model.architecture} alone names no output. Give one with -o, e.g. -o "
+            "init.safetensors."
         )
     if request.data is not None:
         refuse_overwriting_data(output, request.data)

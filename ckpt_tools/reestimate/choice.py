@@ -70,14 +70,20 @@ def _may_be_behind(walk: Walk, reached: list[BatchNormLayer]) -> bool:
 def _unknown_rates_reason(walk: Walk) -> str:
     why = "drop rates are not recorded in a state dict, so every BN layer is rewritten, as in the paper"
     if walk.dropout_sites:
-        return f"{why} (give them with --model-kwargs, e.g. drop_rate=0.2, to rewrite only what lies behind dropout)"
+        return (
+            f"{why} (give them with --model-kwargs, e.g. drop_rate=0.2, to rewrite only what "
+            "lies behind dropout)"
+        )
     return f"{why}; this architecture shows no dropout site at all"
 
 
 def _hidden_noise_note(walk: Walk) -> str:
     if walk.containers_trained:
         return ""
-    return " (only leaf modules ran in training mode, as the model wants targets there; other noise was not seen)"
+    return (
+        " (only leaf modules ran in training mode, as the model wants targets there; other noise "
+        "was not seen)"
+    )
 
 
 def _no_layer_message(walk: Walk) -> str:

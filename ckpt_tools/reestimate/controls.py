@@ -37,7 +37,10 @@ def judge_controls(choice: Choice, layers: Mapping[str, Layer], evidence: Mappin
     if not usable:
         reason = "every BN layer is behind dropout"
         if choice.controls:
-            reason = "the counters of the control layers do not show enough training batches to forget the initial variance"
+            reason = (
+                "the counters of the control layers do not show enough training batches to "
+                "forget the initial variance"
+            )
         return Controls((), None, None, None, "none", reason)
 
     # Medians over channels: a dead channel, or one that differs by chance, decides nothing.

@@ -74,7 +74,8 @@ def _require_storable(key: str, value: object, where: object) -> None:
         key.encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{where}: expected keys that are text, found {key!a}, which is not Unicode. Rename it and save again."
+            f"{where}: expected keys that are text, found {key!a}, which is not Unicode. Rename it "
+            "and save again."
         ) from error
 
 

@@ -147,7 +147,8 @@ def choose_entry(root: object, weights: str, where: object) -> StateDictEntry:
         kind = {"model": "weights that are not averaged", "ema": "averaged (EMA) weights"}
         expected = kind.get(weights, f"an entry named {weights!r}")
         raise CheckpointError(
-            f"{where}: expected {expected}, found only {_join_names(entries)}. Pass --weights auto, or one of these."
+            f"{where}: expected {expected}, found only {_join_names(entries)}. Pass --weights auto, "
+            "or one of these."
         )
     best_rank = min(entry.rank for entry in candidates)
     best = [entry for entry in candidates if entry.rank == best_rank]

@@ -73,7 +73,8 @@ def load_distributed(folder: Path) -> DistributedCheckpoint:
         metadata = parse_distributed_metadata(load_pickle(path))
     except (ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{path}: expected the metadata of torch.distributed.checkpoint, found {error}. Fetch the folder again."
+            f"{path}: expected the metadata of torch.distributed.checkpoint, found {error}. Fetch "
+            "the folder again."
         ) from error
     shards = _find_shards(folder, metadata)
     stand_ins: dict[int, TensorEntry] = {}

@@ -83,7 +83,8 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
             f"{path}: cannot be opened ({reason}). Check the path and its permissions."
         ) from error
     raise CheckpointError(
-        f"{path}: expected a checkpoint file, found something that is neither a file nor a folder. Check the path."
+        f"{path}: expected a checkpoint file, found something that is neither a file nor a folder. "
+        "Check the path."
     )
 
 

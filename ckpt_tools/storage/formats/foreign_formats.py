@@ -17,12 +17,18 @@ __all__ = ["foreign_archive_error", "foreign_file_error", "foreign_folder_error"
 _FRESH = "The download gave an error page; fetch the file again."
 _UNPACK = "Unpack it first."
 _CONVERT = "Convert its weights to PyTorch first (a state dict saved with torch.save or as safetensors)."
-_TF = "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in transformers, and save them."
+_TF = (
+    "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_tf=True) in "
+    "transformers, and save them."
+)
 _FLAX = (
     "Convert its weights to PyTorch first, e.g. with from_pretrained(..., from_flax=True) in transformers."
 )
 _GGUF = "It holds quantised weights of a language model; give the checkpoint that it was converted from."
-_ONNX = "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was exported from."
+_ONNX = (
+    "ONNX keeps no training state: export folds BatchNorm away. Give the checkpoint that it was "
+    "exported from."
+)
 
 # The first bytes of files, matched from the start; the first match counts.
 _SIGNATURES = (
@@ -90,7 +96,8 @@ _FOLDERS = (
     (
         r"^(zero_to_fp32\.py|latest)$",
         "a DeepSpeed checkpoint",
-        "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and give what it writes.",
+        "Give its …/mp_rank_00_model_states.pt (ZeRO stage 1 or 2), or run zero_to_fp32.py and give "
+        "what it writes.",
     ),
     (
         r"\.distcp$",

@@ -127,5 +127,6 @@ def _explain_errors(where: object, read: Callable[[], object]) -> object:
         # A damaged file can make numpy, torch, tarfile and Python's codecs raise almost anything.
         detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
         raise CheckpointError(
-            f"{where}: expected a complete checkpoint, found one that does not read to its end ({detail}). {_DAMAGED}"
+            f"{where}: expected a complete checkpoint, found one that does not read to its end "
+            f"({detail}). {_DAMAGED}"
         ) from error

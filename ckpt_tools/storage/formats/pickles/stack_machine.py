@@ -98,7 +98,8 @@ class PickleMachine:
         start, stop = self.position, self.position + count
         if count < 0 or stop > len(self.data):
             raise MalformedFileError(
-                f"a pickle that ends too early: {count:,} bytes are announced, {len(self.data) - start:,} left"
+                f"a pickle that ends too early: {count:,} bytes are announced, "
+                f"{len(self.data) - start:,} left"
             )
         self.position = stop
         return self.data[start:stop]  # type: ignore[no-any-return]
