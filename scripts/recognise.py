@@ -156,7 +156,10 @@ def count_functions(results: list[Asked]) -> str:
                 + ("" if len(distinct) == 1 else "  (one of several)")
             )
         recognised += sum(name in looked_up for name in names) if len(distinct) == 1 else 0
-    return f"as built, twins of one function taken as one: {recognised} of {len(results)} recognised without data"
+    return (
+        f"as built, twins of one function taken as one: {recognised} of {len(results)} "
+        "recognised without data"
+    )
 
 
 def candidate(architecture: str) -> Candidate:
@@ -218,7 +221,8 @@ def main(only: str, jobs: int, close: int, twins: bool, files: int) -> None:
     for result in failures:
         print(f"FAILED {result.architecture}: {result.failure}")
     print(
-        f"{len(results)} models up to {LARGEST:,} parameters, {len(everything) - len(results) - len(failures)} larger"
+        f"{len(results)} models up to {LARGEST:,} parameters, "
+        f"{len(everything) - len(results) - len(failures)} larger"
     )
     for variant in ("as built", "7 classes", "1 channel", "under model."):
         print(count_answers(results, variant))

@@ -18,7 +18,10 @@ settings.load_profile("without deadlines")
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
-    """What stands in memory before a file's tests is not searched for garbage while they make millions of objects."""
+    """What stands in memory before a file's tests is not searched for garbage.
+
+    The tests make millions of objects.
+    """
     gc.collect()
     gc.freeze()
 

@@ -64,7 +64,7 @@ def test_large_means_keep_their_digits() -> None:
 
 
 def jackknife(values: np.ndarray, group: int) -> np.ndarray:
-    """The oracle: leave a group of images out, recompute the variance (Efron & Tibshirani 1993, chapter 11)."""
+    """The oracle: leave a group of images out, recompute the variance (Efron & Tibshirani 1993, ch. 11)."""
     groups = len(values) // group
     starts = range(0, len(values), group)
     rest = [np.delete(values, slice(at, at + group), 0).swapaxes(0, 1).reshape(2, -1).var(1) for at in starts]

@@ -31,16 +31,19 @@ from ckpt_tools.paths import (
 from ckpt_tools.storage.reading import read_checkpoint
 
 HOSTILE = (
-    *("..", ".", "", "../x.pt", "a/../../x.pt", "a/..", "a//x.pt", "a/", "./x.pt", "a/./x.pt", "/etc/x.pt", "//host/x"),
+    *("..", ".", "", "../x.pt", "a/../../x.pt", "a/..", "a//x.pt", "a/", "./x.pt", "a/./x.pt"),
+    *("/etc/x.pt", "//host/x"),
     *("..\\x.pt", "a\\..\\..\\x.pt", "\\\\host\\share\\x.pt", "C:x.pt", "c:/x.pt", "C:\\x.pt", "a/C:x.pt"),
-    *("x\0.pt", "x\n.pt", "x\r.pt", "x\x1b[2J.pt", "x\x7f.pt", "x\x85.pt", "x\u2028.pt", "x\u202etp.pt", "x\u2066.pt"),
+    *("x\0.pt", "x\n.pt", "x\r.pt", "x\x1b[2J.pt", "x\x7f.pt", "x\x85.pt"),
+    *("x\u2028.pt", "x\u202etp.pt", "x\u2066.pt"),
     *("NUL", "nul.pt", "Con.tar.pt", "aux", "a/PRN/x.pt", "com1.pt", "LPT9", "COM¹.pt", "CONIN$", "nul .pt"),
     *("x.pt.", "x.pt ", "x./y.pt"),
     *("x" * 256, "é" * 128, "a/" * 3000 + "x.pt", "\ud800.pt", "\udcff.pt"),
     *(None, 3, b"x.pt", ["x.pt"], {"x.pt": 1}, Path("x.pt"), True),
 )  # fmt: skip
 HARMLESS = (
-    *("x.pt", ".metadata", "model-00001-of-00002.safetensors", "run 2024-01-01T10:00:00", "..x", "x..y", "...x", "~"),
+    *("x.pt", ".metadata", "model-00001-of-00002.safetensors", "run 2024-01-01T10:00:00"),
+    *("..x", "x..y", "...x", "~"),
     *("null.pt", "console", "com10", "com.pt", "é.pt", "模型.pt", "a'b\"c`d$e", "-rf", "%2e%2e", "x" * 255),
 )  # fmt: skip
 

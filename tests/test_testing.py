@@ -1,4 +1,4 @@
-"""The conformance suite that is shipped: it runs in a third party's pytest, and sees what adapters do wrong."""
+"""The conformance suite that is shipped: it runs in others' pytest, and sees what adapters do wrong."""
 
 from __future__ import annotations
 

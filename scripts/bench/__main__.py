@@ -197,7 +197,8 @@ def folder(images: int, each: int, rounds: int, scratch: Path) -> None:
     alone, together = seconds.values()
     ratio = statistics.median(b / a for a, b in zip(alone, together, strict=True))
     print(
-        f"{3 * each} single runs {statistics.median(alone):.1f} s, one of all {statistics.median(together):.1f} s"
+        f"{3 * each} single runs {statistics.median(alone):.1f} s, "
+        f"one of all {statistics.median(together):.1f} s"
     )
     print(f"{ratio:.2f} of the time; all tensors equal")
     keep(f"folder, {3 * each} checkpoints, {images} images", seconds)

@@ -127,7 +127,8 @@ PAIRS = (
                            "blur": from_timm("resnet10t", aa_layer=BlurPool2d)}, "photos"),
     Pair("padding", {"symmetric": from_timm("test_efficientnet"),
                      "as in TensorFlow": from_timm("test_efficientnet", pad_type="same")}, "photos"),
-    Pair("activation", {"ReLU": from_timm("resnet10t"), "SiLU": from_timm("resnet10t", act_layer="silu")}, "photos"),
+    Pair("activation", {"ReLU": from_timm("resnet10t"),
+                        "SiLU": from_timm("resnet10t", act_layer="silu")}, "photos"),
 )  # fmt: skip
 
 
@@ -240,8 +241,8 @@ def _line(result: dict) -> str:
         if counts[0] < counts[1]
     )
     return (
-        f"{result['net']} ({result['data']}): {alarms}/{count} false alarms (rates unknown {unknown}); {worst}; "
-        f"refused: {words}; not always: {missed}"
+        f"{result['net']} ({result['data']}): {alarms}/{count} false alarms (rates unknown {unknown}); "
+        f"{worst}; refused: {words}; not always: {missed}"
     )
 
 

@@ -118,7 +118,8 @@ def peak_memory(root: Path, counts: tuple[int, ...]) -> dict[str, int]:
 def _peak(command: list[str]) -> int:
     """Peak resident bytes of the largest process of a command."""
     script = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        "import resource, subprocess, sys; "
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     done = subprocess.run(

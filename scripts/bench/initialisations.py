@@ -245,4 +245,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def footer(started: float) -> str:
-    return f"\n{time.perf_counter() - started:.0f} s, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    return (
+        f"\n{time.perf_counter() - started:.0f} s, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )

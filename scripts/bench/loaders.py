@@ -52,8 +52,8 @@ def photographs(root: Path, count: int) -> None:
 def with_timm(root: Path, interpolation: str, workers: int) -> Iterable[object]:
     return timm.data.create_loader(
         timm.data.ImageDataset(str(root)), (3, 224, 224), BATCH, is_training=False, use_prefetcher=False,
-        interpolation=interpolation, mean=MEAN, std=STD, crop_pct=0.875, num_workers=workers, pin_memory=False,
-        persistent_workers=workers > 0,
+        interpolation=interpolation, mean=MEAN, std=STD, crop_pct=0.875,
+        num_workers=workers, pin_memory=False, persistent_workers=workers > 0,
     )  # fmt: skip
 
 

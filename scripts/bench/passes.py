@@ -201,7 +201,8 @@ def table(network: Network, costs: Sequence[Cost]) -> str:
     """Rows of the README's table."""
     lines = [
         "",
-        f"| {network.name} | images/s | time / eval forward | memory on top | images | error, median / worst |",
+        f"| {network.name} | images/s | time / eval forward | memory on top | images "
+        "| error, median / worst |",
         "|---|---|---|---|---|---|",
     ]
     to_base = ratios(costs, BASE)
@@ -210,8 +211,8 @@ def table(network: Network, costs: Sequence[Cost]) -> str:
         error = "" if cost.errors is None else f"{cost.errors[0]:.2%} / {cost.errors[1]:.0%}"
         rate = cost.images / statistics.median(cost.seconds)
         lines.append(
-            f"| {cost.contestant} | {rate:.1f} | {median:.2f} ({low:.2f}–{high:.2f}) | {cost.memory / 1e6:,.0f} MB | "
-            f"{cost.images} | {error} |"
+            f"| {cost.contestant} | {rate:.1f} | {median:.2f} ({low:.2f}–{high:.2f}) | "
+            f"{cost.memory / 1e6:,.0f} MB | {cost.images} | {error} |"
         )
     return "\n".join(lines)
 

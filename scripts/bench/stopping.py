@@ -72,7 +72,7 @@ def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | No
 
 
 def coverage(name: str, images: Tensor, labels: Tensor, tolerance: float, trials: int) -> dict[str, object]:
-    """Share of channels whose full-data variance lies within ±1.96 stated standard errors, over seeded trials."""
+    """Share of channels whose full-data variance is within ±1.96 stated standard errors, in seeded trials."""
     model = train_net(name, images[:4000], labels[:4000])
     modules = dict(model.named_modules())
     truth = estimated(model, shuffle(images, 10**6), None).statistics

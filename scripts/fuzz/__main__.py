@@ -61,8 +61,9 @@ class Book:
             lines.append(f"{reader:20}{cases:9,}{refused:9.0%}{self.failed[reader]:8,}{each:9.1f}")
         total = self.cases.total()
         lines.append(
-            f"{total:,} cases in {seconds:,.0f} s ({total / max(seconds, 1e-9):,.0f} a second), {self.failed.total()} "
-            f"failed; slowest {self.slowest[0]:.2f} s ({self.slowest[1]}), peak memory {self.peak / 1e6:,.0f} MB"
+            f"{total:,} cases in {seconds:,.0f} s ({total / max(seconds, 1e-9):,.0f} a second), "
+            f"{self.failed.total()} failed; slowest {self.slowest[0]:.2f} s ({self.slowest[1]}), "
+            f"peak memory {self.peak / 1e6:,.0f} MB"
         )
         return "\n".join(lines)
 
@@ -115,7 +116,8 @@ def _again(case: Case, crashes: Path) -> int:
     folder = crashes / str(case).replace(":", "-").replace(" ", "-")
     result = run(case, folder)
     print(
-        f"{case}: {result.seconds:.3f} s, {'refused' if result.refused else 'read'}; its files are in {folder}"
+        f"{case}: {result.seconds:.3f} s, {'refused' if result.refused else 'read'}; "
+        f"its files are in {folder}"
     )
     print(result.failure)
     return 1 if result.failure else 0

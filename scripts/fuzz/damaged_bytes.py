@@ -11,8 +11,8 @@ from typing import Any
 __all__ = ["EXTREMES", "NUMBERS", "mutate_bytes", "mutate_json", "mutate_text", "pack_extreme"]
 
 NUMBERS = (
-    *(0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x10000, 1_000_000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF),
-    *(0x100000000, 1 << 40, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1),
+    *(0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x10000, 1_000_000, 0x7FFFFFFF, 0x80000000),
+    *(0xFFFFFFFF, 0x100000000, 1 << 40, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1),
     *(-1, -2, -(1 << 31), -(1 << 63)),
 )  # fmt: skip
 _TEXTS = (

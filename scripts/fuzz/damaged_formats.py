@@ -339,6 +339,7 @@ _FORMATS: tuple[tuple[bytes, Mutator], ...] = (
     (b"\x1f\x8b", _gzip),
     (b"\x93NUMPY", _npy),
     (b"\x89PNG", _png),
-    *((start, _image) for start in (b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"P5", b"P6")),
+    *((start, _image) for start in (b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")),
+    *((start, _image) for start in (b"P5", b"P6")),
     (b"\0\0\0\x0cjP", _image),
 )  # fmt: skip

@@ -17,10 +17,11 @@ __all__ = ["is_pickled", "mutate_pickle"]
 _NAMES = (
     *(*GLOBAL_CALLS, *GLOBAL_VALUES, "os.system", "builtins.eval"),
     *("torch.nn.modules.module.Module", "torch.FloatStorage"),
-    *("torch.QInt8Storage", "torch.storage._load_from_bytes", "numpy.ndarray", "numpy.dtype", "copyreg._reconstructor"),
-    *("numpy._core.numeric._frombuffer", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
-    "torch._utils._rebuild_qtensor",
-    *("torch.distributed.checkpoint.metadata.Metadata", "omegaconf.dictconfig.DictConfig", "uuid.UUID", "a.B"),
+    *("torch.QInt8Storage", "torch.storage._load_from_bytes", "numpy.ndarray", "numpy.dtype"),
+    *("copyreg._reconstructor", "numpy._core.numeric._frombuffer", "copyreg.__newobj__"),
+    *("copyreg.__newobj_ex__", "torch._utils._rebuild_qtensor"),
+    *("torch.distributed.checkpoint.metadata.Metadata", "omegaconf.dictconfig.DictConfig"),
+    *("uuid.UUID", "a.B"),
 )  # fmt: skip
 # Instructions without an argument, the frequent ones again.
 _OFTEN = b"ReubQ\x94\x85" * 2

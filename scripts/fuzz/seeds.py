@@ -60,8 +60,8 @@ def _write_with(*makers: formats.Maker) -> Callable[[Path], Iterator[Seed]]:
 
 def _archives(folder: Path) -> Iterator[Seed]:
     yield from _write_with(
-        formats.state_dict, formats.whole_module, formats.data_parallel, formats.ultralytics, formats.deepspeed,
-        formats.mmcv, formats.averaged_model, formats.torchvision_reference,
+        formats.state_dict, formats.whole_module, formats.data_parallel, formats.ultralytics,
+        formats.deepspeed, formats.mmcv, formats.averaged_model, formats.torchvision_reference,
     )(folder)  # fmt: skip
     odd = {
         "t": torch.ones(3, 2).t(),

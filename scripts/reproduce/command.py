@@ -33,7 +33,8 @@ def command(experiment: Experiment) -> click.Command:
     @click.option(
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for RESULTS.md and results/; beside the scripts by default, with --quick a temporary one.",
+        help="Folder for RESULTS.md and results/; beside the scripts by default, "
+        "with --quick a temporary one.",
     )
     def invoke(
         seeds: int | None,

@@ -96,7 +96,7 @@ def _sets(spec: Spec, seed: int, device: str, quick: bool) -> Sets:
 
 
 def run(cell: Cell, setup: Setup) -> dict[str, Any]:
-    """Log losses in nats, by epoch: ``train`` with dropout on as it was trained, ``held_out`` with dropout off."""
+    """Log losses in nats, by epoch: ``train`` with dropout on as in training, ``held_out`` with it off."""
     assert setup.data is not None
     sets = _sets(setup.data, cell.seed, setup.device, setup.quick)
     torch.manual_seed(cell.seed)
@@ -183,7 +183,8 @@ def section(records: Sequence[Record]) -> str:
     return "\n\n".join(
         [
             _protocol(records),
-            "Training log loss with dropout on, averaged over the epochs (the height of a curve; lower is faster):",
+            "Training log loss with dropout on, averaged over the epochs "
+            "(the height of a curve; lower is faster):",
             table(["f", "keep", *names, f"ours − {XAVIER}", f"ours − {HE}", "paper", "verdict"], speed),
             "Test error at the end in percent, dropout off, and the learning rate that was chosen:",
             table(["f", "keep", *names], ends),
@@ -203,9 +204,10 @@ def _end(curve_records: Sequence[Record]) -> str:
 def _protocol(records: Sequence[Record]) -> str:
     rates = sorted({record.cell.rate for record in records}, reverse=True)
     return (
-        f"{LAYERS} layers, {WIDTH} wide, Adam, batch {BATCH}, {records[0].cell.epochs} epochs. The learning rate of "
-        f"every curve is that of {', '.join(f'{rate:g}' for rate in rates)} with the least held-out log loss at the "
-        "end, searched on the first seed. The paper prints no numbers with this figure; its claim is that ours "
+        f"{LAYERS} layers, {WIDTH} wide, Adam, batch {BATCH}, {records[0].cell.epochs} epochs. "
+        f"The learning rate of every curve is that of {', '.join(f'{rate:g}' for rate in rates)} "
+        "with the least held-out log loss at the end, searched on the first seed. "
+        "The paper prints no numbers with this figure; its claim is that ours "
         "converges faster at keep 0.5, and by more at 0.3. Reproduced needs both differences."
     )
 

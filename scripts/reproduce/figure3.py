@@ -86,8 +86,8 @@ EXPERIMENT = replace(
     figure4.EXPERIMENT,
     name="figure3",
     title="Figure 3: gradients of the VGG variant's first layer",
-    paper="The corrected initialisation gives consistent gradients; from He's the first layer's vanish, for dozens of "
-    "epochs.",
+    paper="The corrected initialisation gives consistent gradients; from He's the first layer's vanish, "
+    "for dozens of epochs.",
     section=section,
     pictures={"figure3": picture},
     records="figure4",

@@ -239,8 +239,8 @@ def picture(records: Sequence[Record]) -> Figure:
 EXPERIMENT = Experiment(
     name="figure4",
     title="Figure 4: the VGG variant on CIFAR-10",
-    paper="From the corrected initialisation the net converges faster and to a lower error than from He's: 7.41 % "
-    "against 24.65 % with Nesterov momentum, 9.51 % against 10.54 % with Adam.",
+    paper="From the corrected initialisation the net converges faster and to a lower error than from He's: "
+    "7.41 % against 24.65 % with Nesterov momentum, 9.51 % against 10.54 % with Adam.",
     cell=Cell,
     plan=plan,
     run=run,

@@ -82,9 +82,10 @@ def section(records: Sequence[Record]) -> str:
             rows.append([f"{keep:g}", name, backward, signals.spread(ends), claimed, verdict])
     head = ["keep", "initialisation", "backward of dropout", "Var(δ) of layer 1 / fed in", "paper", "verdict"]
     note = (
-        "Appendix A gives no widths; all layers have 500 neurons here, for the correction says nothing of fan-out / "
-        "fan-in: where a layer narrows to half, errors lose a factor of 2 on the hypersphere. The paper's p·E[f′²] "
-        "belongs to a backward pass that masks without dividing by p; with PyTorch's dropout the factor is E[f′²]/p."
+        "Appendix A gives no widths; all layers have 500 neurons here, for the correction says nothing of "
+        "fan-out / fan-in: where a layer narrows to half, errors lose a factor of 2 on the hypersphere. "
+        "The paper's p·E[f′²] belongs to a backward pass that masks without dividing by p; "
+        "with PyTorch's dropout the factor is E[f′²]/p."
     )
     return "\n\n".join([signals.rule(), table(head, rows), note])
 

@@ -111,8 +111,9 @@ def geometric(ends: Sequence[float]) -> float:
 def rule() -> str:
     """The verdicts' legend."""
     return (
-        f"Geometric means over the seeds, × or ÷ e^(standard error of the logarithm). Stable: between {STABLE[0]:g} "
-        f"and {STABLE[1]:g}; explodes: above {EXPLODES:g}; vanishes: below {VANISHES:g}; same "
+        "Geometric means over the seeds, × or ÷ e^(standard error of the logarithm). "
+        f"Stable: between {STABLE[0]:g} and {STABLE[1]:g}; "
+        f"explodes: above {EXPLODES:g}; vanishes: below {VANISHES:g}; same "
         f"direction: less than that."
     )
 

@@ -75,7 +75,8 @@ def section(records: Sequence[Record]) -> str:
 EXPERIMENT = Experiment(
     name="table1",
     title="Table 1: moments of five nonlinearities",
-    paper="E[f(z)²] and E[f′(z)²] for z ~ N(0, 1), what the initialisation divides by; the paper calls them estimates.",
+    paper="E[f(z)²] and E[f′(z)²] for z ~ N(0, 1), what the initialisation divides by; "
+    "the paper calls them estimates.",
     cell=Cell,
     plan=plan,
     run=run,

@@ -60,9 +60,10 @@ DIGITS_TRAIN = 1 / 3
 FLAGS = ("--layers", "all", "--overwrite", "--quiet")
 SHADES = {"halfway": "#9a9a9a", "final": "#2f6db3"}
 NOTE = (
-    "A control, keep 1, is reproduced where the error does not fall significantly. What it gains halfway is not "
-    "dropout's: most likely running statistics lag behind weights that still move at the full learning rate. Some of "
-    "what the other nets gain halfway is then not dropout's either."
+    "A control, keep 1, is reproduced where the error does not fall significantly. "
+    "What it gains halfway is not dropout's: most likely running statistics lag behind weights "
+    "that still move at the full learning rate. "
+    "Some of what the other nets gain halfway is then not dropout's either."
 )
 # Error before → after in the paper, in percent
 PAPER = {
@@ -242,8 +243,8 @@ def picture(records: Sequence[Record]) -> Figure:
 EXPERIMENT = Experiment(
     name="table2",
     title="Table 2: DenseNets before and after re-estimation",
-    paper="Test error falls when BN variances are re-estimated with dropout off, at the end of training and more so "
-    "halfway: by 0.07 to 1.43 and by 0.30 to 2.08 points.",
+    paper="Test error falls when BN variances are re-estimated with dropout off, at the end of training and "
+    "more so halfway: by 0.07 to 1.43 and by 0.30 to 2.08 points.",
     cell=Cell,
     plan=plan,
     run=run,

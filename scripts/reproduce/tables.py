@@ -75,8 +75,8 @@ def provenance(records: Sequence[Record]) -> str:
     quick = "A quick run, which proves nothing: " if any(record.quick for record in records) else ""
     on = f"on {data}, " if data else ""
     return (
-        f"{quick}{len(records):,} cells {on}{seeds} seed{'s' if seeds > 1 else ''}, {_time(seconds)} on {devices}; "
-        f"{versions}."
+        f"{quick}{len(records):,} cells {on}{seeds} seed{'s' if seeds > 1 else ''}, "
+        f"{_time(seconds)} on {devices}; {versions}."
     )
 
 
@@ -112,13 +112,17 @@ def _missing(experiment: Experiment, finished: set[str]) -> list[str]:
 
 _HEAD = """# The paper's tables and figures, run again
 
-Hendrycks & Gimpel 2016. `scripts/run reproduce NAME` runs an experiment, draws its pictures and writes this page;
-`scripts/run reproduce results` only writes it. Nothing here is typed by hand: numbers are mean ± standard error over
+Hendrycks & Gimpel 2016. `scripts/run reproduce NAME` runs an experiment, \
+draws its pictures and writes this page;
+`scripts/run reproduce results` only writes it. Nothing here is typed by hand: \
+numbers are mean ± standard error over
 seeds, verdicts follow from them by these rules.
 
-- **reproduced**: a number rounds to the printed one; a difference has the paper's sign with p < 0.05 (paired t test
+- **reproduced**: a number rounds to the printed one; \
+a difference has the paper's sign with p < 0.05 (paired t test
   over seeds), against every contestant.
-- **same direction**: a number within 5 % of the printed one; a difference of the paper's sign that is not significant.
+- **same direction**: a number within 5 % of the printed one; \
+a difference of the paper's sign that is not significant.
 - **not reproduced**: anything else.
 - **not run here**: with the reason, and the command that would run it."""
 

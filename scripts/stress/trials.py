@@ -50,8 +50,9 @@ class Book:
         signals = ", ".join(f"{count} {name}" for name, count in sorted(by.items()))
         return (
             f"{self.kills.total()} kills ({signals}) in {seconds:,.0f} s: {len(self.failures)} failed; "
-            f"{self.finished} came after the outputs, {self.left} left temporary files ({self.untidy} of them not "
-            f"kill -9), which the next run removed; {self.missed} runs were quicker than their signal"
+            f"{self.finished} came after the outputs, {self.left} left temporary files "
+            f"({self.untidy} of them not kill -9), which the next run removed; "
+            f"{self.missed} runs were quicker than their signal"
         )
 
 

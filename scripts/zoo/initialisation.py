@@ -134,8 +134,8 @@ def summary(results: list[Checked]) -> str:
     for result in good:
         reasons.update(result.left)
     lines = [
-        f"{len(results)} models, {sum(bool(result.skipped) for result in tried)} too large, {len(good)} initialised, "
-        f"{sum(bool(result.failure) for result in results)} failed",
+        f"{len(results)} models, {sum(bool(result.skipped) for result in tried)} too large, "
+        f"{len(good)} initialised, {sum(bool(result.failure) for result in results)} failed",
         f"{sum(result.rewritten for result in good):,} weights rewritten, {sum(reasons.values()):,} left; "
         f"median {seconds[len(seconds) // 2]:.2f} s, longest {seconds[-1]:.1f} s for a model",
         *(f"  left, {count:,} in all: {reason}" for reason, count in reasons.most_common()),

@@ -1,4 +1,4 @@
-"""What a checkpoint records of its constructor's arguments cannot name anything, nor cost more than its tensors."""
+"""What a checkpoint records of constructor arguments cannot name anything, nor cost more than its tensors."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ WIDE = 40  # the largest dimension of the tensors below
 TENSORS = {f"{number}.weight": torch.zeros(WIDE, 3) for number in range(12)}
 # Names that lead somewhere: files, folders, repositories, addresses, classes.
 LEADING = [
-    "/etc/passwd", "../model.pt", "./resnet50", "model.pth", "C:\\model.pt", "\\\\host\\share", "hf-hub:someone/net",
-    "hf_hub:timm/resnet18", "local-dir:/tmp/net", "someone/net", "https://example.org/net.pth", "file:///tmp/net.pth",
-    "os.system", "package.module:Class", "torch.nn.modules.linear.Linear", "__import__('os')", "someone/repo--net.Net",
+    "/etc/passwd", "../model.pt", "./resnet50", "model.pth", "C:\\model.pt", "\\\\host\\share",
+    "hf-hub:someone/net", "hf_hub:timm/resnet18", "local-dir:/tmp/net", "someone/net",
+    "https://example.org/net.pth", "file:///tmp/net.pth",
+    "os.system", "package.module:Class", "torch.nn.modules.linear.Linear", "__import__('os')",
+    "someone/repo--net.Net",
 ]  # fmt: skip
 
 
@@ -264,7 +266,10 @@ def test_a_folder_cannot_make_transformers_ask_or_run_its_code(
     """The nested `auto_map` would have AutoBackbone run `theirs.py`, after a question at the terminal."""
     config = transformers.UperNetConfig(
         backbone_config=transformers.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_features=["stage1", "stage2"]
+            embedding_size=8,
+            hidden_sizes=[8, 8, 8, 8],
+            depths=[1, 1, 1, 1],
+            out_features=["stage1", "stage2"],
         ),
         hidden_size=8, pool_scales=[1], use_auxiliary_head=False, num_labels=3,
     )  # fmt: skip

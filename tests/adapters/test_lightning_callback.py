@@ -75,8 +75,8 @@ def loader(*, shuffle: bool = True) -> DataLoader[Any]:
 
 def trainer(folder: Path, *callbacks: Callback, epochs: int = 2, **more: Any) -> Trainer:
     return Trainer(
-        accelerator="cpu", max_epochs=epochs, default_root_dir=folder, callbacks=list(callbacks), logger=False,
-        enable_progress_bar=False, enable_model_summary=False, **more,
+        accelerator="cpu", max_epochs=epochs, default_root_dir=folder, callbacks=list(callbacks),
+        logger=False, enable_progress_bar=False, enable_model_summary=False, **more,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The adapter for transformers: its own folders, configs and image processors; nothing runs, nothing downloads."""
+"""The adapter for transformers: its own folders, configs and image processors; no code, no downloads."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def loaded(folder: Path, **changes: object) -> LoadedModel:
     return identify_model(replace(checkpoint, words={**read_folder(folder), **changes}))
 
 
-# Segmentation and detection models are left out: the library saves their tensors under older names than it uses.
+# Segmentation and detection models are left out:
+# the library saves their tensors under older names than it uses.
 @pytest.mark.parametrize("name", [name for name in NETS if "Segmentation" not in name])
 def test_a_saved_folder_comes_back_as_the_same_model(tmp_path: Path, name: str) -> None:
     model = built(name, **({} if name == "ResNetModel" else {"num_labels": 5}))

@@ -1,4 +1,4 @@
-"""Five commands on every hostile or odd file open nothing elsewhere, and start no connection, process or code.
+"""Five commands on every hostile or odd file open nothing elsewhere and start no connection, process or code.
 
 One process does it all, as an audit hook stays for good and libraries take seconds to import.
 """

@@ -257,7 +257,10 @@ def test_json_is_alone_on_a_real_stdout(closed: str, files: Path) -> None:
         "import os, nets\n"
         "def build():\n    os.write(1, b'raw')\n    os.system('echo shell')\n    return nets.DenseNet()\n"
     )
-    command = f"{sys.executable} -m ckpt_tools evaluate model.pt --data labelled.npz --arch loud:build --json {closed}"
+    command = (
+        f"{sys.executable} -m ckpt_tools evaluate model.pt --data labelled.npz "
+        f"--arch loud:build --json {closed}"
+    )
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (files, *sys.path)))}
     result = subprocess.run(
         ["bash", "-c", command], cwd=files, env={**os.environ, **paths}, stdout=subprocess.PIPE, check=False

@@ -42,7 +42,7 @@ CANARY = "import pathlib\npathlib.Path(r'{}').touch()\n"
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that has a module of every name that anybody might import, and plugins for those who ask for some."""
+    """A folder with a module of every name that anybody might import, and plugins for those who ask."""
     folder = tmp_path_factory.mktemp("hostile")
     installed = {path.name.partition(".")[0] for path in Path(torch.__file__).parents[1].iterdir()}
     names = {*sys.stdlib_module_names, *installed, *OPTIONAL, *STARTUP, "plugin"}
@@ -153,7 +153,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 def test_a_named_module_finds_its_neighbours_now_and_later(here: Callable[[str, str], Path]) -> None:
     here(
         "here/named.py",
-        "import neighbour, package.part, folder.inner\ndef late():\n    import latecomer\n    return latecomer\n",
+        "import neighbour, package.part, folder.inner\n"
+        "def late():\n    import latecomer\n    return latecomer\n",
     )
     here("here/neighbour.py", "import importlib\nfurther = importlib.import_module('further')\n")
     here("here/further.py", "")
@@ -240,7 +241,8 @@ def test_an_adapter_may_stand_in_the_current_folder(here: Callable[[str, str], P
 def test_a_spawned_worker_imports_the_users_code_and_nothing_else(here: Callable[[str, str], Path]) -> None:
     here(
         "here/named.py",
-        "import neighbour\nclass Data:\n    def read(self):\n        import latecomer\n        return neighbour.A\n",
+        "import neighbour\n"
+        "class Data:\n    def read(self):\n        import latecomer\n        return neighbour.A\n",
     )
     here("here/neighbour.py", "class A:\n    pass\ndef function():\n    pass\n")
     here("here/latecomer.py", "")

@@ -1,4 +1,4 @@
-"""Every trick of malicious.py and malicious_files.py, through every command: no canary, no crash, no traceback."""
+"""Every trick of malicious.py and malicious_files.py by every command: no canary, no crash, no traceback."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ FORBIDDEN |= {
 
 
 class Watch:
-    """Takes down what no reader may do, and files opened for writing. An audit hook cannot be removed again."""
+    """Takes down what no reader may do, and files opened for writing.
+
+    An audit hook cannot be removed again.
+    """
 
     def __init__(self) -> None:
         self.on = False

@@ -31,7 +31,8 @@ def refused(*args, **kwargs):
 
 socket.socket = socket.SocketType = Refused
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refused
-sys.addaudithook(lambda event, args: asked.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
+sys.addaudithook(lambda event, args: \
+asked.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
 
 import timm
 import torch
@@ -42,7 +43,8 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 model = timm.create_model("test_resnet", num_classes=2, drop_rate=0.0)
 torch.save({"state_dict": model.state_dict(), "args": {"model": "test_resnet", "num_classes": 2}}, "model.pt")
-job = ["bn-reestimate", "model.pt", "--data", "train", "--layers", "all", "--input-size", "3,16,16", "--force", "-q"]
+job = ["bn-reestimate", "model.pt", "--data", "train", "--layers", "all", \
+"--input-size", "3,16,16", "--force", "-q"]
 for command in (
     ["inspect", "model.pt"],
     [*job, "--report", "out.html", "--report", "out.json", "--report", "out.md"],

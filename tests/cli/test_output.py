@@ -1,4 +1,4 @@
-"""Every printed line passes one gate: no command for a CI runner, no control character, nothing without end."""
+"""Every printed line passes one gate: no command for a CI runner, no control character, nothing endless."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(*arguments: object, **environment: str) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], env=environment)
 
 
-# --- the gate -------------------------------------------------------------------------------------------------------
+# --- the gate -----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=500)
@@ -145,7 +145,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert done.stderr == ""
 
 
-# --- annotations ----------------------------------------------------------------------------------------------------
+# --- annotations --------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200)
@@ -166,7 +166,7 @@ def test_an_annotation_is_one_line_whose_data_stays_data(name: str) -> None:
     assert line.partition("::error title=ckpt-fix::")[2].startswith("a")
 
 
-# --- all renderers --------------------------------------------------------------------------------------------------
+# --- all renderers ------------------------------------------------------------------------------------------
 
 NO_NAMES = {  # these show numbers, or parts of what others render
     *(
@@ -333,7 +333,7 @@ def shown(printing: Callable[[Any], None], texts: Iterable[Any]) -> str:
         sys.stdout = before
 
 
-# --- all commands ---------------------------------------------------------------------------------------------------
+# --- all commands -------------------------------------------------------------------------------------------
 
 in_files = names.filter(lambda name: "\0" not in name and name.isprintable() is not None)
 

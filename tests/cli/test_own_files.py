@@ -1,4 +1,4 @@
-"""What is appended to or replaced without being told to must be this tool's own: manifests, reports and pictures."""
+"""What is appended to or replaced untold must be this tool's own: manifests, reports and pictures."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-# --- what stands in the way -----------------------------------------------------------------------------------------
+# --- what stands in the way ---------------------------------------------------------------------------------
 
 
 def put(kind: str, path: Path, own: bytes) -> None:
@@ -206,7 +206,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch
         monkeypatch.undo()
 
 
-# --- what counts as a manifest --------------------------------------------------------------------------------------
+# --- what counts as a manifest ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_manifest_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
     assert len(path.read_bytes().splitlines()) == 2
 
 
-# --- what counts as a report ----------------------------------------------------------------------------------------
+# --- what counts as a report --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -394,7 +394,7 @@ def test_pictures_of_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"photo.png": b"a photo"}
 
 
-# --- behind URLs ----------------------------------------------------------------------------------------------------
+# --- behind URLs --------------------------------------------------------------------------------------------
 
 
 def test_behind_urls() -> None:
@@ -426,7 +426,8 @@ def test_behind_urls() -> None:
 def test_no_system_calls_are_needed_that_others_lack() -> None:
     """On Windows there are neither links that are not followed nor locks; nothing may fail at import."""
     script = (
-        "import os, sys; [delattr(os, name) for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC', 'getxattr')]; "
+        "import os, sys; "
+        "[delattr(os, name) for name in ('O_NOFOLLOW', 'O_NONBLOCK', 'O_CLOEXEC', 'getxattr')]; "
         "sys.modules['fcntl'] = None; "
         "import ckpt_tools.storage.output.own_files, ckpt_tools.storage.output.permissions; "
         "from pathlib import Path; import tempfile; "

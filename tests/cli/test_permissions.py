@@ -1,4 +1,4 @@
-"""Nobody may read an output who may not read its source: every writer, every mode, shards, groups, access lists."""
+"""Nobody may read an output who may not read its source: all writers, modes, shards, groups, access lists."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ MODES = st.integers(0, 0o777)
 
 @given(source=MODES, in_source=st.booleans(), in_output=st.booleans(), same=st.booleans())
 def test_nobody_gains(source: int, in_source: bool, in_output: bool, same: bool) -> None:
-    """By the rules of POSIX: a member of the group has the group's bits alone, anybody else those of all others."""
+    """By the rules of POSIX: a member of the group has the group's bits alone, anybody else the others'."""
     there = os.stat_result((source, 0, 0, 1, 0, 7, 0, 0, 0, 0))
     bits = _shared_bits(there, 7 if same else 8)
     before = source >> 3 if in_source else source
@@ -132,7 +132,7 @@ def test_a_group_that_cannot_be_handed_on_is_left_out(
 
 
 def access_list(named: int, mask: int) -> bytes:
-    """Owner rw-, one user by number r--, group ---, others ---; the binary form of Linux's acl.h, version 2."""
+    """Owner rw-, one user by number r--, group ---, others ---; in the binary form of Linux's acl.h, v2."""
     entries = [(1, 6, -1), (2, named, 4242), (4, 0, -1), (16, mask, -1), (32, 0, -1)]
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
 

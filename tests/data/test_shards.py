@@ -364,7 +364,7 @@ EXTENSION = st.lists(st.sampled_from([".png", ".PNG", ".cls", ".a.b", ".", ""]),
 @given(st.lists(st.tuples(NAMES, EXTENSION).map("".join), max_size=12))
 def test_groups_are_webdatasets(names: list[str]) -> None:
     tariterators = pytest.importorskip("webdataset.tariterators")
-    # hidden files, which WebDataset takes for members of a sample named like their folder, are no samples here
+    # hidden files, which WebDataset takes for members of a sample named as their folder, are no samples here
     names = [
         name
         for name in names

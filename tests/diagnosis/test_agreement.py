@@ -1,4 +1,4 @@
-"""How data agrees with stored statistics, against an oracle of hooks, and what a measurement leaves behind."""
+"""How data agrees with stored statistics, against an oracle of hooks; what a measurement leaves behind."""
 
 from __future__ import annotations
 

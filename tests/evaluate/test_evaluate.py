@@ -18,7 +18,7 @@ from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST, calibrate, fit_temp
 
 
 def classified(count: int = 400, classes: int = 8, heat: float = 2.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits of an overconfident classifier (by the factor ``heat``), and labels drawn from the honest one."""
+    """Logits of an overconfident classifier (by the factor ``heat``); labels drawn from the honest one."""
     generator = torch.Generator().manual_seed(seed)
     honest = torch.randn(count, classes, generator=generator) * 2
     labels = torch.multinomial(honest.softmax(1), 1, generator=generator)[:, 0]

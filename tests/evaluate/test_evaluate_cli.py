@@ -264,7 +264,8 @@ def test_a_dict_with_labels_for_a_model_that_takes_none(files: Path, monkeypatch
         "import numpy as np, torch\n"
         "def batches():\n"
         "    stored = np.load('val.npz')\n"
-        "    return [{'x': torch.from_numpy(stored['images']), 'label': torch.from_numpy(stored['labels'])}]\n"
+        "    return [{'x': torch.from_numpy(stored['images']), "
+        "'label': torch.from_numpy(stored['labels'])}]\n"
     )
     monkeypatch.chdir(files)
     monkeypatch.syspath_prepend(files)

@@ -1,4 +1,4 @@
-"""The gate's little language: what it says is what Python's arithmetic says, and what it cannot say is refused."""
+"""The gate's little language: it says what Python's arithmetic says, and what it cannot say is refused."""
 
 from __future__ import annotations
 

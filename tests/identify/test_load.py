@@ -217,7 +217,8 @@ def test_model_kwargs_are_python_values_or_strings():
         "empty=",
     ]
     assert parse_model_kwargs(pairs) == {
-        "drop_rate": 0.2, "block_config": (4, 4), "norm": "bn", "bias": False, "url": "a=b", "none": None, "empty": "",
+        "drop_rate": 0.2, "block_config": (4, 4), "norm": "bn", "bias": False, "url": "a=b",
+        "none": None, "empty": "",
     }  # fmt: skip
 
 

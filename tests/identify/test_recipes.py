@@ -1,4 +1,4 @@
-"""The README's CI recipes run as shown, with the real make, on a tiny checkpoint of timm's and a folder of JPEGs."""
+"""The README's CI recipes run as shown, with the real make, on a tiny timm checkpoint and some JPEGs."""
 
 from __future__ import annotations
 

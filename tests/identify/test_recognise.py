@@ -282,7 +282,8 @@ def test_the_closest_three_and_what_differs():
     said = str(raised.value).splitlines()
     assert said[1:3] == [
         "Closest by its tensors:",
-        "  timm:resnet10t (86 of 86 tensors fit; first difference layer3.0.se.fc1.weight: only in the checkpoint)",
+        "  timm:resnet10t (86 of 86 tensors fit; "
+        "first difference layer3.0.se.fc1.weight: only in the checkpoint)",
     ]
     assert len(said) == 6
     assert "--arch" in said[-1]

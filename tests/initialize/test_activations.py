@@ -17,8 +17,8 @@ from torch import nn
 from ckpt_tools import activation_moments
 from ckpt_tools.errors import UsageError
 
-# Table 1 to three digits. The paper prints tanh 0.216, GELU 0.444 and ELU 0.671 for E[f'²]: quadrature, here and
-# in scipy below, gives 0.464, 0.456 and 0.668.
+# Table 1 to three digits. The paper prints tanh 0.216, GELU 0.444 and ELU 0.671 for E[f'²]:
+# quadrature, here and in scipy below, gives 0.464, 0.456 and 0.668.
 TABLE_1 = {
     "identity": (nn.Identity(), 1.0, 1.0),
     "relu": (torch.relu, 0.5, 0.5),
@@ -37,7 +37,8 @@ def test_table_1(name: str) -> None:
 
 PLAIN = {
     "tanh": (torch.tanh, np.tanh, lambda z: 1 - np.tanh(z) ** 2, ()),
-    "sigmoid": (torch.sigmoid, lambda z: 1 / (1 + np.exp(-z)), lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2, ()),
+    "sigmoid": (torch.sigmoid, lambda z: 1 / (1 + np.exp(-z)),
+                lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2, ()),
     "elu": (F.elu, lambda z: np.where(z > 0, z, np.expm1(z)), lambda z: np.where(z > 0, 1, np.exp(z)), (0,)),
     "relu6": (F.relu6, lambda z: np.clip(z, 0, 6), lambda z: (z > 0) & (z < 6), (0, 6)),
     "hardtanh": (F.hardtanh, lambda z: np.clip(z, -1, 1), lambda z: (z > -1) & (z < 1), (-1, 1)),

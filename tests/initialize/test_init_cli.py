@@ -1,4 +1,4 @@
-"""init-rewrite end to end: new weights in a new file, everything else bit for bit, nothing written on any error."""
+"""init-rewrite end to end: new weights in a new file, all else bit for bit, nothing written on any error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DENSE = ("--arch", "nets:DenseNet", "--input-size", "3,8,8")
 
 
 class Mixed(nn.Module):
-    """What an initialisation must keep: a positional table, an embedding, norms; and weights that are tied."""
+    """What an initialisation must keep: a positional table, an embedding, norms; and tied weights."""
 
     def __init__(self, drop_rate: float = 0.2) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def tampered(path: Path, target: Path, change: dict[str, Tensor], **said: object
     return target
 
 
-# --- what is written ------------------------------------------------------------------------------------------
+# --- what is written ----------------------------------------------------------------------------------------
 
 
 def test_only_weights_and_their_biases_differ_from_the_checkpoint(fresh: Path) -> None:
@@ -175,7 +175,7 @@ def test_seeding_a_build_leaves_every_generator_as_it_was() -> None:
         assert draws() == inside != undisturbed
 
 
-# --- what is said ---------------------------------------------------------------------------------------------
+# --- what is said -------------------------------------------------------------------------------------------
 
 
 def test_json_tells_everything(fresh: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_report_is_a_picture_beside_the_output(fresh: Path) -> None:
     assert names_in(fresh.parent) == ["fresh.init.safetensors", "fresh.pt", "signals.png"]
 
 
-# --- diff -----------------------------------------------------------------------------------------------------
+# --- diff ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_an_output_can_be_the_source_of_the_next(fresh: Path, output: Path) -> N
     assert ok("diff", fresh, again).exit_code == 0
 
 
-# --- bad input ------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 def _train(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Schemes, rule and `dropout_corrected_` against real layers, torch's own initialisers, and Figures 1 and 5."""
+"""Schemes, rule and `dropout_corrected_` against real layers, torch's initialisers, and Figures 1 and 5."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 @dataclass(frozen=True)
 class Case:
-    """A real layer, its geometry, an input size whose middle no edge reaches, and the period of its output phases."""
+    """A real layer, its geometry, an input size whose middle no edge reaches, its output phases' period."""
 
     layer: nn.Module
     geometry: Geometry
@@ -287,7 +287,10 @@ KEEPS = [1.0, 0.8, 0.6, 0.5]
 
 
 def last_variance(initialise: Callable[[int, Tensor], Tensor], keep: float, nets: int) -> float:
-    """Var z₂₀ in training mode with inverted dropout, mean over nets side by side; ``initialise(layer, weight)``."""
+    """Var z₂₀ in training mode with inverted dropout, mean over nets side by side.
+
+    Called as ``initialise(layer, weight)``.
+    """
     x = torch.randn(nets, 100, 500)
     for layer, width in enumerate(WIDTHS):
         z = x @ initialise(layer, torch.empty(nets, width, x.shape[-1])).mT

@@ -98,13 +98,14 @@ def mlp() -> nn.Module:
 def convolutions() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout2d(0.3),
-        nn.Conv2d(8, 8, 3, groups=4), nn.LeakyReLU(0.1, inplace=True), nn.Conv2d(8, 8, 3, groups=8, padding="same"),
+        nn.Conv2d(8, 8, 3, groups=4), nn.LeakyReLU(0.1, inplace=True),
+        nn.Conv2d(8, 8, 3, groups=8, padding="same"),
         nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), nn.ReLU(inplace=True), nn.Conv2d(6, 2, 1),
     )  # fmt: skip
 
 
 def matrices() -> nn.Module:
-    """A bare parameter, one on the left, a batch of matrices, and a layer without bias on a transposed input."""
+    """A bare parameter, one on the left, a batch of matrices, a layer without bias on a transposed input."""
 
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = F.linear(x.transpose(1, 2), net.bare).relu_()

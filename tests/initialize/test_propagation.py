@@ -173,7 +173,7 @@ def test_nine_layers_in_ten_have_a_variance_near_one(name: str) -> None:
 
 @pytest.mark.parametrize("keep", [1.0, 0.8, 0.6, 0.5])
 def test_figure_1(keep: float) -> None:
-    """15 layers of 500 and 5 of 250, ReLU: Var z₂₀ near one where He's initialisation explodes (section 2.1.1)."""
+    """15 layers of 500 and 5 of 250, ReLU: Var z₂₀ near one where He's explodes (section 2.1.1)."""
     sizes = [500] * 16 + [250] * 5
     layers: list[nn.Module] = []
     for inside, outside in itertools.pairwise(sizes):

@@ -1,4 +1,4 @@
-"""``inspect_checkpoint``: what the page says is what the file holds, and what ``bn-reestimate`` then really does."""
+"""``inspect_checkpoint``: the page says what the file holds, and what ``bn-reestimate`` then really does."""
 
 from __future__ import annotations
 
@@ -265,7 +265,8 @@ def test_a_known_model_without_batch_norm(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
     torch.save(net.state_dict(), tmp_path / "model.pt")
     (tmp_path / "grouped.py").write_text(
-        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))\n"
+        "from torch import nn\n"
+        "def make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

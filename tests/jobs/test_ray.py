@@ -187,7 +187,8 @@ def test_what_concerns_all_ends_the_run(said: tuple[str, ...]) -> None:
     assert not result.stdout
 
 
-# Asks Ray's head for its keys, with the token in the environment. None of the names it could run code by is needed.
+# Asks Ray's head for its keys, with the token in the environment.
+# None of the names it could run code by is needed.
 ASK = """
 import sys
 from ray._raylet import GcsClient

@@ -1,4 +1,4 @@
-"""Every entry point that takes a caller's model gives it back as it came, whatever the model's forward does."""
+"""Every entry point that takes a caller's model gives it back as it came, whatever its forward does."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ COPIES = ("walk", "signals", "initial weights")
 
 
 def run(entry: str, program: Sequence[str], error: type[BaseException] | None, *, bound: bool) -> None:
-    """Run an entry point on a restless model; ``bound``: a function runs the model itself, whatever it is given."""
+    """Run an entry point on a restless model; ``bound``: a function runs the model, whatever it is given."""
     known_walk()  # draws random numbers, once
     model = Restless()
     more = {"forward": lambda _, batch: model(batch)} if bound else {}
@@ -242,7 +242,10 @@ RESIZED: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", RESIZED)
 def test_buffers_that_a_forward_resizes(name: str) -> None:
-    """torch.ao's observers do it before their first batch. Storages that grow may move, so states are compared."""
+    """torch.ao's observers do it before their first batch.
+
+    Storages that grow may move, so states are compared.
+    """
     model = RESIZED[name]()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = ckpt_tools.reestimate_bn(model, DATA, force=True)

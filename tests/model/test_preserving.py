@@ -1,4 +1,4 @@
-"""Whatever a forward does to a model or to torch's settings, nothing of it remains: each kind of change, and mixtures.
+"""Whatever a forward does to a model or to torch's settings, nothing remains: every kind of change, mixtures.
 
 ``photograph`` compares, and shares no code with what puts things back.
 """

@@ -1,7 +1,7 @@
 """Whatever is raised, wherever: the caller's model and process are as they were, to the last bit and hook.
 
-A dispatch mode counts the operations of a call and raises at the n-th; first, last and a seeded sample are tried, half
-of them as an error and half as an interrupt. ``photograph`` compares.
+A dispatch mode counts the operations of a call and raises at the n-th; first, last and a seeded sample are
+tried, half of them as an error and half as an interrupt. ``photograph`` compares.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def channels_last() -> nn.Module:
 
 
 def odd_layers() -> nn.Module:
-    """Frozen, cumulative, without scale, without statistics, and a parametrisation with buffers of its own."""
+    """Frozen, cumulative, without scale, without statistics, and a parametrisation with its own buffers."""
     model = nets.trained(nets.mlp(), vectors()).train()
     model[1].requires_grad_(False)
     model[1].eval()

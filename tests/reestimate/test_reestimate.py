@@ -70,7 +70,7 @@ def test_the_order_of_batches_does_not_matter() -> None:
 
 
 def test_ema_is_the_authors_average() -> None:
-    """Momentum average of unbiased batch variances while batch statistics normalise: what BN in training mode does."""
+    """Momentum average of unbiased batch variances while batch statistics normalise, as BN in training."""
     model, data = case("densenet")
     by_torch = copy.deepcopy(model)
     names = {
@@ -174,7 +174,7 @@ def test_layers_that_the_data_never_reaches_keep_their_variance() -> None:
 
 
 class TestPreciseBN:
-    """fvcore's own cases (tests/test_precise_bn.py): all ranks, varying batch sizes, and fvcore itself as a peer."""
+    """fvcore's cases (tests/test_precise_bn.py): all ranks, varying batch sizes, fvcore itself as a peer."""
 
     @pytest.mark.parametrize(
         ("kind", "shape"),
@@ -348,7 +348,7 @@ def test_arguments_that_mean_nothing(arguments: dict[str, object]) -> None:
 
 
 class Merging(nn.Linear):
-    """A layer whose own ``train`` does more than set a flag, as LoRA layers do, and whose forward keeps a count."""
+    """A layer whose ``train`` does more than set a flag, as LoRA layers do, and whose forward counts."""
 
     def __init__(self) -> None:
         super().__init__(6, 6)

@@ -1,4 +1,4 @@
-"""Nets trained with dropout on the bundled digits: how near each estimator comes to the truth, at batch size 64."""
+"""Nets trained with dropout on the bundled digits: how near each estimator is to the truth, batch size 64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets in URLs: whatever they are made of, wherever they stand and whoever quotes them, nobody is shown them."""
+"""Secrets in URLs: whatever they are made of, wherever they are and whoever quotes them, nobody sees them."""
 
 from __future__ import annotations
 
@@ -255,8 +255,8 @@ def test_urls_that_can_be_read_in_two_ways_are_refused(url: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["data:load", "package.module:function", "cifar10:/home/me@org/data", "runs/a:b@c.pt", "C:\\me@x", "C:/a", "net.pt",
-     "::error file=a,line=1::x.pt", "git:loader", "epoch:3.pt"],
+    ["data:load", "package.module:function", "cifar10:/home/me@org/data", "runs/a:b@c.pt", "C:\\me@x", "C:/a",
+     "net.pt", "::error file=a,line=1::x.pt", "git:loader", "epoch:3.pt"],
 )  # fmt: skip
 def test_paths_and_functions_are_no_urls(text: str) -> None:
     assert not is_url(text)

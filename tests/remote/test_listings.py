@@ -68,7 +68,7 @@ def files_in(folder: Path, *, but: Path) -> dict[Path, bytes]:
     }
 
 
-# Names that lead away, and names that no file here can have; {0} is an absolute path to the folder of the test.
+# Names that lead away, and names that no file here can have; {0} is the absolute path of the test's folder.
 LEADING = (
     *("../x.pt", "{0}/x.pt", "a/../../x.pt", "/etc/x.pt", "./x.pt", "a//x.pt", "..\\x.pt", "\\\\host\\x.pt"),
     *("\0.pt", "x\n.pt", "\x1b[2J.pt", "\u202ex.pt", "\ud800.pt", "\udcff.pt", "a::b.pt", "a::file:///etc/x.pt"),

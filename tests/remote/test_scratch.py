@@ -1,4 +1,4 @@
-"""Temporary folders: those of living processes stay, whatever else tells of them, and those of killed ones go."""
+"""Temporary folders: living processes' stay, whatever else tells of them, and those of killed ones go."""
 
 from __future__ import annotations
 

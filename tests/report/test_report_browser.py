@@ -1,6 +1,7 @@
 """Reports in a real browser: no error, no request, sorting, the keyboard, both themes, a phone, paper.
 
-Skips where chromium or playwright is missing. Screenshots go to the folder named by CKPT_FIX_SCREENSHOTS, if it is set.
+Skips where chromium or playwright is missing.
+Screenshots go to the folder named by CKPT_FIX_SCREENSHOTS, if it is set.
 """
 
 from __future__ import annotations

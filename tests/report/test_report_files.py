@@ -1,4 +1,4 @@
-"""Reports as files: from the command line, by suffix, never in the place of anything else, without secrets."""
+"""Reports as files: from the command line, by suffix, never in place of anything else, without secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names in reports come from other people's files: whatever they are, the page is built as with harmless ones."""
+"""Names in reports come from others' files: whatever they are, the page is built as with harmless ones."""
 
 from __future__ import annotations
 

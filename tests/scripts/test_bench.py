@@ -72,7 +72,7 @@ def test_sizes_are_printed_and_kept(network, tmp_path, monkeypatch):
 
 
 def test_coverage_of_everything_is_whole(monkeypatch):
-    """Where every trial reads everything, its estimate is that of everything but for the batches it comes in."""
+    """Where every trial reads everything, its estimate is that of everything but for its batches."""
     images, labels = photos.photos(300, stopping.SIDE, stopping.SIDE)
     name = next(iter(stopping.NETS))
     found = stopping.coverage(name, images, labels, 1e-6, 2)

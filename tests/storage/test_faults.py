@@ -1,4 +1,4 @@
-"""Faults from outside, each injected: then the output is whole and verified, or absent, and the next run cleans up."""
+"""Faults from outside, injected: the output is then whole and verified, or absent; the next run cleans up."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Non
     monkeypatch.setattr(patching, "verify_and_hash", late)
 
 
-# --- kills -----------------------------------------------------------------------------------------------------------
+# --- kills --------------------------------------------------------------------------------------------------
 
 
 def test_twenty_kills(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_a_library_was_writing_is_swept_with_its_folder(
     assert files(root) == {"data.npy", "m.safetensors", "m.pt", "m.bn.safetensors"}
 
 
-# --- the disk ---------------------------------------------------------------------------------------------------------
+# --- the disk -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
@@ -127,7 +127,7 @@ def test_disk_full(
     assert files(root) == {"data.npy", "m.safetensors"}
 
 
-# --- the target, and the source ---------------------------------------------------------------------------------------
+# --- the target, and the source -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -205,7 +205,7 @@ def test_two_runs_race_for_one_output(root: Path, overwrite: bool) -> None:
     assert files(root) == {"data.npy", "m.safetensors", "alone.safetensors", "one.safetensors"}
 
 
-# --- readers ----------------------------------------------------------------------------------------------------------
+# --- readers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -251,7 +251,7 @@ def test_a_reader_that_dies() -> None:
     assert not prefetch._current_files
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 class Greedy(nets.DenseNet):
@@ -301,7 +301,7 @@ def test_memory_that_runs_out_elsewhere(
     assert files(root) == {"data.npy", "m.safetensors"}
 
 
-# --- names and clocks -------------------------------------------------------------------------------------------------
+# --- names and clocks ---------------------------------------------------------------------------------------
 
 NAMES = {
     "spaces": " a  b .pt",

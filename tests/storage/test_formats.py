@@ -1,4 +1,4 @@
-"""Every format that the libraries save: read as saved, re-estimated as the plain state dict is, refused with a word."""
+"""All formats that libraries save: read as saved, re-estimated as plain state dicts, refused with a word."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model() -> nn.Module:
     return trained()
 
 
-# --- every format ----------------------------------------------------------------------------------------------
+# --- every format -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("maker", FORMATS, ids=maker_id)
@@ -89,7 +89,7 @@ def test_damage_is_one_clear_error(tmp_path: Path, model: nn.Module, maker: Make
     assert_holds(read_checkpoint(path), model.state_dict())
 
 
-# --- whole modules ---------------------------------------------------------------------------------------------
+# --- whole modules ------------------------------------------------------------------------------------------
 
 
 def test_whole_module_says_its_class_and_rates(tmp_path: Path, model: nn.Module) -> None:
@@ -158,7 +158,7 @@ def test_object_around_a_module(tmp_path: Path, model: nn.Module) -> None:
         read_checkpoint(tmp_path / "x.pkl")
 
 
-# --- Lightning -------------------------------------------------------------------------------------------------
+# --- Lightning ----------------------------------------------------------------------------------------------
 
 
 def test_lightning_checkpoint_and_its_averaging(tmp_path: Path, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ def model() -> nn.Module:
     return trained()
 
 
-# --- TorchScript -----------------------------------------------------------------------------------------------
+# --- TorchScript --------------------------------------------------------------------------------------------
 
 
 class Extras(nn.Module):
@@ -51,7 +51,7 @@ def test_frozen_script(tmp_path: Path, model: nn.Module) -> None:
         read_checkpoint(format_files.frozen(model, tmp_path))
 
 
-# --- torch.export ----------------------------------------------------------------------------------------------
+# --- torch.export -------------------------------------------------------------------------------------------
 
 
 class Passing(nn.Module):

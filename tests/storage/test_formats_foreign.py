@@ -17,7 +17,7 @@ from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.contents.quantized import missing_batch_norm
 from ckpt_tools.storage.reading import read_checkpoint
 
-# --- other files -----------------------------------------------------------------------------------------------
+# --- other files --------------------------------------------------------------------------------------------
 
 OTHERS = {
     "GGUF": b"GGUF\x03\x00\x00\x00" + bytes(40),
@@ -63,7 +63,7 @@ def test_real_numpy_archive(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.npz")
 
 
-# --- quantised models ------------------------------------------------------------------------------------------
+# --- quantised models ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates its own quantisation

@@ -1,4 +1,4 @@
-"""Files that once crashed a reader, kept it busy for ever or made it ask for all memory, as small as they get."""
+"""Files that once crashed a reader, kept it busy for ever or asked for all memory, as small as they get."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.storage.tensor_bytes import raw_bytes
 from fuzz.cases import limit_time
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label", FILES)
@@ -90,7 +90,7 @@ def test_one_number_with_a_stride_is_bytes() -> None:
     assert raw_bytes(number).tobytes() == struct.pack("<f", 3.0)
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label", ARRAYS)
@@ -161,7 +161,7 @@ def test_images_that_would_grow(tmp_path: Path, size: tuple[int, int]) -> None:
         list(open_source(str(tmp_path)).batches(InputSpec((3, 224, 224)), Reading(batch_size=2, workers=0)))
 
 
-# --- words and names ------------------------------------------------------------------------------------------------
+# --- words and names ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

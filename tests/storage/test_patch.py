@@ -47,7 +47,7 @@ NAMES = {
 }
 
 
-# --- the oracle: writes and reads the format with struct and json alone -------------------------------------------
+# --- the oracle: writes and reads the format with struct and json alone -------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def lay(
     return path
 
 
-# --- what the tests start from ------------------------------------------------------------------------------------
+# --- what the tests start from ------------------------------------------------------------------------------
 
 VARIANCE = "bn.running_var"
 
@@ -152,7 +152,7 @@ def assert_faithful(before: Raw, after: Raw, replaced: Mapping[str, bytes], pref
     }
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
+# --- what is written ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("copied")
@@ -279,7 +279,7 @@ def test_strided_tensors_in_pieces(tmp_path: Path) -> None:
     assert all(found.bytes_of(key) == np.ascontiguousarray(x.numpy()).tobytes() for key, x in tensors.items())
 
 
-# --- the kernel's ways of copying ---------------------------------------------------------------------------------
+# --- the kernel's ways of copying ---------------------------------------------------------------------------
 
 
 def refusing(code: int) -> Callable[..., int]:
@@ -322,7 +322,7 @@ def test_a_source_that_ends_early(tmp_path: Path) -> None:
             byte_transfer.read_at(short.fileno(), np.empty(9, np.uint8), 0)
 
 
-# --- all or nothing -----------------------------------------------------------------------------------------------
+# --- all or nothing -----------------------------------------------------------------------------------------
 
 
 def refused(tmp_path: Path, source: Path, match: str) -> None:
@@ -420,7 +420,7 @@ def test_a_longer_file_reads_back_differently(
     refused(tmp_path, source, "bytes instead of")
 
 
-# --- a source that changes ----------------------------------------------------------------------------------------
+# --- a source that changes ----------------------------------------------------------------------------------
 
 
 def overwrite(path: Path, at: int, value: bytes) -> None:
@@ -487,7 +487,7 @@ def test_tensors_changed_in_memory(tmp_path: Path, source: Path, large: bool, re
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells about mappings")
 

@@ -1,4 +1,4 @@
-"""The inert reader against pickle and torch.load: equal values, bit for bit, and nothing of the classes they name."""
+"""The inert reader against pickle and torch.load: values equal bit for bit, nothing of the classes named."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ from ckpt_tools.storage.formats.module_trees import module_class_name, module_dr
 from ckpt_tools.storage.formats.pickles import OpaqueObject, load_archive, load_pickle, load_stream
 
 DTYPES = [
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool,
-    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
-    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
 ]  # fmt: skip
 
 
@@ -79,14 +81,15 @@ def read(raw: bytes) -> object:
 
 HOW = ["zip", "legacy", *"012345"]
 
-# --- plain data ----------------------------------------------------------------------------------------------------
+# --- plain data ---------------------------------------------------------------------------------------------
 
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.integers(-(2**200), 2**200) | st.text(max_size=8)
     | st.floats(allow_nan=False) | st.binary(max_size=8) | st.complex_numbers(allow_nan=False)
-    | st.binary(max_size=4).map(bytearray) | st.sampled_from([..., torch.float16, torch.bfloat16, torch.strided])
-    | st.datetimes() | st.dates() | st.times() | st.timedeltas() | st.builds(slice, st.integers(0, 9), st.none())
-    | st.datetimes(timezones=st.just(datetime.UTC))
+    | st.binary(max_size=4).map(bytearray)
+    | st.sampled_from([..., torch.float16, torch.bfloat16, torch.strided])
+    | st.datetimes() | st.dates() | st.times() | st.timedeltas()
+    | st.builds(slice, st.integers(0, 9), st.none()) | st.datetimes(timezones=st.just(datetime.UTC))
 )  # fmt: skip
 KEYS = (
     st.text(max_size=4)
@@ -138,7 +141,7 @@ def test_containers_that_are_shared_or_hold_themselves() -> None:
     assert found["a"] is found["b"]
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -226,7 +229,7 @@ def test_tar_archives_of_2016(tmp_path: Path) -> None:
             continue
 
 
-# --- numpy ---------------------------------------------------------------------------------------------------------
+# --- numpy --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -259,7 +262,7 @@ def test_arrays_beside_tensors_and_odd_arrays_stay_opaque() -> None:
         )
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 class Colour(enum.Enum):
@@ -329,7 +332,7 @@ def test_words_are_bounded() -> None:
     assert len(str(words)) < 10_000_000
 
 
-# --- modules ---------------------------------------------------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -380,7 +383,7 @@ def test_what_is_no_module() -> None:
         assert module_class_name(value) == ""
 
 
-# --- errors and trust ----------------------------------------------------------------------------------------------
+# --- errors and trust ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -1,4 +1,4 @@
-"""Done before is proved: whatever happens to an output, it is made again or named, and no checkpoint passes for one."""
+"""Done before is proved: whatever befalls an output, it is remade or named; no checkpoint passes for one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def header_of(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
-# --- the output -------------------------------------------------------------------------------------------------------
+# --- the output ---------------------------------------------------------------------------------------------
 
 
 def test_a_whole_output_is_done(made: tuple[Request, Path]) -> None:
@@ -126,11 +126,11 @@ def test_digests_are_those_of_the_bytes(made: tuple[Request, Path]) -> None:
     assert content[start - 8 : start] == b" " * 8, "no other program pads so far"
 
 
-# --- the entry ------------------------------------------------------------------------------------------------------
+# --- the entry ----------------------------------------------------------------------------------------------
 
 
 def test_a_copied_entry_hides_no_checkpoint(made: tuple[Request, Path], tmp_path: Path) -> None:
-    """Training goes on from an output, and metadata are kept: the new file says of itself what is true of the old."""
+    """Training goes on from an output and keeps metadata: the new file says what is true of the old."""
     with safe_open(made[1], "pt") as file:
         metadata = file.metadata()
     state = load_file(made[1])
@@ -235,7 +235,7 @@ def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(
         find_earlier_output(Path("a.bn.safetensors"), asked, None)
 
 
-# --- a run ----------------------------------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

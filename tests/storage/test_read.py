@@ -62,7 +62,7 @@ def assert_same(found: object, expected: Tensors) -> None:
         assert torch.equal(found[key], tensor)
 
 
-# --- formats ---------------------------------------------------------------------------------------------------
+# --- formats ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.bin", "m.ckpt", "m.pth.tar", "m", "m.safetensors"])
@@ -190,9 +190,11 @@ def test_sha256_of_a_file_and_of_shards(tmp_path: Path) -> None:
     assert checkpoint_sha256(tmp_path) == checkpoint_sha256(tmp_path / "model.safetensors.index.json")
 
 
-# --- where the state dict stands ---------------------------------------------------------------------------------
+# --- where the state dict stands ----------------------------------------------------------------------------
 
-NAMES = "state_dict model model_state_dict net network weights params module whatever checkpoint.model a.b".split()  # noqa: SIM905
+NAMES = (  # noqa: SIM905
+    "state_dict model model_state_dict net network weights params module whatever checkpoint.model a.b"
+).split()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -300,7 +302,7 @@ def test_odd_entries_are_left_out(tmp_path: Path) -> None:
     assert bare.words == {"arch": "resnet50"}
 
 
-# --- prefixes --------------------------------------------------------------------------------------------------
+# --- prefixes -----------------------------------------------------------------------------------------------
 
 
 @given(
@@ -353,7 +355,7 @@ def test_own_buffer_named_n_averaged_stays(tmp_path: Path) -> None:
     assert_same(read_checkpoint(saved(tmp_path, state)).tensors, state)
 
 
-# --- what real training scripts save ---------------------------------------------------------------------------
+# --- what real training scripts save ------------------------------------------------------------------------
 
 
 def test_timm_checkpoint_saver(tmp_path: Path) -> None:
@@ -497,7 +499,7 @@ def test_words_that_hold_themselves(tmp_path: Path) -> None:
     assert set(words) == {"loop", "deep", "wide"}
 
 
-# --- pickles that want to run code (many more in test_malicious.py) ----------------------------------------------
+# --- pickles that want to run code (many more in test_malicious.py) -----------------------------------------
 
 
 class Touch:
@@ -553,7 +555,7 @@ def test_other_pickle_protocols(tmp_path: Path, protocol: int) -> None:
     assert_same(read_checkpoint(tmp_path / "x.pt").tensors, weights())
 
 
-# --- bad files -------------------------------------------------------------------------------------------------
+# --- bad files ----------------------------------------------------------------------------------------------
 
 NO_CHECKPOINT = {
     "JPEG": b"\xff\xd8\xff\xe0" + bytes(600),

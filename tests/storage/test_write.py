@@ -54,7 +54,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# --- an independent reader of safetensors: no project code, no library -------------------------------------------
+# --- an independent reader of safetensors: no project code, no library --------------------------------------
 
 
 def raw_tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -82,7 +82,7 @@ def test_independent_check_of_the_bytes(tmp_path: Path, source: Checkpoint) -> N
     assert after[VARIANCE] == ("F16", (4,), struct.pack("<4e", 0.25, 2.0, 3.0, 1e-3))
 
 
-# --- round trips ---------------------------------------------------------------------------------------------------
+# --- round trips --------------------------------------------------------------------------------------------
 
 
 def test_returns_the_digest_and_says_where_it_comes_from(tmp_path: Path, source: Checkpoint) -> None:
@@ -238,7 +238,7 @@ def test_a_trusted_source_is_not_executed_again(tmp_path: Path) -> None:
     )
 
 
-# --- refusals --------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

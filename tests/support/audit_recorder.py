@@ -1,7 +1,8 @@
-"""Takes down what a process does beyond what it may: files, sockets, processes and code, by Python's audit events.
+"""Takes down what a process does beyond what it may (files, sockets, processes, code) by audit events.
 
-The standard library's events are listed at https://docs.python.org/3/library/audit_events.html. Code in C++ or Rust
-opens files without one; for those the access times of the files that nobody may read are compared.
+The standard library's events are listed at https://docs.python.org/3/library/audit_events.html.
+Code in C++ or Rust opens files without one; for those the access times of the files that nobody may read
+are compared.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class Recorder:
     """An audit hook, which cannot be removed again but is deaf outside of ``watching``.
 
     ``readable``, ``writable``: folders below which files may be read, and below which they may be changed.
-    ``strangers``: the folder of the checkpoints, from which no code may come. ``canary``: a word that only code in
-    hostile files has.
+    ``strangers``: the folder of the checkpoints, from which no code may come.
+    ``canary``: a word that only code in hostile files has.
     """
 
     def __init__(

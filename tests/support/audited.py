@@ -1,4 +1,4 @@
-"""What test_audit starts: every hostile or odd file of the suite through the commands, in one process that is watched.
+"""What test_audit starts: every hostile or odd file of the suite through the commands, in a watched process.
 
 Prints a JSON list of what happened that may not happen. The current folder is empty at first.
 """
@@ -60,7 +60,7 @@ Case = tuple[str, str, list[list[str]]]  # the file, how it is called in a findi
 
 
 def recorder() -> Recorder:
-    """For reading: checkpoints and data, what is installed, and this tree. For writing: outputs and temporary files."""
+    """For reading: checkpoints, data, what is installed, this tree. For writing: outputs, temporary files."""
     installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     own = (
         "ckpt_tools",

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def changed_by_dropout(model: nn.Module, x: torch.Tensor, draws: int = 6) -> set[str]:
-    """The oracle: BN layers whose input differs between training and evaluation mode, BN itself in evaluation."""
+    """The oracle: BN layers whose input differs between training and evaluation, BN itself in evaluation."""
 
     def inputs() -> dict[str, list[torch.Tensor]]:
         seen: dict[str, list[torch.Tensor]] = {}

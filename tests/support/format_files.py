@@ -396,10 +396,11 @@ class Saver:
         return Save()
 
 
-# Every maker whose file holds the model's state dict under its own names: formats that keep the order, and others.
+# Every maker whose file holds the model's state dict under its own names:
+# formats that keep the order, and others.
 ORDERED: tuple[Maker, ...] = (
-    state_dict, whole_module, whole_module_legacy, data_parallel, pickled_module, ultralytics, detectron2, deepspeed,
-    mmcv, averaged_model, averaged_model_whole, torchvision_reference, scripted, traced,
+    state_dict, whole_module, whole_module_legacy, data_parallel, pickled_module, ultralytics, detectron2,
+    deepspeed, mmcv, averaged_model, averaged_model_whole, torchvision_reference, scripted, traced,
     distributed, distributed_flat, distributed_two_ranks, distributed_hugging_face,
 )  # fmt: skip
 FORMATS: tuple[Maker, ...] = (*ORDERED, exported, exported_2_6, exported_2_8, hugging_face_two_ranks)

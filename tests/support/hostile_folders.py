@@ -1,7 +1,8 @@
-"""Folders, indices, manifests and words that lead elsewhere: to another file, to a server, or to code beside them.
+"""Folders, indices, manifests and words that lead elsewhere: to another file, a server, or code beside them.
 
-``FOLDERS`` has one entry a trick, which fills a folder. ``outside`` holds what nobody may open: a state dict in several
-forms and a Python file, whose names the tricks give.
+``FOLDERS`` has one entry a trick, which fills a folder.
+``outside`` holds what nobody may open: a state dict in several forms and a Python file, whose names the
+tricks give.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _evil_map(*classes: str) -> dict[str, str]:
     )
 
 
-# --- config.json ------------------------------------------------------------------------------------------------------
+# --- config.json --------------------------------------------------------------------------------------------
 
 CONFIGS: dict[str, Words] = {
     "timm: checkpoint_path": lambda out: _timm(model_args={"checkpoint_path": str(out / "secret.pt")}),
@@ -274,7 +275,7 @@ CONFIGS: dict[str, Words] = {
     "an adapter of another model": lambda out: {"base_model_name_or_path": str(out), "peft_type": "LORA"},
 }
 
-# --- words of the file itself -----------------------------------------------------------------------------------------
+# --- words of the file itself -------------------------------------------------------------------------------
 
 WORDS: dict[str, Words] = {
     "args: a local folder": lambda out: {"args": {"model": f"local-dir:{out}", "num_classes": 5}},
@@ -369,7 +370,7 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-# --- manifests and data -----------------------------------------------------------------------------------------------
+# --- manifests and data -------------------------------------------------------------------------------------
 
 
 def _record(outside: Path, **more: object) -> dict[str, object]:

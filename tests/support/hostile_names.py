@@ -78,8 +78,10 @@ def lines(output: str) -> list[str]:
 def is_command(line: str) -> bool:
     """Whether a CI runner obeys a line, after its sources.
 
-    GitHub: TryParseV2, then TryParse, of actions/runner, src/Runner.Common/ActionCommand.cs, for any name of a command.
-    Azure Pipelines: TryParse of microsoft/azure-pipelines-agent, src/Microsoft.VisualStudio.Services.Agent/Command.cs.
+    GitHub: TryParseV2, then TryParse, of actions/runner, src/Runner.Common/ActionCommand.cs,
+    for any name of a command.
+    Azure Pipelines: TryParse of microsoft/azure-pipelines-agent,
+    src/Microsoft.VisualStudio.Services.Agent/Command.cs.
     """
     trimmed = line.lstrip()
     if trimmed.startswith("::") and "::" in trimmed[2:]:
@@ -90,12 +92,12 @@ def is_command(line: str) -> bool:
 
 
 def is_own(line: str) -> bool:
-    """Whether a line is an annotation of ckpt-fix, whose data is escaped: it holds neither line nor property."""
+    """Whether a line is an annotation of ckpt-fix, whose escaped data holds neither line nor property."""
     return re.fullmatch(r"::(error|warning) title=ckpt-fix::.*", line) is not None
 
 
 def poisoned(value: Any, give: Callable[[], str], hint: Any = None) -> Any:
-    """A copy of one of our objects in which every text is hostile, unless its type names the texts that it may be."""
+    """A copy of one of our objects, every text in it hostile unless its type names the texts it may be."""
     if isinstance(value, str):
         return value if _is_literal(hint) else give()
     if isinstance(value, Path):

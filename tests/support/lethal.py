@@ -1,4 +1,4 @@
-"""Data and nets that end the process they are in, for workers of a cluster; what they do is marked in its folder."""
+"""Data and nets that end the process they are in, for workers of a cluster; its folder marks what they do."""
 
 from __future__ import annotations
 

@@ -34,7 +34,10 @@ def as_archive(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records:
 
 
 def as_legacy(pickled: bytes, keys: object = ("0",), count: int = 4) -> bytes:
-    """The pickle as a legacy file. Storages have one more field there, so those in PICKLES are wrong in this, too."""
+    """The pickle as a legacy file.
+
+    Storages have one more field there, so those in PICKLES are wrong in this, too.
+    """
     head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
     raw = struct.pack("<q", count) + struct.pack("<4f", 1, 2, 3, 4)
     return b"".join(pickle.dumps(part, 2) for part in head) + pickled + pickle.dumps(list(keys), 2) + raw  # type: ignore[call-overload]

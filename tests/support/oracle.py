@@ -1,5 +1,5 @@
-"""The truth, sharing no code with the project: BN by BN in order of execution, torch.var of the layer's input over
-all data in evaluation mode, with the layers before it already corrected."""
+"""The truth, sharing no code with the project: BN by BN in order of execution, torch.var of the layer's input
+over all data in evaluation mode, with the layers before it already corrected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def inputs_of(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """Everything that reaches the layer, as (C, values) in float64. Batches of 50 images stay in the cache."""
+    """All that reaches the layer, as (C, values) in float64. Batches of 50 images stay in the cache."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].double().transpose(0, 1).flatten(1))

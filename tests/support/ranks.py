@@ -1,4 +1,4 @@
-"""What test_distributed starts under torchrun: many jobs in one process group, and data that fails on one rank."""
+"""What test_distributed starts under torchrun: many jobs in a process group; data that fails on one rank."""
 
 from __future__ import annotations
 

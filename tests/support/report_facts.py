@@ -1,4 +1,4 @@
-"""Facts of runs that never happened, for reports: small, complete, and full of names that try to break out."""
+"""Facts of runs that never happened, for reports: small, complete, full of names that try to break out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def layer(
 
 
 def facts(layers: int = 8, names: tuple[str, ...] = (), path: str = "/runs/model.pt") -> dict[str, Any]:
-    """One control layer, then rewritten ones with growing ratios; ``names`` take the place of the first names."""
+    """One control layer, then rewritten ones with growing ratios; ``names`` replace the first names."""
     rows = [layer("stem.bn", 1.01, role="control")]
     rows += [layer(f"block{i}.bn", 1.1**i) for i in range(1, layers)]
     for row, name in zip(rows, names, strict=False):

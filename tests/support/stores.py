@@ -121,8 +121,9 @@ class _Writer(io.RawIOBase):
 
 
 class Lying(AbstractFileSystem):
-    """Under ``lying://vault/runs`` a folder that lists whatever it is told to; a file's content is that of its suffix.
+    """Under ``lying://vault/runs`` a folder that lists whatever it is told to.
 
+    A file's content is that of its suffix.
     ``entries`` are handed out as they are: names that lead anywhere, types and sizes that are not true.
     """
 
