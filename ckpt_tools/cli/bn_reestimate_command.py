@@ -192,7 +192,9 @@ def bn_reestimate(
         _reestimate_checkpoint(request, reports, as_json=as_json, quiet=quiet)
 
 
-def _reestimate_checkpoint(request: Request, reports: tuple[Location, ...], *, as_json: bool, quiet: bool) -> None:
+def _reestimate_checkpoint(
+    request: Request, reports: tuple[Location, ...], *, as_json: bool, quiet: bool
+) -> None:
     from ckpt_tools.evaluate.scores import GateFailed
     from ckpt_tools.jobs.plan import prepare_reestimation
     from ckpt_tools.jobs.reestimation import execute_reestimation
@@ -222,7 +224,9 @@ def _reestimate_checkpoint(request: Request, reports: tuple[Location, ...], *, a
             _show_outcome(outcome, reports, as_json)
 
 
-def _show_outcome(outcome: ReestimationOutcome, reports: tuple[Location, ...], as_json: bool) -> None:
+def _show_outcome(
+    outcome: ReestimationOutcome, reports: tuple[Location, ...], as_json: bool
+) -> None:
     from ckpt_tools.report.records.reestimation_json import outcome_json
     from ckpt_tools.report.report_files import write_report
     from ckpt_tools.report.text.reestimation_text import outcome_text

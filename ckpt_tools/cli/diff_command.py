@@ -25,7 +25,9 @@ from ckpt_tools.plain_text import one_line
 )
 @options.weights
 @options.as_json
-def diff(before: Location, after: Location, expect: str, weights: str, trust: bool, as_json: bool) -> None:
+def diff(
+    before: Location, after: Location, expect: str, weights: str, trust: bool, as_json: bool
+) -> None:
     """Compare two checkpoints bit by bit; exit 4 if anything differs that should not.
 
     Wrapper prefixes are removed from the keys. Where AFTER is an output of ckpt-fix, the weights of

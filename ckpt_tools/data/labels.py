@@ -87,7 +87,9 @@ def _class_map_from_names(location: Location, names: Sequence[object]) -> ClassM
     numbers: dict[str, int] = {}
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name or name in numbers:
-            raise DataError(f"--class-map {location}: class {number} is {name!r}; expected names, each once.")
+            raise DataError(
+                f"--class-map {location}: class {number} is {name!r}; expected names, each once."
+            )
         numbers[name] = number
     if not numbers:
         raise DataError(f"--class-map {location}: expected class names, found none.")
@@ -96,7 +98,9 @@ def _class_map_from_names(location: Location, names: Sequence[object]) -> ClassM
 
 def _class_map_from_dict(location: Location, content: object) -> ClassMap:
     if not isinstance(content, dict) or not content:
-        raise DataError(f'--class-map {location}: expected {{"folder name": index, …}} or a list of names.')
+        raise DataError(
+            f'--class-map {location}: expected {{"folder name": index, …}} or a list of names.'
+        )
     for name, number in content.items():
         if type(number) is not int or not 0 <= number < _MAX_OUTPUTS:  # true and false are no numbers
             expected = "the number of an output, from 0"

@@ -157,7 +157,9 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, architecture: str, as_b
     try:
         model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
-        raise ArchitectureError(f"{checkpoint.shown_path} does not fit {architecture}: {error}") from error
+        raise ArchitectureError(
+            f"{checkpoint.shown_path} does not fit {architecture}: {error}"
+        ) from error
 
 
 def _shorten(lines: list[str], summary: str) -> list[str]:

@@ -95,7 +95,12 @@ def compare_checkpoints(before: Checkpoint, after: Checkpoint) -> Comparison:
 
 
 def compare_files(
-    before: LocationLike, after: LocationLike, expect: str = "auto", *, weights: str = "auto", trust: bool = False
+    before: LocationLike,
+    after: LocationLike,
+    expect: str = "auto",
+    *,
+    weights: str = "auto",
+    trust: bool = False,
 ) -> tuple[Comparison, Expectation, tuple[str, ...]]:
     """Compare two files.
 
@@ -129,7 +134,9 @@ def _recorded_expectation(provenance: Mapping[str, object]) -> Expectation:
     return cast("Expectation", statistics) if statistics in _MAY_CHANGE else "variance"
 
 
-def _listed_keys(provenance: Mapping[str, object], path: LocationLike) -> tuple[list[str], list[str]]:
+def _listed_keys(
+    provenance: Mapping[str, object], path: LocationLike
+) -> tuple[list[str], list[str]]:
     """Return the keys of the rewritten weights, and of the biases that were set to zero.
 
     Raises CheckpointError for a file that lists none.

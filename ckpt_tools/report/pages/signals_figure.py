@@ -98,7 +98,11 @@ def check_earlier_figure(
 
 
 def write_signals_figure(
-    place: LocationLike, before: Sequence[LayerSignal], after: Sequence[LayerSignal], *, only_own: bool = False
+    place: LocationLike,
+    before: Sequence[LayerSignal],
+    after: Sequence[LayerSignal],
+    *,
+    only_own: bool = False,
 ) -> None:
     """Draw the signals of all weight layers, before and after, into a .png, .svg or .pdf file.
 
@@ -128,7 +132,8 @@ def write_signals_figure(
             # the user's: with text.usetex they would run LaTeX.
             rcdefaults()
             figure = _draw_figure(before, after)
-            with write_atomically(location, overwrite=True, may_replace=may_replace if only_own else None) as temporary:
+            check = may_replace if only_own else None
+            with write_atomically(location, overwrite=True, may_replace=check) as temporary:
                 figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:

@@ -120,7 +120,9 @@ def checkpoint_sha256(place: LocationLike) -> str:
     try:
         digests = [(_hash_file(file), file.name) for file in source.files]
     except OSError as error:
-        raise CheckpointError(f"{location}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise CheckpointError(
+            f"{location}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
     if source.shard_of is None and source.index is None and len(digests) == 1:
         return digests[0][0]
     lines = "".join(f"{digest}  {name}\n" for digest, name in digests)

@@ -29,8 +29,8 @@ def require_unchanged(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
     require_same_stamps(checkpoint, stamps)
     if changed := _find_changed_key(checkpoint):
         raise OutputError(
-            f"{checkpoint.shown_path}: expected the tensors as they were read, found {changed} changed "
-            f"in the file or in memory since. {_AGAIN}"
+            f"{checkpoint.shown_path}: expected the tensors as they were read, found {changed} "
+            f"changed in the file or in memory since. {_AGAIN}"
         )
     return stamps
 
@@ -39,7 +39,8 @@ def require_same_stamps(checkpoint: Checkpoint, stamps: tuple[FileStamp, ...]) -
     """Raise OutputError if a checkpoint's files were written to after their stamps were taken."""
     if stamp_checkpoint_files(find_checkpoint_files(checkpoint.path)) != stamps:
         raise OutputError(
-            f"{checkpoint.shown_path}: expected the file as it was read, found that it was written to since. {_AGAIN}"
+            f"{checkpoint.shown_path}: expected the file as it was read, found that it was written "
+            f"to since. {_AGAIN}"
         )
 
 
