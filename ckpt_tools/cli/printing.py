@@ -124,9 +124,8 @@ def redirect_foreign_stdout() -> Iterator[None]:
 
 def print_result(text: str, *, end: str = "\n") -> None:
     """Print a result on standard output."""
-    click.echo(
-        harmless(without_secrets(text)) + end, nl=False
-    )  # click would remove escape sequences, not show them
+    # Made harmless here, because click would remove escape sequences instead of showing them.
+    click.echo(harmless(without_secrets(text)) + end, nl=False)
 
 
 def print_message(text: str) -> None:
@@ -140,7 +139,8 @@ def print_json(facts: object) -> None:
     It goes around the gate, which would change names. JSON is harmless: all characters are
     printable ASCII, no line begins with a colon, and an escape parts ``##[`` where a name holds it.
     """
-    text = json.dumps(_shorten_long_texts(without_secrets(facts)), indent=2).replace("##", "#\\u0023")
+    text = json.dumps(_shorten_long_texts(without_secrets(facts)), indent=2)
+    text = text.replace("##", "#\\u0023")
     stream = _underlying_stream(sys.stdout)
     stream.write(f"{text}\n")
     stream.flush()

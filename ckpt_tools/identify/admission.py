@@ -91,7 +91,7 @@ def _describe_refusal(
     checkpoint: Checkpoint, recipe: Recipe, name: str, value: object, reason: NotAdmitted
 ) -> str:
     return (
-        f"{checkpoint.shown_path}: expected arguments of {recipe.architecture} that a checkpoint may "
-        f"set, found {name}={reprlib.repr(value)} ({reason}). If the file is right, give it "
+        f"{checkpoint.shown_path}: expected arguments of {recipe.architecture} that a checkpoint "
+        f"may set, found {name}={reprlib.repr(value)} ({reason}). If the file is right, give it "
         f"yourself: --model-kwargs {name}=…"
     )

@@ -179,8 +179,8 @@ def _require_one_meaning(checkpoint: Checkpoint, candidates: Iterable[Candidate]
     if len(architectures) > 1:
         first, second, *_ = architectures.values()
         raise AmbiguousArchitecture(
-            f"{checkpoint.shown_path}: its keys fit {first} and {second}, and the drop rates it records "
-            f"may mean different layers in each. Give --arch {first} or --arch {second}.",
+            f"{checkpoint.shown_path}: its keys fit {first} and {second}, and the drop rates it "
+            f"records may mean different layers in each. Give --arch {first} or --arch {second}.",
             tuple(architectures.values()),
         )
 

@@ -1,1 +1,1 @@
-"""Files behind URLs, through fsspec: addresses, stores, local copies, delivery."""
+"""Files behind URLs, through fsspec: stores, local copies, uploads."""

@@ -24,6 +24,7 @@ from ckpt_tools.data.shared_stream import read_together
 from ckpt_tools.errors import OutputError
 from ckpt_tools.jobs.many.folder_run import plan_items, reestimate_items
 from ckpt_tools.jobs.request import EvaluationOptions, ModelChoice, ReadingOptions, Request
+from ckpt_tools.location import Location
 from ckpt_tools.method import Method
 from ckpt_tools.report.records.manifest import Manifest, make_record, parse_records
 from ckpt_tools.storage.discovery import find_checkpoints
@@ -206,7 +207,7 @@ def test_shards_beside_the_checkpoints_are_none(root: Path) -> None:
     names = [root / "runs" / f"train-{number:03}.tar" for number in range(2)]
     for name in names:
         name.write_bytes(b"a shard")
-    request = Request(Path(), str(root / "runs" / "train-{000..001}.tar"))
+    request = Request(Location(Path()), str(root / "runs" / "train-{000..001}.tar"))
     assert set(names) <= {location.path for location in _data_files(request)}
 
 
@@ -296,7 +297,7 @@ def whole_run(root: Path) -> list[str]:
     items = plan_items(find_checkpoints([root / "runs"]), root / "fixed")
     log = Manifest(root / "fixed" / "ckpt-fix.jsonl")
     request = Request(
-        Path(),
+        Location(Path()),
         str(root / "data.npy"),
         model=ModelChoice("nets:DenseNet"),
         reading=ReadingOptions(batch_size=16),
@@ -455,16 +456,16 @@ def test_settings_are_equal_however_data_is_named(root: Path, monkeypatch: pytes
     (root / "map.json").write_text('["a", "b"]')
     (root / "copy.txt").write_text("a\nb\n")
     request = Request(
-        Path("x.pt"),
+        Location(Path("x.pt")),
         "data.npy",
         eval_data="val.npz",
-        evaluation=EvaluationOptions(class_map=Path("map.json")),
+        evaluation=EvaluationOptions(class_map=Location(Path("map.json"))),
     )
     digest = request.settings_digest()
     for changes in (
         {"data": "./data.npy"},
         {"eval_data": f"{root}/sub/../val.npz"},
-        {"evaluation": EvaluationOptions(class_map=Path("copy.txt"))},
+        {"evaluation": EvaluationOptions(class_map=Location(Path("copy.txt")))},
     ):
         assert replace(request, **changes).settings_digest() == digest
     (root / "map.json").write_text('["b", "a"]')
@@ -473,7 +474,7 @@ def test_settings_are_equal_however_data_is_named(root: Path, monkeypatch: pytes
 
 def test_settings_have_the_digest_of_earlier_versions() -> None:
     request = Request(
-        Path("m.pt"),
+        Location(Path("m.pt")),
         "x.npy",
         model=ModelChoice("timm:resnet18", {"a": 1, "b": "x"}, "ema", trust=True),
         preprocessing=Preprocessing(input_size=(3, 8, 8), crop_pct=0.9),
@@ -485,7 +486,7 @@ def test_settings_have_the_digest_of_earlier_versions() -> None:
         evaluation=EvaluationOptions(calibrate=True, gate="error<5"),
     )
     assert request.settings_digest() == "06eecee964dfcd32"
-    assert Request(Path("m.pt"), "data.npy").settings_digest() == "4486c235a273a139"
+    assert Request(Location(Path("m.pt")), "data.npy").settings_digest() == "4486c235a273a139"
 
 
 def test_a_manifest_has_a_file_of_its_own(root: Path) -> None:

@@ -151,9 +151,8 @@ def test_a_checkpoint_that_kills_every_worker_fails_alone(
 @pytest.mark.usefixtures("ray")
 def test_what_a_lost_worker_could_not_say_is_done_and_not_done_again(root: Path) -> None:
     items = plan_items(find_checkpoints([root / "runs"]), root / "fixed")
-    request = Request(
-        Path(), "data.npy", model=ModelChoice("nets:DenseNet"), reading=ReadingOptions(batch_size=16)
-    )
+    reading = ReadingOptions(batch_size=16)
+    request = Request(Location(Path()), "data.npy", model=ModelChoice("nets:DenseNet"), reading=reading)
     records: list[Any] = []
     RayEngine(cpus=2).run(items, request, lethal.described, records.append)
     assert sorted(record["checkpoint"] for record in records) == [str(item.checkpoint) for item in items]
@@ -324,7 +323,7 @@ def test_a_checkpoint_behind_a_url_is_refused(tmp_path: Path) -> None:
     with open_mirror():
         item = CheckpointItem(Location.of("memory://bucket/a.pt"), Location(tmp_path / "a.safetensors"))
         with pytest.raises(UsageError, match=r"memory://bucket/a\.pt: expected a path"):
-            RayEngine().run([item], Request(Path(), "data.npy"), lethal.described, print)
+            RayEngine().run([item], Request(Location(Path()), "data.npy"), lethal.described, print)
 
 
 @pytest.mark.usefixtures("root")

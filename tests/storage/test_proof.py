@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ckpt_tools.cli import main
 from ckpt_tools.jobs.earlier_output import DamagedOutput, EarlierOutput, find_earlier_output
 from ckpt_tools.jobs.request import Request
+from ckpt_tools.location import Location
 from ckpt_tools.storage.discovery import find_checkpoints
 from ckpt_tools.storage.output.checkpoint_writer import save, write_safetensors
 from ckpt_tools.storage.output.integrity import FileDigest
@@ -40,7 +41,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("made")
     source = folder / f"in.{request.param}"
     torch.save(STATE, source) if request.param == "pt" else save_file(STATE, source, {"licence": "MIT"})
-    asked = Request(source, "data.npy")
+    asked = Request(Location(source), "data.npy")
     checkpoint = read_checkpoint(source)
     new = {"bn.running_var": torch.full((40,), 2.0)}
     save(folder / "out.safetensors", checkpoint, new, provenance={"settings": asked.settings_digest()})
@@ -224,7 +225,7 @@ def test_outputs_of_0_1_0_are_none_but_cannot_prove_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(STATE, "a.pt")
-    asked = Request(Path("a.pt"), "data.npy")
+    asked = Request(Location(Path("a.pt")), "data.npy")
     metadata = output_metadata(
         read_checkpoint("a.pt"), {"settings": asked.settings_digest()}, digest(Path("a.pt").read_bytes())
     )

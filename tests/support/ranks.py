@@ -21,6 +21,7 @@ from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.jobs.plan import prepare_reestimation
 from ckpt_tools.jobs.reestimation import execute_reestimation
 from ckpt_tools.jobs.request import ModelChoice, ReadingOptions, Request
+from ckpt_tools.location import Location
 from ckpt_tools.method import Method
 
 JOBS: dict[str, dict[str, object]] = {
@@ -54,9 +55,9 @@ def requested(name: str, options: dict[str, object]) -> Request:
         return kind(**defaults, **own)
 
     return Request(
-        Path("model.pt"),
+        Location(Path("model.pt")),
         data=str(options.get("data", "data.npy")),
-        output=Path(str(options.get("output", f"{name}.safetensors"))),
+        output=Location(Path(str(options.get("output", f"{name}.safetensors")))),
         model=ModelChoice("nets:DenseNet"),
         method=group(Method),
         reading=group(ReadingOptions, device="cpu"),

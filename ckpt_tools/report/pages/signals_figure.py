@@ -130,9 +130,8 @@ def write_signals_figure(
             # the user's: with text.usetex they would run LaTeX.
             rcdefaults()
             figure = _draw_figure(before, after)
-            with write_atomically(
-                location, overwrite=True, may_replace=may_replace if only_own else None
-            ) as temporary:
+            check = may_replace if only_own else None
+            with write_atomically(location, overwrite=True, may_replace=check) as temporary:
                 figure.savefig(temporary, format=suffix.removeprefix("."), dpi=150)
                 temporary.write_bytes(add_mark(temporary.read_bytes(), suffix))
     except OSError as error:

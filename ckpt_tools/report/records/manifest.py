@@ -182,15 +182,16 @@ class Manifest:
         record.
         """
         try:
-            is_gone = not os.path.lexists(self.location.path)  # somebody has removed it, so it is made anew
+            # If somebody has removed the manifest, it is made anew.
+            is_gone = not os.path.lexists(self.location.path)
             with self._open(create=is_gone) as file:
                 status = os.fstat(file.fileno())
                 if is_gone:
                     self._file = status
                 if not os.path.samestat(status, self._file):
                     raise OutputError(
-                        f"{self.location}: expected the manifest that was there when the run began, "
-                        "found another file in its place. Nothing was written to it; run again."
+                        f"{self.location}: expected the manifest that was there when the run "
+                        "began, found another file in its place. Nothing was written to it; run again."
                     )
                 file.write(line)
                 file.flush()

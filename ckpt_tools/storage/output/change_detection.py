@@ -29,8 +29,8 @@ def require_unchanged(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
     require_same_stamps(checkpoint, stamps)
     if changed := _find_changed_key(checkpoint):
         raise OutputError(
-            f"{checkpoint.shown_path}: expected the tensors as they were read, found {changed} changed "
-            f"in the file or in memory since. {_AGAIN}"
+            f"{checkpoint.shown_path}: expected the tensors as they were read, found {changed} "
+            f"changed in the file or in memory since. {_AGAIN}"
         )
     return stamps
 

@@ -88,8 +88,8 @@ def require_own_content(location: LocationLike, kind: OwnFileKind, content: byte
     """Raise OutputError for content that another program wrote. An empty file belongs to nobody."""
     if content and (len(content) > _MAX_BYTES or not kind.is_own(content)):
         raise OutputError(
-            f"{location}: expected no file, or {kind.name} as ckpt-fix wrote it, found another file. "
-            f"It stays as it is; give another name with {kind.option}."
+            f"{location}: expected no file, or {kind.name} as ckpt-fix wrote it, found another "
+            f"file. It stays as it is; give another name with {kind.option}."
         )
 
 
