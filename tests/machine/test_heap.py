@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ckpt_tools.reestimate.heap import keep_freed_memory
+from ckpt_tools.machine.heap import keep_freed_memory
 
 PAGES = 64 * 2**20 // resource.getpagesize()
 
