@@ -40,7 +40,7 @@ class Engine(Protocol):
     ) -> None:
         """Re-estimate every item; ``record`` gets one record of each, as soon as its output stands.
 
-        One failure stops no other, and what is done already is not done again, as ``folder.run``
+        One failure stops no other, and what is done already is not done again, as ``reestimate_items``
         says. Raises what concerns all items: DataError, UsageError, ClusterError. ``watch`` is for
         engines that see every batch.
         """
