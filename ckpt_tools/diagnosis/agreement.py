@@ -22,11 +22,11 @@ from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.model.randomness import seed_temporarily
-from ckpt_tools.reestimate.controls import batches_seen, initial_weight, is_trained
-from ckpt_tools.reestimate.finite import check_input
-from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer, batch_statistics, current_statistics
-from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.observation.finite import check_input
+from ckpt_tools.observation.interception import Interception
+from ckpt_tools.observation.layer import Layer, batch_statistics, current_statistics
+from ckpt_tools.observation.running import Runner
+from ckpt_tools.observation.training_history import batches_seen, initial_weight, is_trained
 from ckpt_tools.results import BatchNormLayer, Walk
 
 Normalise = Literal["stored", "batch"]

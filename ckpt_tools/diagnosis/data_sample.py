@@ -17,7 +17,7 @@ from ckpt_tools.errors import ModelError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors, slice_samples
 from ckpt_tools.model.calling import Forward
 from ckpt_tools.model.randomness import seed_temporarily
-from ckpt_tools.reestimate.outliers import InputFilter
+from ckpt_tools.observation.outliers import InputFilter
 from ckpt_tools.results import Walk
 
 EARLY_LAYERS = 3  # how many layers the early score compares

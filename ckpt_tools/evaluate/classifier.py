@@ -14,8 +14,8 @@ from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.model.randomness import seed_temporarily
-from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.running import Runner
+from ckpt_tools.observation.interception import Interception
+from ckpt_tools.observation.running import Runner
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.moments import Evidence
+from ckpt_tools.observation.layer import Layer, relative_error
+from ckpt_tools.observation.training_history import is_trained
 from ckpt_tools.reestimate.choice import Choice
-from ckpt_tools.reestimate.layer import Layer, relative_error
 from ckpt_tools.results import Controls
 
 _MAX_DEVIATION = math.log(2)  # the variance of a typical control channel is off by a factor of two
@@ -20,8 +20,6 @@ _MAX_SHIFT = 0.5  # or its mean by half a standard deviation
 # Only the first control layers are judged. The weights of an unfinished training move after the
 # statistics were taken, and behind those layers this drift adds up to as much as wrong data.
 _JUDGED = 3
-# Weight that the initial variance of 1 may still have in the running average of a control layer.
-_MAX_INITIAL_WEIGHT = 0.01
 
 
 def judge_controls(choice: Choice, layers: Mapping[str, Layer], evidence: Mapping[str, Evidence]) -> Controls:
@@ -73,39 +71,6 @@ def refuse_disagreement(controls: Controls) -> None:
         f"{_MAX_SHIFT}. Check --data and the preprocessing (--mean, --std, --input-size), "
         "or pass --force (force=True) to go on."
     )
-
-
-def is_trained(module: _BatchNorm, *, counted: bool = True) -> bool:
-    """Whether this layer's statistics stem from training: the initial ones have no weight left.
-
-    ``counted=False`` says that the checkpoint had no counters, so that those of the module mean
-    nothing. Then any difference from the initial mean 0 and variance 1 is taken for training.
-    """
-    if not counted:
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        return bool((module.running_mean != 0).any()) or bool((module.running_var != 1).any())
-    return batches_seen(module) > 0 and initial_weight(module) < _MAX_INITIAL_WEIGHT
-
-
-def initial_weight(module: _BatchNorm) -> float:
-    """The weight that the initial mean 0 and variance 1 still have in the running statistics.
-
-    0 if the layer has not counted its batches, or computes a plain average (``momentum=None``).
-    """
-    batches = batches_seen(module)
-    if not batches or module.momentum is None:
-        return 0.0
-    return float((1 - module.momentum) ** batches)
-
-
-def batches_seen(module: _BatchNorm) -> int:
-    """How many batches a layer has counted in training; 0 if it did not count.
-
-    A module that is built without ``track_running_stats`` has no counter. Converted checkpoints
-    may have counters of 0 beside real statistics.
-    """
-    return 0 if module.num_batches_tracked is None else int(module.num_batches_tracked)
 
 
 def _median_channel(values: Iterable[Tensor]) -> float:

@@ -19,16 +19,16 @@ from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
 from ckpt_tools.model.overwriting import overwrite_tensors
 from ckpt_tools.model.preserving import evaluation_mode, preserve_models
+from ckpt_tools.observation.interception import CompiledInterception, Interception
+from ckpt_tools.observation.layer import Layer, MeanVariance
+from ckpt_tools.observation.running import Runner
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.controls import judge_controls, refuse_disagreement
 from ckpt_tools.reestimate.deviation import precision_deviation
 from ckpt_tools.reestimate.estimators import ema, exact, pooled
-from ckpt_tools.reestimate.interception import CompiledInterception, Interception
-from ckpt_tools.reestimate.layer import Layer, MeanVariance
 from ckpt_tools.reestimate.layer_results import layer_results
 from ckpt_tools.reestimate.passes import PassContext
-from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.stopping import Progress

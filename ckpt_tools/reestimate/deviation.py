@@ -7,10 +7,10 @@ from torch import Tensor
 from ckpt_tools.contract import Precision
 from ckpt_tools.machine.precision import relative_deviation
 from ckpt_tools.model.batch import Batch, slice_samples
+from ckpt_tools.observation.finite import check_activations, check_input
+from ckpt_tools.observation.layer import batch_variance
+from ckpt_tools.observation.outliers import InputFilter
 from ckpt_tools.reestimate.batches import no_batch_error
-from ckpt_tools.reestimate.finite import check_activations, check_input
-from ckpt_tools.reestimate.layer import batch_variance
-from ckpt_tools.reestimate.outliers import InputFilter
 from ckpt_tools.reestimate.passes import PassContext
 from ckpt_tools.results import Spread
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ckpt_tools.contract import Statistics
 from ckpt_tools.errors import ModelError
 from ckpt_tools.moments import Evidence, Moments
-from ckpt_tools.reestimate.layer import (
+from ckpt_tools.observation.layer import (
     Layer,
     MeanVariance,
     Rule,

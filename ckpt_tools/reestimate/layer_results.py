@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ckpt_tools.observation.layer import Layer, relative_error
 from ckpt_tools.reestimate.choice import Choice
 from ckpt_tools.reestimate.estimators import Estimate
-from ckpt_tools.reestimate.layer import Layer, relative_error
 from ckpt_tools.results import BatchNormLayer, LayerResult, Spread, Walk
 
 

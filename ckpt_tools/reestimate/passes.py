@@ -14,10 +14,10 @@ from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError
 from ckpt_tools.model.batch import Batch, batch_size, select_samples
 from ckpt_tools.moments import Evidence, Moments
+from ckpt_tools.observation.layer import Layer, MeanVariance, Rule
+from ckpt_tools.observation.outliers import SELF_SUFFICIENT
+from ckpt_tools.observation.running import Runner, has_hooks
 from ckpt_tools.reestimate.batches import Batches, checksum, no_batch_error
-from ckpt_tools.reestimate.layer import Layer, MeanVariance, Rule
-from ckpt_tools.reestimate.outliers import SELF_SUFFICIENT
-from ckpt_tools.reestimate.running import Runner, has_hooks
 from ckpt_tools.reestimate.screening import (
     Observations,
     SampleKey,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.errors import DataError
 from ckpt_tools.model.batch import Batch, batch_size, select_samples
-from ckpt_tools.reestimate.finite import check_activations, not_finite_rows
-from ckpt_tools.reestimate.layer import Observation
-from ckpt_tools.reestimate.outliers import (
+from ckpt_tools.observation.finite import check_activations, not_finite_rows
+from ckpt_tools.observation.layer import Observation
+from ckpt_tools.observation.outliers import (
     MIN_COMPARED,
     SELF_SUFFICIENT,
     EnergyHistory,

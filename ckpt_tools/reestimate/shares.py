@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ckpt_tools.distributed import Team
 from ckpt_tools.model.overwriting import overwrite_tensor
 from ckpt_tools.moments import Clusters, Evidence, Moments, merge_all
-from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.observation.layer import Layer
 
 # Rows of C values a layer: mean and M2, then the means (3) and co-moments (3 × 3) of the clusters
 # of images and of whole batches.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.observation.layer import Layer
 
 # Below so many images the stated errors are too small: at 32 images, intervals of ±1.96 standard
 # errors contain the true variance in 87 to 92 % of the channels instead of 95 %.

@@ -19,9 +19,9 @@ from bench.image_sets import image_set, resize
 from bench.trained_nets import TRAININGS, normalisation, train_net
 from ckpt_tools import Reestimation, reestimate_bn
 from ckpt_tools.model.preserving import preserved_evaluation_mode
-from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer, batch_variance
-from ckpt_tools.reestimate.outliers import LAYER_LIMIT, log_energies, margins
+from ckpt_tools.observation.interception import Interception
+from ckpt_tools.observation.layer import Layer, batch_variance
+from ckpt_tools.observation.outliers import LAYER_LIMIT, log_energies, margins
 
 CASES = ("densenet, dropout", "wrn, dropout, crops")
 IMAGES, BATCH = 600, 300

@@ -21,12 +21,12 @@ from ckpt_tools.data.sample_order import random_order
 from ckpt_tools.demo.densenet import digits_densenet
 from ckpt_tools.model.calling import call_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
+from ckpt_tools.observation.interception import Interception
+from ckpt_tools.observation.layer import Layer, relative_error
+from ckpt_tools.observation.running import Runner
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.estimators import Estimate, pooled
-from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer, relative_error
 from ckpt_tools.reestimate.passes import PassContext
-from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 
 BATCH, SIDE = 128, 32

@@ -18,12 +18,12 @@ from ckpt_tools.demo.digits import load_digits
 from ckpt_tools.demo.train import train
 from ckpt_tools.model.calling import call_model
 from ckpt_tools.moments import Moments
+from ckpt_tools.observation.interception import Interception
+from ckpt_tools.observation.layer import Layer
+from ckpt_tools.observation.running import Runner
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.estimators import pooled
-from ckpt_tools.reestimate.interception import Interception
-from ckpt_tools.reestimate.layer import Layer
 from ckpt_tools.reestimate.passes import PassContext
-from ckpt_tools.reestimate.running import Runner
 from ckpt_tools.reestimate.screening import Screening
 
 

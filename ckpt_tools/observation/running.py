@@ -14,8 +14,8 @@ from ckpt_tools.errors import CkptToolsError, DataError, ModelError, is_short_of
 from ckpt_tools.machine.precision import compute_in_precision
 from ckpt_tools.model.batch import Batch, batch_size, slice_samples, to_device
 from ckpt_tools.model.calling import Forward, device_of
-from ckpt_tools.reestimate.interception import Interception, StopForward
-from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.observation.interception import Interception, StopForward
+from ckpt_tools.observation.layer import Layer
 
 
 class Runner:

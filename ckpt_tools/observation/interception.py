@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.model.calling import batch_norm_arguments
-from ckpt_tools.reestimate.layer import Layer
+from ckpt_tools.observation.layer import Layer
 from ckpt_tools.walker.dropout_sites import disable_attention_dropout, parse_dropout_call
 
 

@@ -27,15 +27,15 @@ from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.diagnosis.data_sample import draw_sample
 from ckpt_tools.distributed import ALONE
 from ckpt_tools.errors import DataError, ModelError
-from ckpt_tools.reestimate.correction import _sample_namer
-from ckpt_tools.reestimate.finite import not_finite_rows
-from ckpt_tools.reestimate.outliers import (
+from ckpt_tools.observation.finite import not_finite_rows
+from ckpt_tools.observation.outliers import (
     EnergyHistory,
     find_suspects,
     is_extreme,
     log_energies,
     one_colour_rows,
 )
+from ckpt_tools.reestimate.correction import _sample_namer
 from ckpt_tools.results import Reestimation
 
 SHAPE = (3, 8, 8)

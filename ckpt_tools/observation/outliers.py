@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.model.batch import Batch, batch_size, select_samples
-from ckpt_tools.reestimate.finite import not_finite_rows
+from ckpt_tools.observation.finite import not_finite_rows
 
 MIN_COMPARED = 8  # with fewer samples nothing can be called unusual
 SELF_SUFFICIENT = 4 * MIN_COMPARED  # a batch of so many samples is compared with itself alone
