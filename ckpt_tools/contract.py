@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Estimator = Literal["pooled", "exact", "ema"]
+Estimator = Literal["auto", "ratio", "pooled", "exact", "ema"]
 LayerChoice = Literal["auto", "downstream", "all"]
 Statistics = Literal["variance", "mean+variance"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -25,6 +25,7 @@ InitRule = Literal["paper", "propagated"]
 BackwardTerm = Literal["auto", "on", "off"]
 BackwardFactor = Literal["paper", "inverted"]
 OutlierReason = Literal["extreme", "blank", "not finite"]
+VerdictLevel = Literal["agree", "doubt", "refuse", "none"]
 
 
 @dataclass(frozen=True)

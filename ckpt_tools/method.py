@@ -29,7 +29,7 @@ class Method:
     Raises UsageError for settings that mean nothing, or nothing together.
     """
 
-    estimator: Estimator = "pooled"
+    estimator: Estimator = "auto"
     layers: LayerChoice = "auto"
     statistics: Statistics = "variance"
     tolerance: float | None = None

@@ -8,8 +8,6 @@ away from zero.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +48,9 @@ class Clusters:
     """How the sums over clusters of images scatter, from which standard errors follow.
 
     Pixels of one image are correlated, so the error of a variance must come from whole images or
-    groups of them. Of each cluster there are three sums: (n, Σ(x−c), Σ(x−c)²). ``mean`` (3, C) and
-    ``comoments`` (3, 3, C) are their means and co-moments over ``count`` clusters.
+    groups of them. Of each cluster there are three sums, (n, Σ(x−c), Σ(x−c)²), or six if a layer's
+    input was measured twice on the same images. ``mean`` (sums, C) and ``comoments`` (sums, sums,
+    C) are their means and co-moments over ``count`` clusters.
 
     ``c`` is any fixed centre near the mean. It must be the same for all that is merged; it keeps
     the sums small.
@@ -63,12 +62,12 @@ class Clusters:
 
     @classmethod
     def of(cls, sums: Tensor) -> Clusters:
-        """The scatter of the clusters whose sums (3, clusters, C) are given."""
+        """The scatter of the clusters whose sums (sums, clusters, C) are given."""
         mean = sums.mean(1)
-        centred = sums - mean[:, None]
+        centred, kinds = sums - mean[:, None], range(len(sums))
         # einsum would make a batched matrix product of this, several times slower.
-        product = {(i, j): (centred[i] * centred[j]).sum(0) for i in range(3) for j in range(i, 3)}
-        rows = [torch.stack([product[min(i, j), max(i, j)] for j in range(3)]) for i in range(3)]
+        product = {(i, j): (centred[i] * centred[j]).sum(0) for i in kinds for j in kinds if i <= j}
+        rows = [torch.stack([product[min(i, j), max(i, j)] for j in kinds]) for i in kinds]
         return cls(sums.shape[1], mean, torch.stack(rows))
 
     def merge(self, other: Clusters) -> Clusters:
@@ -85,67 +84,40 @@ class Clusters:
             self.comoments + other.comoments + outer * (self.count * other.count / count),
         )
 
-    def mean_error(self, moments: Moments, centre: Tensor) -> Tensor:
-        """Standard error (C,) of the pooled mean.
+    def of_sums(self, first: int, last: int) -> Clusters:
+        """The scatter of the sums from ``first`` up to ``last`` alone."""
+        kinds = slice(first, last)
+        return Clusters(self.count, self.mean[kinds], self.comoments[kinds, kinds])
 
-        It is infinite for fewer than two clusters.
+    def spread_of(self, weights: Tensor) -> Tensor:
+        """The standard error (C,) of a total that is linear in the sums, with ``weights`` (sums, C).
+
+        It is √(K/(K−1) · Σ_i(…)²) over K clusters, and infinite for fewer than two.
         """
         if self.count < 2:
-            return torch.full_like(moments.mean, torch.inf)
-        shift = moments.mean - centre
-        weights = torch.stack([-shift, torch.ones_like(shift), torch.zeros_like(shift)])
-        return self._spread_of(weights) / moments.count
-
-    def relative_error(self, moments: Moments, centre: Tensor) -> Tensor:
-        """Relative standard error (C,) of the pooled variance.
-
-        It is infinite for fewer than two clusters. The variance is a ratio of sums over clusters.
-        Its linearisation at cluster i is Σ(x−μ)² − V·n_i, so SE(V)² = K/(K−1) · Σ_i(…)² / N² with K
-        clusters and N values (Cochran 1977, Sampling Techniques, section 6.4). An interval of ±1.96
-        of it covers the truth in 94–96 % of cases from 128 images on.
-        """
-        if self.count < 2:
-            return torch.full_like(moments.mean, torch.inf)
-        shift = moments.mean - centre
-        variance = moments.variance(unbiased=False)
-        weights = torch.stack([shift.square() - variance, -2 * shift, torch.ones_like(shift)])
-        error = self._spread_of(weights) / moments.count
-        # A constant channel has variance 0, of which it is sure.
-        return torch.where(variance > 0, error / variance, 0.0)
-
-    def _spread_of(self, weights: Tensor) -> Tensor:
-        """√(K/(K−1) · Σ_i(…)²) of a weighted sum (3, C) of the three quantities."""
+            return torch.full_like(weights[0], torch.inf)
         scatter = (weights[:, None] * self.comoments * weights).sum((0, 1)).clamp_min(0)
         return (scatter * self.count / (self.count - 1)).sqrt()
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All statistics of a layer's input.
+def mean_weights(moments: Moments, centre: Tensor) -> Tensor:
+    """Weights (3, C) of a cluster's sums in the error of the mean, for ``Clusters.spread_of``."""
+    shift = moments.mean - centre
+    return torch.stack([-shift, torch.ones_like(shift), torch.zeros_like(shift)]) / moments.count
 
-    They are its moments, and how clusters of images and whole batches scatter.
+
+def log_variance_weights(moments: Moments, centre: Tensor) -> Tensor:
+    """Weights (3, C) of a cluster's sums in the relative error of the variance.
+
+    The variance is a ratio of sums over clusters. Its linearisation at cluster i is
+    Σ(x−μ)² − V·n_i, so SE(V)² = K/(K−1) · Σ_i(…)² / N² with K clusters and N values (Cochran 1977,
+    Sampling Techniques, section 6.4). An interval of ±1.96 of it covers the truth in 94–96 % of
+    cases from 128 images on. A constant channel has variance 0, of which it is sure.
     """
-
-    moments: Moments
-    clusters: Clusters
-    batches: Clusters
-
-    def merge(self, other: Evidence) -> Evidence:
-        """The evidence of the union of both samples."""
-        return Evidence(
-            self.moments.merge(other.moments),
-            self.clusters.merge(other.clusters),
-            self.batches.merge(other.batches),
-        )
-
-
-def merge_all(parts: Iterable[Evidence | None]) -> Evidence | None:
-    """The evidence of the union of all samples; None if all parts are None.
-
-    The parts are merged in their order, so that equal runs give equal bits.
-    """
-    evidence = [part for part in parts if part is not None]
-    return functools.reduce(Evidence.merge, evidence) if evidence else None
+    shift = moments.mean - centre
+    variance = moments.variance(unbiased=False)
+    weights = torch.stack([shift.square() - variance, -2 * shift, torch.ones_like(shift)])
+    return torch.where(variance > 0, weights / (moments.count * variance), 0.0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_tools.contract import Estimator, OutlierReason, Precision, Statistics, WeightKind
+from ckpt_tools.contract import Estimator, OutlierReason, Precision, Statistics, VerdictLevel, WeightKind
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,24 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Measured(Spread):
+    """A quantity of each channel of a layer, with the standard error of the median channel's."""
+
+    error: float
+
+
+@dataclass(frozen=True)
 class LayerResult:
-    """The result for one BN layer.
+    """The result for one BN layer; what was not measured is None.
 
-    ``ratio`` is stored variance / new variance; None if it was not measured.
-
-    ``error`` is the relative standard error of the new variance, from how images and whole batches scatter.
+    Attributes:
+        ratio: stored variance / new variance.
+        error: relative standard error of the new variance, from how images and whole batches
+            scatter.
+        mismatch: stored variance / variance under training conditions. It is 1 if the data is
+            distributed as it was in training.
+        dropout_shift: variance under training conditions / under test conditions, which is what
+            dropout adds.
     """
 
     name: str
@@ -123,6 +135,46 @@ class LayerResult:
     control: bool = False
     ratio: Spread | None = None
     error: Spread | None = None
+    mismatch: Measured | None = None
+    dropout_shift: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether data looks like the training data, from the mismatch of all layers.
+
+    Attributes:
+        level: "agree"; "doubt", where something differs that training may explain; "refuse", where
+            another preprocessing explains the data, and the given one does not; "none" where nobody
+            can tell.
+        reason: what was seen, with every number that decided, in a sentence.
+        score: how far the inputs of the layers are from the stored statistics beyond what sampling
+            explains, in standard deviations: 0 is perfect.
+        limit: the largest score of an agreement.
+        images: how many samples were compared.
+    """
+
+    level: VerdictLevel
+    reason: str
+    score: float | None = None
+    limit: float | None = None
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a correction changes in the outputs of a model, on inputs without labels.
+
+    For a classifier ``changed`` is the share of predictions that differ, and the confidences are
+    the mean probabilities of the predicted class. For other outputs these are None, and
+    ``relative_change`` is the root mean square change in units of the outputs' root mean square.
+    """
+
+    images: int
+    changed: float | None
+    confidence_before: float | None
+    confidence_after: float | None
+    relative_change: float
 
 
 @dataclass(frozen=True)
@@ -166,7 +218,7 @@ class Reestimation:
     layers: tuple[LayerResult, ...]
     controls: Controls
     why: str
-    estimator: Estimator
+    estimator: Estimator  # the one that was used, never "auto"
     statistics: Statistics
     images: int
     batches: int
@@ -175,6 +227,9 @@ class Reestimation:
     stopped_early: bool
     seconds: float
     device: str
+    estimator_reason: str = ""  # why this estimator, in a sentence
+    verdict: Verdict | None = None  # None if the data was not compared with the stored statistics
+    effect: Effect | None = None
     left_alone: tuple[LeftAlone, ...] = ()
     processes: int = 1  # that shared the batches
     cut_to: int | None = None  # samples at a time, where memory was too short for whole batches

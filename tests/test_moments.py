@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.channel_statistics import _pool
-from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments
+from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments, log_variance_weights
 
 
 def split(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ def test_error_equals_the_jackknife() -> None:
         parts = [batch_moments(part, zero, batch) for part in x.split(batch)]
         found = clustered(parts)
         assert found.count == sum(-(-batch // group) for _ in parts)
-        error = found.relative_error(pooled(parts), zero)
+        error = found.spread_of(log_variance_weights(pooled(parts), zero))
         if batch % group == 0:
             np.testing.assert_allclose(error, jackknife(x.numpy(), group), rtol=0.03)
         np.testing.assert_allclose(error, jackknife(x.numpy(), 1), rtol=0.3)
@@ -94,7 +94,7 @@ def test_intervals_cover() -> None:
         x = torch.randn(128, 1, 1, generator=g) + torch.randn(128, 1, 9, generator=g)
         found = batch_moments(x, zero, 128)
         variance = found.moments.variance()
-        error = Clusters.of(found.sums).relative_error(found.moments, zero) * variance
+        error = Clusters.of(found.sums).spread_of(log_variance_weights(found.moments, zero)) * variance
         hits += int((variance - truth).abs() <= 1.96 * error)
     assert 0.92 <= hits / 300 <= 0.98
 
@@ -109,7 +109,8 @@ def test_rows_of_one_image_are_one_cluster() -> None:
 
 def test_constant_channels_have_no_error() -> None:
     found = batch_moments(torch.ones(8, 2, 3), torch.zeros(2, dtype=torch.float64), 8)
-    error = Clusters.of(found.sums).relative_error(found.moments, torch.zeros(2, dtype=torch.float64))
+    weights = log_variance_weights(found.moments, torch.zeros(2, dtype=torch.float64))
+    error = Clusters.of(found.sums).spread_of(weights)
     assert found.moments.variance().tolist() == [0, 0]
     assert error.tolist() == [0, 0]
 

@@ -218,12 +218,12 @@ def _summarise(layers: Sequence[Layer], means_only: set[str], images: int, norma
 
 def _compare_layer(layer: Layer, compare_variance: bool) -> LayerAgreement:
     assert layer.moments is not None
-    assert layer.clusters is not None
+    assert layer.evidence is not None
     # The stored variance of a dead channel may be nothing but what is left of the initial one.
     eps = layer.module.eps + 3 * initial_weight(layer.module)
     stored_variance, variance = layer.stored.variance + eps, layer.moments.variance() + eps
     shift = (layer.moments.mean - layer.stored.mean).abs() / stored_variance.sqrt()
-    mean_error = layer.clusters.mean_error(layer.moments, layer.stored.mean)
+    mean_error = layer.evidence.mean_error(layer.stored.mean)
     mean_error = mean_error / stored_variance.sqrt()
     deviation, variance_error = torch.zeros_like(shift), torch.zeros_like(shift)
     if compare_variance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.errors import DataError
-from ckpt_tools.moments import BatchMoments, Clusters, Evidence, Moments, batch_moments, image_sums
+from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments, image_sums
+from ckpt_tools.observation.evidence import Evidence
 
-_MIN_BATCHES = 4  # that show how alike the images of a batch are
 _ENERGY_FLOOR = 1e-6  # in units of the stored variance; keeps the logarithm of a dead channel finite
 
 
@@ -71,6 +70,8 @@ class Layer:
     estimator has arrived at; they start as the stored ones. ``evidence`` is what the pass has shown
     so far of the layer's input; None before the first batch. The module's buffers never change.
     """
+
+    paired = False  # whether the input is measured under training conditions, too
 
     def __init__(self, name: str, module: _BatchNorm, *, rewritten: bool) -> None:
         assert module.running_mean is not None
@@ -131,9 +132,9 @@ class Layer:
         return None if self.evidence is None else self.evidence.moments
 
     @property
-    def clusters(self) -> Clusters | None:
-        """How images, or groups of them, scatter in this pass; None before the first batch."""
-        return None if self.evidence is None else self.evidence.clusters
+    def batch_calls(self) -> list[BatchMoments]:
+        """What each call of this layer in the current batch has shown."""
+        return self._calls
 
     @property
     def calls(self) -> int:
@@ -153,11 +154,9 @@ class Layer:
         self.discard_batch()
         if not calls:
             return None
-        moments, sums = _merge_calls(calls)
-        # The sum over all clusters makes a single cluster of the whole batch.
-        evidence = Evidence(moments, Clusters.of(sums), Clusters.of(sums.sum(1, keepdim=True)))
+        moments, sums = merge_calls(calls)
         image_energy = self._energy(_add_sums(images)) if images else None
-        return Observation(evidence, self._energy(sums), image_energy)
+        return Observation(batch_evidence(moments, sums), self._energy(sums), image_energy)
 
     def _energy(self, sums: Tensor) -> Tensor:
         variance = self.stored.variance + self.module.eps
@@ -176,46 +175,27 @@ class Layer:
         return observation.evidence.moments
 
     def relative_error(self) -> Tensor:
-        """Relative standard error (C,) of the pooled variance so far."""
+        """Relative standard error (C,) of what the pass estimates, so far."""
         assert self.evidence is not None
-        return relative_error(self.evidence, self.stored.mean)
+        return self.evidence.relative_error(self.stored.mean)
 
 
-def relative_error(evidence: Evidence, centre: Tensor) -> Tensor:
-    """Relative standard error (C,) of the pooled variance.
-
-    ``centre`` (C,) is the mean around which the evidence was gathered: the stored one.
-    """
-    moments, batches = evidence.moments, evidence.batches
-    error = evidence.clusters.relative_error(moments, centre)
-    if batches.count < _MIN_BATCHES:
-        return error
-    between = batches.relative_error(moments, centre)
-    return error * _batch_dependence(error, between, batches.count)
-
-
-def _batch_dependence(error: Tensor, between: Tensor, batches: int) -> float:
-    """How many times larger a layer's error is than if images were independent.
-
-    Behind a layer that is normalised by each batch's own variance, what one batch has too much of
-    is divided away: there the true errors are 0.5 to 0.8 of ``error`` (C,), from single clusters of
-    images. Errors ``between`` (C,) whole batches contain this effect, but batches are few. The
-    ratio over all channels of a layer is steady enough from four batches on, with half a batch's
-    weight on a ratio of 1. It is above 1 where the images of a batch resemble each other.
-    """
-    usable = (error > 0) & error.isfinite() & between.isfinite()
-    if not bool(usable.any()):
-        return 1.0
-    ratio = float((between[usable] / error[usable]).square().mean())
-    return math.sqrt(((batches - 1) * ratio + 0.5) / (batches - 0.5))
-
-
-def _merge_calls(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
+def merge_calls(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
     """Moments and cluster sums of all calls in one forward, for a layer that is used repeatedly."""
     moments = calls[0].moments
     for call in calls[1:]:
         moments = moments.merge(call.moments)
     return moments, _add_sums([call.sums for call in calls])
+
+
+def batch_evidence(moments: Moments, sums: Tensor, training: Moments | None = None) -> Evidence:
+    """What a single batch shows, given the sums of its clusters.
+
+    ``training`` are the moments under training conditions, whose sums then follow those under test
+    conditions.
+    """
+    # The sum over all clusters makes a single cluster of the whole batch.
+    return Evidence(moments, Clusters.of(sums), Clusters.of(sums.sum(1, keepdim=True)), training)
 
 
 def _add_sums(calls: list[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -16,6 +17,11 @@ from ckpt_tools.model.batch import Batch, batch_size, slice_samples, to_device
 from ckpt_tools.model.calling import Forward, device_of
 from ckpt_tools.observation.interception import Interception, StopForward
 from ckpt_tools.observation.layer import Layer
+from ckpt_tools.observation.paired_layer import PairedLayer
+
+# Of the pass under training conditions. Four are enough where dropout adds less noise than images
+# differ; beyond sixteen the gain does not pay (see scripts/bench evidence).
+_FIRST_REPEATS, _MAX_REPEATS = 4, 16
 
 
 class Runner:
@@ -112,6 +118,39 @@ class Runner:
                 self._forward(self._model, to_device(batch, self._device, self._layout))
         except StopForward:
             pass
+
+
+class PairedRunner(Runner):
+    """Runs each batch under training conditions, several times, and then under test conditions.
+
+    ``training`` runs the copy in training mode. Dropout is drawn afresh in each repeat. After the
+    first batch the number of ``repeats`` is set so that dropout's share of the error is below that
+    of the images, within bounds: a repeat costs a forward.
+    """
+
+    def __init__(self, test: Runner, training: Runner, *, repeats: int | None = None) -> None:
+        vars(self).update(vars(test))
+        self._training = training
+        self._is_decided = repeats is not None
+        self.repeats = repeats or _FIRST_REPEATS
+
+    def _call(self, batch: Batch, watched: Sequence[Layer], *, stop: bool) -> None:
+        pairs = [layer for layer in watched if isinstance(layer, PairedLayer)]
+        self._training.precision, self._training._layout = self.precision, self._layout
+        for layer in pairs:
+            layer.repeats = self.repeats
+        for _ in range(self.repeats):
+            self._training._call(batch, [layer.training for layer in pairs], stop=stop)
+        super()._call(batch, watched, stop=stop)
+        if not self._is_decided:
+            self._decide_repeats(pairs)
+
+    def _decide_repeats(self, layers: Sequence[PairedLayer]) -> None:
+        shares = [layer.noise_share() for layer in layers if layer.rewritten]
+        known = [share for share in shares if share is not None]
+        if known:
+            self.repeats = min(max(_FIRST_REPEATS, math.ceil(max(known))), _MAX_REPEATS)
+            self._is_decided = True
 
 
 def has_hooks(model: nn.Module) -> bool:

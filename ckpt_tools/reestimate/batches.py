@@ -64,6 +64,17 @@ class Batches:
             self._ahead.append(batch)
         return self._ahead
 
+    def first_images(self, images: int) -> Iterator[Batch]:
+        """Iterate over the first batches, which hold ``images`` samples together or more.
+
+        Like ``ahead``, but one by one: a batch is read when its turn comes.
+        """
+        number = given = 0
+        while given < images and len(ahead := self.ahead(given + 1)) > number:
+            yield ahead[number]
+            given += batch_size(ahead[number])
+            number += 1
+
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over all batches once."""
         ahead, started = self._ahead, self._started

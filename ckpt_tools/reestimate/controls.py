@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.errors import CheckFailed
-from ckpt_tools.moments import Evidence
-from ckpt_tools.observation.layer import Layer, relative_error
+from ckpt_tools.observation.evidence import Evidence
+from ckpt_tools.observation.layer import Layer
 from ckpt_tools.observation.training_history import is_trained
 from ckpt_tools.reestimate.choice import Choice
 from ckpt_tools.results import Controls
@@ -27,6 +27,9 @@ def judge_controls(choice: Choice, layers: Mapping[str, Layer], evidence: Mappin
 
     Layers whose stored variance is still largely its initial value cannot serve.
     """
+    evidence = {
+        name: item.under_training_conditions() if item.training else item for name, item in evidence.items()
+    }
     usable = [
         name
         for name, layer in layers.items()
@@ -43,7 +46,7 @@ def judge_controls(choice: Choice, layers: Mapping[str, Layer], evidence: Mappin
 
     # Medians over channels: a dead channel, or one that differs by chance, decides nothing.
     judged = usable[:_JUDGED]
-    errors = [relative_error(evidence[name], layers[name].stored.mean) for name in judged]
+    errors = [evidence[name].relative_error(layers[name].stored.mean) for name in judged]
     noise = _median_channel(errors)
     if math.isinf(noise):
         return Controls((), None, None, None, "none", "from one sample nobody can tell")
@@ -92,5 +95,5 @@ def _shift(layer: Layer, evidence: Evidence) -> Tensor:
 
 def _shift_error(layer: Layer, evidence: Evidence) -> Tensor:
     """Standard error (C,) of the shift."""
-    error = evidence.clusters.mean_error(evidence.moments, layer.stored.mean)
+    error = evidence.mean_error(layer.stored.mean)
     return error / (layer.stored.variance + layer.module.eps).sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,25 @@ from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
 from ckpt_tools.model.overwriting import overwrite_tensors
 from ckpt_tools.model.preserving import evaluation_mode, preserve_models
+from ckpt_tools.model.randomness import seed_random_generators
 from ckpt_tools.observation.interception import CompiledInterception, Interception
 from ckpt_tools.observation.layer import Layer, MeanVariance
-from ckpt_tools.observation.running import Runner
+from ckpt_tools.observation.paired_layer import PairedLayer
+from ckpt_tools.observation.running import PairedRunner, Runner
+from ckpt_tools.observation.training_mode import copy_in_training_mode
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.controls import judge_controls, refuse_disagreement
 from ckpt_tools.reestimate.deviation import precision_deviation
-from ckpt_tools.reestimate.estimators import ema, exact, pooled
+from ckpt_tools.reestimate.effect import MAX_IMAGES as EFFECT_IMAGES
+from ckpt_tools.reestimate.effect import measure_effect
 from ckpt_tools.reestimate.layer_results import layer_results
 from ckpt_tools.reestimate.passes import PassContext
 from ckpt_tools.reestimate.screening import Screening
+from ckpt_tools.reestimate.selection import estimate_statistics
 from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.results import Reestimation, Walk
+from ckpt_tools.results import Reestimation, Verdict, Walk
 from ckpt_tools.walker.downstream import walk_preserved_model
 
 
@@ -40,7 +46,7 @@ def reestimate_bn(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    estimator: Estimator = "pooled",
+    estimator: Estimator = "auto",
     layers: LayerChoice = "auto",
     statistics: Statistics = "variance",
     tolerance: float | None = None,
@@ -139,8 +145,15 @@ def run_method(
     walk: Walk | None = None,
     progress: Callable[[Progress], None] | None = None,
     distributed: bool = False,
+    synthetic: bool = False,
+    verdict: Verdict | None = None,
+    dry_run: bool = False,
 ) -> Reestimation:
-    """Do what ``reestimate_bn`` describes, with its settings as one object."""
+    """Do what ``reestimate_bn`` describes, with its settings as one object.
+
+    ``synthetic`` says that the batches are made up; ``verdict`` is what is known about the data.
+    With ``dry_run`` the model stays as it is.
+    """
     started = time.perf_counter()
     estimator, statistics, precision = method.estimator, method.statistics, method.precision
     data = Batches(batches)
@@ -152,13 +165,12 @@ def run_method(
         )
     model = unwrap_model(model)
     check_precision(precision, device_of(model))
-    interception = CompiledInterception() if method.compile else Interception()
-    runner = Runner(model, forward, interception, precision, compiled=method.compile)
     group = join_team() if distributed else contextlib.nullcontext(ALONE)
     with preserve_models(model, forward) as state, group as team:
         check_team(estimator, team)
         walk = walk or team.first(lambda: walk_preserved_model(model, data.first(), state, forward=forward))
         choice = choose(walk, method.layers, rates=rates, statistics=statistics)
+        runner = _make_runner(model, forward, method)
         # Submodules that the user has compiled must run as they are written to be intercepted.
         uncompiled = contextlib.nullcontext() if method.compile else force_eager()
         with evaluation_mode(model), torch.no_grad(), uncompiled:
@@ -167,26 +179,39 @@ def run_method(
             observed = _observed_layers(model, walk, choice)
             context = PassContext(model, data, runner, observed, screening, team, progress)
             deviation = None if precision == "fp32" else precision_deviation(context)
-            if estimator == "ema":
-                estimate = ema(context, statistics, method.momentum, method.epochs)
-            elif estimator == "exact":
-                estimate = exact(context, statistics, method.tolerance)
-            else:
-                estimate = pooled(context, statistics, method.tolerance)
+            # The first inputs stay at hand, because the passes may use up what can be read once.
+            sample = tuple(data.ahead(EFFECT_IMAGES)) if estimator in ("auto", "ratio") else ()
+            selection = estimate_statistics(
+                context,
+                lambda: _paired_context(context, walk, choice, forward, method),
+                method,
+                rates=rates,
+                synthetic=synthetic,
+                verdict=verdict,
+            )
+            estimate = selection.estimate
+            layers = {**selection.layers, **observed}
+            effect = None
+            if selection.paired:
+                effect = team.first(
+                    lambda: measure_effect(model, sample, forward, layers, estimate.statistics)
+                )
         evidence = estimate.last_pass.evidence
-        controls = team.first(lambda: judge_controls(choice, observed, evidence))
+        controls = team.first(lambda: judge_controls(choice, layers, evidence))
         # Free memory differs between processes; the smallest part is what the user needs to know.
         cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
     # From here on the model is as it was. All that may raise comes before the first write.
-    results = layer_results(walk, choice, observed, estimate)
-    if not method.force:
+    results = layer_results(walk, choice, layers, estimate, selection.paired)
+    # The variances that mean+variance replaces are no judge of the data, and `ratio` needs none.
+    if not method.force and statistics == "variance" and selection.estimator != "ratio":
         refuse_disagreement(controls)
-    _write(observed, estimate.statistics, means=statistics == "mean+variance")
+    if not dry_run:
+        _write(observed, estimate.statistics, means=statistics == "mean+variance")
     return Reestimation(
         layers=results,
         controls=controls,
         why=choice.why,
-        estimator=estimator,
+        estimator=selection.estimator,
         statistics=statistics,
         images=estimate.last_pass.total.images,
         batches=estimate.last_pass.total.batches,
@@ -195,6 +220,9 @@ def run_method(
         stopped_early=estimate.stopped_early,
         seconds=time.perf_counter() - started,
         device=str(device_of(model)),
+        estimator_reason=selection.reason,
+        verdict=selection.verdict,
+        effect=effect,
         processes=team.world,
         cut_to=cut_to,
         precision=precision,
@@ -203,6 +231,28 @@ def run_method(
         outliers=tuple(detected.outlier for detected in estimate.outliers),
         common=() if method.keep_outliers else tuple(sorted(screening.common)),
     )
+
+
+def _make_runner(model: nn.Module, forward: Forward, method: Method, *, dropout: bool = False) -> Runner:
+    kind = CompiledInterception if method.compile else Interception
+    return Runner(model, forward, kind(dropout=dropout), method.precision, compiled=method.compile)
+
+
+def _paired_context(
+    context: PassContext, walk: Walk, choice: Choice, forward: Forward, method: Method
+) -> PassContext:
+    """The context of a paired measurement: every reached layer, in the model and in a copy of it."""
+    copied = copy_in_training_mode(context.model, containers=walk.containers_trained)
+    seed_random_generators(context.team.rank)  # dropout of the repeats; the caller restores them
+    modules, twins = dict(context.model.named_modules()), dict(copied.model.named_modules())
+    layers: dict[str, Layer] = {}
+    for walked in walk.batch_norms:
+        module, twin = modules[walked.name], twins[walked.name]
+        if walked.reached and isinstance(module, _BatchNorm) and isinstance(twin, _BatchNorm):
+            frozen, rewritten = walked.name in copied.frozen, walked.name in choice.rewrite
+            layers[walked.name] = PairedLayer(walked.name, module, twin, rewritten=rewritten, frozen=frozen)
+    training = _make_runner(copied.model, forward, method, dropout=True)
+    return replace(context, layers=layers, runner=PairedRunner(context.runner, training))
 
 
 def check_team(estimator: str, team: Team) -> None:

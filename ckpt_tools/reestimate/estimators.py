@@ -1,4 +1,4 @@
-"""The estimators `pooled`, `exact` and `ema`: how new statistics follow from passes over the data.
+"""The estimators `ratio`, `pooled`, `exact` and `ema`: how new statistics follow from passes over the data.
 
 Each is a function that runs one or more passes and returns an `Estimate`. An estimator that runs
 several passes gives the later ones the result of the first, so that changed data is noticed.
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.contract import Statistics
-from ckpt_tools.errors import ModelError
-from ckpt_tools.moments import Evidence, Moments
+from ckpt_tools.errors import ModelError, NothingToDo
+from ckpt_tools.moments import Moments
+from ckpt_tools.observation.evidence import Evidence
 from ckpt_tools.observation.layer import (
     Layer,
     MeanVariance,
@@ -23,6 +24,7 @@ from ckpt_tools.observation.layer import (
     batch_variance,
     current_statistics,
 )
+from ckpt_tools.observation.paired_layer import paired_statistics
 from ckpt_tools.reestimate.passes import DataPass, PassContext, PassResult
 from ckpt_tools.reestimate.screening import DetectedOutlier
 
@@ -32,6 +34,7 @@ _MAX_PASSES = 100
 # Weight of the new value in a log-space step. Undamped passes diverge; from `pooled`, a weight of
 # 0.7 reaches 1e-3 in 6 to 7 passes on small nets, 0.5 in 8 to 9.
 _DAMPING = 0.7
+_NO_SHIFT = 1e-5  # a smaller relative change of a variance is rounding
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,41 @@ class Estimate:
     stopped_early: bool = False
     residual: float | None = None
     error_scale: float = 1.0
+
+
+def ratio(context: PassContext, tolerance: float | None, max_images: int | None = None) -> Estimate:
+    """The stored variance, less dropout's share of it: stored · V_off / V_on.
+
+    Both variances are measured on the same samples, under test and under training conditions. So
+    what the samples have of their own cancels, and they need not be those of the training. The
+    layers of the context are of type ``PairedLayer``. Raises NothingToDo if dropout changes no
+    variance.
+    """
+    only = DataPass(context, paired_statistics, tolerance=tolerance, max_images=max_images).run()
+    shifts = {name: dropout_shift(only.evidence[name]) for name in _reached_names(context, only.evidence)}
+    if shifts and all(bool(((shift - 1).abs() < _NO_SHIFT).all()) for shift in shifts.values()):
+        raise NothingToDo(
+            "nothing to do: with dropout on and off the inputs of every BN layer have the same "
+            "variance, so no noise reaches them. Give the drop rates of the training run "
+            "(--model-kwargs), or use --estimator pooled."
+        )
+    corrected = {
+        name: MeanVariance(stored.mean, stored.variance / shift)
+        for name, shift in shifts.items()
+        for stored in [context.layers[name].stored]
+    }
+    _require_some(corrected)
+    return Estimate(corrected, only, only.total.outliers, stopped_early=only.stopped_early)
+
+
+def dropout_shift(evidence: Evidence) -> Tensor:
+    """Variance under training conditions / variance under test conditions (C,).
+
+    It is 1 for a channel that has no variance under one of them: such a channel shows nothing.
+    """
+    assert evidence.training is not None
+    training, test = evidence.training.variance(), evidence.moments.variance()
+    return torch.where((training > 0) & (test > 0), training / test, 1.0)
 
 
 def pooled(context: PassContext, statistics: Statistics, tolerance: float | None) -> Estimate:
@@ -138,9 +176,13 @@ def _measured_statistics(
             measured[name] = MeanVariance(context.layers[name].stored.mean, moments.variance())
         else:
             measured[name] = MeanVariance(moments.mean, moments.variance(unbiased=False))
-    if not measured:
-        raise ModelError("the data reached none of the layers to rewrite, although the example input did.")
+    _require_some(measured)
     return measured
+
+
+def _require_some(statistics: Mapping[str, MeanVariance]) -> None:
+    if not statistics:
+        raise ModelError("the data reached none of the layers to rewrite, although the example input did.")
 
 
 def _reached_names(context: PassContext, evidence: Mapping[str, Evidence]) -> list[str]:

@@ -13,7 +13,8 @@ from torch import nn
 from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError
 from ckpt_tools.model.batch import Batch, batch_size, select_samples
-from ckpt_tools.moments import Evidence, Moments
+from ckpt_tools.moments import Moments
+from ckpt_tools.observation.evidence import Evidence
 from ckpt_tools.observation.layer import Layer, MeanVariance, Rule
 from ckpt_tools.observation.outliers import SELF_SUFFICIENT
 from ckpt_tools.observation.running import Runner, has_hooks
@@ -82,6 +83,8 @@ class DataPass:
         same_samples: whether later passes must see the samples of the first, and leave out the
             outliers of the first. Otherwise the passes may be augmented differently.
         tolerance: end the pass when the error bound is below it; None reads everything.
+        max_images: read only the first batches, which hold so many samples; the next pass begins
+            with them again.
         update: called for each rewritten layer after each batch.
         residual: of the pass before, for the progress display.
     """
@@ -92,6 +95,7 @@ class DataPass:
     first: PassResult | None = None
     same_samples: bool = False
     tolerance: float | None = None
+    max_images: int | None = None
     update: Update | None = None
     residual: float | None = None
     _control_batches: int = field(default=0, init=False)
@@ -146,8 +150,7 @@ class DataPass:
         # Small batches cannot show what is usual, so several are looked at before the first is run.
         if context.screening.judges:
             team.all(lambda: context.screening.look_ahead(context.batches.ahead(SELF_SUFFICIENT)))
-        limit = None if self.first is None else self.first.local_batches
-        numbered = enumerate(itertools.islice(context.batches, limit))
+        numbered = enumerate(self._batches())
         local, total, stopped = Tally(), Tally(), False
         while not stopped:
             shares = self._read_round(numbered)
@@ -160,6 +163,12 @@ class DataPass:
         if total.batches and not team.alone:  # the other processes may have ended later than this
             self._report_progress(total.images)
         return local, total, stopped
+
+    def _batches(self) -> Iterator[Batch]:
+        batches = self.context.batches
+        if self.max_images is not None:
+            return batches.first_images(math.ceil(self.max_images / self.context.team.world))
+        return itertools.islice(batches, None if self.first is None else self.first.local_batches)
 
     def _is_rereadable(self) -> bool:
         return not any(self.context.team.all(lambda: self.context.batches.one_shot))
@@ -213,7 +222,7 @@ class DataPass:
     def _observe(self, number: int, batch: Batch, per_image: bool) -> Iterator[tuple[int, Observations]]:
         """Run a batch, as a whole or in parts; yield each part's size and observations."""
         layers, with_controls = self.context.layers.values(), number < self._control_batches
-        watched = [layer for layer in layers if layer.rewritten or with_controls]
+        watched = [layer for layer in layers if layer.rewritten or layer.paired or with_controls]
         for layer in watched:
             layer.begin_batch(per_image=per_image)
         stop = self._runs_layers_once is True

@@ -22,7 +22,7 @@ from ckpt_tools.demo.densenet import digits_densenet
 from ckpt_tools.model.calling import call_model
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.observation.interception import Interception
-from ckpt_tools.observation.layer import Layer, relative_error
+from ckpt_tools.observation.layer import Layer
 from ckpt_tools.observation.running import Runner
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.estimators import Estimate, pooled
@@ -85,7 +85,7 @@ def coverage(name: str, images: Tensor, labels: Tensor, tolerance: float, trials
         misses = []
         for name, new in estimate.statistics.items():
             misses.append((new.variance / truth[name].variance - 1).abs())
-            error = relative_error(estimate.last_pass.evidence[name], modules[name].running_mean.double())
+            error = estimate.last_pass.evidence[name].relative_error(modules[name].running_mean.double())
             inside.append(misses[-1] <= 1.96 * error)
         errors.append(float(torch.cat(misses).quantile(0.95)))
     return {

@@ -29,7 +29,8 @@ from ckpt_tools.distributed import ALONE, Ranks
 from ckpt_tools.errors import UsageError
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
-from ckpt_tools.moments import Clusters, Evidence, batch_moments, merge_all
+from ckpt_tools.moments import Clusters, batch_moments
+from ckpt_tools.observation.evidence import Evidence, merge_all
 from ckpt_tools.reestimate.shares import pack_evidence, unpack_evidence
 
 SUPPORT = Path(__file__).parents[1] / "support"

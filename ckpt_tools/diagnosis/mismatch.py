@@ -1,0 +1,113 @@
+"""Do the stored statistics describe the inputs that the layers get under training conditions?
+
+A layer's mismatch is its stored variance divided by the variance of its input, measured with
+dropout on while all layers normalise with batch statistics. On data that is distributed as it was
+in training it is 1, up to sampling. Together with the shift of the means it says whether the
+paper's estimate (section 3), which takes the data for that of the training, may be believed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckpt_tools.observation.evidence import Evidence
+from ckpt_tools.observation.layer import Layer
+from ckpt_tools.observation.training_history import initial_weight, is_trained
+from ckpt_tools.results import Measured, Verdict
+
+# The largest score of data that agrees. Measured by scripts/bench evidence.
+AGREEMENT_LIMIT = 0.05
+_FEWEST_IMAGES = 32  # fewer say nothing
+
+
+@dataclass(frozen=True)
+class LayerMismatch:
+    """How one layer's input differs from its stored statistics, each (C,) in float64.
+
+    Attributes:
+        log_variance: ln(stored variance / variance under training conditions).
+        log_variance_error: its standard error.
+        shift: measured mean − running mean in stored standard deviations.
+        shift_error: its standard error.
+    """
+
+    name: str
+    log_variance: Tensor
+    log_variance_error: Tensor
+    shift: Tensor
+    shift_error: Tensor
+
+    @property
+    def excess(self) -> float:
+        """The mean squared distance beyond what sampling explains.
+
+        The distance of two normal distributions in Fisher's metric is √(Δ² + λ²/2) for a small
+        shift Δ and a small logarithm λ of the ratio of variances. A channel counts 1 at most.
+        """
+        distance = self.shift.square() + self.log_variance.square() / 2
+        expected = self.shift_error.square() + self.log_variance_error.square() / 2
+        return float((distance.clamp(max=1) - expected).nan_to_num(1.0).mean())
+
+
+def compare_layer(layer: Layer, evidence: Evidence) -> LayerMismatch:
+    """Compare a layer's stored statistics with what was measured under training conditions."""
+    training = evidence.under_training_conditions() if evidence.training else evidence
+    # The stored variance of a dead channel may be nothing but what is left of the initial one.
+    eps = layer.module.eps + 3 * initial_weight(layer.module)
+    stored, variance = layer.stored.variance + eps, training.moments.variance() + eps
+    error = training.relative_error(layer.stored.mean) * training.moments.variance() / variance
+    return LayerMismatch(
+        layer.name,
+        (stored / variance).log(),
+        error,
+        (training.moments.mean - layer.stored.mean) / stored.sqrt(),
+        training.mean_error(layer.stored.mean) / stored.sqrt(),
+    )
+
+
+def judge_mismatch(layers: Mapping[str, Layer], evidence: Mapping[str, Evidence], images: int) -> Verdict:
+    """Say whether the data agrees with the stored statistics of all trained layers."""
+    if images < _FEWEST_IMAGES:
+        return Verdict("none", f"{images} samples are too few to compare them with the training data")
+    compared = [
+        compare_layer(layer, evidence[name])
+        for name, layer in layers.items()
+        if name in evidence and is_trained(layer.module)
+    ]
+    if not compared:
+        reason = "the counters of the BN layers do not show enough training batches"
+        return Verdict("none", f"{reason} to forget the initial statistics")
+    score = mismatch_score(compared)
+    worst = max(compared, key=lambda layer: layer.excess)
+    measured = (
+        f"distance {score:.3f} from the stored statistics over {len(compared)} BN layers, on {images} samples"
+    )
+    if score <= AGREEMENT_LIMIT:
+        reason = f"{measured}, within the {AGREEMENT_LIMIT} of training data"
+        return Verdict("agree", reason, score, AGREEMENT_LIMIT, images)
+    factor = math.exp(float(worst.log_variance.median()))
+    reason = (
+        f"{measured}, expected {AGREEMENT_LIMIT} at most; most in {worst.name}, where stored / "
+        f"measured variance is {factor:.2f} in the median channel. Training augmentation, averaged "
+        "weights or another sample of the data explain such a difference"
+    )
+    return Verdict("doubt", reason, score, AGREEMENT_LIMIT, images)
+
+
+def mismatch_score(layers: list[LayerMismatch]) -> float:
+    """The root of the mean excess over layers; 0 where sampling explains everything."""
+    return math.sqrt(max(0.0, sum(layer.excess for layer in layers) / len(layers)))
+
+
+def measure(values: Tensor, relative_error: Tensor, usable: Tensor) -> Measured:
+    """Median, range and the median channel's standard error of the usable channels (C,)."""
+    usable = usable & values.isfinite()
+    if not bool(usable.any()):
+        usable = torch.ones_like(usable)
+    values, error = values[usable], (values * relative_error)[usable]
+    return Measured(float(values.median()), float(values.min()), float(values.max()), float(error.median()))
