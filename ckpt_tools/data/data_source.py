@@ -38,7 +38,7 @@ class Source(Protocol):
         """The data as the user named it."""
 
     @property
-    def kind(self) -> Literal["folder", "shards", "array", "dataset", "callable"]:
+    def kind(self) -> Literal["folder", "shards", "array", "dataset", "callable", "synthetic"]:
         """The kind of data that the spec turned out to name."""
 
     @property

@@ -1,0 +1,280 @@
+"""Random inputs for the paired measurement, where no training data is at hand.
+
+The measurement compares two variances on the same inputs, so what the inputs have of their own cancels.
+They only have to excite the channels of a network roughly as its training data did. Neighbouring pixels of
+natural images are alike, and so are their colour channels; white noise has neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ckpt_tools.contract import InputSpec
+from ckpt_tools.data.images.transforms import PixelScale
+from ckpt_tools.data.sample_order import Reading
+from ckpt_tools.data.stream import Chunk, IndexedStream
+from ckpt_tools.errors import DataError
+
+__all__ = [
+    "DEFAULT_COUNT",
+    "DEFAULT_NOISE",
+    "NoiseKind",
+    "SyntheticSource",
+    "synthetic_images",
+    "synthetic_samples",
+]
+
+NoiseKind = Literal["smooth", "1/f^2 power", "1/f power", "white"]
+"""How strongly the pixels of a random image depend on their neighbours, from strong to not at all.
+
+- ``smooth``: a coarse grid of independent normal numbers, enlarged bicubically;
+- ``1/f^2 power``: the power spectrum falls as 1/f², as that of natural images does (Field 1987);
+- ``1/f power``: the power spectrum falls as 1/f;
+- ``white``: every pixel is independent of all others.
+"""
+
+DEFAULT_NOISE: NoiseKind = "1/f^2 power"
+DEFAULT_COUNT = 512
+
+# The correlation between two channels of an image. In natural images it is about 0.9 between red, green and
+# blue, because most of what changes from pixel to pixel is the luminance.
+_CHANNEL_CORRELATION = 0.9
+
+_SPECTRAL_EXPONENTS = {"1/f^2 power": 2.0, "1/f power": 1.0}
+_DESCRIPTIONS = {
+    "smooth": "random images of smooth noise",
+    "1/f^2 power": "random images with a 1/f² power spectrum",
+    "1/f power": "random images with a 1/f power spectrum",
+    "white": "random images of white noise",
+}
+
+_IMAGE_CHANNELS = (1, 3, 4)  # grey, RGB, and RGB with an alpha or infrared channel
+
+# Pixels have mean 0.45 and standard deviation 0.25 on the scale 0–1, about the values of ImageNet (0.449 and
+# 0.226) and of CIFAR-10 (0.473 and 0.251). Clamping to 0–1, which real pixels obey, takes away 4 % of the
+# standard deviation: N(0.45, 0.25²) would end with 0.452 and 0.239. These values end with 0.450 and 0.250.
+_MEAN_BEFORE_CLAMPING, _STD_BEFORE_CLAMPING = 0.4468, 0.2651
+
+
+def synthetic_images(
+    count: int, shape: tuple[int, ...], *, kind: NoiseKind = DEFAULT_NOISE, generator: torch.Generator
+) -> Tensor:
+    """Return random images (count, C, H, W), float32, with mean 0 and variance 1.
+
+    Mean and variance are those of the distribution: an image may be brighter or of less contrast than
+    another, as natural images are. Two channels of an image have a correlation of 0.9.
+    """
+    numbers = torch.randn(count, *_noise_shape(shape, kind), generator=generator)
+    return _images_of_noise(numbers, shape, kind)
+
+
+def synthetic_samples(
+    count: int, shape: tuple[int, ...], *, kind: NoiseKind = DEFAULT_NOISE, generator: torch.Generator
+) -> Tensor:
+    """Return random inputs (count, *shape), float32, with mean 0 and variance 1.
+
+    Three dimensions (C, H, W) are those of an image, as ``synthetic_images`` makes it. Vectors (F,),
+    sequences (C, L) and volumes (C, D, H, W) are independent normal numbers, whatever the ``kind``.
+    """
+    if len(shape) == 3:
+        return synthetic_images(count, shape, kind=kind, generator=generator)
+    return torch.randn(count, *shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Random inputs in place of training data; a ``Source``.
+
+    Each input has a random generator of its own, so that the inputs are the same in every pass, in every
+    process, and for every batch size.
+
+    ``sample_shape`` is the shape of inputs that no InputSpec describes. They have mean 0 and variance 1. It
+    is None where the model's InputSpec decides.
+    """
+
+    sample_shape: tuple[int, ...] | None = None
+    count: int = DEFAULT_COUNT
+    seed: int = 0
+    noise: NoiseKind = DEFAULT_NOISE
+    spec: str = "synthetic inputs"
+    kind: Literal["synthetic"] = "synthetic"
+
+    @property
+    def is_preprocessed(self) -> bool:
+        """Whether there are inputs without an InputSpec, since their shape is known."""
+        return self.sample_shape is not None
+
+    def batches(self, input_spec: InputSpec | None, reading: Reading) -> IndexedStream:
+        """Return a stream of float32 batches (n, *shape).
+
+        Images of a model whose InputSpec is known are made of pixels and normalised as real ones are; all
+        other inputs have mean 0 and variance 1. An image has three dimensions (C, H, W) and one, three or
+        four channels, or as many as ``input_spec`` has means.
+
+        Raises DataError if no shape is known.
+        """
+        shape = self.sample_shape if input_spec is None else input_spec.shape
+        if shape is None:
+            raise DataError(
+                f"{self.spec}: the shape of the model's input is not known. "
+                "Give the shape of one sample, for example --input-size 3,224,224."
+            )
+        finish: Callable[[Tensor], Tensor] = _keep
+        description = _describe_samples(shape, self.noise)
+        makes_pixels = input_spec is not None and _is_image(input_spec)
+        if input_spec is not None and makes_pixels:
+            scale = PixelScale(input_spec)
+            finish, description = scale, f"{description}, {scale}"
+        return IndexedStream(
+            _RandomSamples(shape, self.noise, self.seed, makes_pixels),
+            torch.arange(self.count),
+            # Pixels can be kept in a quarter of the memory, and so they are where it is asked for.
+            reading if makes_pixels else replace(reading, cached=False),
+            name=self.spec,
+            transform=description,
+            finish=finish,
+        )
+
+
+@dataclass(frozen=True)
+class _RandomSamples:
+    """Random inputs by number, as uint8 pixels or as floats with mean 0 and variance 1."""
+
+    shape: tuple[int, ...]
+    noise: NoiseKind
+    seed: int
+    makes_pixels: bool
+
+    def __getitem__(self, indices: list[int]) -> Chunk:
+        """Make the inputs with these numbers."""
+        if len(self.shape) != 3:
+            return Chunk(self._draw_numbers(indices, self.shape), {})
+        numbers = self._draw_numbers(indices, _noise_shape(self.shape, self.noise))
+        images = _images_of_noise(numbers, self.shape, self.noise)
+        return Chunk(_to_pixels(images) if self.makes_pixels else images, {})
+
+    def _draw_numbers(self, indices: list[int], shape: tuple[int, ...]) -> Tensor:
+        numbers = torch.empty(len(indices), *shape)
+        generator = torch.Generator()  # the global one stays as it is
+        for row, index in zip(numbers, indices, strict=True):
+            # The generator takes 32 bits of its seed; neighbouring seeds give unrelated numbers. The prime
+            # keeps the inputs of one seed apart from those of the next.
+            generator.manual_seed((self.seed * 1_000_003 + index) % 2**32)
+            torch.randn(shape, generator=generator, out=row)
+        return numbers
+
+    def name(self, index: int) -> str:
+        """Return the number of the input, as messages show it."""
+        return f"random input {index}"
+
+
+def _noise_shape(shape: tuple[int, ...], kind: NoiseKind) -> tuple[int, ...]:
+    """Return the shape of the normal numbers that one image (C, H, W) is made of.
+
+    They are fields of the luminance and, unless that is all, of each channel. A field has one number for
+    every point of the grid or every pixel, or real and imaginary part of every frequency of ``irfft2``.
+    """
+    channels, height, width = shape
+    fields = 1 if channels == 1 else 1 + channels
+    if kind == "smooth":
+        return (fields, _grid_side(height), _grid_side(width))
+    if kind == "white":
+        return (fields, height, width)
+    return (fields, height, width // 2 + 1, 2)
+
+
+def _grid_side(side: int) -> int:
+    """Return the number of grid points along a side: 7, or fewer for small images.
+
+    A grid of 7×7 would make white noise of images of 8×8 pixels; they get 3×3.
+    """
+    return max(1, min(7, round(side * 3 / 8)))
+
+
+def _images_of_noise(numbers: Tensor, shape: tuple[int, ...], kind: NoiseKind) -> Tensor:
+    """Turn normal numbers (n, fields, …) into images (n, C, H, W) with mean 0 and variance 1.
+
+    ``numbers`` are overwritten.
+    """
+    # All that follows is linear, so the channels may be mixed first, where a grid has few points.
+    channels = _mix_luminance(numbers)
+    height, width = shape[1:]
+    if kind == "smooth":
+        std = _enlargement_std(channels.shape[2], height) * _enlargement_std(channels.shape[3], width)
+        return F.interpolate(channels / std, size=(height, width), mode="bicubic", align_corners=False)
+    if kind == "white":
+        return channels
+    spectra = torch.view_as_complex(channels) * _amplitudes(height, width, _SPECTRAL_EXPONENTS[kind])
+    images: Tensor = torch.fft.irfft2(spectra, s=(height, width), norm="ortho")
+    return images
+
+
+def _mix_luminance(numbers: Tensor) -> Tensor:
+    """Return a field for each channel: the luminance, number 0, mixed with its own, in place."""
+    if numbers.shape[1] == 1:
+        return numbers
+    luminance, own = numbers[:, :1], numbers[:, 1:]
+    own.mul_(math.sqrt(1 - _CHANNEL_CORRELATION))
+    return own.add_(luminance, alpha=math.sqrt(_CHANNEL_CORRELATION))
+
+
+@functools.cache
+def _enlargement_std(points: int, side: int) -> float:
+    """Return the standard deviation of ``points`` numbers N(0, 1), enlarged bicubically to ``side``.
+
+    It is a mean over the pixels: those between the points vary less. Bicubic enlargement treats the two
+    axes of an image one after the other, so that their factors multiply.
+    """
+    columns = torch.eye(points).reshape(points, 1, 1, points)
+    # With align_corners=False an axis of length 1 stays as it is.
+    weights = F.interpolate(columns, size=(1, side), mode="bicubic", align_corners=False)
+    return math.sqrt(float(weights.square().sum(0).mean()))
+
+
+@functools.lru_cache(maxsize=8)
+def _amplitudes(height: int, width: int, exponent: float) -> Tensor:
+    """Return factors (H, W // 2 + 1) for normal numbers that are to be the spectrum of an image.
+
+    With them ``irfft2(…, norm="ortho")`` makes an image of variance 1 whose power falls as 1/f^``exponent``.
+    Frequency 0, the brightness of the whole image, gets the power of the lowest frequency in the image:
+    infinite power would leave nothing for the others.
+    """
+    rows, columns = torch.fft.fftfreq(height).double(), torch.fft.fftfreq(width).double()
+    frequencies = torch.sqrt(rows[:, None] ** 2 + columns**2)
+    frequencies[0, 0] = 1 / max(height, width)
+    powers = frequencies**-exponent
+    powers /= powers.mean()
+    # Half of the power stands in the imaginary part. Of the first column, and of the last for an even width,
+    # irfft2 drops what corresponds to it, because there the spectrum of a real image is its own mirror image.
+    powers = powers[:, : width // 2 + 1] / 2
+    powers[:, 0] *= 2
+    if width % 2 == 0:
+        powers[:, -1] *= 2
+    return powers.sqrt().float()
+
+
+def _to_pixels(images: Tensor) -> Tensor:
+    """Turn images with mean 0 and variance 1 into uint8 pixels. ``images`` are overwritten."""
+    pixels = images.mul_(255 * _STD_BEFORE_CLAMPING).add_(255 * _MEAN_BEFORE_CLAMPING + 0.5)
+    return pixels.clamp_(0, 255).to(torch.uint8)  # which rounds down, hence the 0.5
+
+
+def _is_image(spec: InputSpec) -> bool:
+    return len(spec.shape) == 3 and (spec.shape[0] in _IMAGE_CHANNELS or len(spec.mean) == spec.shape[0])
+
+
+def _describe_samples(shape: tuple[int, ...], kind: NoiseKind) -> str:
+    description = _DESCRIPTIONS[kind] if len(shape) == 3 else "independent random numbers N(0, 1)"
+    return f"{description}, {'×'.join(map(str, shape))}"
+
+
+def _keep(batch: Tensor) -> Tensor:
+    return batch
