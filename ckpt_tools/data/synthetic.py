@@ -41,7 +41,16 @@ NoiseKind = Literal["smooth", "1/f^2 power", "1/f power", "white"]
 - ``white``: every pixel is independent of all others.
 """
 
-DEFAULT_NOISE: NoiseKind = "1/f^2 power"
+# The kind whose correction comes closest to that with real images. Five networks (WRN, DenseNet, DropPath, MLP,
+# Dropout2d), each trained on 600 digits of 8×8 with and without shifts and zooms, 3 seeds each, 512 inputs: the
+# change of test NLL by the ratio estimator, and how much worse it is than with training images at worst:
+#
+#                training images   smooth   1/f² power   1/f power    white
+#     mean              -.058       -.062      -.060       -.059      -.057
+#     at worst                      +.008      +.032       +.054      +.076
+#
+# Smooth noise is also the cheapest: 512 images of 3×224×224 take 2 s on one core, and 3 s with a 1/f² power.
+DEFAULT_NOISE: NoiseKind = "smooth"
 DEFAULT_COUNT = 512
 
 # The correlation between two channels of an image. In natural images it is about 0.9 between red, green and
@@ -72,7 +81,7 @@ def synthetic_images(
     Mean and variance are those of the distribution: an image may be brighter or of less contrast than
     another, as natural images are. Two channels of an image have a correlation of 0.9.
     """
-    numbers = torch.randn(count, *_noise_shape(shape, kind), generator=generator)
+    numbers = _draw(generator, count, *_noise_shape(shape, kind))
     return _images_of_noise(numbers, shape, kind)
 
 
@@ -86,7 +95,7 @@ def synthetic_samples(
     """
     if len(shape) == 3:
         return synthetic_images(count, shape, kind=kind, generator=generator)
-    return torch.randn(count, *shape, generator=generator)
+    return _draw(generator, count, *shape)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ class SyntheticSource:
             finish, description = scale, f"{description}, {scale}"
         return IndexedStream(
             _RandomSamples(shape, self.noise, self.seed, makes_pixels),
-            torch.arange(self.count),
+            torch.arange(self.count, device="cpu"),
             # Pixels can be kept in a quarter of the memory, and so they are where it is asked for.
             reading if makes_pixels else replace(reading, cached=False),
             name=self.spec,
@@ -162,18 +171,23 @@ class _RandomSamples:
         return Chunk(_to_pixels(images) if self.makes_pixels else images, {})
 
     def _draw_numbers(self, indices: list[int], shape: tuple[int, ...]) -> Tensor:
-        numbers = torch.empty(len(indices), *shape)
-        generator = torch.Generator()  # the global one stays as it is
+        numbers = torch.empty(len(indices), *shape, dtype=torch.float32, device="cpu")
+        generator = torch.Generator("cpu")  # the global one stays as it is
         for row, index in zip(numbers, indices, strict=True):
             # The generator takes 32 bits of its seed; neighbouring seeds give unrelated numbers. The prime
             # keeps the inputs of one seed apart from those of the next.
             generator.manual_seed((self.seed * 1_000_003 + index) % 2**32)
-            torch.randn(shape, generator=generator, out=row)
+            row.normal_(generator=generator)
         return numbers
 
     def name(self, index: int) -> str:
         """Return the number of the input, as messages show it."""
         return f"random input {index}"
+
+
+def _draw(generator: torch.Generator, *shape: int) -> Tensor:
+    # Without the dtype and the device, the user's defaults would count.
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
 
 
 def _noise_shape(shape: tuple[int, ...], kind: NoiseKind) -> tuple[int, ...]:
@@ -212,7 +226,8 @@ def _images_of_noise(numbers: Tensor, shape: tuple[int, ...], kind: NoiseKind) -
         return F.interpolate(channels / std, size=(height, width), mode="bicubic", align_corners=False)
     if kind == "white":
         return channels
-    spectra = torch.view_as_complex(channels) * _amplitudes(height, width, _SPECTRAL_EXPONENTS[kind])
+    amplitudes = _amplitudes(height, width, _SPECTRAL_EXPONENTS[kind]).to(channels.device)
+    spectra = torch.view_as_complex(channels) * amplitudes
     images: Tensor = torch.fft.irfft2(spectra, s=(height, width), norm="ortho")
     return images
 
@@ -233,7 +248,7 @@ def _enlargement_std(points: int, side: int) -> float:
     It is a mean over the pixels: those between the points vary less. Bicubic enlargement treats the two
     axes of an image one after the other, so that their factors multiply.
     """
-    columns = torch.eye(points).reshape(points, 1, 1, points)
+    columns = torch.eye(points, dtype=torch.float64, device="cpu").reshape(points, 1, 1, points)
     # With align_corners=False an axis of length 1 stays as it is.
     weights = F.interpolate(columns, size=(1, side), mode="bicubic", align_corners=False)
     return math.sqrt(float(weights.square().sum(0).mean()))
@@ -247,7 +262,7 @@ def _amplitudes(height: int, width: int, exponent: float) -> Tensor:
     Frequency 0, the brightness of the whole image, gets the power of the lowest frequency in the image:
     infinite power would leave nothing for the others.
     """
-    rows, columns = torch.fft.fftfreq(height).double(), torch.fft.fftfreq(width).double()
+    rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64, device="cpu") for side in (height, width))
     frequencies = torch.sqrt(rows[:, None] ** 2 + columns**2)
     frequencies[0, 0] = 1 / max(height, width)
     powers = frequencies**-exponent

@@ -102,9 +102,14 @@ _MAX_REAL_RUNS = 8
 
 @dataclass(frozen=True)
 class _Forward:
-    """What a trial has shown: the sides of the maps of the last BN or convolution layer."""
+    """What a trial has shown.
+
+    ``map_sides`` are the sides of the maps of the last BN or convolution layer. Where a network was dilated
+    for segmentation, ``max_dilation`` stands for the strides that were taken out.
+    """
 
     map_sides: tuple[int, ...]
+    max_dilation: int
 
 
 class _Trials:
@@ -154,8 +159,11 @@ class _Trials:
                 return error
         rows = _count_rows(output)
         if rows not in (None, 2):
+            if not meta:
+                self._real_runs = _MAX_REAL_RUNS  # it takes such samples, so further sizes tell no more
             return ValueError(f"two samples of shape {shape} give {rows} rows of output")
-        return _Forward(tuple(sides))
+        dilations = [max(module.dilation) for module in twin.modules() if isinstance(module, _ConvNd)]
+        return _Forward(tuple(sides), max(dilations, default=1))
 
     def _twin(self, meta: bool) -> nn.Module:
         if meta not in self._twins:
@@ -191,6 +199,8 @@ def _record_map_sides(model: nn.Module, stack: ExitStack) -> list[int]:
 
 def _count_rows(output: object) -> int | None:
     """Return the length of the first tensor in a model's output; None if there is none with rows."""
+    if isinstance(output, (list, tuple)) and any(isinstance(item, Mapping) for item in output):
+        return len(output)  # detection models return a dict for each image
     # pytree knows no other mappings than dict, such as the outputs of transformers.
     for leaf in pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output):
         if isinstance(leaf, Tensor) and leaf.ndim:
@@ -304,7 +314,7 @@ def _shrink_images(trials: _Trials, shape: tuple[int, ...], forward: _Forward) -
         return shape
     reduction = math.inf
     if len(forward.map_sides) == 2:
-        reduction = _SIDE_OF_LARGE_NETWORKS / min(forward.map_sides)
+        reduction = _SIDE_OF_LARGE_NETWORKS / min(forward.map_sides) * forward.max_dilation
     if reduction >= _LARGE_REDUCTION:
         return shape
     smaller = (shape[0], _SIDE_OF_SMALL_NETWORKS, _SIDE_OF_SMALL_NETWORKS)

@@ -47,6 +47,17 @@ class PooledByHand(nn.Module):
         return self.head(nn.functional.avg_pool2d(self.stem(x), 8).view(-1, 4))
 
 
+class Detector(nn.Module):
+    """Returns a dict for each image, with as many boxes as it finds."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = convolutional(2, 2, 2, 2, head=[nn.Identity()])
+
+    def forward(self, images):
+        return [{"boxes": image[:, image[0] > 0].T} for image in self.stem(images)]
+
+
 class DecidesByValues(nn.Module):
     def __init__(self):
         super().__init__()
@@ -148,9 +159,14 @@ def test_models_of_libraries(model, shape):
         (Reordered(), (1, 32, 32)),
         (PooledByHand(), (3, 32, 32)),
         (DecidesByValues(), (12,)),
+        (Detector(), (3, 224, 224)),
         (Conditional(), (3, 32, 32)),
         (convolutional(1, 2, 2), (3, 32, 32)),
         (convolutional(2, 2, 2, channels=6), (6, 32, 32)),
+        (
+            nn.Sequential(*convolutional(2, 2, 2)[:3], nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
+            (3, 224, 224),
+        ),
         (convolutional(2, 2, 2, 2), (3, 224, 224)),
         (convolutional(2, 2, 2, 2, 2), (3, 224, 224)),
         *((fixed_size(side), (3, side, side)) for side in (8, 28, 32, 64, 96, 299)),
