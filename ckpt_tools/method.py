@@ -68,3 +68,16 @@ class Method:
         must not change.
         """
         return self.estimator == "exact" or self.epochs > 1
+
+    def require_no_data(self) -> None:
+        """Raise UsageError if this method needs training data: only the paired measurement does not."""
+        if self.estimator not in ("auto", "ratio"):
+            raise UsageError(
+                f"the estimator {self.estimator} takes the data for that of the training; expected "
+                "data (--data, batches). Without data, leave the estimator out: the variances are "
+                "compared with dropout on and off."
+            )
+        if self.statistics != "variance":
+            raise UsageError(
+                f"statistics={self.statistics} measures the data itself; expected data (--data, batches)."
+            )

@@ -41,8 +41,10 @@ _method = options.combine_options(
         type=click.Choice(get_args(Estimator)),
         default=Method.estimator,
         show_default=True,
-        help="pooled: one pass. exact: passes until every variance is that of the final network. "
-        "ema: as in the paper.",
+        help="auto: pooled where the data agrees with the stored statistics, else ratio. ratio: the "
+        "stored variances, less what dropout added, measured with dropout on and off on the same inputs. "
+        "pooled: the variances of the data. exact: passes until every variance is that of the final "
+        "network. ema: as the paper's authors ran it.",
     ),
     click.option(
         "--statistics",
@@ -88,9 +90,9 @@ _method = options.combine_options(
 @click.argument("checkpoints", metavar="CHECKPOINT...", nargs=-1, required=True, type=options.path)
 @click.option(
     "--data",
-    required=True,
     metavar="SPEC",
-    help="The training data: a folder of images (labels ignored), an .npz/.npy/.pt/.safetensors "
+    help="The training data; without it, inputs are made up and the variances compared with dropout on "
+    "and off. A folder of images (labels ignored), an .npz/.npy/.pt/.safetensors "
     "array, WebDataset shards (one .tar, a folder of them, 'train-{000..146}.tar', "
     "'train-*.tar'), cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR, package.module:callable "
     "(your code is imported and run), or the URL of a folder, array or shards: s3:// gs:// hf:// "
@@ -127,7 +129,7 @@ _method = options.combine_options(
 @options.quiet
 def bn_reestimate(
     checkpoints: tuple[Location, ...],
-    data: str,
+    data: str | None,
     output: Location | None,
     overwrite: bool,
     folder: many_checkpoints.FolderOptions,

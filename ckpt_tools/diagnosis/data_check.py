@@ -5,11 +5,11 @@ their stored statistics and is the most sensitive. ``first`` (the first layer al
 (all layers) are measured on batch statistics. So they do not add up how far the weights of an
 unfinished training have moved since the statistics were taken.
 
-Of data that looks suspicious two questions are asked. Would some usual training augmentation
-explain it? Then it is excused. Does another preprocessing fit much better? Then the data is
-refused, and the message names the better one. The thresholds come from ``scripts/run bench
-data-check``; its figures, false alarms and misses, stand in
-``scripts/bench/results/data_check.json``.
+Of data that looks suspicious two questions are asked. Does another preprocessing fit almost
+perfectly, and the given one does not? Then the data is refused, and the message names the better
+one. Is the data further from the stored statistics than any usual training augmentation takes it?
+Then it is another data set. Everything else is a doubt: training does many things to images, to
+weights and to layers that a correction need not know.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ckpt_tools.contract import InputSpec
+from ckpt_tools.contract import InputSpec, VerdictLevel
 from ckpt_tools.diagnosis.agreement import Agreement
 from ckpt_tools.diagnosis.augmentations import training_augmentations
 from ckpt_tools.diagnosis.data_sample import Sample, ScoredHypothesis, draw_sample
@@ -75,14 +74,14 @@ class DataVerdict:
 
     Attributes:
         verdict: "none" if nobody can tell.
-        cause: why the data disagrees, or why nobody can tell; empty for "agree".
+        cause: what was seen, or why nobody can tell; empty for "agree".
         scores: None if nobody can tell.
         images: how many samples were compared.
         tried: every hypothesis, best first; empty if nothing was suspicious.
         layers: the deep score, layer by layer.
     """
 
-    verdict: Literal["agree", "disagree", "none"]
+    verdict: VerdictLevel
     cause: str = ""
     scores: AgreementScores | None = None
     images: int = 0
@@ -106,11 +105,12 @@ class DataVerdict:
 
 
 def refuse_unlike_training_data(verdict: DataVerdict) -> None:
-    """Raise CheckFailed, which ends a command with exit code 4, if the data disagrees."""
-    if verdict.verdict == "disagree":
+    """Raise CheckFailed, which ends a command with exit code 4, if the data is refused."""
+    if verdict.verdict == "refuse":
         raise CheckFailed(
             f"this does not look like the data that the model was trained on: {verdict.cause}. "
-            "Fix the data or its preprocessing, or pass --force to go on."
+            "Fix the data or its preprocessing, use --estimator ratio, which does not depend on it, "
+            "or pass --force to go on."
         )
 
 
@@ -169,9 +169,12 @@ def check_data(
     if scores.are_below(UNSUSPICIOUS_SCORES, _spare(deep.images)):
         return DataVerdict("agree", "", scores, deep.images, layers=deep)
     tried = _score_hypotheses(sample)
-    excused_scores = _scores_with_augmentation(sample, scores)
-    cause = _cause_of_refusal(sample, scores, excused_scores, deep, tried)
-    return DataVerdict("disagree" if cause else "agree", cause, scores, deep.images, tried, deep)
+    refusal = _better_preprocessing(sample, scores, deep, tried)
+    if not refusal:
+        refusal = _other_data_set(sample, _scores_with_augmentation(sample, scores), deep)
+    if refusal:
+        return DataVerdict("refuse", refusal, scores, deep.images, tried, deep)
+    return DataVerdict("doubt", _describe_doubt(scores, deep), scores, deep.images, tried, deep)
 
 
 def _scores(early: Agreement, deep: Agreement) -> AgreementScores | None:
@@ -199,34 +202,57 @@ def _spare(images: int) -> float:
     return max(0.0, 1.13 * (1 / math.sqrt(images) - 1 / math.sqrt(SAMPLE_IMAGES)))
 
 
-def _cause_of_refusal(
-    sample: Sample,
-    scores: AgreementScores,
-    excused_scores: AgreementScores,
-    deep: Agreement,
-    tried: tuple[ScoredHypothesis, ...],
+def _better_preprocessing(
+    sample: Sample, scores: AgreementScores, deep: Agreement, tried: tuple[ScoredHypothesis, ...]
 ) -> str:
-    """Return why the data is refused; empty if it is not."""
+    """Return which other preprocessing explains the data almost perfectly; empty if none does."""
     spare = _spare(deep.images)
-    # First question: does another preprocessing fit much better than the data with any excuse?
-    is_suspicious = scores.early > UNSUSPICIOUS_SCORES.early + spare
-    if tried and is_suspicious:
-        best = tried[0]
-        if excused_scores.early > max(PERFECT_FIT_SCORE + spare, best.needed):
-            comparison = f"score {best.score:.2f} against {scores.early:.2f}"
-            fit = f"the stored statistics fit {best.title} ({comparison})"
-            return f"{_describe_value_range(sample)}; {fit}: {best.advice}"
-    # Second question: is the data too far away whatever its preprocessing?
-    bounds = score_bounds(deep.batches)
-    if excused_scores.are_below(bounds, spare):
+    if not tried or scores.early <= UNSUSPICIOUS_SCORES.early + spare:
+        return ""
+    best = tried[0]
+    if best.score > PERFECT_FIT_SCORE + spare or scores.early <= best.needed:
+        return ""
+    fit = (
+        f"the stored statistics fit {best.title} almost perfectly (score {best.score:.2f}, expected "
+        f"{PERFECT_FIT_SCORE + spare:.2f} at most) and the data as given not (score {scores.early:.2f}, "
+        f"expected {UNSUSPICIOUS_SCORES.early + spare:.2f} at most)"
+    )
+    return f"{_describe_value_range(sample)}; {fit}: {best.advice}"
+
+
+def _other_data_set(sample: Sample, excused_scores: AgreementScores, deep: Agreement) -> str:
+    """Return how far beyond every training augmentation the data is; empty if it is not.
+
+    ``excused_scores`` are those under the augmentation that explains most.
+    """
+    bounds, spare = score_bounds(deep.batches), _spare(deep.images)
+    places = {"early": "in the first BN layers", "first": "in the first BN layer", "deep": "over all"}
+    broken = [
+        f"score {score:.2f} {places[name]}, expected {bound + spare:.2f} at most"
+        for name, score in vars(excused_scores).items()
+        if score > (bound := vars(bounds)[name]) + spare
+    ]
+    if not broken:
         return ""
     worst = deep.worst
     assert worst is not None
-    measured = f"score {scores.early:.2f} in the first BN layers and {scores.deep:.2f} over all"
-    expected = f"expected below {bounds.early:.2f} and {bounds.deep:.2f}"
     return (
-        f"no usual preprocessing fits ({measured}, {expected}; most in {worst.name}): "
-        f"another data set{_describe_size(sample)}"
+        f"no usual preprocessing and no usual augmentation fits ({'; '.join(broken)}; most in "
+        f"{worst.name}): another data set{_describe_size(sample)}"
+    )
+
+
+def _describe_doubt(scores: AgreementScores, deep: Agreement) -> str:
+    spare = _spare(deep.images)
+    places = {"early": "the first BN layers", "first": "the first BN layer", "deep": "all BN layers"}
+    broken = [
+        f"{score:.2f} in {places[name]} where {bound + spare:.2f} is usual"
+        for name, score in vars(scores).items()
+        if score > (bound := vars(UNSUSPICIOUS_SCORES)[name]) + spare
+    ]
+    return (
+        f"the distance from the stored statistics is {', '.join(broken)}, as after training with strong "
+        "augmentation, with averaged or merged weights, or on other samples of the data"
     )
 
 

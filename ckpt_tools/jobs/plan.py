@@ -13,6 +13,7 @@ from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.preprocessing import resolve_input_spec
 from ckpt_tools.data.sample_order import Reading, Share
 from ckpt_tools.data.stream import BatchStream
+from ckpt_tools.data.synthetic_source import SyntheticSource
 from ckpt_tools.distributed import ALONE, Ranks, Team
 from ckpt_tools.evaluate.validation import (
     EvaluationSettings,
@@ -25,10 +26,12 @@ from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
+from ckpt_tools.jobs.without_data import require_what_data_would_show
 from ckpt_tools.location import Location
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
+from ckpt_tools.random_inputs import DEFAULT_COUNT
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.correction import check_team
 from ckpt_tools.results import Walk
@@ -37,6 +40,7 @@ from ckpt_tools.storage.output.checkpoint_writer import check_output
 from ckpt_tools.storage.reading import read_checkpoint
 
 _FIRST_SAMPLES = 64  # that the check of the data looks at, in one batch
+_SYNTHETIC_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class Plan:
         return None if self.validation is None else self.validation.stream.count
 
     @property
+    def depends_on_data(self) -> bool:
+        """Whether the result is right only if the data is that of the training."""
+        method = self.request.method
+        if method.estimator == "auto":
+            return self.loaded_model.rates == "unknown" and method.statistics == "variance"
+        return method.estimator != "ratio" and method.statistics == "variance"
+
+    @property
     def loaded_model(self) -> LoadedModel:
         """The checkpoint in the model it belongs to."""
         return self.recognised.loaded
@@ -86,9 +98,12 @@ class Sources:
 
     @classmethod
     def from_request(cls, request: Request) -> Sources:
-        """Open what a request names. Raises UsageError, DataError, RemoteError."""
-        seed = request.reading.seed
-        data = open_source(request.data, limit=request.reading.limit, seed=seed)
+        """Open what a request names, or make inputs up. Raises UsageError, DataError, RemoteError."""
+        seed, limit = request.reading.seed, request.reading.limit
+        if request.data is None:
+            data: Source = SyntheticSource(count=limit or DEFAULT_COUNT, seed=seed)
+        else:
+            data = open_source(request.data, limit=limit, seed=seed)
         if request.eval_data is None:
             return cls(data)
         # The limit is for the training data; the labelled data counts as a whole.
@@ -152,8 +167,9 @@ def _prepare_on_rank(
     if team.is_main_process:
         may_replace = request.overwrite or replaces is not None
         check_output(output, request.checkpoint, overwrite=may_replace)
-    refuse_overwriting_data(output, request.data)
-    refuse_overwriting_data(output, request.eval_data or request.data, "labelled")
+    for data, kind in ((request.data, "training"), (request.eval_data, "labelled")):
+        if data is not None:
+            refuse_overwriting_data(output, data, kind)
     evaluation = parse_evaluation_request(request)
     method = request.method
     check_team(method.estimator, team)
@@ -163,9 +179,12 @@ def _prepare_on_rank(
     source = sources.data
     checkpoint = read_checkpoint(request.checkpoint, weights=request.model.weights, trust=request.model.trust)
     require_batch_norm(checkpoint)  # before the architecture, which is of no interest without
-    recognition = recognise_architecture(checkpoint, request.model, source, request.preprocessing)
+    known_source = None if request.data is None else source
+    recognition = recognise_architecture(checkpoint, request.model, known_source, request.preprocessing)
     loaded = recognition.loaded
     assert loaded.checkpoint is not None
+    if request.data is None:
+        require_what_data_would_show(loaded, method)
     spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
     walk = walks.walk_for(loaded, spec, source)
     choice = choose(walk, method.layers, rates=loaded.rates, statistics=method.statistics)
@@ -174,6 +193,8 @@ def _prepare_on_rank(
         # The processes of a machine share its memory, but each has a GPU of its own.
         sharing = ranks.local_world if device == "cpu" else 1
         batch_size = fitting_batch_size(walk.bytes_per_sample, device, sharing)
+        if request.data is None:  # the pass may stop after any batch
+            batch_size = min(batch_size, _SYNTHETIC_BATCH)
     plan = Plan(
         request=request,
         recognised=recognition,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
@@ -31,21 +31,23 @@ class Recognition:
 
 
 def recognise_architecture(
-    checkpoint: Checkpoint, choice: ModelChoice, source: Source, preprocessing: Preprocessing
+    checkpoint: Checkpoint, choice: ModelChoice, source: Source | None, preprocessing: Preprocessing
 ) -> Recognition:
     """Load the checkpoint into the architecture it belongs to.
 
-    Keys and shapes of the tensors come first; data is read only where several architectures fit
-    them. Raises AmbiguousArchitecture if neither the data nor the file's name decides.
+    Keys and shapes of the tensors come first; data, if there is any, is read only where several
+    architectures fit them. Raises AmbiguousArchitecture if neither the data nor the file's name decides.
     """
     candidates = find_candidates(checkpoint, choice.architecture, choice.model_kwargs)
     if len(candidates) == 1:
         return Recognition(load_candidate(checkpoint, candidates[0]))
     # Architectures with the same keys may differ in function or in their input: data tells more.
-    agreements = {
-        candidate.architecture: _measure_agreement(checkpoint, candidate, source, preprocessing)
-        for candidate in candidates
-    }
+    agreements: dict[str, Agreement] = {}
+    if source is not None:
+        agreements = {
+            candidate.architecture: _measure_agreement(checkpoint, candidate, source, preprocessing)
+            for candidate in candidates
+        }
     scores = {name: agreement.score for name, agreement in agreements.items()}
     best = best_candidate(agreements)
     if best is not None:
@@ -54,7 +56,8 @@ def recognise_architecture(
         return Recognition(load_candidate(checkpoint, winner), scores)
     guess = guess_by_file_name(checkpoint.path, candidates)
     if guess is None:
-        raise AmbiguousArchitecture(_ambiguity_message(checkpoint, scores), tuple(scores))
+        names = tuple(candidate.architecture for candidate in candidates)
+        raise AmbiguousArchitecture(_ambiguity_message(checkpoint, names, scores), names)
     guess = replace(guess, recognised_by="file name")
     return Recognition(load_candidate(checkpoint, guess), scores)
 
@@ -80,12 +83,19 @@ def _measure_agreement(
     )
 
 
-def _ambiguity_message(checkpoint: Checkpoint, scores: Mapping[str, float | None]) -> str:
-    lines = [f"{name}: {'no score' if score is None else f'{score:.3f}'}" for name, score in scores.items()]
+def _ambiguity_message(
+    checkpoint: Checkpoint, names: Sequence[str], scores: Mapping[str, float | None]
+) -> str:
+    lines = list(names)
+    decided = "and there is no data that could decide"
+    if scores:
+        lines = [
+            f"{name}: {'no score' if score is None else f'{score:.3f}'}" for name, score in scores.items()
+        ]
+        decided = (
+            "and the data fits them about equally (distance from the stored BN statistics, 0 is perfect)"
+        )
     return (
-        f"{checkpoint.shown_path}: its tensors fit {len(scores)} architectures that differ in "
-        "function, and the data fits them about equally (distance from the stored BN "
-        "statistics, 0 is perfect):\n  "
-        + "\n  ".join(lines)
-        + f"\nChoose one, e.g. --arch {next(iter(scores))}."
+        f"{checkpoint.shown_path}: its tensors fit {len(names)} architectures that differ in "
+        f"function, {decided}:\n  " + "\n  ".join(lines) + f"\nChoose one, e.g. --arch {names[0]}."
     )

@@ -19,7 +19,7 @@ from ckpt_tools.machine.device import move_to_device
 from ckpt_tools.machine.precision import deterministic_kernels
 from ckpt_tools.reestimate.correction import run_method
 from ckpt_tools.reestimate.stopping import Progress
-from ckpt_tools.results import Reestimation
+from ckpt_tools.results import Reestimation, Verdict
 from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, replace_tensors
 
 
@@ -66,7 +66,7 @@ def _run_and_write(
     method, team = plan.request.method, plan.team
     model = team.each(lambda: move_to_device(plan.loaded_model.model, plan.device))
     verdict = team.first(lambda: _check_first_samples(plan))
-    if not method.force:
+    if not method.force and plan.depends_on_data:
         refuse_unlike_training_data(verdict)
 
     def evaluate(name: str) -> ModelEvaluation | None:
@@ -84,6 +84,8 @@ def _run_and_write(
         walk=plan.walk,
         progress=progress,
         distributed=not team.alone,
+        synthetic=plan.request.data is None,
+        verdict=_known_verdict(verdict),
     )
     after = team.first(lambda: evaluate("after"))
     # A gate that is not passed raises here, before anything is written.
@@ -102,7 +104,7 @@ def _collect_skipped(plan: Plan) -> tuple[SkippedSample, ...]:
     """
     by_rank = plan.team.all(lambda: plan.stream.skipped_samples)
     skipped = tuple(sample for samples in by_rank for sample in samples)
-    if plan.stream.count is not None:
+    if plan.stream.count is not None and plan.request.data is not None:
         refuse_unreadable(plan.request.data, skipped, plan.stream.count)
     return skipped
 
@@ -120,6 +122,11 @@ def _write_output(plan: Plan, result: Reestimation, metrics: Metrics | None) -> 
 
 def _check_first_samples(plan: Plan) -> DataVerdict:
     """Compare the first samples of the pass with what the checkpoint remembers of its training."""
+    if plan.request.data is None:
+        return DataVerdict("none", "there is no data, the inputs are made up")
+    if plan.request.method.statistics != "variance":
+        # The stored statistics, which would judge the data, are what is replaced.
+        return DataVerdict("none", "mean and variance are those of the data, whatever is stored")
     input_spec = plan.loaded_model.input_spec
     return check_data(
         plan.loaded_model.model,
@@ -131,6 +138,13 @@ def _check_first_samples(plan: Plan) -> DataVerdict:
         counted=has_counters(plan.checkpoint),
         usual_size=input_spec.shape if input_spec else None,
     )
+
+
+def _known_verdict(verdict: DataVerdict) -> Verdict | None:
+    """What the check of the data has found, if it speaks against the data."""
+    if verdict.verdict not in ("doubt", "refuse"):
+        return None
+    return Verdict(verdict.verdict, verdict.cause, images=verdict.images)
 
 
 def _replacements(plan: Plan, result: Reestimation) -> dict[str, Tensor]:

@@ -61,13 +61,13 @@ class EvaluationOptions:
 class Request:
     """Everything the user asks of a re-estimation.
 
-    ``output`` None: NAME.bn.safetensors beside the checkpoint. ``eval_data``: labelled data, to
-    judge the model on before and after. ``deterministic``: on CUDA, take only kernels that give the
-    same bits every time.
+    ``data`` None: made-up inputs. ``output`` None: NAME.bn.safetensors beside the checkpoint.
+    ``eval_data``: labelled data, to judge the model on before and after. ``deterministic``: on
+    CUDA, take only kernels that give the same bits every time.
     """
 
     checkpoint: Location
-    data: str
+    data: str | None = None
     output: Location | None = None
     model: ModelChoice = field(default_factory=ModelChoice)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -93,7 +93,7 @@ class Request:
             **vars(self.reading),
             **vars(self.evaluation),
             "preprocessing": self.preprocessing,
-            "data": _normalise_place(self.data),
+            "data": self.data and _normalise_place(self.data),
             "eval_data": self.eval_data and _normalise_place(self.eval_data),
             "class_map": class_map and _read_class_outputs(class_map),
         }

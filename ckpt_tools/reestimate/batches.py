@@ -67,13 +67,21 @@ class Batches:
     def first_images(self, images: int) -> Iterator[Batch]:
         """Iterate over the first batches, which hold ``images`` samples together or more.
 
-        Like ``ahead``, but one by one: a batch is read when its turn comes.
+        Where the data can be read only once, the batches are kept, and the next iteration begins
+        with them. Otherwise it reads them again, which costs less memory.
         """
-        number = given = 0
-        while given < images and len(ahead := self.ahead(given + 1)) > number:
-            yield ahead[number]
-            given += batch_size(ahead[number])
-            number += 1
+        given = number = 0
+        if not self.one_shot:
+            for batch in self:
+                yield batch
+                given += batch_size(batch)
+                if given >= images:
+                    return
+        else:
+            while given < images and len(ahead := self.ahead(given + 1)) > number:
+                yield ahead[number]
+                given += batch_size(ahead[number])
+                number += 1
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over all batches once."""

@@ -18,6 +18,7 @@ from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.method import Method
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
+from ckpt_tools.model.input_shape import infer_input_shape
 from ckpt_tools.model.overwriting import overwrite_tensors
 from ckpt_tools.model.preserving import evaluation_mode, preserve_models
 from ckpt_tools.model.randomness import seed_random_generators
@@ -26,6 +27,7 @@ from ckpt_tools.observation.layer import Layer, MeanVariance
 from ckpt_tools.observation.paired_layer import PairedLayer
 from ckpt_tools.observation.running import PairedRunner, Runner
 from ckpt_tools.observation.training_mode import copy_in_training_mode
+from ckpt_tools.random_inputs import RandomBatches
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.controls import judge_controls, refuse_disagreement
@@ -44,7 +46,7 @@ from ckpt_tools.walker.downstream import walk_preserved_model
 
 def reestimate_bn(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     *,
     estimator: Estimator = "auto",
     layers: LayerChoice = "auto",
@@ -61,23 +63,31 @@ def reestimate_bn(
     progress: Callable[[Progress], None] | None = None,
     distributed: bool = False,
     keep_outliers: bool = False,
+    input_shape: tuple[int, ...] | None = None,
 ) -> Reestimation:
-    """Re-estimate the running variances of BN layers with dropout off (Hendrycks & Gimpel 2016).
+    """Correct the running variances of BN layers for dropout (Hendrycks & Gimpel 2016, section 3).
 
-    The method is that of section 3 of the paper. The model is run in evaluation mode without
-    gradients on the device it is on. When the function returns, only the chosen ``running_var``
-    buffers (with ``statistics="mean+variance"`` also ``running_mean``) have changed; when it
-    raises, nothing has. Global random generators come back as they were.
+    The model is run without gradients on the device it is on. When the function returns, only the
+    chosen ``running_var`` buffers (with ``statistics="mean+variance"`` also ``running_mean``) have
+    changed; when it raises, nothing has. Global random generators come back as they were.
 
     Args:
         model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
         batches: an iterable of tensors, of tuples or lists whose first item is the input, or of
             dicts for ``model(**batch)``. `exact` and ``epochs > 1`` iterate over it several times.
-        estimator: "pooled": one pass, each batch normalised with its own variance around the kept
-            mean, variances pooled within and between batches, unbiased, (C,). "exact": continues
-            with damped passes until each stored variance is that of the layer's input in the final
-            network, to 1e-3 relative. "ema": exponential moving average of batch variances, as
-            the paper's authors ran it.
+            None: 512 random inputs, for "ratio".
+        estimator: "ratio": stored variance · V_off / V_on, both measured on the same inputs, with
+            dropout off and, in a copy of the model in training mode, on, while all BN layers
+            normalise with batch statistics. What the inputs have of their own cancels, so they need
+            not be those of the training.
+            "pooled", the paper's: one pass, each batch normalised with its own variance around the
+            kept mean, variances pooled within and between batches, unbiased, (C,). "exact":
+            continues with damped passes until each stored variance is that of the layer's input in
+            the final network, to 1e-3 relative. "ema": exponential moving average of batch
+            variances, as the paper's authors ran it. These three are right if the data is
+            distributed as it was in training.
+            "auto": "ratio" on the first 512 inputs; where these agree with the stored statistics
+            "pooled" on all. "pooled" where the rates are unknown.
         layers: "auto" (behind active dropout; every layer if the rates are unknown),
             "downstream", "all".
         statistics: "variance", or "mean+variance": precise BN (Wu & Johnson 2021,
@@ -97,18 +107,20 @@ def reestimate_bn(
         distributed: every process of torch.distributed's group calls this at once, with its own
             copy of the model and its own share of the batches; numbers of batches may differ, but
             rank 0 has one. What they measure is merged, once a pass, or with ``tolerance`` after
-            every batch; all end with the same statistics, or raise the same error. `exact` and
-            `pooled` only.
+            every batch; all end with the same statistics, or raise the same error. Not for "ema".
         keep_outliers: let samples count that no clean sample of this data could resemble (100
             times too large, or of a single colour). Without it they are left out and named in
             ``outliers``, unless over 1 % are of their kind. A sample with NaN or infinity never
             counts.
+        input_shape: of one random input, where there are no batches; None: inferred from the model.
 
     Raises:
-        NothingToDo: no BN layer, or none behind dropout.
-        CheckFailed: control layers show that these are not the training data (``force`` overrides).
+        NothingToDo: no BN layer, none behind dropout, or no noise that changes a variance.
+        CheckFailed: control layers show that these are not the training data, and the estimator
+            depends on it (``force`` overrides).
         DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
         ModelError: NaN in the model, a model that cannot be run.
+        UsageError: settings that mean nothing; no batches and a model that needs real data.
         RankError: a process of the group is gone.
     """
     method = Method(
@@ -123,6 +135,11 @@ def reestimate_bn(
         keep_outliers=keep_outliers,
         force=force,
     )
+    synthetic = batches is None
+    if batches is None:
+        method.require_no_data()
+        inner = unwrap_model(model)
+        batches = RandomBatches(input_shape or infer_input_shape(inner), device=device_of(inner))
     return run_method(
         model,
         batches,
@@ -132,6 +149,7 @@ def reestimate_bn(
         walk=walk,
         progress=progress,
         distributed=distributed,
+        synthetic=synthetic,
     )
 
 

@@ -41,7 +41,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "scores": dict(plan.recognised.scores),
         "rates": plan.loaded_model.rates,
         "data": {
-            "spec": without_secrets(plan.request.data),  # a URL may hold a password
+            "spec": without_secrets(plan.source.spec),  # a URL may hold a password
             "kind": plan.source.kind,
             "images": result.images,
             "batches": result.batches,

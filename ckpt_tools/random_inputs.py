@@ -9,28 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.images.transforms import PixelScale
-from ckpt_tools.data.sample_order import Reading
-from ckpt_tools.data.stream import Chunk, IndexedStream
-from ckpt_tools.errors import DataError
-
-__all__ = [
-    "DEFAULT_COUNT",
-    "DEFAULT_NOISE",
-    "NoiseKind",
-    "SyntheticSource",
-    "synthetic_images",
-    "synthetic_samples",
-]
 
 NoiseKind = Literal["smooth", "1/f^2 power", "1/f power", "white"]
 """How strongly the pixels of a random image depend on their neighbours, from strong to not at all.
@@ -55,25 +40,11 @@ NoiseKind = Literal["smooth", "1/f^2 power", "1/f power", "white"]
 # 2 s on one core, those with a 1/f² power 3 s.
 DEFAULT_NOISE: NoiseKind = "smooth"
 DEFAULT_COUNT = 512
-
 # The correlation between two channels of an image. In natural images it is about 0.9 between red, green and
 # blue, because most of what changes from pixel to pixel is the luminance.
 _CHANNEL_CORRELATION = 0.9
 
 _SPECTRAL_EXPONENTS = {"1/f^2 power": 2.0, "1/f power": 1.0}
-_DESCRIPTIONS = {
-    "smooth": "random images of smooth noise",
-    "1/f^2 power": "random images with a 1/f² power spectrum",
-    "1/f power": "random images with a 1/f power spectrum",
-    "white": "random images of white noise",
-}
-
-_IMAGE_CHANNELS = (1, 3, 4)  # grey, RGB, and RGB with an alpha or infrared channel
-
-# Pixels have mean 0.45 and standard deviation 0.25 on the scale 0–1, about the values of ImageNet (0.449 and
-# 0.226) and of CIFAR-10 (0.473 and 0.251). Clamping to 0–1, which real pixels obey, takes away 4 % of the
-# standard deviation: N(0.45, 0.25²) would end with 0.452 and 0.239. These values end with 0.450 and 0.250.
-_MEAN_BEFORE_CLAMPING, _STD_BEFORE_CLAMPING = 0.4468, 0.2651
 
 
 def synthetic_images(
@@ -84,8 +55,8 @@ def synthetic_images(
     Mean and variance are those of the distribution: an image may be brighter or of less contrast than
     another, as natural images are. Two channels of an image have a correlation of 0.9.
     """
-    numbers = _draw(generator, count, *_noise_shape(shape, kind))
-    return _images_of_noise(numbers, shape, kind)
+    numbers = _draw(generator, count, *noise_shape(shape, kind))
+    return images_of_noise(numbers, shape, kind)
 
 
 def synthetic_samples(
@@ -101,99 +72,12 @@ def synthetic_samples(
     return _draw(generator, count, *shape)
 
 
-@dataclass(frozen=True)
-class SyntheticSource:
-    """Random inputs in place of training data; a ``Source``.
-
-    Each input has a random generator of its own, so that the inputs are the same in every pass, in every
-    process, and for every batch size.
-
-    ``sample_shape`` is the shape of inputs that no InputSpec describes. They have mean 0 and variance 1. It
-    is None where the model's InputSpec decides.
-    """
-
-    sample_shape: tuple[int, ...] | None = None
-    count: int = DEFAULT_COUNT
-    seed: int = 0
-    noise: NoiseKind = DEFAULT_NOISE
-    spec: str = "synthetic inputs"
-    kind: Literal["synthetic"] = "synthetic"
-
-    @property
-    def is_preprocessed(self) -> bool:
-        """Whether there are inputs without an InputSpec, since their shape is known."""
-        return self.sample_shape is not None
-
-    def batches(self, input_spec: InputSpec | None, reading: Reading) -> IndexedStream:
-        """Return a stream of float32 batches (n, *shape).
-
-        Images of a model whose InputSpec is known are made of pixels and normalised as real ones are; all
-        other inputs have mean 0 and variance 1. An image has three dimensions (C, H, W) and one, three or
-        four channels, or as many as ``input_spec`` has means.
-
-        Raises DataError if no shape is known.
-        """
-        shape = self.sample_shape if input_spec is None else input_spec.shape
-        if shape is None:
-            raise DataError(
-                f"{self.spec}: the shape of the model's input is not known. "
-                "Give the shape of one sample, for example --input-size 3,224,224."
-            )
-        finish: Callable[[Tensor], Tensor] = _keep
-        description = _describe_samples(shape, self.noise)
-        makes_pixels = input_spec is not None and _is_image(input_spec)
-        if input_spec is not None and makes_pixels:
-            scale = PixelScale(input_spec)
-            finish, description = scale, f"{description}, {scale}"
-        return IndexedStream(
-            _RandomSamples(shape, self.noise, self.seed, makes_pixels),
-            torch.arange(self.count, device="cpu"),
-            # Pixels can be kept in a quarter of the memory, and so they are where it is asked for.
-            reading if makes_pixels else replace(reading, cached=False),
-            name=self.spec,
-            transform=description,
-            finish=finish,
-        )
-
-
-@dataclass(frozen=True)
-class _RandomSamples:
-    """Random inputs by number, as uint8 pixels or as floats with mean 0 and variance 1."""
-
-    shape: tuple[int, ...]
-    noise: NoiseKind
-    seed: int
-    makes_pixels: bool
-
-    def __getitem__(self, indices: list[int]) -> Chunk:
-        """Make the inputs with these numbers."""
-        if len(self.shape) != 3:
-            return Chunk(self._draw_numbers(indices, self.shape), {})
-        numbers = self._draw_numbers(indices, _noise_shape(self.shape, self.noise))
-        images = _images_of_noise(numbers, self.shape, self.noise)
-        return Chunk(_to_pixels(images) if self.makes_pixels else images, {})
-
-    def _draw_numbers(self, indices: list[int], shape: tuple[int, ...]) -> Tensor:
-        numbers = torch.empty(len(indices), *shape, dtype=torch.float32, device="cpu")
-        generator = torch.Generator("cpu")  # the global one stays as it is
-        for row, index in zip(numbers, indices, strict=True):
-            # The generator takes 32 bits of its seed; neighbouring seeds give unrelated numbers. The prime
-            # keeps the inputs of one seed apart from those of the next.
-            generator.manual_seed((self.seed * 1_000_003 + index) % 2**32)
-            row.normal_(generator=generator)
-        return numbers
-
-    def name(self, index: int) -> str:
-        """Return the number of the input, as messages show it."""
-        return f"random input {index}"
-
-
 def _draw(generator: torch.Generator, *shape: int) -> Tensor:
     # Without the dtype and the device, the user's defaults would count.
     return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
 
 
-def _noise_shape(shape: tuple[int, ...], kind: NoiseKind) -> tuple[int, ...]:
+def noise_shape(shape: tuple[int, ...], kind: NoiseKind) -> tuple[int, ...]:
     """Return the shape of the normal numbers that one image (C, H, W) is made of.
 
     They are fields of the luminance and, unless that is all, of each channel. A field has one number for
@@ -216,7 +100,7 @@ def _grid_side(side: int) -> int:
     return max(1, min(7, round(side * 3 / 8)))
 
 
-def _images_of_noise(numbers: Tensor, shape: tuple[int, ...], kind: NoiseKind) -> Tensor:
+def images_of_noise(numbers: Tensor, shape: tuple[int, ...], kind: NoiseKind) -> Tensor:
     """Turn normal numbers (n, fields, …) into images (n, C, H, W) with mean 0 and variance 1.
 
     ``numbers`` are overwritten.
@@ -279,20 +163,19 @@ def _amplitudes(height: int, width: int, exponent: float) -> Tensor:
     return powers.sqrt().float()
 
 
-def _to_pixels(images: Tensor) -> Tensor:
-    """Turn images with mean 0 and variance 1 into uint8 pixels. ``images`` are overwritten."""
-    pixels = images.mul_(255 * _STD_BEFORE_CLAMPING).add_(255 * _MEAN_BEFORE_CLAMPING + 0.5)
-    return pixels.clamp_(0, 255).to(torch.uint8)  # which rounds down, hence the 0.5
+@dataclass(frozen=True)
+class RandomBatches:
+    """Batches of random inputs (n, *shape) with mean 0 and variance 1, the same in each iteration."""
 
+    shape: tuple[int, ...]
+    count: int = DEFAULT_COUNT
+    batch_size: int = 128
+    device: torch.device | str = "cpu"
+    seed: int = 0
 
-def _is_image(spec: InputSpec) -> bool:
-    return len(spec.shape) == 3 and (spec.shape[0] in _IMAGE_CHANNELS or len(spec.mean) == spec.shape[0])
-
-
-def _describe_samples(shape: tuple[int, ...], kind: NoiseKind) -> str:
-    description = _DESCRIPTIONS[kind] if len(shape) == 3 else "independent random numbers N(0, 1)"
-    return f"{description}, {'×'.join(map(str, shape))}"
-
-
-def _keep(batch: Tensor) -> Tensor:
-    return batch
+    def __iter__(self) -> Iterator[Tensor]:
+        """Make the batches one by one."""
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        for start in range(0, self.count, self.batch_size):
+            size = min(self.batch_size, self.count - start)
+            yield synthetic_samples(size, self.shape, generator=generator).to(self.device)
