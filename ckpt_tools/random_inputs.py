@@ -36,8 +36,10 @@ NoiseKind = Literal["smooth", "1/f^2 power", "1/f power", "white"]
 #     worst case                    +0.008     +0.032       +0.054    +0.076
 #
 # The means differ by little more than their standard errors, so the worst case decides: for all kinds but
-# smooth, it is the WRN with shifts and zooms. Smooth noise is also the cheapest: 512 images of 3×224×224 take
-# 2 s on one core, those with a 1/f² power 3 s.
+# smooth, it is the WRN with shifts and zooms. On MNIST (28×28, one DenseNet, one seed) the NLL falls from
+# 0.158 to 0.134 with training images, 0.139 with smooth noise, 0.157 with a 1/f² power, 0.152 with white
+# noise. Smooth noise is also the cheapest: 512 images of 3×224×224 take 2 s on one core, those with a 1/f²
+# power 3 s.
 DEFAULT_NOISE: NoiseKind = "smooth"
 DEFAULT_COUNT = 512
 # The correlation between two channels of an image. In natural images it is about 0.9 between red, green and

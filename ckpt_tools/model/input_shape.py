@@ -76,7 +76,7 @@ def infer_input_shape(model: nn.Module) -> tuple[int, ...]:
         reason = trials.first_error or "it has no linear layer or convolution to read it from"
         if trials.take_integers():
             raise UsageError(
-                f"{name}: its input are integers, such as token ids, and random ones are no text. "
+                f"{name}: it takes integers, such as token ids, and random ones would be no text. "
                 "It needs real data: give batches of it."
             )
     raise UsageError(
