@@ -15,6 +15,7 @@ from ckpt_tools.data.sample_order import Reading, Share
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.data.synthetic_source import SyntheticSource
 from ckpt_tools.distributed import ALONE, Ranks, Team
+from ckpt_tools.errors import AmbiguousArchitecture, UsageError
 from ckpt_tools.evaluate.validation import (
     EvaluationSettings,
     Validation,
@@ -179,8 +180,7 @@ def _prepare_on_rank(
     source = sources.data
     checkpoint = read_checkpoint(request.checkpoint, weights=request.model.weights, trust=request.model.trust)
     require_batch_norm(checkpoint)  # before the architecture, which is of no interest without
-    known_source = None if request.data is None else source
-    recognition = recognise_architecture(checkpoint, request.model, known_source, request.preprocessing)
+    recognition = _recognise(checkpoint, request, source)
     loaded = recognition.loaded
     assert loaded.checkpoint is not None
     if request.data is None:
@@ -214,6 +214,20 @@ def _prepare_on_rank(
     if evaluation is None or sources.labelled is None:
         return plan
     return replace(plan, validation=_open_validation(plan, evaluation, sources.labelled))
+
+
+def _recognise(checkpoint: Checkpoint, request: Request, source: Source) -> Recognition:
+    if request.data is not None:
+        return recognise_architecture(checkpoint, request.model, source, request.preprocessing)
+    try:
+        return recognise_architecture(checkpoint, request.model, None, request.preprocessing)
+    except AmbiguousArchitecture as error:
+        if request.model.model_kwargs:
+            raise
+        raise UsageError(
+            f"{error} Without data the drop rates of the training are needed, too, for example "
+            "--model-kwargs drop_rate=0.2. Or give the training data (--data)."
+        ) from error
 
 
 def _open_stream(
