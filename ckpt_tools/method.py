@@ -7,6 +7,7 @@ loads anything.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -31,6 +32,8 @@ class Method:
 
     estimator: Estimator = "auto"
     layers: LayerChoice = "auto"
+    only: Sequence[str] = ()  # patterns of layer names; becomes a tuple
+    keep: Sequence[str] = ()
     statistics: Statistics = "variance"
     tolerance: float | None = None
     momentum: float = _DEFAULT_MOMENTUM  # with epochs: of the estimator "ema" alone
@@ -41,6 +44,11 @@ class Method:
     force: bool = False  # go on although control layers disagree with the data
 
     def __post_init__(self) -> None:
+        for name in ("only", "keep"):
+            patterns = getattr(self, name)
+            # A single text is one pattern; as a sequence it would be one for each character.
+            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+            object.__setattr__(self, name, patterns)
         for name, value, choices in (
             ("estimator", self.estimator, get_args(Estimator)),
             ("layers", self.layers, get_args(LayerChoice)),

@@ -37,6 +37,20 @@ _method = options.combine_options(
         "rate is recorded.",
     ),
     click.option(
+        "--only",
+        multiple=True,
+        metavar="GLOB",
+        help="Of these, rewrite only the BN layers with such names, or in such modules (layer4, "
+        "'*.bn2'); repeatable.",
+    ),
+    click.option(
+        "--keep",
+        multiple=True,
+        metavar="GLOB",
+        help="Leave the BN layers with such names as they are; repeatable. Layers that the model's "
+        "own train() keeps in evaluation mode (frozen) are kept anyway, unless --only names them.",
+    ),
+    click.option(
         "--estimator",
         type=click.Choice(get_args(Estimator)),
         default=Method.estimator,

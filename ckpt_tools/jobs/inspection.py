@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel, Rates
+from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
@@ -18,6 +18,7 @@ from ckpt_tools.jobs.request import ModelChoice
 from ckpt_tools.location import Location
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.reestimate.choice import choose
+from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.results import Walk
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.reading import read_checkpoint
@@ -143,7 +144,7 @@ def _add_walk(inspection: Inspection) -> Inspection:
     inspection = replace(inspection, input_spec=spec, walk=model_walk, steps=steps)
     if loaded.checkpoint is None:
         return inspection
-    return replace(inspection, prospect=_predict_reestimation(model_walk, loaded.checkpoint, loaded.rates))
+    return replace(inspection, prospect=_predict_reestimation(model_walk, loaded.checkpoint, loaded))
 
 
 def _add_error(inspection: Inspection, error: CkptToolsError) -> Inspection:
@@ -163,10 +164,11 @@ def _add_error(inspection: Inspection, error: CkptToolsError) -> Inspection:
     return replace(inspection, error=error)
 
 
-def _predict_reestimation(model_walk: Walk, checkpoint: Checkpoint, rates: Rates) -> Prospect:
+def _predict_reestimation(model_walk: Walk, checkpoint: Checkpoint, loaded: LoadedModel) -> Prospect:
     try:
         require_batch_norm(checkpoint)
-        choice = choose(model_walk, "auto", rates=rates, statistics="variance")
+        frozen = frozen_layers(loaded.model, model_walk)
+        choice = choose(model_walk, "auto", rates=loaded.rates, statistics="variance", frozen=frozen)
     except NothingToDo as error:
         return Prospect((), (), str(error))
     in_order = [layer.name for layer in model_walk.batch_norms]

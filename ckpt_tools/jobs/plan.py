@@ -35,6 +35,7 @@ from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.random_inputs import DEFAULT_COUNT
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.correction import check_team
+from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.results import Walk
 from ckpt_tools.storage.files.stamps import FileStamp
 from ckpt_tools.storage.output.checkpoint_writer import check_output
@@ -187,7 +188,15 @@ def _prepare_on_rank(
         require_what_data_would_show(loaded, method)
     spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
     walk = walks.walk_for(loaded, spec, source)
-    choice = choose(walk, method.layers, rates=loaded.rates, statistics=method.statistics)
+    choice = choose(
+        walk,
+        method.layers,
+        rates=loaded.rates,
+        statistics=method.statistics,
+        only=method.only,
+        keep=method.keep,
+        frozen=frozen_layers(loaded.model, walk),
+    )
     batch_size = request.reading.batch_size
     if batch_size is None:
         # The processes of a machine share its memory, but each has a GPU of its own.

@@ -98,6 +98,10 @@ class Request:
             "class_map": class_map and _read_class_outputs(class_map),
         }
         decisive = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+        for name in _YOUNGER_SETTINGS:
+            # Where they are not given, the digest is that of outputs which do not know them.
+            if not decisive[name]:
+                del decisive[name]
         text = without_secrets(json.dumps(decisive, sort_keys=True, default=repr))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -117,3 +121,4 @@ def _read_class_outputs(location: Location) -> object:
 # What a result does not depend on. How a convolution is computed may change its last bits, and no
 # more.
 _WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force"})
+_YOUNGER_SETTINGS = ("only", "keep")

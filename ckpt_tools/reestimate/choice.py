@@ -2,34 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 from ckpt_tools.contract import LayerChoice, Rates, Statistics
 from ckpt_tools.errors import NothingToDo
+from ckpt_tools.reestimate.layer_patterns import select_layers
 from ckpt_tools.results import BatchNormLayer, Walk
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Names of the layers to rewrite and of the control layers, and the sentence that says why."""
+    """Names of the layers to rewrite and of the control layers, and the sentence that says why.
+
+    ``kept`` has the layers that are left out for a reason of their own, which is in words.
+    """
 
     rewrite: frozenset[str]
     controls: frozenset[str]
     why: str
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose(walk: Walk, layers: LayerChoice, *, rates: Rates, statistics: Statistics) -> Choice:
+def choose(
+    walk: Walk,
+    layers: LayerChoice,
+    *,
+    rates: Rates,
+    statistics: Statistics,
+    only: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    frozen: Mapping[str, str] | None = None,
+) -> Choice:
     """Choose the layers by whether the drop rates are known and above zero, unknown, or zero.
+
+    Of these, the layers that the user excludes and those that training left as they were are kept.
 
     Args:
         walk: of the model: which layers a forward reaches, and which lie behind dropout.
         layers: "auto", "downstream" or "all", as the user asked for.
         rates: where the drop rates stem from; "unknown" makes "auto" choose every layer.
         statistics: "mean+variance" (precise BN) concerns every layer, too.
+        only: patterns of the layers that may be rewritten; no pattern means every layer.
+        keep: patterns of layers that are kept.
+        frozen: the result of ``frozen_layers``. These layers are kept unless ``only`` names them,
+            and are no control layers either way.
 
     Raises:
-        NothingToDo: no running variance is wrong, or there is no BN layer.
+        NothingToDo: no running variance is wrong, every layer is kept, or there is no BN layer.
+        UsageError: a pattern matches no BN layer.
     """
+    # Before anything else: a mistyped name should not be hidden by another outcome.
+    allowed = select_layers(walk.batch_norms, only, "only")
+    excluded = select_layers(walk.batch_norms, keep, "keep")
+    choice = _choose_by_rates(walk, layers, rates, statistics)
+    frozen = frozen or {}
+    kept = {name: reason for name, reason in frozen.items() if name not in allowed}
+    for name in choice.rewrite - kept.keys():
+        if only and name not in allowed:
+            kept[name] = "kept: not among the layers that --only names"
+        elif name in excluded:
+            kept[name] = "kept: asked for with --keep"
+    return _leave_out(choice, kept, frozen.keys())
+
+
+def _leave_out(choice: Choice, kept: Mapping[str, str], frozen: Set[str]) -> Choice:
+    """Take the kept layers out of a choice, and say in its sentence which and why."""
+    rewrite = choice.rewrite - kept.keys()
+    controls = choice.controls - frozen
+    affected = sorted(choice.rewrite & kept.keys())
+    if not affected:
+        return replace(choice, controls=controls, kept=kept)
+    reasons = "; ".join(
+        f"{count} {reason}" for reason, count in Counter(kept[name] for name in affected).items()
+    )
+    if not rewrite:
+        raise NothingToDo(
+            f"nothing to do: {choice.why}, and each of them is left as it is ({reasons}). Name layers "
+            "with --only (only=) to rewrite them all the same, or leave --keep (keep=) out."
+        )
+    why = f"{choice.why}; {len(affected)} of them left as they are ({reasons})"
+    return Choice(rewrite, controls, why, kept)
+
+
+def _choose_by_rates(walk: Walk, layers: LayerChoice, rates: Rates, statistics: Statistics) -> Choice:
     reached = [layer for layer in walk.batch_norms if layer.reached]
     if not reached:
         raise NothingToDo(_no_layer_message(walk))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,6 +34,7 @@ from ckpt_tools.reestimate.controls import judge_controls, refuse_disagreement
 from ckpt_tools.reestimate.deviation import precision_deviation
 from ckpt_tools.reestimate.effect import MAX_IMAGES as EFFECT_IMAGES
 from ckpt_tools.reestimate.effect import measure_effect
+from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.reestimate.layer_results import layer_results
 from ckpt_tools.reestimate.passes import PassContext
 from ckpt_tools.reestimate.screening import Screening
@@ -50,6 +51,8 @@ def reestimate_bn(
     *,
     estimator: Estimator = "auto",
     layers: LayerChoice = "auto",
+    only: Sequence[str] = (),
+    keep: Sequence[str] = (),
     statistics: Statistics = "variance",
     tolerance: float | None = None,
     precision: Precision = "fp32",
@@ -89,7 +92,10 @@ def reestimate_bn(
             "auto": "ratio" on the first 512 inputs; where these agree with the stored statistics
             "pooled" on all. "pooled" where the rates are unknown.
         layers: "auto" (behind active dropout; every layer if the rates are unknown),
-            "downstream", "all".
+            "downstream", "all". Frozen layers, which ``model.train()`` leaves in evaluation mode,
+            are kept unless ``only`` names them.
+        only, keep: shell-style patterns of names of BN layers, or of modules that hold them
+            (``"layer4"``). With ``only``, no other layer is rewritten; those of ``keep`` are not.
         statistics: "variance", or "mean+variance": precise BN (Wu & Johnson 2021,
             arXiv:2105.07576), population mean and biased variance.
         tolerance: stop when the 95th percentile over channels of the relative standard error is
@@ -115,17 +121,20 @@ def reestimate_bn(
         input_shape: of one random input, where there are no batches; None: inferred from the model.
 
     Raises:
-        NothingToDo: no BN layer, none behind dropout, or no noise that changes a variance.
+        NothingToDo: no BN layer, none behind dropout, every one of these is kept, or no noise that
+            changes a variance.
         CheckFailed: control layers show that these are not the training data, and the estimator
             depends on it (``force`` overrides).
         DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
         ModelError: NaN in the model, a model that cannot be run.
-        UsageError: settings that mean nothing; no batches and a model that needs real data.
+        UsageError: settings that mean nothing; a pattern that matches no BN layer; no batches and a model that needs real data.
         RankError: a process of the group is gone.
     """
     method = Method(
         estimator=estimator,
         layers=layers,
+        only=only,
+        keep=keep,
         statistics=statistics,
         tolerance=tolerance,
         momentum=momentum,
@@ -187,7 +196,16 @@ def run_method(
     with preserve_models(model, forward) as state, group as team:
         check_team(estimator, team)
         walk = walk or team.first(lambda: walk_preserved_model(model, data.first(), state, forward=forward))
-        choice = choose(walk, method.layers, rates=rates, statistics=statistics)
+        frozen = team.first(lambda: frozen_layers(model, walk))
+        choice = choose(
+            walk,
+            method.layers,
+            rates=rates,
+            statistics=statistics,
+            only=method.only,
+            keep=method.keep,
+            frozen=frozen,
+        )
         runner = _make_runner(model, forward, method)
         # Submodules that the user has compiled must run as they are written to be intercepted.
         uncompiled = contextlib.nullcontext() if method.compile else force_eager()

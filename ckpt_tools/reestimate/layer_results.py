@@ -81,6 +81,8 @@ def _reason(walked: BatchNormLayer, choice: Choice, *, measured: bool) -> str:
         if not measured:
             return "never reached by the data"
         return "behind dropout" if walked.downstream_of else "rewritten with all layers"
+    if walked.name in choice.kept:
+        return choice.kept[walked.name]
     return "control: no active dropout reaches it"
 
 

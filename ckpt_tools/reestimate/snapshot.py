@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
@@ -29,6 +29,8 @@ class Options(TypedDict, total=False):
 
     estimator: Estimator
     layers: LayerChoice
+    only: Sequence[str]
+    keep: Sequence[str]
     statistics: Statistics
     tolerance: float | None
     precision: Precision

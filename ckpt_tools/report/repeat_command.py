@@ -32,7 +32,7 @@ def repeating_command(plan: Plan) -> str:
 def _options(settings: object) -> Iterator[str]:
     """Yield the option and the value of every field that does not have its default.
 
-    An option is named like its field. A mapping gives its option once for every entry, a flag has
+    An option is named like its field. A mapping or texts give the option once for every entry, a flag has
     no value, and a dataclass within the request stands for the options of its own fields.
     """
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
@@ -46,6 +46,9 @@ def _options(settings: object) -> Iterator[str]:
         elif isinstance(value, Mapping):
             for name, item in value.items():
                 yield from (option, f"{name}={_literal(item)}")
+        elif isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+            for item in value:
+                yield from (option, item)
         elif isinstance(value, bool):
             yield option
         else:
