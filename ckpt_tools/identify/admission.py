@@ -1,22 +1,25 @@
 """The gate between what a checkpoint file says about its model and the constructor that builds it.
 
 Every argument from a file passes through `admit_recipe`, and every construction that a file leads
-to runs inside `bound_construction`.
+to runs inside `bound_construction`. An input that a file's provenance describes passes through
+`admit_input_spec`.
 """
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import TypeGuard
 
 from ckpt_tools.construction import ConstructionBudget, limited_construction
-from ckpt_tools.contract import Adapter, Checkpoint, Recipe, RecognisedBy
+from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.file_arguments import ArgumentKind, Evidence, NotAdmitted, Rate, admit_argument
 
-__all__ = ["ArgumentRefused", "admit_recipe", "bound_construction"]
+__all__ = ["ArgumentRefused", "admit_input_spec", "admit_recipe", "bound_construction"]
 
 
 class ArgumentRefused(ArchitectureError):
@@ -74,6 +77,62 @@ def bound_construction(
     chosen_by_user = recognised_by == "user" and all(map(_is_rate, recipe.kwargs.values()))
     budget = None if chosen_by_user else ConstructionBudget.from_shapes(checkpoint.shapes)
     return limited_construction(budget, f"{checkpoint.shown_path}: {recipe.architecture}")
+
+
+# Pixels of an input that a file may ask for. Nothing in the tensors of a convolutional network
+# bounds them, and an input of 8,192 × 8,192 takes 17 GB in one layer of a ResNet.
+_LARGEST_SIDE = 2048
+_INTERPOLATIONS = frozenset({"nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"})
+_CROP_MODES = frozenset({"center", "squash", "border"})
+
+
+def admit_input_spec(values: Mapping[str, object], origin: str) -> InputSpec | None:
+    """Return the input that a file describes by the fields of InputSpec; None if it is not valid.
+
+    Shapes are bounded, numbers finite, and words must stand in a closed list.
+    """
+    shape, crop_pct = values.get("shape"), values.get("crop_pct", 1.0)
+    mean, std = values.get("mean", []), values.get("std", [])
+    interpolation, crop_mode = values.get("interpolation", "bilinear"), values.get("crop_mode", "center")
+    if not _is_shape(shape) or not (_is_number(crop_pct) and 0.05 <= crop_pct <= 1):
+        return None
+    if not (_is_number_list(mean, shape[0]) and _is_number_list(std, shape[0])):
+        return None
+    if len(mean) != len(std) or not all(deviation > 0 for deviation in std):
+        return None
+    # Not every value can be looked up in a set.
+    if not isinstance(interpolation, str) or not isinstance(crop_mode, str):
+        return None
+    if interpolation not in _INTERPOLATIONS or crop_mode not in _CROP_MODES:
+        return None
+    return InputSpec(
+        tuple(shape),
+        tuple(map(float, mean)),
+        tuple(map(float, std)),
+        interpolation,
+        float(crop_pct),
+        crop_mode,
+        origin,
+    )
+
+
+def _is_shape(value: object) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or not 1 <= len(value) <= 4:
+        return False
+    if not all(type(side) is int and side > 0 for side in value):
+        return False
+    is_image = len(value) > 2
+    return math.prod(value) <= _LARGEST_SIDE**2 and not (is_image and max(value) > _LARGEST_SIDE)
+
+
+def _is_number_list(value: object, channels: int) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and len(value) in (0, channels) and all(map(_is_number, value))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    # JSON has integers of any length, which no float can hold.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e6  # type: ignore[arg-type] # which is false for NaN, too
 
 
 def _list_argument_kinds(adapter: Adapter, name: str) -> Mapping[str, ArgumentKind]:

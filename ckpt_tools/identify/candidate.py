@@ -25,6 +25,7 @@ from ckpt_tools.identify.key_matching import (
     misfit_error,
     unsaved_buffer_keys,
 )
+from ckpt_tools.identify.recorded_provenance import recorded_input_spec
 from ckpt_tools.identify.recorded_rates import recorded_rates, set_rates
 from ckpt_tools.identify.shape_digest import LOSS_ATTRIBUTES, Shapes, top_attributes
 from ckpt_tools.identify.skeleton import (
@@ -109,7 +110,7 @@ def _fit_to_shapes(
         recipe=recipe,
         prefix=prefix,
         as_built=tuple(attribute for attribute in replaceable if differences.touches(attribute)),
-        input_spec=candidate.adapter.input_spec(skeleton, recipe.name, part.words),
+        input_spec=_input_spec(candidate.adapter, skeleton, recipe.name, part),
     )
 
 
@@ -173,12 +174,17 @@ def _build_and_fill(checkpoint: Checkpoint, candidate: Candidate) -> LoadedModel
         model=model,
         checkpoint=part,
         recipe=recipe,
-        input_spec=adapter.input_spec(model, recipe.name, part.words),
+        input_spec=_input_spec(adapter, model, recipe.name, part),
         probe=build_probe(adapter, recipe),
         recognised_by=candidate.recognised_by,
         twins=candidate.twins,
         as_built=candidate.as_built,
     )
+
+
+def _input_spec(adapter: Adapter, model: nn.Module, name: str, checkpoint: Checkpoint) -> InputSpec | None:
+    """Return the input that a corrected file records, else what its words and the library say."""
+    return recorded_input_spec(checkpoint) or adapter.input_spec(model, name, checkpoint.words)
 
 
 def load_recipe(adapter: Adapter, recipe: Recipe) -> LoadedModel:

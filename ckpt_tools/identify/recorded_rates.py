@@ -1,7 +1,7 @@
 """Drop rates of a pickled module tree, and how to set them on the model that is built in its place.
 
 A pickle of a whole module is read without running it. Its modules and their drop rates then stand
-in `checkpoint.words["module"]`.
+in `checkpoint.words["module"]`. A corrected file has them in its provenance.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ckpt_tools.contract import Checkpoint
+from ckpt_tools.storage.provenance import recorded_correction
 
 _PATH_RATE, _BLOCK_RATE = "drop_path_rate", "drop_block_rate"
 
@@ -20,16 +21,22 @@ RatesByModule = Mapping[str, Mapping[str, float]]
 def recorded_rates(checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     """Return the drop rates of a file that held a whole module, by module path and attribute.
 
+    The output of a correction of such a file has them in its provenance.
+
     Paths are those of the model, without the prefix that was removed from the keys. Returns {} for
     other files.
     """
     module = checkpoint.words.get("module")
-    rates = module.get("rates") if isinstance(module, Mapping) else None
+    if isinstance(module, Mapping):
+        rates = module.get("rates")
+    else:
+        rates = recorded_correction(checkpoint).get("module_rates")
     if not isinstance(rates, Mapping):
         return {}
     rates_by_path: dict[str, dict[str, float]] = {}
     for path, attributes in rates.items():
         dotted = f"{path}."  # The prefix ends in a dot, too.
+        # Each entry of the mapping is a word of the file, and may be anything.
         if isinstance(attributes, Mapping) and dotted.startswith(checkpoint.prefix):
             numbers = {name: rate for name, rate in attributes.items() if _is_rate(rate)}
             if numbers:

@@ -22,6 +22,7 @@ from ckpt_tools.identify.recipe import (
     recipe_without_arguments,
     recorded_recipes,
 )
+from ckpt_tools.identify.recorded_provenance import add_recorded_arguments, corrected_recipe
 from ckpt_tools.identify.recorded_rates import recorded_class
 
 # At every other digest level, the head was left out of the comparison.
@@ -43,8 +44,9 @@ def find_candidates(
     """
     user_kwargs = dict(model_kwargs or {})
     if architecture is not None:
-        recipe = recipe_with_recorded_arguments(checkpoint.words, architecture)
-        return (fit_candidate(checkpoint, Candidate(*recipe, "user"), user_kwargs),)
+        adapter, recipe = recipe_with_recorded_arguments(checkpoint.words, architecture)
+        recipe = add_recorded_arguments(checkpoint, adapter, recipe)
+        return (fit_candidate(checkpoint, Candidate(adapter, recipe, "user"), user_kwargs),)
     # A trusted pickle may hold the model itself.
     if checkpoint.module is not None:
         return (module_candidate(checkpoint),)
@@ -95,7 +97,9 @@ def require_single_candidate(checkpoint: Checkpoint, candidates: tuple[Candidate
 
 
 def _recorded_candidates(checkpoint: Checkpoint) -> Iterator[Candidate]:
-    for adapter, recipe in recorded_recipes(checkpoint):
+    # The correction was made with this architecture, whatever else stands in the file or beside it.
+    corrected = corrected_recipe(checkpoint)
+    for adapter, recipe in [corrected] if corrected else recorded_recipes(checkpoint):
         yield Candidate(adapter, recipe, "checkpoint")
 
 

@@ -15,6 +15,8 @@ from ckpt_tools.errors import AmbiguousArchitecture
 from ckpt_tools.identify.candidate import Candidate, load_candidate
 from ckpt_tools.identify.file_name_hints import guess_by_file_name
 from ckpt_tools.identify.key_matching import has_counters
+from ckpt_tools.identify.recorded_provenance import describe_input
+from ckpt_tools.identify.recorded_rates import recorded_rates
 from ckpt_tools.identify.resolution import find_candidates
 from ckpt_tools.jobs.request import ModelChoice
 from ckpt_tools.walker.downstream import walk
@@ -60,6 +62,22 @@ def recognise_architecture(
         raise AmbiguousArchitecture(_ambiguity_message(checkpoint, names, scores), names)
     guess = replace(guess, recognised_by="file name")
     return Recognition(load_candidate(checkpoint, guess), scores)
+
+
+def recorded_input(
+    checkpoint: Checkpoint, loaded: LoadedModel, preprocessing: Preprocessing
+) -> dict[str, object]:
+    """Return what the provenance of a corrected file says of the input and of rates of modules.
+
+    Without it the output, which has none of its source's words, would be evaluated at the library's
+    usual size. The shape is the one that the checkpoint, the library or the user knows: that of
+    samples which happened to be read says nothing about the model.
+    """
+    spec = loaded.input_spec
+    if spec is not None or preprocessing.input_size is not None:
+        spec = resolve_input_spec(spec, preprocessing, None)
+    rates = recorded_rates(checkpoint)
+    return describe_input(spec) | ({"module_rates": rates} if rates else {})
 
 
 def _measure_agreement(

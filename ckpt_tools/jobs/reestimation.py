@@ -15,6 +15,7 @@ from ckpt_tools.evaluate.scores import Metrics, compute_gated_metrics
 from ckpt_tools.evaluate.validation import ModelEvaluation
 from ckpt_tools.identify.key_matching import has_counters
 from ckpt_tools.jobs.plan import Plan
+from ckpt_tools.jobs.recognition import recorded_input
 from ckpt_tools.machine.device import move_to_device
 from ckpt_tools.machine.precision import deterministic_kernels
 from ckpt_tools.reestimate.correction import run_method
@@ -187,6 +188,7 @@ def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
         "torch": torch.__version__,
         "settings": request.settings_digest(),
         "rewritten": [layer.name for layer in result.rewritten],
+        **recorded_input(plan.checkpoint, plan.loaded_model, request.preprocessing),
     }
     if result.outliers:
         provenance["outliers"] = [dataclasses.asdict(outlier) for outlier in result.outliers]

@@ -19,18 +19,22 @@ from typing import Any
 
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.location import Location, LocationLike
+from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
 from ckpt_tools.storage.files.fetching import fetch_header
 from ckpt_tools.storage.formats.safetensors_file import read_header_bytes
 from ckpt_tools.version import VERSION
 
 __all__ = [
     "BLANK_DIGEST",
+    "Correction",
     "Seal",
     "add_seal",
     "checkpoint_provenance",
     "output_metadata",
+    "read_correction",
     "read_provenance_entry",
     "read_seal",
+    "recorded_correction",
     "seal_header",
 ]
 
@@ -55,6 +59,22 @@ class Seal:
 _SEAL = tuple(Seal.__dataclass_fields__)
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What ``bn-reestimate`` did to a checkpoint, as the output itself says.
+
+    ``layers`` is the number of BN layers that it rewrote, ``source`` the name of the file that it
+    read, without the folder.
+    """
+
+    estimator: str
+    statistics: str
+    layers: int
+    source: str
+    source_sha256: str
+    version: str
+
+
 def checkpoint_provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     """Return what a checkpoint records about its origin; None for one that records nothing.
 
@@ -64,6 +84,47 @@ def checkpoint_provenance(checkpoint: Checkpoint) -> dict[str, object] | None:
     """
     entry = _parse_entry(checkpoint.metadata)
     return None if entry is None else _without_seal(entry)
+
+
+def recorded_correction(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """Return what a checkpoint's metadata say about its correction by ``bn-reestimate``; {} if nothing.
+
+    A conversion of a corrected file is a corrected file, too. Any program may have written these
+    words, so they are worth as much as all that a file says of itself.
+    """
+    entry: object = _parse_entry(checkpoint.metadata)
+    for _ in range(_MAX_LEVELS):
+        if not isinstance(entry, Mapping):
+            return {}
+        if isinstance(entry.get("estimator"), str):
+            return entry
+        if entry.get("expect") != "nothing":
+            return {}
+        entry = entry.get("earlier")
+    return {}
+
+
+def read_correction(checkpoint: Checkpoint) -> Correction | None:
+    """Return the correction of a checkpoint whose file is, as it stands, an output of this tool.
+
+    A file into which another program has copied an output's metadata is none: a training may have
+    gone on since. Raises CheckpointError if the file is gone.
+    """
+    entry = recorded_correction(checkpoint)
+    if not entry:
+        return None
+    files = find_checkpoint_files(checkpoint.path).files
+    if not any(read_provenance_entry(file) for file in files):
+        return None
+    rewritten = entry.get("rewritten")
+    return Correction(
+        estimator=str(entry["estimator"]),
+        statistics=str(entry.get("statistics", "variance")),
+        layers=len(rewritten) if isinstance(rewritten, list) else 0,
+        source=str(entry.get("source", "")),
+        source_sha256=str(entry.get("source_sha256", "")),
+        version=str(entry.get("version", "")),
+    )
 
 
 def read_provenance_entry(place: LocationLike) -> dict[str, object] | None:
