@@ -120,6 +120,12 @@ _method = options.combine_options(
     "folder for http:// and hf://.",
 )
 @options.overwrite
+@click.option(
+    "--again",
+    is_flag=True,
+    help="Correct a file that bn-reestimate wrote itself. By default it is left alone (exit code 3): "
+    "its variances have been corrected once.",
+)
 @many_checkpoints.options
 @options.model
 @_method
@@ -146,6 +152,7 @@ def bn_reestimate(
     data: str | None,
     output: Location | None,
     overwrite: bool,
+    again: bool,
     folder: many_checkpoints.FolderOptions,
     model: ModelChoice,
     method: Method,
@@ -203,6 +210,7 @@ def bn_reestimate(
         reading=reading,
         deterministic=deterministic,
         overwrite=overwrite,
+        again=again,
         eval_data=eval_data,
         evaluation=evaluation,
     )

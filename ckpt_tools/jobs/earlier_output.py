@@ -1,18 +1,29 @@
-"""Recognises the output of an earlier run, and whether it is still what was written."""
+"""Recognises the output of an earlier run, and whether it is still what was written.
+
+An output may also be what is to be corrected. That would be done twice.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ckpt_tools.errors import OutputError
+from ckpt_tools.contract import Checkpoint
+from ckpt_tools.errors import NothingToDo, OutputError
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.location import Location, LocationLike
+from ckpt_tools.plain_text import one_line
 from ckpt_tools.storage.files.stamps import FileStamp, stamp_file
 from ckpt_tools.storage.output.integrity import FileDigest, measure_output
-from ckpt_tools.storage.provenance import read_provenance_entry, read_seal
+from ckpt_tools.storage.provenance import Correction, read_correction, read_provenance_entry, read_seal
 from ckpt_tools.storage.reading import checkpoint_sha256
 
-__all__ = ["DamagedOutput", "EarlierOutput", "find_earlier_output"]
+__all__ = [
+    "DamagedOutput",
+    "EarlierOutput",
+    "describe_correction",
+    "find_earlier_output",
+    "refuse_second_correction",
+]
 
 
 @dataclass(frozen=True)
@@ -79,3 +90,28 @@ def find_earlier_output(
         recorded_file = in_manifest.file
     why = measured.describe_damage(seal, recorded_file)
     return DamagedOutput(why, stamp) if why else replace(expected, file=measured.file)
+
+
+def refuse_second_correction(checkpoint: Checkpoint) -> None:
+    """Raise NothingToDo if the checkpoint is an output of ``bn-reestimate``, or a conversion of one.
+
+    A second correction would take the share of dropout out of variances that no longer have it.
+    """
+    correction = read_correction(checkpoint)
+    if correction is not None:
+        raise NothingToDo(
+            f"{checkpoint.shown_path}: nothing to do, since it is a corrected file: "
+            f"{describe_correction(correction)}. Give the file that it was made from, or pass --again "
+            "to correct this one all the same."
+        )
+
+
+def describe_correction(correction: Correction) -> str:
+    """Return in words what ``bn-reestimate`` did: the layers, the estimator and the source."""
+    what = "variances and means" if correction.statistics == "mean+variance" else "variances"
+    layers = "1 layer" if correction.layers == 1 else f"{correction.layers:,} layers"
+    source = f" of {one_line(correction.source)}" if correction.source else ""
+    return (
+        f"bn-reestimate {one_line(correction.version)} has rewritten the running {what} of "
+        f"{layers}{source} (estimator {one_line(correction.estimator)})"
+    )

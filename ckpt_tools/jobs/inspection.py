@@ -14,6 +14,7 @@ from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.loading import identify_model, load_architecture
+from ckpt_tools.jobs.earlier_output import refuse_second_correction
 from ckpt_tools.jobs.request import ModelChoice
 from ckpt_tools.location import Location
 from ckpt_tools.model.calling import unwrap_model
@@ -21,6 +22,7 @@ from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.results import Walk
 from ckpt_tools.storage.files.checkpoint_files import find_checkpoint_files
+from ckpt_tools.storage.provenance import Correction, read_correction
 from ckpt_tools.storage.reading import read_checkpoint
 from ckpt_tools.walker.downstream import walk
 
@@ -64,7 +66,8 @@ class Inspection:
 
     ``loaded``, ``walk`` and ``prospect`` are None where ``error`` says why they are not known.
     ``steps``: how many batches each BN layer has counted, by its name; None where the file does not
-    say. ``candidates``: the architectures, where several fit.
+    say. ``candidates``: the architectures, where several fit. ``correction``: what
+    ``bn-reestimate`` did, if the file is one of its outputs.
     """
 
     request: InspectRequest
@@ -78,6 +81,7 @@ class Inspection:
     steps: Mapping[str, int | None] = field(default_factory=dict)
     prospect: Prospect | None = None
     candidates: tuple[str, ...] = ()
+    correction: Correction | None = None
     error: CkptToolsError | None = None
 
 
@@ -118,7 +122,9 @@ def _inspect_file(request: InspectRequest, location: Location) -> Inspection:
     )
     # A checkpoint may be several files: shards and their index.
     size = sum(file.stat().st_size for file in find_checkpoint_files(checkpoint.path).files)
-    return Inspection(request, checkpoint, size, _total_by_type(checkpoint.tensors), parameters)
+    totals = _total_by_type(checkpoint.tensors)
+    correction = read_correction(checkpoint)
+    return Inspection(request, checkpoint, size, totals, parameters, correction=correction)
 
 
 def _add_loaded_model(inspection: Inspection) -> Inspection:
@@ -166,6 +172,7 @@ def _add_error(inspection: Inspection, error: CkptToolsError) -> Inspection:
 
 def _predict_reestimation(model_walk: Walk, checkpoint: Checkpoint, loaded: LoadedModel) -> Prospect:
     try:
+        refuse_second_correction(checkpoint)
         require_batch_norm(checkpoint)
         frozen = frozen_layers(loaded.model, model_walk)
         choice = choose(model_walk, "auto", rates=loaded.rates, statistics="variance", frozen=frozen)

@@ -23,6 +23,7 @@ from ckpt_tools.evaluate.validation import (
     parse_optional_settings,
 )
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
+from ckpt_tools.jobs.earlier_output import refuse_second_correction
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
 from ckpt_tools.jobs.request import Request
@@ -180,6 +181,8 @@ def _prepare_on_rank(
     sources = sources or Sources.from_request(request)
     source = sources.data
     checkpoint = read_checkpoint(request.checkpoint, weights=request.model.weights, trust=request.model.trust)
+    if not request.again:
+        refuse_second_correction(checkpoint)
     require_batch_norm(checkpoint)  # before the architecture, which is of no interest without
     recognition = _recognise(checkpoint, request, source)
     loaded = recognition.loaded

@@ -63,7 +63,8 @@ class Request:
 
     ``data`` None: made-up inputs. ``output`` None: NAME.bn.safetensors beside the checkpoint.
     ``eval_data``: labelled data, to judge the model on before and after. ``deterministic``: on
-    CUDA, take only kernels that give the same bits every time.
+    CUDA, take only kernels that give the same bits every time. ``again``: correct a file that is a
+    corrected one already.
     """
 
     checkpoint: Location
@@ -75,6 +76,7 @@ class Request:
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     deterministic: bool = False
     overwrite: bool = False
+    again: bool = False
     eval_data: str | None = None
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 

@@ -133,6 +133,8 @@ def inspection_json(inspection: Inspection) -> dict[str, object]:
         "rates": loaded and loaded.rates,
         "checkpoint": inspection.checkpoint
         and _inspected_checkpoint_json(inspection.checkpoint, inspection.size),
+        # What bn-reestimate did, if the file is one of its outputs
+        "correction": inspection.correction and dataclass_to_dict(inspection.correction),
         "parameters": inspection.parameters,
         "tensors": sum(tally.tensors for tally in inspection.types.values()),
         "dtypes": {name: dataclasses.asdict(tally) for name, tally in inspection.types.items()},

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, InputSpec
+from ckpt_tools.jobs.earlier_output import describe_correction
 from ckpt_tools.jobs.inspection import Inspection, Prospect
 from ckpt_tools.plain_text import escape_controls, one_line
 from ckpt_tools.report.columns import align_columns, count_text, list_names
@@ -123,6 +124,7 @@ def _file_rows(inspection: Inspection) -> list[tuple[str, str]]:
     rows = [
         ("file", f"{checkpoint.shown_path}, {size_text(inspection.size or 0)}, {checkpoint.format}"),
         ("taken", _weights_entry(checkpoint)),
+        ("corrected", describe_correction(inspection.correction) if inspection.correction else ""),
         ("left out", list_names(checkpoint.left_out)),
         ("holds", _holds(inspection)),
         ("says", _recorded_entries(checkpoint.words)),
