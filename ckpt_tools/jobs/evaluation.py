@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
@@ -24,8 +25,14 @@ from ckpt_tools.jobs.request import EvaluationOptions, ModelChoice, ReadingOptio
 from ckpt_tools.location import Location
 from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
+from ckpt_tools.storage.provenance import recorded_correction
 from ckpt_tools.storage.reading import checkpoint_sha256, read_checkpoint
 from ckpt_tools.walker.downstream import walk
+
+InputDecision = Literal["before", "after", "options", "data", "each"]
+"""What two checkpoints are evaluated on: the input that one of them has, whatever the other says;
+what the user's options say; preprocessed data as it is; or each its own.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,32 @@ class EvaluatedCheckpoint:
 
 
 @dataclass(frozen=True)
+class _Opened:
+    """A checkpoint as it stands in its file and in its model, and the data for it."""
+
+    checkpoint: Checkpoint
+    loaded: LoadedModel
+    source: Source
+
+    @property
+    def is_output(self) -> bool:
+        """Whether the checkpoint is what ``bn-reestimate`` wrote."""
+        return bool(recorded_correction(self.checkpoint))
+
+
+@dataclass(frozen=True)
 class EvaluationPlan:
     """The checkpoints that are going to be evaluated, loaded and checked, and the device to run
     them on.
+
+    ``input_decision`` says what the preprocessing of two checkpoints follows; None for a single one.
     """
 
     request: EvaluationRequest
     after: EvaluatedCheckpoint
     before: EvaluatedCheckpoint | None
     device: str
+    input_decision: InputDecision | None = None
 
     @property
     def images(self) -> int | None:
@@ -98,11 +122,15 @@ def prepare_evaluation(request: EvaluationRequest) -> EvaluationPlan:
         compared=request.before is not None,
     )
     device = resolve_device(request.reading.device)
-    before = None
-    if request.before is not None:
-        before = _load_for_evaluation(request.before, settings, request, device)
-    after = _load_for_evaluation(request.checkpoint, settings, request, device)
-    return EvaluationPlan(request, after, before, device)
+    if request.before is None:
+        after = _load_for_evaluation(request.checkpoint, request)
+        return EvaluationPlan(request, _open_for_evaluation(after, settings, request, device), None, device)
+    before = _load_for_evaluation(request.before, request)
+    after = _load_for_evaluation(request.checkpoint, request)
+    before, after, decision = _share_input(before, after)
+    opened_before = _open_for_evaluation(before, settings, request, device)
+    opened_after = _open_for_evaluation(after, settings, request, device)
+    return EvaluationPlan(request, opened_after, opened_before, device, decision)
 
 
 def execute_evaluation(
@@ -129,14 +157,46 @@ def execute_evaluation(
     )
 
 
-def _load_for_evaluation(
-    location: Location, settings: EvaluationSettings, request: EvaluationRequest, device: str
-) -> EvaluatedCheckpoint:
+def _load_for_evaluation(location: Location, request: EvaluationRequest) -> _Opened:
     # Each checkpoint has a source of its own; with the same seed both see the same images.
     options = request.reading
     source = open_source(request.data, limit=options.limit, seed=options.seed, split="test")
     checkpoint = read_checkpoint(location, weights=request.model.weights, trust=request.model.trust)
     loaded = recognise_architecture(checkpoint, request.model, source, request.preprocessing).loaded
+    return _Opened(checkpoint, loaded, source)
+
+
+def _share_input(before: _Opened, after: _Opened) -> tuple[_Opened, _Opened, InputDecision]:
+    """Give two checkpoints of one network the same input, and say which of them decides it.
+
+    Otherwise a change between two inputs would look like one between the checkpoints. BEFORE
+    decides, since it is the checkpoint as the framework saved it: an output has lost the words of
+    its source, and one of an earlier version does not record the input. If BEFORE is the output and
+    AFTER is not, AFTER decides. Networks of different shapes keep their own inputs, which each of
+    them was trained for.
+    """
+    if after.source.is_preprocessed:
+        return before, after, "data"
+    assert before.loaded.checkpoint is not None
+    assert after.loaded.checkpoint is not None
+    if before.loaded.checkpoint.shapes != after.loaded.checkpoint.shapes:
+        return before, after, "each"
+    decides_after = before.is_output and not after.is_output
+    first, second = (after, before) if decides_after else (before, after)
+    if first.loaded.input_spec is None:
+        decides_after = not decides_after
+        first, second = second, first
+    if first.loaded.input_spec is None:
+        return before, after, "options"  # without them, opening the data raises
+    spec = first.loaded.input_spec
+    second = replace(second, loaded=replace(second.loaded, input_spec=spec))
+    return (second, first, "after") if decides_after else (first, second, "before")
+
+
+def _open_for_evaluation(
+    opened: _Opened, settings: EvaluationSettings, request: EvaluationRequest, device: str
+) -> EvaluatedCheckpoint:
+    loaded, source, options = opened.loaded, opened.source, request.reading
     assert loaded.checkpoint is not None
     batch_size = options.batch_size
     if batch_size is None:

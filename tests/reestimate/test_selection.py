@@ -7,7 +7,7 @@ import copy
 import nets
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ckpt_tools
 from ckpt_tools import reestimate_bn
@@ -193,9 +193,6 @@ class InOrder(nn.Sequential):
             self[index].num_batches_tracked.fill_(counter)
             if index not in initial:
                 self[index].running_mean.normal_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def evaluation_json(outcome: EvaluationOutcome) -> dict[str, object]:
         "libraries": library_versions(),
         "checkpoint": _evaluated_checkpoint(plan.after, outcome.sha256),
         "before": plan.before and _evaluated_checkpoint(plan.before, outcome.before_sha256),
+        # before, after, options, data or each; null for a single checkpoint
+        "input_decided_by": plan.input_decision,
         "metrics": metrics_json(outcome.metrics),
         "device": plan.device,
         "seconds": round(outcome.seconds, 3),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST
-from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationPlan
+from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationPlan, InputDecision
 from ckpt_tools.plain_text import one_line
 from ckpt_tools.report.columns import align_columns, count_text, list_names
 
@@ -102,10 +103,32 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
     amount = "an unknown number of images" if stream.count is None else count_text(stream.count, "image")
     rows += [
         ("data", f"{plan.request.data} ({plan.after.validation.kind}), {amount}"),
-        ("input", stream.transform),
+        ("input", _input_text(plan)),
         ("device", plan.device),
     ]
     return align_columns(rows)
+
+
+_DECISIONS: Mapping[InputDecision, str] = {
+    "before": "as BEFORE says",
+    "after": "as AFTER says",
+    "options": "as your options and the data say",
+    "data": "which is preprocessed already",
+}
+
+
+def _input_text(plan: EvaluationPlan) -> str:
+    """Return the input, and for two checkpoints whose it is: a change must not be one of the input."""
+    transform = plan.after.validation.stream.transform
+    decision = plan.input_decision
+    if plan.before is None or decision is None:
+        return transform
+    if decision == "each":
+        before = plan.before.validation.stream.transform
+        return f"each its own, as the networks differ: before on {before}; after on {transform}"
+    is_changed = decision in ("before", "after") and plan.request.preprocessing != Preprocessing()
+    options = ", but for your options" if is_changed else ""
+    return f"both on {transform}, {_DECISIONS[decision]}{options}"
 
 
 def _checkpoint_line(evaluated: EvaluatedCheckpoint) -> str:
