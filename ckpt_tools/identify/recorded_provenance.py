@@ -61,6 +61,9 @@ def add_recorded_arguments(checkpoint: Checkpoint, adapter: Adapter, recipe: Rec
         return recipe
     kwargs = {**recipe.kwargs, **arguments}
     has_rates = any(name in arguments for name in adapter.rate_kwargs(recipe.name))
+    if "module_rates" in correction:
+        # These are the rates of single modules, which are set on the model once it is built.
+        has_rates = False
     return replace(recipe, kwargs=kwargs, rates="recorded" if has_rates else recipe.rates)
 
 

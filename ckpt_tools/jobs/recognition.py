@@ -76,7 +76,7 @@ def recorded_input(
     spec = loaded.input_spec
     if spec is not None or preprocessing.input_size is not None:
         spec = resolve_input_spec(spec, preprocessing, None)
-    rates = recorded_rates(checkpoint)
+    rates = recorded_rates(checkpoint) if loaded.rates == "recorded" else {}
     return describe_input(spec) | ({"module_rates": rates} if rates else {})
 
 

@@ -431,3 +431,19 @@ def test_versioned_modules_load(tmp_path: Path) -> None:
         "3,64,64",
         "--json",
     )
+
+
+def test_layers_are_chosen_by_name(files: Path) -> None:
+    chosen = ("--only", "norms", "--keep", "norms.1", "--keep", "*.3")
+    out = json.loads(ok(*job(files, *chosen, "--json")).stdout)
+    assert [layer["name"] for layer in out["layers"] if layer["rewritten"]] == ["norms.2"]
+    assert "--keep" in next(layer["reason"] for layer in out["layers"] if layer["name"] == "norms.1")
+    assert all(
+        f"{name} {value}" in out["command"] for name, value in (("--only", "norms"), ("--keep", "'*.3'"))
+    )
+    before, after = stored(files / "model.pt"), load_file(files / "model.bn.safetensors")
+    assert [key for key in before if not torch.equal(before[key], after[key])] == ["norms.2.running_var"]
+    mistyped = run(*job(files, "--overwrite", "--keep", "norm.2"))
+    assert (mistyped.exit_code, "Did you mean norms.2?" in mistyped.stderr) == (2, True)
+    nothing = run(*job(files, "--overwrite", "--keep", "*"))
+    assert (nothing.exit_code, "--keep" in nothing.stderr) == (3, True)

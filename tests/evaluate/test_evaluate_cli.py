@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ckpt_tools.cli import main
@@ -309,3 +309,51 @@ def test_a_callable_that_shuffles_anew_is_noticed(files: Path, monkeypatch: pyte
     sys.modules.pop("my_restless", None)
     assert result.exit_code == 1
     assert "same images in the same order" in result.stderr
+
+
+def test_before_and_after_see_one_input(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output of an earlier version does not record the input; BEFORE does, or else AFTER."""
+    timm = pytest.importorskip("timm")
+    monkeypatch.chdir(files)
+    torch.manual_seed(0)
+    state = timm.create_model("test_resnet", num_classes=10).state_dict()
+    args = {"model": "test_resnet", "num_classes": 10, "input_size": [3, 40, 40], "drop_path": 0.1}
+    torch.save({"arch": "test_resnet", "args": args, "state_dict": state}, "in.pth.tar")
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 50, 60, 3), np.uint8)
+    np.savez("images.npz", images=pixels, labels=np.arange(20) % 10)
+    entry = {"version": "0.1.0", "estimator": "pooled"}
+    save_file(state, "old.safetensors", {"ckpt_tools": json.dumps(entry)})
+    other = timm.create_model("test_efficientnet", num_classes=10).state_dict()
+    torch.save({"arch": "test_efficientnet", "state_dict": other}, "other.pt")
+
+    def compare(after: str, before: str, *more: str) -> tuple[str, list[str], str]:
+        arguments = ("evaluate", after, "--before", before, "--data", "images.npz", "-q", *more)
+        facts = json.loads(run(*arguments, "--json").stdout)
+        inputs = [facts[name]["transform"] for name in ("before", "checkpoint")]
+        return facts["input_decided_by"], inputs, run(*arguments).stdout
+
+    arch = ("--arch", "timm:test_resnet")
+    decision, inputs, text = compare("old.safetensors", "in.pth.tar", *arch)
+    assert decision == "before"
+    assert inputs[0] == inputs[1]
+    assert "40×40" in inputs[0]
+    assert "both on RGB" in text
+    assert "as BEFORE says" in text
+    decision, inputs, text = compare("in.pth.tar", "old.safetensors", *arch)
+    assert (decision, "as AFTER says" in text) == ("after", True)
+    assert inputs[0] == inputs[1]
+    assert "40×40" in inputs[0]
+    decision, inputs, text = compare("old.safetensors", "in.pth.tar", *arch, "--input-size", "3,32,32")
+    assert "as BEFORE says, but for your options" in text
+    assert inputs[0] == inputs[1]
+    assert "32×32" in inputs[0]
+    decision, inputs, text = compare("other.pt", "in.pth.tar")
+    assert (decision, inputs[0] == inputs[1]) == ("each", False)
+    assert "each its own" in text
+
+
+def test_preprocessed_data_decide_for_themselves(files: Path) -> None:
+    both = ("--before", files / "model.pt", "--data", files / "val.npz", *ARCH, "-q", "--json")
+    facts = json.loads(run("evaluate", files / "model.pt", *both).stdout)
+    assert facts["input_decided_by"] == "data"
+    assert facts["checkpoint"]["transform"] == facts["before"]["transform"]
