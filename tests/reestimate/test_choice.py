@@ -98,7 +98,7 @@ def test_a_model_without_bn_layers_is_told_so() -> None:
 
 def test_the_second_name_of_a_layer_serves_as_well() -> None:
     layers = [BatchNormLayer("a.bn", "BatchNorm1d", 3, True, aliases=("b.bn",))]
-    from ckpt_tools.reestimate.selection import select_layers
+    from ckpt_tools.reestimate.layer_patterns import select_layers
 
     assert select_layers(layers, ["b"], "only") == {"a.bn"}
 
