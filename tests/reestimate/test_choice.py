@@ -44,7 +44,7 @@ def reasons(result: Reestimation) -> dict[str, str]:
         ({"keep": ["nor?s"]}, ["norm"]),
         ({"only": ["*"], "keep": ["*.1", "*.3"]}, ["norms.2", "norm"]),
         ({"only": ["norms.0", "norm"]}, ["norm"]),  # norms.0 is not behind dropout
-        ({"only": ["norms.0"], "layers": "all"}, ["norms.0"]),
+        ({"only": ["norms.0"], "layers": "all", "estimator": "pooled"}, ["norms.0"]),
     ],
 )
 def test_patterns(model: nn.Module, options: dict, names: list[str]) -> None:
