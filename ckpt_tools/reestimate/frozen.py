@@ -58,7 +58,7 @@ def frozen_layers(model: nn.Module, walk: Walk) -> dict[str, str]:
     }
     never_trained = _layers_left_in_evaluation_mode(model)
     frozen = {
-        name: "frozen: the model's train() leaves it in evaluation mode"
+        name: "frozen: left in evaluation mode by the model's train()"
         for name in layers
         if name in never_trained
     }
@@ -93,14 +93,13 @@ def _layers_that_counted_nothing(layers: Mapping[str, _BatchNorm]) -> dict[str, 
         # A checkpoint without counters, or one that was converted from a framework without them.
         return {}
     initial = {
-        name: f"never trained: it has counted no batch, others up to {largest:,}, and its statistics "
-        "are the initial ones"
+        name: f"untrained: initial statistics and no batch counted, elsewhere up to {largest:,}"
         for name, module in layers.items()
         if not counters[name] and _has_initial_statistics(module)
     }
     others = [name for name in layers if name not in initial]
     first = itertools.takewhile(lambda name: not counters[name], others)
-    reason = f"frozen: it and the layers before it have counted no batch, those behind up to {largest:,}"
+    reason = f"frozen: no batch counted up to here, but as many as {largest:,} behind"
     return initial | dict.fromkeys(first, reason)
 
 
