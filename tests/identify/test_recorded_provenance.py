@@ -21,6 +21,7 @@ from ckpt_tools.identify.recorded_provenance import corrected_recipe, describe_i
 from ckpt_tools.identify.recorded_rates import recorded_rates
 
 timm = pytest.importorskip("timm")
+ESTIMATOR = ("--estimator", "pooled", "--force", "-q")
 SPEC = InputSpec((3, 40, 40), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bicubic", 0.9, "squash")
 
 
@@ -165,7 +166,7 @@ def test_a_pickled_module_keeps_its_rates(tmp_path: Path) -> None:
     torch.save(torch.randn(16, 3, 64, 64), tmp_path / "data.pt")
     from cli_runs import ok
 
-    ok("bn-reestimate", tmp_path / "module.pt", "--data", tmp_path / "data.pt", "--force", "-q")
+    ok("bn-reestimate", tmp_path / "module.pt", "--data", tmp_path / "data.pt", *ESTIMATOR)
     before, after = (ckpt_tools.load(tmp_path / name) for name in ("module.pt", "module.bn.safetensors"))
     assert before.rates == after.rates == "recorded"
     walks = [ckpt_tools.walk(loaded.model, torch.zeros(2, 3, 64, 64)) for loaded in (before, after)]

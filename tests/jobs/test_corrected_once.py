@@ -65,7 +65,16 @@ def stored_keys(path: Path) -> list[str]:
 
 def test_a_folder_run_counts_it_as_nothing_to_do(made: Path, tmp_path: Path) -> None:
     names = [made / "out.safetensors", made / "in.pth.tar"]
-    rest = ["--data", made / "data.npy", "--force", "-q", "--output-dir", tmp_path / "to", "--json"]
+    rest = [
+        "--data",
+        made / "data.npy",
+        "--force",
+        "-q",
+        "--output-dir",
+        tmp_path / "to",
+        "--json",
+        *ESTIMATOR,
+    ]
     records = json.loads(ok("bn-reestimate", *names, *rest).stdout)["checkpoints"]
     assert [record["status"] for record in records] == ["nothing to do", "done"]
 
@@ -129,7 +138,7 @@ def test_what_the_user_said_is_kept_as_well(made: Path, tmp_path: Path) -> None:
     np.savez(
         tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 255, (8, 60, 60, 3), np.uint8)
     )
-    rates = ("--model-kwargs", "drop_path_rate=0.3", "--force", "-q")
+    rates = ("--model-kwargs", "drop_path_rate=0.3", "--force", "-q", *ESTIMATOR)
     ok(
         "bn-reestimate",
         tmp_path / "bare.pt",
