@@ -127,7 +127,8 @@ def reestimate_bn(
             depends on it (``force`` overrides).
         DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
         ModelError: NaN in the model, a model that cannot be run.
-        UsageError: settings that mean nothing; a pattern that matches no BN layer; no batches and a model that needs real data.
+        UsageError: settings that mean nothing; a pattern that matches no BN layer; no batches and a
+            model that needs real data.
         RankError: a process of the group is gone.
     """
     method = Method(
