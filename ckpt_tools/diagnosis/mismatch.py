@@ -72,13 +72,16 @@ def compare_layer(layer: Layer, evidence: Evidence) -> LayerMismatch:
 
 
 def judge_mismatch(layers: Mapping[str, Layer], evidence: Mapping[str, Evidence], images: int) -> Verdict:
-    """Say whether the data agrees with the stored statistics of all trained layers."""
+    """Say whether the data agrees with the stored statistics of all trained layers.
+
+    Frozen layers remember other data than that of the last training, so they are no witnesses.
+    """
     if images < _FEWEST_IMAGES:
         return Verdict("none", f"{images} samples are too few to compare them with the training data")
     compared = [
         compare_layer(layer, evidence[name])
         for name, layer in layers.items()
-        if name in evidence and is_trained(layer.module)
+        if name in evidence and is_trained(layer.module) and not layer.frozen
     ]
     if not compared:
         reason = "the counters of the BN layers do not show enough training batches"

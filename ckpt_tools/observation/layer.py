@@ -72,6 +72,7 @@ class Layer:
     """
 
     paired = False  # whether the input is measured under training conditions, too
+    frozen = False  # whether training leaves the layer in evaluation mode
 
     def __init__(self, name: str, module: _BatchNorm, *, rewritten: bool) -> None:
         assert module.running_mean is not None

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.model.model_copy import copy_model
 
 
-@dataclass(frozen=True)
-class TrainingCopy:
-    """A copy in training mode, and the names of the BN layers that training leaves frozen.
+def copy_in_training_mode(model: nn.Module, *, containers: bool) -> nn.Module:
+    """Copy a model and call the copy's own ``train()``, so that what it keeps frozen stays so.
 
     BN layers of the copy are in evaluation mode, all of them: what they normalise with is decided
     by who watches them.
-    """
-
-    model: nn.Module
-    frozen: frozenset[str]
-
-
-def copy_in_training_mode(model: nn.Module, *, containers: bool) -> TrainingCopy:
-    """Copy a model and call the copy's own ``train()``, so that what it keeps frozen stays so.
 
     Args:
         model: is not changed.
@@ -31,20 +20,22 @@ def copy_in_training_mode(model: nn.Module, *, containers: bool) -> TrainingCopy
             targets there; of those only leaf modules are set to training mode.
     """
     twin = copy_model(model, meta=False)
-    if containers:
-        try:
-            twin.train()
-        except Exception:  # noqa: BLE001 - somebody else's train() may do anything, and fail
-            for module in twin.modules():
-                module.training = True
-    else:
+    if not (containers and _train(twin)):
         for module in twin.modules():
-            module.training = not module._modules
-    frozen = set()
-    for name, module in twin.named_modules():
+            module.training = containers or not module._modules
+    for module in twin.modules():
         if isinstance(module, _BatchNorm):
-            if not module.training:
-                frozen.add(name)
             # Not with .eval(): BN layers of timm hold drop and activation modules.
             module.training = False
-    return TrainingCopy(twin, frozenset(frozen))
+    return twin
+
+
+def _train(model: nn.Module) -> bool:
+    """Call the model's own ``train()``; False if it fails, or sets no module to training mode."""
+    for module in model.modules():
+        module.training = False
+    try:
+        model.train()
+    except Exception:  # noqa: BLE001 - somebody else's train() may do anything
+        return False
+    return any(module.training for module in model.modules())

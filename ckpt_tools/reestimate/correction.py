@@ -220,7 +220,7 @@ def run_method(
             sample = tuple(data.ahead(EFFECT_IMAGES)) if estimator in ("auto", "ratio") else ()
             selection = estimate_statistics(
                 context,
-                lambda: _paired_context(context, walk, choice, forward, method),
+                lambda: _paired_context(context, walk, choice, frozen, forward, method),
                 method,
                 rates=rates,
                 synthetic=synthetic,
@@ -276,19 +276,26 @@ def _make_runner(model: nn.Module, forward: Forward, method: Method, *, dropout:
 
 
 def _paired_context(
-    context: PassContext, walk: Walk, choice: Choice, forward: Forward, method: Method
+    context: PassContext,
+    walk: Walk,
+    choice: Choice,
+    frozen: Mapping[str, str],
+    forward: Forward,
+    method: Method,
 ) -> PassContext:
     """The context of a paired measurement: every reached layer, in the model and in a copy of it."""
     copied = copy_in_training_mode(context.model, containers=walk.containers_trained)
     seed_random_generators(context.team.rank)  # dropout of the repeats; the caller restores them
-    modules, twins = dict(context.model.named_modules()), dict(copied.model.named_modules())
+    modules, twins = dict(context.model.named_modules()), dict(copied.named_modules())
     layers: dict[str, Layer] = {}
     for walked in walk.batch_norms:
         module, twin = modules[walked.name], twins[walked.name]
         if walked.reached and isinstance(module, _BatchNorm) and isinstance(twin, _BatchNorm):
-            frozen, rewritten = walked.name in copied.frozen, walked.name in choice.rewrite
-            layers[walked.name] = PairedLayer(walked.name, module, twin, rewritten=rewritten, frozen=frozen)
-    training = _make_runner(copied.model, forward, method, dropout=True)
+            is_frozen, rewritten = walked.name in frozen, walked.name in choice.rewrite
+            layers[walked.name] = PairedLayer(
+                walked.name, module, twin, rewritten=rewritten, frozen=is_frozen
+            )
+    training = _make_runner(copied, forward, method, dropout=True)
     return replace(context, layers=layers, runner=PairedRunner(context.runner, training))
 
 

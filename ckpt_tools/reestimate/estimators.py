@@ -62,17 +62,10 @@ def ratio(context: PassContext, tolerance: float | None, max_images: int | None 
 
     Both variances are measured on the same samples, under test and under training conditions. So
     what the samples have of their own cancels, and they need not be those of the training. The
-    layers of the context are of type ``PairedLayer``. Raises NothingToDo if dropout changes no
-    variance.
+    layers of the context are of type ``PairedLayer``.
     """
     only = DataPass(context, paired_statistics, tolerance=tolerance, max_images=max_images).run()
     shifts = {name: dropout_shift(only.evidence[name]) for name in _reached_names(context, only.evidence)}
-    if shifts and all(bool(((shift - 1).abs() < _NO_SHIFT).all()) for shift in shifts.values()):
-        raise NothingToDo(
-            "nothing to do: with dropout on and off the inputs of every BN layer have the same "
-            "variance, so no noise reaches them. Give the drop rates of the training run "
-            "(--model-kwargs), or use --estimator pooled."
-        )
     corrected = {
         name: MeanVariance(stored.mean, stored.variance / shift)
         for name, shift in shifts.items()
@@ -80,6 +73,17 @@ def ratio(context: PassContext, tolerance: float | None, max_images: int | None 
     }
     _require_some(corrected)
     return Estimate(corrected, only, only.total.outliers, stopped_early=only.stopped_early)
+
+
+def refuse_without_noise(estimate: Estimate) -> None:
+    """Raise NothingToDo if a paired measurement found the same variances with dropout on and off."""
+    shifts = [dropout_shift(estimate.last_pass.evidence[name]) for name in estimate.statistics]
+    if all(bool(((shift - 1).abs() < _NO_SHIFT).all()) for shift in shifts):
+        raise NothingToDo(
+            "nothing to do: with dropout on and off the inputs of every BN layer have the same "
+            "variance, so no noise reaches them. Give the drop rates of the training run "
+            "(--model-kwargs), or use --estimator pooled."
+        )
 
 
 def dropout_shift(evidence: Evidence) -> Tensor:

@@ -7,7 +7,7 @@ cannot tell whether some data is the training data.
 Two signs are reliable:
 
 1. ``model.train()`` leaves the layer in evaluation mode. Classes that freeze BN layers override
-   ``train`` to do this.
+   ``train`` to do this. In a model that is in training mode, its own flag says the same.
 2. The layer has counted no batch (``num_batches_tracked`` is 0) while others have, and either its
    statistics are still the initial ones, or it belongs to the first layers of the network, none of
    which has counted a batch. The latter is a backbone whose published weights have no counters,
@@ -22,8 +22,8 @@ Other counters tell nothing, because every pattern of them has a harmless cause 
 - A counter of 0 beside real statistics *behind* layers that have counted is also what an
   exponential moving average of a new head has: averaged in whole numbers, 0 stays 0.
 
-So a layer that was frozen by calling ``eval()`` on it from outside, with a counter above 0, is not
-recognised. ``--keep`` names such layers.
+So in a loaded model, a layer that was frozen by calling ``eval()`` on it from outside, with a
+counter above 0, is not recognised. ``--keep`` names such layers.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ __all__ = ["frozen_layers"]
 def frozen_layers(model: nn.Module, walk: Walk) -> dict[str, str]:
     """Return the BN layers of the walk that training left as they were, each with the reason.
 
-    ``model`` is not changed: its ``train`` is called on a copy without contents. Flags of the model
-    as it is given mean nothing, since a loaded model is in evaluation mode.
+    ``model`` is not changed: its ``train`` is called on a copy without contents. Where it is in
+    evaluation mode as a whole, as after loading, the flags of its layers mean nothing.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     # In order of execution, which the second sign needs.
@@ -57,6 +57,8 @@ def frozen_layers(model: nn.Module, walk: Walk) -> dict[str, str]:
         if layer.reached and layer.name in modules
     }
     never_trained = _layers_left_in_evaluation_mode(model)
+    if model.training:
+        never_trained |= {name for name, module in layers.items() if not module.training}
     frozen = {
         name: "frozen: left in evaluation mode by the model's train()"
         for name in layers

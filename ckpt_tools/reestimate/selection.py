@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckpt_tools.contract import Estimator, Rates
 from ckpt_tools.diagnosis.mismatch import judge_mismatch
 from ckpt_tools.method import Method
 from ckpt_tools.observation.evidence import Evidence
 from ckpt_tools.observation.layer import Layer
-from ckpt_tools.reestimate.estimators import Estimate, ema, exact, pooled, ratio
+from ckpt_tools.reestimate.estimators import Estimate, ema, exact, pooled, ratio, refuse_without_noise
 from ckpt_tools.reestimate.passes import PassContext
 from ckpt_tools.results import Verdict
 
@@ -55,51 +55,45 @@ def estimate_statistics(
         synthetic: whether the inputs are made up, so that they cannot agree with the training data.
         verdict: what is known about the data already.
     """
-    if method.estimator == "ratio":
-        return _measure_ratio(make_paired(), method, "asked for", None, synthetic)
-    if method.estimator != "auto" or method.statistics != "variance" or rates == "unknown":
-        return _measure_directly(context, method, rates)
-    if synthetic:
-        reason = "there is no data, and the ratio of variances with dropout on and off needs none"
-        return _measure_ratio(make_paired(), method, reason, AUTO_IMAGES, synthetic)
-    if verdict is not None and verdict.level in ("doubt", "refuse"):
-        reason = f"the data differs from the stored statistics ({verdict.reason})"
-        return _measure_ratio(make_paired(), method, reason, AUTO_IMAGES, synthetic)
-    paired = _measure_ratio(make_paired(), method, "", AUTO_IMAGES, synthetic)
-    assert paired.verdict is not None
-    if paired.verdict.level == "agree":
-        reason = (
-            f"drop rates are known and the data agrees with the stored statistics ({paired.verdict.reason})"
-        )
-        estimate = pooled(context, method.statistics, method.tolerance)
-        return Selection(estimate, "pooled", reason, paired.verdict, paired.paired, paired.layers)
-    reason = f"the data is not known to agree with the training ({paired.verdict.reason})"
-    return Selection(paired.estimate, "ratio", reason, paired.verdict, paired.paired, paired.layers)
+    if method.estimator not in ("auto", "ratio"):
+        return _measure_directly(context, method, "asked for")
+    if method.estimator == "auto" and method.statistics != "variance":
+        return _measure_directly(context, method, "mean and variance are those of the data")
+    if method.estimator == "auto" and rates == "unknown":
+        reason = "drop rates are not known, so the data is taken for that of the training, as in the paper"
+        return _measure_directly(context, method, reason)
+    paired = _measure_ratio(make_paired(), method, verdict, synthetic=synthetic)
+    if method.estimator == "ratio" or paired.verdict is None or paired.verdict.level in ("doubt", "refuse"):
+        refuse_without_noise(paired.estimate)
+        return paired
+    estimate = pooled(context, method.statistics, method.tolerance)
+    reason = f"the drop rates are known, and nothing speaks against the data ({paired.verdict.reason})"
+    return replace(paired, estimate=estimate, estimator="pooled", reason=reason)
 
 
 def _measure_ratio(
-    context: PassContext, method: Method, reason: str, max_images: int | None, synthetic: bool
+    context: PassContext, method: Method, verdict: Verdict | None, *, synthetic: bool
 ) -> Selection:
-    tolerance = method.tolerance
-    if max_images is not None and tolerance is None:
-        tolerance = _AUTO_TOLERANCE
-    elif tolerance is not None:
-        max_images = None
+    tolerance, max_images = method.tolerance, None
+    if method.estimator == "auto" and tolerance is None:
+        tolerance, max_images = _AUTO_TOLERANCE, AUTO_IMAGES
     estimate = ratio(context, tolerance, max_images)
     evidence, images = estimate.last_pass.evidence, estimate.last_pass.total.images
-    verdict = None if synthetic else judge_mismatch(context.layers, evidence, images)
+    if synthetic:
+        reason = "there is no data, and the ratio of variances with dropout on and off needs none"
+        return Selection(estimate, "ratio", reason, None, evidence, context.layers)
+    if verdict is None:
+        verdict = judge_mismatch(context.layers, evidence, images)
+    reason = f"the data differs from the stored statistics ({verdict.reason})"
+    if method.estimator == "ratio":
+        reason = "asked for"
     return Selection(estimate, "ratio", reason, verdict, evidence, context.layers)
 
 
-def _measure_directly(context: PassContext, method: Method, rates: Rates) -> Selection:
+def _measure_directly(context: PassContext, method: Method, reason: str) -> Selection:
     statistics = method.statistics
     if method.estimator == "ema":
-        return Selection(ema(context, statistics, method.momentum, method.epochs), "ema", "asked for")
+        return Selection(ema(context, statistics, method.momentum, method.epochs), "ema", reason)
     if method.estimator == "exact":
-        return Selection(exact(context, statistics, method.tolerance), "exact", "asked for")
-    reason = "asked for"
-    if method.estimator == "auto":
-        reason = "drop rates are not known, so the data is taken for that of the training, as in the paper"
-        if statistics == "mean+variance":
-            reason = "mean and variance are those of the data"
+        return Selection(exact(context, statistics, method.tolerance), "exact", reason)
     return Selection(pooled(context, statistics, method.tolerance), "pooled", reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -44,11 +44,12 @@ class Options(TypedDict, total=False):
     progress: Callable[[Progress], None] | None
     distributed: bool
     keep_outliers: bool
+    input_shape: tuple[int, ...] | None
 
 
 def corrected_state_dict(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     *,
     prepare: Callable[[Batch], Batch] | None = None,
     limit_batches: int | None = None,
@@ -67,7 +68,8 @@ def corrected_state_dict(
 
     Args:
         model: as in ``reestimate_bn``.
-        batches: the training data; a DataLoader in use is read beside its own iteration.
+        batches: the training data; a DataLoader in use is read beside its own iteration. None:
+            random inputs, as in ``reestimate_bn``.
         prepare: what the loop does to a batch before the forward. Default: move it to the model's
             device.
         limit_batches: read at most so many batches.
@@ -82,10 +84,14 @@ def corrected_state_dict(
         CkptToolsError: what ``reestimate_bn`` raises.
     """
     inner = unwrap_model(model)
-    reading = _SeededBatches(batches, prepare or _mover(inner), limit_batches, max_images, seed)
-    with seed_temporarily(seed), reading.restore_generators(), _restore_statistics(inner) as originals:
-        # An iterator stays one, so that reestimate_bn refuses to read it several times.
-        readable = iter(reading) if isinstance(batches, Iterator) else reading
+    with seed_temporarily(seed), ExitStack() as stack:
+        readable: Iterable[Batch] | None = None
+        if batches is not None:
+            reading = _SeededBatches(batches, prepare or _mover(inner), limit_batches, max_images, seed)
+            stack.enter_context(reading.restore_generators())
+            # An iterator stays one, so that reestimate_bn refuses to read it several times.
+            readable = iter(reading) if isinstance(batches, Iterator) else reading
+        originals = stack.enter_context(_restore_statistics(inner))
         options.setdefault("force", True)
         result = reestimate_bn(model, readable, **options)
         state: dict[str, Any] = model.state_dict()
