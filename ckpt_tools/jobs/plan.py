@@ -4,6 +4,7 @@ checked in advance.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +44,7 @@ from ckpt_tools.storage.output.checkpoint_writer import check_output
 from ckpt_tools.storage.reading import read_checkpoint
 
 _FIRST_SAMPLES = 64  # that the check of the data looks at, in one batch
-_SYNTHETIC_BATCH = 128
+_PAIRED_BATCH, _FEWEST_OF_A_BATCH, _MOST_OF_A_BATCH = 128, 16, 512
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,9 @@ def _prepare_on_rank(
         # The processes of a machine share its memory, but each has a GPU of its own.
         sharing = ranks.local_world if device == "cpu" else 1
         batch_size = fitting_batch_size(walk.bytes_per_sample, device, sharing)
-        if request.data is None:  # the pass may stop after any batch
-            batch_size = min(batch_size, _SYNTHETIC_BATCH)
+        if request.data is None or method.estimator == "ratio":
+            # The pass may stop after any batch, and batches like those of the training are best.
+            batch_size = min(batch_size, _training_batch_size(loaded.checkpoint) or _PAIRED_BATCH)
     plan = Plan(
         request=request,
         recognised=recognition,
@@ -226,6 +228,15 @@ def _prepare_on_rank(
     if evaluation is None or sources.labelled is None:
         return plan
     return replace(plan, validation=_open_validation(plan, evaluation, sources.labelled))
+
+
+def _training_batch_size(checkpoint: Checkpoint) -> int | None:
+    """The batch size that a checkpoint's arguments record, as those of timm and torchvision do."""
+    arguments = checkpoint.words.get("args")
+    size = arguments.get("batch_size") if isinstance(arguments, Mapping) else None
+    if not isinstance(size, int) or isinstance(size, bool) or size < _FEWEST_OF_A_BATCH:
+        return None
+    return min(size, _MOST_OF_A_BATCH)
 
 
 def _recognise(checkpoint: Checkpoint, request: Request, source: Source) -> Recognition:

@@ -87,6 +87,7 @@ def _run_and_write(
         distributed=not team.alone,
         synthetic=plan.request.data is None,
         verdict=_known_verdict(verdict),
+        seed=plan.request.reading.seed,
     )
     after = team.first(lambda: evaluate("after"))
     # A gate that is not passed raises here, before anything is written.

@@ -176,11 +176,14 @@ def run_method(
     synthetic: bool = False,
     verdict: Verdict | None = None,
     dry_run: bool = False,
+    seed: int = 0,
+    repeats: int | None = None,
 ) -> Reestimation:
     """Do what ``reestimate_bn`` describes, with its settings as one object.
 
     ``synthetic`` says that the batches are made up; ``verdict`` is what is known about the data.
-    With ``dry_run`` the model stays as it is.
+    With ``dry_run`` the model stays as it is. ``seed`` is that of dropout in a paired measurement,
+    which runs each batch ``repeats`` times under training conditions; None: as often as pays.
     """
     started = time.perf_counter()
     estimator, statistics, precision = method.estimator, method.statistics, method.precision
@@ -220,7 +223,7 @@ def run_method(
             sample = tuple(data.ahead(EFFECT_IMAGES)) if estimator in ("auto", "ratio") else ()
             selection = estimate_statistics(
                 context,
-                lambda: _paired_context(context, walk, choice, frozen, forward, method),
+                lambda: _paired_context(context, walk, choice, frozen, forward, method, seed, repeats),
                 method,
                 rates=rates,
                 synthetic=synthetic,
@@ -282,10 +285,13 @@ def _paired_context(
     frozen: Mapping[str, str],
     forward: Forward,
     method: Method,
+    seed: int,
+    repeats: int | None,
 ) -> PassContext:
     """The context of a paired measurement: every reached layer, in the model and in a copy of it."""
     copied = copy_in_training_mode(context.model, containers=walk.containers_trained)
-    seed_random_generators(context.team.rank)  # dropout of the repeats; the caller restores them
+    # Each process draws dropout of its own. The caller restores the generators.
+    seed_random_generators(seed + context.team.rank)
     modules, twins = dict(context.model.named_modules()), dict(copied.named_modules())
     layers: dict[str, Layer] = {}
     for walked in walk.batch_norms:
@@ -296,7 +302,7 @@ def _paired_context(
                 walked.name, module, twin, rewritten=rewritten, frozen=is_frozen
             )
     training = _make_runner(copied, forward, method, dropout=True)
-    return replace(context, layers=layers, runner=PairedRunner(context.runner, training))
+    return replace(context, layers=layers, runner=PairedRunner(context.runner, training, repeats=repeats))
 
 
 def check_team(estimator: str, team: Team) -> None:
