@@ -34,6 +34,15 @@ class Score:
     nll: float
 
 
+@dataclass(frozen=True)
+class DemoResult:
+    """The scores of a network: as trained, corrected with its training data, and without any data."""
+
+    before: Score
+    after: Score
+    without_data: Score
+
+
 def train(
     digits: Digits,
     *,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import v2
 
 BatchChange = Callable[[Tensor], Tensor]
 _AREAS = (0.08, 1.0)  # the default range of torchvision's RandomResizedCrop
@@ -26,7 +27,11 @@ def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
         return [_mix_samples] if batch.ndim == 2 else []
     # Images are padded either before or after they are normalised.
     shift_over_black, shift_over_zeros = _Shift(black), _Shift(torch.zeros_like(black))
+    policies = [_Policy(v2.RandAugment(2, 9), black), _Policy(v2.TrivialAugmentWide(), black)]
+    if batch.shape[1] == 3:
+        policies.append(_Policy(v2.RandomGrayscale(0.5), black))
     return [
+        *(policies if batch.shape[1] in (1, 3) else []),
         shift_over_black,
         shift_over_zeros,
         _crop_randomly,
@@ -54,6 +59,21 @@ class _Shift:
             for image, top, left in zip(padded, tops, lefts, strict=True)
         ]
         return torch.stack(windows)
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """Changes every image as torchvision does, on pixels of 0–255 from ``black`` to the brightest value."""
+
+    transform: nn.Module
+    black: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low = self.black.to(x).reshape(1, -1, 1, 1)
+        scale = (x.amax((0, 2, 3), keepdim=True) - low).clamp_min(1e-6) / 255
+        pixels = ((x - low) / scale).round().clamp(0, 255).to(torch.uint8)
+        changed = torch.stack([self.transform(image) for image in pixels])
+        return changed.to(x.dtype) * scale + low
 
 
 def _crop_randomly(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import describe_source
-from ckpt_tools.demo.train import Score
+from ckpt_tools.demo.train import DemoResult, Score
 from ckpt_tools.diagnosis.data_check import DataVerdict
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.plan import Plan
@@ -268,16 +268,22 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def demo_text(pairs: Sequence[tuple[Score, Score]]) -> str:
-    """Return every network's test error and NLL before and after, and the mean changes."""
-    rows = [("network", "test error before", "after", "NLL before", "after")]
-    for number, (before, after) in enumerate(pairs):
-        errors = f"{before.error:.2f} %", f"{after.error:.2f} %"
-        rows.append((str(number), *errors, f"{before.nll:.3f}", f"{after.nll:.3f}"))
+def demo_text(results: Sequence[DemoResult]) -> str:
+    """Return every network's test error and NLL as trained and corrected, and the mean changes."""
+    rows = [("network", "test error before", "after", "without data", "NLL before", "after", "without data")]
+    for number, result in enumerate(results):
+        scores = (result.before, result.after, result.without_data)
+        errors, nlls = (f"{score.error:.2f} %" for score in scores), (f"{score.nll:.3f}" for score in scores)
+        rows.append((str(number), *errors, *nlls))
+    after = _mean_changes([(result.before, result.after) for result in results])
+    alone = _mean_changes([(result.before, result.without_data) for result in results])
+    return f"{align_columns(rows)}\n\nwith the training data: {after}\nwithout any data:       {alone}"
+
+
+def _mean_changes(pairs: Sequence[tuple[Score, Score]]) -> str:
     error_change = _mean([after.error - before.error for before, after in pairs], 2)
     nll_change = _mean([after.nll - before.nll for before, after in pairs], 3)
-    summary = f"change of test error: {error_change} points; of NLL: {nll_change} nats"
-    return f"{align_columns(rows)}\n\n{summary}"
+    return f"change of test error: {error_change} points; of NLL: {nll_change} nats"
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
