@@ -15,7 +15,7 @@ _AREAS = (0.08, 1.0)  # the default range of torchvision's RandomResizedCrop
 
 
 def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
-    """Return usual augmentations: shifts over black or over zeros, crops, and mixing.
+    """Return usual augmentations: torchvision's policies, shifts over black or zeros, crops, mixing.
 
     They draw from torch's global generator. Mixing alone serves batches that are no images.
 

@@ -270,7 +270,9 @@ def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
 
 def demo_text(results: Sequence[DemoResult]) -> str:
     """Return every network's test error and NLL as trained and corrected, and the mean changes."""
-    rows = [("network", "test error before", "after", "without data", "NLL before", "after", "without data")]
+    rows: list[tuple[str, ...]] = [
+        ("network", "test error before", "after", "without data", "NLL before", "after", "without data")
+    ]
     for number, result in enumerate(results):
         scores = (result.before, result.after, result.without_data)
         errors, nlls = (f"{score.error:.2f} %" for score in scores), (f"{score.nll:.3f}" for score in scores)
