@@ -42,6 +42,7 @@ class Method:
     compile: bool = False
     keep_outliers: bool = False
     force: bool = False  # go on although control layers disagree with the data
+    strict: bool = False  # stop at every doubt about the data, and every warning about the result
 
     def __post_init__(self) -> None:
         for name in ("only", "keep"):
@@ -62,6 +63,8 @@ class Method:
             )
         if not 0 < self.momentum <= 1:
             raise UsageError(f"momentum={self.momentum}: expected a number in (0, 1].")
+        if self.force and self.strict:
+            raise UsageError("force goes on where strict stops. Leave one of them out.")
         if self.epochs < 1:
             raise UsageError(f"epochs={self.epochs}: expected at least 1.")
         is_default = (self.momentum, self.epochs) == (_DEFAULT_MOMENTUM, _DEFAULT_EPOCHS)

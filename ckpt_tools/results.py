@@ -181,18 +181,26 @@ class Effect:
 class Controls:
     """Layers that no dropout reaches: their variance on the right data is the stored one.
 
-    ``deviation``: median over the channels of the first three control layers of |ln(stored /
-    measured)|; ``worst``: the largest median of a layer; ``shift``: median of |measured − running
-    mean| in standard deviations. ``verdict``: "agree", "disagree", or "none" where no layer can
-    serve.
+    Attributes:
+        names: the layers that were compared.
+        deviation: |ln(stored / measured)|, median over the channels of the first three layers.
+        worst: the largest median of a layer.
+        shift: |measured − running mean| in standard deviations, median over the channels of the
+            first three layers.
+        verdict: "agree"; "doubt", where some layer moved by more than sampling explains;
+            "disagree", where these cannot be the training data; "none", where no layer can serve.
+        reason: what was seen, in a sentence, unless the layers agree.
+        worst_layer: that layer, and ``worst_ratio`` its stored variance / measured variance.
     """
 
     names: tuple[str, ...]
     deviation: float | None
     worst: float | None
     shift: float | None
-    verdict: Literal["agree", "disagree", "none"]
+    verdict: Literal["agree", "doubt", "disagree", "none"]
     reason: str = ""
+    worst_layer: str | None = None
+    worst_ratio: Measured | None = None
 
 
 @dataclass(frozen=True)

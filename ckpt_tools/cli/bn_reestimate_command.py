@@ -97,6 +97,11 @@ _method = options.combine_options(
     ),
     click.option("--compile", is_flag=True, help="Run what stands between BN layers through torch.compile."),
     click.option("--force", is_flag=True, help="Go on although control layers disagree with the data."),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Every doubt about the data, and every warning about the result, ends with exit code 4, for CI.",
+    ),
 )
 
 
@@ -135,6 +140,7 @@ _method = options.combine_options(
     help="On CUDA, take only kernels that give the same bits every time (slower). On CPUs that is "
     "so by itself.",
 )
+@click.option("--dry-run", is_flag=True, help="Measure and judge everything, but write no checkpoint.")
 @options.reading
 @options.preprocessing
 @click.option(
@@ -157,6 +163,7 @@ def bn_reestimate(
     model: ModelChoice,
     method: Method,
     deterministic: bool,
+    dry_run: bool,
     reading: ReadingOptions,
     preprocessing: Preprocessing,
     eval_data: str | None,
@@ -213,6 +220,7 @@ def bn_reestimate(
         again=again,
         eval_data=eval_data,
         evaluation=evaluation,
+        dry_run=dry_run,
     )
     if many_checkpoints.is_folder_run(checkpoints, folder):
         many_checkpoints.reestimate_checkpoints(

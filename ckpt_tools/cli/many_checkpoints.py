@@ -136,6 +136,8 @@ def reestimate_checkpoints(
         raise UsageError(
             "torchrun shares one checkpoint among processes, not several. Run a folder in one process."
         )
+    if request.dry_run:
+        raise UsageError("--dry-run looks at one checkpoint, but there may be several. Name a single one.")
     if request.output is not None:
         raise UsageError("--output names one file, but there may be several checkpoints. Give --output-dir.")
     # Data and earlier outputs may lie in the folders that are searched, and are no checkpoints to

@@ -168,7 +168,7 @@ def _prepare_on_rank(
 ) -> Plan:
     # The cheap checks come first: loading a model may take minutes.
     output = request.output or default_output_path(request.checkpoint, "bn")
-    if team.is_main_process:
+    if team.is_main_process and not request.dry_run:
         may_replace = request.overwrite or replaces is not None
         check_output(output, request.checkpoint, overwrite=may_replace)
     for data, kind in ((request.data, "training"), (request.eval_data, "labelled")):

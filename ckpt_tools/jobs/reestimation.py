@@ -29,16 +29,17 @@ class ReestimationOutcome:
     """The result of a re-estimation: the verdict on the data, the new statistics, the file that was
     written.
 
-    The two digests tie the output to its source.
+    The two digests tie the output to its source; they and the size are None of a dry run, which
+    writes nothing.
     """
 
     plan: Plan
     verdict: DataVerdict
     result: Reestimation
     skipped: tuple[SkippedSample, ...]
-    source_sha256: str
-    output_sha256: str
-    output_bytes: int
+    source_sha256: str | None
+    output_sha256: str | None
+    output_bytes: int | None
     metrics: Metrics | None = None
 
 
@@ -93,6 +94,9 @@ def _run_and_write(
     # A gate that is not passed raises here, before anything is written.
     metrics = compute_gated_metrics(plan.validation, before, after)
     skipped = _collect_skipped(plan)
+    # The model was corrected all the same, so that metrics and gate are those of a real run.
+    if plan.request.dry_run:
+        return ReestimationOutcome(plan, verdict, result, skipped, None, None, None, metrics)
     digests = team.first(lambda: _write_output(plan, result, metrics))
     return ReestimationOutcome(
         plan, verdict, result, skipped, digests.source, digests.output, digests.size, metrics
@@ -179,6 +183,7 @@ def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
         "architecture": plan.loaded_model.recipe.architecture,
         "model_kwargs": dict(plan.loaded_model.recipe.kwargs),
         "estimator": result.estimator,
+        "estimator_reason": result.estimator_reason,
         "statistics": result.statistics,
         "layers": request.method.layers,
         "why": result.why,

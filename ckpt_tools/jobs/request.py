@@ -64,7 +64,7 @@ class Request:
     ``data`` None: made-up inputs. ``output`` None: NAME.bn.safetensors beside the checkpoint.
     ``eval_data``: labelled data, to judge the model on before and after. ``deterministic``: on
     CUDA, take only kernels that give the same bits every time. ``again``: correct a file that is a
-    corrected one already.
+    corrected one already. ``dry_run``: measure and judge, but write nothing.
     """
 
     checkpoint: Location
@@ -79,6 +79,7 @@ class Request:
     again: bool = False
     eval_data: str | None = None
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    dry_run: bool = False
 
     def settings_digest(self) -> str:
         """A digest of all that decides the result, except for the checkpoint: equal for equal
@@ -122,5 +123,5 @@ def _read_class_outputs(location: Location) -> object:
 
 # What a result does not depend on. How a convolution is computed may change its last bits, and no
 # more.
-_WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force"})
+_WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force", "strict"})
 _YOUNGER_SETTINGS = ("only", "keep")

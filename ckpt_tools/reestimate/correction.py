@@ -30,6 +30,7 @@ from ckpt_tools.observation.training_mode import copy_in_training_mode
 from ckpt_tools.random_inputs import RandomBatches
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
+from ckpt_tools.reestimate.concerns import collect_warnings, refuse_doubts
 from ckpt_tools.reestimate.controls import judge_controls, refuse_disagreement
 from ckpt_tools.reestimate.deviation import precision_deviation
 from ckpt_tools.reestimate.effect import MAX_IMAGES as EFFECT_IMAGES
@@ -63,6 +64,7 @@ def reestimate_bn(
     forward: Forward = call_model,
     walk: Walk | None = None,
     force: bool = False,
+    strict: bool = False,
     progress: Callable[[Progress], None] | None = None,
     distributed: bool = False,
     keep_outliers: bool = False,
@@ -109,6 +111,8 @@ def reestimate_bn(
         forward: ``forward(model, batch)`` for batches that the default cannot run.
         walk: the result of ``ckpt_tools.walk``, to save a second one.
         force: go on although control layers disagree with the data.
+        strict: raise CheckFailed for every doubt about the data, and every warning about the
+            result.
         progress: called after every batch.
         distributed: every process of torch.distributed's group calls this at once, with its own
             copy of the model and its own share of the batches; numbers of batches may differ, but
@@ -124,7 +128,7 @@ def reestimate_bn(
         NothingToDo: no BN layer, none behind dropout, every one of these is kept, or no noise that
             changes a variance.
         CheckFailed: control layers show that these are not the training data, and the estimator
-            depends on it (``force`` overrides).
+            depends on it (``force`` overrides), or ``strict`` found a doubt.
         DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
         ModelError: NaN in the model, a model that cannot be run.
         UsageError: settings that mean nothing; a pattern that matches no BN layer; no batches and a
@@ -144,6 +148,7 @@ def reestimate_bn(
         compile=compile,
         keep_outliers=keep_outliers,
         force=force,
+        strict=strict,
     )
     synthetic = batches is None
     if batches is None:
@@ -237,7 +242,7 @@ def run_method(
                     lambda: measure_effect(model, sample, forward, layers, estimate.statistics)
                 )
         evidence = estimate.last_pass.evidence
-        controls = team.first(lambda: judge_controls(choice, layers, evidence))
+        controls = team.first(lambda: judge_controls(choice, layers, evidence, synthetic=synthetic))
         # Free memory differs between processes; the smallest part is what the user needs to know.
         cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
     # From here on the model is as it was. All that may raise comes before the first write.
@@ -245,6 +250,9 @@ def run_method(
     # The variances that mean+variance replaces are no judge of the data, and `ratio` needs none.
     if not method.force and statistics == "variance" and selection.estimator != "ratio":
         refuse_disagreement(controls)
+    if method.strict:
+        warnings = collect_warnings(results, None if synthetic else effect)
+        refuse_doubts((verdict, selection.verdict), controls, warnings)
     if not dry_run:
         _write(observed, estimate.statistics, means=statistics == "mean+variance")
     return Reestimation(

@@ -92,7 +92,7 @@ def corrected_state_dict(
             # An iterator stays one, so that reestimate_bn refuses to read it several times.
             readable = iter(reading) if isinstance(batches, Iterator) else reading
         originals = stack.enter_context(_restore_statistics(inner))
-        options.setdefault("force", True)
+        options.setdefault("force", not options.get("strict", False))
         result = reestimate_bn(model, readable, **options)
         state: dict[str, Any] = model.state_dict()
         # The new values would be lost when the buffers get their content back.

@@ -24,20 +24,26 @@ def failure_markdown(message: str, code: int) -> str:
 def checkpoint_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what a user should look at although the output was written, one sentence each.
 
-    ``facts`` is the dict of ``outcome_json``. A file that could not be read, a verdict that
-    ``--force`` overruled, and data about which neither the data check nor a control layer says
-    anything are worth a warning.
+    ``facts`` is the dict of ``outcome_json``. A file that could not be read, signs that a
+    correction does more than it should, a doubt about the data, a verdict that ``--force``
+    overruled, and data about which no check says anything are worth a warning.
     """
     data, controls = facts["data"]["agreement"], facts["controls"]
-    warnings = _skipped_warnings(facts["data"]["skipped"], "sample")
+    mismatch = facts.get("verdict") or {}  # an earlier version did not write it
+    warnings = list(facts.get("warnings") or ())
+    warnings += _skipped_warnings(facts["data"]["skipped"], "sample")
     warnings += skipped_image_warnings(facts)
+    used = "was used all the same"
+    if facts.get("estimator") == "ratio":
+        used = "this estimator does not depend on it"
     if data["verdict"] == "disagree":
-        doubt = "the data does not look like the training data and was used all the same"
-        warnings.append(f"{doubt}: {data['cause']}")
-    if controls["verdict"] == "disagree":
-        warnings.append("control layers disagree with the data, which was used all the same")
-    # One verdict is enough: each of the two checks may have nothing to compare.
-    if (data["verdict"], controls["verdict"]) == ("none", "none"):
+        warnings.append(f"the data does not look like the training data; {used}: {data['cause']}")
+    if mismatch.get("level") in ("doubt", "refuse"):
+        warnings.append(f"the data differs from what the BN layers remember: {mismatch['reason']}")
+    if controls["verdict"] in ("doubt", "disagree"):
+        warnings.append(f"{controls['reason'] or 'control layers disagree with the data'}; {used}")
+    # One verdict is enough: each of the checks may have nothing to compare.
+    if {data["verdict"], controls["verdict"], mismatch.get("level", "none")} == {"none"}:
         no_control = f"no control layer ({controls['reason']})"
         warnings.append(f"nothing vouches for the data: {data['cause']}; {no_control}")
     return tuple(warnings)

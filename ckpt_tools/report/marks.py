@@ -26,7 +26,8 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # fmt: off
 _REPORT_KEYS = frozenset({
     "tool", "libraries", "checkpoint", "architecture", "model_kwargs", "recognised_by", "twins",
-    "scores", "rates", "data", "estimator", "statistics", "passes", "residual", "stopped_early",
+    "scores", "rates", "data", "estimator", "estimator_reason", "verdict", "effect", "warnings",
+    "statistics", "passes", "residual", "stopped_early",
     "precision", "deviation", "why", "layers", "controls", "outliers", "common_outliers",
     "left_alone", "dropout_sites", "metrics", "output", "command", "containers_trained", "device",
     "processes", "seconds",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # What a text means to the reader: templates give it a colour and a sign, Markdown an emoji.
-Tone = Literal["", "good", "bad", "quiet"]
+Tone = Literal["", "good", "doubt", "bad", "quiet"]
 
 
 @dataclass(frozen=True)

@@ -20,3 +20,11 @@ RECOGNISED_BY_TEXT = {
     "data": "the data, among several that fit",
     "file name": "the file's name, among several that fit",
 }
+
+# Whether data looks like the training data, by the values of `Verdict.level`.
+VERDICT_LEVELS = {
+    "agree": "agrees with what the BN layers remember",
+    "doubt": "differs from what the BN layers remember",
+    "refuse": "does NOT look like the training data",
+    "none": "was not compared with the training data",
+}

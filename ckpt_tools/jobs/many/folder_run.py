@@ -349,6 +349,10 @@ def _finish_item(
     except Exception as error:  # noqa: BLE001 - as above
         record(_failed_result(item, error, prepared.started))
         return
+    # A folder run is never a dry one, so the digests are there.
+    assert outcome.source_sha256 is not None
+    assert outcome.output_sha256 is not None
+    assert outcome.output_bytes is not None
     file = FileDigest(outcome.output_sha256, outcome.output_bytes)
     written = EarlierOutput(outcome.source_sha256, plan.request.settings_digest(), file)
     seconds = time.perf_counter() - prepared.started

@@ -33,9 +33,15 @@ from ckpt_tools.report.pages.chart import measured_points
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.layer_tables import layers_section, sites_section
 from ckpt_tools.report.pages.metric_tables import metrics_section
-from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT
+from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS
 
-VERDICT_TONES: Mapping[str, Tone] = {"agree": "good", "disagree": "bad", "none": "quiet"}
+VERDICT_TONES: Mapping[str, Tone] = {
+    "agree": "good",
+    "doubt": "doubt",
+    "disagree": "bad",
+    "refuse": "bad",
+    "none": "quiet",
+}
 
 _HOW_TO_REPEAT = (
     "The same versions of the libraries on the same machine give the same bytes. "
@@ -45,6 +51,11 @@ _HOW_TO_READ_THE_CHART = (
     "A ratio above 1 means that the stored variance was too large for a network without dropout, "
     "below 1 too small. Layers stand in order of execution."
 )
+_ESTIMATORS = {
+    "ratio": "The stored variance is divided by what dropout adds: the variance with dropout on over that "
+    "with dropout off, both measured on the same inputs, whose own distribution cancels.",
+    "pooled": "The variances of the inputs with dropout off, pooled over all batches, as in the paper.",
+}
 _WHY_CONTROLS = "On the training data their variance is the stored one; other data changes every layer."
 
 
@@ -61,7 +72,7 @@ def checkpoint_page(facts: Facts) -> Page:
         title=PurePath(path).name or path,
         subtitle=join_subtitle(facts.get("architecture"), source.get("format")),
         headline=_headline(facts),
-        tone="bad" if _is_doubtful(facts) else "",
+        tone="bad" if _is_doubtful(facts) or get_list(facts, "warnings") else "",
         figures=tuple(_figures(facts)),
         sections=tuple(section for section in _sections(facts) if section is not None),
     )
@@ -77,6 +88,14 @@ def data_verdict(facts: Facts) -> str:
     return str(get_mapping(get_mapping(facts, "data"), "agreement").get("verdict", "none"))
 
 
+def mismatch_verdict(facts: Facts) -> str:
+    """Return what the mismatch of all layers says of the data: agree, doubt, refuse or none.
+
+    The facts of a run without a paired measurement have none; then the data check speaks.
+    """
+    return str(get_mapping(facts, "verdict").get("level", data_verdict(facts)))
+
+
 def _headline(facts: Facts) -> str:
     layers = count_text(len(get_mappings(facts, "layers")), "BatchNorm layer")
     images = integer_text(get_mapping(facts, "data").get("images"))
@@ -84,14 +103,26 @@ def _headline(facts: Facts) -> str:
     doubt = ""
     if _is_doubtful(facts):
         doubt = "The data does not look like the training data; the run was forced. "
+    elif get_list(facts, "warnings"):
+        doubt = "Look at the warnings before you use the result. "
+    how = f"measured on {images} images with dropout off"
+    if _is_ratio(facts):
+        how = f"from the ratio of variances with dropout off and on, on {images} inputs"
+    end = "Nothing else in the checkpoint differs."
+    if "output" in facts and facts["output"] is None:
+        end = "No checkpoint was written (--dry-run)."
     return (
-        f"{doubt}{len(rewritten_layers(facts)):,} of {layers} got new running {statistics_text}, "
-        f"measured on {images} images with dropout off. Nothing else in the checkpoint differs."
+        f"{doubt}{len(rewritten_layers(facts)):,} of {layers} got new running {statistics_text}, {how}. {end}"
     )
 
 
+def _is_ratio(facts: Facts) -> bool:
+    """Tell whether the result is that of the estimator that does not depend on the data's kind."""
+    return facts.get("estimator") == "ratio"
+
+
 def _is_doubtful(facts: Facts) -> bool:
-    return "disagree" in (control_verdict(facts), data_verdict(facts))
+    return not _is_ratio(facts) and "disagree" in (control_verdict(facts), data_verdict(facts))
 
 
 def _figures(facts: Facts) -> Iterator[KeyFigure]:
@@ -114,11 +145,16 @@ def _figures(facts: Facts) -> Iterator[KeyFigure]:
 
 
 def _sections(facts: Facts) -> Iterator[Section | None]:
+    warnings = tuple(str(warning) for warning in get_list(facts, "warnings"))
+    if warnings:
+        yield Section("Warnings", tuple(f"{text[:1].upper()}{text[1:]}." for text in warnings), "bad")
     if measured_points(facts):  # without a measured layer there is nothing to draw
         yield Section("Change by depth", (_HOW_TO_READ_THE_CHART,), chart=facts)
     yield metrics_section(facts)
-    yield _controls_section(get_mapping(facts, "controls"))
-    yield _data_section(get_mapping(facts, "data"))
+    yield _estimator_section(facts)
+    yield _controls_section(facts)
+    yield _data_section(facts)
+    yield _effect_section(get_mapping(facts, "effect"))
     yield flagged_section(facts)
     yield _provenance_section(facts)
     if facts.get("command"):
@@ -128,7 +164,37 @@ def _sections(facts: Facts) -> Iterator[Section | None]:
     yield layers_section(facts)
 
 
-def _controls_section(controls: Facts) -> Section:
+def _estimator_section(facts: Facts) -> Section | None:
+    """Return which estimator was used, and why; None for the facts of an earlier version."""
+    reason = str(facts.get("estimator_reason") or "")
+    if not reason:
+        return None
+    estimator = str(facts.get("estimator"))
+    sentences = [f"{estimator}: {reason}."]
+    if estimator in _ESTIMATORS:
+        sentences.append(_ESTIMATORS[estimator])
+    return Section("Estimator", tuple(sentences))
+
+
+def _effect_section(effect: Facts) -> Section | None:
+    """Return what the correction changes in the outputs, None where that was not measured."""
+    inputs = count_text(int(finite_number(effect.get("images")) or 0), "input")
+    changed, relative = (finite_number(effect.get(key)) for key in ("changed", "relative_change"))
+    before, after = (ratio_text(effect.get(f"confidence_{stage}")) for stage in ("before", "after"))
+    if changed is not None:
+        rows = [
+            ("Predictions that change", percent_text(changed)),
+            ("Mean confidence", f"{before} → {after}"),
+        ]
+    elif relative is not None:
+        rows = [("Outputs change by", f"{percent_text(relative)} of their root mean square")]
+    else:
+        return None
+    return Section("Effect on the outputs", (f"Without labels, on {inputs}.",), pairs=tuple(rows))
+
+
+def _controls_section(facts: Facts) -> Section:
+    controls = get_mapping(facts, "controls")
     names = [str(name) for name in get_list(controls, "names")]
     verdict = str(controls.get("verdict", "none"))
     deviation, worst, shift = (finite_number(controls.get(key)) for key in ("deviation", "worst", "shift"))
@@ -137,31 +203,65 @@ def _controls_section(controls: Facts) -> Section:
             "Control layers", (f"No verdict: {controls.get('reason') or 'there are none'}.",), "quiet"
         )
     layers = count_text(len(names), "layer")
-    word = verdict + ("s" if len(names) == 1 else "")  # "1 layer agrees", "2 layers agree"
-    forced = "" if verdict == "agree" else "; it was used all the same (--force)"
     rows = [
         ("Layers", list_names(names, 12)),
         ("Stored and measured variance differ by", f"{deviation_text(deviation)} in the median channel"),
-        ("In the worst layer", deviation_text(worst)),
+        ("In the worst layer", _worst_control_text(controls)),
     ]
     if shift is not None:
         rows.append(("Means differ by", f"{shift:.2g} standard deviations"))
     return Section(
         "Control layers",
-        (f"{layers} that no dropout reaches {word} with the data{forced}.", _WHY_CONTROLS),
-        VERDICT_TONES.get(verdict, ""),
+        (_controls_sentence(facts, layers, verdict), _WHY_CONTROLS),
+        # No tick stands over layers that moved with the others, be it within their error bars.
+        "quiet"
+        if verdict == "agree" and mismatch_verdict(facts) == "doubt"
+        else VERDICT_TONES.get(verdict, ""),
         pairs=tuple(rows),
     )
 
 
-def _data_section(data: Facts) -> Section:
+def _controls_sentence(facts: Facts, layers: str, verdict: str) -> str:
+    reason = get_mapping(facts, "controls").get("reason")
+    if verdict == "doubt":
+        return f"{str(reason)[:1].upper()}{str(reason)[1:]}."
+    if verdict == "disagree":
+        cause = f": {reason}" if reason else ""
+        return f"{layers} that no dropout reaches disagree with the data, {_why_used(facts)}{cause}."
+    if mismatch_verdict(facts) == "doubt":
+        return f"{layers} that no dropout reaches moved no more than 5 % and three standard errors."
+    word = "agrees" if layers.startswith("1 ") else "agree"
+    return f"{layers} that no dropout reaches {word} with the data."
+
+
+def _worst_control_text(controls: Facts) -> str:
+    """Return how far the worst layer is off, with its standard error and its name."""
+    text, ratio = deviation_text(controls.get("worst")), get_mapping(controls, "worst_ratio")
+    median, error = (finite_number(ratio.get(key)) for key in ("median", "standard_error"))
+    if not median or error is None:
+        return text
+    name = controls.get("worst_layer") or "(root)"
+    return f"{text} ± {percent_text(error / median)}, {name} (stored ÷ measured {ratio_text(median)})"
+
+
+def _why_used(facts: Facts) -> str:
+    """Return why data that does not look right was used, as the end of a sentence."""
+    if _is_ratio(facts):
+        return "on which this estimator does not depend"
+    return "which was used all the same (--force)"
+
+
+def _data_section(facts: Facts) -> Section:
+    data = get_mapping(facts, "data")
     agreement = get_mapping(data, "agreement")
     scores, verdict = get_mapping(agreement, "scores"), str(agreement.get("verdict", "none"))
     cause = agreement.get("cause")
-    doubt = f"It does not look like the training data: {cause}."
+    used = (
+        "This estimator does not depend on that" if _is_ratio(facts) else "It was used all the same (--force)"
+    )
     sentences = {
         "agree": "It agrees with the statistics that the BatchNorm layers have stored in training.",
-        "disagree": f"{doubt} It was used all the same (--force).",
+        "disagree": f"It does not look like the training data: {cause}. {used}.",
         "none": f"It was not compared with the training data: {cause or 'no reason is recorded'}.",
     }
     # Where memory was short, batches were cut to a smaller size than the planned one.
@@ -179,6 +279,12 @@ def _data_section(data: Facts) -> Section:
         samples = integer_text(agreement.get("images"))
         rows.append(("Distance, 0 is perfect", f"{distances}; on {samples} samples"))
     sentence = sentences.get(verdict, sentences["none"])
+    mismatch = get_mapping(facts, "verdict")
+    level = str(mismatch.get("level"))
+    # The mismatch of all layers is worth more than the check of the first samples, unless that
+    # found out what is wrong.
+    if level in VERDICT_LEVELS and verdict != "disagree":
+        verdict, sentence = level, f"It {VERDICT_LEVELS[level]}: {mismatch.get('reason')}."
     return Section("Data", (sentence,), VERDICT_TONES.get(verdict, ""), pairs=_nonempty_rows(rows))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ckpt_tools.redaction import presentable
 from ckpt_tools.report.columns import count_text
 from ckpt_tools.report.facts import (
+    get_list,
     get_mapping,
     get_mappings,
     median_ratios,
@@ -29,7 +30,12 @@ from ckpt_tools.report.number_format import (
     value_with_error_text,
 )
 from ckpt_tools.report.page_content import Cell, Column, FolderPage, KeyFigure, Page, Section, Table, Tone
-from ckpt_tools.report.pages.checkpoint_page import VERDICT_TONES, checkpoint_page, control_verdict
+from ckpt_tools.report.pages.checkpoint_page import (
+    VERDICT_TONES,
+    checkpoint_page,
+    control_verdict,
+    mismatch_verdict,
+)
 from ckpt_tools.report.pages.metric_tables import metrics_section
 
 Record = Mapping[str, Any]
@@ -100,7 +106,8 @@ def _table(named_records: Sequence[tuple[str, str, Record]]) -> Table:
     columns = (
         Column("Checkpoint", "code"), Column("Outcome"), Column("Rewritten", "number"),
         Column("Median ratio", "number"),
-        Column("Largest change", "number"), Column("Images", "number"), Column("Controls"),
+        Column("Largest change", "number"), Column("Images", "number"),
+        Column("Estimator"), Column("Data"), Column("Controls"),
         *(
             Column(f"{name} {stage}{unit}", "number")
             for name, unit in units.items() for stage in ("before", "after")
@@ -142,8 +149,10 @@ def _row(anchor: str, name: str, record: Record, metrics: Sequence[str]) -> tupl
     largest_change = ratios.get(most_changed_layer(ratios) or "")
     rewritten = sum(bool(layer.get("rewritten")) for layer in layers) if layers else None
     verdict = control_verdict(report) if report else UNKNOWN
+    data, estimator = mismatch_verdict(report) if report else UNKNOWN, str(report.get("estimator") or UNKNOWN)
     scores = metrics_by_name(_facts_with_metrics(record))
-    message = " ".join(filter(None, (other_names_sentence(record), _error_line(record))))
+    warnings = [f"Warning: {text}." for text in get_list(report, "warnings")]
+    message = " ".join(filter(None, (other_names_sentence(record), _error_line(record), *warnings)))
     shown_message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…"
     return (
         Cell(name, name, link=anchor),
@@ -152,6 +161,8 @@ def _row(anchor: str, name: str, record: Record, metrics: Sequence[str]) -> tupl
         number_cell(median, ratio_text(median)),
         number_cell(largest_change, ratio_text(largest_change)),
         number_cell(get_mapping(report, "data").get("images")),
+        Cell(estimator, estimator if report else None),
+        Cell(data, data if report else None, VERDICT_TONES.get(data, "quiet")),
         Cell(verdict, verdict if report else None, VERDICT_TONES.get(verdict, "quiet")),
         *(
             number_cell(value_and_error(entry)[0], value_with_error_text(entry))

@@ -52,14 +52,40 @@ _LAYER_COLUMNS = (
 )  # fmt: skip
 
 
+_LAYER_SENTENCE = (
+    "Stored variance over new variance: the median channel, the smallest and the largest; "
+    "the relative standard error of the new variance: median and worst channel."
+)
+_PAIRED_KEYS = ("mismatch", "dropout_shift")
+_PAIRED_COLUMNS = (Column("Mismatch", "number"), Column("Dropout shift", "number"))
+_PAIRED_SENTENCE = (
+    "Mismatch is stored variance over the variance with dropout on, 1 if the data is that of the training. "
+    "Dropout shift is the variance with dropout on over that with dropout off, on the same inputs. "
+    "Both stand for the median channel with its standard error."
+)
+
+
 def layers_section(facts: Facts) -> Section:
     """Return a table of all BN layers in order of execution: ratios and standard errors."""
-    rows = tuple(_layer_row(depth, layer) for depth, layer in enumerate(get_mappings(facts, "layers"), 1))
-    sentence = (
-        "Stored variance over new variance: the median channel, the smallest and the largest; "
-        "the relative standard error of the new variance: median and worst channel."
-    )
-    return Section("Every layer", (sentence,), table=Table("Every layer", _LAYER_COLUMNS, rows))
+    layers = get_mappings(facts, "layers")
+    rows = [_layer_row(depth, layer) for depth, layer in enumerate(layers, 1)]
+    sentences: list[str] = [_LAYER_SENTENCE]
+    columns: tuple[Column, ...] = _LAYER_COLUMNS
+    # Only a paired measurement tells the two apart.
+    if any(get_mapping(layer, key) for layer in layers for key in _PAIRED_KEYS):
+        sentences.append(_PAIRED_SENTENCE)
+        columns += _PAIRED_COLUMNS
+        pairs = zip(rows, layers, strict=True)
+        rows = [(*row, *(_measured_cell(layer, key) for key in _PAIRED_KEYS)) for row, layer in pairs]
+    return Section("Every layer", tuple(sentences), table=Table("Every layer", columns, tuple(rows)))
+
+
+def _measured_cell(layer: Facts, key: str) -> Cell:
+    """Return a cell such as ``1.310 ± 0.012``, sorted by the value."""
+    measured = get_mapping(layer, key)
+    median, error = measured.get("median"), finite_number(measured.get("standard_error"))
+    text = ratio_text(median)
+    return number_cell(median, text if error is None else f"{text} ± {error:.3f}")
 
 
 def _layer_row(depth: int, layer: Facts) -> tuple[Cell, ...]:

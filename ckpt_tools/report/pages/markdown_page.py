@@ -17,7 +17,7 @@ from ckpt_tools.version import VERSION
 
 __all__ = ["checkpoint_markdown", "evaluation_markdown", "folder_markdown"]
 
-_SIGNS: Mapping[Tone, str] = {"good": "✅ ", "bad": "❌ ", "quiet": "", "": ""}
+_SIGNS: Mapping[Tone, str] = {"good": "✅ ", "doubt": "⚠️ ", "bad": "❌ ", "quiet": "", "": ""}
 # Characters that Markdown could take for markup. An underscore within a word is none, so that the
 # names of layers stay readable.
 _SPECIAL = re.compile(r"([\\`*{}\[\]~|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#>+=-]|(?<=^\d)[.)](?=\s|$))")

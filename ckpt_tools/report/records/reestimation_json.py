@@ -16,11 +16,12 @@ from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.redaction import without_secrets
+from ckpt_tools.reestimate.concerns import result_warnings
 from ckpt_tools.report.records.metrics_json import metrics_json
 from ckpt_tools.report.records.plain_values import TOOL, dataclass_to_dict, library_versions, to_plain_values
 from ckpt_tools.report.repeat_command import repeating_command
 from ckpt_tools.report.text.inspection_text import reestimate_command
-from ckpt_tools.results import BatchNormLayer, DropoutSite, LayerResult, Walk
+from ckpt_tools.results import BatchNormLayer, Controls, DropoutSite, LayerResult, Measured, Walk
 from ckpt_tools.storage.compare import Comparison
 
 
@@ -53,6 +54,10 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
             "agreement": dataclass_to_dict(outcome.verdict),
         },
         "estimator": result.estimator,
+        "estimator_reason": result.estimator_reason,
+        "verdict": result.verdict and dataclass_to_dict(result.verdict),
+        "effect": result.effect and dataclass_to_dict(result.effect),
+        "warnings": list(result_warnings(result)),
         "statistics": result.statistics,
         "passes": result.passes,
         "residual": result.residual,
@@ -61,19 +66,26 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "deviation": result.deviation and dataclasses.asdict(result.deviation),
         "why": result.why,
         "layers": [_layer(layer) for layer in result.layers],
-        "controls": dataclass_to_dict(result.controls),
+        "controls": _controls(result.controls),
         "outliers": [dataclass_to_dict(outlier) for outlier in result.outliers],
         "common_outliers": list(result.common),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
         "dropout_sites": [_site(site, plan.walk) for site in plan.walk.dropout_sites],
         "metrics": outcome.metrics and metrics_json(outcome.metrics),
-        "output": {"path": str(plan.output), "sha256": outcome.output_sha256},
+        "output": _output(outcome),
         "command": repeating_command(plan),
         "containers_trained": plan.walk.containers_trained,
         "device": result.device,
         "processes": result.processes,
         "seconds": round(result.seconds, 3),  # more digits would be noise
     }
+
+
+def _output(outcome: ReestimationOutcome) -> dict[str, object] | None:
+    """Return the file that was written; None of a dry run."""
+    if outcome.output_sha256 is None:
+        return None
+    return {"path": str(outcome.plan.output), "sha256": outcome.output_sha256}
 
 
 def refusal_json(plan: Plan, metrics: Metrics) -> dict[str, object]:
@@ -212,9 +224,28 @@ def _layer(layer: LayerResult) -> dict[str, object]:
     ratio, error = fields.pop("ratio"), fields.pop("error")
     return {
         **fields,
+        "mismatch": _measured(layer.mismatch),
+        "dropout_shift": _measured(layer.dropout_shift),
         "ratio": ratio and {"median": ratio["median"], "min": ratio["low"], "max": ratio["high"]},
         "relative_standard_error": error and {"median": error["median"], "max": error["high"]},
     }
+
+
+def _measured(value: Measured | None) -> dict[str, object] | None:
+    """Return a measured quantity under the names that ``ratio`` has, with its standard error."""
+    if value is None:
+        return None
+    fields = dataclass_to_dict(value)
+    return {
+        "median": fields["median"],
+        "min": fields["low"],
+        "max": fields["high"],
+        "standard_error": fields["error"],
+    }
+
+
+def _controls(controls: Controls) -> dict[str, object]:
+    return {**dataclass_to_dict(controls), "worst_ratio": _measured(controls.worst_ratio)}
 
 
 def _site(site: DropoutSite, walk: Walk) -> dict[str, object]:

@@ -10,6 +10,7 @@ from ckpt_tools.plain_text import escape_controls, one_line, shorten_message
 from ckpt_tools.report.ci_summary import error_without_path
 from ckpt_tools.report.columns import align_columns, count_text
 from ckpt_tools.report.facts import (
+    get_list,
     get_mapping,
     get_mappings,
     median_ratios,
@@ -26,21 +27,27 @@ def folder_text(records: Sequence[Mapping[str, Any]], manifest: object) -> str:
     ``records`` are those of the manifest. Error and NLL are columns if any checkpoint was
     evaluated.
     """
-    rows = [("checkpoint", "", "architecture", "layers", "ratio", "images"), *map(_row, records)]
+    head = ("checkpoint", "", "architecture", "layers", "ratio", "images", "estimator", "data")
+    rows = [head, *map(_row, records)]
     scores = [_scores(record) for record in records]
     if any(map(any, scores)):  # two columns for nothing would push the others off the screen
         rows = [(*row, *more) for row, more in zip(rows, [("error, %", "NLL"), *scores], strict=True)]
     lines, linked, failures, replaced = [align_columns(rows)], [], [], []
+    warnings: list[str] = []
     for record in records:
         path, output = one_line(record.get("checkpoint")), one_line(record.get("output"))
         if sentence := other_names_sentence(record):
             linked.append(f"{path}: {_clean(sentence)}")
+        report = get_mapping(record, "report")
+        warnings += [f"  {path}: {_clean(str(text))}" for text in get_list(report, "warnings")]
         if record.get("status") == "failed":
             failures.append(f"  {path}: {_clean(error_without_path(record))}")
         if record.get("replaced"):
             replaced.append(f"  {output}: {_clean(str(record['replaced']))}")
     if linked:
         lines += ["", *linked]
+    if warnings:
+        lines += ["", f"{count_text(len(warnings), 'WARNING')}:", *warnings]
     if failures:
         lines += ["", f"{count_text(len(failures), 'failure')}:", *failures]
     if replaced:
@@ -52,8 +59,9 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
     report = get_mapping(record, "report")
     name, status = str(record.get("checkpoint")), str(record.get("status"))
     if not report:  # the checkpoint failed, or there was nothing to do
-        return (name, status, "", "", "", "")
+        return (name, status, "", "", "", "", "", "")
     ratios = median_ratios(report).values()
+    agreement = get_mapping(get_mapping(report, "data"), "agreement")
     return (
         name,
         status,
@@ -61,6 +69,9 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{len(rewritten_layers(report))} of {len(get_mappings(report, 'layers'))}",
         f"{statistics.median(ratios):.3f}" if ratios else "",
         integer_text(get_mapping(report, "data").get("images")),
+        str(report.get("estimator") or ""),
+        # A run without a paired measurement has the verdict of the first samples alone.
+        str(get_mapping(report, "verdict").get("level") or agreement.get("verdict") or ""),
     )
 
 

@@ -14,11 +14,12 @@ from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.plain_text import one_line
+from ckpt_tools.reestimate.concerns import result_warnings
 from ckpt_tools.report.columns import align_columns, count_text, list_names
-from ckpt_tools.report.number_format import deviation_text
+from ckpt_tools.report.number_format import deviation_text, percent_text
 from ckpt_tools.report.text.metrics_text import metrics_text
-from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT
-from ckpt_tools.results import Controls, LayerResult, Outlier, Reestimation
+from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS
+from ckpt_tools.results import Controls, Effect, LayerResult, Measured, Outlier, Reestimation, Verdict
 from ckpt_tools.storage.compare import Comparison, TensorChange
 
 _SHOWN_ROWS = 8  # of a table before it is cut
@@ -26,6 +27,7 @@ _SHOWN_OUTLIERS = 10
 _SHOWN_VIOLATIONS = 100  # differences that were not expected
 _SHOWN_ARGUMENTS = 5  # of an architecture, so that it fits on a line
 _LONGEST_ARGUMENT = 40  # characters
+_PAIRED_COLUMNS = ("mismatch", "dropout shift")
 
 
 def plan_text(plan: Plan) -> str:
@@ -117,11 +119,11 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
     then what was left out, and at last where the output is.
     """
     result = outcome.result
-    parts = [_headline(result), _changes(result.rewritten), ""]
+    parts = [_headline(result), changes_text(result.rewritten), ""]
+    parts += [f"WARNING: {one_line(warning)}" for warning in result_warnings(result)]
     if outcome.metrics is not None:
         parts += [metrics_text(outcome.metrics), ""]
-    parts.append(verdict_text(outcome.verdict))
-    parts.append(controls_text(result.controls))
+    parts += evidence_lines(result, outcome.verdict)
     if result.deviation is not None:
         low, high = result.deviation.median, result.deviation.high
         limits = f"{low:.2g} (median), {high:.2g}"
@@ -137,9 +139,55 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
         names = list_names(f"{item.name} ({item.reason})" for item in outcome.skipped)
         parts.append(f"skipped: {count_text(len(outcome.skipped), 'unreadable sample')}: {names}")
     parts += outliers_text(result)
+    if outcome.output_sha256 is None:
+        parts.append(f"not written: {one_line(outcome.plan.output)} (--dry-run)")
+        return "\n".join(parts)
     parts.append(f"written: {one_line(outcome.plan.output)}")
     parts.append(f"         sha256 {outcome.output_sha256}; only {_buffers(result)} differ from the source")
     return "\n".join(parts)
+
+
+def evidence_lines(result: Reestimation, data_check: DataVerdict) -> list[str]:
+    """Return why this estimator was used, what speaks for and against the data, and the effect.
+
+    A verdict from the mismatch of all layers is worth more than that of the ``data_check``, which
+    looks at the first samples. Where that disagrees it is shown all the same.
+    """
+    lines = []
+    if result.estimator_reason:
+        lines.append(f"estimator: {result.estimator} ({one_line(short_estimator_reason(result))})")
+    if result.verdict is not None:
+        lines.append(f"data: {mismatch_verdict_text(result.verdict)}")
+    # Both may have nothing to say; then one line says so.
+    if data_check.verdict == "disagree" or result.verdict is None:
+        lines.append(verdict_text(data_check, forced=result.estimator != "ratio"))
+    lines.append(controls_text(result.controls, forced=result.estimator != "ratio"))
+    if result.effect is not None:
+        lines.append(f"effect: {effect_text(result.effect)}")
+    return lines
+
+
+def short_estimator_reason(result: Reestimation) -> str:
+    """Return why this estimator was used, without the verdict on the data if that is quoted in it."""
+    if result.verdict is None:
+        return result.estimator_reason
+    return result.estimator_reason.replace(f" ({result.verdict.reason})", "")
+
+
+def mismatch_verdict_text(verdict: Verdict) -> str:
+    """Return whether the data looks like the training data, from the mismatch of all layers."""
+    return f"{VERDICT_LEVELS[verdict.level]} ({one_line(verdict.reason)})"
+
+
+def effect_text(effect: Effect) -> str:
+    """Return what the correction changes in the outputs, in a sentence."""
+    inputs = f"on {count_text(effect.images, 'input')}"
+    if effect.changed is None or effect.confidence_before is None or effect.confidence_after is None:
+        return f"outputs change by {effect.relative_change:.1%} of their root mean square {inputs}"
+    return (
+        f"{effect.changed:.1%} of the predictions change {inputs}; mean confidence "
+        f"{effect.confidence_before:.3f} before, {effect.confidence_after:.3f} after"
+    )
 
 
 def outliers_text(result: Reestimation) -> list[str]:
@@ -177,27 +225,48 @@ def _headline(result: Reestimation) -> str:
     )
 
 
-def _changes(layers: Sequence[LayerResult]) -> str:
-    measured = [(layer.name, layer.ratio, layer.error) for layer in layers if layer.ratio and layer.error]
+def changes_text(layers: Sequence[LayerResult]) -> str:
+    """Return a table of the layers whose variance changed most.
+
+    The columns mismatch and dropout shift are there if they were measured in any layer.
+    """
+    measured = [(layer, layer.ratio, layer.error) for layer in layers if layer.ratio and layer.error]
     if not measured:
         return "no layer was reached by the data"
     # Half is as large a change as twice, so logarithms are compared.
     measured.sort(key=lambda row: -abs(math.log(max(row[1].median, 1e-30))))
-    rows = [("largest changes", "stored/new variance", "range over channels", "standard error")]
-    for name, ratio, error in measured[:_SHOWN_ROWS]:
+    rows: list[tuple[str, ...]] = [
+        ("largest changes", "stored/new variance", "range over channels", "standard error", *_PAIRED_COLUMNS)
+    ]
+    for layer, ratio, error in measured[:_SHOWN_ROWS]:
         error_text = (
             f"{error.median:.1%} (worst {error.high:.1%})" if math.isfinite(error.high) else "unknown"
         )
-        rows.append(
-            (name or "(root)", f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", error_text)
-        )
+        row = (f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", error_text)
+        paired = (measured_text(layer.mismatch), measured_text(layer.dropout_shift))
+        rows.append((layer.name or "(root)", *row, *paired))
+    # Only a paired measurement fills the last two columns.
+    if not any(layer.mismatch or layer.dropout_shift for layer, _, _ in measured):
+        rows = [row[: -len(_PAIRED_COLUMNS)] for row in rows]
+    table = align_columns(rows)
     if len(measured) > _SHOWN_ROWS:
-        rows.append((f"… and {len(measured) - _SHOWN_ROWS} more (--json lists all)", "", "", ""))
-    return align_columns(rows)
+        table += f"\n… and {len(measured) - _SHOWN_ROWS} more (--json lists all)"
+    return table
 
 
-def verdict_text(verdict: DataVerdict) -> str:
-    """Return whether the first batches agree with the statistics that the BN layers have stored."""
+def measured_text(value: Measured | None) -> str:
+    """Return ``1.310 ± 0.012``; empty where nothing was measured."""
+    if value is None:
+        return ""
+    error = f" ± {value.error:.3f}" if math.isfinite(value.error) else ""
+    return f"{value.median:.3f}{error}"
+
+
+def verdict_text(verdict: DataVerdict, *, forced: bool = True) -> str:
+    """Return whether the first batches agree with the statistics that the BN layers have stored.
+
+    ``forced`` says whether the estimator depends on that, so that only --force lets it go on.
+    """
     if verdict.verdict == "none" or verdict.early_score is None or verdict.deep_score is None:
         return f"data: not compared with the training data ({one_line(verdict.cause)})"
     early, deep = f"{verdict.early_score:.2f}", f"{verdict.deep_score:.2f}"
@@ -205,24 +274,39 @@ def verdict_text(verdict: DataVerdict) -> str:
     if verdict.verdict == "agree":
         return f"data: {verdict.images:,} samples agree with what the BN layers remember ({scores})"
     cause = one_line(verdict.cause)
-    doubt = "does NOT look like the training data, used all the same (--force)"
+    used = "used all the same (--force)" if forced else "which this estimator does not depend on"
+    doubt = f"does NOT look like the training data, {used}"
     return f"data: {doubt}: {cause} ({scores})"
 
 
-def controls_text(controls: Controls) -> str:
+def controls_text(controls: Controls, *, forced: bool = True) -> str:
     """Return the verdict of the control layers in a sentence.
 
     No dropout reaches these layers, so on the right data their measured variance is the stored one.
+    ``forced`` says whether the estimator depends on that.
     """
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({one_line(controls.reason)})"
+    if controls.verdict == "doubt":
+        return f"controls: {one_line(controls.reason)}"
+    if controls.verdict == "disagree":
+        used = "used all the same (--force)" if forced else "which this estimator does not depend on"
+        return f"controls: disagree with the data, {used}: {one_line(controls.reason)}"
     return (
         f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout "
-        f"{controls.verdict} with the data; stored and measured variance differ by "
-        f"{deviation_text(controls.deviation)} in the median channel "
-        f"({deviation_text(controls.worst)} in the worst layer), "
+        f"agree with the data; stored and measured variance differ by "
+        f"{deviation_text(controls.deviation)} in the median channel ({worst_control_text(controls)}), "
         f"means by {controls.shift:.2f} standard deviations"
     )
+
+
+def worst_control_text(controls: Controls) -> str:
+    """Return how far the worst layer is off, with its standard error: ``5.1 % ± 0.8 % in bn1``."""
+    if controls.worst_layer is None or controls.worst_ratio is None:
+        return f"{deviation_text(controls.worst)} in the worst layer"
+    error = controls.worst_ratio.error / controls.worst_ratio.median if controls.worst_ratio.median else None
+    name = one_line(controls.worst_layer or "(root)")
+    return f"{deviation_text(controls.worst)} ± {percent_text(error)} in the worst layer, {name}"
 
 
 def _unrewritten(layers: Iterable[LayerResult]) -> list[str]:

@@ -1,0 +1,85 @@
+"""What is worth a warning about a result: signs that a correction does more than remove dropout's share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ckpt_tools.errors import CheckFailed
+from ckpt_tools.reestimate.effect import effect_warning
+from ckpt_tools.results import Controls, Effect, LayerResult, Reestimation, Verdict
+
+_MAX_ERROR = 0.1  # relative standard error of a layer's median channel
+# Dropout changes a variance by 1.2 to 1.9 right behind it, and less deeper down (33 small nets).
+_MAX_FACTOR = 5.0  # of stored / new variance, up or down, of a layer's median channel
+_LISTED = 3
+
+
+def result_warnings(result: Reestimation) -> tuple[str, ...]:
+    """Return what a user should look at before a corrected model is used, a sentence each.
+
+    Predictions on synthetic inputs mean nothing, so a change of them is no warning.
+    """
+    return collect_warnings(result.layers, None if is_synthetic(result) else result.effect)
+
+
+def collect_warnings(layers: Iterable[LayerResult], effect: Effect | None) -> tuple[str, ...]:
+    """Return the warnings about these layers, and about the effect of a correction."""
+    layers = [layer for layer in layers if layer.rewritten]
+    warnings = [_effect_sentence(effect), _error_sentence(layers), _factor_sentence(layers)]
+    return tuple(warning for warning in warnings if warning)
+
+
+def is_synthetic(result: Reestimation) -> bool:
+    """Tell whether the inputs were made up: then nobody compared them with the training data."""
+    return result.verdict is None and result.estimator == "ratio"
+
+
+def refuse_doubts(verdicts: Iterable[Verdict | None], controls: Controls, warnings: tuple[str, ...]) -> None:
+    """Raise CheckFailed for any doubt about the data, and for any warning about the result."""
+    levels = ("doubt", "refuse")
+    doubts = [f"the data is in doubt: {item.reason}" for item in verdicts if item and item.level in levels]
+    if controls.verdict in ("doubt", "disagree"):
+        doubts.append(controls.reason)
+    doubts = [*dict.fromkeys(doubts), *warnings]
+    if doubts:
+        raise CheckFailed(
+            f"strict: {'; '.join(doubts)}. Nothing was written. Look at the data, or go on without "
+            "--strict (strict=False)."
+        )
+
+
+def _effect_sentence(effect: Effect | None) -> str:
+    return effect_warning(effect)
+
+
+def _error_sentence(layers: list[LayerResult]) -> str:
+    uncertain = [layer for layer in layers if layer.error and layer.error.median > _MAX_ERROR]
+    if not uncertain:
+        return ""
+    worst = max(uncertain, key=lambda layer: layer.error.median if layer.error else 0.0)
+    assert worst.error is not None
+    return (
+        f"{_count(uncertain)} not measured well: the standard error of the new variance is above "
+        f"{_MAX_ERROR:.0%} in the median channel (worst: {worst.name or '(root)'}, "
+        f"{worst.error.median:.0%}); read more samples"
+    )
+
+
+def _factor_sentence(layers: list[LayerResult]) -> str:
+    changed = [
+        layer for layer in layers if layer.ratio and not 1 / _MAX_FACTOR <= layer.ratio.median <= _MAX_FACTOR
+    ]
+    if not changed:
+        return ""
+    listed = ", ".join(
+        f"{layer.name or '(root)'} {layer.ratio.median:.3g}" for layer in changed[:_LISTED] if layer.ratio
+    )
+    more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
+    return (
+        f"{_count(changed)} changed beyond a factor of {_MAX_FACTOR:g}, more than dropout explains: "
+        f"stored / new variance {listed}{more}; check drop rates, data and preprocessing"
+    )
+
+
+def _count(layers: list[LayerResult]) -> str:
+    return f"{len(layers)} BN layer was" if len(layers) == 1 else f"{len(layers)} BN layers were"
