@@ -1,4 +1,4 @@
-"""``ckpt-fix inspect``: the page to read first, without data."""
+"""``ckpt-fix inspect``: the page to read first."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:  # it imports torch
 
 @click.command()
 @click.argument("checkpoint", type=options.path, required=False)
-@options.model
 @click.option(
-    "--input-size",
-    **options.comma_separated_numbers(int, positive=True),
-    help="Shape of one sample, such as 3,224,224 or 500. Default: the architecture's own.",
+    "--data",
+    metavar="SPEC",
+    help="Training data, as for bn-reestimate: at most 512 samples of it answer why the model is worse "
+    "in eval mode than in training.",
 )
+@options.model
+@options.preprocessing
+@options.reading
 @click.option(
     "--all",
     "everything",
@@ -37,8 +40,13 @@ def inspect(request: InspectRequest, everything: bool, as_json: bool) -> None:
     which lie behind which site, and the command to run. Where the architecture cannot be told, it
     ends with what is known of the file (exit code 1).
 
+    With --data, the statistics that the BatchNorm layers have stored are compared with those of
+    the data, with dropout on and off, and a paragraph says why eval mode may be worse than
+    training, with the command that helps.
+
     \b
         ckpt-fix inspect model.pt
+        ckpt-fix inspect model.pt --data train/
         ckpt-fix inspect model.pt --arch torchvision:densenet121 --model-kwargs drop_rate=0.2
         ckpt-fix inspect --arch timm:resnet50 --model-kwargs drop_path_rate=0.1 --json
     """

@@ -1,5 +1,5 @@
-"""Looking at a checkpoint or an architecture without data: what is in it, and what a re-estimation
-would do.
+"""Looking at a checkpoint or an architecture: what is in it, what a re-estimation would do, and
+with data, why the model is worse in eval mode than in training.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
+from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.loading import identify_model, load_architecture
 from ckpt_tools.jobs.earlier_output import refuse_second_correction
-from ckpt_tools.jobs.request import ModelChoice
+from ckpt_tools.jobs.explanation import MAX_SAMPLES, Explanation, explain_difference
+from ckpt_tools.jobs.recognition import recognise_architecture
+from ckpt_tools.jobs.request import ModelChoice, ReadingOptions
 from ckpt_tools.location import Location
 from ckpt_tools.model.calling import unwrap_model
 from ckpt_tools.reestimate.choice import choose
@@ -31,11 +34,17 @@ _STATISTICS = ("running_mean", "running_var")
 
 @dataclass(frozen=True)
 class InspectRequest:
-    """What the user asks for: a checkpoint, an architecture, or both."""
+    """What the user asks for: a checkpoint, an architecture, or both; and data to compare with.
+
+    ``preprocessing`` has the input size that the walk takes; with ``data``, of which ``reading``
+    says how much is read, the rest of it counts, too.
+    """
 
     checkpoint: Location | None = None
     model: ModelChoice = field(default_factory=ModelChoice)
-    input_size: tuple[int, ...] | None = None
+    data: str | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class Inspection:
     ``loaded``, ``walk`` and ``prospect`` are None where ``error`` says why they are not known.
     ``steps``: how many batches each BN layer has counted, by its name; None where the file does not
     say. ``candidates``: the architectures, where several fit. ``correction``: what
-    ``bn-reestimate`` did, if the file is one of its outputs.
+    ``bn-reestimate`` did, if the file is one of its outputs. ``explanation``: what makes the
+    stored statistics differ from those of the data, None without data.
     """
 
     request: InspectRequest
@@ -80,6 +90,7 @@ class Inspection:
     walk: Walk | None = None
     steps: Mapping[str, int | None] = field(default_factory=dict)
     prospect: Prospect | None = None
+    explanation: Explanation | None = None
     candidates: tuple[str, ...] = ()
     correction: Correction | None = None
     error: CkptToolsError | None = None
@@ -92,13 +103,25 @@ def inspect_checkpoint(request: InspectRequest) -> Inspection:
     where there is no file, and so nothing to show.
     """
     if request.checkpoint is None:
+        if request.data is not None:
+            raise UsageError("--data is compared with a checkpoint's statistics. Give a checkpoint, too.")
         return _inspect_architecture(request)
+    source = _open_data(request)
     inspection = _inspect_file(request, request.checkpoint)
     try:
-        inspection = _add_loaded_model(inspection)
-        return _add_walk(inspection)
+        inspection = _add_loaded_model(inspection, source)
+        inspection = _add_walk(inspection, source)
+        return inspection if source is None else _add_explanation(inspection, source)
     except CkptToolsError as error:
         return _add_error(inspection, error)
+
+
+def _open_data(request: InspectRequest) -> Source | None:
+    """Open the data, of which a sample is enough. Raises UsageError, DataError, RemoteError."""
+    if request.data is None:
+        return None
+    limit = min(request.reading.limit or MAX_SAMPLES, MAX_SAMPLES)
+    return open_source(request.data, limit=limit, seed=request.reading.seed)
 
 
 def _inspect_architecture(request: InspectRequest) -> Inspection:
@@ -127,10 +150,17 @@ def _inspect_file(request: InspectRequest, location: Location) -> Inspection:
     return Inspection(request, checkpoint, size, totals, parameters, correction=correction)
 
 
-def _add_loaded_model(inspection: Inspection) -> Inspection:
+def _add_loaded_model(inspection: Inspection, source: Source | None) -> Inspection:
+    """Load the checkpoint into its architecture; where several fit it, data can decide."""
     assert inspection.checkpoint is not None
-    choice = inspection.request.model
-    loaded = identify_model(inspection.checkpoint, choice.architecture, choice.model_kwargs)
+    request = inspection.request
+    choice = request.model
+    if source is None:
+        loaded = identify_model(inspection.checkpoint, choice.architecture, choice.model_kwargs)
+    else:
+        checkpoint, preprocessing = inspection.checkpoint, request.preprocessing
+        loaded = recognise_architecture(checkpoint, choice, source, preprocessing).loaded
+        assert loaded.checkpoint is not None
     return replace(
         inspection,
         checkpoint=loaded.checkpoint,
@@ -140,12 +170,23 @@ def _add_loaded_model(inspection: Inspection) -> Inspection:
     )
 
 
-def _add_walk(inspection: Inspection) -> Inspection:
+def _add_explanation(inspection: Inspection, source: Source) -> Inspection:
+    """Compare the stored statistics with those of the data, if there are BN layers to compare."""
+    assert inspection.loaded is not None
+    assert inspection.walk is not None
+    if not any(layer.reached for layer in inspection.walk.batch_norms):
+        return inspection
+    explanation = explain_difference(
+        inspection.loaded, inspection.walk, source, inspection.input_spec, inspection.request.reading
+    )
+    return replace(inspection, explanation=explanation)
+
+
+def _add_walk(inspection: Inspection, source: Source | None = None) -> Inspection:
     loaded = inspection.loaded
     assert loaded is not None
-    preprocessing = Preprocessing(input_size=inspection.request.input_size)
-    spec = resolve_input_spec(loaded.input_spec, preprocessing, None)
-    model_walk = walk(loaded.model, example_input(spec, None), probe=loaded.probe)
+    spec = resolve_input_spec(loaded.input_spec, inspection.request.preprocessing, source)
+    model_walk = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
     steps = _count_steps(model_walk, loaded)
     inspection = replace(inspection, input_spec=spec, walk=model_walk, steps=steps)
     if loaded.checkpoint is None:

@@ -20,7 +20,8 @@ from ckpt_tools.reestimate.concerns import result_warnings
 from ckpt_tools.report.records.metrics_json import metrics_json
 from ckpt_tools.report.records.plain_values import TOOL, dataclass_to_dict, library_versions, to_plain_values
 from ckpt_tools.report.repeat_command import repeating_command
-from ckpt_tools.report.text.inspection_text import reestimate_command
+from ckpt_tools.report.text.explanation_text import explanation_command, explanation_paragraph
+from ckpt_tools.report.text.suggested_command import reestimate_command
 from ckpt_tools.results import BatchNormLayer, Controls, DropoutSite, LayerResult, Measured, Walk
 from ckpt_tools.storage.compare import Comparison
 
@@ -158,6 +159,32 @@ def inspection_json(inspection: Inspection) -> dict[str, object]:
         "left_alone": [dataclasses.asdict(item) for item in walk.left_alone] if walk else [],
         "containers_trained": walk and walk.containers_trained,
         "plan": _plan(inspection),
+        "explanation": _explanation(inspection),
+    }
+
+
+def _explanation(inspection: Inspection) -> dict[str, object] | None:
+    """Return what makes the stored statistics differ from those of the data; None without data."""
+    explanation = inspection.explanation
+    if explanation is None:
+        return None
+    return {
+        "cause": explanation.cause,
+        "dropout_shifts": explanation.dropout_shifts,
+        "dropout_known": explanation.dropout_known,
+        "verdict": dataclass_to_dict(explanation.verdict),
+        "preprocessing": explanation.preprocessing,
+        "images": explanation.images,
+        "layers": [
+            {
+                "name": layer.name,
+                "mismatch": _measured(layer.mismatch),
+                "dropout_shift": _measured(layer.dropout_shift),
+            }
+            for layer in explanation.layers
+        ],
+        "text": explanation_paragraph(explanation),
+        "command": explanation_command(explanation, inspection),
     }
 
 

@@ -5,7 +5,6 @@ Many users read this page first, before they know what the tool changes.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, InputSpec
@@ -13,7 +12,9 @@ from ckpt_tools.jobs.earlier_output import describe_correction
 from ckpt_tools.jobs.inspection import Inspection, Prospect
 from ckpt_tools.plain_text import escape_controls, one_line
 from ckpt_tools.report.columns import align_columns, count_text, list_names
+from ckpt_tools.report.text.explanation_text import explanation_text
 from ckpt_tools.report.text.reestimation_text import architecture_line, size_text
+from ckpt_tools.report.text.suggested_command import reestimate_command
 from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT
 from ckpt_tools.results import BatchNormLayer, DropoutSite, Walk
 
@@ -36,11 +37,15 @@ def inspection_text(inspection: Inspection, *, everything: bool = False) -> str:
             batch_norm_layers_text(inspection.walk, inspection.steps, limit),
             *_notes(inspection.walk),
         ]
-    if inspection.prospect is not None:
+    if inspection.explanation is not None:
+        # It ends with the command that helps, which may be another one than that of the prospect.
+        limit = None if everything else _SHOWN_ROWS
+        parts.append(explanation_text(inspection.explanation, inspection, limit))
+    elif inspection.prospect is not None:
         parts.append(prospect_text(inspection.prospect, inspection))
     elif inspection.candidates:
         choice = "bn-reestimate would let the data choose among these architectures."
-        parts.append(f"{choice}\n\n    {_command_line(inspection)}")
+        parts.append(f"{choice}\n\n    {escape_controls(reestimate_command(inspection))}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -87,34 +92,8 @@ def prospect_text(prospect: Prospect, inspection: Inspection) -> str:
     layers = count_text(len(inspection.walk.batch_norms) if inspection.walk else 0, "BN layer")
     return (
         f"bn-reestimate would rewrite {len(prospect.rewrite)} of {layers}: {why}.\n"
-        f"Controls: {controls}.\n\n    {_command_line(inspection)}"
+        f"Controls: {controls}.\n\n    {escape_controls(reestimate_command(inspection))}"
     )
-
-
-def _command_line(inspection: Inspection) -> str:
-    # A file name may hold a line break or a control character, which shlex leaves in it.
-    return escape_controls(reestimate_command(inspection))
-
-
-def reestimate_command(inspection: Inspection) -> str:
-    """Return the ``bn-reestimate`` command for this file, with the options of ``inspect``.
-
-    DATA stands for the training data, which the user has to name.
-    """
-    # The options of this command repeat what `inspect` needed to recognise and read the file.
-    request = inspection.request
-    command = ["ckpt-fix", "bn-reestimate", str(request.checkpoint), "--data", "DATA"]
-    if request.model.architecture is not None:
-        command += ["--arch", request.model.architecture]
-    for name, value in request.model.model_kwargs.items():
-        command += ["--model-kwargs", f"{name}={value}"]
-    if request.model.weights != "auto":
-        command += ["--weights", request.model.weights]
-    if request.input_size is not None:
-        command += ["--input-size", ",".join(map(str, request.input_size))]
-    if request.model.trust:
-        command.append("--trust")
-    return shlex.join(command)
 
 
 def _file_rows(inspection: Inspection) -> list[tuple[str, str]]:

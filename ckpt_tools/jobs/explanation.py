@@ -1,0 +1,145 @@
+"""Why is a model worse in eval mode than in training? The stored statistics beside those of data.
+
+Two things can make them differ: dropout, which is off in eval mode and changes variances, and data
+that is not distributed as it was in training. A paired measurement tells the two apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ckpt_tools.contract import InputSpec, LoadedModel
+from ckpt_tools.data.data_source import Source
+from ckpt_tools.data.sample_order import Reading
+from ckpt_tools.diagnosis.data_check import DataVerdict, check_data
+from ckpt_tools.errors import NothingToDo
+from ckpt_tools.identify.key_matching import has_counters
+from ckpt_tools.jobs.request import ReadingOptions
+from ckpt_tools.machine.device import move_to_device, resolve_device
+from ckpt_tools.machine.memory import fitting_batch_size
+from ckpt_tools.method import Method
+from ckpt_tools.reestimate.correction import run_method
+from ckpt_tools.results import LayerResult, Measured, Reestimation, Verdict, Walk
+
+MAX_SAMPLES = 512
+_LARGEST_BATCH = 128  # so that 512 samples are four batches, which show how batches scatter
+_FIRST_SAMPLES = 64  # as of the check before a re-estimation
+_NO_SHIFT = 0.01  # a smaller relative change of a layer's variance has no effect worth mending
+
+# nothing: neither differs. dropout: it shifts variances, and the data agrees. mismatch: the data
+# differs, whether dropout shifts variances or not is in `dropout_shifts`. preprocessing: another
+# one fits the stored statistics. unknown: the data could not be compared.
+Cause = Literal["nothing", "dropout", "mismatch", "preprocessing", "unknown"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What makes the stored statistics differ from those of the data.
+
+    Attributes:
+        cause: of the difference, as far as it can be told.
+        dropout_shifts: whether dropout changes the variance of any layer by more than sampling and
+            1 % explain.
+        dropout_known: whether dropout was on at all. Where no rate is known above zero, what
+            dropout does is part of the mismatch.
+        verdict: whether the data agrees with the stored statistics.
+        layers: every BN layer; its mismatch and its dropout shift are what was measured.
+        preprocessing: what is wrong with it, and the option that mends it; empty if nothing is.
+        images: how many samples were measured.
+    """
+
+    cause: Cause
+    dropout_shifts: bool
+    dropout_known: bool
+    verdict: Verdict
+    layers: tuple[LayerResult, ...]
+    preprocessing: str
+    images: int
+
+
+def explain_difference(
+    loaded: LoadedModel, walk: Walk, source: Source, spec: InputSpec | None, options: ReadingOptions
+) -> Explanation:
+    """Measure every BN layer with dropout on and off, and say what makes its statistics differ.
+
+    ``source`` should be limited to MAX_SAMPLES. The model keeps its statistics. Raises DataError,
+    ModelError, UsageError.
+    """
+    device = resolve_device(options.device)
+    fitting = min(_LARGEST_BATCH, fitting_batch_size(walk.bytes_per_sample, device))
+    reading = Reading(options.batch_size or fitting, options.workers, device=device)
+    move_to_device(loaded.model, device)
+    data_check = _check_first_samples(loaded, walk, source, spec)
+    stream = source.batches(spec, reading)
+    try:
+        method = Method(estimator="ratio", force=True)
+        result = run_method(loaded.model, stream, method, rates=loaded.rates, walk=walk, dry_run=True)
+        layers, verdict, dropout_known = result.layers, result.verdict, True
+    except NothingToDo:  # no noise reaches a BN layer, so one measurement is both
+        result = _measure_without_dropout(loaded, walk, source.batches(spec, reading))
+        layers = tuple(_take_ratio_for_mismatch(layer) for layer in result.layers)
+        verdict, dropout_known = None, False
+    verdict = verdict or _verdict_of_first_samples(data_check)
+    shifts = any(_is_shifted(layer.dropout_shift) for layer in layers)
+    preprocessing = data_check.cause if data_check.verdict == "disagree" else ""
+    cause = _find_cause(verdict, shifts=shifts, preprocessing=preprocessing)
+    return Explanation(cause, shifts, dropout_known, verdict, layers, preprocessing, result.images)
+
+
+def _check_first_samples(
+    loaded: LoadedModel, walk: Walk, source: Source, spec: InputSpec | None
+) -> DataVerdict:
+    assert loaded.checkpoint is not None
+    return check_data(
+        loaded.model,
+        source.batches(spec, Reading(_FIRST_SAMPLES, workers=0, cached=True)),
+        walk,
+        spec,
+        preprocessed=source.is_preprocessed,
+        rates_known=loaded.rates != "unknown",
+        counted=has_counters(loaded.checkpoint),
+        usual_size=loaded.input_spec.shape if loaded.input_spec else None,
+    )
+
+
+def _measure_without_dropout(loaded: LoadedModel, walk: Walk, stream: object) -> Reestimation:
+    """Measure the variances of all layers as `pooled` does, and write nothing."""
+    method = Method(estimator="pooled", layers="all", force=True)
+    return run_method(loaded.model, stream, method, rates=loaded.rates, walk=walk, dry_run=True)  # type: ignore[arg-type]
+
+
+def _take_ratio_for_mismatch(layer: LayerResult) -> LayerResult:
+    """Without dropout, stored variance / new variance is the mismatch."""
+    if layer.ratio is None or layer.error is None:
+        return layer
+    ratio, error = layer.ratio, layer.ratio.median * layer.error.median
+    return replace(layer, mismatch=Measured(ratio.median, ratio.low, ratio.high, error))
+
+
+def _verdict_of_first_samples(data_check: DataVerdict) -> Verdict:
+    """Return the verdict of the check of the first samples in the form of one about the mismatch."""
+    scores = data_check.scores
+    if data_check.verdict == "none" or scores is None:
+        return Verdict("none", data_check.cause, images=data_check.images)
+    if data_check.verdict == "disagree":
+        return Verdict("refuse", data_check.cause, scores.deep, images=data_check.images)
+    reason = f"distance {scores.deep:.3f} from the stored statistics, on {data_check.images} samples"
+    return Verdict("agree", reason, scores.deep, images=data_check.images)
+
+
+def _is_shifted(shift: Measured | None) -> bool:
+    if shift is None or shift.median <= 0 or not math.isfinite(shift.error):
+        return False
+    return abs(math.log(shift.median)) > _NO_SHIFT + 3 * shift.error / shift.median
+
+
+def _find_cause(verdict: Verdict, *, shifts: bool, preprocessing: str) -> Cause:
+    if preprocessing or verdict.level == "refuse":
+        return "preprocessing"
+    if verdict.level == "doubt":
+        return "mismatch"
+    if verdict.level == "none":
+        return "unknown"
+    return "dropout" if shifts else "nothing"
