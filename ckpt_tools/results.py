@@ -254,3 +254,51 @@ class Reestimation:
     def rewritten(self) -> tuple[LayerResult, ...]:
         """The layers whose running variance was rewritten."""
         return tuple(layer for layer in self.layers if layer.rewritten)
+
+    def __repr__(self) -> str:
+        """Return a line; ``summary`` says more."""
+        data = f", data: {self.verdict.level}" if self.verdict else ""
+        return (
+            f"<Reestimation: {len(self.rewritten)} of {len(self.layers)} BN layers, {self.estimator}, "
+            f"{self.images:,} samples{data}>"
+        )
+
+    def summary(self) -> str:
+        """Return what was rewritten, why, and how precise it is, as a table and some sentences."""
+        lines = [
+            f"{len(self.rewritten)} of {len(self.layers)} BN layers rewritten from {self.images:,} samples "
+            f"in {self.seconds:.1f} s ({self.estimator}): {self.why}",
+            *_align(self._layer_rows()),
+        ]
+        if self.estimator_reason:
+            lines.append(f"estimator: {self.estimator} ({self.estimator_reason})")
+        if self.verdict is not None:
+            lines.append(f"data: {self.verdict.level} ({self.verdict.reason})")
+        reason = f" ({self.controls.reason})" if self.controls.reason else ""
+        lines.append(f"controls: {self.controls.verdict}{reason}")
+        if self.effect is not None and self.effect.changed is not None:
+            lines.append(f"effect: {self.effect.changed:.1%} of {self.effect.images} predictions change")
+        return "\n".join(lines)
+
+    def _layer_rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            ("layer", "stored/new variance", "standard error", "mismatch", "dropout shift")
+        ]
+        for layer in self.rewritten:
+            ratio = "" if layer.ratio is None else f"{layer.ratio.median:.3f}"
+            error = "" if layer.error is None else f"{layer.error.median:.1%}"
+            paired = (_measured_text(layer.mismatch), _measured_text(layer.dropout_shift))
+            rows.append((layer.name or "(root)", ratio, error, *paired))
+        return rows
+
+
+def _measured_text(value: Measured | None) -> str:
+    return "" if value is None else f"{value.median:.3f} ± {value.error:.3f}"
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -27,6 +27,7 @@ MAX_SAMPLES = 512
 _LARGEST_BATCH = 128  # so that 512 samples are four batches, which show how batches scatter
 _FIRST_SAMPLES = 64  # as of the check before a re-estimation
 _NO_SHIFT = 0.01  # a smaller relative change of a layer's variance has no effect worth mending
+_MAX_MISMATCH = 0.05  # as of control layers
 
 # nothing: neither differs. dropout: it shifts variances, and the data agrees. mismatch: the data
 # differs, whether dropout shifts variances or not is in `dropout_shifts`. preprocessing: another
@@ -42,8 +43,10 @@ class Explanation:
         cause: of the difference, as far as it can be told.
         dropout_shifts: whether dropout changes the variance of any layer by more than sampling and
             1 % explain.
-        dropout_known: whether dropout was on at all. Where no rate is known above zero, what
-            dropout does is part of the mismatch.
+        dropout_on: whether any noise reached a BN layer at all. If not, the mismatch is that of
+            a single measurement, and no layer has a dropout shift.
+        rates_known: whether the drop rates are those of the training. If not, what dropout did is
+            part of the mismatch.
         verdict: whether the data agrees with the stored statistics.
         layers: every BN layer; its mismatch and its dropout shift are what was measured.
         preprocessing: what is wrong with it, and the option that mends it; empty if nothing is.
@@ -52,7 +55,8 @@ class Explanation:
 
     cause: Cause
     dropout_shifts: bool
-    dropout_known: bool
+    dropout_on: bool
+    rates_known: bool
     verdict: Verdict
     layers: tuple[LayerResult, ...]
     preprocessing: str
@@ -76,16 +80,17 @@ def explain_difference(
     try:
         method = Method(estimator="ratio", force=True)
         result = run_method(loaded.model, stream, method, rates=loaded.rates, walk=walk, dry_run=True)
-        layers, verdict, dropout_known = result.layers, result.verdict, True
+        layers, verdict, dropout_on = result.layers, result.verdict, True
     except NothingToDo:  # no noise reaches a BN layer, so one measurement is both
         result = _measure_without_dropout(loaded, walk, source.batches(spec, reading))
         layers = tuple(_take_ratio_for_mismatch(layer) for layer in result.layers)
-        verdict, dropout_known = None, False
+        verdict, dropout_on = _judge_layers(layers, data_check, result.images), False
     verdict = verdict or _verdict_of_first_samples(data_check)
-    shifts = any(_is_shifted(layer.dropout_shift) for layer in layers)
+    shifts = any(_is_off(layer.dropout_shift, _NO_SHIFT) for layer in layers)
     preprocessing = data_check.cause if data_check.verdict == "disagree" else ""
     cause = _find_cause(verdict, shifts=shifts, preprocessing=preprocessing)
-    return Explanation(cause, shifts, dropout_known, verdict, layers, preprocessing, result.images)
+    rates_known = loaded.rates != "unknown"
+    return Explanation(cause, shifts, dropout_on, rates_known, verdict, layers, preprocessing, result.images)
 
 
 def _check_first_samples(
@@ -118,6 +123,24 @@ def _take_ratio_for_mismatch(layer: LayerResult) -> LayerResult:
     return replace(layer, mismatch=Measured(ratio.median, ratio.low, ratio.high, error))
 
 
+def _judge_layers(layers: tuple[LayerResult, ...], data_check: DataVerdict, images: int) -> Verdict | None:
+    """Return a doubt if a layer's mismatch is more than sampling explains; None if there is none.
+
+    Layers that were hardly trained cannot be judged, which the ``data_check`` has found out.
+    """
+    measured = {layer.name: layer.mismatch for layer in layers if layer.mismatch is not None}
+    moved = {name: mismatch for name, mismatch in measured.items() if _is_off(mismatch, _MAX_MISMATCH)}
+    if not moved or data_check.verdict == "none":
+        return None
+    worst = max(moved, key=lambda name: abs(math.log(max(moved[name].median, 1e-30))))
+    ratio = f"{moved[worst].median:.3f} ± {moved[worst].error:.3f}"
+    reason = (
+        f"{len(moved)} of {len(measured)} BN layers are off by more than {_MAX_MISMATCH:.0%} and three "
+        f"standard errors, most {worst or '(root)'}, where stored / measured variance is {ratio}"
+    )
+    return Verdict("doubt", reason, images=images)
+
+
 def _verdict_of_first_samples(data_check: DataVerdict) -> Verdict:
     """Return the verdict of the check of the first samples in the form of one about the mismatch."""
     scores = data_check.scores
@@ -129,10 +152,11 @@ def _verdict_of_first_samples(data_check: DataVerdict) -> Verdict:
     return Verdict("agree", reason, scores.deep, images=data_check.images)
 
 
-def _is_shifted(shift: Measured | None) -> bool:
-    if shift is None or shift.median <= 0 or not math.isfinite(shift.error):
+def _is_off(ratio: Measured | None, limit: float) -> bool:
+    """Tell whether a ratio differs from 1 by more than a limit and three standard errors."""
+    if ratio is None or ratio.median <= 0 or not math.isfinite(ratio.error):
         return False
-    return abs(math.log(shift.median)) > _NO_SHIFT + 3 * shift.error / shift.median
+    return abs(math.log(ratio.median)) > limit + 3 * ratio.error / ratio.median
 
 
 def _find_cause(verdict: Verdict, *, shifts: bool, preprocessing: str) -> Cause:

@@ -171,7 +171,8 @@ def _explanation(inspection: Inspection) -> dict[str, object] | None:
     return {
         "cause": explanation.cause,
         "dropout_shifts": explanation.dropout_shifts,
-        "dropout_known": explanation.dropout_known,
+        "dropout_on": explanation.dropout_on,
+        "rates_known": explanation.rates_known,
         "verdict": dataclass_to_dict(explanation.verdict),
         "preprocessing": explanation.preprocessing,
         "images": explanation.images,

@@ -51,22 +51,21 @@ def explanation_command(explanation: Explanation, inspection: Inspection) -> str
         return reestimate_command(inspection)
     if explanation.dropout_shifts and explanation.cause in ("mismatch", "unknown"):
         return reestimate_command(inspection, "--estimator", "ratio")
+    if explanation.cause == "mismatch" and not explanation.rates_known:
+        return reestimate_command(inspection)
     if explanation.cause == "mismatch":
         return reestimate_command(inspection, "--layers", "all", "--estimator", "pooled")
     return None
 
 
 def _explain_nothing(explanation: Explanation) -> str:
-    if not explanation.dropout_known:
-        return (
-            "the BatchNorm layers get inputs of the variance that they have stored, and no dropout changes "
-            "it. BatchNorm is not the reason. Look at what else differs between training and evaluation: "
-            f"another preprocessing, other data, overfitting.{_unknown_rates(explanation)}"
-        )
+    no_dropout = "and dropout changes it by no more than 1 % in any layer"
+    if not explanation.dropout_on:
+        no_dropout = "and there is no dropout that would change it"
     return (
-        "the BatchNorm layers get inputs of the variance that they have stored, and dropout changes it by "
-        "no more than 1 % in any layer. BatchNorm is not the reason. Look at what else differs between "
-        "training and evaluation: another preprocessing, other data, overfitting."
+        f"the BatchNorm layers get inputs of the variance that they have stored, {no_dropout}. BatchNorm "
+        "is not the reason. Look at what else differs between training and evaluation: another "
+        f"preprocessing, other data, overfitting.{_unknown_rates(explanation)}"
     )
 
 
@@ -85,18 +84,17 @@ def _explain_mismatch(explanation: Explanation) -> str:
     )
     if explanation.dropout_shifts:
         return (
-            f"two things differ. {_strongest_shift(explanation)} And {differs}: training augmentation or "
-            "another preprocessing explain that. The ratio estimator takes out dropout's share alone, and "
-            "does not depend on how the data is distributed."
+            f"two things differ. First, {_strongest_shift(explanation)} Second, {differs}: training "
+            "augmentation or another preprocessing explain that. The ratio estimator takes out dropout's "
+            "share alone, and does not depend on how the data is distributed."
         )
-    cause = "dropout changes no variance"
-    if not explanation.dropout_known:
-        cause = "no dropout is on"
+    cause = "dropout changes no variance" if explanation.dropout_on else "no dropout is on"
+    causes = "Training augmentation" if explanation.rates_known else "Dropout in training, augmentation"
     return (
-        f"{cause}, yet {differs}. Training augmentation, averaged weights, frozen layers, too few batches "
-        "or a small momentum for the running averages, or other data explain that. If this data, with "
-        "this preprocessing, is what the model shall see, its variances can be stored instead; compare "
-        f"both on labelled data (--eval-data).{_unknown_rates(explanation)}"
+        f"{cause}, yet {differs}. {causes}, averaged weights, frozen layers, too few batches or a small "
+        "momentum for the running averages, or other data explain that. If this data, with this "
+        "preprocessing, is what the model shall see, its variances can be stored instead; compare both "
+        f"on labelled data (--eval-data).{_unknown_rates(explanation)}"
     )
 
 
@@ -131,7 +129,7 @@ _CAUSES = {
 
 def _unknown_rates(explanation: Explanation) -> str:
     """Return a sentence about drop rates that nobody knows, as a bare state dict holds none."""
-    if explanation.dropout_known:
+    if explanation.rates_known:
         return ""
     return " If the training used dropout, give its rates (--model-kwargs drop_rate=0.2) and inspect again."
 
