@@ -87,7 +87,7 @@ def explain_difference(
         verdict, dropout_on = _judge_layers(layers, data_check, result.images), False
     verdict = verdict or _verdict_of_first_samples(data_check)
     shifts = any(_is_off(layer.dropout_shift, _NO_SHIFT) for layer in layers)
-    preprocessing = data_check.cause if data_check.verdict == "disagree" else ""
+    preprocessing = data_check.cause if data_check.verdict == "refuse" else ""
     cause = _find_cause(verdict, shifts=shifts, preprocessing=preprocessing)
     rates_known = loaded.rates != "unknown"
     return Explanation(cause, shifts, dropout_on, rates_known, verdict, layers, preprocessing, result.images)
@@ -146,8 +146,8 @@ def _verdict_of_first_samples(data_check: DataVerdict) -> Verdict:
     scores = data_check.scores
     if data_check.verdict == "none" or scores is None:
         return Verdict("none", data_check.cause, images=data_check.images)
-    if data_check.verdict == "disagree":
-        return Verdict("refuse", data_check.cause, scores.deep, images=data_check.images)
+    if data_check.verdict != "agree":
+        return Verdict(data_check.verdict, data_check.cause, scores.deep, images=data_check.images)
     reason = f"distance {scores.deep:.3f} from the stored statistics, on {data_check.images} samples"
     return Verdict("agree", reason, scores.deep, images=data_check.images)
 

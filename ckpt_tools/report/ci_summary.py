@@ -33,17 +33,20 @@ def checkpoint_warnings(facts: Mapping[str, Any]) -> tuple[str, ...]:
     warnings = list(facts.get("warnings") or ())
     warnings += _skipped_warnings(facts["data"]["skipped"], "sample")
     warnings += skipped_image_warnings(facts)
-    used = "was used all the same"
+    used = "it was used all the same"
     if facts.get("estimator") == "ratio":
         used = "this estimator does not depend on it"
-    if data["verdict"] == "disagree":
+    if data["verdict"] in ("disagree", "refuse"):
         warnings.append(f"the data does not look like the training data; {used}: {data['cause']}")
-    if mismatch.get("level") in ("doubt", "refuse"):
-        warnings.append(f"the data differs from what the BN layers remember: {mismatch['reason']}")
+    elif "doubt" in (mismatch.get("level"), data["verdict"]):
+        seen = mismatch["reason"] if mismatch.get("level") == "doubt" else data["cause"]
+        warnings.append(f"the data differs from what the BN layers remember: {seen}")
     if controls["verdict"] in ("doubt", "disagree"):
         warnings.append(f"{controls['reason'] or 'control layers disagree with the data'}; {used}")
-    # One verdict is enough: each of the checks may have nothing to compare.
-    if {data["verdict"], controls["verdict"], mismatch.get("level", "none")} == {"none"}:
+    # One verdict is enough: each of the checks may have nothing to compare. Nobody expects one
+    # about inputs that were made up.
+    made_up = facts["data"].get("kind") == "synthetic"
+    if not made_up and {data["verdict"], controls["verdict"], mismatch.get("level", "none")} == {"none"}:
         no_control = f"no control layer ({controls['reason']})"
         warnings.append(f"nothing vouches for the data: {data['cause']}; {no_control}")
     return tuple(warnings)

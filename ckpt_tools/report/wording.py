@@ -28,3 +28,14 @@ VERDICT_LEVELS = {
     "refuse": "does NOT look like the training data",
     "none": "was not compared with the training data",
 }
+
+_ORDER = ("none", "agree", "doubt", "refuse", "disagree")  # version 0.1.0 said "disagree"
+
+
+def is_worse(level: str, other: str) -> bool:
+    """Tell whether a verdict says more against the data than another one."""
+    return _rank(level) > _rank(other)
+
+
+def _rank(level: str) -> int:
+    return _ORDER.index(level) if level in _ORDER else 0

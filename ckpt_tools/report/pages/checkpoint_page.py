@@ -33,7 +33,7 @@ from ckpt_tools.report.pages.chart import measured_points
 from ckpt_tools.report.pages.flagged_images import flagged_section
 from ckpt_tools.report.pages.layer_tables import layers_section, sites_section
 from ckpt_tools.report.pages.metric_tables import metrics_section
-from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS
+from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS, is_worse
 
 VERDICT_TONES: Mapping[str, Tone] = {
     "agree": "good",
@@ -79,21 +79,19 @@ def checkpoint_page(facts: Facts) -> Page:
 
 
 def control_verdict(facts: Facts) -> str:
-    """Return what the control layers say of the data: agree, disagree or none."""
+    """Return what the control layers say of the data: agree, doubt, disagree or none."""
     return str(get_mapping(facts, "controls").get("verdict", "none"))
 
 
 def data_verdict(facts: Facts) -> str:
-    """Return what the data check said of the first batches: agree, disagree or none."""
+    """Return what the data check said of the first batches: agree, doubt, refuse or none."""
     return str(get_mapping(get_mapping(facts, "data"), "agreement").get("verdict", "none"))
 
 
-def mismatch_verdict(facts: Facts) -> str:
-    """Return what the mismatch of all layers says of the data: agree, doubt, refuse or none.
-
-    The facts of a run without a paired measurement have none; then the data check speaks.
-    """
-    return str(get_mapping(facts, "verdict").get("level", data_verdict(facts)))
+def worst_verdict(facts: Facts) -> str:
+    """Return the verdict that says more against the data: of all layers' mismatch or of the data check."""
+    level, check = str(get_mapping(facts, "verdict").get("level", "none")), data_verdict(facts)
+    return check if is_worse(check, level) else level
 
 
 def _headline(facts: Facts) -> str:
@@ -122,7 +120,8 @@ def _is_ratio(facts: Facts) -> bool:
 
 
 def _is_doubtful(facts: Facts) -> bool:
-    return not _is_ratio(facts) and "disagree" in (control_verdict(facts), data_verdict(facts))
+    verdicts = {control_verdict(facts), data_verdict(facts)}
+    return not _is_ratio(facts) and bool(verdicts & {"disagree", "refuse"})
 
 
 def _figures(facts: Facts) -> Iterator[KeyFigure]:
@@ -154,7 +153,9 @@ def _sections(facts: Facts) -> Iterator[Section | None]:
     yield _estimator_section(facts)
     yield _controls_section(facts)
     yield _data_section(facts)
-    yield _effect_section(get_mapping(facts, "effect"))
+    # What a model says about inputs that were made up means nothing.
+    if get_mapping(facts, "data").get("kind") != "synthetic":
+        yield _effect_section(get_mapping(facts, "effect"))
     yield flagged_section(facts)
     yield _provenance_section(facts)
     if facts.get("command"):
@@ -215,7 +216,7 @@ def _controls_section(facts: Facts) -> Section:
         (_controls_sentence(facts, layers, verdict), _WHY_CONTROLS),
         # No tick stands over layers that moved with the others, be it within their error bars.
         "quiet"
-        if verdict == "agree" and mismatch_verdict(facts) == "doubt"
+        if verdict == "agree" and worst_verdict(facts) in ("doubt", "refuse")
         else VERDICT_TONES.get(verdict, ""),
         pairs=tuple(rows),
     )
@@ -228,7 +229,7 @@ def _controls_sentence(facts: Facts, layers: str, verdict: str) -> str:
     if verdict == "disagree":
         cause = f": {reason}" if reason else ""
         return f"{layers} that no dropout reaches disagree with the data, {_why_used(facts)}{cause}."
-    if mismatch_verdict(facts) == "doubt":
+    if worst_verdict(facts) in ("doubt", "refuse"):
         return f"{layers} that no dropout reaches moved no more than 5 % and three standard errors."
     word = "agrees" if layers.startswith("1 ") else "agree"
     return f"{layers} that no dropout reaches {word} with the data."
@@ -256,12 +257,15 @@ def _data_section(facts: Facts) -> Section:
     agreement = get_mapping(data, "agreement")
     scores, verdict = get_mapping(agreement, "scores"), str(agreement.get("verdict", "none"))
     cause = agreement.get("cause")
-    used = (
-        "This estimator does not depend on that" if _is_ratio(facts) else "It was used all the same (--force)"
-    )
+    used = "It was used all the same (--force)."
+    if _is_ratio(facts):
+        used = "This estimator does not depend on that."
+    refused = f"It does not look like the training data: {cause}. {used}"
     sentences = {
         "agree": "It agrees with the statistics that the BatchNorm layers have stored in training.",
-        "disagree": f"It does not look like the training data: {cause}. {used}.",
+        "doubt": f"It differs from what the BatchNorm layers remember: {cause}.",
+        "disagree": refused,
+        "refuse": refused,
         "none": f"It was not compared with the training data: {cause or 'no reason is recorded'}.",
     }
     # Where memory was short, batches were cut to a smaller size than the planned one.
@@ -281,9 +285,8 @@ def _data_section(facts: Facts) -> Section:
     sentence = sentences.get(verdict, sentences["none"])
     mismatch = get_mapping(facts, "verdict")
     level = str(mismatch.get("level"))
-    # The mismatch of all layers is worth more than the check of the first samples, unless that
-    # found out what is wrong.
-    if level in VERDICT_LEVELS and verdict != "disagree":
+    # Of two verdicts the one that says more against the data is shown.
+    if level in VERDICT_LEVELS and not is_worse(verdict, level):
         verdict, sentence = level, f"It {VERDICT_LEVELS[level]}: {mismatch.get('reason')}."
     return Section("Data", (sentence,), VERDICT_TONES.get(verdict, ""), pairs=_nonempty_rows(rows))
 

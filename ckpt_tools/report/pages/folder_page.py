@@ -34,7 +34,7 @@ from ckpt_tools.report.pages.checkpoint_page import (
     VERDICT_TONES,
     checkpoint_page,
     control_verdict,
-    mismatch_verdict,
+    worst_verdict,
 )
 from ckpt_tools.report.pages.metric_tables import metrics_section
 
@@ -149,7 +149,7 @@ def _row(anchor: str, name: str, record: Record, metrics: Sequence[str]) -> tupl
     largest_change = ratios.get(most_changed_layer(ratios) or "")
     rewritten = sum(bool(layer.get("rewritten")) for layer in layers) if layers else None
     verdict = control_verdict(report) if report else UNKNOWN
-    data, estimator = mismatch_verdict(report) if report else UNKNOWN, str(report.get("estimator") or UNKNOWN)
+    data, estimator = worst_verdict(report) if report else UNKNOWN, str(report.get("estimator") or UNKNOWN)
     scores = metrics_by_name(_facts_with_metrics(record))
     warnings = [f"Warning: {text}." for text in get_list(report, "warnings")]
     message = " ".join(filter(None, (other_names_sentence(record), _error_line(record), *warnings)))

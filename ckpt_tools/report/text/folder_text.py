@@ -19,6 +19,7 @@ from ckpt_tools.report.facts import (
 )
 from ckpt_tools.report.metric_facts import metrics_by_name
 from ckpt_tools.report.number_format import integer_text, value_and_error
+from ckpt_tools.report.wording import is_worse
 
 
 def folder_text(records: Sequence[Mapping[str, Any]], manifest: object) -> str:
@@ -61,7 +62,9 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
     if not report:  # the checkpoint failed, or there was nothing to do
         return (name, status, "", "", "", "", "", "")
     ratios = median_ratios(report).values()
-    agreement = get_mapping(get_mapping(report, "data"), "agreement")
+    # A run without a paired measurement has the verdict of the first samples alone.
+    level = str(get_mapping(report, "verdict").get("level") or "none")
+    check = str(get_mapping(get_mapping(report, "data"), "agreement").get("verdict"))
     return (
         name,
         status,
@@ -70,8 +73,7 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{statistics.median(ratios):.3f}" if ratios else "",
         integer_text(get_mapping(report, "data").get("images")),
         str(report.get("estimator") or ""),
-        # A run without a paired measurement has the verdict of the first samples alone.
-        str(get_mapping(report, "verdict").get("level") or agreement.get("verdict") or ""),
+        check if is_worse(check, level) else level,
     )
 
 

@@ -14,11 +14,11 @@ from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.plain_text import one_line
-from ckpt_tools.reestimate.concerns import result_warnings
+from ckpt_tools.reestimate.concerns import is_synthetic, result_warnings
 from ckpt_tools.report.columns import align_columns, count_text, list_names
 from ckpt_tools.report.number_format import deviation_text, percent_text
 from ckpt_tools.report.text.metrics_text import metrics_text
-from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS
+from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS, is_worse
 from ckpt_tools.results import Controls, Effect, LayerResult, Measured, Outlier, Reestimation, Verdict
 from ckpt_tools.storage.compare import Comparison, TensorChange
 
@@ -150,28 +150,32 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
 def evidence_lines(result: Reestimation, data_check: DataVerdict) -> list[str]:
     """Return why this estimator was used, what speaks for and against the data, and the effect.
 
-    A verdict from the mismatch of all layers is worth more than that of the ``data_check``, which
-    looks at the first samples. Where that disagrees it is shown all the same.
+    The data has two verdicts: from the mismatch of all layers, and from the check of the first
+    samples. The one that says more against the data is shown.
     """
     lines = []
+    depends = result.estimator != "ratio"
     if result.estimator_reason:
-        lines.append(f"estimator: {result.estimator} ({one_line(short_estimator_reason(result))})")
-    if result.verdict is not None:
+        reason = short_estimator_reason(result, data_check)
+        lines.append(f"estimator: {result.estimator} ({one_line(reason)})")
+    if result.verdict is not None and not is_worse(data_check.verdict, result.verdict.level):
         lines.append(f"data: {mismatch_verdict_text(result.verdict)}")
-    # Both may have nothing to say; then one line says so.
-    if data_check.verdict == "disagree" or result.verdict is None:
-        lines.append(verdict_text(data_check, forced=result.estimator != "ratio"))
-    lines.append(controls_text(result.controls, forced=result.estimator != "ratio"))
-    if result.effect is not None:
+    else:
+        lines.append(verdict_text(data_check, depends=depends))
+    lines.append(controls_text(result.controls, depends=depends))
+    # What a model says about inputs that were made up means nothing.
+    if result.effect is not None and not is_synthetic(result):
         lines.append(f"effect: {effect_text(result.effect)}")
     return lines
 
 
-def short_estimator_reason(result: Reestimation) -> str:
-    """Return why this estimator was used, without the verdict on the data if that is quoted in it."""
-    if result.verdict is None:
-        return result.estimator_reason
-    return result.estimator_reason.replace(f" ({result.verdict.reason})", "")
+def short_estimator_reason(result: Reestimation, data_check: DataVerdict) -> str:
+    """Return why this estimator was used, without the verdicts on the data that it quotes."""
+    quoted = [data_check.cause, result.verdict.reason if result.verdict else ""]
+    reason = result.estimator_reason
+    for text in filter(None, quoted):
+        reason = reason.replace(f" ({text})", "")
+    return reason
 
 
 def mismatch_verdict_text(verdict: Verdict) -> str:
@@ -262,10 +266,10 @@ def measured_text(value: Measured | None) -> str:
     return f"{value.median:.3f}{error}"
 
 
-def verdict_text(verdict: DataVerdict, *, forced: bool = True) -> str:
+def verdict_text(verdict: DataVerdict, *, depends: bool = True) -> str:
     """Return whether the first batches agree with the statistics that the BN layers have stored.
 
-    ``forced`` says whether the estimator depends on that, so that only --force lets it go on.
+    ``depends`` says whether the estimator is right only if they do.
     """
     if verdict.verdict == "none" or verdict.early_score is None or verdict.deep_score is None:
         return f"data: not compared with the training data ({one_line(verdict.cause)})"
@@ -274,23 +278,24 @@ def verdict_text(verdict: DataVerdict, *, forced: bool = True) -> str:
     if verdict.verdict == "agree":
         return f"data: {verdict.images:,} samples agree with what the BN layers remember ({scores})"
     cause = one_line(verdict.cause)
-    used = "used all the same (--force)" if forced else "which this estimator does not depend on"
-    doubt = f"does NOT look like the training data, {used}"
-    return f"data: {doubt}: {cause} ({scores})"
+    if verdict.verdict == "doubt":
+        return f"data: {VERDICT_LEVELS['doubt']}: {cause}"
+    used = "used all the same (--force)" if depends else "which this estimator does not depend on"
+    return f"data: {VERDICT_LEVELS['refuse']}, {used}: {cause} ({scores})"
 
 
-def controls_text(controls: Controls, *, forced: bool = True) -> str:
+def controls_text(controls: Controls, *, depends: bool = True) -> str:
     """Return the verdict of the control layers in a sentence.
 
     No dropout reaches these layers, so on the right data their measured variance is the stored one.
-    ``forced`` says whether the estimator depends on that.
+    ``depends`` says whether the estimator is right only if they agree.
     """
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({one_line(controls.reason)})"
     if controls.verdict == "doubt":
         return f"controls: {one_line(controls.reason)}"
     if controls.verdict == "disagree":
-        used = "used all the same (--force)" if forced else "which this estimator does not depend on"
+        used = "used all the same (--force)" if depends else "which this estimator does not depend on"
         return f"controls: disagree with the data, {used}: {one_line(controls.reason)}"
     return (
         f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout "
