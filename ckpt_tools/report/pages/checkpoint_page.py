@@ -211,15 +211,11 @@ def _controls_section(facts: Facts) -> Section:
     ]
     if shift is not None:
         rows.append(("Means differ by", f"{shift:.2g} standard deviations"))
-    return Section(
-        "Control layers",
-        (_controls_sentence(facts, layers, verdict), _WHY_CONTROLS),
-        # No tick stands over layers that moved with the others, be it within their error bars.
-        "quiet"
-        if verdict == "agree" and worst_verdict(facts) in ("doubt", "refuse")
-        else VERDICT_TONES.get(verdict, ""),
-        pairs=tuple(rows),
-    )
+    tone = VERDICT_TONES.get(verdict, "")
+    if verdict == "agree" and worst_verdict(facts) in ("doubt", "refuse"):
+        tone = "quiet"  # no tick stands over layers that moved, be it within their error bars
+    sentences = (_controls_sentence(facts, layers, verdict), _WHY_CONTROLS)
+    return Section("Control layers", sentences, tone, pairs=tuple(rows))
 
 
 def _controls_sentence(facts: Facts, layers: str, verdict: str) -> str:
