@@ -162,8 +162,8 @@ def _doubt(moved: list[_ControlLayer], number: int) -> str:
     worst = max(moved, key=lambda layer: layer.excess)
     ratio = worst.ratio
     measured = f"stored / measured variance {ratio.median:.2f} ± {ratio.error:.2f}"
-    # Where some channels rose and others fell, the median hides how far they went.
-    if abs(math.log(max(ratio.median, 1e-30))) < worst.deviation / 2:
+    # Where some channels rose and others fell, their median hides how far they went.
+    if abs(float(worst.logarithm.mean())) < worst.deviation / 2:
         factor, error = math.exp(worst.deviation), float(worst.error.median())
         measured = f"the median channel is off by a factor of {factor:.2f} ± {factor * error:.2f}, up or down"
     return (

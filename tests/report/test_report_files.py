@@ -157,7 +157,7 @@ def test_other_suffixes_are_refused_before_any_work(
 
 def test_a_refused_run_writes_nothing(files: Path) -> None:
     np.save(files / "data.npy", 50 * torch.cat(nets.batches((3, 8, 8))).numpy())
-    result = run(*job(files, "--report", files / "out.html"))
+    result = run(*job(files, "--estimator", "pooled", "--report", files / "out.html"))
     assert result.exit_code == 4
     assert not (files / "out.html").exists()
     assert not list(files.glob(".*"))
