@@ -103,3 +103,5 @@ def test_made_up_inputs_are_shown_as_such(files: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "controls: none (the inputs are synthetic)" in result.stdout
     assert "effect:" not in result.stdout
+    assert "mismatch" not in result.stdout
+    assert "dropout shift" in result.stdout

@@ -56,13 +56,18 @@ _LAYER_SENTENCE = (
     "Stored variance over new variance: the median channel, the smallest and the largest; "
     "the relative standard error of the new variance: median and worst channel."
 )
-_PAIRED_KEYS = ("mismatch", "dropout_shift")
-_PAIRED_COLUMNS = (Column("Mismatch", "number"), Column("Dropout shift", "number"))
-_PAIRED_SENTENCE = (
-    "Mismatch is stored variance over the variance with dropout on, 1 if the data is that of the training. "
-    "Dropout shift is the variance with dropout on over that with dropout off, on the same inputs. "
-    "Both stand for the median channel with its standard error."
-)
+_PAIRED = {
+    "mismatch": (
+        Column("Mismatch", "number"),
+        "Mismatch is stored variance over the variance with dropout on, 1 if the data is that of the "
+        "training: the median channel with its standard error.",
+    ),
+    "dropout_shift": (
+        Column("Dropout shift", "number"),
+        "Dropout shift is the variance with dropout on over that with dropout off, on the same inputs: the "
+        "median channel with its standard error.",
+    ),
+}
 
 
 def layers_section(facts: Facts) -> Section:
@@ -71,12 +76,13 @@ def layers_section(facts: Facts) -> Section:
     rows = [_layer_row(depth, layer) for depth, layer in enumerate(layers, 1)]
     sentences: list[str] = [_LAYER_SENTENCE]
     columns: tuple[Column, ...] = _LAYER_COLUMNS
-    # Only a paired measurement tells the two apart.
-    if any(get_mapping(layer, key) for layer in layers for key in _PAIRED_KEYS):
-        sentences.append(_PAIRED_SENTENCE)
-        columns += _PAIRED_COLUMNS
-        pairs = zip(rows, layers, strict=True)
-        rows = [(*row, *(_measured_cell(layer, key) for key in _PAIRED_KEYS)) for row, layer in pairs]
+    # Only a paired measurement tells the two apart, and on inputs that were made up there is no mismatch.
+    for key, (column, sentence) in _PAIRED.items():
+        if any(get_mapping(layer, key) for layer in layers):
+            sentences.append(sentence)
+            columns += (column,)
+            pairs = zip(rows, layers, strict=True)
+            rows = [(*row, _measured_cell(layer, key)) for row, layer in pairs]
     return Section("Every layer", tuple(sentences), table=Table("Every layer", columns, tuple(rows)))
 
 

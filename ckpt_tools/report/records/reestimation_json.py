@@ -16,7 +16,7 @@ from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.redaction import without_secrets
-from ckpt_tools.reestimate.concerns import result_warnings
+from ckpt_tools.reestimate.concerns import is_synthetic, result_warnings
 from ckpt_tools.report.records.metrics_json import metrics_json
 from ckpt_tools.report.records.plain_values import TOOL, dataclass_to_dict, library_versions, to_plain_values
 from ckpt_tools.report.repeat_command import repeating_command
@@ -66,7 +66,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "precision": result.precision,
         "deviation": result.deviation and dataclasses.asdict(result.deviation),
         "why": result.why,
-        "layers": [_layer(layer) for layer in result.layers],
+        "layers": [_layer(layer, made_up=is_synthetic(result)) for layer in result.layers],
         "controls": _controls(result.controls),
         "outliers": [dataclass_to_dict(outlier) for outlier in result.outliers],
         "common_outliers": list(result.common),
@@ -247,12 +247,13 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def _layer(layer: LayerResult) -> dict[str, object]:
+def _layer(layer: LayerResult, *, made_up: bool) -> dict[str, object]:
+    """Return what was measured of a layer; on inputs that were made up a mismatch means nothing."""
     fields = dataclass_to_dict(layer)
     ratio, error = fields.pop("ratio"), fields.pop("error")
     return {
         **fields,
-        "mismatch": _measured(layer.mismatch),
+        "mismatch": None if made_up else _measured(layer.mismatch),
         "dropout_shift": _measured(layer.dropout_shift),
         "ratio": ratio and {"median": ratio["median"], "min": ratio["low"], "max": ratio["high"]},
         "relative_standard_error": error and {"median": error["median"], "max": error["high"]},

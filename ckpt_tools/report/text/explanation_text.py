@@ -87,6 +87,7 @@ def _explain_mismatch(explanation: Explanation) -> str:
             f"two things differ. First, {_strongest_shift(explanation)} Second, {differs}: training "
             "augmentation or another preprocessing explain that. The ratio estimator takes out dropout's "
             "share alone, and does not depend on how the data is distributed."
+            f"{_unknown_rates(explanation)}"
         )
     cause = "dropout changes no variance" if explanation.dropout_on else "no dropout is on"
     causes = "Training augmentation" if explanation.rates_known else "Dropout in training, augmentation"
@@ -131,6 +132,11 @@ def _unknown_rates(explanation: Explanation) -> str:
     """Return a sentence about drop rates that nobody knows, as a bare state dict holds none."""
     if explanation.rates_known:
         return ""
+    if explanation.dropout_on:
+        return (
+            " The drop rates are the architecture's own, since the file records none; if the training used "
+            "others, give them (--model-kwargs drop_rate=0.2) and inspect again."
+        )
     return " If the training used dropout, give its rates (--model-kwargs drop_rate=0.2) and inspect again."
 
 

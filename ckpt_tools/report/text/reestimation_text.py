@@ -27,7 +27,6 @@ _SHOWN_OUTLIERS = 10
 _SHOWN_VIOLATIONS = 100  # differences that were not expected
 _SHOWN_ARGUMENTS = 5  # of an architecture, so that it fits on a line
 _LONGEST_ARGUMENT = 40  # characters
-_PAIRED_COLUMNS = ("mismatch", "dropout shift")
 
 
 def plan_text(plan: Plan) -> str:
@@ -119,7 +118,7 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
     then what was left out, and at last where the output is.
     """
     result = outcome.result
-    parts = [_headline(result), changes_text(result.rewritten), ""]
+    parts = [_headline(result), changes_text(result.rewritten, made_up=is_synthetic(result)), ""]
     parts += [f"WARNING: {one_line(warning)}" for warning in result_warnings(result)]
     if outcome.metrics is not None:
         parts += [metrics_text(outcome.metrics), ""]
@@ -229,33 +228,41 @@ def _headline(result: Reestimation) -> str:
     )
 
 
-def changes_text(layers: Sequence[LayerResult]) -> str:
+def changes_text(layers: Sequence[LayerResult], *, made_up: bool = False) -> str:
     """Return a table of the layers whose variance changed most.
 
-    The columns mismatch and dropout shift are there if they were measured in any layer.
+    The columns mismatch and dropout shift are there if they were measured in any layer; on inputs
+    that were ``made_up`` a mismatch means nothing.
     """
     measured = [(layer, layer.ratio, layer.error) for layer in layers if layer.ratio and layer.error]
     if not measured:
         return "no layer was reached by the data"
     # Half is as large a change as twice, so logarithms are compared.
     measured.sort(key=lambda row: -abs(math.log(max(row[1].median, 1e-30))))
+    shown = [layer for layer, _, _ in measured[:_SHOWN_ROWS]]
     rows: list[tuple[str, ...]] = [
-        ("largest changes", "stored/new variance", "range over channels", "standard error", *_PAIRED_COLUMNS)
+        ("largest changes", "stored/new variance", "range over channels", "standard error")
     ]
     for layer, ratio, error in measured[:_SHOWN_ROWS]:
-        error_text = (
-            f"{error.median:.1%} (worst {error.high:.1%})" if math.isfinite(error.high) else "unknown"
-        )
-        row = (f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", error_text)
-        paired = (measured_text(layer.mismatch), measured_text(layer.dropout_shift))
-        rows.append((layer.name or "(root)", *row, *paired))
-    # Only a paired measurement fills the last two columns.
-    if not any(layer.mismatch or layer.dropout_shift for layer, _, _ in measured):
-        rows = [row[: -len(_PAIRED_COLUMNS)] for row in rows]
+        span = f"{ratio.low:.3f} – {ratio.high:.3f}"
+        error_text = "unknown"
+        if math.isfinite(error.high):
+            error_text = f"{error.median:.1%} (worst {error.high:.1%})"
+        rows.append((layer.name or "(root)", f"{ratio.median:.3f}", span, error_text))
+    for title, values in _paired_columns(shown, made_up=made_up).items():
+        rows = [(*row, cell) for row, cell in zip(rows, [title, *values], strict=True)]
     table = align_columns(rows)
     if len(measured) > _SHOWN_ROWS:
         table += f"\n… and {len(measured) - _SHOWN_ROWS} more (--json lists all)"
     return table
+
+
+def _paired_columns(layers: Sequence[LayerResult], *, made_up: bool) -> dict[str, list[str]]:
+    """Return the columns of a paired measurement by their titles, without those that are empty."""
+    columns = {"dropout shift": [measured_text(layer.dropout_shift) for layer in layers]}
+    if not made_up:
+        columns = {"mismatch": [measured_text(layer.mismatch) for layer in layers], **columns}
+    return {title: texts for title, texts in columns.items() if any(texts)}
 
 
 def measured_text(value: Measured | None) -> str:
