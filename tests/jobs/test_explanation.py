@@ -120,6 +120,16 @@ def test_nothing_is_written_and_no_more_is_read_than_needed(dropped: Path) -> No
     assert inspect(dropped, images(), *RATE, "--limit", 64)["images"] == 64
 
 
+def test_a_corrected_file_is_not_to_be_corrected_again(dropped: Path) -> None:
+    arguments = ("--arch", "nets:DenseNet", *RATE, "--data", dropped.parent / "data.npy")
+    np.save(dropped.parent / "data.npy", images().numpy())
+    assert run("bn-reestimate", dropped, *arguments, "-q").exit_code == 0
+    result = run("inspect", dropped.with_name("model.bn.safetensors"), *arguments, "--json")
+    explanation = json.loads(result.stdout)["explanation"]
+    assert explanation["command"] is None
+    assert "output of bn-reestimate" in explanation["text"]
+
+
 def test_data_needs_a_checkpoint(tmp_path: Path) -> None:
     result = run("inspect", "--arch", "nets:DenseNet", "--input-size", "3,8,8", "--data", tmp_path)
     assert result.exit_code == 2

@@ -184,7 +184,7 @@ def _explanation(inspection: Inspection) -> dict[str, object] | None:
             }
             for layer in explanation.layers
         ],
-        "text": explanation_paragraph(explanation),
+        "text": explanation_paragraph(explanation, inspection),
         "command": explanation_command(explanation, inspection),
     }
 

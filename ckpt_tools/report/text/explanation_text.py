@@ -14,6 +14,11 @@ _MEANINGS = (
     "dropout shift: variance with dropout on / off, on the same inputs, 1 if dropout changes nothing"
 )
 
+_CORRECTED = (
+    "this file is an output of bn-reestimate, and its variances are those with dropout off. So the mismatch "
+    "holds dropout's share here, and nothing is left to correct. Inspect the file that it was made of."
+)
+
 
 def explanation_text(explanation: Explanation, inspection: Inspection, limit: int | None) -> str:
     """Return what differs layer by layer, at most ``limit`` rows, the verdict, and what to do."""
@@ -26,7 +31,7 @@ def explanation_text(explanation: Explanation, inspection: Inspection, limit: in
     hidden = len(measured) - (len(rows) - 1)
     table = align_columns(rows) + (f"\n… and {hidden} more (--all shows them)" if hidden else "")
     verdict = mismatch_verdict_text(explanation.verdict)
-    paragraph = explanation_paragraph(explanation)
+    paragraph = explanation_paragraph(explanation, inspection)
     parts = [table, f"{_MEANINGS}\ndata: {verdict}", one_line_paragraph(paragraph)]
     command = explanation_command(explanation, inspection)
     if command:
@@ -39,14 +44,18 @@ def one_line_paragraph(text: str) -> str:
     return escape_controls(" ".join(text.split()))
 
 
-def explanation_paragraph(explanation: Explanation) -> str:
+def explanation_paragraph(explanation: Explanation, inspection: Inspection) -> str:
     """Return in plain words why eval mode differs from training, and what helps."""
     first = f"Why is eval worse than train? Measured on {count_text(explanation.images, 'sample')}: "
+    if inspection.correction is not None:
+        return first + _CORRECTED
     return first + _CAUSES[explanation.cause](explanation)
 
 
 def explanation_command(explanation: Explanation, inspection: Inspection) -> str | None:
     """Return the command that helps, None if there is none."""
+    if inspection.correction is not None:
+        return None
     if explanation.cause == "dropout":
         return reestimate_command(inspection)
     if explanation.dropout_shifts and explanation.cause in ("mismatch", "unknown"):
