@@ -180,6 +180,10 @@ NO_NAMES = {  # these show numbers, or parts of what others render
         "demo_text",
         "escape_markdown",
         "leverage_text",
+        "effect_text",
+        "measured_text",
+        "is_worse",
+        "explanation_command",  # a part of explanation_text
     ),
     *(
         "checkpoint_page",
@@ -192,6 +196,7 @@ NO_NAMES = {  # these show numbers, or parts of what others render
     *(
         "control_verdict",
         "data_verdict",
+        "worst_verdict",
         "get_mapping",
         "get_mappings",
         "median_ratios",
@@ -279,6 +284,7 @@ def _calls(tmp_path_factory: pytest.TempPathFactory) -> None:
         run("evaluate", "net.pt", "--before", "net.pt", "--data", "labelled.npz", *arch, "-q")
         for more in ([], ["--json"]):
             run(*inspected, *more)
+            run("inspect", "net.pt", *arch, "--data", "data.npy", *more)
             run("convert", "net.pt", "--overwrite", *more)
             run("diff", "net.pt", "fresh.pt", *more)
             run("init-rewrite", "fresh.pt", *arch, "--input-size", "3,8,8", "--verify", "--overwrite", *more)

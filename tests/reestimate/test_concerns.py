@@ -19,7 +19,9 @@ LAYER = LayerResult("bn", 8, True, "behind dropout", ratio=Spread(1.3, 1, 2), er
 
 def settled(factor: float = 1.0) -> tuple[nn.Sequential, list[Tensor]]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    # Without a momentum the running statistics average over all batches.
+    norms = [nn.BatchNorm1d(8, momentum=None) for _ in range(2)]
+    model = nn.Sequential(norms[0], nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), norms[1])
     data = list(torch.randn(8, 128, 8))
     with torch.no_grad():
         for step in range(200):

@@ -15,7 +15,9 @@ from ckpt_tools.errors import CheckFailed
 def settled(factor: float = 1.0, shift: float = 0.0) -> tuple[nn.Sequential, list[Tensor]]:
     """A control layer and a layer behind dropout, trained on ``factor`` times the data plus ``shift``."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    # Without a momentum the running statistics average over all batches.
+    norms = [nn.BatchNorm1d(8, momentum=None) for _ in range(2)]
+    model = nn.Sequential(norms[0], nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), norms[1])
     data = list(torch.randn(8, 256, 8))
     with torch.no_grad():
         for step in range(200):

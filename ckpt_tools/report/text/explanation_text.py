@@ -32,14 +32,14 @@ def explanation_text(explanation: Explanation, inspection: Inspection, limit: in
     table = align_columns(rows) + (f"\n… and {hidden} more (--all shows them)" if hidden else "")
     verdict = mismatch_verdict_text(explanation.verdict)
     paragraph = explanation_paragraph(explanation, inspection)
-    parts = [table, f"{_MEANINGS}\ndata: {verdict}", one_line_paragraph(paragraph)]
+    parts = [table, f"{_MEANINGS}\ndata: {verdict}", _join_lines(paragraph)]
     command = explanation_command(explanation, inspection)
     if command:
         parts.append(f"    {escape_controls(command)}")
     return "\n\n".join(parts)
 
 
-def one_line_paragraph(text: str) -> str:
+def _join_lines(text: str) -> str:
     """Return a paragraph whose names from other people's files cannot begin a line of their own."""
     return escape_controls(" ".join(text.split()))
 
