@@ -161,7 +161,9 @@ def evidence_lines(result: Reestimation, data_check: DataVerdict) -> list[str]:
         lines.append(f"data: {mismatch_verdict_text(result.verdict)}")
     else:
         lines.append(verdict_text(data_check, depends=depends))
-    lines.append(controls_text(result.controls, depends=depends))
+    levels = {data_check.verdict, result.verdict.level if result.verdict else "none"}
+    in_doubt = bool(levels & {"doubt", "refuse"})
+    lines.append(controls_text(result.controls, depends=depends, in_doubt=in_doubt))
     # What a model says about inputs that were made up means nothing.
     if result.effect is not None and not is_synthetic(result):
         lines.append(f"effect: {effect_text(result.effect)}")
@@ -291,11 +293,12 @@ def verdict_text(verdict: DataVerdict, *, depends: bool = True) -> str:
     return f"data: {VERDICT_LEVELS['refuse']}, {used}: {cause} ({scores})"
 
 
-def controls_text(controls: Controls, *, depends: bool = True) -> str:
+def controls_text(controls: Controls, *, depends: bool = True, in_doubt: bool = False) -> str:
     """Return the verdict of the control layers in a sentence.
 
     No dropout reaches these layers, so on the right data their measured variance is the stored one.
-    ``depends`` says whether the estimator is right only if they agree.
+    ``depends`` says whether the estimator is right only if they agree. Where other layers put the
+    data ``in_doubt``, those within their error bars are not said to agree with it.
     """
     if controls.deviation is None or controls.worst is None:
         return f"controls: none ({one_line(controls.reason)})"
@@ -304,10 +307,10 @@ def controls_text(controls: Controls, *, depends: bool = True) -> str:
     if controls.verdict == "disagree":
         used = "used all the same (--force)" if depends else "which this estimator does not depend on"
         return f"controls: disagree with the data, {used}: {one_line(controls.reason)}"
+    verdict = "moved no more than 5 % and three standard errors" if in_doubt else "agree with the data"
     return (
-        f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout "
-        f"agree with the data; stored and measured variance differ by "
-        f"{deviation_text(controls.deviation)} in the median channel ({worst_control_text(controls)}), "
+        f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout {verdict}; "
+        f"stored and measured variance differ by {deviation_text(controls.deviation)} in the median channel ({worst_control_text(controls)}), "
         f"means by {controls.shift:.2f} standard deviations"
     )
 
