@@ -308,9 +308,11 @@ def controls_text(controls: Controls, *, depends: bool = True, in_doubt: bool = 
         used = "used all the same (--force)" if depends else "which this estimator does not depend on"
         return f"controls: disagree with the data, {used}: {one_line(controls.reason)}"
     verdict = "moved no more than 5 % and three standard errors" if in_doubt else "agree with the data"
+    layers = count_text(len(controls.names), "layer")
+    worst = worst_control_text(controls)
     return (
-        f"controls: {count_text(len(controls.names), 'layer')} beyond the reach of dropout {verdict}; "
-        f"stored and measured variance differ by {deviation_text(controls.deviation)} in the median channel ({worst_control_text(controls)}), "
+        f"controls: {layers} beyond the reach of dropout {verdict}; stored and measured variance differ "
+        f"by {deviation_text(controls.deviation)} in the median channel ({worst}), "
         f"means by {controls.shift:.2f} standard deviations"
     )
 
