@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from torch import Tensor
+
+from ckpt_tools.diagnosis.augmentation_policies import Greyscale, Policy
 
 BatchChange = Callable[[Tensor], Tensor]
 _AREAS = (0.08, 1.0)  # the default range of torchvision's RandomResizedCrop
 
 
 def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
-    """Return usual augmentations: torchvision's policies, shifts over black or zeros, crops, mixing.
+    """Return usual augmentations: random policies, shifts over black or zeros, crops, mixing.
 
     They draw from torch's global generator. Mixing alone serves batches that are no images.
 
@@ -27,15 +28,15 @@ def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
         return [_mix_samples] if batch.ndim == 2 else []
     # Images are padded either before or after they are normalised.
     shift_over_black, shift_over_zeros = _Shift(black), _Shift(torch.zeros_like(black))
-    policies = [_Policy(v2.RandAugment(2, 9), black), _Policy(v2.TrivialAugmentWide(), black)]
-    if batch.shape[1] == 3:
-        policies.append(_Policy(v2.RandomGrayscale(0.5), black))
     return [
-        *(policies if batch.shape[1] in (1, 3) else []),
+        Policy(black, operations=2, strength=0.3, varies=False),
+        Policy(black, operations=1, strength=1.0, varies=True),
+        *([Greyscale(black)] if batch.shape[1] == 3 else []),
         shift_over_black,
         shift_over_zeros,
         _crop_randomly,
         _mix_samples,
+        _mix_batch,
         lambda x: _mix_samples(_crop_randomly(x)),
         lambda x: _mix_samples(shift_over_black(x)),
     ]
@@ -59,21 +60,6 @@ class _Shift:
             for image, top, left in zip(padded, tops, lefts, strict=True)
         ]
         return torch.stack(windows)
-
-
-@dataclass(frozen=True)
-class _Policy:
-    """Changes every image as torchvision does, on pixels of 0–255 from ``black`` to the brightest value."""
-
-    transform: nn.Module
-    black: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        low = self.black.to(x).reshape(1, -1, 1, 1)
-        scale = (x.amax((0, 2, 3), keepdim=True) - low).clamp_min(1e-6) / 255
-        pixels = ((x - low) / scale).round().clamp(0, 255).to(torch.uint8)
-        changed = torch.stack([self.transform(image) for image in pixels])
-        return changed.to(x.dtype) * scale + low
 
 
 def _crop_randomly(x: Tensor) -> Tensor:
@@ -104,3 +90,9 @@ def _mix_samples(x: Tensor) -> Tensor:
     This is mixup with equal shares, which changes the samples more than any other shares.
     """
     return (x + x[torch.randperm(len(x))]) / 2
+
+
+def _mix_batch(x: Tensor) -> Tensor:
+    """Mix every sample with another one by shares of Beta(0.8, 0.8), timm's usual mixup."""
+    shares = torch.distributions.Beta(0.8, 0.8).sample((len(x),)).to(x).reshape(-1, *[1] * (x.ndim - 1))
+    return shares * x + (1 - shares) * x[torch.randperm(len(x))]

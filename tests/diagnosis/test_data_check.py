@@ -87,7 +87,7 @@ def test_the_right_data_passes_and_nothing_is_tried(norm: Norm, from_file: bool)
 @pytest.mark.parametrize("from_file", [True, False])
 def test_another_normalisation_is_named(right: Norm, wrong: Norm, from_file: bool) -> None:
     verdict = judged(right, normalised(pixels("warm"), wrong), None if from_file else wrong)
-    assert verdict.verdict == "disagree"
+    assert verdict.verdict == "refuse"
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in right)
     expected = f"mean {mean} and std {std}" if from_file else f"--mean {mean} --std {std}"
     assert expected in verdict.cause
@@ -98,7 +98,7 @@ def test_another_normalisation_is_named(right: Norm, wrong: Norm, from_file: boo
 @pytest.mark.parametrize("from_file", [True, False])
 def test_swapped_channels_are_named(from_file: bool) -> None:
     verdict = judged(IMAGENET, normalised(pixels("warm").flip(1), IMAGENET), None if from_file else IMAGENET)
-    assert verdict.verdict == "disagree"
+    assert verdict.verdict == "refuse"
     assert "BGR" in verdict.cause
     assert verdict.best_hypothesis is not None
     assert verdict.best_hypothesis.score < 0.1
@@ -108,7 +108,7 @@ def test_another_data_set_fits_no_preprocessing() -> None:
     g = torch.Generator().manual_seed(0)
     noise = torch.rand(512, 3, 16, 16, generator=g).round()
     verdict = judged(IMAGENET, normalised(noise, IMAGENET), IMAGENET)
-    assert verdict.verdict == "disagree"
+    assert verdict.verdict == "refuse"
     assert "another data set" in verdict.cause
 
 
@@ -153,7 +153,7 @@ def test_features_without_a_map() -> None:
         )
 
     assert verdict(1.0).verdict == "agree"
-    assert verdict(255.0).verdict == "disagree"
+    assert verdict(255.0).verdict == "refuse"
 
 
 class Named(nn.Module):
@@ -178,7 +178,7 @@ def test_batches_that_are_no_tensors_are_judged_without_hypotheses() -> None:
 
     assert verdict(1.0).verdict == "agree"
     wrong = verdict(30.0)
-    assert (wrong.verdict, wrong.tried) == ("disagree", ())
+    assert (wrong.verdict, wrong.tried) == ("refuse", ())
 
 
 def test_untrained_statistics_say_nothing() -> None:
