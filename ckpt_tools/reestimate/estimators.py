@@ -96,12 +96,15 @@ def dropout_shift(evidence: Evidence) -> Tensor:
     return torch.where((training > 0) & (test > 0), training / test, 1.0)
 
 
-def pooled(context: PassContext, statistics: Statistics, tolerance: float | None) -> Estimate:
+def pooled(
+    context: PassContext, statistics: Statistics, tolerance: float | None, *, number: int = 1
+) -> Estimate:
     """One pass: each batch is normalised with its own variance, and the variances are pooled.
 
-    With a ``tolerance`` the pass ends as soon as the relative standard error is below it.
+    With a ``tolerance`` the pass ends as soon as the relative standard error is below it. ``number``
+    is that of the pass, for the progress display.
     """
-    first = DataPass(context, _pooling_rule(statistics), tolerance=tolerance).run()
+    first = DataPass(context, _pooling_rule(statistics), number, tolerance=tolerance).run()
     measured = _measured_statistics(context, first.evidence, statistics)
     return Estimate(measured, first, first.total.outliers, stopped_early=first.stopped_early)
 

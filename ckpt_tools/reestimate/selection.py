@@ -66,7 +66,7 @@ def estimate_statistics(
     if method.estimator == "ratio" or paired.verdict is None or paired.verdict.level in ("doubt", "refuse"):
         refuse_without_noise(paired.estimate)
         return paired
-    estimate = pooled(context, method.statistics, method.tolerance)
+    estimate = pooled(context, method.statistics, method.tolerance, number=2)
     reason = f"the drop rates are known, and nothing speaks against the data ({paired.verdict.reason})"
     return replace(paired, estimate=estimate, estimator="pooled", reason=reason)
 

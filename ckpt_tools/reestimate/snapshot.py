@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     forward: Forward
     walk: Walk | None
     force: bool
+    strict: bool
     progress: Callable[[Progress], None] | None
     distributed: bool
     keep_outliers: bool

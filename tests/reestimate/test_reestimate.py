@@ -264,7 +264,9 @@ def test_progress_and_loader_with_labels() -> None:
     seen = []
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=50)
     result = reestimate_bn(model, loader, progress=seen.append)
-    assert [step.images for step in seen] == [50, 100, 128]
+    assert [(step.pass_number, step.images) for step in seen] == [
+        (number, images) for number in (1, 2) for images in (50, 100, 128)
+    ]
     assert seen[-1].bound <= seen[0].bound
     assert (result.images, result.batches, result.passes) == (128, 3, 1)
 
@@ -300,11 +302,12 @@ def test_which_layers() -> None:
 def test_controls_refuse_other_data() -> None:
     model, data = case("densenet")
     before = copy.deepcopy(model.state_dict())
-    assert reestimate_bn(copy.deepcopy(model), data).controls.verdict == "agree"
+    assert reestimate_bn(copy.deepcopy(model), data, estimator="pooled").controls.verdict == "agree"
     with pytest.raises(CheckFailed, match=r"norms\.0.*--force"):
-        reestimate_bn(model, [batch * 4 for batch in data])
+        reestimate_bn(model, [batch * 4 for batch in data], estimator="pooled")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert reestimate_bn(model, [batch * 4 for batch in data], force=True).controls.verdict == "disagree"
+    forced = reestimate_bn(model, [batch * 4 for batch in data], estimator="pooled", force=True)
+    assert forced.controls.verdict == "disagree"
 
 
 def test_untrained_statistics_are_no_controls() -> None:
@@ -430,7 +433,7 @@ def test_controls_notice_a_shift() -> None:
     nets.trained(model, data)
     assert reestimate_bn(copy.deepcopy(model), data).controls.verdict == "agree"
     with pytest.raises(CheckFailed, match="standard deviations"):
-        reestimate_bn(model, [batch + 3 for batch in data])
+        reestimate_bn(model, [batch + 3 for batch in data], estimator="pooled")
 
 
 def test_detection_batches_count_their_images() -> None:
