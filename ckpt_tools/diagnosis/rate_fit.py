@@ -78,15 +78,16 @@ class RateFit:
     @property
     def sentence(self) -> str:
         """The result in words, with the numbers that it rests on."""
-        fitted = ", ".join(
-            f"{_plain_name(name)} {rate:.2f} ± {self.errors[name]:.2f}" for name, rate in self.rates.items()
-        )
-        subject = "drop rate" if len(self.rates) == 1 else "drop rates"
+        values = {name: f"{rate:.2f} ± {self.errors[name]:.2f}" for name, rate in self.rates.items()}
+        if len(values) == 1:
+            [(name, fitted)] = values.items()
+            subject = name.replace("_", " ")
+        else:
+            subject = "drop rates"
+            fitted = ", ".join(f"{name} {value}" for name, value in values.items())
         if not self.is_clear:
             return f"{subject} not recorded; the statistics show no clear rate ({fitted} fits best)"
         numbers = f"{self.samples} samples, {self.layers} BN layers"
-        if len(self.rates) == 1:
-            fitted = fitted.partition(" ")[2]
         return f"{subject} not recorded; the statistics fit {fitted} ({numbers})"
 
 
@@ -269,7 +270,7 @@ def _fit_one_rate(trials: _Trials, rates: Rates, name: str) -> _Estimate | None:
     assert curve is not None
     residuals = _residuals(curve)
     best = _best_rate(points, residuals)
-    error = math.hypot(_error_of_samples(points, curve), _error_of_layers(points, curve))
+    error = math.hypot(_RESOLUTION, _error_of_samples(points, curve), _error_of_layers(points, curve))
     score = float(_scores(points, residuals).min())
     comparable = error <= _LARGEST_ERROR and score <= _WORST_SCORE
     if best <= _ZERO:
@@ -359,8 +360,3 @@ def _summarise(trials: _Trials, estimates: Mapping[str, _Estimate], samples: int
 def _mean_residual(trial: _Trial) -> float:
     residual = trial.residual()
     return float(residual[residual.isfinite()].abs().mean())
-
-
-def _plain_name(keyword: str) -> str:
-    """A keyword argument as words: ``drop_path_rate`` becomes "drop path rate"."""
-    return keyword.replace("_", " ")
