@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +98,7 @@ def fit_rates(
     walk: Walk,
     *,
     forward: Forward = call_model,
+    frozen: Collection[str] = (),
     counted: bool = True,
     seed: int = 0,
 ) -> RateFit | None:
@@ -114,6 +115,8 @@ def fit_rates(
         walk: of this model; noise at any rate can reach the layers that it calls downstream or
             potentially downstream.
         forward: ``forward(model, batch)`` for batches that the default cannot run.
+        frozen: names of BN layers that training left in evaluation mode. They normalise with their
+            stored statistics, and nothing is compared there.
         counted: whether the counters of the model's BN layers are those of the training run.
         seed: of dropout.
 
@@ -134,7 +137,7 @@ def fit_rates(
     ]
     if samples < _FEWEST_SAMPLES or not noisy_layers or not names:
         return None
-    trials = _Trials(make_model, parts, noisy_layers, walk.containers_trained, forward, counted, seed)
+    trials = _Trials(make_model, parts, noisy_layers, walk.containers_trained, forward, frozen, counted, seed)
     best = dict.fromkeys(names, 0.0)
     estimates: dict[str, _Estimate] = {}
     for _ in range(_ROUNDS if len(names) > 1 else 1):
@@ -186,12 +189,13 @@ class _Trials:
         noisy_layers: Sequence[str],
         containers_trained: bool,
         forward: Forward,
+        frozen: Collection[str],
         counted: bool,
         seed: int,
     ) -> None:
         self._make_model, self._parts, self._noisy_layers = make_model, parts, noisy_layers
         self._containers_trained, self._forward = containers_trained, forward
-        self._counted, self._seed = counted, seed
+        self._frozen, self._counted, self._seed = frozen, counted, seed
         self._trials: dict[tuple[float, ...], _Trial | None] = {}
 
     def at(self, rates: Rates) -> _Trial | None:
@@ -202,10 +206,10 @@ class _Trials:
         return self._trials[key]
 
     def _measure(self, rates: Rates) -> _Trial | None:
-        model, frozen = self._build(rates)
+        model = copy_in_training_mode(self._make_model(rates), containers=self._containers_trained)
         layers: dict[str, Layer] = {}
         for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and module.running_var is not None and name not in frozen:
+            if isinstance(module, _BatchNorm) and module.running_var is not None and name not in self._frozen:
                 layers[name] = Layer(name, module, rewritten=True)
         compared = [
             layers[name]
@@ -227,10 +231,6 @@ class _Trials:
         stored = torch.cat([layer.stored.variance + _added_variance(layer) for layer in compared])
         numbers = [torch.full_like(layer.stored.variance, i) for i, layer in enumerate(compared)]
         return _Trial(torch.stack(variances).cpu(), stored.cpu(), torch.cat(numbers).cpu())
-
-    def _build(self, rates: Rates) -> tuple[nn.Module, frozenset[str]]:
-        copied = copy_in_training_mode(self._make_model(rates), containers=self._containers_trained)
-        return copied.model, copied.frozen
 
 
 def _added_variance(layer: Layer) -> float:

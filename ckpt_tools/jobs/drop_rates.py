@@ -16,6 +16,7 @@ from ckpt_tools.identify.candidate import build_with_rates, rebuild_with_rates
 from ckpt_tools.identify.key_matching import has_counters
 from ckpt_tools.model.batch import Batch, batch_size
 from ckpt_tools.model.calling import device_of
+from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.results import Walk
 from ckpt_tools.walker.downstream import walk
 
@@ -55,7 +56,8 @@ def estimate_drop_rates(loaded: LoadedModel, model_walk: Walk, batches: Iterable
         return build_with_rates(loaded, rates, state).to(device)
 
     counted = loaded.checkpoint is None or has_counters(loaded.checkpoint)
-    return fit_rates(make_model, names, samples, model_walk, counted=counted)
+    frozen = frozen_layers(loaded.model, model_walk)
+    return fit_rates(make_model, names, samples, model_walk, frozen=frozen, counted=counted)
 
 
 def apply_estimate(loaded: LoadedModel, fit: RateFit) -> LoadedModel:
