@@ -34,7 +34,7 @@ def estimate_drop_rates(loaded: LoadedModel, model_walk: Walk, batches: Iterable
     Args:
         loaded: the model; it is not changed.
         model_walk: of this model, with its probe.
-        batches: of the training data, best of ``rate_fit.BATCH_SIZE`` samples. The first 256
+        batches: of the training data, best of ``rate_fit.BATCH_SIZE`` samples. The first 512
             samples are read.
 
     Returns:
