@@ -17,7 +17,7 @@ Estimator = Literal["auto", "ratio", "pooled", "exact", "ema"]
 LayerChoice = Literal["auto", "downstream", "all"]
 Statistics = Literal["variance", "mean+variance"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Rates = Literal["given", "recorded", "model", "unknown"]
+Rates = Literal["given", "recorded", "estimated", "model", "unknown"]
 RecognisedBy = Literal["user", "checkpoint", "module", "shapes", "shapes without head", "data", "file name"]
 WeightKind = Literal["linear", "convolution", "transposed convolution"]
 Scheme = Literal["hypersphere", "orthonormal", "uniform", "normal"]
@@ -170,7 +170,8 @@ class LoadedModel:
 
     @property
     def rates(self) -> Rates:
-        """Where the drop rates are known from: the user, the checkpoint, the model, or nobody.
+        """Where the drop rates are known from: the user, the checkpoint, the stored statistics, the
+        model, or nobody.
 
         It decides which layers ``auto`` rewrites.
         """

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
@@ -192,6 +193,45 @@ def load_recipe(adapter: Adapter, recipe: Recipe) -> LoadedModel:
     model = _build_model(adapter, recipe)
     input_spec = adapter.input_spec(model, recipe.name, {})
     return LoadedModel(model, None, recipe, input_spec, build_probe(adapter, recipe))
+
+
+def build_with_rates(
+    loaded: LoadedModel, rates: Mapping[str, float], state: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Build a loaded model's architecture again with other drop rates.
+
+    Without `state`, a state dict of the loaded model, the result has no weights (it is on the meta
+    device where that works). Raises ArchitectureError if the constructor refuses a rate, or if a
+    rate changes what the state dict holds.
+    """
+    recipe = loaded.recipe
+    recipe = replace(recipe, kwargs={**recipe.kwargs, **rates})
+    adapter = plugins.adapter(recipe.adapter)
+    with _bound_rebuilding(loaded, recipe):
+        if state is None:
+            return build_skeleton(adapter, recipe.name, recipe.kwargs)
+        model = _build_model(adapter, recipe, initialise=False)
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ArchitectureError(
+            f"{recipe.architecture}: its state dict differs between drop rates: {error}"
+        ) from error
+    return model
+
+
+def _bound_rebuilding(loaded: LoadedModel, recipe: Recipe) -> AbstractContextManager[None]:
+    if loaded.checkpoint is None:
+        return contextlib.nullcontext()
+    return bound_construction(loaded.checkpoint, recipe, loaded.recognised_by)
+
+
+def rebuild_with_rates(loaded: LoadedModel, rates: Mapping[str, float]) -> LoadedModel:
+    """Return the loaded model with the same weights at drop rates that the statistics fit."""
+    recipe = loaded.recipe
+    recipe = replace(recipe, kwargs={**recipe.kwargs, **rates}, rates="estimated")
+    model = build_with_rates(loaded, rates, loaded.model.state_dict())
+    return replace(loaded, model=model, recipe=recipe)
 
 
 def module_candidate(checkpoint: Checkpoint) -> Candidate:

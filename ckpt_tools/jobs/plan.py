@@ -15,6 +15,7 @@ from ckpt_tools.data.preprocessing import resolve_input_spec
 from ckpt_tools.data.sample_order import Reading, Share
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.data.synthetic_source import SyntheticSource
+from ckpt_tools.diagnosis.rate_fit import RateFit
 from ckpt_tools.distributed import ALONE, Ranks, Team
 from ckpt_tools.errors import AmbiguousArchitecture, UsageError
 from ckpt_tools.evaluate.validation import (
@@ -52,7 +53,8 @@ class Plan:
     """What a re-estimation is going to do; it is shown before the first image is read.
 
     ``look`` reads the first samples only, to see whether this is the training data. ``replaces`` is
-    a damaged output of an earlier run, in whose place the new one goes.
+    a damaged output of an earlier run, in whose place the new one goes. ``rate_fit`` is what the data
+    has shown of drop rates that are not recorded.
     """
 
     request: Request
@@ -70,6 +72,7 @@ class Plan:
     team: Team = ALONE
     validation: Validation | None = None
     replaces: FileStamp | None = None
+    rate_fit: RateFit | None = None
 
     @property
     def labelled_images(self) -> int | None:

@@ -14,6 +14,8 @@ from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse_unli
 from ckpt_tools.evaluate.scores import Metrics, compute_gated_metrics
 from ckpt_tools.evaluate.validation import ModelEvaluation
 from ckpt_tools.identify.key_matching import has_counters
+from ckpt_tools.jobs.drop_rates import describe_rates
+from ckpt_tools.jobs.estimated_rates import estimate_unknown_rates
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.recognition import recorded_input
 from ckpt_tools.machine.device import move_to_device
@@ -66,10 +68,12 @@ def _run_and_write(
     evaluated: Callable[[str, int], None] | None,
 ) -> ReestimationOutcome:
     method, team = plan.request.method, plan.team
-    model = team.each(lambda: move_to_device(plan.loaded_model.model, plan.device))
+    team.each(lambda: move_to_device(plan.loaded_model.model, plan.device))
     verdict = team.first(lambda: _check_first_samples(plan))
     if not method.force and plan.depends_on_data:
         refuse_unlike_training_data(verdict)
+    plan = estimate_unknown_rates(plan)
+    model = plan.loaded_model.model
 
     def evaluate(name: str) -> ModelEvaluation | None:
         if plan.validation is None:
@@ -182,6 +186,7 @@ def _provenance(plan: Plan, result: Reestimation) -> dict[str, object]:
     provenance: dict[str, object] = {
         "architecture": plan.loaded_model.recipe.architecture,
         "model_kwargs": dict(plan.loaded_model.recipe.kwargs),
+        "rates": describe_rates(plan.loaded_model, plan.rate_fit),
         "estimator": result.estimator,
         "estimator_reason": result.estimator_reason,
         "statistics": result.statistics,

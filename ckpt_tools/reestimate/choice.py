@@ -156,6 +156,7 @@ def _not_behind_message(walk: Walk, rates: Rates) -> str:
     whose_rates = {
         "given": "the drop rates given",
         "recorded": "the drop rates recorded in the checkpoint",
+        "estimated": "the drop rates that the stored statistics fit",
         "model": "the drop rates of the model",
         "unknown": "the architecture's default drop rates",
     }[rates]

@@ -6,6 +6,7 @@ from __future__ import annotations
 DROP_RATE_SOURCES = {
     "given": "given by --model-kwargs",
     "recorded": "recorded in the checkpoint",
+    "estimated": "estimated from the stored statistics",
     "model": "those of the model",
     "unknown": "not recorded",
 }

@@ -126,7 +126,7 @@ def test_a_timm_checkpoint_needs_no_options(tmp_path: Path) -> None:
     )
     folder = photos(tmp_path / "photos", 12)
     out = json.loads(ok("bn-reestimate", tmp_path / "last.pth.tar", "--data", folder, "-q", "--json").stdout)
-    assert (out["rates"], out["checkpoint"]["weights"]) == ("recorded", "state_dict_ema")
+    assert (out["rates"]["source"], out["checkpoint"]["weights"]) == ("recorded", "state_dict_ema")
     assert out["data"]["input"]["shape"] == [3, 40, 40]
     assert 0 < sum(layer["rewritten"] for layer in out["layers"]) < len(out["layers"])
     zero = saved | {

@@ -295,7 +295,8 @@ def _provenance_section(facts: Facts) -> Section:
     if told_by:
         architecture += f", told by {told_by}"
     arguments = (f"{name}={value!r}" for name, value in get_mapping(facts, "model_kwargs").items())
-    libraries, rates = get_mapping(facts, "libraries"), str(facts.get("rates") or "")
+    libraries, rates = get_mapping(facts, "libraries"), get_mapping(facts, "rates")
+    rate_source = str(rates.get("source") or "")
     passes = finite_number(facts.get("passes")) or 1
     method = [facts.get("estimator"), facts.get("statistics"), facts.get("precision")]
     left_alone = (
@@ -309,7 +310,7 @@ def _provenance_section(facts: Facts) -> Section:
         ("SHA-256 of the output", str(output.get("sha256") or "")),
         ("Architecture", architecture),
         ("Arguments", ", ".join(arguments)),
-        ("Drop rates", DROP_RATE_SOURCES.get(rates, rates)),
+        ("Drop rates", str(rates.get("fit") or DROP_RATE_SOURCES.get(rate_source, rate_source))),
         ("Layers chosen", str(facts.get("why") or "")),
         ("Estimator", ", ".join(str(word) for word in method if word)),
         ("Passes", f"{passes:,.0f}" if passes > 1 else ""),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.jobs.conversion import Conversion
+from ckpt_tools.jobs.drop_rates import describe_rates
 from ckpt_tools.jobs.evaluation import EvaluatedCheckpoint, EvaluationOutcome
 from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.jobs.plan import Plan
@@ -41,7 +42,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "recognised_by": plan.loaded_model.recognised_by,
         "twins": list(plan.loaded_model.twins),
         "scores": dict(plan.recognised.scores),
-        "rates": plan.loaded_model.rates,
+        "rates": describe_rates(plan.loaded_model, plan.rate_fit),
         "data": {
             "spec": without_secrets(plan.source.spec),  # a URL may hold a password
             "kind": plan.source.kind,

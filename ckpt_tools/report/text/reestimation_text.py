@@ -123,6 +123,8 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
     if outcome.metrics is not None:
         parts += [metrics_text(outcome.metrics), ""]
     parts += evidence_lines(result, outcome.verdict)
+    if outcome.plan.rate_fit is not None:
+        parts.append(outcome.plan.rate_fit.sentence)
     if result.deviation is not None:
         low, high = result.deviation.median, result.deviation.high
         limits = f"{low:.2g} (median), {high:.2g}"
