@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ckpt_tools
 from bench.evidence.image_data import ImageData
-from bench.evidence.net_training import MOMENTS, Training, list_trainings, load_or_train
+from bench.evidence.net_training import MOMENTS, list_trainings, load_or_train
 from ckpt_tools.demo.digits import POINT_MEAN, POINT_STD
 from ckpt_tools.diagnosis.data_check import check_data
 
@@ -87,9 +87,7 @@ def photographs(like: Tensor) -> Tensor:
     for number in range(count):
         photo = _photos()[number % 2]
         side = int(torch.randint(60, 200, (), generator=generator))
-        top, left = (
-            int(torch.randint(length - side, (), generator=generator)) for length in photo.shape[1:]
-        )
+        top, left = (int(torch.randint(length - side, (), generator=generator)) for length in photo.shape[1:])
         window = photo[None, :, top : top + side, left : left + side]
         crops.append(F.interpolate(window, size=(height, width), mode="bilinear", antialias=True))
     pixels = torch.cat(crops)
