@@ -35,10 +35,12 @@ from ckpt_tools.location import Location
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
+from ckpt_tools.model.forward_cost import count_affordable_inputs
 from ckpt_tools.random_inputs import DEFAULT_COUNT
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.correction import check_team
 from ckpt_tools.reestimate.frozen import frozen_layers
+from ckpt_tools.reestimate.selection import SYNTHETIC_REPEATS
 from ckpt_tools.results import Walk
 from ckpt_tools.storage.files.stamps import FileStamp
 from ckpt_tools.storage.output.checkpoint_writer import check_output
@@ -194,6 +196,9 @@ def _prepare_on_rank(
     if request.data is None:
         require_what_data_would_show(loaded, method)
     spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
+    if isinstance(source, SyntheticSource) and spec is not None and request.reading.limit is None:
+        count = count_affordable_inputs(loaded.model, spec.shape, 1 + SYNTHETIC_REPEATS, source.count)
+        source = replace(source, count=count)
     walk = walks.walk_for(loaded, spec, source)
     choice = choose(
         walk,

@@ -18,6 +18,7 @@ from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.method import Method
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
+from ckpt_tools.model.forward_cost import count_affordable_inputs
 from ckpt_tools.model.input_shape import infer_input_shape
 from ckpt_tools.model.overwriting import overwrite_tensors
 from ckpt_tools.model.preserving import evaluation_mode, preserve_models
@@ -39,7 +40,7 @@ from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.reestimate.layer_results import layer_results
 from ckpt_tools.reestimate.passes import PassContext
 from ckpt_tools.reestimate.screening import Screening
-from ckpt_tools.reestimate.selection import estimate_statistics
+from ckpt_tools.reestimate.selection import AUTO_IMAGES, SYNTHETIC_REPEATS, estimate_statistics
 from ckpt_tools.reestimate.shares import share_buffers
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.results import Reestimation, Verdict, Walk
@@ -154,7 +155,9 @@ def reestimate_bn(
     if batches is None:
         method.require_no_data()
         inner = unwrap_model(model)
-        batches = RandomBatches(input_shape or infer_input_shape(inner), device=device_of(inner))
+        shape = input_shape or infer_input_shape(inner)
+        count = count_affordable_inputs(inner, shape, 1 + SYNTHETIC_REPEATS, AUTO_IMAGES)
+        batches = RandomBatches(shape, count, device=device_of(inner))
     return run_method(
         model,
         batches,
@@ -201,6 +204,8 @@ def run_method(
         )
     model = unwrap_model(model)
     check_precision(precision, device_of(model))
+    if synthetic and repeats is None:
+        repeats = SYNTHETIC_REPEATS
     group = join_team() if distributed else contextlib.nullcontext(ALONE)
     with preserve_models(model, forward) as state, group as team:
         check_team(estimator, team)
@@ -225,7 +230,9 @@ def run_method(
             context = PassContext(model, data, runner, observed, screening, team, progress)
             deviation = None if precision == "fp32" else precision_deviation(context)
             # The first inputs stay at hand, because the passes may use up what can be read once.
-            sample = tuple(data.ahead(EFFECT_IMAGES)) if estimator in ("auto", "ratio") else ()
+            # What a model predicts from made-up inputs means nothing.
+            compares_outputs = estimator in ("auto", "ratio") and not synthetic
+            sample = tuple(data.ahead(EFFECT_IMAGES)) if compares_outputs else ()
             selection = estimate_statistics(
                 context,
                 lambda: _paired_context(context, walk, choice, frozen, forward, method, seed, repeats),
@@ -237,7 +244,7 @@ def run_method(
             estimate = selection.estimate
             layers = {**selection.layers, **observed}
             effect = None
-            if selection.paired:
+            if selection.paired and compares_outputs:
                 effect = team.first(
                     lambda: measure_effect(model, sample, forward, layers, estimate.statistics)
                 )

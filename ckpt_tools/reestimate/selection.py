@@ -17,6 +17,8 @@ from ckpt_tools.results import Verdict
 # Of a paired measurement that was not asked for by name: so many inputs, fewer if all layers are
 # this precise before. The error of the stored statistics themselves is of the same size.
 AUTO_IMAGES = 512
+# Further inputs cost nothing where they are made up, so few repeats and many inputs are best.
+SYNTHETIC_REPEATS = 3
 _AUTO_TOLERANCE = 0.02
 
 

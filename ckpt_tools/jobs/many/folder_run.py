@@ -43,8 +43,8 @@ ProgressCallback = Callable[[int, int, int | None], None]
 pass.
 """
 
-StreamKey = tuple[InputSpec | None, int, str]
-"""What a checkpoint reads: preprocessing, batch size, device.
+StreamKey = tuple[InputSpec | None, int, str, int | None]
+"""What a checkpoint reads: preprocessing, batch size, device, number of samples.
 
 Those with equal keys share one stream.
 """
@@ -247,7 +247,7 @@ def _request_for_item(item: CheckpointItem, request: Request) -> Request:
 
 
 def _stream_key(plan: Plan) -> StreamKey:
-    return plan.input_spec, plan.batch_size, plan.device
+    return plan.input_spec, plan.batch_size, plan.device, plan.stream.count
 
 
 @dataclass(frozen=True)
