@@ -72,7 +72,8 @@ def _run_and_write(
     verdict = team.first(lambda: _check_first_samples(plan))
     if not method.force and plan.depends_on_data:
         refuse_unlike_training_data(verdict)
-    plan = estimate_unknown_rates(plan)
+    if verdict.verdict in ("agree", "doubt"):  # on other data the fit would mean nothing
+        plan = estimate_unknown_rates(plan)
     model = plan.loaded_model.model
 
     def evaluate(name: str) -> ModelEvaluation | None:

@@ -7,7 +7,8 @@ cannot tell whether some data is the training data.
 Two signs are reliable:
 
 1. ``model.train()`` leaves the layer in evaluation mode. Classes that freeze BN layers override
-   ``train`` to do this. In a model that is in training mode, its own flag says the same.
+   ``train`` to do this. In a model that is in training mode, as other BN layers are, its own flag
+   says the same.
 2. The layer has counted no batch (``num_batches_tracked`` is 0) while others have, and either its
    statistics are still the initial ones, or it belongs to the first layers of the network, none of
    which has counted a batch. The latter is a backbone whose published weights have no counters,
@@ -57,7 +58,8 @@ def frozen_layers(model: nn.Module, walk: Walk) -> dict[str, str]:
         if layer.reached and layer.name in modules
     }
     never_trained = _layers_left_in_evaluation_mode(model)
-    if model.training:
+    # A model whose BN layers are all in evaluation mode may have been put there for any reason.
+    if model.training and any(module.training for module in layers.values()):
         never_trained |= {name for name, module in layers.items() if not module.training}
     frozen = {
         name: "frozen: left in evaluation mode by the model's train()"

@@ -157,6 +157,8 @@ def test_the_command_line_needs_nothing_but_the_folder(tmp_path: Path) -> None:
         str(tmp_path / "data.npy"),
         "-q",
         "--force",
+        "--estimator",
+        "pooled",
         "--batch-size",
         "6",
         "--json",
@@ -168,7 +170,7 @@ def test_the_command_line_needs_nothing_but_the_folder(tmp_path: Path) -> None:
         "transformers:MobileViTForImageClassification",
         "recorded",
     )
-    expected = reestimate_bn(model, data.split(6), rates="recorded", force=True)
+    expected = reestimate_bn(model, data.split(6), estimator="pooled", rates="recorded", force=True)
     written = load_file(tmp_path / "net.bn.safetensors")
     assert {layer["name"] for layer in told["layers"] if layer["rewritten"]} == {
         x.name for x in expected.rewritten

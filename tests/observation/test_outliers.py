@@ -75,7 +75,9 @@ def run(
     model: nn.Module, x: Tensor, size: int = 128, **options: Any
 ) -> tuple[Reestimation, dict[str, Tensor]]:
     model = copy.deepcopy(model)
-    result = reestimate_bn(model, list(x.split(size)), **{"layers": "all", "force": True, **options})
+    result = reestimate_bn(
+        model, list(x.split(size)), **{"layers": "all", "force": True, "estimator": "pooled", **options}
+    )
     return result, {name: b for name, b in model.named_buffers() if name.endswith("running_var")}
 
 

@@ -32,6 +32,7 @@ JOBS: dict[str, dict[str, object]] = {
     "bf16": {"batch_size": 30, "precision": "bf16", "layers": "all"},
     "controls": {"batch_size": 64, "data": "more.npy"},
     "outliers": {"batch_size": 32, "data": "bad.npy", "estimator": "exact"},
+    "ratio": {"batch_size": 16, "estimator": "ratio"},
 }
 THREE = ("pooled", "tolerance", "outliers")  # of three ranks: what depends on their number
 
@@ -52,14 +53,14 @@ def requested(name: str, options: dict[str, object]) -> Request:
     def group(kind: type[Any], **defaults: object) -> Any:
         """The options that are fields of this dataclass."""
         own = {field: options[field] for field in kind.__dataclass_fields__ if field in options}
-        return kind(**defaults, **own)
+        return kind(**{**defaults, **own})
 
     return Request(
         Location(Path("model.pt")),
         data=str(options.get("data", "data.npy")),
         output=Location(Path(str(options.get("output", f"{name}.safetensors")))),
         model=ModelChoice("nets:DenseNet"),
-        method=group(Method),
+        method=group(Method, estimator="pooled"),
         reading=group(ReadingOptions, device="cpu"),
     )
 
