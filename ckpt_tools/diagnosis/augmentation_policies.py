@@ -122,7 +122,7 @@ def _stretch(image: Tensor, strength: float) -> Tensor:
 
 def _equalize(image: Tensor, strength: float) -> Tensor:
     """Give the values of each channel their ranks, so that all are equally frequent."""
-    flat = image.flatten(1)
+    flat = image.flatten(1).contiguous()
     ranks = torch.searchsorted(flat.sort(1).values, flat, right=True)
     return ((ranks - 1) / max(1, flat.shape[1] - 1)).reshape(image.shape)
 
