@@ -50,9 +50,7 @@ def load_coloured(seed: int) -> ImageData:
     """The same digits with an ink and a paper of random colours each, (N, 3, 8, 8), uint8."""
     digits = load_digits(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    train, test = (
-        _colour(images, generator) for images in (digits.train_images, digits.test_images)
-    )
+    train, test = (_colour(images, generator) for images in (digits.train_images, digits.test_images))
     pixels = train.float()
     return ImageData(
         train, digits.train_labels, test, digits.test_labels, float(pixels.mean()), float(pixels.std())

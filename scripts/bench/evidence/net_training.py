@@ -73,9 +73,7 @@ def train(training: Training) -> dict[Moment, dict[str, Tensor]]:
         return dict(_fit(model, training, images))
 
 
-def _fit(
-    model: nn.Module, training: Training, data: ImageData
-) -> Iterator[tuple[Moment, dict[str, Tensor]]]:
+def _fit(model: nn.Module, training: Training, data: ImageData) -> Iterator[tuple[Moment, dict[str, Tensor]]]:
     rate, epochs = training.small_net.learning_rate, training.small_net.epochs
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     steps = epochs * (len(data.train_images) // BATCH)
