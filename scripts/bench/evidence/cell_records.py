@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.evidence.net_training import DataName, Moment, Training
 
-Scores = dict[str, tuple[float, float]]  # for each kind of inputs: test error in percent, NLL in nats
+Way = tuple[str, str]  # a correction and its inputs
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,32 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """The test scores of a corrected net.
+
+    Attributes:
+        error: in percent.
+        nll: in nats.
+        estimator: the one that was used, which `auto` has chosen; None where nothing was corrected.
+        distance: of the inputs from the stored statistics, by which `auto` chooses.
+    """
+
+    error: float
+    nll: float
+    estimator: str | None = None
+    distance: float | None = None
+
+
+@dataclass(frozen=True)
 class Record:
-    """What is known of a cell: scores for each correction, and the estimators that `auto` chose."""
+    """All that has been measured in a cell."""
 
     cell: Cell
-    scores: dict[str, Scores] = field(default_factory=dict)
-    chosen: dict[str, str] = field(default_factory=dict)
+    measurements: dict[Way, Measurement] = field(default_factory=dict)
 
     def merge(self, other: Record) -> Record:
-        """The corrections of both; of those that both have, the other's."""
-        return Record(self.cell, self.scores | other.scores, self.chosen | other.chosen)
+        """The measurements of both; of those that both have, the other's."""
+        return Record(self.cell, self.measurements | other.measurements)
 
 
 def read_records(file: Path) -> dict[Cell, Record]:
@@ -50,11 +66,12 @@ def read_records(file: Path) -> dict[Cell, Record]:
 
 def _parse(line: dict[str, Any]) -> Record:
     cell = Cell(**{each.name: line[each.name] for each in fields(Cell)})
-    scores = {
-        correction: {name: (error, nll) for name, (error, nll) in values.items()}
-        for correction, values in line["scores"].items()
+    measurements = {
+        (correction, inputs): Measurement(*values)
+        for correction, by_inputs in line["measurements"].items()
+        for inputs, values in by_inputs.items()
     }
-    return Record(cell, scores, line["chosen"])
+    return Record(cell, measurements)
 
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
@@ -66,5 +83,10 @@ def write_records(file: Path, records: Iterable[Record]) -> None:
 
 
 def _format(record: Record) -> str:
-    line = {**asdict(record.cell), "scores": record.scores, "chosen": record.chosen}
+    by_correction: dict[str, dict[str, list[object]]] = {}
+    for (correction, inputs), measured in record.measurements.items():
+        distance = None if measured.distance is None else round(measured.distance, 4)
+        values = [round(measured.error, 3), round(measured.nll, 5), measured.estimator, distance]
+        by_correction.setdefault(correction, {})[inputs] = values
+    line = {**asdict(record.cell), "measurements": by_correction}
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,64 +11,72 @@ import torch.nn.functional as F
 from torch import nn
 
 import ckpt_tools
-from bench.evidence.correction_inputs import NO_DATA, PLAIN, Batches, probe_inputs, training_inputs
-from bench.evidence.cell_records import Cell, Record, Scores
+from bench.evidence.cell_records import Cell, Measurement, Record, Way
+from bench.evidence.correction_inputs import (
+    AS_IN_TRAINING,
+    NO_DATA,
+    PLAIN,
+    POOR_INPUTS,
+    PROBES,
+    Batches,
+    probe_inputs,
+    training_inputs,
+)
 from bench.evidence.image_data import ImageData
 from bench.evidence.net_training import Training
+from ckpt_tools import Walk
+from ckpt_tools.errors import CheckFailed
 
-AS_TRAINED, POOLED, RATIO, AUTO, PROBES = "as trained", "pooled", "ratio", "auto", "probes"
-CORRECTIONS = (AS_TRAINED, POOLED, RATIO, AUTO, PROBES)
+AS_TRAINED, POOLED, RATIO, AUTO, PROBE = "as trained", "pooled", "ratio", "auto", "probe"
+BASE: Way = (AS_TRAINED, NO_DATA)
+IDEAL: Way = (POOLED, AS_IN_TRAINING)
+# What the bars of the summary need, then what completes the tables, then random inputs of other kinds.
+WAYS: dict[str, tuple[Way, ...]] = {
+    "bars": (BASE, IDEAL, (POOLED, PLAIN), (AUTO, PLAIN), (AUTO, NO_DATA)),
+    "inputs": (
+        (RATIO, PLAIN),
+        (RATIO, NO_DATA),
+        *((correction, inputs) for inputs in POOR_INPUTS for correction in (POOLED, RATIO)),
+        (RATIO, AS_IN_TRAINING),
+    ),
+    "probes": tuple((PROBE, name) for name in PROBES),
+}
+REFUSED = "refused"  # `auto` may refuse the data; the net stays as it was trained
 
 
-def measure(cell: Cell, training: Training, model: nn.Module, corrections: Iterable[str]) -> Record:
+def measure(cell: Cell, training: Training, model: nn.Module, ways: Sequence[Way]) -> Record:
     """Score a net after each of the corrections."""
     data = training.load_images()
-    scores: dict[str, Scores] = {}
-    chosen: dict[str, str] = {}
-    inputs = training_inputs(training, data)
-    for correction in corrections:
-        if correction == AS_TRAINED:
-            scores[correction] = {NO_DATA: score(model, data)}
-        elif correction == PROBES:
-            probes = probe_inputs(training, data)
-            scores[correction] = {name: _correct(model, data, RATIO, probes[name])[0] for name in probes}
-        else:
-            scores[correction] = {}
-            for name, batches in _inputs_of(correction, inputs).items():
-                result, estimator = _correct(model, data, correction, batches)
-                scores[correction][name] = result
-                if correction == AUTO:
-                    chosen[name] = estimator
-    return Record(cell, scores, chosen)
+    inputs: dict[str, Batches | None] = {NO_DATA: None, **training_inputs(training, data)}
+    inputs |= probe_inputs(training, data)
+    walk = ckpt_tools.walk(model, torch.zeros(2, *data.shape))
+    return Record(cell, {way: _measure_way(way, model, data, inputs[way[1]], walk) for way in ways})
 
 
-def _inputs_of(correction: str, inputs: Mapping[str, Batches]) -> Mapping[str, Batches | None]:
-    """`pooled` needs data; what `auto` does with other inputs than these two is one of the others' columns."""
-    if correction == POOLED:
-        return inputs
-    if correction == RATIO:
-        return {**inputs, NO_DATA: None}
-    return {PLAIN: inputs[PLAIN], NO_DATA: None}
-
-
-def _correct(
-    model: nn.Module, data: ImageData, estimator: str, batches: Batches | None
-) -> tuple[tuple[float, float], str]:
-    """Correct a copy of the net; return its scores and the estimator that was used."""
+def _measure_way(
+    way: Way, model: nn.Module, data: ImageData, batches: Batches | None, walk: Walk
+) -> Measurement:
+    if way == BASE:
+        return Measurement(*score(model, data))
     corrected = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options: dict[str, Any] = {"force": True} if estimator == POOLED else {}
-        if batches is None:
-            options["input_shape"] = data.shape
+    options: dict[str, Any] = {"walk": walk}
+    if way[0] == POOLED:
+        options["force"] = True
+    if batches is None:
+        options["input_shape"] = data.shape
+    estimator = RATIO if way[0] == PROBE else way[0]
+    try:
         result = ckpt_tools.reestimate_bn(corrected, batches, estimator=estimator, **options)
-    return score(corrected, data), result.estimator
+    except CheckFailed:
+        return Measurement(*score(model, data), REFUSED)
+    distance = None if result.verdict is None else result.verdict.score
+    return Measurement(*score(corrected, data), result.estimator, distance)
 
 
 def score(model: nn.Module, data: ImageData) -> tuple[float, float]:
     """Test error in percent and NLL in nats, in evaluation mode."""
     with torch.no_grad():
-        logits = torch.cat([model(data.normalise(images)) for images in data.test_images.split(400)])
+        logits = torch.cat([model(data.normalise(images)) for images in data.test_images.split(100)])
     wrong = (logits.argmax(1) != data.test_labels).double().mean()
     nll = F.cross_entropy(logits.double(), data.test_labels)
-    return round(100 * float(wrong), 3), round(float(nll), 5)
+    return 100 * float(wrong), float(nll)

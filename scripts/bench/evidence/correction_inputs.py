@@ -17,6 +17,11 @@ COPIES = 4  # of every image, each augmented on its own
 FEW = 32
 BATCH = 100
 AS_IN_TRAINING, PLAIN, NO_DATA = "as in training", "plain", "none"
+FEW_PLAIN, HALF_OF_CLASSES, WRONG_NORMALISATION = POOR_INPUTS = (
+    "32 plain",
+    "half of the classes",
+    "wrong normalisation",
+)
 
 Batches = list[Tensor]
 
@@ -31,9 +36,9 @@ def training_inputs(training: Training, data: ImageData) -> dict[str, Batches]:
     return {
         AS_IN_TRAINING: copies,
         PLAIN: _split(plain),
-        "32 plain": [plain[:FEW]],
-        "half of the classes": _split(plain[data.train_labels[rows] < 5]),
-        "wrong normalisation": _split(0.5 * plain + 0.3),
+        FEW_PLAIN: [plain[:FEW]],
+        HALF_OF_CLASSES: _split(plain[data.train_labels[rows] < 5]),
+        WRONG_NORMALISATION: _split(0.5 * plain + 0.3),
     }
 
 

@@ -58,7 +58,10 @@ def load_coloured(seed: int) -> ImageData:
 
 
 def _colour(normalised: Tensor, generator: torch.Generator) -> Tensor:
-    """Light ink on dark paper. Were either as often the lighter, 600 digits would be too few to learn from."""
+    """Light ink on dark paper.
+
+    Were the ink as often the darker one, 600 digits would be too few to learn from.
+    """
     density = ((normalised * POINT_STD + POINT_MEAN) / 16).clamp(0, 1)
     ink = 128 + 127 * torch.rand(len(density), 3, 1, 1, generator=generator)
     paper = 127 * torch.rand(len(density), 3, 1, 1, generator=generator)

@@ -7,16 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from bench.evidence.cell_records import Record
-from bench.evidence.cells import AUTO, POOLED, PROBES, RATIO
-from bench.evidence.correction_inputs import AS_IN_TRAINING, NO_DATA, PLAIN
+from bench.evidence.cell_records import Record, Way
+from bench.evidence.cells import AUTO, BASE, IDEAL, POOLED, RATIO, WAYS
+from bench.evidence.correction_inputs import AS_IN_TRAINING, NO_DATA, PLAIN, POOR_INPUTS
 from bench.evidence.summary import (
-    BASE,
-    IDEAL,
+    ERROR,
+    FEWEST_SEEDS,
     KEPT_GAIN,
     METRICS,
+    NLL,
+    SIGNIFICANT,
+    TOLERATED_LOSS,
     Grouped,
-    Way,
     average_augmented,
     compare,
     find_losses,
@@ -24,33 +26,33 @@ from bench.evidence.summary import (
     format_change,
     group_records,
     measure_kept_gain,
+    read_metric,
 )
 
 COLUMNS: tuple[Way, ...] = (
     IDEAL,
     (POOLED, PLAIN),
-    (RATIO, AS_IN_TRAINING),
     (RATIO, PLAIN),
     (AUTO, PLAIN),
     (AUTO, NO_DATA),
 )
-POOR_INPUTS = ("32 plain", "half of the classes", "wrong normalisation")
 
 
 def render_table(records: Sequence[Record], metric: str, columns: Sequence[Way] = COLUMNS) -> str:
     """A Markdown table: the metric as trained, and its change ± standard error for each correction."""
-    groups = group_records(records, (BASE, *columns))
-    place = METRICS.index(metric)
     titles = [f"`{correction}`, {inputs}" for correction, inputs in columns]
     lines = [
         f"| net | training | seeds | {metric} as trained | " + " | ".join(titles) + " |",
         "|---" * (4 + len(columns)) + "|",
     ]
-    for condition, group in groups.items():
-        base = np.mean([record.scores[BASE[0]][BASE[1]][place] for record in group])
-        changes = [format_change(compare(group, way, BASE, metric), metric) for way in columns]
+    for condition, group in group_records(records, (BASE,)).items():
+        base = np.mean([read_metric(record.measurements[BASE], metric) for record in group])
         training = condition.augmentation + (", half-way" if condition.moment == "halfway" else "")
-        cells = [condition.net, training, str(len(group)), f"{base:.{2 if place == 0 else 3}f}", *changes]
+        cells = [condition.net, training, str(len(group)), f"{base:.{2 if metric == ERROR else 3}f}"]
+        for way in columns:
+            measured = [record for record in group if way in record.measurements]
+            known = len(measured) >= FEWEST_SEEDS
+            cells.append(format_change(compare(measured, way, BASE, metric), metric) if known else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -78,8 +80,7 @@ def render_means(records: Sequence[Record], ways: Sequence[Way]) -> str:
 
 def render_bars(records: Sequence[Record]) -> str:
     """What the estimators have to show, with the measured values and every condition that breaks a bar."""
-    ways = (BASE, IDEAL, (POOLED, PLAIN), (AUTO, PLAIN), (AUTO, NO_DATA))
-    groups = group_records(records, ways)
+    groups = group_records(records, WAYS["bars"])
     if not groups:
         return "No condition has enough seeds with all corrections."
     return "\n".join([*_bars_with_data(groups), *_bars_without_data(groups), *_choices(records)])
@@ -88,10 +89,10 @@ def render_bars(records: Sequence[Record]) -> str:
 def _bars_with_data(groups: Grouped) -> Iterator[str]:
     for metric in METRICS:
         worse = find_worse(groups, (AUTO, PLAIN), IDEAL, metric)
-        broken = [cell for cell in worse if cell.adjusted < 0.05]
+        broken = [cell for cell in worse if cell.adjusted < SIGNIFICANT]
         yield (
-            f"{_mark(not broken)} `auto` on plain data worse in {metric} than `pooled` on inputs as in training: "
-            f"{len(broken)} of {len(groups)} conditions after Holm, {len(worse)} before"
+            f"{_mark(not broken)} `auto` on plain data worse in {metric} than `pooled` on inputs as in "
+            f"training: {len(broken)} of {len(groups)} conditions after Holm, {len(worse)} before"
         )
         yield from (f"    {cell}" for cell in worse)
     for metric in METRICS:
@@ -110,14 +111,20 @@ def _bars_without_data(groups: Grouped) -> Iterator[str]:
         f"({kept.without_data:.3f} of {kept.ideal:.3f} nats over {len(kept.conditions)} conditions)"
     )
     losses = find_losses(groups, way)
-    yield f"{_mark(not losses)} without data over 0.02 nats worse than as trained: {len(losses)} conditions"
+    yield (
+        f"{_mark(not losses)} without data over {TOLERATED_LOSS} nats worse than as trained: "
+        f"{len(losses)} conditions"
+    )
     for condition, change in losses.items():
-        yield f"    {condition}: NLL {format_change(change, 'NLL')}"
+        yield f"    {condition}: NLL {format_change(change, NLL)}"
 
 
 def _choices(records: Iterable[Record]) -> Iterator[str]:
     for inputs in (PLAIN, NO_DATA):
-        chosen = Counter(record.chosen[inputs] for record in records if inputs in record.chosen)
+        way = (AUTO, inputs)
+        chosen = Counter(
+            record.measurements[way].estimator for record in records if way in record.measurements
+        )
         if chosen:
             words = ", ".join(f"`{estimator}` {count} times" for estimator, count in chosen.most_common())
             yield f"`auto` on {inputs}: {words}"
@@ -129,10 +136,9 @@ def _mark(passed: bool) -> str:
 
 def render_report(records: Sequence[Record]) -> str:
     """Everything, in Markdown."""
-    poor = [(correction, inputs) for inputs in POOR_INPUTS for correction in (POOLED, RATIO)]
-    probe_names = list(dict.fromkeys(name for record in records for name in record.scores.get(PROBES, {})))
-    probes = [(PROBES, name) for name in probe_names]
+    extremes = [(correction, inputs) for inputs in POOR_INPUTS for correction in (POOLED, RATIO)]
     parts = [render_table(records, metric) for metric in METRICS]
-    parts.append(render_means(records, (*COLUMNS, *poor, (RATIO, NO_DATA), *probes)))
+    ways = (*COLUMNS, (RATIO, AS_IN_TRAINING), *extremes, (RATIO, NO_DATA), *WAYS["probes"])
+    parts.append(render_means(records, ways))
     parts.append(render_bars(records))
     return "\n\n".join(parts)

@@ -107,7 +107,7 @@ class InvertedBottleneck(nn.Module):
         return x + self.path(self.branch(x))
 
 
-def efficientnet(rate: float, channels: int, width: int = 16, blocks: int = 4) -> nn.Sequential:
+def efficientnet(rate: float, channels: int, width: int = 16, blocks: int = 3) -> nn.Sequential:
     layers = [InvertedBottleneck(width, 3, rate * (i + 1) / blocks) for i in range(blocks)]
     stem = (conv(channels, width), nn.BatchNorm2d(width), nn.SiLU())
     last = (conv(width, 4 * width, size=1), nn.BatchNorm2d(4 * width), nn.SiLU())
@@ -141,7 +141,7 @@ class ConformerBlock(nn.Module):
 class Conformer(nn.Module):
     """Reads an image row by row, as a sequence of eight steps."""
 
-    def __init__(self, rate: float, channels: int, width: int = 48, blocks: int = 4) -> None:
+    def __init__(self, rate: float, channels: int, width: int = 48, blocks: int = 3) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Conv1d(channels * SIDE, width, 1), nn.Dropout(rate))
         self.blocks = nn.Sequential(*[ConformerBlock(width, rate) for _ in range(blocks)])
@@ -167,16 +167,17 @@ class SmallNet:
 
 
 def _densenet(rate: float, channels: int) -> nn.Module:
-    return digits_densenet(rate, in_channels=channels)
+    """Shorter than the demo's, because the time of a correction grows with the number of BN layers."""
+    return digits_densenet(rate, blocks=(8, 3), growth=6, in_channels=channels)
 
 
 def _mnist_densenet(rate: float, channels: int) -> nn.Module:
     """Three blocks, at 28×28, 14×14 and 7×7."""
-    return digits_densenet(rate, blocks=(4, 4, 4), growth=6, in_channels=channels)
+    return digits_densenet(rate, blocks=(3, 3, 3), growth=6, in_channels=channels)
 
 
 NETS = {
-    "densenet": SmallNet(_densenet, 0.3, 0.1, 10),
+    "densenet": SmallNet(_densenet, 0.3, 0.1, 14),
     "wrn": SmallNet(wide_resnet, 0.4, 0.05, 14),
     "resnet-droppath": SmallNet(drop_path_resnet, 0.4, 0.05, 14),
     "mlp": SmallNet(mlp, 0.4, 0.05, 30),

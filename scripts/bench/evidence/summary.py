@@ -8,19 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from bench.evidence.cell_records import Record
-from bench.evidence.cells import AS_TRAINED, AUTO, POOLED, PROBES, RATIO
-from bench.evidence.correction_inputs import AS_IN_TRAINING, NO_DATA, PLAIN
+from bench.evidence.cell_records import Measurement, Record, Way
+from bench.evidence.cells import BASE, IDEAL
 
-METRICS = ("error", "NLL")
+ERROR, NLL = METRICS = ("error", "NLL")
 SIGNIFICANT = 0.05
 FEWEST_SEEDS = 3
 KEPT_GAIN = 0.7  # of what `pooled` gains on inputs as in training, without data
 TOLERATED_LOSS = 0.02  # nats
-
-Way = tuple[str, str]  # a correction and its inputs
-BASE: Way = (AS_TRAINED, NO_DATA)
-IDEAL: Way = (POOLED, AS_IN_TRAINING)
 
 
 @dataclass(frozen=True, order=True)
@@ -70,7 +65,7 @@ def group_records(records: Iterable[Record], ways: Sequence[Way]) -> Grouped:
     groups: Grouped = {}
     for record in sorted(records, key=lambda record: record.cell.seed):
         cell = record.cell
-        if all(inputs in record.scores.get(correction, {}) for correction, inputs in ways):
+        if all(way in record.measurements for way in ways):
             condition = Condition(cell.data, cell.net, cell.augmentation, cell.moment)
             groups.setdefault(condition, []).append(record)
     return {condition: group for condition, group in groups.items() if len(group) >= FEWEST_SEEDS}
@@ -78,11 +73,16 @@ def group_records(records: Iterable[Record], ways: Sequence[Way]) -> Grouped:
 
 def compare(group: Sequence[Record], way: Way, other: Way, metric: str) -> PairedChange:
     """How much higher the metric is with one correction than with the other, seed by seed."""
-    place = METRICS.index(metric)
-    values = [
-        [record.scores[correction][inputs][place] for record in group] for correction, inputs in (way, other)
-    ]
-    return PairedChange(tuple(first - second for first, second in zip(*values, strict=True)))
+    return PairedChange(
+        tuple(
+            read_metric(record.measurements[way], metric) - read_metric(record.measurements[other], metric)
+            for record in group
+        )
+    )
+
+
+def read_metric(measurement: Measurement, metric: str) -> float:
+    return measurement.error if metric == ERROR else measurement.nll
 
 
 def adjust_p_values(p_values: Sequence[float]) -> list[float]:
@@ -153,9 +153,9 @@ class KeptGain:
 def measure_kept_gain(groups: Grouped, way: Way) -> KeptGain:
     gains: dict[Condition, tuple[float, float]] = {}
     for condition, group in groups.items():
-        ideal = compare(group, IDEAL, BASE, "NLL")
+        ideal = compare(group, IDEAL, BASE, NLL)
         if ideal.p_value(greater=False) < SIGNIFICANT:
-            gains[condition] = (-ideal.mean, -compare(group, way, BASE, "NLL").mean)
+            gains[condition] = (-ideal.mean, -compare(group, way, BASE, NLL).mean)
     ideal_sum, sum_without_data = (
         (sum(column) for column in zip(*gains.values(), strict=True)) if gains else (0, 0)
     )
@@ -164,10 +164,10 @@ def measure_kept_gain(groups: Grouped, way: Way) -> KeptGain:
 
 def find_losses(groups: Grouped, way: Way) -> dict[Condition, PairedChange]:
     """Conditions in which the NLL is over 0.02 nats above that of the net as trained."""
-    changes = {condition: compare(group, way, BASE, "NLL") for condition, group in groups.items()}
+    changes = {condition: compare(group, way, BASE, NLL) for condition, group in groups.items()}
     return {condition: change for condition, change in changes.items() if change.mean > TOLERATED_LOSS}
 
 
 def format_change(change: PairedChange, metric: str) -> str:
-    digits = 2 if metric == "error" else 3
+    digits = 2 if metric == ERROR else 3
     return f"{change.mean:+.{digits}f} ± {change.standard_error:.{digits}f}".replace("-", "−")
