@@ -131,8 +131,8 @@ def test_a_worse_condition_and_a_loss_are_named():
     assert loss.net == "wrn"
     kept = summary.measure_kept_gain(groups, (AUTO, NO_DATA))
     assert (kept.ideal, kept.without_data) == pytest.approx((0.2, 0.03))
-    against_pooled = summary.average_augmented(groups, (AUTO, PLAIN), (POOLED, PLAIN), "NLL")
-    assert against_pooled.mean == pytest.approx(0.1)
+    against_pooled = summary.average_conditions(groups, (AUTO, PLAIN), (POOLED, PLAIN), "NLL")
+    assert against_pooled.mean == pytest.approx(0.05)
 
 
 def test_the_report_says_which_bars_are_broken():

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bench.evidence.augmentations import MNIST_TRAININGS, TRAININGS, Augmentation
+from bench.evidence.augmentations import MNIST_TRAININGS, TRAININGS, Augmentation, MixedBatch
 from bench.evidence.image_data import LOADERS, ImageData
 from bench.evidence.small_nets import MNIST_NETS, NETS, SmallNet
 
@@ -91,7 +91,7 @@ def _fit(model: nn.Module, training: Training, data: ImageData) -> Iterator[tupl
     yield "final", _copy_state(model)
 
 
-def augment(changes: Augmentation, data: ImageData, rows: Tensor):
+def augment(changes: Augmentation, data: ImageData, rows: Tensor) -> MixedBatch:
     """A batch of training images as the net sees it in training."""
     images = data.normalise(changes.change(data.train_images[rows]))
     return changes.mix(images, data.train_labels[rows])

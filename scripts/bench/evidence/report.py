@@ -19,7 +19,7 @@ from bench.evidence.summary import (
     SIGNIFICANT,
     TOLERATED_LOSS,
     Grouped,
-    average_augmented,
+    average_conditions,
     compare,
     find_losses,
     find_worse,
@@ -54,6 +54,25 @@ def render_table(records: Sequence[Record], metric: str, columns: Sequence[Way] 
             known = len(measured) >= FEWEST_SEEDS
             cells.append(format_change(compare(measured, way, BASE, metric), metric) if known else "")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def render_trainings(records: Sequence[Record], metric: str) -> str:
+    """The mean change over all nets of one data set, for each training and moment."""
+    base, *columns = WAYS["bars"]
+    groups = group_records(records, WAYS["bars"])
+    titles = [f"`{correction}`, {inputs}" for correction, inputs in columns]
+    lines = [f"| training | nets | {metric}: " + " | ".join(titles) + " |", "|---" * (2 + len(columns)) + "|"]
+    kinds = dict.fromkeys((each.data, each.augmentation, each.moment) for each in groups)
+    for data, augmentation, moment in kinds:
+        nets = {
+            condition: group
+            for condition, group in groups.items()
+            if (condition.data, condition.augmentation, condition.moment) == (data, augmentation, moment)
+        }
+        changes = [format_change(average_conditions(nets, way, base, metric), metric) for way in columns]
+        training = f"{data}, {augmentation}" + (", half-way" if moment == "halfway" else "")
+        lines.append(f"| {training} | {len(nets)} | " + " | ".join(changes) + " |")
     return "\n".join(lines)
 
 
@@ -95,8 +114,9 @@ def _bars_with_data(groups: Grouped) -> Iterator[str]:
             f"training: {len(broken)} of {len(groups)} conditions after Holm, {len(worse)} before"
         )
         yield from (f"    {cell}" for cell in worse)
-    for metric in METRICS:
-        change = average_augmented(groups, (AUTO, PLAIN), (POOLED, PLAIN), metric)
+    augmented = {condition: group for condition, group in groups.items() if condition.augmentation != "none"}
+    for metric in METRICS if augmented else ():
+        change = average_conditions(augmented, (AUTO, PLAIN), (POOLED, PLAIN), metric)
         yield (
             f"{_mark(change.mean < 0)} `auto` against `pooled` on plain data, mean over augmented trainings, "
             f"{metric}: {format_change(change, metric)}"
@@ -138,6 +158,7 @@ def render_report(records: Sequence[Record]) -> str:
     """Everything, in Markdown."""
     extremes = [(correction, inputs) for inputs in POOR_INPUTS for correction in (POOLED, RATIO)]
     parts = [render_table(records, metric) for metric in METRICS]
+    parts += [render_trainings(records, metric) for metric in METRICS]
     ways = (*COLUMNS, (RATIO, AS_IN_TRAINING), *extremes, (RATIO, NO_DATA), *WAYS["probes"])
     parts.append(render_means(records, ways))
     parts.append(render_bars(records))

@@ -126,13 +126,12 @@ def find_worse(groups: Grouped, way: Way, other: Way, metric: str) -> list[Worse
     return sorted((cell for cell in cells if cell.p_value < SIGNIFICANT), key=lambda cell: cell.p_value)
 
 
-def average_augmented(groups: Grouped, way: Way, other: Way, metric: str) -> PairedChange:
-    """The difference in the mean over all conditions with augmentation, for each seed they all have."""
-    augmented = [group for condition, group in groups.items() if condition.augmentation != "none"]
-    seeds = set.intersection(*({record.cell.seed for record in group} for group in augmented))
+def average_conditions(groups: Grouped, way: Way, other: Way, metric: str) -> PairedChange:
+    """The difference in the mean over conditions, for each seed that all of them have."""
+    seeds = set.intersection(*({record.cell.seed for record in group} for group in groups.values()))
     changes = [
         compare([record for record in group if record.cell.seed in seeds], way, other, metric).differences
-        for group in augmented
+        for group in groups.values()
     ]
     return PairedChange(tuple(float(value) for value in np.mean(changes, axis=0)))
 
