@@ -109,7 +109,12 @@ def test_changes_are_paired_by_seed():
     assert change.standard_error == pytest.approx(math.sqrt(0.001 / 4 / 5) / 10)
     expected = stats.ttest_1samp(change.differences, 0, alternative="less").pvalue
     assert change.p_value(greater=False) == pytest.approx(expected)
-    assert summary.compare(group, BASE, BASE, "error").p_value(greater=True) == 1
+
+
+def test_a_difference_in_the_last_digit_is_not_significant():
+    assert summary.PairedChange((1e-5,) * 5).p_value(greater=True) > 0.2
+    assert summary.PairedChange((0.0,) * 5).p_value(greater=True) == 0.5
+    assert summary.PairedChange((0.01,) * 5).p_value(greater=True) < 1e-6
 
 
 def test_holm_adjustment_is_that_of_the_textbook():

@@ -13,6 +13,7 @@ from bench.evidence.cells import BASE, IDEAL
 
 ERROR, NLL = METRICS = ("error", "NLL")
 SIGNIFICANT = 0.05
+ROUNDING = 2e-5  # of a difference of two stored NLL; an error in percent is coarser
 FEWEST_SEEDS = 3
 KEPT_GAIN = 0.7  # of what `pooled` gains on inputs as in training, without data
 TOLERATED_LOSS = 0.02  # nats
@@ -46,12 +47,13 @@ class PairedChange:
         return float(np.std(self.differences, ddof=1) / len(self.differences) ** 0.5)
 
     def p_value(self, *, greater: bool) -> float:
-        """Of the one-sided t-test that the mean is greater (or less) than 0."""
-        sign = 1 if greater else -1
-        if self.standard_error < 1e-12:
-            return 0.0 if sign * self.mean > 1e-12 else 1.0
-        t = sign * self.mean / self.standard_error
-        return float(stats.t.sf(t, len(self.differences) - 1))
+        """Of the one-sided t-test that the mean is greater (or less) than 0.
+
+        The standard error counts as what rounding makes of it at least. Otherwise a difference in the
+        last digit, the same for all seeds, would be the most significant of all.
+        """
+        t = self.mean / max(self.standard_error, ROUNDING)
+        return float(stats.t.sf(t if greater else -t, len(self.differences) - 1))
 
 
 Grouped = dict[Condition, list[Record]]
