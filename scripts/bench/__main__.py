@@ -14,6 +14,7 @@ scripts/run bench outliers     three bad images among 600: ours, update_bn, fvco
 scripts/run bench folder       many checkpoints in one run against as many single runs
 scripts/run bench data-check   false alarms and misses of the check of the training data (hours)
 scripts/run bench init         initialisations: signals through six nets, training on the digits
+scripts/run bench evidence     the estimators on small trained nets, with and without data (hours)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import click
 import torch
 
 from bench import data_check, initialisations
+from bench.evidence import command as evidence
 from bench.files import peak_memory, start_up, writing
 from bench.folder import prepare_files
 from bench.folder import race as race_folder
@@ -206,6 +208,7 @@ def folder(images: int, each: int, rounds: int, scratch: Path) -> None:
 
 main.add_command(data_check.main, "data-check")
 main.add_command(initialisations.main, "init")
+main.add_command(evidence.main, "evidence")
 
 if __name__ == "__main__":
     main(prog_name="scripts/run bench")
