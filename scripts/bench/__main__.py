@@ -15,6 +15,8 @@ scripts/run bench folder       many checkpoints in one run against as many singl
 scripts/run bench data-check   false alarms and misses of the check of the training data (hours)
 scripts/run bench init         initialisations: signals through six nets, training on the digits
 scripts/run bench evidence     the estimators on small trained nets, with and without data (hours)
+scripts/run bench ratio        the paired measurement: inputs needed, and whether the error bounds hold
+scripts/run bench refusals     how often the check refuses right and wrong data, on the nets of evidence
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import dataclasses
 import json
 import statistics
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,23 @@ import torch
 
 from bench import data_check, initialisations
 from bench.evidence import command as evidence
+from bench.evidence.command import SCRATCH as NETS_OF_EVIDENCE
 from bench.files import peak_memory, start_up, writing
 from bench.folder import prepare_files
 from bench.folder import race as race_folder
 from bench.loaders import alikeness, measure_speed, photographs
 from bench.networks import NETWORKS, SMALL
 from bench.outliers import BAD, cases, clean_margins, name_outliers, ruin
+from bench.paired_errors import (
+    COVERAGE_NETS,
+    NEEDED_NETS,
+    covered_share,
+    geometric_mean,
+    inputs_needed,
+)
 from bench.passes import BASE, CONTESTANTS, OURS, race, ratios, summary, table
 from bench.photos import photos
+from bench.refusals import RIGHT, count_refusals
 from bench.stopping import NETS, SIDE, coverage, wall_times
 
 RESULTS = Path(__file__).parent / "results" / "measurements.json"
@@ -204,6 +216,42 @@ def folder(images: int, each: int, rounds: int, scratch: Path) -> None:
     )
     print(f"{ratio:.2f} of the time; all tensors equal")
     keep(f"folder, {3 * each} checkpoints, {images} images", seconds)
+
+
+@main.command()
+@click.option("--trials", default=200, show_default=True, help="Samples whose error bars are checked.")
+@click.option("--samples", default=12, show_default=True, help="Samples whose errors are compared.")
+@click.option("--scratch", type=click.Path(path_type=Path), default=NETS_OF_EVIDENCE, show_default=True)
+def ratio(trials: int, samples: int, scratch: Path) -> None:
+    """Inputs that `pooled` and the paired measurement need for one error, and the latter's error bars."""
+    torch.set_num_threads(1)
+    needed = {name: inputs_needed(name, scratch, (4, 16), samples) for name in NEEDED_NETS}
+    for repeats in (4, 16):
+        values = [of_net[repeats] for of_net in needed.values()]
+        listed = ", ".join(f"{name} {value:.1f}" for name, value in zip(needed, values, strict=True))
+        mean = geometric_mean(values)
+        print(f"inputs needed, pooled / shift, {repeats} repeats: {mean:.1f} ({listed})", flush=True)
+    covered = {name: covered_share(name, scratch, trials) for name in COVERAGE_NETS}
+    print(f"within ±1.96 stated errors, {trials} trials: {covered}")
+    keep("ratio", {"needed": needed, "covered": covered, "trials": trials, "samples": samples})
+
+
+@main.command()
+@click.option("--seeds", default=1, show_default=True)
+@click.option("--subsets", default=8, show_default=True, help="Of 256 images, for each net and kind.")
+@click.option("--scratch", type=click.Path(path_type=Path), default=NETS_OF_EVIDENCE, show_default=True)
+def refusals(seeds: int, subsets: int, scratch: Path) -> None:
+    """How often the check refuses right and wrong data; it needs the nets of `bench evidence`."""
+    torch.set_num_threads(1)
+    totals: dict[str, Counter[str]] = {}
+    for net, kind, verdicts in count_refusals(scratch, seeds, subsets):
+        totals.setdefault(kind, Counter()).update(verdicts)
+        is_wrong = verdicts["refuse"] > 0 if kind == RIGHT else verdicts["refuse"] < subsets
+        if is_wrong:
+            print(f"{net}: {kind}: {dict(verdicts)}", flush=True)
+    for kind, verdicts in totals.items():
+        print(f"{kind}: {verdicts['refuse']} of {verdicts.total()} refused, {dict(verdicts)}")
+    keep("refusals", {kind: dict(verdicts) for kind, verdicts in totals.items()})
 
 
 main.add_command(data_check.main, "data-check")

@@ -49,15 +49,15 @@ def count_refusals(
 
 def kinds(data: ImageData) -> dict[str, Kind]:
     """What is handed to the check; reversed channels exist for coloured images only."""
-    found: dict[str, Kind] = {
+    makers: dict[str, Kind] = {
         RIGHT: lambda data, raw: data.normalise(raw),
         "no normalisation": lambda data, raw: to_pixels(raw),
         "0–255": lambda data, raw: 255 * to_pixels(raw),
         "another data set": lambda data, raw: data.normalise(from_pixels(photographs(raw), raw)),
     }
     if data.shape[0] == 3:
-        found["reversed channels"] = lambda data, raw: data.normalise(raw.flip(1))
-    return found
+        makers["reversed channels"] = lambda data, raw: data.normalise(raw.flip(1))
+    return makers
 
 
 def draw(data: ImageData, number: int) -> Tensor:
