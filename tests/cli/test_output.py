@@ -280,6 +280,7 @@ def _calls(tmp_path_factory: pytest.TempPathFactory) -> None:
         judged = ["bn-reestimate", "net.pt", *data, "--eval-data", "labelled.npz", "--gate"]
         run(*judged, "error <= 100", "--report", "x.html", "--report", "x.md")
         run(*judged, "error < 0", "-o", "x.safetensors")
+        run("bn-reestimate", "net.pt", *data, "--estimator", "pooled", "-o", "pooled.safetensors")
         run("bn-reestimate", "runs", *data, "--report", "runs.html")
         run("evaluate", "net.pt", "--before", "net.pt", "--data", "labelled.npz", *arch, "-q")
         for more in ([], ["--json"]):

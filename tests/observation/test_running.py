@@ -68,8 +68,8 @@ def test_short_memory_halves_the_batches(error: Exception) -> None:
     limited, plain = Limited(densenet(), 10, error), densenet()
     found = ckpt_tools.walk(limited, DATA[0][:2])
     limited.sizes.clear()
-    result = reestimate_bn(limited, DATA, walk=found)
-    reestimate_bn(plain, [part for batch in DATA for part in batch.split(8)])
+    result = reestimate_bn(limited, DATA, walk=found, estimator="pooled")
+    reestimate_bn(plain, [part for batch in DATA for part in batch.split(8)], estimator="pooled")
     assert result.cut_to == 8
     assert limited.sizes == [8] * 16
     assert result.images == 128
@@ -83,7 +83,7 @@ def test_memory_for_not_even_one_sample() -> None:
     limited.most = 0
     before = copy.deepcopy(limited.state_dict())
     with pytest.raises(ModelError, match="not even one sample fits"):
-        reestimate_bn(limited, DATA, walk=found)
+        reestimate_bn(limited, DATA, walk=found, estimator="pooled")
     for key, value in limited.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -108,7 +108,7 @@ def test_a_model_that_cannot_take_channels_last_gets_what_it_can() -> None:
     assert isinstance(model, Viewing)
     expected = oracle.corrected(model, torch.cat(DATA), {"last"})
     model.layouts.clear()
-    reestimate_bn(model, [torch.cat(DATA)])
+    reestimate_bn(model, [torch.cat(DATA)], estimator="pooled")
     assert model.layouts == [True, False]
     assert oracle.relative_difference({"last": model.last.running_var}, expected).max() < 0.02
 
@@ -123,7 +123,7 @@ def test_inputs_of_convolutions_have_their_channels_last_and_weights_keep_their_
 
     model = densenet()
     strides = {name: parameter.stride() for name, parameter in model.named_parameters()}
-    reestimate_bn(model, DATA, forward=forward, walk=ckpt_tools.walk(model, DATA[0]))
+    reestimate_bn(model, DATA, forward=forward, walk=ckpt_tools.walk(model, DATA[0]), estimator="pooled")
     assert seen == [True] * 4
     assert strides == {name: parameter.stride() for name, parameter in model.named_parameters()}
     assert not DATA[0].is_contiguous(memory_format=torch.channels_last)
@@ -144,8 +144,8 @@ class Counting(nn.Linear):
 def test_nothing_runs_behind_the_last_layer_of_interest() -> None:
     model, plain = densenet(), densenet()
     model.head = Counting(24, 5)
-    reestimate_bn(model, DATA, walk=ckpt_tools.walk(plain, DATA[0]))
-    reestimate_bn(plain, DATA)
+    reestimate_bn(model, DATA, walk=ckpt_tools.walk(plain, DATA[0]), estimator="pooled")
+    reestimate_bn(plain, DATA, estimator="pooled")
     assert len(model.head.forwards) == 1  # the first batch, which shows the order of the layers
     same(model, plain, rtol=0)
 
@@ -242,8 +242,8 @@ def test_a_compiled_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     model, plain = densenet(), densenet()
-    result = reestimate_bn(model, DATA, compile=True)
-    reestimate_bn(plain, DATA)
+    result = reestimate_bn(model, DATA, compile=True, estimator="pooled")
+    reestimate_bn(plain, DATA, estimator="pooled")
     assert result.images == 128
     same(model, plain, rtol=1e-5)
     assert len(graphs) == 1

@@ -124,7 +124,7 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
         parts += [metrics_text(outcome.metrics), ""]
     parts += evidence_lines(result, outcome.verdict)
     if outcome.plan.rate_fit is not None:
-        parts.append(outcome.plan.rate_fit.sentence)
+        parts.append(one_line(outcome.plan.rate_fit.sentence))
     if result.deviation is not None:
         low, high = result.deviation.median, result.deviation.high
         limits = f"{low:.2g} (median), {high:.2g}"
