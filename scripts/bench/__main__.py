@@ -17,6 +17,7 @@ scripts/run bench init         initialisations: signals through six nets, traini
 scripts/run bench evidence     the estimators on small trained nets, with and without data (hours)
 scripts/run bench ratio        the paired measurement: inputs needed, and whether the error bounds hold
 scripts/run bench refusals     how often the check refuses right and wrong data, on the nets of evidence
+scripts/run bench rates        drop rates read back from the statistics of small trained nets
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 import click
 import torch
 
-from bench import data_check, initialisations
+from bench import data_check, initialisations, rate_recovery
 from bench.evidence import command as evidence
 from bench.evidence.command import SCRATCH as NETS_OF_EVIDENCE
 from bench.files import peak_memory, start_up, writing
@@ -257,6 +258,7 @@ def refusals(seeds: int, subsets: int, scratch: Path) -> None:
 main.add_command(data_check.main, "data-check")
 main.add_command(initialisations.main, "init")
 main.add_command(evidence.main, "evidence")
+main.add_command(rate_recovery.main, "rates")
 
 if __name__ == "__main__":
     main(prog_name="scripts/run bench")
