@@ -79,7 +79,9 @@ class RateFit:
     @property
     def sentence(self) -> str:
         """The result in words, with the numbers that it rests on."""
-        values = {name: f"{rate:.2f} ± {self.errors.get(name, math.nan):.2f}" for name, rate in self.rates.items()}
+        values = {
+            name: f"{rate:.2f} ± {self.errors.get(name, math.nan):.2f}" for name, rate in self.rates.items()
+        }
         if len(values) == 1:
             [(name, fitted)] = values.items()
             subject = name.replace("_", " ")
