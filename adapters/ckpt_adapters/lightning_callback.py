@@ -78,7 +78,7 @@ class BNReestimation(Callback):
         attribute: str | None = None,
         batches: Iterable[object] | None = None,
         forward: Callable[[nn.Module, object], object] | None = None,
-        estimator: Estimator = "auto",
+        estimator: Estimator = "pooled",
         layers: LayerChoice = "auto",
         tolerance: float | None = 0.05,
         limit_batches: int | None = None,

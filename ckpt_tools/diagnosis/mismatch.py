@@ -20,9 +20,10 @@ from ckpt_tools.observation.layer import Layer
 from ckpt_tools.observation.training_history import initial_weight, is_trained
 from ckpt_tools.results import Measured, Verdict
 
-# The largest score of data that agrees. On small nets it is 0.00 for data as in training, 0.04 to
-# 0.09 for half of the classes, and 0.07 to 0.12 for plain images after shifts and zooms.
-AGREEMENT_LIMIT = 0.03
+# The largest score of data that agrees. On 245 small nets it is 0.003 at most for data as in
+# training, and from 0.026 on for plain images after augmentation (scripts/bench/results/
+# evidence.jsonl). Half-way through a training the stored statistics trail behind: up to 0.10.
+AGREEMENT_LIMIT = 0.02
 _FEWEST_IMAGES = 32  # fewer say nothing
 
 

@@ -78,8 +78,9 @@ def corrected_state_dict(
         seed: of shuffling and augmentation during the pass, the same in every one.
         done: called with the ``Reestimation``.
         **options: those of ``reestimate_bn``; ``tolerance=0.05`` reads about 1,000 images.
-            ``force`` is True by default here: while weights move, the stored statistics of control
-            layers trail behind.
+            While weights move, the stored statistics trail behind. So ``force`` is True by default
+            here, and the estimator is "pooled" where there are batches: those of the training are
+            augmented as in training, and "ratio" would keep the lag.
 
     Raises:
         CkptToolsError: what ``reestimate_bn`` raises.
@@ -93,6 +94,8 @@ def corrected_state_dict(
             # An iterator stays one, so that reestimate_bn refuses to read it several times.
             readable = iter(reading) if isinstance(batches, Iterator) else reading
         originals = stack.enter_context(_restore_statistics(inner))
+        if batches is not None:
+            options.setdefault("estimator", "pooled")
         options.setdefault("force", not options.get("strict", False))
         result = reestimate_bn(model, readable, **options)
         state: dict[str, Any] = model.state_dict()
