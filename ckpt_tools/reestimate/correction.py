@@ -232,10 +232,12 @@ def run_method(
             # The first inputs stay at hand, because the passes may use up what can be read once.
             # What a model predicts from made-up inputs means nothing.
             compares_outputs = estimator in ("auto", "ratio") and not synthetic
-            sample = tuple(data.ahead(EFFECT_IMAGES)) if compares_outputs else ()
+            sample = team.each(lambda: tuple(data.ahead(EFFECT_IMAGES)) if compares_outputs else ())
             selection = estimate_statistics(
                 context,
-                lambda: _paired_context(context, walk, choice, frozen, forward, method, seed, repeats),
+                lambda: team.each(
+                    lambda: _paired_context(context, walk, choice, frozen, forward, method, seed, repeats)
+                ),
                 method,
                 rates=rates,
                 synthetic=synthetic,

@@ -166,7 +166,7 @@ def test_the_command_line_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["bn-reestimate", *base])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert (told["architecture"], told["rates"]) == (
+    assert (told["architecture"], told["rates"]["source"]) == (
         "transformers:MobileViTForImageClassification",
         "recorded",
     )
