@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
+from torch import nn
+
 from ckpt_tools.contract import LoadedModel
 from ckpt_tools.errors import UsageError
 from ckpt_tools.identify.plugins import adapter
 from ckpt_tools.method import Method
+from ckpt_tools.model.input_shape import needs_integer_inputs
 
 
 def require_what_data_would_show(loaded: LoadedModel, method: Method) -> None:
@@ -16,6 +19,12 @@ def require_what_data_would_show(loaded: LoadedModel, method: Method) -> None:
     Only the paired measurement needs no training data, and it needs the drop rates.
     """
     method.require_no_data()
+    takes_ids = any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in loaded.model.modules())
+    if takes_ids and needs_integer_inputs(loaded.model):
+        raise UsageError(
+            f"{loaded.recipe.architecture} takes integers, such as token ids, and random ones are no "
+            "text. Give real data (--data)."
+        )
     if loaded.rates == "unknown":
         raise UsageError(
             "the drop rates of the training are not recorded, and without data nothing shows them. "

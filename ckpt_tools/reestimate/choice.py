@@ -118,20 +118,22 @@ def _make_choice(rewrite: list[BatchNormLayer], controls: list[BatchNormLayer], 
 def _may_be_behind(walk: Walk, reached: list[BatchNormLayer]) -> bool:
     """Whether some layer may lie behind dropout at other rates than the model's.
 
-    False only where the sites are active, and none of them lies before a BN layer at any rate.
+    False where there is no dropout site at any rate, and where the sites are active and none of
+    them lies before a BN layer.
     """
-    potential = any(layer.potentially_downstream_of for layer in reached)
-    return potential or not any(site.active for site in walk.dropout_sites)
+    if any(layer.potentially_downstream_of for layer in reached):
+        return True
+    if not walk.dropout_sites:
+        return not walk.containers_trained  # what was not seen may be there
+    return not any(site.active for site in walk.dropout_sites)
 
 
 def _unknown_rates_reason(walk: Walk) -> str:
     why = "drop rates are not recorded in a state dict, so every BN layer is rewritten, as in the paper"
-    if walk.dropout_sites:
-        return (
-            f"{why} (give them with --model-kwargs, e.g. drop_rate=0.2, to rewrite only what "
-            "lies behind dropout)"
-        )
-    return f"{why}; this architecture shows no dropout site at all"
+    return (
+        f"{why} (give them with --model-kwargs, e.g. drop_rate=0.2, to rewrite only what "
+        f"lies behind dropout){_hidden_noise_note(walk)}"
+    )
 
 
 def _hidden_noise_note(walk: Walk) -> str:
@@ -164,6 +166,8 @@ def _not_behind_message(walk: Walk, rates: Rates) -> str:
     if active:
         names = ", ".join(site.name for site in active[:3])
         cause = f"no BN layer lies behind an active dropout site ({names})"
+    elif not walk.dropout_sites and rates == "unknown":
+        cause = "there is no dropout site in this architecture, so no BN layer saw dropout"
     else:
         note = _hidden_noise_note(walk)
         cause = f"every drop rate is zero, so no BN layer saw dropout{note}"

@@ -13,6 +13,7 @@ import ckpt_tools
 from ckpt_tools import reestimate_bn
 from ckpt_tools.errors import NothingToDo, UsageError
 from ckpt_tools.method import Method
+from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.results import BatchNormLayer, Reestimation
 
@@ -225,3 +226,11 @@ def test_counters_of_layers_that_do_not_count() -> None:
     for layer in model:
         layer.num_batches_tracked = None
     assert not frozen_layers(model, ckpt_tools.walk(model, torch.randn(2, 4)))
+
+
+def test_an_architecture_without_any_dropout_site_has_nothing_to_correct() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    walk = ckpt_tools.walk(plain, torch.randn(4, 4))
+    with pytest.raises(NothingToDo, match="no dropout site"):
+        choose(walk, "auto", rates="unknown", statistics="variance")
+    assert choose(walk, "all", rates="unknown", statistics="variance").rewrite == {"1"}
