@@ -14,7 +14,13 @@ from ckpt_tools.data.images.transforms import PixelScale
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.stream import Chunk, IndexedStream
 from ckpt_tools.errors import DataError
-from ckpt_tools.random_inputs import DEFAULT_COUNT, DEFAULT_NOISE, NoiseKind, images_of_noise, noise_shape
+from ckpt_tools.model.random_inputs import (
+    DEFAULT_COUNT,
+    DEFAULT_NOISE,
+    NoiseKind,
+    images_of_noise,
+    noise_shape,
+)
 
 __all__ = ["SyntheticSource"]
 

@@ -36,7 +36,7 @@ from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
 from ckpt_tools.model.forward_cost import count_affordable_inputs
-from ckpt_tools.random_inputs import DEFAULT_COUNT
+from ckpt_tools.model.random_inputs import DEFAULT_COUNT
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.correction import check_team
 from ckpt_tools.reestimate.frozen import frozen_layers

@@ -22,13 +22,13 @@ from ckpt_tools.model.forward_cost import count_affordable_inputs
 from ckpt_tools.model.input_shape import infer_input_shape
 from ckpt_tools.model.overwriting import overwrite_tensors
 from ckpt_tools.model.preserving import evaluation_mode, preserve_models
+from ckpt_tools.model.random_inputs import RandomBatches
 from ckpt_tools.model.randomness import seed_random_generators
 from ckpt_tools.observation.interception import CompiledInterception, Interception
 from ckpt_tools.observation.layer import Layer, MeanVariance
 from ckpt_tools.observation.paired_layer import PairedLayer
 from ckpt_tools.observation.running import PairedRunner, Runner
 from ckpt_tools.observation.training_mode import copy_in_training_mode
-from ckpt_tools.random_inputs import RandomBatches
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.concerns import collect_warnings, refuse_doubts

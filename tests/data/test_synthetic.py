@@ -8,7 +8,7 @@ from ckpt_tools.data.data_source import Source, describe_source
 from ckpt_tools.data.sample_order import Reading, Share
 from ckpt_tools.data.synthetic_source import SyntheticSource
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.random_inputs import synthetic_images, synthetic_samples
+from ckpt_tools.model.random_inputs import synthetic_images, synthetic_samples
 
 KINDS = ["smooth", "1/f^2 power", "1/f power", "white"]
 IMAGENET = InputSpec((3, 24, 24), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
