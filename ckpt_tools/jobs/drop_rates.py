@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ckpt_tools.contract import LoadedModel
+from ckpt_tools.diagnosis.data_sample import draw_sample
 from ckpt_tools.diagnosis.rate_fit import SAMPLES, RateFit, fit_rates
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.identify import plugins
 from ckpt_tools.identify.candidate import build_with_rates, rebuild_with_rates
 from ckpt_tools.identify.key_matching import has_counters
-from ckpt_tools.model.batch import Batch, batch_size
+from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import device_of
 from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.results import Walk
@@ -46,7 +47,7 @@ def estimate_drop_rates(loaded: LoadedModel, model_walk: Walk, batches: Iterable
     """
     if not any(layer.potentially_downstream_of or layer.downstream_of for layer in model_walk.batch_norms):
         return None
-    samples = _first_samples(batches)
+    samples = draw_sample(batches, SAMPLES)  # without outliers, NaN among them
     names = _rates_before_batch_norm(loaded, samples[0]) if samples else ()
     if not names:
         return None
@@ -78,15 +79,6 @@ def describe_rates(loaded: LoadedModel, fit: RateFit | None = None) -> dict[str,
         "errors": dict(fit.errors) if fit is not None and loaded.rates == "estimated" else {},
     }
     return description | ({} if fit is None else {"fit": fit.sentence})
-
-
-def _first_samples(batches: Iterable[Batch]) -> list[Batch]:
-    samples: list[Batch] = []
-    for batch in batches:
-        samples.append(batch)
-        if sum(map(batch_size, samples)) >= SAMPLES:
-            break
-    return samples
 
 
 def _rates_before_batch_norm(loaded: LoadedModel, example: Batch) -> list[str]:

@@ -133,7 +133,7 @@ def test_the_pass_runs_on_model_outputs(tmp_path: Path) -> None:
     found = loaded(tmp_path)
     data = [torch.randn(8, 3, 32, 32) * 2 for _ in range(2)]
     before = {key: value.clone() for key, value in found.model.state_dict().items()}
-    result = reestimate_bn(found.model, data, rates=found.rates, force=True)
+    result = reestimate_bn(found.model, data, rates=found.rates, layers="all", force=True)
     assert len(result.rewritten) == 8
     first = found.model.resnet.embedder.embedder
     with torch.no_grad():

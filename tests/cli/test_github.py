@@ -127,7 +127,8 @@ def test_skipped_images_are_a_warning(tmp_path: Path, summary: Path) -> None:
     for number in range(120):
         Image.new("RGB", (9, 9), (2 * number, number, 255 - number)).save(folder / f"{number:03}.png")
     (folder / "broken,50%.png").write_bytes(b"\x89PNG")
-    arguments = ["--arch", "plain:build", "--input-size", "3,8,8", "--force", "-q", "--json"]
+    arguments = ["--arch", "plain:build", "--layers", "all", "--input-size", "3,8,8"]
+    arguments += ["--force", "-q", "--json"]
     with pytest.MonkeyPatch.context() as patch:
         (tmp_path / "plain.py").write_text(
             "from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"

@@ -125,7 +125,7 @@ def test_batches_of_any_size(size: int) -> None:
     result, found = run(model, spoilt(x), size)
     parts = [clean_part for part in range(0, 600, size) if len(clean_part := _without(x, part, size))]
     twin = copy.deepcopy(model)
-    reestimate_bn(twin, parts, layers="all", force=True)
+    reestimate_bn(twin, parts, layers="all", force=True, estimator="pooled")
     assert len(result.outliers) == 3
     assert farthest(found, {n: b for n, b in twin.named_buffers() if n.endswith("running_var")}) < 1e-6
 
@@ -154,7 +154,7 @@ def test_a_loader_may_fill_the_same_memory_again() -> None:
                 yield buffer.copy_(batch)
 
     twin = copy.deepcopy(model)
-    reestimate_bn(twin, Refilled(), layers="all", force=True)
+    reestimate_bn(twin, Refilled(), layers="all", force=True, estimator="pooled")
     assert identical(
         {n: b for n, b in twin.named_buffers() if n.endswith("running_var")}, run(model, x, 4)[1]
     )
@@ -266,7 +266,7 @@ def test_of_a_stream_that_cannot_be_read_again_what_was_left_out_stays_so() -> N
     def once() -> Iterator[Tensor]:
         yield from x.split(60)
 
-    result = reestimate_bn(model, once(), layers="all", force=True)
+    result = reestimate_bn(model, once(), layers="all", force=True, estimator="pooled")
     assert 0 < len(result.outliers) <= 30
     assert result.images + len(result.outliers) == 600
 
@@ -282,7 +282,7 @@ def test_nan_in_more_than_one_in_a_hundred_is_an_error(share: float) -> None:
     with pytest.raises(
         DataError, match=r"sample 0 of batch 0, .*NaN or infinity in the input; 12 of 600 samples"
     ):
-        reestimate_bn(model, list(x.split(128)), layers="all")
+        reestimate_bn(model, list(x.split(128)), layers="all", estimator="pooled")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -301,12 +301,12 @@ def test_activations_that_overflow() -> None:
     x = net()[1]
     largest = int(x[:, 0, 0, 0].argmax())
     limit = float(x[:, 0, 0, 0].topk(2).values.mean())
-    result = reestimate_bn(Brittle(limit), list(x.split(100)), layers="all", force=True)
+    result = reestimate_bn(Brittle(limit), list(x.split(100)), layers="all", force=True, estimator="pooled")
     (one,) = result.outliers
     assert (one.name, one.reason) == (f"sample {largest % 100} of batch {largest // 100}", "not finite")
     assert one.where.startswith("inner.norms.0")
     with pytest.raises(ModelError, match="overflow"):
-        reestimate_bn(Brittle(-1e9), list(x.split(100)), layers="all", force=True)
+        reestimate_bn(Brittle(-1e9), list(x.split(100)), layers="all", force=True, estimator="pooled")
 
 
 class Listening(nn.Module):
@@ -330,12 +330,16 @@ def test_what_shows_in_the_layers_alone() -> None:
         x[:128] * torch.tensor([1.0] * 128)[:, None, None, None], EnergyHistory()
     ).keys() <= {77}
     model = Listening()
-    result = reestimate_bn(model, [{"x": part} for part in x.split(200)], layers="all", force=True)
+    result = reestimate_bn(
+        model, [{"x": part} for part in x.split(200)], layers="all", force=True, estimator="pooled"
+    )
     (one,) = result.outliers
     assert (one.name, one.reason) == ("sample 77 of batch 0", "extreme")
     assert one.where.startswith("inner.")
     twin = Listening()
-    reestimate_bn(twin, [others[:199], *others[199:].split(200)], layers="all", force=True)
+    reestimate_bn(
+        twin, [others[:199], *others[199:].split(200)], layers="all", force=True, estimator="pooled"
+    )
     same = zip(model.buffers(), twin.buffers(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
 
@@ -400,7 +404,7 @@ def test_files_are_named_by_their_path(tmp_path: Path) -> None:
     stream = FolderSource.open("photos", tmp_path, limit=None, seed=0).batches(
         InputSpec(SHAPE, (0.5,) * 3, (0.25,) * 3), Reading(batch_size=25, workers=0)
     )
-    result = reestimate_bn(net()[0], stream, layers="all", force=True)
+    result = reestimate_bn(net()[0], stream, layers="all", force=True, estimator="pooled")
     assert [(one.name, one.reason) for one in result.outliers] == [("class2/50.png", "blank")]
     assert _sample_namer([], ALONE)(3, 2) == "sample 2 of batch 3"
 
@@ -414,10 +418,10 @@ def test_many_in_a_small_batch_of_named_arguments(count: int, size: int) -> None
     bad[rows] *= 100
     good = torch.cat([x[: rows.start], x[rows.stop :]])
     changed, named = copy.deepcopy(model), [{"x": part} for part in bad.split(size)]
-    result = reestimate_bn(changed, named, force=True)
+    result = reestimate_bn(changed, named, force=True, estimator="pooled")
     assert len(result.outliers) == count
     expected = copy.deepcopy(model)
-    reestimate_bn(expected, [{"x": part} for part in good.split(size)], force=True)
+    reestimate_bn(expected, [{"x": part} for part in good.split(size)], force=True, estimator="pooled")
     assert farthest(variances(changed), variances(expected)) < 0.02
 
 
@@ -466,11 +470,11 @@ def test_several_inputs_are_cut_together() -> None:
         ]
 
     changed, expected = copy.deepcopy(model), copy.deepcopy(model)
-    result = reestimate_bn(changed, pairs(bad, worse), force=True)
+    result = reestimate_bn(changed, pairs(bad, worse), force=True, estimator="pooled")
     assert result.images == 598
     assert {one.name for one in result.outliers} == {"sample 36 of batch 1", "sample 8 of batch 3"}
     kept = [row for row in range(600) if row not in (100, 200)]
-    reestimate_bn(expected, pairs(x[kept], other[kept]), force=True)
+    reestimate_bn(expected, pairs(x[kept], other[kept]), force=True, estimator="pooled")
     assert farthest(variances(changed), variances(expected)) < 0.02
 
 

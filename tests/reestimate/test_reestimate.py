@@ -267,7 +267,8 @@ def test_progress_and_loader_with_labels() -> None:
     assert [(step.pass_number, step.images) for step in seen] == [
         (number, images) for number in (1, 2) for images in (50, 100, 128)
     ]
-    assert seen[-1].bound <= seen[0].bound
+    assert seen[2].bound <= seen[0].bound
+    assert seen[-1].bound <= seen[3].bound
     assert (result.images, result.batches, result.passes) == (128, 3, 1)
 
 
