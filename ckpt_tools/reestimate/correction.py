@@ -257,7 +257,9 @@ def run_method(
     # From here on the model is as it was. All that may raise comes before the first write.
     results = layer_results(walk, choice, layers, estimate, selection.paired)
     # The variances that mean+variance replaces are no judge of the data, and `ratio` needs none.
-    if not method.force and statistics == "variance" and selection.estimator != "ratio":
+    # A verdict that is known already comes from a closer look than that of the control layers.
+    is_judge_needed = verdict is None and statistics == "variance" and selection.estimator != "ratio"
+    if is_judge_needed and not method.force:
         refuse_disagreement(controls)
     if method.strict:
         warnings = collect_warnings(results, None if synthetic else effect)
