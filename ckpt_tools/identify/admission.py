@@ -130,9 +130,10 @@ def _is_number_list(value: object, channels: int) -> TypeGuard[list[float]]:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    # JSON has integers of any length, which no float can hold.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < 1e6  # type: ignore[arg-type] # which is false for NaN, too
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # JSON has integers of any length, which no float can hold. For NaN the comparison is false.
+    return abs(value) < 1e6
 
 
 def _list_argument_kinds(adapter: Adapter, name: str) -> Mapping[str, ArgumentKind]:

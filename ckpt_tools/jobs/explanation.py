@@ -13,6 +13,7 @@ from typing import Literal
 from ckpt_tools.contract import InputSpec, LoadedModel
 from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.sample_order import Reading
+from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.diagnosis.data_check import DataVerdict, check_data
 from ckpt_tools.errors import NothingToDo
 from ckpt_tools.identify.key_matching import has_counters
@@ -109,10 +110,10 @@ def _check_first_samples(
     )
 
 
-def _measure_without_dropout(loaded: LoadedModel, walk: Walk, stream: object) -> Reestimation:
+def _measure_without_dropout(loaded: LoadedModel, walk: Walk, stream: BatchStream) -> Reestimation:
     """Measure the variances of all layers as `pooled` does, and write nothing."""
     method = Method(estimator="pooled", layers="all", force=True)
-    return run_method(loaded.model, stream, method, rates=loaded.rates, walk=walk, dry_run=True)  # type: ignore[arg-type]
+    return run_method(loaded.model, stream, method, rates=loaded.rates, walk=walk, dry_run=True)
 
 
 def _take_ratio_for_mismatch(layer: LayerResult) -> LayerResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +10,7 @@ from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.diagnosis.agreement import Agreement, best_candidate, measure_agreement
+from ckpt_tools.diagnosis.data_sample import draw_sample
 from ckpt_tools.errors import AmbiguousArchitecture
 from ckpt_tools.identify.candidate import Candidate, load_candidate
 from ckpt_tools.identify.file_name_hints import guess_by_file_name
@@ -21,7 +21,7 @@ from ckpt_tools.identify.resolution import find_candidates
 from ckpt_tools.jobs.request import ModelChoice
 from ckpt_tools.walker.downstream import walk
 
-_BATCHES, _BATCH_SIZE = 4, 64  # what each candidate is tried on
+_SAMPLES, _BATCH_SIZE = 256, 64  # what each candidate is tried on
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _measure_agreement(
     stream = source.batches(spec, Reading(_BATCH_SIZE, workers=0))
     return measure_agreement(
         loaded.model,
-        itertools.islice(stream, _BATCHES),
+        draw_sample(stream, _SAMPLES),  # without outliers, NaN among them
         layers,
         rates_known=loaded.rates != "unknown",
         normalise="batch",

@@ -68,7 +68,7 @@ def _fvcore(model: nn.Module, batches: Batches, walk: ckpt_tools.Walk) -> None:
 
 def _ours(tolerance: float | None = None) -> Run:
     return lambda model, batches, walk: reestimate_bn(
-        model, batches, layers="all", walk=walk, force=True, tolerance=tolerance
+        model, batches, estimator="pooled", layers="all", walk=walk, force=True, tolerance=tolerance
     )
 
 

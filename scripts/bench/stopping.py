@@ -132,7 +132,16 @@ def wall_times(root: Path, count: int, rounds: int) -> dict[str, list[float]]:
                 "torchvision:resnet18",
             ]
             command += ["--input-size", "3,96,96", "--mean", "0.45", "--std", "0.25", "--batch-size", "128"]
-            command += ["--overwrite", "--force", "-q", *arguments]
+            command += [
+                "--overwrite",
+                "--force",
+                "-q",
+                "--layers",
+                "all",
+                "--estimator",
+                "pooled",
+                *arguments,
+            ]
             started = time.perf_counter()
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - started)
