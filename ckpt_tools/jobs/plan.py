@@ -17,7 +17,7 @@ from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.data.synthetic_source import SyntheticSource
 from ckpt_tools.diagnosis.rate_fit import RateFit
 from ckpt_tools.distributed import ALONE, Ranks, Team
-from ckpt_tools.errors import AmbiguousArchitecture, UsageError
+from ckpt_tools.errors import AmbiguousArchitecture, ModelError, UsageError
 from ckpt_tools.evaluate.validation import (
     EvaluationSettings,
     Validation,
@@ -30,7 +30,7 @@ from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
 from ckpt_tools.jobs.request import Request
 from ckpt_tools.jobs.walk_cache import WalkCache
-from ckpt_tools.jobs.without_data import require_what_data_would_show
+from ckpt_tools.jobs.without_data import data_needed_error, require_known_rates
 from ckpt_tools.location import Location
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
@@ -181,6 +181,8 @@ def _prepare_on_rank(
             refuse_overwriting_data(output, data, kind)
     evaluation = parse_evaluation_request(request)
     method = request.method
+    if request.data is None:
+        method.require_no_data()
     check_team(method.estimator, team)
     ranks = Ranks() if team.alone else Ranks.from_environment()
     device = choose_device(request, ranks)
@@ -193,13 +195,16 @@ def _prepare_on_rank(
     recognition = _recognise(checkpoint, request, source)
     loaded = recognition.loaded
     assert loaded.checkpoint is not None
-    if request.data is None:
-        require_what_data_would_show(loaded, method)
     spec = resolve_input_spec(loaded.input_spec, request.preprocessing, source)
     if isinstance(source, SyntheticSource) and spec is not None and request.reading.limit is None:
         count = count_affordable_inputs(loaded.model, spec.shape, 1 + SYNTHETIC_REPEATS, source.count)
         source = replace(source, count=count)
-    walk = walks.walk_for(loaded, spec, source)
+    try:
+        walk = walks.walk_for(loaded, spec, source)
+    except ModelError as error:
+        if request.data is not None:
+            raise
+        raise data_needed_error(loaded, error) from error
     choice = choose(
         walk,
         method.layers,
@@ -209,6 +214,8 @@ def _prepare_on_rank(
         keep=method.keep,
         frozen=frozen_layers(loaded.model, walk),
     )
+    if request.data is None:
+        require_known_rates(loaded)
     batch_size = request.reading.batch_size
     if batch_size is None:
         # The processes of a machine share its memory, but each has a GPU of its own.

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import contextlib
 
-from torch import nn
-
 from ckpt_tools.contract import LoadedModel
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.identify.plugins import adapter
-from ckpt_tools.method import Method
 from ckpt_tools.model.input_shape import needs_integer_inputs
 
 
-def require_what_data_would_show(loaded: LoadedModel, method: Method) -> None:
-    """Raise UsageError if a correction without data is not possible.
-
-    Only the paired measurement needs no training data, and it needs the drop rates.
-    """
-    method.require_no_data()
-    takes_ids = any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in loaded.model.modules())
-    if takes_ids and needs_integer_inputs(loaded.model):
-        raise UsageError(
-            f"{loaded.recipe.architecture} takes integers, such as token ids, and random ones are no "
-            "text. Give real data (--data)."
-        )
+def require_known_rates(loaded: LoadedModel) -> None:
+    """Raise UsageError if nobody knows the drop rates, which only data could show."""
     if loaded.rates == "unknown":
         raise UsageError(
             "the drop rates of the training are not recorded, and without data nothing shows them. "
             f"Give them, for example --model-kwargs {_rate_example(loaded)}, or give the training data "
             "(--data)."
         )
+
+
+def data_needed_error(loaded: LoadedModel, error: ModelError) -> UsageError:
+    """The error to raise where a model cannot run on random inputs, as ``error`` says."""
+    reason = str(error)
+    if needs_integer_inputs(loaded.model):
+        reason = (
+            f"{loaded.recipe.architecture} takes integers, such as token ids, and random ones are no text."
+        )
+    return UsageError(
+        f"{reason} Without data a model gets one tensor of random numbers, of the shape of "
+        "--input-size. If that is not what it takes, give real data (--data)."
+    )
 
 
 def _rate_example(loaded: LoadedModel) -> str:

@@ -107,6 +107,7 @@ def peak_memory(root: Path, counts: tuple[int, ...]) -> dict[str, int]:
             count,
             "--force",
             "-q",
+            *("--layers", "all", "--estimator", "pooled"),
         ]
         arguments += ["--input-size", "3,96,96", "--batch-size", 32, "--overwrite", "--json"]
         peaks[f"{count} images"] = _peak(

@@ -92,7 +92,7 @@ def _with_statistics(model: nn.Module, sample: Tensor) -> nn.Module:
 
 def _run(path: Path, data: Path, *arguments: object) -> None:
     command = [sys.executable, "-m", "ckpt_tools", "bn-reestimate", path, "--data", data, "--input-size"]
-    command += [f"3,{SIDE},{SIDE}", "-q", *arguments]
+    command += [f"3,{SIDE},{SIDE}", "-q", "--layers", "all", "--estimator", "pooled", *arguments]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 

@@ -74,9 +74,47 @@ def test_what_is_missing_is_named(checkpoint: Path, more: list[str], words: str)
     assert [file.name for file in checkpoint.parent.iterdir()] == ["net.pt"]
 
 
-def test_a_model_that_takes_tokens_needs_data(tmp_path: Path) -> None:
-    torch.save(Tokens().state_dict(), tmp_path / "net.pt")
-    known = ["--arch", "test_without_data:Tokens", "--model-kwargs", "drop_rate=0.2"]
+class Codes(Tokens):
+    """Takes integers, too, but holds no table of embeddings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.drop(nn.functional.one_hot(x, 8).float().mean(1))))
+
+
+class Pair(Tokens):
+    """Takes two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.norm(self.drop(x + y)))
+
+
+class Plain(nn.Module):
+    """Has no dropout at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(Tokens, "token ids"), (Codes, "token ids"), (Pair, "one tensor of random numbers")]
+)
+def test_a_model_that_cannot_take_random_numbers_needs_data(
+    tmp_path: Path, kind: type[nn.Module], words: str
+) -> None:
+    torch.save(kind().state_dict(), tmp_path / "net.pt")
+    known = ["--arch", f"test_without_data:{kind.__name__}", "--model-kwargs", "drop_rate=0.2"]
     result = fix(tmp_path / "net.pt", *known, "--input-size", "16", "-q")
-    assert result.exit_code == 2
-    assert "token ids" in result.stderr
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert "--data" in result.stderr
+
+
+def test_without_any_dropout_site_no_rate_is_asked_for(tmp_path: Path) -> None:
+    torch.save(Plain().state_dict(), tmp_path / "net.pt")
+    result = fix(tmp_path / "net.pt", "--arch", "test_without_data:Plain", "--input-size", "4", "-q")
+    assert result.exit_code == 3
+    assert "no dropout site" in result.stderr
