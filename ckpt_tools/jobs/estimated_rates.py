@@ -9,10 +9,8 @@ from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.diagnosis.rate_fit import BATCH_SIZE, RateFit
 from ckpt_tools.errors import NothingToDo
 from ckpt_tools.jobs.drop_rates import apply_estimate, estimate_drop_rates
-from ckpt_tools.jobs.plan import Plan
+from ckpt_tools.jobs.plan import Plan, choose_layers
 from ckpt_tools.machine.device import move_to_device
-from ckpt_tools.reestimate.choice import choose
-from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.walker.downstream import walk
 
 
@@ -46,18 +44,10 @@ def _estimate(plan: Plan) -> RateFit | None:
 
 
 def _apply(plan: Plan, fit: RateFit) -> Plan:
-    loaded, method = apply_estimate(plan.loaded_model, fit), plan.request.method
+    loaded = apply_estimate(plan.loaded_model, fit)
     # Walked before it moves to its device, as every model is.
     model_walk = walk(loaded.model, example_input(plan.input_spec, plan.source), probe=loaded.probe)
-    choice = choose(
-        model_walk,
-        method.layers,
-        rates=loaded.rates,
-        statistics=method.statistics,
-        only=method.only,
-        keep=method.keep,
-        frozen=frozen_layers(loaded.model, model_walk),
-    )
+    choice = choose_layers(loaded, model_walk, plan.request.method)
     move_to_device(loaded.model, plan.device)
     return replace(
         plan,

@@ -14,9 +14,9 @@ from ckpt_tools.contract import InputSpec, LoadedModel
 from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.stream import BatchStream
-from ckpt_tools.diagnosis.data_check import DataVerdict, check_data
+from ckpt_tools.diagnosis.data_check import DataVerdict
 from ckpt_tools.errors import NothingToDo
-from ckpt_tools.identify.key_matching import has_counters
+from ckpt_tools.jobs.first_samples import check_first_samples, open_first_samples
 from ckpt_tools.jobs.request import ReadingOptions
 from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
@@ -26,7 +26,6 @@ from ckpt_tools.results import LayerResult, Measured, Reestimation, Verdict, Wal
 
 MAX_SAMPLES = 512
 _LARGEST_BATCH = 128  # so that 512 samples are four batches, which show how batches scatter
-_FIRST_SAMPLES = 64  # as of the check before a re-estimation
 _NO_SHIFT = 0.01  # a smaller relative change of a layer's variance has no effect worth mending
 _MAX_MISMATCH = 0.05  # as of control layers
 
@@ -76,7 +75,7 @@ def explain_difference(
     fitting = min(_LARGEST_BATCH, fitting_batch_size(walk.bytes_per_sample, device))
     reading = Reading(options.batch_size or fitting, options.workers, device=device)
     move_to_device(loaded.model, device)
-    data_check = _check_first_samples(loaded, walk, source, spec)
+    data_check = check_first_samples(loaded, open_first_samples(source, spec), walk, source, spec)
     stream = source.batches(spec, reading)
     try:
         method = Method(estimator="ratio", force=True)
@@ -92,22 +91,6 @@ def explain_difference(
     cause = _find_cause(verdict, shifts=shifts, preprocessing=preprocessing)
     rates_known = loaded.rates != "unknown"
     return Explanation(cause, shifts, dropout_on, rates_known, verdict, layers, preprocessing, result.images)
-
-
-def _check_first_samples(
-    loaded: LoadedModel, walk: Walk, source: Source, spec: InputSpec | None
-) -> DataVerdict:
-    assert loaded.checkpoint is not None
-    return check_data(
-        loaded.model,
-        source.batches(spec, Reading(_FIRST_SAMPLES, workers=0, cached=True)),
-        walk,
-        spec,
-        preprocessed=source.is_preprocessed,
-        rates_known=loaded.rates != "unknown",
-        counted=has_counters(loaded.checkpoint),
-        usual_size=loaded.input_spec.shape if loaded.input_spec else None,
-    )
 
 
 def _measure_without_dropout(loaded: LoadedModel, walk: Walk, stream: BatchStream) -> Reestimation:

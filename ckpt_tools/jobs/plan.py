@@ -26,6 +26,7 @@ from ckpt_tools.evaluate.validation import (
 )
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.jobs.earlier_output import refuse_second_correction
+from ckpt_tools.jobs.first_samples import open_first_samples
 from ckpt_tools.jobs.outputs import default_output_path, refuse_overwriting_data
 from ckpt_tools.jobs.recognition import Recognition, recognise_architecture
 from ckpt_tools.jobs.request import Request
@@ -35,6 +36,7 @@ from ckpt_tools.location import Location
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.machine.precision import check_precision
+from ckpt_tools.method import Method
 from ckpt_tools.model.forward_cost import count_affordable_inputs
 from ckpt_tools.model.random_inputs import DEFAULT_COUNT
 from ckpt_tools.reestimate.choice import Choice, choose
@@ -46,7 +48,6 @@ from ckpt_tools.storage.files.stamps import FileStamp
 from ckpt_tools.storage.output.checkpoint_writer import check_output
 from ckpt_tools.storage.reading import read_checkpoint
 
-_FIRST_SAMPLES = 64  # that the check of the data looks at, in one batch
 _PAIRED_BATCH, _FEWEST_OF_A_BATCH, _MOST_OF_A_BATCH = 128, 16, 512
 
 
@@ -153,6 +154,19 @@ def parse_evaluation_request(request: Request) -> EvaluationSettings | None:
     return parse_optional_settings(request.eval_data, options.class_map, options.calibrate, options.gate)
 
 
+def choose_layers(loaded: LoadedModel, walk: Walk, method: Method) -> Choice:
+    """Choose which layers of a loaded model to rewrite. Raises NothingToDo, UsageError."""
+    return choose(
+        walk,
+        method.layers,
+        rates=loaded.rates,
+        statistics=method.statistics,
+        only=method.only,
+        keep=method.keep,
+        frozen=frozen_layers(loaded.model, walk),
+    )
+
+
 def choose_device(request: Request, ranks: Ranks = Ranks()) -> str:  # noqa: B008 - frozen
     """The device of a rank.
 
@@ -205,15 +219,7 @@ def _prepare_on_rank(
         if request.data is not None:
             raise
         raise data_needed_error(loaded, error) from error
-    choice = choose(
-        walk,
-        method.layers,
-        rates=loaded.rates,
-        statistics=method.statistics,
-        only=method.only,
-        keep=method.keep,
-        frozen=frozen_layers(loaded.model, walk),
-    )
+    choice = choose_layers(loaded, walk, method)
     if request.data is None:
         require_known_rates(loaded)
     batch_size = request.reading.batch_size
@@ -236,7 +242,7 @@ def _prepare_on_rank(
         batch_size=batch_size,
         device=device,
         output=output,
-        look=source.batches(spec, Reading(_FIRST_SAMPLES, workers=0, cached=True)),
+        look=open_first_samples(source, spec),
         team=team,
         replaces=replaces,
     )

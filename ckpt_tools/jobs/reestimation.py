@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.data.unreadable_samples import SkippedSample, refuse_unreadable
-from ckpt_tools.diagnosis.data_check import DataVerdict, check_data, refuse_unlike_training_data
+from ckpt_tools.diagnosis.data_check import DataVerdict, refuse_unlike_training_data
 from ckpt_tools.evaluate.scores import Metrics, compute_gated_metrics
 from ckpt_tools.evaluate.validation import ModelEvaluation
-from ckpt_tools.identify.key_matching import has_counters
 from ckpt_tools.jobs.drop_rates import describe_rates
 from ckpt_tools.jobs.estimated_rates import estimate_unknown_rates
+from ckpt_tools.jobs.first_samples import check_first_samples
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.recognition import recorded_input
 from ckpt_tools.machine.device import move_to_device
@@ -69,7 +69,7 @@ def _run_and_write(
 ) -> ReestimationOutcome:
     method, team = plan.request.method, plan.team
     team.each(lambda: move_to_device(plan.loaded_model.model, plan.device))
-    verdict = team.first(lambda: _check_first_samples(plan))
+    verdict = team.first(lambda: _judge_data(plan))
     if not method.force and plan.depends_on_data:
         refuse_unlike_training_data(verdict)
     if verdict.verdict in ("agree", "doubt"):  # on other data the fit would mean nothing
@@ -131,24 +131,14 @@ def _write_output(plan: Plan, result: Reestimation, metrics: Metrics | None) -> 
     )
 
 
-def _check_first_samples(plan: Plan) -> DataVerdict:
+def _judge_data(plan: Plan) -> DataVerdict:
     """Compare the first samples of the pass with what the checkpoint remembers of its training."""
     if plan.request.data is None:
         return DataVerdict("none", "there is no data, the inputs are made up")
     if plan.request.method.statistics != "variance":
         # The stored statistics, which would judge the data, are what is replaced.
         return DataVerdict("none", "mean and variance are those of the data, whatever is stored")
-    input_spec = plan.loaded_model.input_spec
-    return check_data(
-        plan.loaded_model.model,
-        plan.look,
-        plan.walk,
-        plan.input_spec,
-        preprocessed=plan.source.is_preprocessed,
-        rates_known=plan.loaded_model.rates != "unknown",
-        counted=has_counters(plan.checkpoint),
-        usual_size=input_spec.shape if input_spec else None,
-    )
+    return check_first_samples(plan.loaded_model, plan.look, plan.walk, plan.source, plan.input_spec)
 
 
 def _known_verdict(verdict: DataVerdict) -> Verdict | None:
