@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Checkpoint, InputSpec, LoadedModel
 from ckpt_tools.data.data_source import Source, open_source
 from ckpt_tools.data.preprocessing import Preprocessing, example_input, resolve_input_spec
+from ckpt_tools.data.sample_order import Reading
+from ckpt_tools.diagnosis.rate_fit import BATCH_SIZE as FIT_BATCH_SIZE
+from ckpt_tools.diagnosis.rate_fit import RateFit
 from ckpt_tools.errors import ArchitectureError, CkptToolsError, NothingToDo, UsageError
 from ckpt_tools.identify.batch_norm_presence import require_batch_norm
 from ckpt_tools.identify.loading import identify_model, load_architecture
+from ckpt_tools.jobs.drop_rates import apply_estimate, estimate_drop_rates
 from ckpt_tools.jobs.earlier_output import refuse_second_correction
 from ckpt_tools.jobs.explanation import MAX_SAMPLES, Explanation, explain_difference
 from ckpt_tools.jobs.recognition import recognise_architecture
@@ -77,7 +81,8 @@ class Inspection:
     ``steps``: how many batches each BN layer has counted, by its name; None where the file does not
     say. ``candidates``: the architectures, where several fit. ``correction``: what
     ``bn-reestimate`` did, if the file is one of its outputs. ``explanation``: what makes the
-    stored statistics differ from those of the data, None without data.
+    stored statistics differ from those of the data, None without data. ``rate_fit``: the drop rates
+    that the statistics fit, where nobody recorded them; if clear, the model is built with them.
     """
 
     request: InspectRequest
@@ -93,6 +98,7 @@ class Inspection:
     explanation: Explanation | None = None
     candidates: tuple[str, ...] = ()
     correction: Correction | None = None
+    rate_fit: RateFit | None = None
     error: CkptToolsError | None = None
 
 
@@ -176,10 +182,25 @@ def _add_explanation(inspection: Inspection, source: Source) -> Inspection:
     assert inspection.walk is not None
     if not any(layer.reached for layer in inspection.walk.batch_norms):
         return inspection
-    explanation = explain_difference(
+    loaded, explained = inspection.loaded, _explain(inspection, source)
+    # On data that the preprocessing has made another one, a fit of the rates would mean nothing.
+    if loaded.rates != "unknown" or explained.preprocessing:
+        return replace(inspection, explanation=explained)
+    batches = source.batches(inspection.input_spec, Reading(FIT_BATCH_SIZE))
+    fit = estimate_drop_rates(loaded, inspection.walk, batches)
+    inspection = replace(inspection, rate_fit=fit, explanation=explained)
+    if fit is None or not fit.is_clear:
+        return inspection
+    inspection = _add_walk(replace(inspection, loaded=apply_estimate(loaded, fit)), source)
+    return replace(inspection, explanation=_explain(inspection, source))
+
+
+def _explain(inspection: Inspection, source: Source) -> Explanation:
+    assert inspection.loaded is not None
+    assert inspection.walk is not None
+    return explain_difference(
         inspection.loaded, inspection.walk, source, inspection.input_spec, inspection.request.reading
     )
-    return replace(inspection, explanation=explanation)
 
 
 def _add_walk(inspection: Inspection, source: Source | None = None) -> Inspection:

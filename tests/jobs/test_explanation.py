@@ -140,3 +140,10 @@ def test_data_that_is_not_there_is_named(dropped: Path) -> None:
     result = run("inspect", dropped, "--arch", "nets:DenseNet", "--data", dropped.parent / "missing.npy")
     assert result.exit_code == 1 or result.exit_code == 2
     assert "missing.npy" in result.stderr
+
+
+def test_rates_that_nobody_recorded_are_shown_and_used(dropped: Path) -> None:
+    found = inspect(dropped, images())
+    assert found["rate_fit"]["rates"]["drop_rate"] == pytest.approx(0.3, abs=0.03)
+    assert found["cause"] == "dropout"
+    assert found["rates_known"]

@@ -32,7 +32,10 @@ def explanation_text(explanation: Explanation, inspection: Inspection, limit: in
     table = align_columns(rows) + (f"\n… and {hidden} more (--all shows them)" if hidden else "")
     verdict = mismatch_verdict_text(explanation.verdict)
     paragraph = explanation_paragraph(explanation, inspection)
-    parts = [table, f"{_MEANINGS}\ndata: {verdict}", _join_lines(paragraph)]
+    facts = [f"{_MEANINGS}\ndata: {verdict}"]
+    if inspection.rate_fit is not None:
+        facts.append(one_line(inspection.rate_fit.sentence))
+    parts = [table, "\n".join(facts), _join_lines(paragraph)]
     command = explanation_command(explanation, inspection)
     if command:
         parts.append(f"    {escape_controls(command)}")
