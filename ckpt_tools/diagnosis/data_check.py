@@ -98,11 +98,6 @@ class DataVerdict:
         """The score over all layers."""
         return self.scores.deep if self.scores else None
 
-    @property
-    def best_hypothesis(self) -> ScoredHypothesis | None:
-        """The hypothesis that fits best."""
-        return self.tried[0] if self.tried else None
-
 
 def refuse_unlike_training_data(verdict: DataVerdict) -> None:
     """Raise CheckFailed, which ends a command with exit code 4, if the data is refused."""

@@ -80,13 +80,13 @@ def measure_net(net: Net, subsets: int, wrong: int, seconds: float) -> dict[str,
         verdicts_on_wrong = [check_on(net, make(net, subset(net, 1000 + number))) for number in range(wrong)]
         ran = [verdict for verdict in verdicts_on_wrong if verdict is not None]
         if ran:  # a model that cannot run on it has refused
-            rates.setdefault(kind, {})[variant] = [sum(v.verdict == "disagree" for v in ran), len(ran)]
+            rates.setdefault(kind, {})[variant] = [sum(v.verdict == "refuse" for v in ran), len(ran)]
     return {
         "net": net.training.name,
         "data": net.data.name,
-        "false alarms": [sum(v.verdict == "disagree" for v in fair), len(fair)],
+        "false alarms": [sum(v.verdict == "refuse" for v in fair), len(fair)],
         "false alarms, rates unknown": [
-            sum(v is not None and v.verdict == "disagree" for v in unknown),
+            sum(v is not None and v.verdict == "refuse" for v in unknown),
             len(unknown),
         ],
         "scores": {
