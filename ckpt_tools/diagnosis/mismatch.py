@@ -20,8 +20,8 @@ from ckpt_tools.observation.layer import Layer
 from ckpt_tools.observation.training_history import initial_weight, is_trained
 from ckpt_tools.results import Measured, Verdict
 
-# The largest score of data that agrees. On 245 small nets it is 0.003 at most for data as in
-# training, and from 0.026 on for plain images after augmentation (scripts/bench/results/
+# The largest score of data that agrees. On small nets it is 0.003 at most for data as in training
+# (70 nets), and from 0.026 on for plain images after augmentation (175 nets; scripts/bench/results/
 # evidence.jsonl). Half-way through a training the stored statistics trail behind: up to 0.10.
 AGREEMENT_LIMIT = 0.02
 _FEWEST_IMAGES = 32  # fewer say nothing

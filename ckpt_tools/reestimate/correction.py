@@ -81,7 +81,7 @@ def reestimate_bn(
         model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
         batches: an iterable of tensors, of tuples or lists whose first item is the input, or of
             dicts for ``model(**batch)``. `exact` and ``epochs > 1`` iterate over it several times.
-            None: 512 random inputs, for "ratio".
+            None: up to 512 random inputs, fewer for a large model, for "ratio".
         estimator: "ratio": stored variance · V_off / V_on, both measured on the same inputs, with
             dropout off and, in a copy of the model in training mode, on, while all BN layers
             normalise with batch statistics. What the inputs have of their own cancels, so they need
