@@ -21,7 +21,7 @@ from ckpt_tools.jobs.request import ReadingOptions
 from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.method import Method
-from ckpt_tools.reestimate.correction import run_method
+from ckpt_tools.reestimate.method_run import run_method
 from ckpt_tools.results import LayerResult, Measured, Reestimation, Verdict, Walk
 
 MAX_SAMPLES = 512

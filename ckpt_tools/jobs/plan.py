@@ -40,8 +40,8 @@ from ckpt_tools.method import Method
 from ckpt_tools.model.forward_cost import count_affordable_inputs
 from ckpt_tools.model.random_inputs import DEFAULT_COUNT
 from ckpt_tools.reestimate.choice import Choice, choose
-from ckpt_tools.reestimate.correction import check_team
 from ckpt_tools.reestimate.frozen import frozen_layers
+from ckpt_tools.reestimate.method_run import check_team
 from ckpt_tools.reestimate.selection import SYNTHETIC_REPEATS
 from ckpt_tools.results import Walk
 from ckpt_tools.storage.files.stamps import FileStamp

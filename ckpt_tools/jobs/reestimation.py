@@ -20,7 +20,7 @@ from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.recognition import recorded_input
 from ckpt_tools.machine.device import move_to_device
 from ckpt_tools.machine.precision import deterministic_kernels
-from ckpt_tools.reestimate.correction import run_method
+from ckpt_tools.reestimate.method_run import run_method
 from ckpt_tools.reestimate.stopping import Progress
 from ckpt_tools.results import Reestimation, Verdict
 from ckpt_tools.storage.output.checkpoint_writer import OutputDigests, replace_tensors

@@ -35,7 +35,7 @@ from ckpt_tools.observation.outliers import (
     log_energies,
     one_colour_rows,
 )
-from ckpt_tools.reestimate.correction import _sample_namer
+from ckpt_tools.reestimate.method_run import _sample_namer
 from ckpt_tools.results import Reestimation
 
 SHAPE = (3, 8, 8)
