@@ -42,7 +42,7 @@ def convert(request: ConvertRequest, as_json: bool) -> None:
     """
     from ckpt_tools.jobs.conversion import convert_checkpoint
     from ckpt_tools.report.records.reestimation_json import conversion_json
-    from ckpt_tools.report.text.reestimation_text import conversion_text
+    from ckpt_tools.report.text.comparison_text import conversion_text
 
     with redirect_foreign_stdout(), interrupt_on_sigterm():
         conversion = convert_checkpoint(request)

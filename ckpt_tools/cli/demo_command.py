@@ -39,7 +39,7 @@ def demo(seeds: int, keep: Path | None, as_json: bool) -> None:
     All are scored on 1,197 other digits. The commands shown are really run; repeat them on the
     files that --keep leaves.
     """
-    from ckpt_tools.report.text.reestimation_text import demo_text
+    from ckpt_tools.report.text.demo_text import demo_text
 
     results = []
     with _folder(keep) as folder:

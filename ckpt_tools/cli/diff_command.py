@@ -36,7 +36,7 @@ def diff(before: Location, after: Location, expect: str, weights: str, trust: bo
         ckpt-fix diff fresh.pt fresh.init.safetensors --expect init
     """
     from ckpt_tools.report.records.reestimation_json import comparison_json
-    from ckpt_tools.report.text.reestimation_text import comparison_text
+    from ckpt_tools.report.text.comparison_text import comparison_text
     from ckpt_tools.storage.compare import compare_files
 
     with redirect_foreign_stdout():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm  # noqa: TID251 - a type
 
     from ckpt_tools.jobs.many.engine import Engine, Record
-    from ckpt_tools.jobs.many.folder_run import CheckpointItem
+    from ckpt_tools.jobs.many.folder_items import CheckpointItem
     from ckpt_tools.jobs.request import Request
     from ckpt_tools.report.records.manifest import Manifest
 
@@ -124,7 +124,8 @@ def reestimate_checkpoints(
     quiet: bool,
 ) -> None:
     """Re-estimate all checkpoints in ``paths``. Raises CkptToolsError at the end if any failed."""
-    from ckpt_tools.jobs.many.folder_run import make_folder, plan_items
+    from ckpt_tools.jobs.many.folder_items import plan_items
+    from ckpt_tools.jobs.many.folder_run import make_folder
     from ckpt_tools.report.records.manifest import Manifest, check_manifest
     from ckpt_tools.report.report_files import check_reports, write_report
     from ckpt_tools.report.text.folder_text import folder_text

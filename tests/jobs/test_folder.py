@@ -22,7 +22,8 @@ from ckpt_tools.data.arrays.array_files import StoredArray
 from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.data.shared_stream import read_together
 from ckpt_tools.errors import OutputError
-from ckpt_tools.jobs.many.folder_run import plan_items, reestimate_items
+from ckpt_tools.jobs.many.folder_items import plan_items
+from ckpt_tools.jobs.many.folder_run import reestimate_items
 from ckpt_tools.jobs.request import EvaluationOptions, ModelChoice, ReadingOptions, Request
 from ckpt_tools.location import Location
 from ckpt_tools.method import Method

@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from ckpt_tools.cli import main
 from ckpt_tools.errors import ClusterError, UsageError
 from ckpt_tools.jobs.many import ray_loopback
-from ckpt_tools.jobs.many.folder_run import CheckpointItem, plan_items
+from ckpt_tools.jobs.many.folder_items import CheckpointItem, plan_items
 from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, measure_capacity
 from ckpt_tools.jobs.many.ray_engine import RayEngine, _Part
 from ckpt_tools.jobs.many.ray_loopback import require_loopback

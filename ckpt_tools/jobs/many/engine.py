@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from ckpt_tools.jobs.many.folder_items import CheckpointItem
 from ckpt_tools.jobs.many.folder_run import (
-    CheckpointItem,
     ItemResult,
     ProgressCallback,
     reestimate_items,

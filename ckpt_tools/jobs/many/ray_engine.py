@@ -11,7 +11,8 @@ from typing import Any
 
 from ckpt_tools.errors import CkptToolsError, ClusterError, UsageError
 from ckpt_tools.jobs.many.engine import Record, RecordBuilder
-from ckpt_tools.jobs.many.folder_run import CheckpointItem, ItemResult, ProgressCallback, StreamKey
+from ckpt_tools.jobs.many.folder_items import CheckpointItem
+from ckpt_tools.jobs.many.folder_run import ItemResult, ProgressCallback, StreamKey
 from ckpt_tools.jobs.many.ray_cluster import ClusterCapacity, connect_to_ray, measure_capacity
 from ckpt_tools.jobs.many.ray_worker import (
     TaskEnvironment,

@@ -16,8 +16,8 @@ import torch
 
 from ckpt_tools.errors import ClusterError, DataError
 from ckpt_tools.jobs.many.engine import Record, RecordBuilder
+from ckpt_tools.jobs.many.folder_items import CheckpointItem
 from ckpt_tools.jobs.many.folder_run import (
-    CheckpointItem,
     ItemResult,
     ProgressCallback,
     StreamKey,

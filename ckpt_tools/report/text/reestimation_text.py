@@ -1,16 +1,13 @@
-"""The results of ``bn-reestimate``, ``convert``, ``diff`` and ``demo`` as text for a terminal."""
+"""The results of ``bn-reestimate`` as text for a terminal."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
 from ckpt_tools.data.data_source import describe_source
-from ckpt_tools.demo.train import DemoResult, Score
 from ckpt_tools.diagnosis.data_check import DataVerdict
-from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
 from ckpt_tools.plain_text import one_line
@@ -20,11 +17,9 @@ from ckpt_tools.report.number_format import deviation_text, percent_text
 from ckpt_tools.report.text.metrics_text import metrics_text
 from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS, is_worse
 from ckpt_tools.results import Controls, Effect, LayerResult, Measured, Outlier, Reestimation, Verdict
-from ckpt_tools.storage.compare import Comparison, TensorChange
 
 _SHOWN_ROWS = 8  # of a table before it is cut
 _SHOWN_OUTLIERS = 10
-_SHOWN_VIOLATIONS = 100  # differences that were not expected
 _SHOWN_ARGUMENTS = 5  # of an architecture, so that it fits on a line
 _LONGEST_ARGUMENT = 40  # characters
 
@@ -335,71 +330,3 @@ def _unrewritten(layers: Iterable[LayerResult]) -> list[str]:
 
 def _buffers(result: Reestimation) -> str:
     return "running variances" if result.statistics == "variance" else "running means and variances"
-
-
-def conversion_text(conversion: Conversion) -> str:
-    """Return the result of ``convert``: what was read, what was left out, and what was written.
-
-    safetensors refuses tensors that share memory, so each of them is written on its own.
-    """
-    tensors = conversion.checkpoint.tensors
-    size = size_text(sum(tensor.nbytes for tensor in tensors.values()))
-    parts = [f"read: {checkpoint_line(conversion.checkpoint)}"]
-    if conversion.checkpoint.left_out:
-        parts.append(f"left out: {list_names(conversion.checkpoint.left_out)}")
-    for group in conversion.shared:
-        parts.append(f"share memory in the source, written once each: {list_names(group)}")
-    parts.append(f"written: {one_line(conversion.output)}")
-    count = count_text(len(tensors), "tensor")
-    parts.append(f"         {count}, {size}, bit for bit; sha256 {conversion.output_sha256}")
-    return "\n".join(parts)
-
-
-def comparison_text(comparison: Comparison, violations: Sequence[str]) -> str:
-    """Return the result of ``diff``: what differs, and what of it was not expected."""
-    rows = [("tensor", "difference")]
-    rows += [(change.key, _difference(change)) for change in comparison.changes[:_SHOWN_ROWS]]
-    if len(comparison.changes) > _SHOWN_ROWS:
-        rows.append((f"… and {len(comparison.changes) - _SHOWN_ROWS} more", ""))
-    identical = count_text(comparison.identical, "tensor")
-    parts = [f"{identical} identical, {len(comparison.changes)} different"]
-    if comparison.changes:
-        parts.append(align_columns(rows))
-    parts += [f"unexpected: {one_line(violation)}" for violation in violations[:_SHOWN_VIOLATIONS]]
-    if len(violations) > _SHOWN_VIOLATIONS:
-        parts.append(f"… and {len(violations) - _SHOWN_VIOLATIONS} more (--json lists all)")
-    return "\n".join(parts)
-
-
-def demo_text(results: Sequence[DemoResult]) -> str:
-    """Return every network's test error and NLL as trained and corrected, and the mean changes."""
-    rows: list[tuple[str, ...]] = [
-        ("network", "test error before", "after", "without data", "NLL before", "after", "without data")
-    ]
-    for number, result in enumerate(results):
-        scores = (result.before, result.after, result.without_data)
-        errors, nlls = (f"{score.error:.2f} %" for score in scores), (f"{score.nll:.3f}" for score in scores)
-        rows.append((str(number), *errors, *nlls))
-    after = _mean_changes([(result.before, result.after) for result in results])
-    alone = _mean_changes([(result.before, result.without_data) for result in results])
-    return f"{align_columns(rows)}\n\nwith the training data: {after}\nwithout any data:       {alone}"
-
-
-def _mean_changes(pairs: Sequence[tuple[Score, Score]]) -> str:
-    error_change = _mean([after.error - before.error for before, after in pairs], 2)
-    nll_change = _mean([after.nll - before.nll for before, after in pairs], 3)
-    return f"change of test error: {error_change} points; of NLL: {nll_change} nats"
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    """Return the mean with its standard error, which a single value does not have."""
-    mean = f"{statistics.fmean(values):+.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
-
-
-def _difference(change: TensorChange) -> str:
-    if change.relative is None:
-        return f"{change.what}: {change.before} → {change.after}"
-    return f"values, up to {change.relative:.3g} relative"
