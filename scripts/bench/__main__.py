@@ -239,20 +239,22 @@ def ratio(trials: int, samples: int, scratch: Path) -> None:
 
 @main.command()
 @click.option("--seeds", default=1, show_default=True)
-@click.option("--subsets", default=8, show_default=True, help="Of 256 images, for each net and kind.")
+@click.option("--subsets", default=8, show_default=True, help="Of 256 right images, for each net.")
+@click.option("--only", default="", help="Trainings whose file name contains this; nothing is stored.")
 @click.option("--scratch", type=click.Path(path_type=Path), default=NETS_OF_EVIDENCE, show_default=True)
-def refusals(seeds: int, subsets: int, scratch: Path) -> None:
-    """How often the check refuses right and wrong data; it needs the nets of `bench evidence`."""
+def refusals(seeds: int, subsets: int, only: str, scratch: Path) -> None:
+    """How often the check refuses right and wrong data, on the nets of `bench evidence`."""
     torch.set_num_threads(1)
     totals: dict[str, Counter[str]] = {}
-    for net, kind, verdicts in count_refusals(scratch, seeds, subsets):
+    for net, kind, verdicts in count_refusals(scratch, seeds, subsets, only):
         totals.setdefault(kind, Counter()).update(verdicts)
-        is_wrong = verdicts["refuse"] > 0 if kind == RIGHT else verdicts["refuse"] < subsets
+        is_wrong = verdicts["refuse"] > 0 if kind == RIGHT else verdicts["refuse"] < verdicts.total()
         if is_wrong:
             print(f"{net}: {kind}: {dict(verdicts)}", flush=True)
     for kind, verdicts in totals.items():
         print(f"{kind}: {verdicts['refuse']} of {verdicts.total()} refused, {dict(verdicts)}")
-    keep("refusals", {kind: dict(verdicts) for kind, verdicts in totals.items()})
+    if not only:
+        keep("refusals", {kind: dict(verdicts) for kind, verdicts in totals.items()})
 
 
 main.add_command(data_check.main, "data-check")

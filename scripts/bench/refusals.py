@@ -1,63 +1,67 @@
 """How often the check of the data refuses right data, and wrong data, as floats and without hints.
 
-It runs on the nets of ``bench evidence``, whose trainings change the images in seven ways. What the
-check refuses ends a run of `pooled`, `exact` or `ema`; `ratio` does not depend on the data, and is
-what `auto` takes where the drop rates are known.
+It runs on the nets of ``bench evidence``, whose trainings change the images in seven ways, and on nets
+made of them by averaging, merging, fine-tuning and pruning. What the check refuses ends a run of
+`pooled`, `exact` or `ema`; `ratio` does not depend on the data, and is what `auto` takes where the
+drop rates are known.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_sample_images
-from torch import Tensor
+from torch import Tensor, nn
 
 import ckpt_tools
+from bench.evidence.continued_nets import continue_training
 from bench.evidence.image_data import ImageData
-from bench.evidence.net_training import MOMENTS, list_trainings, load_or_train
-from ckpt_tools.demo.digits import POINT_MEAN, POINT_STD
+from bench.evidence.net_training import Training, list_trainings, load_or_train
+from bench.evidence.wrong_images import wrong_inputs
 from ckpt_tools.diagnosis.data_check import check_data
 
 IMAGES = 256
 RIGHT = "right"
-Kind = Callable[[ImageData, Tensor], Tensor]
+WRONG_SUBSETS = 2  # of each kind; wrong data is the same from one to the next
 
 
 def count_refusals(
-    scratch: Path, seeds: int, subsets: int, moments: tuple[str, ...] = MOMENTS
+    scratch: Path, seeds: int, subsets: int, only: str = ""
 ) -> Iterator[tuple[str, str, Counter[str]]]:
-    """Yield for each net and kind of data how many subsets got which verdict."""
+    """Yield for each net and kind of data how many subsets got which verdict.
+
+    Wrong data is for finished nets only. Before, and after an averaging, the statistics themselves
+    are not those of the weights.
+    """
     for training in list_trainings(seeds):
-        if training.data != "digits" or not (scratch / training.file_name).exists():
+        if training.data != "digits" or only not in training.file_name:
             continue
         data = training.load_images()
-        for moment, model in load_or_train(training, scratch).items():
-            if moment not in moments:
-                continue
-            name = f"{training.net}, {training.augmentation}, {moment}, seed {training.seed}"
-            for kind, change in kinds(data).items():
-                verdicts: Counter[str] = Counter()
-                for number in range(subsets):
-                    verdicts[_judge(model, change(data, draw(data, number)), number)] += 1
-                yield name, kind, verdicts
+        for kind, model in list_nets(training, scratch):
+            name = f"{training.net}, {training.augmentation}, {kind}, seed {training.seed}"
+            samples = [draw(data, number) for number in range(subsets)]
+            yield (
+                name,
+                RIGHT,
+                Counter(_judge(model, data.normalise(raw), number) for number, raw in enumerate(samples)),
+            )
+            for wrong, make in wrong_inputs(data).items() if kind == "final" else ():
+                yield (
+                    name,
+                    wrong,
+                    Counter(
+                        _judge(model, make(data, raw), number)
+                        for number, raw in enumerate(samples[:WRONG_SUBSETS])
+                    ),
+                )
 
 
-def kinds(data: ImageData) -> dict[str, Kind]:
-    """What is handed to the check; reversed channels exist for coloured images only."""
-    makers: dict[str, Kind] = {
-        RIGHT: lambda data, raw: data.normalise(raw),
-        "no normalisation": lambda data, raw: to_pixels(raw),
-        "0–255": lambda data, raw: 255 * to_pixels(raw),
-        "another data set": lambda data, raw: data.normalise(from_pixels(photographs(raw), raw)),
-    }
-    if data.shape[0] == 3:
-        makers["reversed channels"] = lambda data, raw: data.normalise(raw.flip(1))
-    return makers
+def list_nets(training: Training, scratch: Path) -> Iterator[tuple[str, nn.Module]]:
+    """The net at the end and half-way, and what was made of it, by kind."""
+    yield from load_or_train(training, scratch).items()
+    yield from continue_training(training, scratch).items()
 
 
 def draw(data: ImageData, number: int) -> Tensor:
@@ -65,38 +69,6 @@ def draw(data: ImageData, number: int) -> Tensor:
     images = data.test_images if number % 2 else data.train_images
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
     return images[order[:IMAGES]]
-
-
-def to_pixels(raw: Tensor) -> Tensor:
-    """Raw images as pixels of 0–1; grey digits are stored normalised."""
-    return raw.float() / 255 if raw.dtype == torch.uint8 else (raw * POINT_STD + POINT_MEAN) / 16
-
-
-def from_pixels(pixels: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``to_pixels``."""
-    if like.dtype == torch.uint8:
-        return (pixels * 255).round().to(torch.uint8)
-    return (16 * pixels - POINT_MEAN) / POINT_STD
-
-
-def photographs(like: Tensor) -> Tensor:
-    """As many crops of scikit-learn's two photographs, as pixels of 0–1, of the same shape."""
-    count, channels, height, width = like.shape
-    generator = torch.Generator().manual_seed(int(like.float().sum()) % 2**31)
-    crops = []
-    for number in range(count):
-        photo = _photos()[number % 2]
-        side = int(torch.randint(60, 200, (), generator=generator))
-        top, left = (int(torch.randint(length - side, (), generator=generator)) for length in photo.shape[1:])
-        window = photo[None, :, top : top + side, left : left + side]
-        crops.append(F.interpolate(window, size=(height, width), mode="bilinear", antialias=True))
-    pixels = torch.cat(crops)
-    return pixels if channels == 3 else pixels.mean(1, keepdim=True)
-
-
-@functools.cache
-def _photos() -> list[Tensor]:
-    return [torch.from_numpy(photo).permute(2, 0, 1) / 255 for photo in load_sample_images().images]
 
 
 def _judge(model: torch.nn.Module, batch: Tensor, seed: int) -> str:

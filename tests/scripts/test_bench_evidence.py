@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ import torch
 from scipy import stats
 
 import ckpt_tools
-from bench.evidence import command, net_training, summary
+from bench import refusals
+from bench.evidence import command, continued_nets, net_training, summary
 from bench.evidence.augmentations import TRAININGS
 from bench.evidence.cell_records import Cell, Measurement, Record, read_records
-from bench.evidence.cells import AUTO, BASE, IDEAL, POOLED, WAYS, measure
+from bench.evidence.cells import AUTO, BASE, IDEAL, POOLED, WAYS, measure, possible_ways
 from bench.evidence.correction_inputs import NO_DATA, PLAIN, probe_inputs, training_inputs
 from bench.evidence.net_training import Training
 from bench.evidence.report import render_report
@@ -76,6 +78,51 @@ def test_a_training_is_kept_and_repeatable(tmp_path, monkeypatch):
     assert not torch.equal(*weights)
 
 
+@pytest.mark.parametrize("augmentation", ["none", "random greyscale"])
+def test_wrong_inputs_are_unlike_the_right_ones(augmentation):
+    training = Training("digits", "mlp", augmentation, 0)
+    data = training.load_images()
+    inputs = training_inputs(training, data)
+    plain = torch.cat(inputs[PLAIN])
+    for _, kind in possible_ways(training, WAYS["wrong"]):
+        wrong = torch.cat(inputs[kind])
+        assert wrong.shape == plain.shape
+        assert not torch.allclose(wrong, plain, atol=0.1)
+    assert ("reversed channels" in inputs) == (data.shape[0] == 3)
+    assert float(torch.cat(inputs["0–255"]).max()) == pytest.approx(255)
+    assert float(torch.cat(inputs["no normalisation"]).min()) >= 0
+
+
+def test_continued_nets_differ_from_each_other(tmp_path, monkeypatch):
+    monkeypatch.setitem(net_training.NETS, "mlp", replace(NETS["mlp"], epochs=2))
+    monkeypatch.setattr(continued_nets, "EPOCHS", 1)
+    training = Training("digits", "mlp", "none", 0)
+    nets = continued_nets.continue_training(training, tmp_path)
+    assert list(nets) == ["SWA", "EMA .99", "EMA .999", "frozen", "merged", "pruned"]
+    assert not any(module.training for net in nets.values() for module in net.modules())
+    weights = [net[1].weight for net in nets.values()]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(weights, 2))
+    # Averages keep the statistics of the last step, as frozen and pruned nets do.
+    variances = [nets[kind][2].running_var for kind in ("SWA", "EMA .99", "EMA .999", "frozen", "pruned")]
+    assert all(torch.equal(variance, variances[0]) for variance in variances)
+    assert not torch.equal(nets["merged"][2].running_var, variances[0])
+    zeros = [
+        float((module.weight == 0).double().mean()) for module in nets["pruned"] if hasattr(module, "weight")
+    ]
+    assert max(zeros) > 0.3
+
+
+def test_refusals_are_counted_by_kind_of_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(net_training.NETS, "mlp", replace(NETS["mlp"], epochs=2))
+    monkeypatch.setattr(continued_nets, "EPOCHS", 1)
+    counts = list(refusals.count_refusals(tmp_path, 1, 3, "mlp-none"))
+    right = [verdicts for _, kind, verdicts in counts if kind == "right"]
+    assert [verdicts.total() for verdicts in right] == [3] * 8
+    wrong = {kind: verdicts for _, kind, verdicts in counts if kind != "right"}
+    assert set(wrong) == {"no normalisation", "0–255", "another data set"}
+    assert all(verdicts.total() == 2 for verdicts in wrong.values())
+
+
 def test_finished_cells_are_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(net_training.NETS, "mlp", replace(NETS["mlp"], epochs=1))
     training, out = Training("digits", "mlp", "none", 0), tmp_path / "records.jsonl"
@@ -135,7 +182,7 @@ def test_a_worse_condition_and_a_loss_are_named():
     (loss,) = summary.find_losses(groups, (AUTO, NO_DATA))
     assert loss.net == "wrn"
     kept = summary.measure_kept_gain(groups, (AUTO, NO_DATA))
-    assert (kept.ideal, kept.without_data) == pytest.approx((0.2, 0.03))
+    assert (kept.reference, kept.kept) == pytest.approx((0.2, 0.03))
     against_pooled = summary.average_conditions(groups, (AUTO, PLAIN), (POOLED, PLAIN), "NLL")
     assert against_pooled.mean == pytest.approx(0.05)
 

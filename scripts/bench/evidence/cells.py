@@ -24,6 +24,7 @@ from bench.evidence.correction_inputs import (
 )
 from bench.evidence.image_data import ImageData
 from bench.evidence.net_training import Training
+from bench.evidence.wrong_images import REVERSED_CHANNELS, WRONG_INPUTS
 from ckpt_tools import Walk
 from ckpt_tools.errors import CheckFailed
 
@@ -39,9 +40,15 @@ WAYS: dict[str, tuple[Way, ...]] = {
         *((correction, inputs) for inputs in POOR_INPUTS for correction in (POOLED, RATIO)),
         (RATIO, AS_IN_TRAINING),
     ),
+    "wrong": tuple((RATIO, name) for name in WRONG_INPUTS),
     "probes": tuple((PROBE, name) for name in PROBES),
 }
 REFUSED = "refused"  # `auto` may refuse the data; the net stays as it was trained
+
+
+def possible_ways(training: Training, ways: Sequence[Way]) -> list[Way]:
+    """The corrections whose inputs exist for the images of this training."""
+    return [way for way in ways if training.changes.coloured or way[1] != REVERSED_CHANNELS]
 
 
 def measure(cell: Cell, training: Training, model: nn.Module, ways: Sequence[Way]) -> Record:
@@ -50,7 +57,9 @@ def measure(cell: Cell, training: Training, model: nn.Module, ways: Sequence[Way
     inputs: dict[str, Batches | None] = {NO_DATA: None, **training_inputs(training, data)}
     inputs |= probe_inputs(training, data)
     walk = ckpt_tools.walk(model, torch.zeros(2, *data.shape))
-    return Record(cell, {way: _measure_way(way, model, data, inputs[way[1]], walk) for way in ways})
+    return Record(
+        cell, {way: _measure_way(way, model, data, inputs[way[1]], walk) for way in ways if way[1] in inputs}
+    )
 
 
 def _measure_way(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.evidence.image_data import ImageData
 from bench.evidence.net_training import Training, augment
+from bench.evidence.wrong_images import wrong_inputs
 
 IMAGES = 600
 COPIES = 4  # of every image, each augmented on its own
@@ -32,13 +33,16 @@ def training_inputs(training: Training, data: ImageData) -> dict[str, Batches]:
         torch.manual_seed(1000 + training.seed)
         rows = torch.randperm(len(data.train_images))[:IMAGES]
         copies = [augment(training.changes, data, part).images for part in (rows.repeat(COPIES)).split(BATCH)]
-    plain = data.normalise(data.train_images[rows])
+    raw = data.train_images[rows]
+    plain = data.normalise(raw)
+    wrong = {kind: _split(make(data, raw)) for kind, make in wrong_inputs(data).items()}
     return {
         AS_IN_TRAINING: copies,
         PLAIN: _split(plain),
         FEW_PLAIN: [plain[:FEW]],
         HALF_OF_CLASSES: _split(plain[data.train_labels[rows] < 5]),
         WRONG_NORMALISATION: _split(0.5 * plain + 0.3),
+        **wrong,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -28,6 +29,7 @@ from bench.evidence.summary import (
     measure_kept_gain,
     read_metric,
 )
+from bench.evidence.wrong_images import WRONG_INPUTS
 
 COLUMNS: tuple[Way, ...] = (
     IDEAL,
@@ -102,7 +104,13 @@ def render_bars(records: Sequence[Record]) -> str:
     groups = group_records(records, WAYS["bars"])
     if not groups:
         return "No condition has enough seeds with all corrections."
-    return "\n".join([*_bars_with_data(groups), *_bars_without_data(groups), *_choices(records)])
+    bars = (
+        _bars_with_data(groups),
+        _bars_without_data(groups),
+        _bars_on_wrong_data(records),
+        _choices(records),
+    )
+    return "\n".join(itertools.chain(*bars))
 
 
 def _bars_with_data(groups: Grouped) -> Iterator[str]:
@@ -128,7 +136,7 @@ def _bars_without_data(groups: Grouped) -> Iterator[str]:
     kept = measure_kept_gain(groups, way)
     yield (
         f"{_mark(kept.share >= KEPT_GAIN)} without data {100 * kept.share:.0f} % of the gain in NLL "
-        f"({kept.without_data:.3f} of {kept.ideal:.3f} nats over {len(kept.conditions)} conditions)"
+        f"({kept.kept:.3f} of {kept.reference:.3f} nats over {len(kept.conditions)} conditions)"
     )
     losses = find_losses(groups, way)
     yield (
@@ -137,6 +145,18 @@ def _bars_without_data(groups: Grouped) -> Iterator[str]:
     )
     for condition, change in losses.items():
         yield f"    {condition}: NLL {format_change(change, NLL)}"
+
+
+def _bars_on_wrong_data(records: Sequence[Record]) -> Iterator[str]:
+    for inputs in WRONG_INPUTS:
+        way, right = (RATIO, inputs), (RATIO, PLAIN)
+        kept = measure_kept_gain(group_records(records, (BASE, right, way)), way, right)
+        if kept.conditions:
+            yield (
+                f"{_mark(kept.share >= KEPT_GAIN)} `ratio` on {inputs}: {100 * kept.share:.0f} % of its gain "
+                f"in NLL on plain images ({kept.kept:.3f} of {kept.reference:.3f} nats over "
+                f"{len(kept.conditions)} conditions)"
+            )
 
 
 def _choices(records: Iterable[Record]) -> Iterator[str]:
@@ -159,7 +179,7 @@ def render_report(records: Sequence[Record]) -> str:
     extremes = [(correction, inputs) for inputs in POOR_INPUTS for correction in (POOLED, RATIO)]
     parts = [render_table(records, metric) for metric in METRICS]
     parts += [render_trainings(records, metric) for metric in METRICS]
-    ways = (*COLUMNS, (RATIO, AS_IN_TRAINING), *extremes, (RATIO, NO_DATA), *WAYS["probes"])
+    ways = (*COLUMNS, (RATIO, AS_IN_TRAINING), *extremes, (RATIO, NO_DATA), *WAYS["wrong"], *WAYS["probes"])
     parts.append(render_means(records, ways))
     parts.append(render_bars(records))
     return "\n\n".join(parts)

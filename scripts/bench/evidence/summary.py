@@ -15,7 +15,9 @@ ERROR, NLL = METRICS = ("error", "NLL")
 SIGNIFICANT = 0.05
 ROUNDING = 2e-5  # of a difference of two stored NLL; an error in percent is coarser
 FEWEST_SEEDS = 3
-KEPT_GAIN = 0.7  # of what `pooled` gains on inputs as in training, without data
+KEPT_GAIN = (
+    0.7  # without data, of what `pooled` gains on inputs as in training; on wrong data, of `ratio`'s gain
+)
 TOLERATED_LOSS = 0.02  # nats
 
 
@@ -140,27 +142,27 @@ def average_conditions(groups: Grouped, way: Way, other: Way, metric: str) -> Pa
 
 @dataclass(frozen=True)
 class KeptGain:
-    """What a correction without data gains in NLL where the ideal one gains significantly, summed."""
+    """What a correction gains in NLL where another one gains significantly, summed over conditions."""
 
     conditions: tuple[Condition, ...]
-    ideal: float
-    without_data: float
+    reference: float
+    kept: float
 
     @property
     def share(self) -> float:
-        return self.without_data / self.ideal if self.ideal else float("nan")
+        return self.kept / self.reference if self.reference else float("nan")
 
 
-def measure_kept_gain(groups: Grouped, way: Way) -> KeptGain:
+def measure_kept_gain(groups: Grouped, way: Way, reference: Way = IDEAL) -> KeptGain:
     gains: dict[Condition, tuple[float, float]] = {}
     for condition, group in groups.items():
-        ideal = compare(group, IDEAL, BASE, NLL)
-        if ideal.p_value(greater=False) < SIGNIFICANT:
-            gains[condition] = (-ideal.mean, -compare(group, way, BASE, NLL).mean)
-    ideal_sum, sum_without_data = (
+        gain = compare(group, reference, BASE, NLL)
+        if gain.p_value(greater=False) < SIGNIFICANT:
+            gains[condition] = (-gain.mean, -compare(group, way, BASE, NLL).mean)
+    reference_sum, kept_sum = (
         (sum(column) for column in zip(*gains.values(), strict=True)) if gains else (0, 0)
     )
-    return KeptGain(tuple(gains), ideal_sum, sum_without_data)
+    return KeptGain(tuple(gains), reference_sum, kept_sum)
 
 
 def find_losses(groups: Grouped, way: Way) -> dict[Condition, PairedChange]:
