@@ -1,8 +1,7 @@
 """How precise the paired measurement is: the inputs it needs, and how often its error bars hold the truth.
 
-The truth is the same quantity on all 600 digits. A sample of n of them shares n / 600 with it, so
-the distance from it is smaller than that from a population: by √(1 − n / 600), by which the error
-bars are multiplied here.
+The truth is the same quantity on all 600 digits. For the error bars, samples are drawn with
+replacement, so that the 600 digits are their whole population, in batches as the command reads them.
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ from ckpt_tools.reestimate.screening import Screening
 
 NEEDED_NETS = ("densenet", "wrn", "resnet-droppath", "mlp")
 COVERAGE_NETS = ("densenet", "wrn", "resnet-droppath")
-FEW, SAMPLE = 64, 128  # inputs whose errors are compared, and whose error bars are checked
+FEW, SAMPLE = 64, 256  # inputs whose errors are compared, and whose error bars are checked
+BATCH = 64
 MANY_REPEATS = 64
+TRUTH_EPOCHS, TRUTH_REPEATS = 16, 8  # each epoch holds every digit once, in other batches
 
 Channels = dict[str, Tensor]
 
@@ -45,10 +46,10 @@ def load_net(name: str, scratch: Path) -> tuple[nn.Module, Tensor]:
 
 
 def measure_shift(
-    model: nn.Module, images: Tensor, *, repeats: int | None = None, seed: int = 0
+    model: nn.Module, batches: Sequence[Tensor], *, repeats: int | None = None, seed: int = 0
 ) -> tuple[Channels, Channels]:
     """The dropout shift of each layer behind dropout, and its stated relative error, each (C,)."""
-    walk = ckpt_tools.walk(model, images[:4])
+    walk = ckpt_tools.walk(model, batches[0][:4])
     twin = copy_in_training_mode(model, containers=True)
     modules, twins = dict(model.named_modules()), dict(twin.named_modules())
     layers = {
@@ -67,7 +68,7 @@ def measure_shift(
         repeats=repeats,
     )
     screening = Screening(model, lambda batch, row: "", keep=False)
-    context = PassContext(model, Batches([images]), runner, layers, screening)
+    context = PassContext(model, Batches(batches), runner, layers, screening)
     with preserved_evaluation_mode(model), torch.no_grad(), seed_temporarily(seed):
         estimate = ratio(context, None)
     evidence = {name: estimate.last_pass.evidence[name] for name in estimate.statistics}
@@ -90,14 +91,14 @@ def inputs_needed(name: str, scratch: Path, repeats: Sequence[int], trials: int)
     data; it falls with the square root of the number of inputs.
     """
     model, images = load_net(name, scratch)
-    full_shift = measure_shift(model, images, repeats=MANY_REPEATS)[0]
+    full_shift = measure_shift(model, [images], repeats=MANY_REPEATS)[0]
     full_pooled = pool(model, images, list(full_shift))
     squares: dict[int, list[Tensor]] = {number: [] for number in (0, *repeats)}
     for trial in range(trials):
         sample = draw(images, FEW, trial)
         squares[0].append(_squares(pool(model, sample, list(full_shift)), full_pooled))
         for number in repeats:
-            shift = measure_shift(model, sample, repeats=number, seed=100 + trial)[0]
+            shift = measure_shift(model, [sample], repeats=number, seed=100 + trial)[0]
             squares[number].append(_squares(shift, full_shift))
     mean = {number: float(torch.cat(parts).mean()) for number, parts in squares.items()}
     return {number: mean[0] / mean[number] for number in repeats}
@@ -106,15 +107,16 @@ def inputs_needed(name: str, scratch: Path, repeats: Sequence[int], trials: int)
 def covered_share(name: str, scratch: Path, trials: int) -> float:
     """Share of the channels whose shift on all digits lies within ±1.96 stated errors of a sample's."""
     model, images = load_net(name, scratch)
-    truth = measure_shift(model, images, repeats=MANY_REPEATS)[0]
-    overlap = math.sqrt(1 - SAMPLE / len(images))
+    epochs = torch.cat([draw(images, len(images), epoch) for epoch in range(TRUTH_EPOCHS)])
+    truth = measure_shift(model, epochs.split(BATCH), repeats=TRUTH_REPEATS)[0]
     inside: list[Tensor] = []
     for trial in range(trials):
-        shifts, errors = measure_shift(model, draw(images, SAMPLE, trial), seed=100 + trial)
+        rows = torch.randint(len(images), (SAMPLE,), generator=torch.Generator().manual_seed(trial))
+        shifts, errors = measure_shift(model, images[rows].split(BATCH), seed=100 + trial)
         for layer, shift in shifts.items():
             varies = errors[layer] > 0  # a channel that no noise reaches is known exactly
             misses = (shift / truth[layer]).log().abs()
-            inside.append((misses <= 1.96 * overlap * errors[layer])[varies])
+            inside.append((misses <= 1.96 * errors[layer])[varies])
     return float(torch.cat(inside).double().mean())
 
 
