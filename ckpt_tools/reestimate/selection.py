@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt_tools.contract import Estimator, Rates
-from ckpt_tools.diagnosis.mismatch import judge_mismatch
+from ckpt_tools.diagnosis.mismatch import compare_layers, judge_mismatch, trail_behind_weights
 from ckpt_tools.method import Method
 from ckpt_tools.observation.evidence import Evidence
 from ckpt_tools.observation.layer import Layer
@@ -27,13 +27,15 @@ class Selection:
     """An estimate, the estimator that made it, and the reason for that.
 
     ``paired`` is the evidence of the paired measurement by layer name, if there was one, with the
-    ``layers`` that it observed.
+    ``layers`` that it observed. ``trails``: the stored statistics differ from the data because the
+    weights have moved since, so that to scale them would keep what is old.
     """
 
     estimate: Estimate
     estimator: Estimator
     reason: str
     verdict: Verdict | None = None
+    trails: bool = False
     paired: Mapping[str, Evidence] = field(default_factory=dict)
     layers: Mapping[str, Layer] = field(default_factory=dict)
 
@@ -65,12 +67,19 @@ def estimate_statistics(
         reason = "drop rates are not known, so the data is taken for that of the training, as in the paper"
         return _measure_directly(context, method, reason)
     paired = _measure_ratio(make_paired(), method, verdict, synthetic=synthetic)
-    if method.estimator == "ratio" or paired.verdict is None or paired.verdict.level in ("doubt", "refuse"):
+    if method.estimator == "ratio" or not _suits_pooled(paired):
         refuse_without_noise(paired.estimate)
         return paired
+    assert paired.verdict is not None
     estimate = pooled(context, method.statistics, method.tolerance, number=2)
-    reason = f"the drop rates are known, and nothing speaks against the data ({paired.verdict.reason})"
+    seen = "the weights have moved, not the data" if paired.trails else "nothing speaks against the data"
+    reason = f"the drop rates are known, and {seen} ({paired.verdict.reason})"
     return replace(paired, estimate=estimate, estimator="pooled", reason=reason)
+
+
+def _suits_pooled(paired: Selection) -> bool:
+    """Whether the data may be taken for that of the training, as the paper does."""
+    return paired.verdict is not None and (paired.verdict.level in ("agree", "none") or paired.trails)
 
 
 def _measure_ratio(
@@ -83,13 +92,16 @@ def _measure_ratio(
     evidence, images = estimate.last_pass.evidence, estimate.last_pass.total.images
     if synthetic:
         reason = "there is no data, and the ratio of variances with dropout on and off needs none"
-        return Selection(estimate, "ratio", reason, None, evidence, context.layers)
+        return Selection(estimate, "ratio", reason, None, False, evidence, context.layers)
+    trails = False
     if verdict is None:
-        verdict = judge_mismatch(context.layers, evidence, images)
+        compared = compare_layers(context.layers, evidence)
+        verdict = judge_mismatch(compared, images)
+        trails = verdict.level == "doubt" and trail_behind_weights(compared)
     reason = f"the data differs from the stored statistics ({verdict.reason})"
     if method.estimator == "ratio":
         reason = "asked for"
-    return Selection(estimate, "ratio", reason, verdict, evidence, context.layers)
+    return Selection(estimate, "ratio", reason, verdict, trails, evidence, context.layers)
 
 
 def _measure_directly(context: PassContext, method: Method, reason: str) -> Selection:
