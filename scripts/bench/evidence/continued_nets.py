@@ -21,6 +21,7 @@ from bench.evidence.net_training import BATCH, Training, augment, load_or_train
 
 EPOCHS = 6
 LEARNING_RATE = 0.03
+FINE_TUNING_RATE = 0.003
 PRUNED_SHARE = 0.5
 AVERAGES = {
     "SWA": get_swa_multi_avg_fn(),
@@ -53,7 +54,7 @@ def _train_kinds(training: Training, start: nn.Module) -> dict[str, nn.Module]:
     for module in fine_tuned.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    for _ in _steps(training, fine_tuned, data, seed=2):
+    for _ in _steps(training, fine_tuned, data, seed=2, rate=FINE_TUNING_RATE):
         pass
     # The statistics of an averaged model are copies of the last one's, as swa_utils leaves them.
     nets = {kind: average.module for kind, average in averages.items()}
@@ -75,9 +76,11 @@ def _train_with_averages(
     return model, averages
 
 
-def _steps(training: Training, model: nn.Module, data: ImageData, seed: int) -> Iterator[bool]:
+def _steps(
+    training: Training, model: nn.Module, data: ImageData, seed: int, rate: float = LEARNING_RATE
+) -> Iterator[bool]:
     """Train, and yield after each step whether it ends an epoch. Modules in evaluation mode stay in it."""
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3000 + 10 * training.seed + seed)
         for _ in range(EPOCHS):
