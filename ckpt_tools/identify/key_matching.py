@@ -71,11 +71,14 @@ class Differences:
 
 
 def has_counters(checkpoint: Checkpoint) -> bool:
-    """Whether the file holds the counters of batches that its BN layers have seen.
+    """Whether the file says how many batches its BN layers have seen: one counter is above 0.
 
-    Without them a loaded model's counters are zero, which does not mean that it was never trained.
+    Where the counters are absent, or all are 0 as in files that were converted from a library
+    without counters, a model may be trained all the same. Its statistics then tell.
     """
-    return any(key.endswith(BATCH_COUNTER) for key in checkpoint.tensors)
+    return any(
+        key.endswith(BATCH_COUNTER) and bool(tensor.any()) for key, tensor in checkpoint.tensors.items()
+    )
 
 
 def unsaved_buffer_keys(model: nn.Module) -> frozenset[str]:

@@ -422,3 +422,31 @@ def test_reading_twice_gives_tensors_of_their_own() -> None:
     first["w"].zero_()
     assert isinstance(second, dict)
     assert torch.equal(second["w"], torch.ones(3))
+
+
+@pytest.mark.parametrize("instruction", [b"U%c%s", b"T%c\0\0\0%s", b"S'%c%s'\n"])
+def test_strings_of_python_2_are_utf_8_first(instruction: bytes) -> None:
+    """Python 2 wrote keys as bytes; torch.load reads them as UTF-8."""
+    for key, expected in (
+        ("größe".encode(), "größe"),
+        ("数.bias".encode(), "数.bias"),
+        (b"gr\xf6\xdfe", "größe"),
+    ):
+        line = instruction % (len(key), key) if b"S" not in instruction else b"S'%s'\n" % key
+        raw = b"(" + line + b"K\x01d."
+        assert load_stream(io.BytesIO(raw)) == {expected: 1}
+        if key == expected.encode():
+            assert pickle.loads(raw, encoding="utf-8") == {expected: 1}
+
+
+@pytest.mark.parametrize("content", [b"\xc3\xa9", b"\xff\xe9", b"ab"])
+def test_arrays_of_python_2_keep_every_byte(content: bytes) -> None:
+    """Bytes that happen to be UTF-8 are no text in an array."""
+    raw = (
+        b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
+        b"K\x00tb\x89U\x02" + content + b"tbs."
+    )
+    array = load_stream(io.BytesIO(raw))
+    assert isinstance(array, dict)
+    assert bytes(array["w"].tolist()) == content
