@@ -100,7 +100,7 @@ weights = combine_options(
         default="auto",
         show_default=True,
         help="Which weights of a checkpoint that holds several sets; auto takes EMA weights where "
-        "there are some.",
+        "there are some, under whatever name their framework saves them.",
     ),
     click.option(
         "--trust",
