@@ -7,6 +7,7 @@ from ckpt_tools.errors import ArchitectureError, NothingToDo
 from ckpt_tools.identify.architecture_index import load_shipped_index
 from ckpt_tools.identify.recipe import recipe_without_arguments
 from ckpt_tools.identify.skeleton import build_skeleton, state_dict_shapes
+from ckpt_tools.identify.stored_forms import shapes_as_model
 from ckpt_tools.storage.contents.quantized import missing_batch_norm
 
 _VARIANCE = "running_var"
@@ -31,7 +32,7 @@ def _describe_folding(checkpoint: Checkpoint) -> str | None:
     Folding removes the BN tensors and adds biases, but keeps the shapes of the convolutions. The
     index has a digest of those alone (`ModelPart.frame_digest`).
     """
-    for match in load_shipped_index().find_matches(checkpoint.shapes):
+    for match in load_shipped_index().find_matches(shapes_as_model(checkpoint)):
         for architecture in match.architectures:
             if _has_batch_norm(architecture):
                 return (

@@ -24,6 +24,7 @@ from ckpt_tools.identify.recipe import (
 )
 from ckpt_tools.identify.recorded_provenance import add_recorded_arguments, corrected_recipe
 from ckpt_tools.identify.recorded_rates import recorded_class
+from ckpt_tools.identify.stored_forms import shapes_as_model
 
 # At every other digest level, the head was left out of the comparison.
 _BY_LEVEL: dict[str, RecognisedBy] = {"full": "shapes"}
@@ -56,7 +57,7 @@ def find_candidates(
     if fitting:
         _require_one_meaning(checkpoint, fitting)
         return (fitting[0],)
-    for match in load_shipped_index().find_matches(checkpoint.shapes):
+    for match in load_shipped_index().find_matches(shapes_as_model(checkpoint)):
         if _is_part_of_larger_model(checkpoint, match.prefix):
             continue  # The BatchNorm layers outside the prefix would be left out.
         proposals = _propose_candidates(checkpoint, match)
@@ -195,7 +196,7 @@ def _unknown_architecture_error(
     description = f"{checkpoint.shown_path}: {describe_recorded_name(checkpoint)}."
     reason = misfits[0] if misfits else description
     return ArchitectureError(
-        f"{reason}\n{describe_closest(checkpoint.shapes)}\n"
+        f"{reason}\n{describe_closest(shapes_as_model(checkpoint))}\n"
         "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or "
         "--arch package.module:factory."
     )
