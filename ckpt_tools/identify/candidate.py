@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify import plugins
-from ckpt_tools.identify.admission import admit_recipe, bound_construction
+from ckpt_tools.identify.admission import admit_recipe, bound_construction, bound_first_construction
 from ckpt_tools.identify.key_matching import (
     common_prefix,
     compare_shapes,
@@ -85,7 +85,7 @@ def fit_candidate(
     file may set.
     """
     recipe = admit_recipe(checkpoint, candidate.adapter, candidate.recipe, user_kwargs)
-    with bound_construction(checkpoint, recipe, candidate.recognised_by):
+    with bound_first_construction(checkpoint, recipe, candidate.recognised_by):
         return _fit_to_shapes(checkpoint, replace(candidate, recipe=recipe), user_kwargs)
 
 

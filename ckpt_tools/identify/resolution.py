@@ -6,7 +6,9 @@ its tensors show.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from ckpt_tools.contract import Checkpoint, RecognisedBy
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
@@ -18,6 +20,7 @@ from ckpt_tools.identify.equivalents import merge_equivalent_candidates
 from ckpt_tools.identify.file_name_hints import guess_by_file_name
 from ckpt_tools.identify.recipe import (
     describe_recorded_name,
+    recipe_with_rates_alone,
     recipe_with_recorded_arguments,
     recipe_without_arguments,
     recorded_recipes,
@@ -47,7 +50,7 @@ def find_candidates(
     if architecture is not None:
         adapter, recipe = recipe_with_recorded_arguments(checkpoint.words, architecture)
         recipe = add_recorded_arguments(checkpoint, adapter, recipe)
-        return (fit_candidate(checkpoint, Candidate(adapter, recipe, "user"), user_kwargs),)
+        return (_fit_named_architecture(checkpoint, Candidate(adapter, recipe, "user"), user_kwargs),)
     # A trusted pickle may hold the model itself.
     if checkpoint.module is not None:
         return (module_candidate(checkpoint),)
@@ -71,6 +74,27 @@ def find_candidates(
             _require_one_meaning(checkpoint, fitting if len(distinct) == 1 else distinct)
             return distinct
     raise _unknown_architecture_error(checkpoint, misfits)
+
+
+def _fit_named_architecture(
+    checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]
+) -> Candidate:
+    """Return the candidate that the user names, with the arguments that the file records.
+
+    Those of a training module may mean something else in the user's own callable, which is then
+    called without them, as long as its tensors show that this fits.
+    """
+    try:
+        return fit_candidate(checkpoint, candidate, user_kwargs)
+    except ArgumentRefused:
+        raise
+    except ArchitectureError:
+        plain = recipe_with_rates_alone(candidate.adapter, candidate.recipe)
+        if candidate.recipe.adapter != "factory" or plain == candidate.recipe:
+            raise
+        with contextlib.suppress(ArchitectureError):
+            return fit_candidate(checkpoint, replace(candidate, recipe=plain), user_kwargs)
+        raise
 
 
 def require_single_candidate(checkpoint: Checkpoint, candidates: tuple[Candidate, ...]) -> Candidate:
