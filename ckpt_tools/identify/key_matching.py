@@ -176,6 +176,11 @@ def _shorten(lines: list[str], summary: str) -> list[str]:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.is_floating_point and tensor.is_complex():
+        raise CheckpointError(
+            f"{name}: expected real numbers, the checkpoint holds complex ones ({tensor.dtype}). "
+            "Give an architecture whose parameter is complex, too."
+        )
     if dtype.is_floating_point and not tensor.is_floating_point():
         raise CheckpointError(
             f"{name}: expected floating-point numbers, the checkpoint holds {tensor.dtype}. "
