@@ -116,7 +116,8 @@ model = combine_options(
         "architecture",
         metavar="NAME",
         help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory (your "
-        "code is imported and run). Not needed where the checkpoint names it.",
+        "code is imported and run). Not needed where the checkpoint names it. "
+        "Lightning's recorded hyper_parameters become arguments of your class.",
     ),
     click.option(
         "--model-kwargs",
