@@ -23,9 +23,11 @@ __all__ = [
     "Factor",
     "Flag",
     "Forbidden",
+    "LeftOut",
     "Nested",
     "NotAdmitted",
     "Number",
+    "OwnArgument",
     "Pixels",
     "Rate",
     "Sizes",
@@ -41,6 +43,10 @@ _DEEPEST_LIST = 8  # lists in lists; libraries use three
 
 class NotAdmitted(Exception):
     """A file may not set an argument to this value. The message says what was expected instead."""
+
+
+class LeftOut(NotAdmitted):
+    """A value that does not reach the constructor, which then takes its own default."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,40 @@ class Forbidden:
 
 
 @dataclass(frozen=True)
+class OwnArgument:
+    """An argument of the user's own constructor, of which only the signature is known.
+
+    `default` is its default value, `words` are those that a file may choose from. Where
+    `is_about_model` is False the argument is one of the training, whose words do not matter.
+    """
+
+    default: object = None
+    words: frozenset[str] = frozenset()
+    is_about_model: bool = True
+
+    def admit(self, value: object, evidence: Evidence) -> object:
+        """Admit flags, numbers up to the file's largest dimension, and words of the list.
+
+        Larger numbers and objects are left out: they are no size of this model. Another word is not
+        admitted, since without it the same tensors might be built into another function.
+        """
+        try:
+            leaves = list(_leaves(value, evidence))
+        except NotAdmitted as error:
+            raise LeftOut(str(error)) from None
+        for leaf in leaves:
+            if isinstance(leaf, str):
+                if leaf not in ("", self.default) and leaf.lower() not in self.words:
+                    error_class = NotAdmitted if self.is_about_model else LeftOut
+                    raise error_class("to your own code a file may give numbers and well-known words alone")
+                continue
+            is_number = _is_finite_number(leaf) and abs(leaf) <= max(1, evidence.largest_dimension)
+            if leaf is not None and not isinstance(leaf, bool) and not is_number:
+                raise LeftOut("expected a number that the file's tensors justify")
+        return value
+
+
+@dataclass(frozen=True)
 class Nested:
     """A configuration within a configuration: a mapping whose entries have kinds of their own.
 
@@ -238,7 +278,7 @@ def admit_argument(kinds: Mapping[str, ArgumentKind], name: str, value: object, 
     try:
         return kind.admit(value, evidence)
     except NotAdmitted as error:
-        raise NotAdmitted(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _admit_numbers(value: object, evidence: Evidence, expected: str, fits: Callable[[float], bool]) -> object:

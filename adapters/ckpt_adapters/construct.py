@@ -173,7 +173,7 @@ def _signature_parameters(make: Constructor) -> tuple[dict[str, inspect.Paramete
 
 
 def _is_rate(parameter: inspect.Parameter) -> bool:
-    if "drop" not in parameter.name and "stochastic_depth" not in parameter.name:
+    if "drop" not in parameter.name and "stochastic_depth" not in parameter.name and parameter.name != "p":
         return False
     default = parameter.default
     if isinstance(default, int | float) and not isinstance(default, bool):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from ckpt_adapters.construct import construct, keyword_parameters, rate_keywords, suggest_names
+from ckpt_adapters.recorded_arguments import is_about_the_model, model_arguments
 from ckpt_adapters.sizes_from_shapes import infer_size_argument
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
+from ckpt_tools.file_arguments import ArgumentKind, OwnArgument
 from ckpt_tools.import_path import import_user_module
 
 # Keyword arguments that are sizes, and the axis of a weight along which each of them shows.
@@ -22,6 +25,23 @@ _SIZES = (
     ("num_labels", 0),
     ("in_chans", 1),
     ("in_channels", 1),
+)
+
+# Words for layers that a file may choose, in lower case. None of them names a file or a class.
+_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        none identity relu relu6 leaky_relu leakyrelu prelu rrelu elu selu celu gelu silu swish mish glu
+        tanh sigmoid softplus hardswish hardsigmoid bn ln gn in batch layer group instance batchnorm
+        batch_norm layernorm layer_norm groupnorm group_norm instancenorm instance_norm avg max mean sum
+        add cat concat same valid causal zeros reflect replicate circular nearest bilinear bicubic pre post
+        """,
+    )
+)
+# Arguments of a training module that say how to train. Their words do not change the model.
+_OF_TRAINING = re.compile(
+    r"optim|sched|loss|criteri|metric|monitor|data|log|trainer|strategy|precision|experiment|run|^name$|task"
 )
 
 
@@ -67,6 +87,28 @@ class FactoryAdapter:
         """Return the parameters whose names and defaults look like drop rates."""
         return rate_keywords(_factory(name))
 
+    def recorded_arguments(self, name: str, words: Mapping[str, object]) -> tuple[dict[str, object], bool]:
+        """Return the arguments that a file records for this callable, and whether these are all.
+
+        They are the ``hyper_parameters`` of Lightning, and ``model_kwargs`` of other scripts, as far
+        as the signature has them. As all of them are known, so are the drop rates.
+        """
+        parameters = keyword_parameters(_factory(name))
+        recorded = model_arguments(words) | _lightning_arguments(words)
+        arguments = {key: recorded[key] for key in parameters if key in recorded and is_about_the_model(key)}
+        return arguments, bool(parameters) and parameters.keys() <= recorded.keys()
+
+    def file_arguments(self, name: str) -> Mapping[str, ArgumentKind]:
+        """Return a kind for each argument of the signature: numbers, flags and well-known words."""
+        return {
+            key: OwnArgument(
+                parameter.default,
+                _WORDS | {word.lower() for word in get_args(parameter.annotation) if isinstance(word, str)},
+                _OF_TRAINING.search(key) is None,
+            )
+            for key, parameter in keyword_parameters(_factory(name)).items()
+        }
+
     def input_spec(self, model: nn.Module, name: str, words: Mapping[str, object]) -> InputSpec | None:
         """Return the model's own `input_spec`, which is an InputSpec or a mapping of its fields.
 
@@ -86,6 +128,16 @@ class FactoryAdapter:
             raise ArchitectureError(
                 f"{name}: input_spec should hold the fields of InputSpec: {error}"
             ) from error
+
+
+def _lightning_arguments(words: Mapping[str, object]) -> dict[str, object]:
+    """Return the arguments that Lightning's ``save_hyperparameters`` has recorded."""
+    recorded = words.get("hyper_parameters")
+    if not isinstance(recorded, Mapping):
+        return {}
+    # The command line of Lightning records a class and its arguments.
+    inner = recorded.get("init_args")
+    return {str(key): value for key, value in (inner if isinstance(inner, Mapping) else recorded).items()}
 
 
 def _fields_of_cfg(cfg: object) -> dict[str, Any]:

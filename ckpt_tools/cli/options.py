@@ -100,7 +100,7 @@ weights = combine_options(
         default="auto",
         show_default=True,
         help="Which weights of a checkpoint that holds several sets; auto takes EMA weights where "
-        "there are some.",
+        "there are some, under whatever name their framework saves them.",
     ),
     click.option(
         "--trust",
@@ -116,7 +116,8 @@ model = combine_options(
         "architecture",
         metavar="NAME",
         help="Architecture: timm:resnet50, torchvision:densenet121, package.module:factory (your "
-        "code is imported and run). Not needed where the checkpoint names it.",
+        "code is imported and run). Not needed where the checkpoint names it. "
+        "Lightning's recorded hyper_parameters become arguments of your class.",
     ),
     click.option(
         "--model-kwargs",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ckpt_tools.observation.evidence import Evidence
 from ckpt_tools.observation.layer import Layer
-from ckpt_tools.observation.training_history import initial_weight, is_trained
+from ckpt_tools.observation.training_history import any_counted, initial_weight, is_trained
 from ckpt_tools.results import Measured, Verdict
 
 # The largest score of data that agrees. On small nets it is 0.003 at most for data as in training
@@ -88,10 +88,11 @@ def compare_layers(layers: Mapping[str, Layer], evidence: Mapping[str, Evidence]
 
     Frozen layers remember other data than that of the last training, so they are no witnesses.
     """
+    counted = any_counted(layer.module for layer in layers.values())
     return [
         compare_layer(layer, evidence[name])
         for name, layer in layers.items()
-        if name in evidence and is_trained(layer.module) and not layer.frozen
+        if name in evidence and is_trained(layer.module, counted=counted) and not layer.frozen
     ]
 
 

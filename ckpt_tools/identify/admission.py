@@ -17,9 +17,15 @@ from typing import TypeGuard
 from ckpt_tools.construction import ConstructionBudget, limited_construction
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.file_arguments import ArgumentKind, Evidence, NotAdmitted, Rate, admit_argument
+from ckpt_tools.file_arguments import ArgumentKind, Evidence, LeftOut, NotAdmitted, Rate, admit_argument
 
-__all__ = ["ArgumentRefused", "admit_input_spec", "admit_recipe", "bound_construction"]
+__all__ = [
+    "ArgumentRefused",
+    "admit_input_spec",
+    "admit_recipe",
+    "bound_construction",
+    "bound_first_construction",
+]
 
 
 class ArgumentRefused(ArchitectureError):
@@ -47,6 +53,8 @@ def admit_recipe(
             continue
         try:
             admitted[name] = admit_argument(kinds, name, value, evidence)
+        except LeftOut:
+            continue
         except NotAdmitted as reason:
             if name not in _READ_OFF_SHAPES:
                 error_class = ArgumentRefused if name in kinds else ArchitectureError
@@ -60,6 +68,20 @@ def admit_recipe(
 _READ_OFF_SHAPES = frozenset(
     {"num_classes", "n_classes", "num_labels", "in_chans", "in_channels", "num_channels"}
 )
+
+
+def bound_first_construction(
+    checkpoint: Checkpoint, recipe: Recipe, recognised_by: RecognisedBy
+) -> AbstractContextManager[None]:
+    """Do what `bound_construction` does for the first construction, whose shapes are compared.
+
+    The user's own code is bounded here, too, if the file sets more than its drop rates. `recipe` has
+    the arguments of the file.
+    """
+    if recipe.adapter == "factory" and not all(map(_is_rate, recipe.kwargs.values())):
+        budget = ConstructionBudget.from_shapes(checkpoint.shapes)
+        return limited_construction(budget, f"{checkpoint.shown_path}: {recipe.architecture}")
+    return bound_construction(checkpoint, recipe, recognised_by)
 
 
 def bound_construction(

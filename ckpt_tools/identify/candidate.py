@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Adapter, Checkpoint, InputSpec, LoadedModel, Recipe, RecognisedBy
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify import plugins
-from ckpt_tools.identify.admission import admit_recipe, bound_construction
+from ckpt_tools.identify.admission import admit_recipe, bound_construction, bound_first_construction
 from ckpt_tools.identify.key_matching import (
     common_prefix,
     compare_shapes,
@@ -36,6 +36,7 @@ from ckpt_tools.identify.skeleton import (
     keys_depending_on,
     state_dict_shapes,
 )
+from ckpt_tools.identify.stored_forms import shapes_as_model
 from ckpt_tools.storage.reading import select_prefix
 
 # Libraries leave a dropout module out where its rate is 0. Any rate strictly between 0 and 1 makes
@@ -84,7 +85,7 @@ def fit_candidate(
     file may set.
     """
     recipe = admit_recipe(checkpoint, candidate.adapter, candidate.recipe, user_kwargs)
-    with bound_construction(checkpoint, recipe, candidate.recognised_by):
+    with bound_first_construction(checkpoint, recipe, candidate.recognised_by):
         return _fit_to_shapes(checkpoint, replace(candidate, recipe=recipe), user_kwargs)
 
 
@@ -96,16 +97,17 @@ def _fit_to_shapes(
     if candidate.prefix is None:
         # Reading the class count off the shapes needs the prefix, so the head of this skeleton may
         # have another size than the checkpoint's. All other keys show the prefix.
-        prefix = common_prefix(state_dict_shapes(skeleton), checkpoint.tensors)
+        prefix = common_prefix(state_dict_shapes(skeleton), shapes_as_model(checkpoint, skeleton))
         if prefix:
             part, recipe, skeleton = _build_for_part(checkpoint, candidate, prefix, user_kwargs)
     expected = state_dict_shapes(skeleton)
-    differences = compare_shapes(expected, part.shapes, unsaved_buffer_keys(skeleton))
+    shapes = shapes_as_model(part, skeleton)
+    differences = compare_shapes(expected, shapes, unsaved_buffer_keys(skeleton))
     replaceable: tuple[str, ...] = ()
     if differences.keys:
         replaceable = _replaceable_attributes(candidate.adapter, recipe, expected)
         if not differences.only_under(replaceable):
-            raise misfit_error(differences, expected, part, recipe.architecture)
+            raise misfit_error(differences, expected, part, shapes, recipe.architecture)
     return replace(
         candidate,
         recipe=recipe,
@@ -265,7 +267,8 @@ def _add_size_arguments(
 
     The shapes override what the file records, and the user overrides both.
     """
-    sizes = adapter.class_kwargs(checkpoint.shapes, recipe.name, {**recipe.kwargs, **user_kwargs})
+    shapes = checkpoint.shapes | shapes_as_model(checkpoint)
+    sizes = adapter.class_kwargs(shapes, recipe.name, {**recipe.kwargs, **user_kwargs})
     recipe = replace(recipe, kwargs={**recipe.kwargs, **sizes, **user_kwargs})
     if any(name in user_kwargs for name in adapter.rate_kwargs(recipe.name)):
         return replace(recipe, rates="given")

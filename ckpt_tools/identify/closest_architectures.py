@@ -84,7 +84,8 @@ def _compare_entry(shapes: Shapes, match: SketchMatch) -> SimilarArchitecture | 
     outer = [key for key in shapes if not key.startswith(prefix)]
     present = _ignore_size_differences(inner, expected, entry)
     differences = compare_shapes(expected, present)
-    fitting = len(expected) - len(differences.reshaped) - len(differences.missing)
+    # Counters may be absent, which is no difference, but what is absent does not fit, either.
+    fitting = sum(present.get(key) == shape for key, shape in expected.items())
     share = fitting / max(1, len(expected) + len(differences.unexpected) + len(outer))
     if differences.keys:
         description = _describe_first_difference(differences.keys, expected, present)

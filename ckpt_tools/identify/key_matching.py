@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ckpt_tools.contract import Checkpoint
 from ckpt_tools.errors import ArchitectureError, CheckpointError
 from ckpt_tools.identify.shape_digest import BATCH_COUNTER, Shapes, top_attribute
+from ckpt_tools.identify.stored_forms import shapes_as_model, tensors_as_model
 
 _VARIANCE = "running_var"
 _MAX_LINES = 3  # Differences of one kind that a message lists.
@@ -71,11 +72,14 @@ class Differences:
 
 
 def has_counters(checkpoint: Checkpoint) -> bool:
-    """Whether the file holds the counters of batches that its BN layers have seen.
+    """Whether the file says how many batches its BN layers have seen: one counter is above 0.
 
-    Without them a loaded model's counters are zero, which does not mean that it was never trained.
+    Where the counters are absent, or all are 0 as in files that were converted from a library
+    without counters, a model may be trained all the same. Its statistics then tell.
     """
-    return any(key.endswith(BATCH_COUNTER) for key in checkpoint.tensors)
+    return any(
+        key.endswith(BATCH_COUNTER) and bool(tensor.any()) for key, tensor in checkpoint.tensors.items()
+    )
 
 
 def unsaved_buffer_keys(model: nn.Module) -> frozenset[str]:
@@ -102,10 +106,12 @@ def compare_shapes(expected: Shapes, shapes: Shapes, optional: Collection[str] =
 
 
 def misfit_error(
-    differences: Differences, expected: Shapes, checkpoint: Checkpoint, architecture: str
+    differences: Differences, expected: Shapes, checkpoint: Checkpoint, shapes: Shapes, architecture: str
 ) -> ArchitectureError:
-    """Return the error that names the first differences of each kind."""
-    shapes = checkpoint.shapes
+    """Return the error that names the first differences of each kind.
+
+    `shapes` are those of the checkpoint, as the model has them.
+    """
     expects = {key: f"{key}: {architecture} expects {shape}" for key, shape in expected.items()}
     reshaped = [f"{expects[key]}, the checkpoint holds {shapes[key]}" for key in differences.reshaped]
     missing = [f"{expects[key]}, the checkpoint lacks it" for key in differences.missing]
@@ -138,12 +144,13 @@ def fill_model(
     built_state = model.state_dict()
     built = {key: value for key, value in built_state.items() if isinstance(value, Tensor)}
     shapes = {key: tuple(tensor.shape) for key, tensor in built.items()}
-    differences = compare_shapes(shapes, checkpoint.shapes, unsaved_buffer_keys(model))
+    present = shapes_as_model(checkpoint, model)
+    differences = compare_shapes(shapes, present, unsaved_buffer_keys(model))
     if not differences.only_under(as_built):
-        raise misfit_error(differences, shapes, checkpoint, architecture)
+        raise misfit_error(differences, shapes, checkpoint, present, architecture)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state: dict[str, object] = {}
-    for key, tensor in checkpoint.tensors.items():
+    for key, tensor in tensors_as_model(checkpoint, model).items():
         if key not in built or key in differences.reshaped:
             continue
         converted = _cast(f"{checkpoint.shown_path}: {key}", tensor, built[key].dtype)
@@ -169,6 +176,11 @@ def _shorten(lines: list[str], summary: str) -> list[str]:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.is_floating_point and tensor.is_complex():
+        raise CheckpointError(
+            f"{name}: expected real numbers, the checkpoint holds complex ones ({tensor.dtype}). "
+            "Give an architecture whose parameter is complex, too."
+        )
     if dtype.is_floating_point and not tensor.is_floating_point():
         raise CheckpointError(
             f"{name}: expected floating-point numbers, the checkpoint holds {tensor.dtype}. "

@@ -49,8 +49,21 @@ def recipe_with_recorded_arguments(words: Mapping[str, object], architecture: st
     # A timm tag (resnet50.a1_in1k) names weights, not another architecture.
     if recorded is not None and recorded.name.partition(".")[0] == name.partition(".")[0]:
         return adapter, replace(recorded, name=name)
-    rates = _recorded_drop_rates(words, adapter.rate_kwargs(name))
-    return adapter, Recipe(adapter.prefix, name, rates, "recorded" if rates else "unknown")
+    keywords = adapter.rate_kwargs(name)
+    rates = _recorded_drop_rates(words, keywords)
+    # `recorded_arguments` is optional: only the adapter for the user's own code has it.
+    read_arguments = getattr(adapter, "recorded_arguments", None)
+    arguments, is_complete = read_arguments(name, words) if read_arguments else ({}, False)
+    has_rates = rates or is_complete or any(keyword in arguments for keyword in keywords)
+    return adapter, Recipe(
+        adapter.prefix, name, {**rates, **arguments}, "recorded" if has_rates else "unknown"
+    )
+
+
+def recipe_with_rates_alone(adapter: Adapter, recipe: Recipe) -> Recipe:
+    """Return the recipe with nothing but drop rates, since the other arguments do not fit."""
+    rates = {name: recipe.kwargs[name] for name in adapter.rate_kwargs(recipe.name) if name in recipe.kwargs}
+    return replace(recipe, kwargs=rates, rates="recorded" if rates else "unknown")
 
 
 def recipe_without_arguments(architecture: str) -> AdapterAndRecipe:

@@ -6,7 +6,9 @@ its tensors show.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from ckpt_tools.contract import Checkpoint, RecognisedBy
 from ckpt_tools.errors import AmbiguousArchitecture, ArchitectureError
@@ -18,12 +20,14 @@ from ckpt_tools.identify.equivalents import merge_equivalent_candidates
 from ckpt_tools.identify.file_name_hints import guess_by_file_name
 from ckpt_tools.identify.recipe import (
     describe_recorded_name,
+    recipe_with_rates_alone,
     recipe_with_recorded_arguments,
     recipe_without_arguments,
     recorded_recipes,
 )
 from ckpt_tools.identify.recorded_provenance import add_recorded_arguments, corrected_recipe
 from ckpt_tools.identify.recorded_rates import recorded_class
+from ckpt_tools.identify.stored_forms import shapes_as_model
 
 # At every other digest level, the head was left out of the comparison.
 _BY_LEVEL: dict[str, RecognisedBy] = {"full": "shapes"}
@@ -46,7 +50,7 @@ def find_candidates(
     if architecture is not None:
         adapter, recipe = recipe_with_recorded_arguments(checkpoint.words, architecture)
         recipe = add_recorded_arguments(checkpoint, adapter, recipe)
-        return (fit_candidate(checkpoint, Candidate(adapter, recipe, "user"), user_kwargs),)
+        return (_fit_named_architecture(checkpoint, Candidate(adapter, recipe, "user"), user_kwargs),)
     # A trusted pickle may hold the model itself.
     if checkpoint.module is not None:
         return (module_candidate(checkpoint),)
@@ -56,7 +60,7 @@ def find_candidates(
     if fitting:
         _require_one_meaning(checkpoint, fitting)
         return (fitting[0],)
-    for match in load_shipped_index().find_matches(checkpoint.shapes):
+    for match in load_shipped_index().find_matches(shapes_as_model(checkpoint)):
         if _is_part_of_larger_model(checkpoint, match.prefix):
             continue  # The BatchNorm layers outside the prefix would be left out.
         proposals = _propose_candidates(checkpoint, match)
@@ -70,6 +74,27 @@ def find_candidates(
             _require_one_meaning(checkpoint, fitting if len(distinct) == 1 else distinct)
             return distinct
     raise _unknown_architecture_error(checkpoint, misfits)
+
+
+def _fit_named_architecture(
+    checkpoint: Checkpoint, candidate: Candidate, user_kwargs: Mapping[str, object]
+) -> Candidate:
+    """Return the candidate that the user names, with the arguments that the file records.
+
+    Those of a training module may mean something else in the user's own callable, which is then
+    called without them, as long as its tensors show that this fits.
+    """
+    try:
+        return fit_candidate(checkpoint, candidate, user_kwargs)
+    except ArgumentRefused:
+        raise
+    except ArchitectureError:
+        plain = recipe_with_rates_alone(candidate.adapter, candidate.recipe)
+        if candidate.recipe.adapter != "factory" or plain == candidate.recipe:
+            raise
+        with contextlib.suppress(ArchitectureError):
+            return fit_candidate(checkpoint, replace(candidate, recipe=plain), user_kwargs)
+        raise
 
 
 def require_single_candidate(checkpoint: Checkpoint, candidates: tuple[Candidate, ...]) -> Candidate:
@@ -195,7 +220,7 @@ def _unknown_architecture_error(
     description = f"{checkpoint.shown_path}: {describe_recorded_name(checkpoint)}."
     reason = misfits[0] if misfits else description
     return ArchitectureError(
-        f"{reason}\n{describe_closest(checkpoint.shapes)}\n"
+        f"{reason}\n{describe_closest(shapes_as_model(checkpoint))}\n"
         "Give --arch, e.g. --arch timm:resnet50, --arch torchvision:densenet121 or "
         "--arch package.module:factory."
     )

@@ -26,6 +26,7 @@ from ckpt_tools.jobs.verification import VerificationBatches, make_verification_
 from ckpt_tools.location import Location, LocationLike
 from ckpt_tools.machine.device import resolve_device
 from ckpt_tools.model.calling import unwrap_model
+from ckpt_tools.observation.training_history import INITIAL_ERROR
 from ckpt_tools.storage.output.checkpoint_writer import (
     OutputDigests,
     check_output,
@@ -34,6 +35,8 @@ from ckpt_tools.storage.output.checkpoint_writer import (
 )
 from ckpt_tools.storage.provenance import output_metadata
 from ckpt_tools.storage.reading import read_checkpoint
+
+_FRESH_VALUES = {"num_batches_tracked": 0, "running_mean": 0, "running_var": 1}
 
 SignalsCallback = Callable[[tuple[LayerSignal, ...], tuple[LayerSignal, ...]], None]
 
@@ -119,20 +122,22 @@ def initialize_checkpoint(request: InitRequest, draw: SignalsCallback | None = N
 def refuse_trained_checkpoint(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckFailed for a state dict whose BatchNorm layers have seen data.
 
-    Their counters tell, and where a file has none, running means that have moved away from zero.
-    New weights would throw the training away.
+    Their counters tell, and so do running statistics other than mean 0 and variance 1: converted
+    files have no counters, or counters of 0. New weights would throw the training away.
     """
-
-    def select(name: str) -> dict[str, Tensor]:
-        return {key: tensor for key, tensor in tensors.items() if key.endswith(name)}
-
-    for key, tensor in (select("num_batches_tracked") or select("running_mean")).items():
-        if bool(tensor.any()):
-            largest = float(tensor.reshape(-1)[tensor.abs().argmax()])
+    named = [(name, key) for name in _FRESH_VALUES for key in tensors if key.endswith(name)]
+    for name, key in named:
+        initial, tensor = _FRESH_VALUES[name], tensors[key]
+        if not tensor.numel():
+            continue
+        values = tensor.double().reshape(-1)
+        farthest = (values - initial).abs().argmax()
+        # A comparison with NaN is false, and NaN is not fresh, either.
+        if not abs(float(values[farthest]) - initial) <= INITIAL_ERROR:
             raise CheckFailed(
-                f"{key}: expected 0 in a fresh checkpoint, found {largest:g}: this model was "
-                "trained, and new weights would throw that away. Give a fresh checkpoint, or "
-                "--arch alone; --force rewrites it all the same."
+                f"{key}: expected {initial} in a fresh checkpoint, found {float(values[farthest]):g}: "
+                "this model was trained, and new weights would throw that away. Give a fresh "
+                "checkpoint, or --arch alone; --force rewrites it all the same."
             )
 
 

@@ -25,6 +25,7 @@ from ckpt_tools.jobs.recognition import recognise_architecture
 from ckpt_tools.jobs.request import ModelChoice, ReadingOptions
 from ckpt_tools.location import Location
 from ckpt_tools.model.calling import unwrap_model
+from ckpt_tools.observation.training_history import moved_from_start
 from ckpt_tools.reestimate.choice import choose
 from ckpt_tools.reestimate.frozen import frozen_layers
 from ckpt_tools.results import Walk
@@ -249,8 +250,8 @@ def _predict_reestimation(model_walk: Walk, checkpoint: Checkpoint, loaded: Load
 def _count_steps(model_walk: Walk, loaded: LoadedModel) -> dict[str, int | None]:
     """How many batches each BN layer has counted; None where the file does not say.
 
-    Where a file has no counters, a running mean that is all zero belongs to a layer that saw no
-    batch.
+    Without a counter, or with one of 0, the statistics tell whether a layer has seen any batch.
+    Converted files have counters of 0 beside the statistics of a training.
     """
     if loaded.checkpoint is None:
         return {}
@@ -259,11 +260,10 @@ def _count_steps(model_walk: Walk, loaded: LoadedModel) -> dict[str, int | None]
     for layer in model_walk.batch_norms:
         stem = f"{layer.name}." if layer.name else ""
         counter = tensors.get(f"{stem}num_batches_tracked")
-        mean = tensors.get(f"{stem}running_mean")
-        if counter is not None and counter.numel() == 1:
-            steps[layer.name] = int(counter)
-        else:
-            steps[layer.name] = 0 if mean is not None and not bool(mean.any()) else None
+        mean, variance = (tensors.get(f"{stem}{name}") for name in _STATISTICS)
+        count = int(counter) if counter is not None and counter.numel() == 1 else 0
+        is_untold = not count and (mean is None or moved_from_start(mean, variance))
+        steps[layer.name] = None if is_untold else count
     return steps
 
 

@@ -13,7 +13,7 @@ from ckpt_tools.diagnosis.mismatch import measure
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.observation.evidence import Evidence
 from ckpt_tools.observation.layer import Layer
-from ckpt_tools.observation.training_history import is_trained
+from ckpt_tools.observation.training_history import any_counted, is_trained
 from ckpt_tools.reestimate.choice import Choice
 from ckpt_tools.results import Controls, Measured
 
@@ -75,10 +75,11 @@ def judge_controls(
     """
     if synthetic:
         return Controls((), None, None, None, "none", "the inputs are synthetic")
+    counted = any_counted(layer.module for layer in layers.values())
     usable = [
         name
         for name, layer in layers.items()
-        if name in choice.controls and name in evidence and is_trained(layer.module)
+        if name in choice.controls and name in evidence and is_trained(layer.module, counted=counted)
     ]
     if not usable:
         reason = "every BN layer is behind dropout"

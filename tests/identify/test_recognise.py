@@ -331,9 +331,25 @@ def folded(model):
     return kept | {key.replace("weight", "bias"): t[:, 0, 0, 0] for key, t in kept.items() if t.dim() == 4}
 
 
+def untracked(model):
+    return {key: t for key, t in model.state_dict().items() if "running" not in key and "tracked" not in key}
+
+
+UNKNOWN = {
+    "a.conv.weight": torch.ones(4, 3, 1, 1),
+    "a.BN2.weight": torch.ones(4),
+    "a.BN2.bias": torch.ones(4),
+}
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
+        (untracked(timm.create_model("resnet10t")), "track no statistics .*bn1.weight"),
+        (untracked(timm.create_model("vit_tiny_r_s16_p8_224")), "no BatchNorm statistics in it"),
+        (untracked(torchvision.models.squeezenet1_1()), "no BatchNorm statistics in it"),
+        (untracked(torchvision.models.mobilenet_v2()), "track no statistics .*features"),
+        (UNKNOWN, "track no statistics .*a.BN2.weight is there"),
         (timm.create_model("test_vit").state_dict(), "no BatchNorm statistics in it"),
         (nn.Linear(2, 2).state_dict(), "no BatchNorm statistics in it"),
         (folded(timm.create_model("resnet10t")), "looks like timm:resnet10t with its BatchNorm folded"),
@@ -346,7 +362,17 @@ def folded(model):
             "quantised",
         ),
     ],
-    ids=["vit", "linear", "folded", "quantised"],
+    ids=[
+        "untracked",
+        "no BN",
+        "no BN either",
+        "under other names",
+        "unknown",
+        "vit",
+        "linear",
+        "folded",
+        "quantised",
+    ],
 )
 def test_without_batch_norm_there_is_nothing_to_do(tensors, said):
     with pytest.raises(NothingToDo, match=said) as raised:

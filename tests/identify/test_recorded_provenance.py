@@ -144,7 +144,7 @@ def test_rates_of_a_factory(model: nn.Module) -> None:
     entry = {"architecture": "nets:DenseNet", "model_kwargs": {"drop_rate": 0.4}}
     loaded = identify_model(checkpoint(entry, nets.DenseNet()), "nets:DenseNet")
     assert (loaded.rates, loaded.model.drop_rate) == ("recorded", 0.4)
-    entry["model_kwargs"] = {"drop_rate": 0.4, "layers": 4}
+    entry["model_kwargs"] = {"drop_rate": 0.4, "layers": "os.system"}
     with pytest.raises(ArchitectureError, match="--model-kwargs layers"):
         identify_model(checkpoint(entry, nets.DenseNet()), "nets:DenseNet")
     given = identify_model(checkpoint(entry, nets.DenseNet()), "nets:DenseNet", {"layers": 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -397,12 +398,18 @@ def test_a_trained_checkpoint_is_refused_without_force(
     assert ok("diff", tmp_path / "model.pt", tmp_path / "model.init.safetensors").exit_code == 0
 
 
-def test_a_counter_of_zero_speaks_for_a_mean_that_is_not() -> None:
-    mean, counter = torch.tensor([0.0, 0.5]), torch.tensor(0)
-    refuse_trained_checkpoint({"bn.running_mean": mean, "bn.num_batches_tracked": counter})
-    refuse_trained_checkpoint({"bn.running_mean": torch.zeros(2)})
-    with pytest.raises(CheckFailed, match=r"bn\.running_mean.*found 0\.5"):
-        refuse_trained_checkpoint({"bn.running_mean": mean})
+def test_statistics_tell_of_a_training_that_no_counter_tells_of() -> None:
+    mean, counter = torch.tensor([0.0, -0.5]), torch.tensor(0)
+    refuse_trained_checkpoint({"bn.running_mean": torch.zeros(2), "bn.num_batches_tracked": counter})
+    # Frozen layers of torchvision start with a variance of 1 - eps.
+    refuse_trained_checkpoint({"bn.running_mean": torch.zeros(2), "bn.running_var": torch.ones(2) - 1e-5})
+    for more in ({}, {"bn.num_batches_tracked": counter}):
+        with pytest.raises(CheckFailed, match=r"bn\.running_mean.*found -0\.5"):
+            refuse_trained_checkpoint({"bn.running_mean": mean, **more})
+        with pytest.raises(CheckFailed, match=r"bn\.running_var: expected 1 in.*found 0\.25"):
+            refuse_trained_checkpoint({"bn.running_var": torch.tensor([1.0, 0.25]), **more})
+    with pytest.raises(CheckFailed, match="found nan"):
+        refuse_trained_checkpoint({"bn.running_var": torch.tensor([1.0, math.nan])})
     with pytest.raises(CheckFailed, match=r"bn\.num_batches_tracked.*found 12"):
         refuse_trained_checkpoint({"bn.running_mean": mean, "bn.num_batches_tracked": torch.tensor(12)})
 

@@ -133,6 +133,20 @@ def test_counters_tell_what_is_trained(file: Path, model: nn.Module) -> None:
     }.items()
 
 
+def test_counters_of_zero_say_nothing_beside_statistics_of_a_training(file: Path, model: nn.Module) -> None:
+    weights = model.state_dict()
+    for key, value in weights.items():
+        if key.endswith("num_batches_tracked"):
+            value.zero_()
+    torch.save(weights, file)
+    assert {layer["batches"] for layer in facts(file, *ARCH)["batch_norms"]} == {None}
+    assert "seen data" not in page(file, *ARCH)
+    model.norms[1].reset_running_stats()
+    torch.save(model.state_dict(), file)
+    layers = facts(file, *ARCH)["batch_norms"]
+    assert [layer["name"] for layer in layers if layer["batches"] == 0] == ["norms.1"]
+
+
 def test_sites_say_what_lies_behind_them(file: Path) -> None:
     found = facts(file, *ARCH)
     text = page(file, *ARCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -90,3 +91,14 @@ def test_made_up_inputs_are_judged_by_no_layer() -> None:
     model, _ = settled()
     controls = reestimate_bn(model, input_shape=(8,)).controls
     assert (controls.verdict, controls.names, controls.reason) == ("none", (), "the inputs are synthetic")
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.85])
+def test_counters_of_zero_beside_statistics_hide_nothing(factor: float) -> None:
+    """Converted models count no batches. Their statistics show that they were trained."""
+    model, data = settled(factor)
+    expected = reestimate_bn(copy.deepcopy(model), data, estimator="pooled").controls
+    for norm in (model[0], model[4]):
+        norm.num_batches_tracked.zero_()
+    controls = reestimate_bn(model, data, estimator="pooled").controls
+    assert (controls.verdict, controls.worst) == (expected.verdict, expected.worst)

@@ -25,6 +25,8 @@ OTHERS = {
     "TensorFlow Lite": b"\x1c\x00\x00\x00TFL3" + bytes(99),
     "ExecuTorch": b"\x1c\x00\x00\x00ET12" + bytes(99),
     "SavedModel": b"\x08\x01\x12\xa0\x03" + bytes(99),
+    "Core ML": b"\x08\x05\x12\x84\x01\x0a\x0f\x0a\x05image" + bytes(99),
+    "compiled Core ML": b"program(1.3)\n[buildInfo = dict",
     "HDF5 file, as Keras": b"\x89HDF\r\n\x1a\n" + bytes(99),
     "msgpack file, as Flax": b"\x81\xa6params\x81\xa4conv" + b"\xff" * 99,
     "XML": b"<?xml version='1.0'?>",
@@ -119,3 +121,26 @@ def test_quantised_keys(keys: list[str]) -> None:
 @pytest.mark.parametrize("keys", [["a.weight", "a.scale"], ["norm.scale", "norm.bias"], ["conv.weight"], []])
 def test_plain_keys_are_not_quantised(keys: list[str]) -> None:
     assert missing_batch_norm(keys) is None
+
+
+@pytest.mark.parametrize("given", [".", "x", "x/data.pkl"])
+def test_an_unpacked_archive_of_torch_save(tmp_path: Path, given: str) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    message = r"found the unpacked archive of torch\.save.*zip -0 -r model\.pt x$"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "unpacked" / given)
+
+
+@pytest.mark.parametrize("name", ["Manifest.json", "coremldata.bin", "model.mil"])
+def test_folders_of_core_ml(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="Core ML"):
+        read_checkpoint(tmp_path)
+
+
+def test_the_first_version_of_core_ml_is_told_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "x.mlmodel").write_bytes(b"\x08\x01\x12\x30" + bytes(99))
+    with pytest.raises(CheckpointError, match="Core ML"):
+        read_checkpoint(tmp_path / "x.mlmodel")

@@ -422,3 +422,25 @@ def test_reading_twice_gives_tensors_of_their_own() -> None:
     first["w"].zero_()
     assert isinstance(second, dict)
     assert torch.equal(second["w"], torch.ones(3))
+
+
+@pytest.mark.parametrize("key", ["größe.weight", "数.bias"])
+@pytest.mark.parametrize("instruction", ["U{0:c}{1}", "T{0:c}\0\0\0{1}", "S'{1}'\n"])
+def test_strings_of_python_2_are_utf_8_first(instruction: str, key: str) -> None:
+    """Python 2 wrote keys as bytes, which torch.load reads as UTF-8. Other bytes become Latin-1."""
+    raw = f"({instruction.format(len(key.encode()), key)}K\x01d.".encode()
+    assert load_stream(io.BytesIO(raw)) == pickle.loads(raw, encoding="utf-8") == {key: 1}
+    assert load_stream(io.BytesIO(b"(U\x05gr\xf6\xdfeK\x01d.")) == {"größe": 1}
+
+
+@pytest.mark.parametrize("content", [b"\xc3\xa9", b"\xff\xe9", b"ab"])
+def test_arrays_of_python_2_keep_every_byte(content: bytes) -> None:
+    """Bytes that happen to be UTF-8 are no text in an array."""
+    raw = (
+        b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
+        b"K\x00tb\x89U\x02" + content + b"tbs."
+    )
+    array = load_stream(io.BytesIO(raw))
+    assert isinstance(array, dict)
+    assert bytes(array["w"].tolist()) == content

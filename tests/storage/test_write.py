@@ -392,7 +392,7 @@ def test_interrupt_leaves_nothing(
 
 
 def test_types_that_safetensors_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="complex128"):
+    with pytest.raises(OutputError, match=r"a: expected a type .* found torch\.complex128"):
         write_safetensors(tmp_path / "out", {"a": torch.ones(2, dtype=torch.complex128)}, metadata={})
     assert files(tmp_path) == set()
 

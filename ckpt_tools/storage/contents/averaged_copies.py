@@ -1,6 +1,7 @@
 """Averaged copies of a model within one state dict.
 
-Training modules keep them beside the model itself: ``model.*`` and ``ema_model.*``.
+Training modules keep them beside the model itself: ``model.*`` and ``ema_model.*``. Some register
+them as buffers, whose names may have no dots (``find_flattened_copy``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["AveragedCopy", "find_averaged_copies"]
+__all__ = ["AveragedCopy", "FlattenedCopy", "find_averaged_copies", "find_flattened_copy"]
 
 _AVERAGED = frozenset({"ema", "swa", "averaged", "polyak"})
 _MODELS = frozenset({"model", "module", "net", "network", "weights"})
@@ -56,6 +57,45 @@ def find_averaged_copies(state: Mapping[str, object]) -> list[AveragedCopy]:
         for copy in copies
         if not any(copy.root != x.root and copy.root.startswith(x.root) for x in copies)
     ]
+
+
+@dataclass(frozen=True)
+class FlattenedCopy:
+    """A copy of parameters in buffers, whose names are those of the parameters without dots.
+
+    ``buffers`` maps each buffer's key to that of its parameter, and ``counters`` are the other keys
+    beside them. ``root`` is the beginning of their keys. ``averaged`` says whether the average is in
+    the buffers, or in the parameters themselves.
+    """
+
+    root: str
+    buffers: Mapping[str, str]
+    counters: tuple[str, ...]
+    averaged: bool
+
+
+def find_flattened_copy(state: Mapping[str, object]) -> FlattenedCopy | None:
+    """Return the copy of parameters that mmcv 1 or LitEma has registered as buffers, if any.
+
+    mmcv writes ``ema_conv1_weight`` for ``conv1.weight``, and has swapped the two when it saves at
+    the end of an epoch. LitEma of latent diffusion writes ``model_ema.conv1weight``.
+    """
+    shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    for root, dot, counters, averaged in (
+        ("ema_", "_", (), False),
+        ("model_ema.", "", ("model_ema.decay", "model_ema.num_updates"), True),
+    ):
+        buffers = [key for key in shapes if key.startswith(root) and key not in counters]
+        if not buffers or any("." in key.removeprefix(root) for key in buffers):
+            continue
+        keys = [key for key in shapes if not key.startswith(root)]
+        # LitEma averages the part of a training module that is called `model`.
+        for prefix in ("", "model."):
+            names = {root + key.removeprefix(prefix).replace(".", dot): key for key in keys}
+            if all(shapes[key] == shapes.get(names.get(key, "")) for key in buffers):
+                present = tuple(key for key in counters if key in state)
+                return FlattenedCopy(root, {key: names[key] for key in buffers}, present, averaged)
+    return None
 
 
 def _averaged_roots(parts: tuple[str, ...]) -> list[str]:

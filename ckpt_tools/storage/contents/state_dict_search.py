@@ -11,7 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.contents.averaged_copies import find_averaged_copies
+from ckpt_tools.storage.contents.averaged_copies import (
+    FlattenedCopy,
+    find_averaged_copies,
+    find_flattened_copy,
+)
+from ckpt_tools.storage.contents.averaging_conventions import (
+    averaged_by_framework,
+    sounds_averaged,
+    unfinished_averages,
+    wraps_average,
+)
 from ckpt_tools.storage.formats.module_trees import TreeBudget, module_state
 from ckpt_tools.storage.formats.pickles import OpaqueObject
 
@@ -39,10 +49,6 @@ _WEIGHTS = frozenset(
     }
     | {"network_state_dict", "weights", "params", "module", "current_model_state"}
 )
-_AVERAGED = frozenset({"ema", "swa", "avg", "averaged", "polyak"})
-# Lightning's WeightAveraging saves the averaged weights as state_dict, and those of the training
-# beside them.
-_SWAPPED = frozenset({"state_dict", "current_model_state", "averaging_state"})
 # The beginnings of words in the names of what belongs to the trainer.
 _TRAINER = ("optim", "sched", "scaler", "rng", "random")
 # Words in the names of settings, which hold no weights.
@@ -84,7 +90,7 @@ class StateDictEntry:
 
     Where an averaged copy stands within a larger state dict, ``copy`` is its prefix.
     ``larger_state`` is that state dict, for the copy and for the model beside it. ``source`` is the
-    module whose state dict this is, if one was pickled.
+    module whose state dict this is, if one was pickled. ``on_request``: "auto" never takes it.
     """
 
     path: tuple[str, ...]
@@ -93,6 +99,7 @@ class StateDictEntry:
     copy: str = ""
     larger_state: Mapping[str, object] | None = None
     source: object = None
+    on_request: bool = False
 
     @property
     def name(self) -> str:
@@ -111,8 +118,14 @@ def list_entries(root: object, memory: SearchMemory | None = None) -> list[State
 
     ``memory`` is that of earlier searches of the same file.
     """
-    entries = islice(_search(root, (), False, memory or SearchMemory()), _MAX_STATE_DICTS)
-    return [part for entry in entries for part in _split_averaged_copies(entry)]
+    found = list(islice(_search(root, (), None, memory or SearchMemory()), _MAX_STATE_DICTS))
+    entries = [part for entry in found for part in _split_averaged_copies(entry)]
+    if isinstance(root, Mapping):
+        entries += [
+            StateDictEntry(path, state, averaged=True, on_request=True)
+            for path, state in unfinished_averages(root).items()
+        ]
+    return [_complete_average(entry, entries) for entry in entries]
 
 
 def as_mapping(root: object) -> object:
@@ -135,7 +148,11 @@ def choose_entry(root: object, weights: str, where: object) -> StateDictEntry:
     Raises CheckpointError if there is no such entry, or more than one of the best rank.
     """
     entries = list_entries(root)
-    named = [entry for entry in entries if entry.name and entry.name == weights]
+    named = [
+        entry
+        for entry in entries
+        if entry.name and entry.name == weights and (weights != "ema" or entry.averaged)
+    ]
     candidates = named or _filter_entries(entries, weights)
     if not entries:
         raise CheckpointError(
@@ -205,30 +222,39 @@ def _suggest_trust(root: object) -> str:
 
 
 def _filter_entries(entries: list[StateDictEntry], weights: str) -> list[StateDictEntry]:
-    averaged = [entry for entry in entries if entry.averaged]
-    plain = [entry for entry in entries if not entry.averaged]
-    return {"auto": averaged or plain, "model": plain, "ema": averaged}.get(weights, [])
+    averaged = [entry for entry in entries if entry.averaged and not entry.on_request]
+    plain = [entry for entry in entries if not entry.averaged and not entry.on_request]
+    unfinished = [entry for entry in entries if entry.averaged and entry.on_request]
+    # A file that is a state dict as a whole holds the model, whatever else it is.
+    whole = [entry for entry in averaged if not entry.name]
+    return {"auto": averaged or plain, "model": plain or whole, "ema": averaged or unfinished}.get(
+        weights, []
+    )
 
 
 def _search(
-    value: object, path: tuple[str, ...], averaged: bool, memory: SearchMemory
+    value: object, path: tuple[str, ...], averaged: bool | None, memory: SearchMemory
 ) -> Iterator[StateDictEntry]:
-    """Yield the state dicts in a value that stands at ``path``."""
+    """Yield the state dicts in a value that stands at ``path``.
+
+    ``averaged`` says what is known of their weights from where they stand.
+    """
     state = value if isinstance(value, Mapping) else memory.state_of(value)
     levels = 2 - len(path)
     if state is None or memory.barren.get(id(value), -1) >= levels:
         return
     is_state_dict = is_fruitful = _holds_weights(state)
     if is_state_dict:
-        yield StateDictEntry(path, state, averaged, source=None if state is value else value)
+        is_averaged = wraps_average(state) if averaged is None else averaged
+        yield StateDictEntry(path, state, is_averaged, source=None if state is value else value)
     # The top level may hold a stray tensor beside the state dict; deeper down a state dict ends the
     # search.
     if state is value and len(path) < 2 and not (is_state_dict and path):
-        is_swapped = state.keys() >= _SWAPPED
+        by_framework = averaged_by_framework(state)
         for key, inner in state.items():
             if isinstance(key, str) and not _is_no_weights(key):
-                names_average = not _AVERAGED.isdisjoint(_tokens(key))
-                inner_averaged = averaged or names_average or (is_swapped and key == "state_dict")
+                by_name = True if sounds_averaged(key) else averaged
+                inner_averaged = by_framework.get(key, by_name)
                 for entry in _search(inner, (*path, key), inner_averaged, memory):
                     is_fruitful = True
                     yield entry
@@ -238,17 +264,65 @@ def _search(
 
 def _split_averaged_copies(entry: StateDictEntry) -> list[StateDictEntry]:
     """Return the model and each averaged copy of it in a state dict as entries of their own."""
-    copies = [] if entry.averaged else find_averaged_copies(entry.state)
+    # ema-pytorch saves both models, and that as an entry which may be called the average.
+    if entry.averaged and not any(key.startswith("online_model.") for key in entry.state):
+        return [entry]
+    if flattened := find_flattened_copy(entry.state):
+        return _split_flattened_copy(entry, flattened)
+    copies = find_averaged_copies(entry.state)
     if not copies:
         return [entry]
     roots = tuple(copy.root for copy in copies)
     items = entry.state.items()
     model = {key: value for key, value in items if not key.startswith(roots)}
-    parts = [replace(entry, state=model, larger_state=entry.state)]
+    parts = [replace(entry, state=model, averaged=False, larger_state=entry.state)]
     for prefix in dict.fromkeys(copy.prefix for copy in copies):
         copy = {key: value for key, value in items if key.startswith(prefix)}
         parts.append(replace(entry, state=copy, averaged=True, copy=prefix, larger_state=entry.state))
     return parts
+
+
+def _split_flattened_copy(entry: StateDictEntry, copy: FlattenedCopy) -> list[StateDictEntry]:
+    """Return the model with its own parameters, and with those of its copy in buffers."""
+    items = entry.state.items()
+    plain = {key: value for key, value in items if key not in copy.buffers and key not in copy.counters}
+    copied = {**plain, **{name: entry.state[buffer] for buffer, name in copy.buffers.items()}}
+    return [
+        replace(entry, state=plain, averaged=not copy.averaged, larger_state=entry.state),
+        replace(
+            entry,
+            state=copied,
+            averaged=copy.averaged,
+            copy=copy.root if copy.averaged else f"{copy.root}*",
+            larger_state=entry.state,
+            on_request=not copy.averaged,
+        ),
+    ]
+
+
+def _complete_average(entry: StateDictEntry, entries: list[StateDictEntry]) -> StateDictEntry:
+    """Return averaged weights with the BN statistics of the model, where they have none themselves.
+
+    Many scripts average the parameters alone, and put them into the model with its buffers.
+    """
+    if not entry.averaged or entry.on_request or _has_variances(entry.state):
+        return entry
+    for model in entries:
+        state = model.state
+        is_larger = not model.averaged and _has_variances(state)
+        if is_larger and all(
+            key in state and _same_shape(value, state[key]) for key, value in entry.state.items()
+        ):
+            return replace(entry, state={**state, **entry.state}, source=None)
+    return entry
+
+
+def _has_variances(state: Mapping[str, object]) -> bool:
+    return any(key.endswith("running_var") for key in state)
+
+
+def _same_shape(first: object, second: object) -> bool:
+    return getattr(first, "shape", None) == getattr(second, "shape", ())
 
 
 def _holds_weights(value: Mapping[Any, object]) -> bool:

@@ -27,7 +27,7 @@ from ckpt_tools.storage.files.folder_members import (
 )
 from ckpt_tools.storage.files.sidecar import is_trainer_file, read_sidecar_words
 from ckpt_tools.storage.formats.file_formats import FileContent, load_file_content
-from ckpt_tools.storage.formats.foreign_formats import foreign_folder_error
+from ckpt_tools.storage.formats.foreign_formats import foreign_folder_error, unpacked_archive_error
 
 __all__ = [
     "CHECKPOINT_SUFFIXES",
@@ -64,6 +64,8 @@ def find_checkpoint_files(path: Path) -> CheckpointFiles:
             raise _single_shard_error(path)
         if path.is_file():
             # Users may give the metadata in place of its folder.
+            if path.name == "data.pkl" and (unpacked := unpacked_archive_error(path.parent)):
+                raise unpacked
             if path.name == METADATA_NAME:
                 return _distributed_files(path.parent, sorted(file.name for file in path.parent.iterdir()))
             return _expand_index(path, path)
@@ -140,6 +142,8 @@ def _hash_file(path: Path) -> str:
 
 
 def _find_in_folder(folder: Path) -> CheckpointFiles:
+    if unpacked := unpacked_archive_error(folder):
+        raise unpacked
     names = sorted(
         path.name for path in folder.iterdir() if path.is_file() and not is_trainer_file(path.name)
     )
@@ -149,6 +153,8 @@ def _find_in_folder(folder: Path) -> CheckpointFiles:
     if ranks := [_member(folder, name) for name in names if is_rank_file(name)]:
         return CheckpointFiles(folder, tuple(ranks))
     candidates = find_weight_candidates(names)
+    if "coremldata.bin" in names:  # ends as weights do
+        candidates = []
     if len(candidates) == 1:
         return _expand_index(folder, _member(folder, candidates[0]))
     if not candidates and (foreign := foreign_folder_error(folder, names)):

@@ -7,12 +7,18 @@ advice.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 
 from ckpt_tools.errors import CheckpointError
 
-__all__ = ["foreign_archive_error", "foreign_file_error", "foreign_folder_error"]
+__all__ = [
+    "foreign_archive_error",
+    "foreign_file_error",
+    "foreign_folder_error",
+    "unpacked_archive_error",
+]
 
 _FRESH = "The download gave an error page; fetch the file again."
 _UNPACK = "Unpack it first."
@@ -30,6 +36,12 @@ _ONNX = (
     "exported from."
 )
 
+_COREML = "Give the checkpoint that it was converted from: conversion folds BatchNorm away."
+_UNPACKED = (
+    "torch.load does not read it either. Give the file it was unpacked from, or pack the folder again: "
+    "zip -0 -r model.pt {name}"
+)
+
 # The first bytes of files, matched from the start; the first match counts.
 _SIGNATURES = (
     (
@@ -45,6 +57,10 @@ _SIGNATURES = (
     (rb"GGUF", "a GGUF file", _GGUF),
     (rb"(?s).{4}TFL3", "a TensorFlow Lite model", _TF),
     (rb"(?s).{4}ET\d\d", "an ExecuTorch program", "Give the checkpoint that it was exported from."),
+    # After the version comes a message that begins with the description of an input, where ONNX has
+    # the name of a program, and a SavedModel, always of version 1, its graph.
+    (rb"(?s)\x08[\x02-\x1f]\x12[\x80-\xff]{0,4}[\x00-\x7f]\x0a", "a Core ML model", _COREML),
+    (rb"program\(1\.", "a compiled Core ML model", _COREML),
     (rb"\x08\x01\x12", "a TensorFlow SavedModel", _TF),
     (rb"\x08[\x02-\x14][\x12\x1a\x22\x28\x32\x3a]", "an ONNX model", _ONNX),
     (
@@ -80,11 +96,13 @@ _ARCHIVES = (
         "a TorchScript archive of PyTorch 1.3 or older",
         "Load and save it with PyTorch 1.4–2.4.",
     ),
-    (r"(^|/)mlmodel$|\.mlmodel$", "a Core ML package", _CONVERT),
+    (r"(^|/)mlmodel$|\.mlmodel$", "a Core ML package", _COREML),
 )
 
 # The names of the files in a folder.
 _FOLDERS = (
+    (r"^(coremldata\.bin|model\.mil)$", "a compiled Core ML model", _COREML),
+    (r"^Manifest\.json$", "a Core ML package", _COREML),
     (r"^saved_model\.pb$", "a TensorFlow SavedModel", _TF),
     (r"\.data-\d{5}-of-\d{5}$", "a TensorFlow checkpoint", _TF),
     (r"^(_METADATA|_CHECKPOINT_METADATA|manifest\.ocdbt)$", "an Orbax checkpoint of JAX", _CONVERT),
@@ -110,6 +128,9 @@ _FOLDERS = (
 def foreign_file_error(path: Path, head: bytes) -> CheckpointError:
     """Return the error for a file that is no checkpoint, from its first bytes (about 512)."""
     matches = [entry[1:] for entry in _SIGNATURES if re.match(entry[0], head)]
+    # Version 1 of Core ML begins as a SavedModel does, so that its name has to tell.
+    if path.suffix == ".mlmodel":
+        matches = [("a Core ML model", _COREML)]
     description, advice = matches[0] if matches else (_describe_unknown_bytes(head), "")
     return CheckpointError(
         f"{path}: expected a checkpoint (torch.save or safetensors), found {description}. "
@@ -124,6 +145,25 @@ def foreign_archive_error(path: Path, names: Collection[str]) -> CheckpointError
         "If it holds a checkpoint, unpack it and give the file inside.",
     )
     return CheckpointError(f"{path}: expected a checkpoint, found {description}. {advice}")
+
+
+def unpacked_archive_error(folder: Path) -> CheckpointError | None:
+    """Return the error for a folder into which a file of torch.save was unpacked; None for another.
+
+    The archive holds one folder, which people may give as well as the one around it.
+    """
+    inner = [path for path in folder.iterdir() if path.is_dir()]
+    for archive in (folder, *(inner if len(inner) == 1 else ())):
+        if (
+            (archive / "data.pkl").is_file()
+            and (archive / "data").is_dir()
+            and (archive / "version").is_file()
+        ):
+            return CheckpointError(
+                f"{archive}: expected a checkpoint, found the unpacked archive of torch.save (a folder "
+                f"with data.pkl). {_UNPACKED.format(name=shlex.quote(archive.name))}"
+            )
+    return None
 
 
 def foreign_folder_error(folder: Path, names: Collection[str]) -> CheckpointError | None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ckpt_tools.errors import OutputError
 from ckpt_tools.storage.formats.safetensors_file import (
     data_offset,
     load_safetensors,
@@ -69,7 +70,11 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         save_file(dense, path, metadata=add_seal(metadata, blank_seal))
     except KeyError as error:
         # The library looks a tensor's type up in a table of those that it can write.
-        raise ValueError(f"a tensor of type {error}, which safetensors cannot hold") from error
+        key = next((key for key, tensor in tensors.items() if str(tensor.dtype) in str(error)), "a tensor")
+        raise OutputError(
+            f"{key}: expected a type that safetensors can hold, found {error}. Save the checkpoint in a "
+            "narrower type, complex64 for one."
+        ) from error
     with (
         path.open("r+b") as file,
         hash_in_background(file.fileno(), start=data_offset(path)) as data_digest,

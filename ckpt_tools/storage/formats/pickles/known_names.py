@@ -20,6 +20,7 @@ import torch
 from ckpt_tools.storage.formats.pickles.numpy_arrays import NUMPY_ARRAY, read_numpy_scalar
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
 from ckpt_tools.storage.formats.pickles.pickle_limits import LARGEST_INTEGER_KEY, LONGEST_NAME
+from ckpt_tools.storage.formats.pickles.python2_strings import bytes_of_string
 from ckpt_tools.storage.formats.pickles.tensors import DTYPES, TENSOR_REBUILDERS
 
 __all__ = ["GLOBAL_VALUES", "SET_TYPES", "evaluate_call"]
@@ -53,7 +54,7 @@ def _make_default_dict(_factory: object = None, items: object = None) -> dict[ob
 
 def _make_bytes(value: object = b"", *_: object) -> bytes:
     if isinstance(value, str):  # how protocols 0 to 2 spell bytes
-        return value.encode("latin-1")
+        return bytes_of_string(value)
     return bytes(value) if isinstance(value, bytes | bytearray) else b""
 
 
@@ -98,7 +99,7 @@ def _time_maker(kind: Callable[..., Any]) -> Callable[..., object]:
     """Return the maker of dates or times from the bytes that their own pickling writes."""
 
     def make_time(raw: object = b"", zone: object = None, *_: object) -> object:
-        raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+        raw = bytes_of_string(raw) if isinstance(raw, str) else raw
         if not isinstance(raw, bytes) or not isinstance(zone, datetime.timezone | None):
             return OpaqueObject(f"datetime.{kind.__name__}", (raw, zone))
         # datetime takes a day of 99 from such bytes; replace() raises ValueError for it.

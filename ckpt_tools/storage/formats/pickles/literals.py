@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
+from ckpt_tools.storage.formats.pickles.python2_strings import decode_python2_string
 from ckpt_tools.storage.formats.pickles.stack_machine import Instruction, PickleMachine
 
 __all__ = ["LITERAL_INSTRUCTIONS", "decode_text", "push_value"]
@@ -22,11 +23,6 @@ def push_value(value: object, m: PickleMachine) -> None:
 def decode_text(raw: bytes) -> str:
     """Return the text of UTF-8 as pickle writes it, which may hold lone surrogates."""
     return raw.decode("utf-8", "surrogatepass")
-
-
-def _decode_python2_string(raw: bytes) -> str:
-    # What Python 2 called a string may be the bytes of an array; Latin-1 keeps every byte.
-    return raw.decode("latin-1")
 
 
 def _decode_integer(raw: bytes) -> int:
@@ -78,7 +74,7 @@ def _push_string_of_line(m: PickleMachine) -> None:
     line = m.take_line().strip()
     if len(line) < 2 or line[:1] not in (b'"', b"'") or line[:1] != line[-1:]:
         raise MalformedFileError("a pickle with a string without quotes")
-    m.stack.append(_decode_python2_string(codecs.escape_decode(line[1:-1])[0]))
+    m.stack.append(decode_python2_string(codecs.escape_decode(line[1:-1])[0]))
 
 
 def _push_text_of_line(m: PickleMachine) -> None:
@@ -101,8 +97,8 @@ LITERAL_INSTRUCTIONS: dict[int, Instruction] = {
         (pickle.FLOAT, _push_float_of_line),
         (pickle.BINFLOAT, _push_float),
         (pickle.STRING, _push_string_of_line),
-        (pickle.BINSTRING, partial(_push_converted, 4, _decode_python2_string)),
-        (pickle.SHORT_BINSTRING, partial(_push_short_converted, _decode_python2_string)),
+        (pickle.BINSTRING, partial(_push_converted, 4, decode_python2_string)),
+        (pickle.SHORT_BINSTRING, partial(_push_short_converted, decode_python2_string)),
         (pickle.UNICODE, _push_text_of_line),
         (pickle.SHORT_BINUNICODE, partial(_push_short_converted, decode_text)),
         (pickle.BINUNICODE, partial(_push_converted, 4, decode_text)),

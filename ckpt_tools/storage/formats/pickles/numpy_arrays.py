@@ -11,6 +11,7 @@ import torch
 from ckpt_tools.storage.formats.pickles.blob import copy_to_storage
 from ckpt_tools.storage.formats.pickles.opaque_object import OpaqueObject
 from ckpt_tools.storage.formats.pickles.pickle_limits import MalformedFileError
+from ckpt_tools.storage.formats.pickles.python2_strings import bytes_of_string
 from ckpt_tools.storage.formats.pickles.tensors import Storage, tensor_over_storage
 
 __all__ = ["NUMPY_ARRAY", "ArrayConverter", "read_numpy_scalar"]
@@ -34,7 +35,7 @@ def read_numpy_scalar(dtype: object = None, raw: object = None, *_: object) -> o
     """
     code, order = _parse_dtype(dtype)
     # Pickles of Python 2 hold bytes as strings, each character of which is a byte.
-    raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+    raw = bytes_of_string(raw) if isinstance(raw, str) else raw
     if not _SCALAR.fullmatch(code) or not isinstance(raw, bytes):
         return OpaqueObject("numpy.generic", (dtype, raw))
     # The pattern keeps out dtypes of Python objects, whose bytes numpy would take for addresses.
@@ -77,7 +78,7 @@ class ArrayConverter:
     ) -> object:
         code, byte_order = _parse_dtype(dtype)
         kind = _TORCH_DTYPES.get(code)
-        raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+        raw = bytes_of_string(raw) if isinstance(raw, str) else raw
         if kind is None or not isinstance(raw, bytes | bytearray):
             return array
         sizes = tuple(shape) if isinstance(shape, tuple | list) else ()
