@@ -181,6 +181,13 @@ preprocessing = combine_options(
         type=click.FloatRange(0, 1, min_open=True),
         help="Side of the centre crop / shorter side of the image.",
     ),
+    click.option(
+        "--crop-mode",
+        type=click.Choice(["center", "squash", "border"]),
+        help="How an image gets the input's shape, as in timm. center: resized until it covers the input, "
+        "and what lies over is cut off; squash: resized to it without keeping its proportions, as for "
+        "lines of text; border: resized until it fits in, the rest padded with the mean colour.",
+    ),
 )
 
 

@@ -19,10 +19,9 @@ from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
 from ckpt_tools.data.shards.shard_stream import ShardStream, ShardStreamSource
 from ckpt_tools.data.stream import Batch, IndexedStream, SampleStream, SkippedSample, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.model.batch_fields import find_label_field
 
 __all__ = ["LabelledStream", "labelled_batches"]
-
-_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 class LabelledStream(SampleStream, Protocol):
@@ -134,10 +133,10 @@ class _StreamWithLabels:
     def _split_labels(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
         count = len(input_tensors(batch)[0])
         if isinstance(batch, Mapping):
-            for key in _LABEL_KEYS:
-                if key in batch:
-                    inputs = {field: value for field, value in batch.items() if field != key}
-                    return inputs, as_class_numbers(batch[key], count, name)
+            key = find_label_field(batch)
+            if key is not None:
+                inputs = {field: value for field, value in batch.items() if field != key}
+                return inputs, as_class_numbers(batch[key], count, name)
         elif isinstance(batch, tuple | list) and len(batch) > 1:
             return batch[0], as_class_numbers(batch[1], count, name)
         raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict that also holds 'labels'.")

@@ -96,6 +96,7 @@ class Request:
             **vars(self.reading),
             **vars(self.evaluation),
             "preprocessing": self.preprocessing,
+            "crop_mode": self.preprocessing.crop_mode,
             "data": self.data and _normalise_place(self.data),
             "eval_data": self.eval_data and _normalise_place(self.eval_data),
             "class_map": class_map and _read_class_outputs(class_map),
@@ -124,4 +125,4 @@ def _read_class_outputs(location: Location) -> object:
 # What a result does not depend on. How a convolution is computed may change its last bits, and no
 # more.
 _WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force", "strict"})
-_YOUNGER_SETTINGS = ("only", "keep")
+_YOUNGER_SETTINGS = ("only", "keep", "crop_mode")

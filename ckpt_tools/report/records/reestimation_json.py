@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ckpt_tools.contract import Checkpoint
+from ckpt_tools.data.data_source import count_other_files
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.drop_rates import describe_rates
@@ -53,6 +54,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
             "transform": plan.stream.transform,
             "input": plan.input_spec and dataclass_to_dict(plan.input_spec),
             "skipped": [dataclasses.asdict(item) for item in outcome.skipped],
+            "other_files": count_other_files(plan.source),  # by extension, not read
             "agreement": dataclass_to_dict(outcome.verdict),
         },
         "estimator": result.estimator,

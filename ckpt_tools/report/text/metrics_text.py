@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ckpt_tools.data.data_source import count_other_files
 from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.evaluate.scores import Metrics
@@ -103,10 +104,19 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
     amount = "an unknown number of images" if stream.count is None else count_text(stream.count, "image")
     rows += [
         ("data", f"{plan.request.data} ({plan.after.validation.kind}), {amount}"),
+        ("not read", other_files_text(count_other_files(plan.after.validation.source))),
         ("input", _input_text(plan)),
         ("device", plan.device),
     ]
-    return align_columns(rows)
+    return align_columns([(name, text) for name, text in rows if text])
+
+
+def other_files_text(counts: Mapping[str, int]) -> str:
+    """Return how many files beside the images are not read, the most frequent kinds by name."""
+    if not counts:
+        return ""
+    kinds = list_names(f"{count:,} × {extension}" for extension, count in counts.items())
+    return f"{count_text(sum(counts.values()), 'other file')}: {kinds}"
 
 
 _DECISIONS: Mapping[InputDecision, str] = {

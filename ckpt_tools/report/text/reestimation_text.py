@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
-from ckpt_tools.data.data_source import describe_source
+from ckpt_tools.data.data_source import count_other_files, describe_source
 from ckpt_tools.diagnosis.data_check import DataVerdict
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
@@ -14,7 +14,7 @@ from ckpt_tools.plain_text import one_line
 from ckpt_tools.reestimate.concerns import is_synthetic, result_warnings
 from ckpt_tools.report.columns import align_columns, count_text, list_names
 from ckpt_tools.report.number_format import deviation_text, percent_text
-from ckpt_tools.report.text.metrics_text import metrics_text
+from ckpt_tools.report.text.metrics_text import metrics_text, other_files_text
 from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS, is_worse
 from ckpt_tools.results import Controls, Effect, LayerResult, Measured, Outlier, Reestimation, Verdict
 
@@ -47,6 +47,7 @@ def plan_text(plan: Plan) -> str:
         ),
         ("layers", f"{plan.choice.why}; {count_text(len(plan.choice.controls), 'control layer')}"),
         ("data", f"{plan.source.spec} ({describe_source(plan.source)}), {amount}"),
+        ("not read", other_files_text(count_other_files(plan.source))),
         ("input", plan.stream.transform),
         ("preprocessing", origin),
         ("pass", f"{method}, batches of {plan.batch_size} on {device}"),
