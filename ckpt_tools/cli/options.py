@@ -132,12 +132,19 @@ model = combine_options(
 evaluation = combine_options(
     pack("evaluation", "ckpt_tools.jobs.request", "EvaluationOptions"),
     click.option(
+        "--labels",
+        type=path,
+        metavar="FILE",
+        help="Labels of the images in a folder, instead of subfolders: CSV or text with a name and a "
+        "label a line (a header is not needed), or one label a line in the order of the sorted names. "
+        "Numbers from 0, or class names.",
+    ),
+    click.option(
         "--class-map",
         type=path,
         metavar="FILE",
-        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name '
-        "a line in "
-        "the head's order. Default: the folders in alphabetical order.",
+        help="Which output of the head each class folder, or class name of --labels, is: JSON "
+        """{"folder": 0, …}, or one name a line in the head's order. Default: in alphabetical order.""",
     ),
     click.option(
         "--calibrate",

@@ -13,6 +13,7 @@ from ckpt_tools.data.arrays.array_source import ArraySource
 from ckpt_tools.data.callables import CallableSource, CallableStream, input_tensors
 from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.images.image_folder import FolderSource
+from ckpt_tools.data.label_files import LabelFile, file_labels
 from ckpt_tools.data.labels import ClassMap, Labels, array_labels, as_class_numbers, folder_labels
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
@@ -45,20 +46,28 @@ def labelled_batches(
     input_spec: InputSpec | None,
     reading: Reading,
     class_map: ClassMap | None = None,
+    label_file: LabelFile | None = None,
 ) -> LabelledStream:
     """Like ``source.batches``, with labels.
 
     Folders give the first subfolder's name, arrays what lies beside them in the file, data sets
     their own labels, shards their ``.cls`` members; callables yield (inputs, labels), or dicts with
-    "labels". ``class_map`` is for folders. Raises DataError where there are no labels.
+    "labels". ``label_file``, which takes the place of subfolders, and ``class_map`` are for folders.
+    Raises DataError where there are no labels.
     """
+    if label_file is not None and not isinstance(source, FolderSource):
+        raise UsageError(
+            f"--labels is for a folder of images; the labels of {source.spec} come with the data. Drop it."
+        )
     if class_map is not None and not isinstance(source, FolderSource):
         raise UsageError(
             f"--class-map names folders; the labels of {source.spec} are numbers already. Drop it."
         )
     if isinstance(source, CallableSource | ShardStreamSource):
         return _StreamWithLabels(source.spec, source.batches(input_spec, reading, labelled=True))
-    if isinstance(source, FolderSource):
+    if isinstance(source, FolderSource) and label_file is not None:
+        labels = file_labels(source.root, source.names, label_file, class_map)
+    elif isinstance(source, FolderSource):
         labels = folder_labels(source.root, source.names, class_map)
     elif isinstance(source, ArraySource):
         labels = array_labels(source.array)

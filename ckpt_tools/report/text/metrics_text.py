@@ -36,7 +36,7 @@ def metrics_text(metrics: Metrics) -> str:
         parts.append("± standard error; that of the change is paired, image by image")
     if metrics.skipped:
         names = list_names(f"{item.name} ({item.reason})" for item in metrics.skipped)
-        parts.append(f"skipped: {count_text(len(metrics.skipped), 'unreadable image')}: {names}")
+        parts.append(f"WARNING: skipped {count_text(len(metrics.skipped), 'unreadable image')}: {names}")
     if metrics.after.temperature is not None:
         parts.append(_temperatures(metrics))
     if metrics.gate is not None:
@@ -105,6 +105,7 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
     rows += [
         ("data", f"{plan.request.data} ({plan.after.validation.kind}), {amount}"),
         ("not read", other_files_text(count_other_files(plan.after.validation.source))),
+        ("labels", str(plan.request.evaluation.labels or "")),
         ("input", _input_text(plan)),
         ("device", plan.device),
     ]

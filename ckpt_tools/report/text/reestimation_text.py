@@ -134,7 +134,7 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
         parts.append(f"left alone: {names}")
     if outcome.skipped:
         names = list_names(f"{item.name} ({item.reason})" for item in outcome.skipped)
-        parts.append(f"skipped: {count_text(len(outcome.skipped), 'unreadable sample')}: {names}")
+        parts.append(f"WARNING: skipped {count_text(len(outcome.skipped), 'unreadable sample')}: {names}")
     parts += outliers_text(result)
     if outcome.output_sha256 is None:
         parts.append(f"not written: {one_line(outcome.plan.output)} (--dry-run)")
