@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,11 +27,10 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint, a flat folder of wide images, and what the network says of them, squashed."""
     monkeypatch.chdir(tmp_path)
     model = nets.trained(nets.DenseNet(), nets.batches((3, 8, 8)))
-    torch.save(model.state_dict(), "model.pt")
     pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 32, 3), np.uint8)
     Path("val").mkdir()
     inputs = []
@@ -41,11 +39,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         squashed = Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR)
         inputs.append(torch.from_numpy(np.array(squashed)).permute(2, 0, 1) / 255)
     with torch.no_grad():
-        classes = model.eval()(torch.stack(inputs)).argmax(1).tolist()
-    Path("labels.csv").write_text(
-        "name,label\n" + "".join(f"{n:02}.png,{c}\n" for n, c in enumerate(classes))
-    )
-    yield tmp_path
+        logits = model.eval()(torch.stack(inputs))
+        model.head.bias -= logits.mean(0)  # so that the classes differ
+        classes = (logits - logits.mean(0)).argmax(1).tolist()
+    torch.save(model.state_dict(), "model.pt")
+    rows = [f"{number:02}.png,{label}" for number, label in enumerate(classes)]
+    Path("labels.csv").write_text("\n".join(["name,label", *rows]))
+    return tmp_path
 
 
 def test_squashed_images_with_a_label_file(folder: Path) -> None:
