@@ -174,8 +174,10 @@ _END = object()
 
 
 def _has_length(data: object) -> bool:
-    # Every Dataset may define __len__, but an IterableDataset has no samples by number.
-    return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
+    # Every Dataset may define __len__, but an IterableDataset has no samples by number. A Dataset of
+    # Hugging Face has another base class; it has columns, and iterating over it gives samples.
+    is_dataset = isinstance(data, Dataset) or (hasattr(data, "column_names") and hasattr(data, "__getitem__"))
+    return is_dataset and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
 
 def _collate_inputs(samples: list[Any]) -> Any:

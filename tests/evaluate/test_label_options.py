@@ -104,3 +104,18 @@ def test_settings_count_in_the_digest_where_they_are_given(folder: Path) -> None
     Path("copy.csv").write_bytes(Path("labels.csv").read_bytes())
     copied = replace(request, evaluation=EvaluationOptions(labels=Location(Path("copy.csv"))))
     assert copied.settings_digest() == digests[1]
+
+
+def test_what_is_not_read_is_shown_by_every_command(folder: Path) -> None:
+    Path("val/photo.heic").write_bytes(b"")
+    Path("val/broken.png").write_bytes(b"")
+    Path("labels.csv").write_text(Path("labels.csv").read_text() + "\nbroken.png,0")
+    for command in (
+        ("inspect", "model.pt", "--data", "val"),
+        ("bn-reestimate", "model.pt", "--data", "val", "--estimator", "ratio", "-q"),
+        ("evaluate", "model.pt", "--data", "val", "--labels", "labels.csv", "-q"),
+    ):
+        output = run(*command, *ARCH).output
+        assert "1 other file: 1 × .heic" in output
+        assert "WARNING: skipped 1 unreadable" in output
+        assert "broken.png (empty file)" in output

@@ -176,6 +176,8 @@ def _explanation(inspection: Inspection) -> dict[str, object] | None:
         "dropout_shifts": explanation.dropout_shifts,
         "dropout_on": explanation.dropout_on,
         "rates_known": explanation.rates_known,
+        "skipped": [dataclasses.asdict(item) for item in explanation.skipped],
+        "other_files": dict(explanation.other_files),
         "rate_fit": inspection.rate_fit and dataclass_to_dict(inspection.rate_fit),
         "verdict": dataclass_to_dict(explanation.verdict),
         "preprocessing": explanation.preprocessing,
