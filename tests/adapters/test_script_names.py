@@ -10,6 +10,11 @@ from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.identify.plugins import resolve
 
 
+def build(architecture: str) -> None:
+    adapter, name = resolve(architecture)
+    adapter.build(name, {})
+
+
 @pytest.mark.parametrize(
     ("architecture", "advice"),
     [
@@ -26,6 +31,5 @@ def test_a_script_is_named_as_a_module(
     (tmp_path / "train.py").write_text("raise RuntimeError('a script may do anything: it is not imported')")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArchitectureError) as raised:
-        adapter, name = resolve(architecture)
-        adapter.build(name, {})
+        build(architecture)
     assert str(raised.value).endswith(advice)
