@@ -25,6 +25,7 @@ InitRule = Literal["paper", "propagated"]
 BackwardTerm = Literal["auto", "on", "off"]
 BackwardFactor = Literal["paper", "inverted"]
 OutlierReason = Literal["extreme", "blank", "not finite"]
+Split = Literal["train", "test"]
 VerdictLevel = Literal["agree", "doubt", "refuse", "none"]
 
 

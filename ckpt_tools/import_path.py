@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,12 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["children_without_current_folder", "import_user_module", "user_code_for_children"]
+__all__ = [
+    "children_without_current_folder",
+    "import_user_module",
+    "suggest_import_path",
+    "user_code_for_children",
+]
 
 _SAFE_PATH = "PYTHONSAFEPATH"  # https://docs.python.org/3/using/cmdline.html#envvar-PYTHONSAFEPATH
 _MACHINERY = frozenset({"importlib", "_frozen_importlib", "_frozen_importlib_external"})
@@ -87,6 +93,30 @@ def import_user_module(name: str) -> ModuleType:
     ):
         _serve({top: here})
     return importlib.import_module(name)
+
+
+def suggest_import_path(spec: str) -> str:
+    """Return a sentence that says how to name what ``folder/script.py:Name`` means.
+
+    Python imports modules by name and not by file: ``script:Name`` from the folder of the script.
+    """
+    file, _, name = spec.partition(":")
+    name = name or "NAME"
+    path = Path(os.path.relpath(Path(file).expanduser()))
+    folder, stem = path.parent, path.stem
+    if not stem.isidentifier():
+        new_stem = re.sub(r"\W", "_", stem)
+        return (
+            f"Python cannot import a file of the name {path.name}: rename it to {new_stem}.py, and write "
+            f"{new_stem}:{name}."
+        )
+    advice = f"Name the module and not its file: {stem}:{name}"
+    if folder == Path():
+        return f"{advice}."
+    if all(part.isidentifier() for part in folder.parts):
+        dotted = ".".join((*folder.parts, stem))
+        return f"{advice} from the folder {folder}, or {dotted}:{name} from here."
+    return f"{advice} from the folder {folder}, or with PYTHONPATH={folder}."
 
 
 @contextmanager

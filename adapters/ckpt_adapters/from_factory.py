@@ -16,7 +16,7 @@ from ckpt_adapters.sizes_from_shapes import infer_size_argument
 from ckpt_tools.contract import InputSpec, Recipe
 from ckpt_tools.errors import ArchitectureError
 from ckpt_tools.file_arguments import ArgumentKind, OwnArgument
-from ckpt_tools.import_path import import_user_module
+from ckpt_tools.import_path import import_user_module, suggest_import_path
 
 # Keyword arguments that are sizes, and the axis of a weight along which each of them shows.
 _SIZES = (
@@ -157,6 +157,8 @@ def _factory(name: str) -> Callable[..., object]:
             f"{'module' if path else 'name after a colon'}. "
             "Write timm:NAME or torchvision:NAME for a model of those libraries."
         )
+    if module_name.endswith(".py"):
+        raise ArchitectureError(f"{name}: expected package.module:factory. {suggest_import_path(name)}")
     module = _import(name, module_name)
     try:
         factory: Callable[..., object] = operator.attrgetter(path)(module)

@@ -111,11 +111,12 @@ _method = options.combine_options(
     "--data",
     metavar="SPEC",
     help="The training data; without it, inputs are made up and the variances compared with dropout on "
-    "and off. A folder of images (labels ignored), an .npz/.npy/.pt/.safetensors "
-    "array, WebDataset shards (one .tar, a folder of them, 'train-{000..146}.tar', "
-    "'train-*.tar'), cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR, package.module:callable "
-    "(your code is imported and run), or the URL of a folder, array or shards: s3:// gs:// hf:// "
-    "http://.",
+    "and off. A folder of images (labels ignored, every format that PIL decodes itself), an "
+    ".npz/.npy/.pt/.safetensors array, WebDataset shards (one .tar, a folder of them, "
+    "'train-{000..146}.tar', 'train-*.tar'), cifar10:DIR, cifar100:DIR, svhn:DIR, mnist:DIR, "
+    "package.module:callable that returns batches, a Dataset, a DataLoader or a Lightning DataModule "
+    "(your code is imported and run; train:load for load in ./train.py), or the URL of a folder, array "
+    "or shards: s3:// gs:// hf:// http://.",
 )
 @click.option(
     "-o",

@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # it imports torch
     "--data",
     required=True,
     metavar="SPEC",
-    help="Labelled data: a folder with a subfolder of images for every class, an "
+    help="Labelled data: a folder with a subfolder of images for every class, or with --labels, an "
     ".npz/.pt/.safetensors file with images and labels, WebDataset shards with .cls members, the "
     "URL of one of these (s3:// gs:// hf:// http://), cifar10:DIR, cifar100:DIR, svhn:DIR, "
-    "mnist:DIR (their test split), or package.module:callable that yields (inputs, labels) (your "
-    "code is imported and run).",
+    "mnist:DIR (their test split), or package.module:callable that yields (inputs, labels) or "
+    "dicts with labels, also a Lightning DataModule (your code is imported and run).",
 )
 @click.option("--before", type=options.path, metavar="OTHER", help="A second checkpoint, to compare with.")
 @options.evaluation

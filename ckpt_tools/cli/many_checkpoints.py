@@ -220,11 +220,12 @@ def _data_files(request: Request) -> list[Location]:
 
 
 def input_files(request: Request, checkpoints: Sequence[Location]) -> tuple[Location, ...]:
-    """The files that a run reads: those of its checkpoints, its data and its class map."""
+    """The files that a run reads: those of its checkpoints, its data, labels and class map."""
     from ckpt_tools.storage.files.input_files import files_of_checkpoint
 
     files = [file for checkpoint in checkpoints for file in files_of_checkpoint(checkpoint)]
-    return (*files, *_data_files(request), *filter(None, [request.evaluation.class_map]))
+    evaluation = request.evaluation
+    return (*files, *_data_files(request), *filter(None, [evaluation.class_map, evaluation.labels]))
 
 
 def _remove_copies(item: CheckpointItem) -> None:

@@ -133,12 +133,19 @@ model = combine_options(
 evaluation = combine_options(
     pack("evaluation", "ckpt_tools.jobs.request", "EvaluationOptions"),
     click.option(
+        "--labels",
+        type=path,
+        metavar="FILE",
+        help="Labels of the images in a folder, instead of subfolders: CSV or text with a name and a "
+        "label a line (a header is not needed), or one label a line in the order of the sorted names. "
+        "Numbers from 0, or class names.",
+    ),
+    click.option(
         "--class-map",
         type=path,
         metavar="FILE",
-        help='Which output of the head each class folder is: JSON {"folder": 0, …}, or one name '
-        "a line in "
-        "the head's order. Default: the folders in alphabetical order.",
+        help="Which output of the head each class folder, or class name of --labels, is: JSON "
+        """{"folder": 0, …}, or one name a line in the head's order. Default: in alphabetical order.""",
     ),
     click.option(
         "--calibrate",
@@ -181,6 +188,13 @@ preprocessing = combine_options(
         "--crop-pct",
         type=click.FloatRange(0, 1, min_open=True),
         help="Side of the centre crop / shorter side of the image.",
+    ),
+    click.option(
+        "--crop-mode",
+        type=click.Choice(["center", "squash", "border"]),
+        help="How an image gets the input's shape, as in timm. center: resized until it covers the input, "
+        "and what lies over is cut off; squash: resized to it without keeping its proportions, as for "
+        "lines of text; border: resized until it fits in, the rest padded with the mean colour.",
     ),
 )
 

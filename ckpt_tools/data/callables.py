@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ckpt_tools.contract import InputSpec
+from ckpt_tools.contract import InputSpec, Split
 from ckpt_tools.data.sample_order import FULL_SHARE, Reading, Share, balanced_batch_sizes, random_order
 from ckpt_tools.data.stream import Batch, SkippedSample
 from ckpt_tools.data.user_code import CallableResult, import_callable
@@ -39,12 +39,13 @@ class CallableSource:
     sample_shape: None = None
 
     @classmethod
-    def open(cls, spec: str, *, limit: int | None, seed: int) -> CallableSource:
+    def open(cls, spec: str, *, limit: int | None, seed: int, split: Split = "train") -> CallableSource:
         """Import and call the callable.
 
-        Raises DataError, with the user's exception as its cause.
+        ``split`` says which loader of a Lightning DataModule is meant. Raises DataError, with the
+        user's exception as its cause.
         """
-        source = cls(spec, CallableResult(spec, import_callable(spec)), limit, seed)
+        source = cls(spec, CallableResult(spec, import_callable(spec), split), limit, seed)
         if source.count == 0:
             raise DataError(f"{spec}: expected samples, the Dataset is empty.")
         return source
@@ -173,8 +174,10 @@ _END = object()
 
 
 def _has_length(data: object) -> bool:
-    # Every Dataset may define __len__, but an IterableDataset has no samples by number.
-    return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
+    # Every Dataset may define __len__, but an IterableDataset has no samples by number. A Dataset of
+    # Hugging Face has another base class; it has columns, and iterating over it gives samples.
+    is_dataset = isinstance(data, Dataset) or (hasattr(data, "column_names") and hasattr(data, "__getitem__"))
+    return is_dataset and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
 
 def _collate_inputs(samples: list[Any]) -> Any:

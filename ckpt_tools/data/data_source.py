@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ckpt_tools.contract import InputSpec
-from ckpt_tools.data.arrays.array_files import ARRAY_SUFFIXES, Split, find_array
+from ckpt_tools.contract import InputSpec, Split
+from ckpt_tools.data.arrays.array_files import ARRAY_SUFFIXES, find_array
 from ckpt_tools.data.arrays.array_source import ArraySource
 from ckpt_tools.data.arrays.datasets import DATASETS, find_dataset, recognise_dataset
 from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.data.callables import CallableSource
+from ckpt_tools.data.foreign_data import advise_callable, describe_foreign_file
 from ckpt_tools.data.images.image_folder import FolderSource
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.data.sample_order import Reading
@@ -23,11 +25,12 @@ from ckpt_tools.data.shards.shard_names import is_pattern, is_shard, is_shard_ur
 from ckpt_tools.data.shards.shard_stream import ShardStreamSource
 from ckpt_tools.data.stream import BatchStream
 from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.import_path import suggest_import_path
 from ckpt_tools.location import Location
 from ckpt_tools.remote.remote_store import open_remote
 from ckpt_tools.urls import check_url, is_url, local_path_of_url, redact_url
 
-__all__ = ["Source", "describe_source", "open_source"]
+__all__ = ["Source", "count_other_files", "describe_source", "open_source"]
 
 
 class Source(Protocol):
@@ -77,7 +80,8 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
     - ``package.module:callable``.
 
     ``limit`` samples are drawn at random with ``seed``; all, if there are fewer. ``split`` matters
-    for data sets and array files that have both splits. Raises DataError, which says what is wrong.
+    for data sets, and for array files and Lightning DataModules that have both. Raises DataError,
+    which says what is wrong.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}. Give the number of samples to read, at least 1.")
@@ -99,8 +103,10 @@ def open_source(spec: str, *, limit: int | None = None, seed: int = 0, split: Sp
         if not folder or not root.is_dir():
             raise DataError(f"{spec}: expected {prefix}:DIR with an existing folder.{_near_path(root)}")
         return ArraySource(spec, find_dataset(prefix, root, split), limit, seed, "dataset")
+    if prefix.endswith(".py"):
+        raise DataError(f"{spec}: expected package.module:callable. {suggest_import_path(spec)}")
     if _IMPORT_PATH.fullmatch(spec):
-        return _callable(spec, limit, seed)
+        return _callable(spec, limit, seed, split)
     if is_pattern(spec):
         return ShardSource.open(spec, local_shards(spec, str(path)), limit=limit, seed=seed)
     raise DataError(_unknown(spec, prefix if colon else None))
@@ -113,6 +119,19 @@ def describe_source(source: Source) -> str:
     """Return the kind of a source and, for an array file, the name of the array."""
     name = source.array.name if isinstance(source, ArraySource) else ""
     return f"{source.kind} {name}" if name else source.kind
+
+
+def count_other_files(source: Source) -> dict[str, int]:
+    """Return how many files of each extension were found beside the images and are not read.
+
+    Of shards, these are the members of samples without an image.
+    """
+    if isinstance(source, FolderSource):
+        return dict(source.other_files)
+    if isinstance(source, ShardSource):
+        counts = sum((shard.extensions for shard in source.index.shards), Counter[str]())
+        return {f".{extension}": count for extension, count in counts.most_common()}
+    return {}
 
 
 def _on_disk(spec: str, path: Path, limit: int | None, seed: int, split: Split) -> Source:
@@ -130,10 +149,8 @@ def _behind_url(spec: str, limit: int | None, seed: int, split: Split) -> Source
     if Path(shown).suffix.lower() in ARRAY_SUFFIXES:
         return ArraySource(shown, _fetch_array(Location.of(spec), split), limit, seed)
     remote = open_remote(spec)
-    if not remote.is_folder() and remote.scheme not in (
-        "http",
-        "https",
-    ):  # where a folder is a page that lists it
+    is_page = remote.scheme in ("http", "https")  # there a folder is a page that lists it
+    if not remote.is_folder() and (not is_page or describe_foreign_file(Path(shown))):
         return _file(shown, Path(shown), limit, seed, split)
     try:
         return FolderSource.open(shown, RemoteFolder(remote), limit=limit, seed=seed)
@@ -170,18 +187,24 @@ def _file(spec: str, path: Path, limit: int | None, seed: int, split: Split) -> 
     if is_shard(path.name):
         return ShardSource.open(spec, [path], limit=limit, seed=seed)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
+        if path.suffix == ".py":
+            raise DataError(f"{spec}: a file of Python code. {suggest_import_path(spec)}")
+        foreign = describe_foreign_file(path)
+        if foreign is not None:
+            raise DataError(f"{spec}: {advise_callable(foreign)}")
         formats = " ".join(ARRAY_SUFFIXES)
         kind = path.suffix or "without extension"
         raise DataError(
             f"{spec}: expected a folder of images or an array file ({formats}), or .tar "
-            f"shards, found a file {kind}. Give the folder, or save the samples as an array."
+            f"shards, found a file {kind}. Give the folder, save the samples as an array, or let "
+            "your own code read it: package.module:callable."
         )
     return ArraySource(spec, find_array(path, split), limit, seed)
 
 
-def _callable(spec: str, limit: int | None, seed: int) -> Source:
+def _callable(spec: str, limit: int | None, seed: int, split: Split) -> Source:
     try:
-        return CallableSource.open(spec, limit=limit, seed=seed)
+        return CallableSource.open(spec, limit=limit, seed=seed, split=split)
     except DataError as error:
         # A misspelled data set such as cifr10:data reads like an import path, too.
         prefix, _, folder = spec.partition(":")

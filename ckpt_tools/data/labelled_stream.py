@@ -13,16 +13,16 @@ from ckpt_tools.data.arrays.array_source import ArraySource
 from ckpt_tools.data.callables import CallableSource, CallableStream, input_tensors
 from ckpt_tools.data.data_source import Source
 from ckpt_tools.data.images.image_folder import FolderSource
+from ckpt_tools.data.label_files import LabelFile, file_labels
 from ckpt_tools.data.labels import ClassMap, Labels, array_labels, as_class_numbers, folder_labels
 from ckpt_tools.data.sample_order import Reading
 from ckpt_tools.data.shards.disk_shards import ShardSource, shard_labels
 from ckpt_tools.data.shards.shard_stream import ShardStream, ShardStreamSource
 from ckpt_tools.data.stream import Batch, IndexedStream, SampleStream, SkippedSample, first_not_finite
 from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.model.batch_fields import find_label_field
 
 __all__ = ["LabelledStream", "labelled_batches"]
-
-_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 class LabelledStream(SampleStream, Protocol):
@@ -46,20 +46,28 @@ def labelled_batches(
     input_spec: InputSpec | None,
     reading: Reading,
     class_map: ClassMap | None = None,
+    label_file: LabelFile | None = None,
 ) -> LabelledStream:
     """Like ``source.batches``, with labels.
 
     Folders give the first subfolder's name, arrays what lies beside them in the file, data sets
     their own labels, shards their ``.cls`` members; callables yield (inputs, labels), or dicts with
-    "labels". ``class_map`` is for folders. Raises DataError where there are no labels.
+    "labels". ``label_file``, which takes the place of subfolders, and ``class_map`` are for folders.
+    Raises DataError where there are no labels.
     """
+    if label_file is not None and not isinstance(source, FolderSource):
+        raise UsageError(
+            f"--labels is for a folder of images; the labels of {source.spec} come with the data. Drop it."
+        )
     if class_map is not None and not isinstance(source, FolderSource):
         raise UsageError(
             f"--class-map names folders; the labels of {source.spec} are numbers already. Drop it."
         )
     if isinstance(source, CallableSource | ShardStreamSource):
         return _StreamWithLabels(source.spec, source.batches(input_spec, reading, labelled=True))
-    if isinstance(source, FolderSource):
+    if isinstance(source, FolderSource) and label_file is not None:
+        labels = file_labels(source.root, source.names, label_file, class_map)
+    elif isinstance(source, FolderSource):
         labels = folder_labels(source.root, source.names, class_map)
     elif isinstance(source, ArraySource):
         labels = array_labels(source.array)
@@ -134,10 +142,10 @@ class _StreamWithLabels:
     def _split_labels(self, batch: Any, name: str) -> tuple[Batch, Tensor]:
         count = len(input_tensors(batch)[0])
         if isinstance(batch, Mapping):
-            for key in _LABEL_KEYS:
-                if key in batch:
-                    inputs = {field: value for field, value in batch.items() if field != key}
-                    return inputs, as_class_numbers(batch[key], count, name)
+            key = find_label_field(batch)
+            if key is not None:
+                inputs = {field: value for field, value in batch.items() if field != key}
+                return inputs, as_class_numbers(batch[key], count, name)
         elif isinstance(batch, tuple | list) and len(batch) > 1:
             return batch[0], as_class_numbers(batch[1], count, name)
         raise DataError(f"{name} has no labels. Yield (inputs, labels), or a dict that also holds 'labels'.")

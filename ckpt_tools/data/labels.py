@@ -17,6 +17,7 @@ from ckpt_tools.errors import DataError
 from ckpt_tools.location import Location, LocationLike
 
 __all__ = [
+    "CLASS_MAP_HINT",
     "ClassMap",
     "Labels",
     "array_labels",
@@ -29,8 +30,8 @@ __all__ = [
 _MAX_OUTPUTS = 2**31
 # Types of whole numbers, as numpy and torch, or as safetensors name them.
 _INTEGER_TYPE = re.compile(r"u?int\d+|[IU]\d+")
-_CLASS_MAP_HINT = (
-    'Say which output each folder is: --class-map FILE, JSON {"folder": 0, …} or one name a line, '
+CLASS_MAP_HINT = (
+    'Say which output each class is: --class-map FILE, JSON {"class": 0, …} or one name a line, '
     "in the order of the outputs."
 )
 
@@ -113,7 +114,10 @@ def folder_labels(root: Path | RemoteFolder, names: Sequence[str], class_map: Cl
     """
     for name in names:
         if len(Path(name).parts) < 2:  # the image lies in ``root`` itself
-            raise DataError(f"{root}: {name} lies in no class folder. Expected {root}/CLASS/IMAGE.")
+            raise DataError(
+                f"{root}: {name} lies in no class folder. Expected {root}/CLASS/IMAGE, or a "
+                "file with the labels: --labels FILE."
+            )
     class_names = [Path(name).parts[0] for name in names]
     if class_map is None:
         return _alphabetical_labels(root, class_names)
@@ -140,7 +144,7 @@ def _alphabetical_labels(root: Path | RemoteFolder, class_names: Sequence[str]) 
         )
     numbers = {name: number for number, name in enumerate(folders)}
     values = torch.tensor([numbers[name] for name in class_names])
-    return Labels(values, len(folders), f"one for each class folder in {root}", _CLASS_MAP_HINT)
+    return Labels(values, len(folders), f"one for each class folder in {root}", CLASS_MAP_HINT)
 
 
 def array_labels(array: StoredArray) -> Labels:

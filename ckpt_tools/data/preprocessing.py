@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ class Preprocessing:
     std: tuple[float, ...] | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
+    # Not in the repr, of which digests of earlier outputs are made
+    crop_mode: str | None = field(default=None, repr=False)
 
     @property
     def transform_options(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: a few are skipped, more than 1 % are an error."""
+"""Samples that cannot be read: one, or up to 1 %, are skipped, and more are an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ckpt_tools.errors import CkptToolsError, DataError
 __all__ = ["SkippedSample", "SkippedSamples", "refuse_unreadable", "translate_reading_errors"]
 
 MAX_UNREADABLE_SHARE = 0.01
-"""Share of unreadable samples above which the data set is refused."""
+"""Share of unreadable samples above which the data set is refused.
+
+A single one is no reason, however small the data set is, unless it is the only sample.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,17 @@ class SkippedSamples:
         self._first_pass_ended = True
 
     def refuse_too_many(self, count: int) -> None:
-        """Raise DataError if more than 1 % of ``count`` samples were skipped."""
+        """Raise DataError if more than one and more than 1 % of ``count`` samples were skipped."""
         refuse_unreadable(self._data_name, tuple(self.by_key.values()), count)
 
 
 def refuse_unreadable(data_name: str, skipped: Sequence[SkippedSample], count: int) -> None:
-    """Raise DataError if more than 1 % of ``count`` samples were skipped."""
-    if len(skipped) > MAX_UNREADABLE_SHARE * count:
+    """Raise DataError if more than one and more than 1 % of ``count`` samples were skipped, or all."""
+    if len(skipped) > max(1, MAX_UNREADABLE_SHARE * count) or len(skipped) == count > 0:
         first_few = "; ".join(f"{sample.name} ({sample.reason})" for sample in skipped[:5])
         raise DataError(
             f"{data_name}: {len(skipped)} of {count} samples are unreadable so far, expected "
-            f"at most {MAX_UNREADABLE_SHARE:.0%}: {first_few}. Repair or remove them."
+            f"at most one or {MAX_UNREADABLE_SHARE:.0%}: {first_few}. Repair or remove them."
         )
 
 

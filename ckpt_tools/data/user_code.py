@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ckpt_tools.contract import Split
+from ckpt_tools.data.data_modules import is_data_module, open_data_module
 from ckpt_tools.data.user_errors import convert_to_data_error, describe_error
 from ckpt_tools.errors import DataError
 from ckpt_tools.import_path import import_user_module, user_code_for_children
@@ -20,6 +22,8 @@ __all__ = ["CallableResult", "import_callable"]
 
 def import_callable(spec: str) -> Callable[[], object]:
     """Import the callable that ``package.module:name`` names, also from the current folder.
+
+    A Lightning DataModule that the module has made stands for a callable that returns it.
 
     Raises DataError if module or name is missing, the module fails, or the object is no callable.
     """
@@ -32,6 +36,8 @@ def import_callable(spec: str) -> Callable[[], object]:
         near = get_close_matches(name, dir(module), 1)
         hint = f"Did you mean {module_name}:{near[0]}?" if near else f"It is {module.__file__}."
         raise DataError(f"{spec}: {module_name} has no {name!r}. {hint}") from error
+    if is_data_module(function) and not isinstance(function, type):
+        return lambda: function
     if not callable(function):
         raise DataError(f"{spec}: expected a callable without arguments, found {type(function).__name__}.")
     return function
@@ -53,14 +59,14 @@ def _import_module(spec: str, name: str) -> ModuleType:
 
 
 class CallableResult:
-    """The object that the user's callable returned.
+    """The object that the user's callable returned; of a Lightning DataModule, a loader of its.
 
     An iterator can be read only once, so every pass after the first calls the function again.
     Raises DataError if the call raises, or returns nothing that could hold batches.
     """
 
-    def __init__(self, spec: str, function: Callable[[], object]) -> None:
-        self._spec, self._function = spec, function
+    def __init__(self, spec: str, function: Callable[[], object], split: Split = "train") -> None:
+        self._spec, self._function, self._split = spec, function, split
         self.latest: Any = self._call()
         self._unread = True
 
@@ -75,6 +81,8 @@ class CallableResult:
     def _call(self) -> object:
         with convert_to_data_error(f"{self._spec}: the call without arguments"), user_code_for_children():
             product = self._function()
+            if is_data_module(product):
+                product = open_data_module(product, self._split)
         # A tensor or a dict is iterable as well, but it is one batch, and not several.
         readable = isinstance(product, Iterable) or hasattr(product, "__getitem__")
         if not readable or isinstance(product, Tensor | Mapping | str | bytes):

@@ -229,8 +229,8 @@ def _other_data_set(sample: Sample, excused_scores: AgreementScores, deep: Agree
     assert worst is not None
     return (
         f"no usual preprocessing and no usual augmentation fits (score {excused_scores.early:.2f} in the "
-        f"first BN layers, {excused_scores.first:.2f} in the very first, expected {bound:.2f} at most; most in "
-        f"{worst.name}): another data set{_describe_size(sample)}"
+        f"first BN layers, {excused_scores.first:.2f} in the very first, expected {bound:.2f} at most; "
+        f"most in {worst.name}): another data set{_describe_size(sample)}"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import LoadedModel
 from ckpt_tools.data.data_source import Source, describe_source
+from ckpt_tools.data.label_files import LabelFile, read_label_file
 from ckpt_tools.data.labelled_stream import LabelledStream, labelled_batches
 from ckpt_tools.data.labels import ClassMap, read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing, resolve_input_spec
@@ -25,21 +26,28 @@ from ckpt_tools.location import LocationLike
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is asked of an evaluation: the data, which output each class is, a temperature, a gate."""
+    """What is asked of an evaluation: the data, its labels, a temperature, a gate."""
 
     data: str
     class_map: ClassMap | None = None
+    label_file: LabelFile | None = None
     calibrate: bool = False
     gate: Gate | None = None
 
 
 def parse_evaluation_settings(
-    data: str, class_map: LocationLike | None, calibrate: bool, gate: str | None, *, compared: bool
+    data: str,
+    class_map: LocationLike | None,
+    calibrate: bool,
+    gate: str | None,
+    *,
+    compared: bool,
+    labels: LocationLike | None = None,
 ) -> EvaluationSettings:
     """Checks what can be checked without data. ``compared``: whether there will be metrics before.
 
     Raises UsageError for a gate that does not parse or needs a before that there is none; DataError
-    for a class map that cannot be read; CkptToolsError if torchmetrics is missing.
+    for a class map or a label file that cannot be read; CkptToolsError if torchmetrics is missing.
     """
     parsed = None if gate is None else parse_gate(gate)
     if parsed is not None and parsed.needs_before and not compared:
@@ -48,23 +56,32 @@ def parse_evaluation_settings(
         )
     require_torchmetrics()
     return EvaluationSettings(
-        data, None if class_map is None else read_class_map(class_map), calibrate, parsed
+        data,
+        None if class_map is None else read_class_map(class_map),
+        None if labels is None else read_label_file(labels),
+        calibrate,
+        parsed,
     )
 
 
 def parse_optional_settings(
-    data: str | None, class_map: LocationLike | None, calibrate: bool, gate: str | None
+    data: str | None,
+    class_map: LocationLike | None,
+    calibrate: bool,
+    gate: str | None,
+    labels: LocationLike | None = None,
 ) -> EvaluationSettings | None:
     """Open validation data if a command was given any, else return None.
 
     Raises UsageError if options of an evaluation were given without data.
     """
     if data is not None:
-        return parse_evaluation_settings(data, class_map, calibrate, gate, compared=True)
+        return parse_evaluation_settings(data, class_map, calibrate, gate, compared=True, labels=labels)
     for option, said in (
         ("--gate", gate is not None),
         ("--calibrate", calibrate),
         ("--class-map", class_map),
+        ("--labels", labels),
     ):
         if said:
             raise UsageError(f"{option} needs labelled data to evaluate on. Give --eval-data SPEC.")
@@ -142,6 +159,7 @@ def open_validation(
         resolve_input_spec(loaded.input_spec, said, source),
         reading,
         class_map=asked.class_map,
+        label_file=asked.label_file,
     )
     return Validation(asked, source, stream, seed)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpt_tools.contract import Adapter
 from ckpt_tools.errors import ArchitectureError
-from ckpt_tools.import_path import import_user_module
+from ckpt_tools.import_path import import_user_module, suggest_import_path
 
 GROUP = "ckpt_tools.adapters"
 _FACTORY = "factory"
@@ -99,6 +99,8 @@ def _only_owner(name: str) -> tuple[Adapter, str]:
     if owners:
         spellings = " or ".join(f"{prefix}:{name}" for prefix in owners)
         raise ArchitectureError(f"{name}: {' and '.join(owners)} both have it. Write {spellings}.")
+    if name.endswith(".py"):
+        raise ArchitectureError(f"{name}: a file of Python code. {suggest_import_path(name)}")
     everything = (f"{prefix}:{candidate}" for prefix, names in names_by_prefix.items() for candidate in names)
     raise ArchitectureError(
         f"{name}: no adapter has an architecture of this name.{_suggestion(name, everything)} "

@@ -120,6 +120,7 @@ def prepare_evaluation(request: EvaluationRequest) -> EvaluationPlan:
         options.calibrate,
         options.gate,
         compared=request.before is not None,
+        labels=options.labels,
     )
     device = resolve_device(request.reading.device)
     if request.before is None:
@@ -225,7 +226,7 @@ def _example_batch(
     spec = resolve_input_spec(loaded.input_spec, preprocessing, source)
     if spec is not None:
         return example_input(spec, source)
-    labelled = labelled_batches(source, None, Reading(2, workers=0), class_map=settings.class_map)
+    labelled = labelled_batches(source, None, Reading(2, workers=0), settings.class_map, settings.label_file)
     inputs, _ = next(iter(labelled))
     return inputs
 

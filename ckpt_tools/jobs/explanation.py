@@ -7,13 +7,14 @@ that is not distributed as it was in training. A paired measurement tells the tw
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ckpt_tools.contract import InputSpec, LoadedModel
-from ckpt_tools.data.data_source import Source
+from ckpt_tools.data.data_source import Source, count_other_files
 from ckpt_tools.data.sample_order import Reading
-from ckpt_tools.data.stream import BatchStream
+from ckpt_tools.data.stream import BatchStream, SkippedSample
 from ckpt_tools.diagnosis.data_check import DataVerdict
 from ckpt_tools.errors import NothingToDo
 from ckpt_tools.jobs.first_samples import check_first_samples, open_first_samples
@@ -51,6 +52,8 @@ class Explanation:
         layers: every BN layer; its mismatch and its dropout shift are what was measured.
         preprocessing: what is wrong with it, and the option that mends it; empty if nothing is.
         images: how many samples were measured.
+        skipped: samples that could not be read.
+        other_files: how many files beside the images are not read, by extension.
     """
 
     cause: Cause
@@ -61,6 +64,8 @@ class Explanation:
     layers: tuple[LayerResult, ...]
     preprocessing: str
     images: int
+    skipped: tuple[SkippedSample, ...] = ()
+    other_files: Mapping[str, int] = field(default_factory=dict)
 
 
 def explain_difference(
@@ -82,15 +87,26 @@ def explain_difference(
         result = run_method(loaded.model, stream, method, rates=loaded.rates, walk=walk, dry_run=True)
         layers, verdict, dropout_on = result.layers, result.verdict, True
     except NothingToDo:  # no noise reaches a BN layer, so one measurement is both
-        result = _measure_without_dropout(loaded, walk, source.batches(spec, reading))
+        stream = source.batches(spec, reading)
+        result = _measure_without_dropout(loaded, walk, stream)
         layers = tuple(_take_ratio_for_mismatch(layer) for layer in result.layers)
         verdict, dropout_on = _judge_layers(layers, data_check, result.images), False
     verdict = verdict or _verdict_of_first_samples(data_check)
     shifts = any(_is_off(layer.dropout_shift, _NO_SHIFT) for layer in layers)
     preprocessing = data_check.cause if data_check.verdict == "refuse" else ""
     cause = _find_cause(verdict, shifts=shifts, preprocessing=preprocessing)
-    rates_known = loaded.rates != "unknown"
-    return Explanation(cause, shifts, dropout_on, rates_known, verdict, layers, preprocessing, result.images)
+    return Explanation(
+        cause,
+        shifts,
+        dropout_on,
+        loaded.rates != "unknown",
+        verdict,
+        layers,
+        preprocessing,
+        result.images,
+        stream.skipped_samples,
+        count_other_files(source),
+    )
 
 
 def _measure_without_dropout(loaded: LoadedModel, walk: Walk, stream: BatchStream) -> Reestimation:

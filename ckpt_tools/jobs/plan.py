@@ -147,11 +147,13 @@ def parse_evaluation_request(request: Request) -> EvaluationSettings | None:
     """What is asked of the labelled data, checked without reading it; None if there is no such
     data.
 
-    Raises UsageError, DataError for a class map that cannot be read, CkptToolsError if torchmetrics
-    is missing.
+    Raises UsageError, DataError for a class map or label file that cannot be read, CkptToolsError if
+    torchmetrics is missing.
     """
     options = request.evaluation
-    return parse_optional_settings(request.eval_data, options.class_map, options.calibrate, options.gate)
+    return parse_optional_settings(
+        request.eval_data, options.class_map, options.calibrate, options.gate, options.labels
+    )
 
 
 def choose_layers(loaded: LoadedModel, walk: Walk, method: Method) -> Choice:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckpt_tools.data.label_files import read_label_file
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing
 from ckpt_tools.location import Location
@@ -50,9 +51,12 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is asked of labelled data: which output each class folder is, a temperature, a gate."""
+    """What is asked of labelled data: which class every image is, and which output each class; a
+    temperature, a gate.
+    """
 
     class_map: Location | None = None
+    labels: Location | None = None
     calibrate: bool = False
     gate: str | None = None
 
@@ -85,10 +89,10 @@ class Request:
         """A digest of all that decides the result, except for the checkpoint: equal for equal
         results.
 
-        Data counts by its place, a class map by its content. Raises DataError if the class map
-        cannot be read.
+        Data counts by its place, a class map and a label file by their contents. Raises DataError if
+        one cannot be read.
         """
-        class_map = self.evaluation.class_map
+        class_map, labels = self.evaluation.class_map, self.evaluation.labels
         # Outputs of earlier versions hold this digest: flat names, whatever the groups are.
         settings = {
             **vars(self.model),
@@ -96,8 +100,10 @@ class Request:
             **vars(self.reading),
             **vars(self.evaluation),
             "preprocessing": self.preprocessing,
+            "crop_mode": self.preprocessing.crop_mode,
             "data": self.data and _normalise_place(self.data),
             "eval_data": self.eval_data and _normalise_place(self.eval_data),
+            "labels": labels and (read_label_file(labels).names, read_label_file(labels).labels),
             "class_map": class_map and _read_class_outputs(class_map),
         }
         decisive = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
@@ -124,4 +130,4 @@ def _read_class_outputs(location: Location) -> object:
 # What a result does not depend on. How a convolution is computed may change its last bits, and no
 # more.
 _WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force", "strict"})
-_YOUNGER_SETTINGS = ("only", "keep")
+_YOUNGER_SETTINGS = ("only", "keep", "crop_mode", "labels")

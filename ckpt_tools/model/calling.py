@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.errors import DataError
 from ckpt_tools.model.batch import Batch
+from ckpt_tools.model.batch_fields import select_arguments
 from ckpt_tools.model.process_context import ProcessContext
 
 Forward: TypeAlias = Callable[[nn.Module, Batch], object]
@@ -23,11 +24,13 @@ Forward: TypeAlias = Callable[[nn.Module, Batch], object]
 def call_model(model: nn.Module, batch: Batch) -> object:
     """Run ``model`` on the input part of a batch and return what it returns.
 
-    Labels that a loader may add are ignored. Raises DataError for a batch of any other type than
+    Labels that a loader may add are ignored; of a dict, ``select_arguments`` says what the model gets.
+    Raises DataError for a batch of any other type than
     ``Batch`` describes.
     """
     if isinstance(batch, Mapping):
-        return model(**batch)
+        args, kwargs = select_arguments(model, batch)
+        return model(*args, **kwargs)
     if isinstance(batch, (tuple, list)) and batch:
         return model(batch[0])
     if isinstance(batch, Tensor):

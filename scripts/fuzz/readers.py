@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.contract import Checkpoint, InputSpec
 from ckpt_tools.data.data_source import Source, open_source
+from ckpt_tools.data.label_files import file_labels, read_label_file
 from ckpt_tools.data.labelled_stream import labelled_batches
 from ckpt_tools.data.labels import array_labels, folder_labels, read_class_map
 from ckpt_tools.data.sample_order import Reading
@@ -127,6 +128,10 @@ def _class_map(path: Path) -> None:
     read_class_map(path)
 
 
+def _label_file(path: Path) -> None:
+    file_labels(path.parent, ["a.png", "sub/b.png"], read_label_file(path), None)
+
+
 def _manifest(path: Path) -> None:
     """A later run takes over what an earlier one recorded, and its report with it."""
     log = Manifest(path)
@@ -191,6 +196,7 @@ READERS: Mapping[str, Reader] = {
     "streamed tars": _behind_url,
     "streamed images": _behind_url,
     "class map": _class_map,
+    "label file": _label_file,
     "listing": read_listing,
     "manifest": _manifest,
     "words": _words,

@@ -344,6 +344,7 @@ def _images(folder: Path) -> Iterator[Seed]:
         *(("webp", "RGB", {}), ("webp", "RGB", {"save_all": True, "append_images": [colour]})),
         *(("tif", "RGB", {"compression": how}) for how in ("raw", "tiff_lzw", "tiff_deflate", "jpeg")),
         *(("bmp", "RGB", {}), ("ppm", "RGB", {}), ("pgm", "L", {})),
+        *((name, "RGB", {}) for name in ("avif", "tga", "pcx", "qoi", "dds", "ico", "icns", "sgi")),
     )
     for suffix, mode, options in kinds:
         target = io.BytesIO()
@@ -383,6 +384,13 @@ def _class_map(folder: Path) -> Iterator[Seed]:
     yield Seed({"map.json": json.dumps({"cat": 0, "dog": 1}).encode()}, "map.json")
     yield Seed({"map.json": json.dumps(["cat", "dog"]).encode()}, "map.json")
     yield Seed({"map.txt": b"cat\ndog\n"}, "map.txt")
+
+
+def _label_file(folder: Path) -> Iterator[Seed]:
+    yield Seed({"labels.csv": b"name,label\na.png,0\nsub/b.png,1\n"}, "labels.csv")
+    yield Seed({"labels.csv": b",Image,Class,split\n0,'a',cat,val\n1,b.png,dog,val\n"}, "labels.csv")
+    yield Seed({"labels.txt": b"a.png 0\nsub/b.png 1\n"}, "labels.txt")
+    yield Seed({"labels.txt": b"1\n0\n"}, "labels.txt")
 
 
 # What could lead out of a folder, or to a file that is none, if a store lists it; the others are
@@ -499,6 +507,7 @@ _SEEDS: Mapping[str, Callable[[Path], Iterator[Seed]]] = {
     "streamed tars": _tars,
     "streamed images": _images,
     "class map": _class_map,
+    "label file": _label_file,
     "listing": _listing,
     "manifest": _manifest,
     "words": _words,

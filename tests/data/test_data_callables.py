@@ -48,6 +48,11 @@ class inner:
     @staticmethod
     def made(): return [rows]
 constant = 3
+class Table:  # as those of Hugging Face's datasets: of no class of torch's, with columns
+    column_names = ("image", "label")
+    def __len__(self): return 40
+    def __getitem__(self, i): return {"image": torch.full((3, 4), float(i)), "label": i % 3}
+    def __iter__(self): return map(self.__getitem__, range(40))
 """
 
 
@@ -172,3 +177,11 @@ def test_a_workers_exception_is_told_in_one_line():
     with pytest.raises(DataError, match=r"reading raised KeyError: 'lost'\.$") as caught:
         list(stream("faulty", workers=1))
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_table_of_samples_is_batched_like_a_dataset():
+    batches = list(stream("Table"))
+    assert [len(batch["image"]) for batch in batches] == [14, 13, 13]
+    assert sorted(torch.cat([batch["image"][:, 0, 0] for batch in batches]).tolist()) == list(range(40))
+    labels = torch.cat([batch["label"] for batch in batches]).tolist()
+    assert sorted(labels) == sorted(number % 3 for number in range(40))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
+from ckpt_tools.contract import Split
 from ckpt_tools.data.arrays.array_formats import ARRAY_READERS
 from ckpt_tools.data.arrays.stored_array import StoredArray
 from ckpt_tools.errors import DataError
 
-__all__ = ["ARRAY_SUFFIXES", "Split", "find_array"]
+__all__ = ["ARRAY_SUFFIXES", "find_array"]
 
-Split = Literal["train", "test"]
 
 ARRAY_SUFFIXES = tuple(ARRAY_READERS)
 

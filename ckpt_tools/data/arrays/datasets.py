@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckpt_tools.data.arrays.array_files import Split
+from ckpt_tools.contract import Split
 from ckpt_tools.data.arrays.matlab import matlab_arrays
 from ckpt_tools.data.arrays.stored_array import StoredArray, are_class_numbers, max_decompressed_bytes
 from ckpt_tools.errors import CheckpointError, DataError

@@ -22,13 +22,39 @@ from ckpt_tools.data.sample_order import Reading, random_order
 from ckpt_tools.data.stream import Chunk, IndexedStream, Samples, SkippedSample
 from ckpt_tools.errors import DataError
 
-__all__ = ["IMAGE_EXTENSIONS", "ImageSource", "image_transforms", "read_images"]
+__all__ = ["IMAGE_EXTENSIONS", "USUAL_EXTENSIONS", "ImageSource", "image_transforms", "read_images"]
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+USUAL_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+"""The extensions that messages name."""
 
-# Files are recognised by content, not by name. PIL knows more formats than these, but it hands some
-# of them (EPS) to other programs, which a file must not be able to start.
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+# Formats that PIL registers and that are not read here. It hands EPS to another program, which a file
+# must not be able to start; an IPTC file may hold an image of any format, EPS included. For BUFR,
+# GRIB, HDF5, MPEG and WMF it has no decoder on every system. FITS holds measurements, which may be
+# compressed without bound, and what is called .pcd is a cloud of points as a rule, and no Photo CD.
+_EXCLUDED_FORMATS = frozenset({"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "PDF", "WMF"})
+
+
+def _registered_formats() -> dict[str, str]:
+    """Return the format of every file name extension of images that PIL reads by itself."""
+    Image.init()  # imports the plugins of all formats
+    # PIL opens a file of several JPEG images (MPO) as JPEG, and shows the first one.
+    formats = {**Image.registered_extensions(), ".mpo": "JPEG"}
+    return {
+        extension: formats[extension]
+        # The usual ones come first: they are tried first, and of several images in a sample of a
+        # shard the first is taken.
+        for extension in sorted(formats, key=[*USUAL_EXTENSIONS, *sorted(formats)].index)
+        if formats[extension] in Image.OPEN and formats[extension] not in _EXCLUDED_FORMATS
+    }
+
+
+_FORMAT_BY_EXTENSION = _registered_formats()
+
+IMAGE_EXTENSIONS = tuple(_FORMAT_BY_EXTENSION)
+"""File name extensions of images, in lower case with their dot: those that PIL registers."""
+
+# Files are recognised by content, not by name.
+_FORMATS = tuple(dict.fromkeys(_FORMAT_BY_EXTENSION.values()))
 
 
 @dataclass(frozen=True)

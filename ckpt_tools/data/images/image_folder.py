@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Literal
 
-from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS, ImageSource
+from ckpt_tools.data.foreign_data import advise_callable, describe_foreign_names
+from ckpt_tools.data.images.image_files import IMAGE_EXTENSIONS, USUAL_EXTENSIONS, ImageSource
 from ckpt_tools.data.images.remote_image_folder import RemoteFolder
 from ckpt_tools.errors import DataError
 from ckpt_tools.paths import is_deep
 
-__all__ = ["FolderSource", "find_images"]
+__all__ = ["FolderSource", "find_images", "search_folder"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class FolderSource(ImageSource):
 
     root: Path | RemoteFolder
     names: tuple[str, ...]  # relative to root, sorted
+    # How many other files there are of each extension, the most frequent first
+    other_files: Mapping[str, int] = field(default_factory=dict, hash=False)
     kind: Literal["folder"] = field(default="folder", init=False)
 
     @classmethod
     def open(cls, spec: str, root: Path | RemoteFolder, *, limit: int | None, seed: int) -> FolderSource:
         """List the images without reading one. Raises DataError if there is none."""
-        return cls(spec, root, find_images(root), limit=limit, seed=seed)
+        names, other_files = search_folder(root)
+        return cls(spec, root, names, other_files, limit=limit, seed=seed)
 
     @property
     def total(self) -> int:
@@ -50,24 +54,31 @@ class FolderSource(ImageSource):
 
 
 def find_images(root: Path | RemoteFolder) -> tuple[str, ...]:
+    """Find all images below ``root`` as ``search_folder`` does, and leave other files out."""
+    return search_folder(root)[0]
+
+
+def search_folder(root: Path | RemoteFolder) -> tuple[tuple[str, ...], dict[str, int]]:
     """Find all images below ``root``: their paths relative to it, sorted, without hidden ones.
 
-    Links are followed, and every folder is read once, however many links lead to it.
+    The extension of a file decides whether it is an image. All other files are counted in the second
+    value, by extension. Links are followed, and every folder is read once, however many links lead to
+    it.
 
     Raises DataError if there is no image or a folder cannot be listed, and RemoteError for a store
     that does not answer.
     """
     images: list[str] = []
-    other_suffixes: Counter[str] = Counter()
+    others: list[str] = []
     for name in root.names(IMAGE_EXTENSIONS) if isinstance(root, RemoteFolder) else _file_names(root):
-        suffix = PurePath(name).suffix.lower()
-        if suffix in IMAGE_EXTENSIONS:
-            images.append(name)
-        else:
-            other_suffixes[suffix or "no extension"] += 1
+        kind = images if PurePath(name).suffix.lower() in IMAGE_EXTENSIONS else others
+        kind.append(name)
+    other_suffixes = Counter(PurePath(name).suffix.lower() or "no extension" for name in others)
     if not images:
-        raise _no_images_error(root, other_suffixes)
-    return tuple(sorted(images))
+        foreign = describe_foreign_names([*others, PurePath(str(root)).name])
+        advice = f" {advise_callable(foreign)}" if foreign else ""
+        raise DataError(f"{root}: {_describe_contents(other_suffixes)}.{advice}")
+    return tuple(sorted(images)), dict(other_suffixes.most_common())
 
 
 def _file_names(root: Path) -> Iterator[str]:
@@ -98,10 +109,10 @@ def _raise_data_error(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder cannot be listed: {error.strerror}.") from error
 
 
-def _no_images_error(root: Path | RemoteFolder, other_suffixes: Counter[str]) -> DataError:
+def _describe_contents(other_suffixes: Counter[str]) -> str:
+    """Say that there is no image in a folder, and which other files there are."""
     contents = "no files at all"
     if other_suffixes:
         listed = ", ".join(f"{count} × {suffix}" for suffix, count in other_suffixes.most_common(5))
         contents = f"{other_suffixes.total()} other files ({listed})"
-    extensions = " ".join(sorted(IMAGE_EXTENSIONS))
-    return DataError(f"{root}: no image ({extensions}) in this folder or below it; found {contents}.")
+    return f"no image ({' '.join(USUAL_EXTENSIONS)} …) in this folder or below it; found {contents}"

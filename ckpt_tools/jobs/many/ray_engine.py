@@ -214,8 +214,7 @@ def _refuse_remote(items: Sequence[CheckpointItem], request: Request) -> None:
     The data may be one, since each worker opens it itself.
     """
     locations = [location for item in items for location in (item.checkpoint, item.output)]
-    if request.evaluation.class_map is not None:
-        locations.append(request.evaluation.class_map)
+    locations += filter(None, [request.evaluation.class_map, request.evaluation.labels])
     for location in locations:
         if location.store is not None:
             raise UsageError(

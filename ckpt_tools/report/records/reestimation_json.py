@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ckpt_tools.contract import Checkpoint
+from ckpt_tools.data.data_source import count_other_files
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.jobs.conversion import Conversion
 from ckpt_tools.jobs.drop_rates import describe_rates
@@ -53,6 +54,7 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
             "transform": plan.stream.transform,
             "input": plan.input_spec and dataclass_to_dict(plan.input_spec),
             "skipped": [dataclasses.asdict(item) for item in outcome.skipped],
+            "other_files": count_other_files(plan.source),  # by extension, not read
             "agreement": dataclass_to_dict(outcome.verdict),
         },
         "estimator": result.estimator,
@@ -174,6 +176,8 @@ def _explanation(inspection: Inspection) -> dict[str, object] | None:
         "dropout_shifts": explanation.dropout_shifts,
         "dropout_on": explanation.dropout_on,
         "rates_known": explanation.rates_known,
+        "skipped": [dataclasses.asdict(item) for item in explanation.skipped],
+        "other_files": dict(explanation.other_files),
         "rate_fit": inspection.rate_fit and dataclass_to_dict(inspection.rate_fit),
         "verdict": dataclass_to_dict(explanation.verdict),
         "preprocessing": explanation.preprocessing,

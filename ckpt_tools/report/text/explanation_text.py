@@ -6,6 +6,7 @@ from ckpt_tools.jobs.explanation import Explanation
 from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.plain_text import escape_controls, one_line
 from ckpt_tools.report.columns import align_columns, count_text
+from ckpt_tools.report.text.metrics_text import other_files_text, skipped_text
 from ckpt_tools.report.text.reestimation_text import measured_text, mismatch_verdict_text
 from ckpt_tools.report.text.suggested_command import reestimate_command
 
@@ -33,6 +34,10 @@ def explanation_text(explanation: Explanation, inspection: Inspection, limit: in
     verdict = mismatch_verdict_text(explanation.verdict)
     paragraph = explanation_paragraph(explanation, inspection)
     facts = [f"{_MEANINGS}\ndata: {verdict}"]
+    if explanation.other_files:
+        facts.append(f"not read: {other_files_text(explanation.other_files)}")
+    if explanation.skipped:
+        facts.append(skipped_text(explanation.skipped))
     if inspection.rate_fit is not None:
         facts.append(one_line(inspection.rate_fit.sentence))
     parts = [table, "\n".join(facts), _join_lines(paragraph)]

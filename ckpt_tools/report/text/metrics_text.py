@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from ckpt_tools.data.data_source import count_other_files
 from ckpt_tools.data.preprocessing import Preprocessing
+from ckpt_tools.data.unreadable_samples import SkippedSample
 from ckpt_tools.evaluate.metrics import Estimate, Metric
 from ckpt_tools.evaluate.scores import Metrics
 from ckpt_tools.evaluate.temperature import HIGHEST, LOWEST
@@ -34,8 +36,7 @@ def metrics_text(metrics: Metrics) -> str:
         # Paired: both checkpoints see the same images, so the change is surer than either value.
         parts.append("± standard error; that of the change is paired, image by image")
     if metrics.skipped:
-        names = list_names(f"{item.name} ({item.reason})" for item in metrics.skipped)
-        parts.append(f"skipped: {count_text(len(metrics.skipped), 'unreadable image')}: {names}")
+        parts.append(skipped_text(metrics.skipped, "image"))
     if metrics.after.temperature is not None:
         parts.append(_temperatures(metrics))
     if metrics.gate is not None:
@@ -103,10 +104,26 @@ def evaluation_plan_text(plan: EvaluationPlan) -> str:
     amount = "an unknown number of images" if stream.count is None else count_text(stream.count, "image")
     rows += [
         ("data", f"{plan.request.data} ({plan.after.validation.kind}), {amount}"),
+        ("not read", other_files_text(count_other_files(plan.after.validation.source))),
+        ("labels", str(plan.request.evaluation.labels or "")),
         ("input", _input_text(plan)),
         ("device", plan.device),
     ]
-    return align_columns(rows)
+    return align_columns([(name, text) for name, text in rows if text])
+
+
+def skipped_text(skipped: Sequence[SkippedSample], noun: str = "sample") -> str:
+    """Return a warning that names samples which could not be read."""
+    names = list_names(f"{item.name} ({item.reason})" for item in skipped)
+    return f"WARNING: skipped {count_text(len(skipped), f'unreadable {noun}')}: {names}"
+
+
+def other_files_text(counts: Mapping[str, int]) -> str:
+    """Return how many files beside the images are not read, the most frequent kinds by name."""
+    if not counts:
+        return ""
+    kinds = list_names(f"{count:,} × {extension}" for extension, count in counts.items())
+    return f"{count_text(sum(counts.values()), 'other file')}: {kinds}"
 
 
 _DECISIONS: Mapping[InputDecision, str] = {

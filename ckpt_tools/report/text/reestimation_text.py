@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_tools.contract import Checkpoint, LoadedModel
-from ckpt_tools.data.data_source import describe_source
+from ckpt_tools.data.data_source import count_other_files, describe_source
 from ckpt_tools.diagnosis.data_check import DataVerdict
 from ckpt_tools.jobs.plan import Plan
 from ckpt_tools.jobs.reestimation import ReestimationOutcome
@@ -14,7 +14,7 @@ from ckpt_tools.plain_text import one_line
 from ckpt_tools.reestimate.concerns import is_synthetic, result_warnings
 from ckpt_tools.report.columns import align_columns, count_text, list_names
 from ckpt_tools.report.number_format import deviation_text, percent_text
-from ckpt_tools.report.text.metrics_text import metrics_text
+from ckpt_tools.report.text.metrics_text import metrics_text, other_files_text, skipped_text
 from ckpt_tools.report.wording import DROP_RATE_SOURCES, RECOGNISED_BY_TEXT, VERDICT_LEVELS, is_worse
 from ckpt_tools.results import Controls, Effect, LayerResult, Measured, Outlier, Reestimation, Verdict
 
@@ -47,6 +47,7 @@ def plan_text(plan: Plan) -> str:
         ),
         ("layers", f"{plan.choice.why}; {count_text(len(plan.choice.controls), 'control layer')}"),
         ("data", f"{plan.source.spec} ({describe_source(plan.source)}), {amount}"),
+        ("not read", other_files_text(count_other_files(plan.source))),
         ("input", plan.stream.transform),
         ("preprocessing", origin),
         ("pass", f"{method}, batches of {plan.batch_size} on {device}"),
@@ -132,8 +133,7 @@ def outcome_text(outcome: ReestimationOutcome) -> str:
         names = list_names(f"{item.name} ({item.reason})" for item in result.left_alone)
         parts.append(f"left alone: {names}")
     if outcome.skipped:
-        names = list_names(f"{item.name} ({item.reason})" for item in outcome.skipped)
-        parts.append(f"skipped: {count_text(len(outcome.skipped), 'unreadable sample')}: {names}")
+        parts.append(skipped_text(outcome.skipped))
     parts += outliers_text(result)
     if outcome.output_sha256 is None:
         parts.append(f"not written: {one_line(outcome.plan.output)} (--dry-run)")

@@ -32,7 +32,7 @@ def reestimate_command(inspection: Inspection, *method: str) -> str:
 
 def _preprocessing_options(options: Preprocessing) -> Iterator[str]:
     """Yield the options that the user gave, each with its value."""
-    for name in ("input_size", "mean", "std", "interpolation", "crop_pct"):
+    for name in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
         value = getattr(options, name)
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
