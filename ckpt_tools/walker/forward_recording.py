@@ -7,7 +7,8 @@ random number (``.item()`` of a tainted tensor, Python's ``random``), everything
 module does from then on is tainted.
 
 The forward runs on a copy of the model, so the model itself is never touched: on meta tensors
-first, and where that is impossible (data-dependent control flow) for real, on two samples.
+first, and where that is impossible (data-dependent control flow) for real, on two samples. Rows of
+a batch may depend on each other (the nodes of a graph), so the whole batch is tried at last.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.model.batch import Batch, slice_samples, to_device, to_pytree
+from ckpt_tools.model.batch import Batch, batch_size, slice_samples, to_device, to_pytree
 from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, force_eager
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
@@ -41,11 +42,14 @@ from ckpt_tools.walker.dropout_sites import (
     PROBE_RATE,
     activate_dropout,
     draws_random_numbers,
+    enable_dropout,
     ignores_input_values,
     parse_dropout_call,
 )
 from ckpt_tools.walker.graph import Recorder
-from ckpt_tools.walker.taint import ForwardRecord, TaintTracker, find_tensors
+from ckpt_tools.walker.taint import Feed, ForwardRecord, TaintTracker, find_tensors
+
+_SAMPLES = 2  # of which a real forward is tried before the whole batch
 
 # Operations that hand a value of a tensor to Python, which may decide by it.
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
@@ -93,9 +97,12 @@ class _OperationMode(TorchDispatchMode):
 class _FunctionMode(TorchFunctionMode):
     """Sees calls of functions such as F.dropout before they fall apart into operations."""
 
-    def __init__(self, tracker: TaintTracker, layers: Mapping[int, str], *, run: bool) -> None:
+    def __init__(
+        self, tracker: TaintTracker, layers: Mapping[int, str], *, run: bool, everywhere: bool
+    ) -> None:
         super().__init__()
-        self.tracker, self.layers, self.run_inactive = tracker, layers, run
+        self.tracker, self.layers = tracker, layers
+        self.run_inactive, self.everywhere = run, everywhere
 
     def __torch_function__(
         self,
@@ -107,6 +114,8 @@ class _FunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             self._record_layer_input(args, kwargs)
+        if self.everywhere:
+            args, kwargs = enable_dropout(func, args, kwargs)
         dropout = parse_dropout_call(func, args, kwargs)
         if dropout is None or not dropout.training:
             return func(*args, **kwargs)
@@ -132,6 +141,14 @@ class _FunctionMode(TorchFunctionMode):
             # A layer may run several times in one forward.
             inputs = tracker.record.inputs
             inputs[name] = inputs.get(name, frozenset()) | taint
+
+
+class FailedForward(Exception):
+    """No forward got through; ``failures`` has what was tried, and the error that came of it."""
+
+    def __init__(self, failures: Sequence[tuple[Feed, Exception]]) -> None:
+        super().__init__(str(failures[-1][1]))
+        self.failures = failures
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,7 @@ def record_forward(
     call: ForwardCall,
     mode: RecordingMode,
     inactive_sites: InactiveSitePolicy = InactiveSitePolicy(),
+    feeds: Sequence[Feed] = tuple(Feed),
 ) -> ForwardRecord:
     """Run a copy of the model once and record its forward.
 
@@ -176,22 +194,34 @@ def record_forward(
         call: how to run it.
         mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for
             modules without children only: detection models want targets when the outer module is
-            training), or "evaluation".
+            training; the dropout functions that they call are on all the same), or "evaluation".
         inactive_sites: what becomes of sites at rate zero.
 
-    Raises whatever the model raises when neither a meta nor a real forward gets through.
+        feeds: what to run it on, in this order, until a forward gets through.
+
+    Raises FailedForward if none gets through.
     """
+    failures: list[tuple[Feed, Exception]] = []
     # In inference mode torch takes operations less far apart.
     with torch.inference_mode(False):
-        try:
-            # On meta tensors a forward computes shapes only, which takes neither memory nor a GPU.
-            meta_call = replace(call, batch=to_device(call.batch, "meta"))
-            return _run(model, meta_call, mode, inactive_sites, meta=True)
-        except CkptToolsError:
-            raise
-        except Exception:  # noqa: BLE001 - then a real forward is needed
-            samples = to_device(slice_samples(call.batch, 0, 2), device_of(model))
-            return _run(model, replace(call, batch=samples), mode, inactive_sites, meta=False)
+        for feed in feeds:
+            if feed is Feed.WHOLE_BATCH and batch_size(call.batch) <= _SAMPLES:
+                continue
+            try:
+                fed_call = replace(call, batch=_take(call.batch, feed, device_of(model)))
+                return _run(model, fed_call, mode, inactive_sites, feed)
+            except CkptToolsError:
+                raise
+            except Exception as error:  # noqa: BLE001 - then another feed is needed
+                # A traceback would keep the tensors of the forward alive.
+                failures.append((feed, error.with_traceback(None)))
+    raise FailedForward(failures)
+
+
+def _take(batch: Batch, feed: Feed, device: torch.device) -> Batch:
+    if feed is Feed.META:
+        return to_device(batch, "meta")
+    return to_device(slice_samples(batch, 0, _SAMPLES) if feed is Feed.TWO_SAMPLES else batch, device)
 
 
 def _run(
@@ -199,15 +229,15 @@ def _run(
     call: ForwardCall,
     mode: RecordingMode,
     inactive_sites: InactiveSitePolicy,
-    *,
-    meta: bool,
+    feed: Feed,
 ) -> ForwardRecord:
+    meta = feed is Feed.META
     twin = copy_model(model, meta=meta)
     if inactive_sites.set_attributes:
         activate_dropout(twin)
     layers = set_mode(twin, mode)
     recorder = Recorder(twin, find_tensors(to_pytree(call.batch)))
-    record = ForwardRecord("meta" if meta else "cpu", recorder.graph)
+    record = ForwardRecord(feed, batch_size(call.batch), recorder.graph)
     tracker = TaintTracker(twin, record, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
         # Comparing takes a quarter of a ResNet-18's recorded forward, so it is left out where
@@ -222,7 +252,8 @@ def _run(
         stack.callback(register_module_forward_pre_hook(tracker.enter_module).remove)
         after = register_module_forward_hook(tracker.leave_module, always_call=True)
         stack.callback(after.remove)
-        stack.enter_context(_FunctionMode(tracker, layers, run=inactive_sites.run))
+        functions = _FunctionMode(tracker, layers, run=inactive_sites.run, everywhere=mode == "leaves")
+        stack.enter_context(functions)
         track_memory = mode == "evaluation"
         stack.enter_context(_OperationMode(tracker, meta=meta, track_memory=track_memory))
         call.forward(twin, call.batch)

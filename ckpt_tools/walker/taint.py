@@ -6,6 +6,7 @@ by storage and not by tensor, so that views share it.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,21 +23,38 @@ from ckpt_tools.walker.graph import Graph, Recorder
 Taint = frozenset[str]  # names of dropout sites
 
 
+class Feed(enum.Enum):
+    """What a forward is run on, the cheapest first.
+
+    On meta tensors it computes shapes only, which takes neither memory nor a GPU.
+    """
+
+    META = "meta tensors"
+    TWO_SAMPLES = "the first two samples"
+    WHOLE_BATCH = "the whole batch"
+
+
 @dataclass
 class ForwardRecord:
-    """What one forward has shown.
+    """What one forward on a ``feed`` of so many ``samples`` has shown.
 
     ``inputs`` has the BN layers in order of execution, each with the sites that reach its input.
     ``called`` has the names of all BN modules that ran, whatever they did. ``peak_bytes`` is the
     most memory that the results of operations took at one time (in evaluation mode only).
     """
 
-    device: str
+    feed: Feed
+    samples: int
     graph: Graph
     inputs: dict[str, Taint] = field(default_factory=dict)
     sites: dict[str, DropoutSite] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
     peak_bytes: int = 0
+
+    @property
+    def device(self) -> str:
+        """Where the forward ran: "meta" or "cpu", which stands for every device with values."""
+        return "meta" if self.feed is Feed.META else "cpu"
 
 
 @dataclass
