@@ -44,8 +44,9 @@ def batch_size(batch: Batch) -> int:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors:
         return 1
-    sizes = [len(tensor) for tensor in tensors]
-    return len(max(tensors, key=lambda tensor: (sizes.count(len(tensor)), tensor.numel())))
+    # A nested tensor has no len().
+    sizes = [tensor.size(0) for tensor in tensors]
+    return max(tensors, key=lambda tensor: (sizes.count(tensor.size(0)), tensor.numel())).size(0)
 
 
 # Images (C, H, W) have as many dimensions as a batch of sequences (N, T, F). They have at most four
@@ -91,7 +92,7 @@ def _map_samples(batch: Batch, select: Callable[[Any], object]) -> Batch:
         return [select(inputs)]
 
     def select_rows(tensor: Tensor) -> object:
-        return select(tensor) if tensor.ndim and len(tensor) == size else tensor
+        return select(tensor) if tensor.ndim and tensor.size(0) == size else tensor
 
     return pytree.tree_map_only(Tensor, select_rows, to_pytree(batch))
 
