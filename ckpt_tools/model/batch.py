@@ -64,15 +64,22 @@ def _are_images(inputs: object) -> TypeGuard[Sequence[Tensor]]:
 
 
 def slice_samples(batch: Batch, start: int, stop: int) -> Batch:
-    """Return the samples from ``start`` to ``stop`` as a batch of views."""
+    """Return the samples from ``start`` to ``stop`` as a batch of views.
+
+    All samples together are the batch itself: a sparse or nested tensor cannot be cut by rows.
+    """
+    if start <= 0 and stop >= batch_size(batch):
+        return batch
     return _map_samples(batch, lambda samples: samples[start:stop])
 
 
 def select_samples(batch: Batch, rows: Sequence[int]) -> Batch:
     """Return the samples with the numbers ``rows`` as a batch; its tensors are copies.
 
-    Images in a list are not copied.
+    Images in a list are not copied, and all rows in order are the batch itself.
     """
+    if list(rows) == list(range(batch_size(batch))):
+        return batch
 
     def select_rows(samples: Tensor | Sequence[Tensor]) -> object:
         if isinstance(samples, Tensor):
