@@ -124,7 +124,8 @@ def record_training_forward(
     """
     _refuse_scripted(model)
     with preserve_models(model, forward) as state:
-        return _record_training(model, ForwardCall(example_input, forward, state))[1]
+        call = ForwardCall(example_input, forward, state, every_step=True)
+        return _record_training(model, call)[1]
 
 
 def _batch_norm_layer(

@@ -29,7 +29,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ckpt_tools.errors import CkptToolsError
 from ckpt_tools.model.batch import Batch, batch_size, slice_samples, to_device, to_pytree
@@ -47,6 +47,12 @@ from ckpt_tools.walker.dropout_sites import (
     parse_dropout_call,
 )
 from ckpt_tools.walker.graph import Recorder
+from ckpt_tools.walker.recurrence import (
+    CELL_OPERATORS,
+    CellCalls,
+    RecurrentCall,
+    parse_recurrent_call,
+)
 from ckpt_tools.walker.taint import Feed, ForwardRecord, TaintTracker, find_tensors
 
 _SAMPLES = 2  # of which a real forward is tried before the whole batch
@@ -98,9 +104,16 @@ class _FunctionMode(TorchFunctionMode):
     """Sees calls of functions such as F.dropout before they fall apart into operations."""
 
     def __init__(
-        self, tracker: TaintTracker, layers: Mapping[int, str], *, run: bool, everywhere: bool
+        self,
+        tracker: TaintTracker,
+        layers: Mapping[int, str],
+        *,
+        run: bool,
+        everywhere: bool,
+        every_step: bool,
     ) -> None:
         super().__init__()
+        self.cells = None if every_step else CellCalls()
         self.tracker, self.layers = tracker, layers
         self.run_inactive, self.everywhere = run, everywhere
 
@@ -116,6 +129,11 @@ class _FunctionMode(TorchFunctionMode):
             self._record_layer_input(args, kwargs)
         if self.everywhere:
             args, kwargs = enable_dropout(func, args, kwargs)
+        recurrent = parse_recurrent_call(func, args)
+        if recurrent is not None:
+            return self._run_first_steps(recurrent, func, args)
+        if self.cells is not None and self.cells.is_repeated(func, args):
+            return self._run_cell(func, args, kwargs)
         dropout = parse_dropout_call(func, args, kwargs)
         if dropout is None or not dropout.training:
             return func(*args, **kwargs)
@@ -132,6 +150,31 @@ class _FunctionMode(TorchFunctionMode):
             return F.dropout(dropout.input, PROBE_RATE, True, in_place)
         finally:
             self.tracker.dropout_call = None
+
+    def _run_first_steps(
+        self, call: RecurrentCall, func: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        outputs = call.extend(func(*call.first_steps))
+        if not outputs[0].is_meta:
+            with _disable_current_modes():
+                for output, value in zip(outputs, func(*args), strict=True):
+                    output.copy_(value)
+        return outputs
+
+    def _run_cell(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        tracker, inputs = self.tracker, find_tensors((args, kwargs))
+        operands = tracker.recorder.to_operands((args, kwargs))
+        taint = tracker.decision_taint() | tracker.taint_of(inputs)
+        with _disable_current_modes():
+            if any(tensor.is_meta for tensor in inputs):
+                output: object = pytree.tree_map(_empty_meta_like, args[1])  # of the shape of the state
+            else:
+                output = func(*args, **kwargs)
+        outputs = find_tensors(output)
+        name = tracker.running[-1].name
+        tracker.recorder.add_operation(CELL_OPERATORS[func], operands, outputs, (), name)
+        tracker.add_taint(outputs, taint)
+        return output
 
     def _record_layer_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments, tracker = batch_norm_arguments(args, kwargs), self.tracker
@@ -156,12 +199,14 @@ class ForwardCall:
     """How to run a model once: an example batch, and ``forward(model, batch)``.
 
     ``state`` is that of the model and of all that ``forward`` may run. They have it back after
-    every recorded forward.
+    every recorded forward. With ``every_step`` all operations of recurrent cells are recorded, not
+    those of the first steps alone: an init rewrite follows the values through them.
     """
 
     batch: Batch
     forward: Forward
     state: ModelState
+    every_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,12 +297,22 @@ def _run(
         stack.callback(register_module_forward_pre_hook(tracker.enter_module).remove)
         after = register_module_forward_hook(tracker.leave_module, always_call=True)
         stack.callback(after.remove)
-        functions = _FunctionMode(tracker, layers, run=inactive_sites.run, everywhere=mode == "leaves")
+        functions = _FunctionMode(
+            tracker,
+            layers,
+            run=inactive_sites.run,
+            everywhere=mode == "leaves",
+            every_step=call.every_step,
+        )
         stack.enter_context(functions)
         track_memory = mode == "evaluation"
         stack.enter_context(_OperationMode(tracker, meta=meta, track_memory=track_memory))
         call.forward(twin, call.batch)
     return record
+
+
+def _empty_meta_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
 def _written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
