@@ -36,10 +36,11 @@ def values_of(tensor: Tensor) -> Tensor:
     if is_plain(tensor):
         return tensor
     if tensor.layout is torch.jagged:
-        values: Tensor = tensor._values  # type: ignore[attr-defined]
+        # Not ``values()``, which is an operation of its own where a mode watches.
+        values: Tensor = vars(tensor)["_values"]
         return values
     if tensor.is_nested:
         # A nested tensor need not be contiguous, so all of its memory counts.
         flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return flat.set_(tensor.untyped_storage())  # type: ignore[call-overload]
+        return flat.set_(tensor.untyped_storage())
     return dense_parts(tensor)[-1]

@@ -67,7 +67,7 @@ def test_the_message_says_what_was_tried() -> None:
 
 
 def test_two_samples_are_the_whole_batch() -> None:
-    with pytest.raises(ModelError, match="tried on meta tensors .* and the first two samples. Expected"):
+    with pytest.raises(ModelError, match=r"tried on meta tensors .* and the first two samples\. Expected"):
         ckpt_tools.walk(Fixed(9), torch.randn(2, 4))
 
 
