@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
+from ckpt_tools.model.model_copy import trains_alone
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.model.randomness import seed_temporarily
 from ckpt_tools.observation.finite import check_input
@@ -140,7 +141,8 @@ def measure_agreement(
         by_batch = normalise == "batch" or walked.name in means_only
         layer.begin_pass(batch_statistics if by_batch else current_statistics)
         measured_layers.append(layer)
-    runner = Runner(model, forward, Interception(dropout=rates_known))
+    interception = Interception(dropout=rates_known, containers=walk.containers_trained)
+    runner = Runner(model, forward, interception)
     with (
         preserved_evaluation_mode(model, forward),
         seed_temporarily(seed),
@@ -251,6 +253,5 @@ def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
     The caller restores the flags. They are set one by one: a module's own ``train()`` may do more.
     """
     for module in model.modules():
-        leaf = not any(True for _ in module.children())
-        if not isinstance(module, _BatchNorm) and (containers or leaf):
+        if not isinstance(module, _BatchNorm) and (containers or trains_alone(module)):
             module.training = True

@@ -221,7 +221,8 @@ class _Trials:
         ]
         if not compared:
             return None
-        runner, variances = Runner(model, self._forward, Interception(dropout=True)), []
+        interception = Interception(dropout=True, containers=self._containers_trained)
+        runner, variances = Runner(model, self._forward, interception), []
         with preserve_models(self._forward), torch.no_grad(), force_eager():
             seed_random_generators(self._seed)
             for number, part in enumerate(self._parts):

@@ -44,8 +44,9 @@ def batch_size(batch: Batch) -> int:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors:
         return 1
-    sizes = [len(tensor) for tensor in tensors]
-    return len(max(tensors, key=lambda tensor: (sizes.count(len(tensor)), tensor.numel())))
+    # A nested tensor has no len().
+    sizes = [tensor.size(0) for tensor in tensors]
+    return max(tensors, key=lambda tensor: (sizes.count(tensor.size(0)), tensor.numel())).size(0)
 
 
 # Images (C, H, W) have as many dimensions as a batch of sequences (N, T, F). They have at most four
@@ -63,15 +64,22 @@ def _are_images(inputs: object) -> TypeGuard[Sequence[Tensor]]:
 
 
 def slice_samples(batch: Batch, start: int, stop: int) -> Batch:
-    """Return the samples from ``start`` to ``stop`` as a batch of views."""
+    """Return the samples from ``start`` to ``stop`` as a batch of views.
+
+    All samples together are the batch itself: a sparse or nested tensor cannot be cut by rows.
+    """
+    if start <= 0 and stop >= batch_size(batch):
+        return batch
     return _map_samples(batch, lambda samples: samples[start:stop])
 
 
 def select_samples(batch: Batch, rows: Sequence[int]) -> Batch:
     """Return the samples with the numbers ``rows`` as a batch; its tensors are copies.
 
-    Images in a list are not copied.
+    Images in a list are not copied, and all rows in order are the batch itself.
     """
+    if list(rows) == list(range(batch_size(batch))):
+        return batch
 
     def select_rows(samples: Tensor | Sequence[Tensor]) -> object:
         if isinstance(samples, Tensor):
@@ -91,7 +99,7 @@ def _map_samples(batch: Batch, select: Callable[[Any], object]) -> Batch:
         return [select(inputs)]
 
     def select_rows(tensor: Tensor) -> object:
-        return select(tensor) if tensor.ndim and len(tensor) == size else tensor
+        return select(tensor) if tensor.ndim and tensor.size(0) == size else tensor
 
     return pytree.tree_map_only(Tensor, select_rows, to_pytree(batch))
 

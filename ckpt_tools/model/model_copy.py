@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.model.rebinding import rebind_functions
 
-# "leaves": training mode for modules without children alone. ``record_forward`` says why.
+# "leaves": training mode for modules that ``trains_alone`` names. ``record_forward`` says why.
 RecordingMode = Literal["training", "leaves", "evaluation"]
 
 
@@ -67,6 +67,16 @@ def _copy_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
+def trains_alone(module: nn.Module) -> bool:
+    """Return whether a module can be in training mode where the model as a whole cannot.
+
+    A model that demands targets there does so in a container that its author wrote. Modules without
+    children know nothing of targets, and neither do torch's own (``nn.MultiheadAttention`` applies
+    dropout itself and has a child).
+    """
+    return not module._modules or type(module).__module__.startswith("torch.nn.")
+
+
 def set_mode(model: nn.Module, mode: RecordingMode) -> dict[int, str]:
     """Set the ``training`` flag of every module, and return the names of BN layers.
 
@@ -75,7 +85,7 @@ def set_mode(model: nn.Module, mode: RecordingMode) -> dict[int, str]:
     """
     layers: dict[int, str] = {}
     for name, module in model.named_modules():
-        module.training = mode == "training" or (mode == "leaves" and not module._modules)
+        module.training = mode == "training" or (mode == "leaves" and trains_alone(module))
         if isinstance(module, _BatchNorm):
             # Not with .eval(): BN layers of timm hold drop and activation modules.
             module.training = False

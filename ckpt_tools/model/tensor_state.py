@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from ckpt_tools.errors import is_short_of_memory
+from ckpt_tools.model.layouts import dense_parts
 
 # Integers by their width in bytes, the widest first.
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -113,7 +114,7 @@ class TensorState:
         """Yield the storages of the contents, each with the bytes in use: from start up to stop."""
         if self.inner:  # inner tensors have states of their own
             return
-        for part in _dense_parts(self.tensor):
+        for part in dense_parts(self.tensor):
             if (storage := _storage(part)) is not None:
                 yield storage, *_span(part, storage)
 
@@ -132,17 +133,6 @@ def _inner_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name in flatten(tensor)[0]:
             if isinstance(inner := getattr(tensor, name), Tensor):
                 yield name, inner
-
-
-def _dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the strided tensors that a sparse tensor consists of; for others the tensor itself."""
-    if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor]
 
 
 def _storage(part: Tensor) -> UntypedStorage | None:
@@ -173,7 +163,7 @@ def _span(part: Tensor, storage: UntypedStorage) -> tuple[int, int]:
 def _layout(tensor: Tensor) -> tuple[object, ...]:
     """Return a value that changes when a tensor gets another storage, or is read in another way."""
     layouts: list[object] = [tensor.dtype, tensor.layout]
-    for part in _dense_parts(tensor):
+    for part in dense_parts(tensor):
         if (storage := _storage(part)) is None:
             layouts.append(tuple(part.shape))
         elif part.is_nested:

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors, iterate_inputs
+from ckpt_tools.model.layouts import is_plain, values_of
 from ckpt_tools.moments import Moments
 
 
@@ -22,22 +23,28 @@ def not_finite_rows(batch: Batch, number: int) -> list[int]:
     """
     # A sum is NaN or infinite if one of its terms is. Nearly every batch ends here, after one
     # reduction instead of an elementwise test.
-    if all(math.isfinite(tensor.sum()) for tensor in input_tensors(batch)):
+    if all(math.isfinite(values_of(tensor).sum()) for tensor in input_tensors(batch)):
         return []
     rows: set[int] = set()
     for row, tensor in iterate_inputs(batch):
         # A mapping may hold an attention mask, where minus infinity has a meaning.
-        wrong = tensor.isnan() if isinstance(batch, Mapping) else ~tensor.isfinite()
+        values = values_of(tensor)
+        wrong = values.isnan() if isinstance(batch, Mapping) else ~values.isfinite()
         if row is not None:
             rows |= {row} if bool(wrong.any()) else set()
-        elif tensor.ndim and len(tensor) == batch_size(batch):
+        elif is_plain(tensor) and tensor.ndim and len(tensor) == batch_size(batch):
             rows.update(wrong.reshape(len(tensor), -1).any(1).nonzero().flatten().tolist())
         elif bool(wrong.any()):
             raise DataError(
-                f"batch {number}: NaN or infinity in the input, in a tensor {tuple(tensor.shape)} "
+                f"batch {number}: NaN or infinity in the input, in a tensor {_describe_shape(tensor)} "
                 "that belongs to no single sample. Remove it or fix the preprocessing."
             )
     return sorted(rows)
+
+
+def _describe_shape(tensor: Tensor) -> str:
+    # Rows of a nested tensor have different lengths.
+    return f"of {tensor.size(0)} nested rows" if tensor.is_nested else str(tuple(tensor.shape))
 
 
 def check_input(batch: Batch, number: int) -> None:
@@ -63,7 +70,7 @@ def check_activations(model: nn.Module, moments: Mapping[str, Moments | None], n
     if not sums or bool(torch.isfinite(torch.stack(list(sums.values()))).all()):
         return
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(values_of(tensor)).all()):
             raise ModelError(
                 f"{name}: NaN or infinity in the model's weights; nothing can be measured behind them."
             )

@@ -12,7 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.model.calling import batch_norm_arguments
 from ckpt_tools.observation.layer import Layer
-from ckpt_tools.walker.dropout_sites import disable_attention_dropout, parse_dropout_call
+from ckpt_tools.walker.dropout_sites import (
+    disable_attention_dropout,
+    enable_dropout,
+    parse_dropout_call,
+)
 
 
 class StopForward(BaseException):
@@ -27,12 +31,14 @@ class Interception(TorchFunctionMode):
 
     Layers are recognised by the running_var that they pass to F.batch_norm, whatever their class,
     so the modules stay untouched in evaluation mode. Dropout that ignores the mode
-    (``F.dropout(x, training=True)``) is skipped here too, unless ``dropout`` leaves it on.
+    (``F.dropout(x, training=True)``) is skipped here too, unless ``dropout`` leaves it on. Where
+    modules with children cannot be in training mode (``containers=False``), the dropout functions
+    that they call are switched on.
     """
 
-    def __init__(self, *, dropout: bool = False) -> None:
+    def __init__(self, *, dropout: bool = False, containers: bool = True) -> None:
         super().__init__()
-        self._dropout = dropout
+        self._dropout, self._containers_train = dropout, containers
         self._watched: dict[int, Layer] = {}
         self._waiting: set[int] | None = None  # keys of layers to run before the forward may end
         self._images = 1
@@ -57,6 +63,8 @@ class Interception(TorchFunctionMode):
         if func is F.batch_norm:
             return self._batch_norm(batch_norm_arguments(args, kwargs))
         if self._dropout:
+            if not self._containers_train:
+                args, kwargs = enable_dropout(func, args, kwargs)
             return func(*args, **kwargs)
         # The rate of dropout may also be an argument of a larger function, such as attention; that
         # function is called with the rate changed.

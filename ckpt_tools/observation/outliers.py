@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.model.batch import Batch, batch_size, select_samples
+from ckpt_tools.model.layouts import is_plain
 from ckpt_tools.observation.finite import not_finite_rows
 
 MIN_COMPARED = 8  # with fewer samples nothing can be called unusual
@@ -278,10 +279,10 @@ def find_suspects(
 
 
 def _single_input(batch: Batch) -> Tensor | None:
-    """The input (n, …) if it is a single floating-point tensor, else None."""
+    """The input (n, …) if it is a single floating-point tensor with strides, else None."""
     if isinstance(batch, Mapping):
         return None
     x = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
-    if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and x.numel():
+    if isinstance(x, Tensor) and is_plain(x) and x.is_floating_point() and x.ndim > 1 and x.numel():
         return x
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.model.model_copy import copy_model
+from ckpt_tools.model.model_copy import copy_model, trains_alone
 
 
 def copy_in_training_mode(model: nn.Module, *, containers: bool) -> nn.Module:
@@ -17,12 +17,13 @@ def copy_in_training_mode(model: nn.Module, *, containers: bool) -> nn.Module:
     Args:
         model: is not changed.
         containers: whether modules with children can run in training mode. Detection models demand
-            targets there; of those only leaf modules are set to training mode.
+            targets there; of those only leaf modules are set to training mode. The dropout functions that
+            their containers call are then switched on by ``Interception(containers=False)``.
     """
     twin = copy_model(model, meta=False)
     if not (containers and _train(twin)):
         for module in twin.modules():
-            module.training = containers or not module._modules
+            module.training = containers or trains_alone(module)
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
             # Not with .eval(): BN layers of timm hold drop and activation modules.

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors
+from ckpt_tools.model.layouts import values_of
 
 
 class Batches:
@@ -105,4 +106,4 @@ def checksum(batch: Batch) -> float:
 
     Two passes whose checksums are equal have seen the same samples, in whatever order.
     """
-    return sum(float(tensor.double().sum()) for tensor in input_tensors(batch))
+    return sum(float(values_of(tensor).double().sum()) for tensor in input_tensors(batch))

@@ -165,9 +165,17 @@ def run_method(
     )
 
 
-def _make_runner(model: nn.Module, forward: Forward, method: Method, *, dropout: bool = False) -> Runner:
+def _make_runner(
+    model: nn.Module,
+    forward: Forward,
+    method: Method,
+    *,
+    dropout: bool = False,
+    containers: bool = True,
+) -> Runner:
     kind = CompiledInterception if method.compile else Interception
-    return Runner(model, forward, kind(dropout=dropout), method.precision, compiled=method.compile)
+    interception = kind(dropout=dropout, containers=containers)
+    return Runner(model, forward, interception, method.precision, compiled=method.compile)
 
 
 def _paired_context(
@@ -193,7 +201,7 @@ def _paired_context(
             layers[walked.name] = PairedLayer(
                 walked.name, module, twin, rewritten=rewritten, frozen=is_frozen
             )
-    training = _make_runner(copied, forward, method, dropout=True)
+    training = _make_runner(copied, forward, method, dropout=True, containers=walk.containers_trained)
     return replace(context, layers=layers, runner=PairedRunner(context.runner, training, repeats=repeats))
 
 

@@ -13,16 +13,23 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.errors import CkptToolsError, ModelError
-from ckpt_tools.model.batch import Batch, batch_size
+from ckpt_tools.errors import ModelError
+from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, unwrap_model
 from ckpt_tools.model.model_copy import RecordingMode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
-from ckpt_tools.walker.forward_recording import ForwardCall, InactiveSitePolicy, record_forward
-from ckpt_tools.walker.taint import ForwardRecord
+from ckpt_tools.walker.forward_recording import (
+    FailedForward,
+    ForwardCall,
+    InactiveSitePolicy,
+    record_forward,
+)
+from ckpt_tools.walker.taint import Feed, ForwardRecord
 from ckpt_tools.walker.weights import weight_layers
+
+_SHOWN_CHARACTERS = 150  # of an error of torch, whose list of backends may fill a screen
 
 
 def walk(
@@ -40,6 +47,10 @@ def walk(
     shows what inactive sites could reach. A third one in evaluation mode shows which layers are
     reached at all. ``model`` is not changed.
 
+    Each forward is tried on meta tensors, which computes shapes only, then on the first two samples
+    of the batch, and at last on the whole batch: the rows of a graph or of packed sequences depend
+    on each other.
+
     Args:
         model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
         example_input: a batch: tensor, tuple or list whose first item is the input, or dict of
@@ -49,7 +60,8 @@ def walk(
         forward: how to run the model on a batch, ``forward(model, batch)``.
 
     Raises:
-        ModelError: if the model can be run neither on meta tensors nor for real.
+        ModelError: if the model can be run neither on meta tensors nor for real. The message says
+            what was tried.
     """
     model = unwrap_model(model)
     with preserve_models(model, probe, forward) as state:
@@ -72,7 +84,9 @@ def walk_preserved_model(
     call = ForwardCall(example_input, forward, state)
     evaluation = _record(model, call, "evaluation")
     mode, training = _record_training(model, call)
-    probing = _record_active_sites([probe, model], call, mode) or training
+    # What probing feeds the model is at most as costly as what the training forward needed.
+    feeds = tuple(Feed)[: tuple(Feed).index(training.feed) + 1]
+    probing = _record_active_sites([probe, model], call, mode, feeds) or training
 
     # The probe may have sites that the model lacks: at rate zero, timm builds no DropPath.
     inactive_names = [name for name in probing.sites if name not in training.sites]
@@ -97,7 +111,7 @@ def walk_preserved_model(
         left_alone=tuple(left_alone),
         device=training.device,
         containers_trained=mode == "training",
-        bytes_per_sample=_bytes_per_sample(evaluation, example_input),
+        bytes_per_sample=evaluation.peak_bytes // max(1, evaluation.samples),
     )
 
 
@@ -110,7 +124,8 @@ def record_training_forward(
     """
     _refuse_scripted(model)
     with preserve_models(model, forward) as state:
-        return _record_training(model, ForwardCall(example_input, forward, state))[1]
+        call = ForwardCall(example_input, forward, state, every_step=True)
+        return _record_training(model, call)[1]
 
 
 def _batch_norm_layer(
@@ -158,18 +173,27 @@ def _record_training(model: nn.Module, call: ForwardCall) -> tuple[RecordingMode
 def _record(model: nn.Module, call: ForwardCall, mode: RecordingMode) -> ForwardRecord:
     try:
         return record_forward(model, call, mode)
-    except CkptToolsError:
-        raise
-    except Exception as error:
+    except FailedForward as failed:
+        error = failed.failures[-1][1]
         raise ModelError(
             f"{type(model).__name__}: a forward in {mode} mode failed: "
-            f"{type(error).__name__}: {error}. "
+            f"{type(error).__name__}: {error}. It was tried on {_describe_attempts(failed)}. "
             "Expected the model to run on the example input; check its shape (--input-size)."
         ) from error
 
 
+def _describe_attempts(failed: FailedForward) -> str:
+    """Name what a forward was tried on, with the error of each attempt that differs from the last."""
+    last, words = str(failed), []
+    for feed, error in failed.failures:
+        first_line = str(error).partition("\n")[0][:_SHOWN_CHARACTERS]
+        other = f" ({type(error).__name__}: {first_line})" if str(error) != last else ""
+        words.append(feed.value + other)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def _record_active_sites(
-    models: Sequence[nn.Module | None], call: ForwardCall, mode: RecordingMode
+    models: Sequence[nn.Module | None], call: ForwardCall, mode: RecordingMode, feeds: Sequence[Feed]
 ) -> ForwardRecord | None:
     """Record a forward with every drop rate above zero.
 
@@ -183,15 +207,8 @@ def _record_active_sites(
         for set_attributes in (True, False):
             policy = InactiveSitePolicy(run=True, set_attributes=set_attributes)
             with contextlib.suppress(Exception):
-                return record_forward(unwrap_model(model), call, mode, policy)
+                return record_forward(unwrap_model(model), call, mode, policy, feeds)
     return None
-
-
-def _bytes_per_sample(evaluation: ForwardRecord, batch: Batch) -> int:
-    samples = batch_size(batch)
-    if evaluation.device != "meta":  # a real forward has seen two samples at most
-        samples = min(2, samples)
-    return evaluation.peak_bytes // max(1, samples)
 
 
 def _find_normalisers(

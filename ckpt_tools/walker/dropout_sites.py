@@ -69,6 +69,21 @@ def parse_dropout_call(
     return DropoutCall(op, tensor, float(arguments["p"]), bool(training))  # type: ignore[arg-type]
 
 
+def enable_dropout(
+    func: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with which a dropout function drops, whatever the mode of its caller.
+
+    The arguments of any other function come back as they are.
+    """
+    if func not in DROPOUT_FUNCTIONS:
+        return args, kwargs
+    # torch.dropout calls its third argument "train", F.dropout calls it "training".
+    is_builtin = not inspect.isfunction(func)
+    by_name = dict(zip(("p", "train" if is_builtin else "training", "inplace"), args[1:], strict=False))
+    return args[:1], {**by_name, **kwargs, "train" if is_builtin else "training": True}
+
+
 def disable_attention_dropout(
     func: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

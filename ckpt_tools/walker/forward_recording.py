@@ -7,7 +7,8 @@ random number (``.item()`` of a tainted tensor, Python's ``random``), everything
 module does from then on is tainted.
 
 The forward runs on a copy of the model, so the model itself is never touched: on meta tensors
-first, and where that is impossible (data-dependent control flow) for real, on two samples.
+first, and where that is impossible (data-dependent control flow) for real, on two samples. Rows of
+a batch may depend on each other (the nodes of a graph), so the whole batch is tried at last.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ckpt_tools.errors import CkptToolsError
-from ckpt_tools.model.batch import Batch, slice_samples, to_device, to_pytree
+from ckpt_tools.model.batch import Batch, batch_size, slice_samples, to_device, to_pytree
 from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, force_eager
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
@@ -41,11 +42,20 @@ from ckpt_tools.walker.dropout_sites import (
     PROBE_RATE,
     activate_dropout,
     draws_random_numbers,
+    enable_dropout,
     ignores_input_values,
     parse_dropout_call,
 )
 from ckpt_tools.walker.graph import Recorder
-from ckpt_tools.walker.taint import ForwardRecord, TaintTracker, find_tensors
+from ckpt_tools.walker.recurrence import (
+    CELL_OPERATORS,
+    CellCalls,
+    RecurrentCall,
+    parse_recurrent_call,
+)
+from ckpt_tools.walker.taint import Feed, ForwardRecord, TaintTracker, find_tensors
+
+_SAMPLES = 2  # of which a real forward is tried before the whole batch
 
 # Operations that hand a value of a tensor to Python, which may decide by it.
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
@@ -93,9 +103,19 @@ class _OperationMode(TorchDispatchMode):
 class _FunctionMode(TorchFunctionMode):
     """Sees calls of functions such as F.dropout before they fall apart into operations."""
 
-    def __init__(self, tracker: TaintTracker, layers: Mapping[int, str], *, run: bool) -> None:
+    def __init__(
+        self,
+        tracker: TaintTracker,
+        layers: Mapping[int, str],
+        *,
+        run: bool,
+        everywhere: bool,
+        every_step: bool,
+    ) -> None:
         super().__init__()
-        self.tracker, self.layers, self.run_inactive = tracker, layers, run
+        self.cells = None if every_step else CellCalls()
+        self.tracker, self.layers = tracker, layers
+        self.run_inactive, self.everywhere = run, everywhere
 
     def __torch_function__(
         self,
@@ -107,6 +127,13 @@ class _FunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             self._record_layer_input(args, kwargs)
+        if self.everywhere:
+            args, kwargs = enable_dropout(func, args, kwargs)
+        recurrent = parse_recurrent_call(func, args)
+        if recurrent is not None:
+            return self._run_first_steps(recurrent, func, args)
+        if self.cells is not None and self.cells.is_repeated(func, args):
+            return self._run_cell(func, args, kwargs)
         dropout = parse_dropout_call(func, args, kwargs)
         if dropout is None or not dropout.training:
             return func(*args, **kwargs)
@@ -124,6 +151,31 @@ class _FunctionMode(TorchFunctionMode):
         finally:
             self.tracker.dropout_call = None
 
+    def _run_first_steps(
+        self, call: RecurrentCall, func: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        outputs = call.extend(func(*call.first_steps))
+        if not outputs[0].is_meta:
+            with _disable_current_modes():
+                for output, value in zip(outputs, func(*args), strict=True):
+                    output.copy_(value)
+        return outputs
+
+    def _run_cell(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        tracker, inputs = self.tracker, find_tensors((args, kwargs))
+        operands = tracker.recorder.to_operands((args, kwargs))
+        taint = tracker.decision_taint() | tracker.taint_of(inputs)
+        with _disable_current_modes():
+            if any(tensor.is_meta for tensor in inputs):
+                output: object = pytree.tree_map(_empty_meta_like, args[1])  # of the shape of the state
+            else:
+                output = func(*args, **kwargs)
+        outputs = find_tensors(output)
+        name = tracker.running[-1].name
+        tracker.recorder.add_operation(CELL_OPERATORS[func], operands, outputs, (), name)
+        tracker.add_taint(outputs, taint)
+        return output
+
     def _record_layer_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments, tracker = batch_norm_arguments(args, kwargs), self.tracker
         name = self.layers.get(id(arguments["running_var"]))
@@ -134,17 +186,27 @@ class _FunctionMode(TorchFunctionMode):
             inputs[name] = inputs.get(name, frozenset()) | taint
 
 
+class FailedForward(Exception):
+    """No forward got through; ``failures`` has what was tried, and the error that came of it."""
+
+    def __init__(self, failures: Sequence[tuple[Feed, Exception]]) -> None:
+        super().__init__(str(failures[-1][1]))
+        self.failures = failures
+
+
 @dataclass(frozen=True)
 class ForwardCall:
     """How to run a model once: an example batch, and ``forward(model, batch)``.
 
     ``state`` is that of the model and of all that ``forward`` may run. They have it back after
-    every recorded forward.
+    every recorded forward. With ``every_step`` all operations of recurrent cells are recorded, not
+    those of the first steps alone: an init rewrite follows the values through them.
     """
 
     batch: Batch
     forward: Forward
     state: ModelState
+    every_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +227,7 @@ def record_forward(
     call: ForwardCall,
     mode: RecordingMode,
     inactive_sites: InactiveSitePolicy = InactiveSitePolicy(),
+    feeds: Sequence[Feed] = tuple(Feed),
 ) -> ForwardRecord:
     """Run a copy of the model once and record its forward.
 
@@ -176,22 +239,34 @@ def record_forward(
         call: how to run it.
         mode: "training" (dropout on, BN layers in evaluation mode), "leaves" (training mode for
             modules without children only: detection models want targets when the outer module is
-            training), or "evaluation".
+            training; the dropout functions that they call are on all the same), or "evaluation".
         inactive_sites: what becomes of sites at rate zero.
 
-    Raises whatever the model raises when neither a meta nor a real forward gets through.
+        feeds: what to run it on, in this order, until a forward gets through.
+
+    Raises FailedForward if none gets through.
     """
+    failures: list[tuple[Feed, Exception]] = []
     # In inference mode torch takes operations less far apart.
     with torch.inference_mode(False):
-        try:
-            # On meta tensors a forward computes shapes only, which takes neither memory nor a GPU.
-            meta_call = replace(call, batch=to_device(call.batch, "meta"))
-            return _run(model, meta_call, mode, inactive_sites, meta=True)
-        except CkptToolsError:
-            raise
-        except Exception:  # noqa: BLE001 - then a real forward is needed
-            samples = to_device(slice_samples(call.batch, 0, 2), device_of(model))
-            return _run(model, replace(call, batch=samples), mode, inactive_sites, meta=False)
+        for feed in feeds:
+            if feed is Feed.WHOLE_BATCH and batch_size(call.batch) <= _SAMPLES:
+                continue
+            try:
+                fed_call = replace(call, batch=_take(call.batch, feed, device_of(model)))
+                return _run(model, fed_call, mode, inactive_sites, feed)
+            except CkptToolsError:
+                raise
+            except Exception as error:  # noqa: BLE001 - then another feed is needed
+                # A traceback would keep the tensors of the forward alive.
+                failures.append((feed, error.with_traceback(None)))
+    raise FailedForward(failures)
+
+
+def _take(batch: Batch, feed: Feed, device: torch.device) -> Batch:
+    if feed is Feed.META:
+        return to_device(batch, "meta")
+    return to_device(slice_samples(batch, 0, _SAMPLES) if feed is Feed.TWO_SAMPLES else batch, device)
 
 
 def _run(
@@ -199,15 +274,15 @@ def _run(
     call: ForwardCall,
     mode: RecordingMode,
     inactive_sites: InactiveSitePolicy,
-    *,
-    meta: bool,
+    feed: Feed,
 ) -> ForwardRecord:
+    meta = feed is Feed.META
     twin = copy_model(model, meta=meta)
     if inactive_sites.set_attributes:
         activate_dropout(twin)
     layers = set_mode(twin, mode)
     recorder = Recorder(twin, find_tensors(to_pytree(call.batch)))
-    record = ForwardRecord("meta" if meta else "cpu", recorder.graph)
+    record = ForwardRecord(feed, batch_size(call.batch), recorder.graph)
     tracker = TaintTracker(twin, record, recorder, training=mode != "evaluation")
     with ExitStack() as stack:
         # Comparing takes a quarter of a ResNet-18's recorded forward, so it is left out where
@@ -222,11 +297,22 @@ def _run(
         stack.callback(register_module_forward_pre_hook(tracker.enter_module).remove)
         after = register_module_forward_hook(tracker.leave_module, always_call=True)
         stack.callback(after.remove)
-        stack.enter_context(_FunctionMode(tracker, layers, run=inactive_sites.run))
+        functions = _FunctionMode(
+            tracker,
+            layers,
+            run=inactive_sites.run,
+            everywhere=mode == "leaves",
+            every_step=call.every_step,
+        )
+        stack.enter_context(functions)
         track_memory = mode == "evaluation"
         stack.enter_context(_OperationMode(tracker, meta=meta, track_memory=track_memory))
         call.forward(twin, call.batch)
     return record
+
+
+def _empty_meta_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
 def _written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from ckpt_tools.model.layouts import values_of
 from ckpt_tools.walker.dropout_sites import draws_random_numbers, ignores_input_values
 
 
@@ -119,7 +120,7 @@ class Recorder:
         # A weak reference is a safe key: an address could be used again after the storage is freed.
         self._current: dict[StorageWeakRef, tuple[int, int]] = {}
         for name, tensor in _named_tensors(model):
-            if _storage_key(tensor) not in self._current:  # tied weights have one node
+            if storage_key(tensor) not in self._current:  # tied weights have one node
                 self._add_leaf(tensor, Node(None, parameter=name, static=True))
         for tensor in inputs:
             self._add_leaf(tensor, Node(None))
@@ -150,7 +151,7 @@ class Recorder:
         """
         args, kwargs = operands
         # The storage of a view is known already, and so is that of what was written in place.
-        new = [tensor for tensor in outputs if _storage_key(tensor) not in self._current]
+        new = [tensor for tensor in outputs if storage_key(tensor) not in self._current]
         changed = [*new, *written]
         if not changed:
             return
@@ -163,7 +164,7 @@ class Recorder:
                 func,
                 args,
                 kwargs,
-                outputs=tuple(tuple(tensor.shape) for tensor in changed),
+                outputs=tuple(tuple(values_of(tensor).shape) for tensor in changed),
                 module=module,
                 static=made_of_constants and not random,
                 random=random,
@@ -172,21 +173,23 @@ class Recorder:
             )
         )
         for position, tensor in enumerate(changed):
-            self._current[_storage_key(tensor)] = (len(self.graph) - 1, position)
+            self._current[storage_key(tensor)] = (len(self.graph) - 1, position)
 
     def _to_operand(self, tensor: Tensor) -> Operand:
-        if _storage_key(tensor) not in self._current:
+        # Of a sparse or nested tensor, the operand is the memory of its values.
+        tensor = values_of(tensor)
+        if storage_key(tensor) not in self._current:
             # A meta tensor has no values to keep.
             value = None if tensor.is_meta else tensor
             self._add_leaf(tensor, Node(None, value=value, static=True))
-        node, output = self._current[_storage_key(tensor)]
+        node, output = self._current[storage_key(tensor)]
         shape, strides = tuple(tensor.shape), tuple(map(int, tensor.stride()))
         offset = int(tensor.storage_offset())
         return Operand(node, output, shape, strides, offset, tensor.is_floating_point())
 
     def _add_leaf(self, tensor: Tensor, node: Node) -> None:
         self.graph.nodes.append(node)
-        self._current[_storage_key(tensor)] = (len(self.graph) - 1, 0)
+        self._current[storage_key(tensor)] = (len(self.graph) - 1, 0)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -199,11 +202,16 @@ def _find_operands(tree: Any) -> list[Operand]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Operand)]
 
 
-def _storage_key(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
+def storage_key(tensor: Tensor) -> StorageWeakRef:
+    """Return a reference to the storage of a tensor, which its views share.
+
+    Of a sparse or nested tensor that is the storage of its values.
+    """
+    return StorageWeakRef(values_of(tensor).untyped_storage())
 
 
 def _coverage(tensor: Tensor) -> float:
     """Return which part of its storage a tensor covers, 0–1."""
+    tensor = values_of(tensor)
     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
     return tensor.numel() / elements if elements else 1.0

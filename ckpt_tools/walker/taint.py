@@ -6,6 +6,7 @@ by storage and not by tensor, so that views share it.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,28 +16,46 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from ckpt_tools.model.layouts import values_of
 from ckpt_tools.results import DropoutSite
 from ckpt_tools.walker.dropout_sites import HostRandomness, bernoulli_drop_rate, module_drop_rate
-from ckpt_tools.walker.graph import Graph, Recorder
+from ckpt_tools.walker.graph import Graph, Recorder, storage_key
 
 Taint = frozenset[str]  # names of dropout sites
 
 
+class Feed(enum.Enum):
+    """What a forward is run on, the cheapest first.
+
+    On meta tensors it computes shapes only, which takes neither memory nor a GPU.
+    """
+
+    META = "meta tensors"
+    TWO_SAMPLES = "the first two samples"
+    WHOLE_BATCH = "the whole batch"
+
+
 @dataclass
 class ForwardRecord:
-    """What one forward has shown.
+    """What one forward on a ``feed`` of so many ``samples`` has shown.
 
     ``inputs`` has the BN layers in order of execution, each with the sites that reach its input.
     ``called`` has the names of all BN modules that ran, whatever they did. ``peak_bytes`` is the
     most memory that the results of operations took at one time (in evaluation mode only).
     """
 
-    device: str
+    feed: Feed
+    samples: int
     graph: Graph
     inputs: dict[str, Taint] = field(default_factory=dict)
     sites: dict[str, DropoutSite] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
     peak_bytes: int = 0
+
+    @property
+    def device(self) -> str:
+        """Where the forward ran: "meta" or "cpu", which stands for every device with values."""
+        return "meta" if self.feed is Feed.META else "cpu"
 
 
 @dataclass
@@ -75,14 +94,13 @@ class TaintTracker:
 
     def taint_of(self, tensors: Sequence[Tensor]) -> Taint:
         """Return the sites that any of the tensors depends on."""
-        storages = (StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
-        return _EMPTY.union(*(self._taint.get(storage, _EMPTY) for storage in storages))
+        return _EMPTY.union(*(self._taint.get(storage_key(tensor), _EMPTY) for tensor in tensors))
 
     def add_taint(self, tensors: Sequence[Tensor], taint: Taint) -> None:
         """Add sites to those that the tensors depend on already."""
         for tensor in tensors:
-            key = StorageWeakRef(tensor.untyped_storage())
             if taint:
+                key = storage_key(tensor)
                 self._taint[key] = self._taint.get(key, _EMPTY) | taint
 
     def decision_taint(self) -> Taint:
@@ -92,8 +110,7 @@ class TaintTracker:
     def track_memory(self, tensors: Sequence[Tensor]) -> None:
         """Account for the bytes that are alive after an operation that has made ``tensors``."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._sizes[StorageWeakRef(storage)] = storage.nbytes()
+            self._sizes[storage_key(tensor)] = values_of(tensor).untyped_storage().nbytes()
         # A storage that nobody holds any more has been freed.
         self._sizes = {key: size for key, size in self._sizes.items() if not key.expired()}
         self.record.peak_bytes = max(self.record.peak_bytes, sum(self._sizes.values()))
