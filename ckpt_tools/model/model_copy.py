@@ -70,14 +70,30 @@ def _copy_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def set_mode(model: nn.Module, mode: RecordingMode) -> dict[int, str]:
     """Set the ``training`` flag of every module, and return the names of BN layers.
 
+    For training mode the model's own ``train()`` is called, so that what its owner keeps in
+    evaluation mode stays there: dropout in a frozen backbone did not run in training.
+
     BN layers are always in evaluation mode. Their names stand under the ``id`` of their
     ``running_var``, by which the layer of a call of ``F.batch_norm`` can be recognised.
     """
+    if mode != "training" or not _call_train(model):
+        for module in model.modules():
+            module.training = mode == "training" or (mode == "leaves" and not module._modules)
     layers: dict[int, str] = {}
     for name, module in model.named_modules():
-        module.training = mode == "training" or (mode == "leaves" and not module._modules)
         if isinstance(module, _BatchNorm):
             # Not with .eval(): BN layers of timm hold drop and activation modules.
             module.training = False
             layers.setdefault(id(module.running_var), name)
     return layers
+
+
+def _call_train(model: nn.Module) -> bool:
+    """Call the model's own ``train()``; False if it fails, or sets no module to training mode."""
+    for module in model.modules():
+        module.training = False
+    try:
+        model.train()
+    except Exception:  # noqa: BLE001 - somebody else's train() may do anything
+        return False
+    return any(module.training for module in model.modules())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.model.model_copy import copy_model
+from ckpt_tools.model.model_copy import copy_model, set_mode
 
 
 def copy_in_training_mode(model: nn.Module, *, containers: bool) -> nn.Module:
@@ -20,22 +19,5 @@ def copy_in_training_mode(model: nn.Module, *, containers: bool) -> nn.Module:
             targets there; of those only leaf modules are set to training mode.
     """
     twin = copy_model(model, meta=False)
-    if not (containers and _train(twin)):
-        for module in twin.modules():
-            module.training = containers or not module._modules
-    for module in twin.modules():
-        if isinstance(module, _BatchNorm):
-            # Not with .eval(): BN layers of timm hold drop and activation modules.
-            module.training = False
+    set_mode(twin, "training" if containers else "leaves")
     return twin
-
-
-def _train(model: nn.Module) -> bool:
-    """Call the model's own ``train()``; False if it fails, or sets no module to training mode."""
-    for module in model.modules():
-        module.training = False
-    try:
-        model.train()
-    except Exception:  # noqa: BLE001 - somebody else's train() may do anything
-        return False
-    return any(module.training for module in model.modules())

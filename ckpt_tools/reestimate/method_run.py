@@ -125,6 +125,7 @@ def run_method(
                 )
         evidence = estimate.last_pass.evidence
         controls = team.first(lambda: judge_controls(choice, layers, evidence, synthetic=synthetic))
+        noise_left_on = team.first(lambda: runner.noise_left_on)
         # Free memory differs between processes; the smallest part is what the user needs to know.
         cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
     # From here on the model is as it was. All that may raise comes before the first write.
@@ -135,7 +136,7 @@ def run_method(
     if is_judge_needed and not method.force:
         refuse_disagreement(controls)
     if method.strict:
-        warnings = collect_warnings(results, None if synthetic else effect)
+        warnings = collect_warnings(results, None if synthetic else effect, noise_left_on)
         refuse_doubts((verdict, selection.verdict), controls, warnings)
     if not dry_run:
         _write(observed, estimate.statistics, means=statistics == "mean+variance")
@@ -160,6 +161,7 @@ def run_method(
         precision=precision,
         deviation=deviation,
         left_alone=walk.left_alone,
+        noise_left_on=noise_left_on,
         outliers=tuple(detected.outlier for detected in estimate.outliers),
         common=() if method.keep_outliers else tuple(sorted(screening.common)),
     )

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.errors import CkptToolsError, ModelError
@@ -136,9 +136,14 @@ def _batch_norm_layer(
 
 def _refuse_scripted(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) and _holds_statistics(module):
             name = name or type(module).__name__
             raise ModelError(f"{name}: TorchScript cannot be walked. Load the Python model.")
+
+
+def _holds_statistics(module: nn.Module) -> bool:
+    """Tell whether there may be a BN layer inside, whose input TorchScript would not show."""
+    return any(name.rpartition(".")[2] == "running_var" for name, _ in module.named_buffers())
 
 
 def _record_training(model: nn.Module, call: ForwardCall) -> tuple[RecordingMode, ForwardRecord]:
@@ -205,7 +210,7 @@ def _find_normalisers(
     first_names: dict[int, str] = {}
     left_alone = []
     for name, module in model.named_modules(remove_duplicate=False):
-        variance = module._buffers.get("running_var")
+        variance = _running_variance(module)
         # Modules that share their running variance are one layer, as is a module with two names.
         first_name = first_names.setdefault(id(module if variance is None else variance), name)
         if first_name != name:
@@ -220,9 +225,14 @@ def _find_normalisers(
     return layers, left_alone
 
 
+def _running_variance(module: nn.Module) -> Tensor | None:
+    # Not module._buffers.get: scripted modules have no dict there.
+    return dict(module.named_buffers(recurse=False)).get("running_var")
+
+
 def _reason_left_alone(module: nn.Module) -> str:
     """Return why a normaliser is left alone; empty for BN layers and for all other modules."""
-    has_statistics = module._buffers.get("running_var") is not None
+    has_statistics = _running_variance(module) is not None
     if isinstance(module, _BatchNorm) and not has_statistics:
         return "keeps no running statistics; it uses those of the batch at test time too"
     if has_statistics and not isinstance(module, _BatchNorm):

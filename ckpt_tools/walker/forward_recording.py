@@ -36,12 +36,13 @@ from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, f
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import evaluation_mode
-from ckpt_tools.model.randomness import preserve_random_generators
+from ckpt_tools.model.randomness import TorchRandomness, preserve_random_generators
 from ckpt_tools.walker.dropout_sites import (
     PROBE_RATE,
     activate_dropout,
     draws_random_numbers,
     ignores_input_values,
+    is_custom_operator,
     parse_dropout_call,
 )
 from ckpt_tools.walker.graph import Recorder
@@ -49,6 +50,9 @@ from ckpt_tools.walker.taint import ForwardRecord, TaintTracker, find_tensors
 
 # Operations that hand a value of a tensor to Python, which may decide by it.
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
+
+# Functions that hand all values of a tensor to Python or numpy without any operation.
+_EXPORTS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 
 
 class _OperationMode(TorchDispatchMode):
@@ -75,10 +79,10 @@ class _OperationMode(TorchDispatchMode):
         operands = tracker.recorder.to_operands((args, kwargs))
         if self.meta and any(tensor.is_meta for tensor in inputs):
             args, kwargs = _move_to_meta(args, kwargs, written)
-        output = func(*args, **kwargs)
+        output, is_random = self._run(func, args, kwargs)
         # The operation that draws the numbers is the first that the site taints.
-        if draws_random_numbers(func, args, kwargs):
-            taint |= {tracker.add_site_of_operation(func, args)}
+        if is_random:
+            taint |= {tracker.add_site_of_operation(func, args, kwargs)}
         outputs = find_tensors(output)
         running = tracker.running[-1]
         tracker.recorder.add_operation(func, operands, outputs, written, running.name)
@@ -88,6 +92,15 @@ class _OperationMode(TorchDispatchMode):
         if self.track_memory:
             tracker.track_memory(outputs)
         return output
+
+    def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, bool]:
+        """Run an operation; return its output, and whether it has drawn random numbers."""
+        if not is_custom_operator(func):
+            return func(*args, **kwargs), draws_random_numbers(func, args, kwargs)
+        if self.meta:
+            raise RuntimeError(f"{func}: only a real run shows whether a custom operator is random")
+        randomness = TorchRandomness()
+        return func(*args, **kwargs), randomness.has_advanced()
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -105,6 +118,8 @@ class _FunctionMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        if func in _EXPORTS:
+            self.tracker.running[-1].decided_by |= self.tracker.taint_of(find_tensors((args, kwargs)))
         if func is F.batch_norm:
             self._record_layer_input(args, kwargs)
         dropout = parse_dropout_call(func, args, kwargs)
