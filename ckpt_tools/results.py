@@ -29,6 +29,19 @@ class DropoutSite:
 
 
 @dataclass(frozen=True)
+class DeclaredDropout:
+    """Dropout on the output of a module, or on its input, that the user says the training had.
+
+    ``pattern`` is what the user called it by.
+    """
+
+    module: str
+    rate: float
+    on_input: bool = False
+    pattern: str = ""
+
+
+@dataclass(frozen=True)
 class BatchNormLayer:
     """A BN layer with running statistics. ``aliases`` are further names of the same module."""
 
@@ -94,6 +107,7 @@ class Walk:
     left_alone: tuple[LeftAlone, ...] = ()
     device: str = "meta"  # where the recorded forward ran: "meta" or "cpu" (for real)
     containers_trained: bool = True  # False: only leaf modules ran in training mode, other noise was not seen
+    declared_dropout: tuple[DeclaredDropout, ...] = ()  # which the model does not have itself
     bytes_per_sample: int = 0  # peak of the live activations of an evaluation forward, float32
 
 

@@ -7,7 +7,7 @@ is one of noisy inputs. Only such layers need a correction.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ckpt_tools.model.model_copy import RecordingMode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
+from ckpt_tools.walker.declared_dropout import require_declared_sites, resolve_declared_dropout
 from ckpt_tools.walker.forward_recording import ForwardCall, InactiveSitePolicy, record_forward
 from ckpt_tools.walker.taint import ForwardRecord
 from ckpt_tools.walker.weights import weight_layers
@@ -31,6 +32,7 @@ def walk(
     *,
     probe: nn.Module | None = None,
     forward: Forward = call_model,
+    dropout: Mapping[str, float] | None = None,
 ) -> Walk:
     """Find the dropout sites and BN layers of a model, and which BN layers lie behind which site.
 
@@ -47,13 +49,20 @@ def walk(
         probe: the same architecture with every drop rate above zero, where the constructor leaves
             sites out at rate zero (timm's DropPath).
         forward: how to run the model on a batch, ``forward(model, batch)``.
+        dropout: rates of dropout that the training had and this model lacks, as ports of other
+            frameworks' networks do: on the output of modules by shell-style patterns of their
+            names (``{"pool*": 0.25}``), or on their input (``{"conv2:input": 0.25}``). Every
+            floating-point tensor is dropped value by value, as by ``nn.Dropout``.
 
     Raises:
         ModelError: if the model can be run neither on meta tensors nor for real.
+        UsageError: a pattern of ``dropout`` matches no module that runs, or a rate is none.
     """
     model = unwrap_model(model)
     with preserve_models(model, probe, forward) as state:
-        return walk_preserved_model(model, example_input, state, probe=probe, forward=forward)
+        return walk_preserved_model(
+            model, example_input, state, probe=probe, forward=forward, dropout=dropout
+        )
 
 
 def walk_preserved_model(
@@ -63,16 +72,20 @@ def walk_preserved_model(
     *,
     probe: nn.Module | None = None,
     forward: Forward = call_model,
+    dropout: Mapping[str, float] | None = None,
 ) -> Walk:
     """Walk a model that a caller already preserves; every forward starts from its ``state``.
 
     Arguments and errors are those of ``walk``.
     """
     _refuse_scripted(model)
-    call = ForwardCall(example_input, forward, state)
+    declared = resolve_declared_dropout(model, dropout or {})
+    call = ForwardCall(example_input, forward, state, declared)
     evaluation = _record(model, call, "evaluation")
     mode, training = _record_training(model, call)
     probing = _record_active_sites([probe, model], call, mode) or training
+
+    require_declared_sites(declared, {**training.sites, **probing.sites})
 
     # The probe may have sites that the model lacks: at rate zero, timm builds no DropPath.
     inactive_names = [name for name in probing.sites if name not in training.sites]
@@ -97,6 +110,7 @@ def walk_preserved_model(
         left_alone=tuple(left_alone),
         device=training.device,
         containers_trained=mode == "training",
+        declared_dropout=declared,
         bytes_per_sample=_bytes_per_sample(evaluation, example_input),
     )
 

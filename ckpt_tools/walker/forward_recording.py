@@ -37,6 +37,8 @@ from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import evaluation_mode
 from ckpt_tools.model.randomness import TorchRandomness, preserve_random_generators
+from ckpt_tools.results import DeclaredDropout
+from ckpt_tools.walker.declared_dropout import add_declared_dropout
 from ckpt_tools.walker.dropout_sites import (
     PROBE_RATE,
     activate_dropout,
@@ -154,12 +156,13 @@ class ForwardCall:
     """How to run a model once: an example batch, and ``forward(model, batch)``.
 
     ``state`` is that of the model and of all that ``forward`` may run. They have it back after
-    every recorded forward.
+    every recorded forward. ``dropout`` is declared by the user; it is on in training mode.
     """
 
     batch: Batch
     forward: Forward
     state: ModelState
+    dropout: tuple[DeclaredDropout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,8 @@ def _run(
     if inactive_sites.set_attributes:
         activate_dropout(twin)
     layers = set_mode(twin, mode)
+    if mode != "evaluation":
+        add_declared_dropout(twin, call.dropout)
     recorder = Recorder(twin, find_tensors(to_pytree(call.batch)))
     record = ForwardRecord("meta" if meta else "cpu", recorder.graph)
     tracker = TaintTracker(twin, record, recorder, training=mode != "evaluation")

@@ -128,7 +128,12 @@ def test_other_noise_is_named(kind: str) -> None:
     assert any(op in warning for warning in result_warnings(result))
     with pytest.raises(CheckFailed, match=op):
         ckpt_tools.reestimate_bn(
-            Noisy(make()), x.split(64), estimator="pooled", layers="all", strict=True, statistics="mean+variance"
+            Noisy(make()),
+            x.split(64),
+            estimator="pooled",
+            layers="all",
+            strict=True,
+            statistics="mean+variance",
         )
 
 
