@@ -49,11 +49,11 @@ class NoiseRemoval(TorchDispatchMode):
 
     def __enter__(self) -> NoiseRemoval:
         self._sites, self._masks = {}, {}
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         # A forward that broke off, for want of memory say, has not shown everything.
         if error[0] is None and self.is_needed:
             known = {site.name: site for site in self.noise_left_on}

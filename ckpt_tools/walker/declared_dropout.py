@@ -68,9 +68,10 @@ def require_declared_sites(declared: Sequence[DeclaredDropout], sites: Mapping[s
         names = [dropout.module for dropout in declared if dropout.pattern == pattern]
         if not ran.intersection(names):
             raise UsageError(
-                f"--dropout {pattern} (dropout={{{pattern!r}: …}} in Python): expected modules that a forward "
-                f"runs on floating-point values, found that it runs none of {', '.join(names[:3])}. Name "
-                "the module in front of the dropout of the original network, or NAME:input for the one behind it."
+                f"--dropout {pattern} (dropout={{{pattern!r}: …}} in Python): expected modules that a "
+                "forward runs on floating-point values, found that it runs none of "
+                f"{', '.join(names[:3])}. Name the module in front of the dropout of the original "
+                "network, or NAME:input for the module behind it."
             )
 
 
