@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -86,19 +87,18 @@ class NoiseRemoval(TorchDispatchMode):
         output = func(*args, **kwargs)
         drop_rate = masking_drop_rate(func, args, kwargs)
         name = self._add_site(func, drop_rate)
-        if drop_rate is not None and isinstance(output, Tensor):
+        if drop_rate is not None and _is_dense(output):
             self._masks[StorageWeakRef(output.untyped_storage())] = (1 - drop_rate, name)
         return output
 
     def _complete_mask(self, func: OpOverload, args: Sequence[object], output: object) -> object:
         """Fill the result with ones if the operation divides a mask by its keep probability."""
-        if not self._masks or not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+        if not self._masks or func._schema.name not in (*_DIVISIONS, *_PRODUCTS):
             return output
-        factor = args[1] if len(args) > 1 else None
-        if func._schema.name not in (*_DIVISIONS, *_PRODUCTS) or not isinstance(factor, (int, float)):
+        mask, factor = args[0], args[1]
+        if not isinstance(factor, (int, float)) or not _is_dense(mask) or not _is_dense(output):
             return output
-        key = StorageWeakRef(args[0].untyped_storage())
-        keep, name = self._masks.get(key, (0.0, ""))
+        keep, name = self._masks.get(StorageWeakRef(mask.untyped_storage()), (0.0, ""))
         scale = keep / factor if func._schema.name in _DIVISIONS and factor else keep * factor
         if abs(scale - 1) > _TOLERANCE:
             return output
@@ -127,6 +127,11 @@ class NoiseRemoval(TorchDispatchMode):
                 return name
             frame = frame.f_back
         return ""
+
+
+def _is_dense(value: object) -> TypeGuard[Tensor]:
+    """Tell whether a value is a tensor with a storage, as sparse and nested ones are not."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
 
 
 def _switch_off(

@@ -134,14 +134,14 @@ def module_drop_rate(module: nn.Module | None) -> float | None:
 
 def masking_drop_rate(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> float | None:
     """Return the drop rate of an operation that draws a mask: 1 − p of a Bernoulli draw with the
-    keep probability p, p of ``native_dropout``. None for other operations.
+    keep probability p, p of dropout that is one operation. None for other operations.
     """
     probability = _arguments_by_name(func, args, kwargs).get("p")
     if not isinstance(probability, float):
         return None
     if "bernoulli" in func._schema.name:
         return 1.0 - probability
-    return probability if func._schema.name == "aten::native_dropout" else None
+    return probability if "dropout" in func._schema.name else None
 
 
 def _arguments_by_name(

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.ops import StochasticDepth
 
 import ckpt_tools
-from ckpt_tools.errors import CheckFailed
+from ckpt_tools.errors import CheckFailed, NothingToDo
 from ckpt_tools.reestimate.concerns import result_warnings
 from ckpt_tools.results import Reestimation
 
@@ -135,6 +135,26 @@ def test_other_noise_is_named(kind: str) -> None:
             strict=True,
             statistics="mean+variance",
         )
+
+
+def test_noise_that_stays_on_is_no_reason_to_say_that_there_is_none() -> None:
+    model = Noisy(lambda x: x[torch.randperm(len(x))])
+    with pytest.raises(NothingToDo, match=r"stays on in evaluation mode, too: \(root\) \(aten.randperm\)"):
+        ckpt_tools.reestimate_bn(model, torch.randn(256, 6).split(64), estimator="ratio")
+
+
+def test_scripted_submodules_with_weights() -> None:
+    branch = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.4))
+    model = Noisy(torch.jit.script(branch)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    walk = ckpt_tools.walk(model, torch.randn(4, 6))
+    assert [(site.name, site.rate) for site in walk.dropout_sites] == [("noise", 0.4)]
+    result = ckpt_tools.reestimate_bn(model, torch.randn(1024, 6).split(128), estimator="ratio")
+    assert result.layers[0].dropout_shift is not None
+    assert result.layers[0].dropout_shift.median > 1.4
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["bn.running_var"]
+    assert not any(module.training for module in model.modules())
 
 
 def test_noise_has_the_name_of_its_module() -> None:
