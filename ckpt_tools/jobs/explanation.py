@@ -22,7 +22,7 @@ from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.method import Method
 from ckpt_tools.reestimate.method_run import run_method
-from ckpt_tools.results import LayerResult, Measured, Reestimation, Verdict, Walk
+from ckpt_tools.results import DropoutSite, LayerResult, Measured, Reestimation, Verdict, Walk
 
 MAX_SAMPLES = 512
 _LARGEST_BATCH = 128  # so that 512 samples are four batches, which show how batches scatter
@@ -51,6 +51,7 @@ class Explanation:
         layers: every BN layer; its mismatch and its dropout shift are what was measured.
         preprocessing: what is wrong with it, and the option that mends it; empty if nothing is.
         images: how many samples were measured.
+        noise_left_on: operations that drew random numbers with dropout off, too.
     """
 
     cause: Cause
@@ -61,6 +62,7 @@ class Explanation:
     layers: tuple[LayerResult, ...]
     preprocessing: str
     images: int
+    noise_left_on: tuple[DropoutSite, ...] = ()
 
 
 def explain_difference(
@@ -90,7 +92,17 @@ def explain_difference(
     preprocessing = data_check.cause if data_check.verdict == "refuse" else ""
     cause = _find_cause(verdict, shifts=shifts, preprocessing=preprocessing)
     rates_known = loaded.rates != "unknown"
-    return Explanation(cause, shifts, dropout_on, rates_known, verdict, layers, preprocessing, result.images)
+    return Explanation(
+        cause,
+        shifts,
+        dropout_on,
+        rates_known,
+        verdict,
+        layers,
+        preprocessing,
+        result.images,
+        result.noise_left_on,
+    )
 
 
 def _measure_without_dropout(loaded: LoadedModel, walk: Walk, stream: BatchStream) -> Reestimation:

@@ -32,7 +32,7 @@ def collect_warnings(
         _effect_sentence(effect),
         _error_sentence(layers),
         _factor_sentence(layers),
-        _noise_sentence(noise_left_on),
+        noise_warning(noise_left_on),
     ]
     return tuple(warning for warning in warnings if warning)
 
@@ -89,7 +89,8 @@ def _factor_sentence(layers: list[LayerResult]) -> str:
     )
 
 
-def _noise_sentence(sites: Sequence[DropoutSite]) -> str:
+def noise_warning(sites: Sequence[DropoutSite]) -> str:
+    """Return the warning about noise that was on in the evaluation pass; empty if there was none."""
     if not sites:
         return ""
     listed = ", ".join(f"{site.name} ({site.op})" for site in sites[:_LISTED])

@@ -180,6 +180,7 @@ def _explanation(inspection: Inspection) -> dict[str, object] | None:
         "verdict": dataclass_to_dict(explanation.verdict),
         "preprocessing": explanation.preprocessing,
         "images": explanation.images,
+        "noise_left_on": [dataclasses.asdict(site) for site in explanation.noise_left_on],
         "layers": [
             {
                 "name": layer.name,
