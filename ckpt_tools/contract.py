@@ -168,6 +168,8 @@ class LoadedModel:
     twins: tuple[str, ...] = ()
     # Attributes ("fc.") that the checkpoint fills with a head of its own, or not at all.
     as_built: tuple[str, ...] = ()
+    # Rates of dropout that the user declares by patterns of names; the model itself has none there
+    dropout: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rates(self) -> Rates:
@@ -176,4 +178,4 @@ class LoadedModel:
 
         It decides which layers ``auto`` rewrites.
         """
-        return self.recipe.rates
+        return "given" if self.dropout and self.recipe.rates == "unknown" else self.recipe.rates

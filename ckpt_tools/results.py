@@ -29,6 +29,19 @@ class DropoutSite:
 
 
 @dataclass(frozen=True)
+class DeclaredDropout:
+    """Dropout on the output of a module, or on its input, that the user says the training had.
+
+    ``pattern`` is what the user called it by.
+    """
+
+    module: str
+    rate: float
+    on_input: bool = False
+    pattern: str = ""
+
+
+@dataclass(frozen=True)
 class BatchNormLayer:
     """A BN layer with running statistics. ``aliases`` are further names of the same module."""
 
@@ -94,6 +107,7 @@ class Walk:
     left_alone: tuple[LeftAlone, ...] = ()
     device: str = "meta"  # where the recorded forward ran: "meta" or "cpu" (for real)
     containers_trained: bool = True  # False: only leaf modules ran in training mode, other noise was not seen
+    declared_dropout: tuple[DeclaredDropout, ...] = ()  # which the model does not have itself
     bytes_per_sample: int = 0  # peak of the live activations of an evaluation forward, float32
 
 
@@ -239,6 +253,7 @@ class Reestimation:
     verdict: Verdict | None = None  # None if the data was not compared with the stored statistics
     effect: Effect | None = None
     left_alone: tuple[LeftAlone, ...] = ()
+    noise_left_on: tuple[DropoutSite, ...] = ()  # operations that drew random numbers with dropout off, too
     processes: int = 1  # that shared the batches
     cut_to: int | None = None  # samples at a time, where memory was too short for whole batches
     precision: Precision = "fp32"
@@ -258,6 +273,8 @@ class Reestimation:
     def __repr__(self) -> str:
         """Return a line; ``summary`` says more."""
         data = f", data: {self.verdict.level}" if self.verdict else ""
+        if self.noise_left_on:
+            data += f", noise stayed on: {', '.join(site.op for site in self.noise_left_on[:3])}"
         return (
             f"<Reestimation: {len(self.rewritten)} of {len(self.layers)} BN layers, {self.estimator}, "
             f"{self.images:,} samples{data}>"
@@ -276,6 +293,9 @@ class Reestimation:
             lines.append(f"data: {self.verdict.level} ({self.verdict.reason})")
         reason = f" ({self.controls.reason})" if self.controls.reason else ""
         lines.append(f"controls: {self.controls.verdict}{reason}")
+        if self.noise_left_on:
+            sites = ", ".join(f"{site.name} ({site.op})" for site in self.noise_left_on)
+            lines.append(f"noise that stayed on: {sites}")
         if self.effect is not None and self.effect.changed is not None:
             lines.append(f"effect: {self.effect.changed:.1%} of {self.effect.images} predictions change")
         return "\n".join(lines)

@@ -134,6 +134,7 @@ _method = options.combine_options(
 )
 @many_checkpoints.options
 @options.model
+@options.dropout
 @_method
 @click.option(
     "--deterministic",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # it imports torch
     "in eval mode than in training.",
 )
 @options.model
+@options.dropout
 @options.preprocessing
 @options.reading
 @click.option(

@@ -20,6 +20,7 @@ import click
 from ckpt_tools.identify.model_kwargs import parse_model_kwargs
 from ckpt_tools.location import Location
 from ckpt_tools.urls import is_url
+from ckpt_tools.walker.dropout_patterns import parse_declared_dropout
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -85,7 +86,9 @@ def pack(parameter: str, module: str, name: str) -> Callable[[Command], Command]
         @functools.wraps(command)
         def run(**values: Any) -> Any:
             kind = getattr(import_module(module), name)
-            fields = {field: values.pop(field) for field in inspect.signature(kind).parameters}
+            # A command may lack an option; then the dataclass has a default for it.
+            names = [name for name in inspect.signature(kind).parameters if name in values]
+            fields = {field: values.pop(field) for field in names}
             return command(**values, **{parameter: kind(**fields)})
 
         return cast(Command, run)
@@ -128,6 +131,16 @@ model = combine_options(
         "here: drop_rate=0.2.",
     ),
     weights,
+)
+
+dropout = click.option(
+    "--dropout",
+    multiple=True,
+    metavar="NAME=RATE",
+    callback=lambda context, parameter, pairs: parse_declared_dropout(pairs),
+    help="Dropout that the training had and this architecture lacks, such as a port from another "
+    "framework: on the output of the modules with such names ('pool*=0.25'), or on their input "
+    "(conv2:input=0.25); repeatable. The drop rates are known then.",
 )
 
 evaluation = combine_options(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
-from ckpt_tools.model.model_copy import trains_alone
+from ckpt_tools.model.model_copy import copy_model, set_mode
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.model.randomness import seed_temporarily
 from ckpt_tools.observation.finite import check_input
@@ -29,6 +30,7 @@ from ckpt_tools.observation.layer import Layer, batch_statistics, current_statis
 from ckpt_tools.observation.running import Runner
 from ckpt_tools.observation.training_history import batches_seen, initial_weight, is_trained
 from ckpt_tools.results import BatchNormLayer, Walk
+from ckpt_tools.walker.declared_dropout import add_declared_dropout
 
 Normalise = Literal["stored", "batch"]
 
@@ -148,9 +150,11 @@ def measure_agreement(
         seed_temporarily(seed),
         torch.no_grad(),
         force_eager(),
+        ExitStack() as stack,
     ):
         if rates_known:
             switch_dropout_on(model, containers=walk.containers_trained)
+            stack.callback(add_declared_dropout(model, walk.declared_dropout))
         images = sum(_run_batches(runner, batches, measured_layers, stop=layers is not None))
     reached_layers = [layer for layer in measured_layers if layer.moments is not None]
     return _summarise(reached_layers, means_only, images, normalise)
@@ -248,10 +252,13 @@ def _distance(shift: Tensor, deviation: Tensor) -> Tensor:
 
 
 def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
-    """Set all modules but BN layers to training mode; with ``containers=False`` only leaf modules.
+    """Set all modules but BN layers to training mode that training had there.
 
-    The caller restores the flags. They are set one by one: a module's own ``train()`` may do more.
+    With ``containers=False`` these are leaf modules only. The caller restores the flags. They are
+    those that the ``train()`` of a copy sets: a module's own ``train()`` may do more.
     """
-    for module in model.modules():
-        if not isinstance(module, _BatchNorm) and (containers or trains_alone(module)):
-            module.training = True
+    twin = copy_model(model, meta=True)
+    set_mode(twin, "training" if containers else "leaves")
+    flags = {name: module.training for name, module in twin.named_modules()}
+    for name, module in model.named_modules():
+        module.training = flags.get(name, False)

@@ -78,6 +78,8 @@ def describe_rates(loaded: LoadedModel, fit: RateFit | None = None) -> dict[str,
         "values": arguments if loaded.rates != "unknown" else {},
         "errors": dict(fit.errors) if fit is not None and loaded.rates == "estimated" else {},
     }
+    if loaded.dropout:
+        description["declared"] = dict(loaded.dropout)
     return description | ({} if fit is None else {"fit": fit.sentence})
 
 

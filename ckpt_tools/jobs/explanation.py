@@ -23,7 +23,7 @@ from ckpt_tools.machine.device import move_to_device, resolve_device
 from ckpt_tools.machine.memory import fitting_batch_size
 from ckpt_tools.method import Method
 from ckpt_tools.reestimate.method_run import run_method
-from ckpt_tools.results import LayerResult, Measured, Reestimation, Verdict, Walk
+from ckpt_tools.results import DropoutSite, LayerResult, Measured, Reestimation, Verdict, Walk
 
 MAX_SAMPLES = 512
 _LARGEST_BATCH = 128  # so that 512 samples are four batches, which show how batches scatter
@@ -54,6 +54,7 @@ class Explanation:
         images: how many samples were measured.
         skipped: samples that could not be read.
         other_files: how many files beside the images are not read, by extension.
+        noise_left_on: operations that drew random numbers with dropout off, too.
     """
 
     cause: Cause
@@ -66,6 +67,7 @@ class Explanation:
     images: int
     skipped: tuple[SkippedSample, ...] = ()
     other_files: Mapping[str, int] = field(default_factory=dict)
+    noise_left_on: tuple[DropoutSite, ...] = ()
 
 
 def explain_difference(
@@ -106,6 +108,7 @@ def explain_difference(
         result.images,
         stream.skipped_samples,
         count_other_files(source),
+        result.noise_left_on,
     )
 
 

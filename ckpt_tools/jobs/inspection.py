@@ -135,6 +135,7 @@ def _inspect_architecture(request: InspectRequest) -> Inspection:
     if request.model.architecture is None:
         raise UsageError("Give a checkpoint, or an architecture with --arch.")
     loaded = load_architecture(request.model.architecture, request.model.model_kwargs)
+    loaded = request.model.declare_dropout(loaded)
     state = loaded.model.state_dict()
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     parameters = _count_parameters(loaded.model)
@@ -164,6 +165,7 @@ def _add_loaded_model(inspection: Inspection, source: Source | None) -> Inspecti
     choice = request.model
     if source is None:
         loaded = identify_model(inspection.checkpoint, choice.architecture, choice.model_kwargs)
+        loaded = choice.declare_dropout(loaded)
     else:
         checkpoint, preprocessing = inspection.checkpoint, request.preprocessing
         loaded = recognise_architecture(checkpoint, choice, source, preprocessing).loaded
@@ -208,7 +210,8 @@ def _add_walk(inspection: Inspection, source: Source | None = None) -> Inspectio
     loaded = inspection.loaded
     assert loaded is not None
     spec = resolve_input_spec(loaded.input_spec, inspection.request.preprocessing, source)
-    model_walk = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
+    example = example_input(spec, source)
+    model_walk = walk(loaded.model, example, probe=loaded.probe, dropout=loaded.dropout)
     steps = _count_steps(model_walk, loaded)
     inspection = replace(inspection, input_spec=spec, walk=model_walk, steps=steps)
     if loaded.checkpoint is None:

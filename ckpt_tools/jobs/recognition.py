@@ -40,6 +40,13 @@ def recognise_architecture(
     Keys and shapes of the tensors come first; data, if there is any, is read only where several
     architectures fit them. Raises AmbiguousArchitecture if neither the data nor the file's name decides.
     """
+    recognition = _recognise(checkpoint, choice, source, preprocessing)
+    return replace(recognition, loaded=choice.declare_dropout(recognition.loaded))
+
+
+def _recognise(
+    checkpoint: Checkpoint, choice: ModelChoice, source: Source | None, preprocessing: Preprocessing
+) -> Recognition:
     candidates = find_candidates(checkpoint, choice.architecture, choice.model_kwargs)
     if len(candidates) == 1:
         return Recognition(load_candidate(checkpoint, candidates[0]))

@@ -8,9 +8,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ckpt_tools.contract import LoadedModel
 from ckpt_tools.data.label_files import read_label_file
 from ckpt_tools.data.labels import read_class_map
 from ckpt_tools.data.preprocessing import Preprocessing
@@ -18,6 +19,7 @@ from ckpt_tools.location import Location
 from ckpt_tools.method import Method
 from ckpt_tools.redaction import without_secrets
 from ckpt_tools.urls import is_url, redact_url
+from ckpt_tools.walker.declared_dropout import resolve_declared_dropout
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,20 @@ class ModelChoice:
     """Which weights of a checkpoint are meant, and which architecture they belong to.
 
     ``architecture`` None leaves it to the checkpoint. ``trust``: load a pickle that needs code.
+    ``dropout``: rates of dropout that the training had and the architecture lacks, by patterns of
+    names of modules.
     """
 
     architecture: str | None = None
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
     weights: str = "auto"
     trust: bool = False
+    dropout: Mapping[str, float] = field(default_factory=dict)
+
+    def declare_dropout(self, loaded: LoadedModel) -> LoadedModel:
+        """Return the loaded model with the dropout that the user declares. Raises UsageError."""
+        resolve_declared_dropout(loaded.model, self.dropout)
+        return replace(loaded, dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -130,4 +140,4 @@ def _read_class_outputs(location: Location) -> object:
 # What a result does not depend on. How a convolution is computed may change its last bits, and no
 # more.
 _WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force", "strict"})
-_YOUNGER_SETTINGS = ("only", "keep", "crop_mode", "labels")
+_YOUNGER_SETTINGS = ("only", "keep", "crop_mode", "labels", "dropout")

@@ -25,7 +25,8 @@ class WalkCache:
         key = _cache_key(loaded, spec)
         if key in self._walks:
             return self._walks[key]
-        model_walk = walk(loaded.model, example_input(spec, source), probe=loaded.probe)
+        example = example_input(spec, source)
+        model_walk = walk(loaded.model, example, probe=loaded.probe, dropout=loaded.dropout)
         if key is not None:
             self._walks[key] = model_walk
         return model_walk
@@ -42,4 +43,5 @@ def _cache_key(loaded: LoadedModel, spec: InputSpec | None) -> object:
         return None
     # The rates of functional calls stand in the arguments only, the sizes of changed heads in the
     # modules only: so both are part of the key.
-    return recipe.architecture, repr(sorted(recipe.kwargs.items())), repr(loaded.model), spec
+    arguments, dropout = sorted(recipe.kwargs.items()), [*loaded.dropout.items()]
+    return recipe.architecture, repr(arguments), repr(loaded.model), repr(dropout), spec

@@ -35,6 +35,21 @@ def seed_random_generators(seed: int) -> None:
     np.random.seed(seed % 2**32)  # numpy refuses larger seeds
 
 
+class TorchRandomness:
+    """Notices draws from torch's global generators that no operation shows, as in a custom operator."""
+
+    def __init__(self) -> None:
+        self._states = self._read_states()
+
+    def has_advanced(self) -> bool:
+        """Tell whether anything has been drawn since this object was made."""
+        return any(not torch.equal(*pair) for pair in zip(self._states, self._read_states(), strict=True))
+
+    @staticmethod
+    def _read_states() -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, _devices_in_use())]
+
+
 def _devices_in_use() -> list[int]:
     # To read the generators of GPUs that nobody has used would initialise CUDA.
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

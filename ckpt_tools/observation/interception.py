@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ckpt_tools.model.calling import batch_norm_arguments
 from ckpt_tools.observation.layer import Layer
+from ckpt_tools.observation.remaining_noise import NoiseRemoval
+from ckpt_tools.results import DropoutSite
 from ckpt_tools.walker.dropout_sites import (
     disable_attention_dropout,
     enable_dropout,
@@ -31,17 +34,41 @@ class Interception(TorchFunctionMode):
 
     Layers are recognised by the running_var that they pass to F.batch_norm, whatever their class,
     so the modules stay untouched in evaluation mode. Dropout that ignores the mode
-    (``F.dropout(x, training=True)``) is skipped here too, unless ``dropout`` leaves it on. Where
-    modules with children cannot be in training mode (``containers=False``), the dropout functions
-    that they call are switched on.
+    (``F.dropout(x, training=True)``) is skipped here too, unless ``dropout`` leaves it on; so is
+    other noise, as far as ``NoiseRemoval`` can switch it off. Where modules with children cannot be
+    in training mode (``containers=False``), the dropout functions that they call are switched on.
     """
 
     def __init__(self, *, dropout: bool = False, containers: bool = True) -> None:
         super().__init__()
         self._dropout, self._containers_train = dropout, containers
+        self._noise = None if dropout else NoiseRemoval()
+        self._context = ExitStack()
         self._watched: dict[int, Layer] = {}
         self._waiting: set[int] | None = None  # keys of layers to run before the forward may end
         self._images = 1
+
+    @property
+    def noise_left_on(self) -> tuple[DropoutSite, ...]:
+        """The operations that drew random numbers under test conditions all the same."""
+        return self._noise.noise_left_on if self._noise else ()
+
+    def name_modules(self, model: nn.Module) -> None:
+        """Let noise be reported by the names that modules have in ``model``."""
+        if self._noise is not None:
+            self._noise.module_names = {id(module): name for name, module in model.named_modules()}
+
+    def __enter__(self) -> Interception:
+        # Entered first, so that it also sees operations of what this mode calls.
+        if self._noise is not None and self._noise.is_needed:
+            self._context.enter_context(self._noise)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        exit_noise = self._context.pop_all()
+        exit_noise.__exit__(*error)
 
     def begin(self, images: int, watched: Iterable[Layer], *, stop: bool) -> None:
         """Announce a batch of so many ``images``.
@@ -97,11 +124,11 @@ class CompiledInterception(Interception):
 
     def __enter__(self) -> CompiledInterception:
         _active_handlers.append(super()._batch_norm)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
         _active_handlers.pop()
 
     def begin(self, images: int, watched: Iterable[Layer], *, stop: bool) -> None:

@@ -18,6 +18,7 @@ from ckpt_tools.model.calling import Forward, device_of
 from ckpt_tools.observation.interception import Interception, StopForward
 from ckpt_tools.observation.layer import Layer
 from ckpt_tools.observation.paired_layer import PairedLayer
+from ckpt_tools.results import DropoutSite
 
 # Of the pass under training conditions. Four are enough where dropout adds less noise than images
 # differ; beyond sixteen the gain does not pay (see scripts/bench evidence).
@@ -44,11 +45,17 @@ class Runner:
     ) -> None:
         self._model = cast(nn.Module, torch.compile(model)) if compiled else model
         self._forward, self._interception = forward, interception
+        interception.name_modules(model)
         self._device = device_of(model)
         self.precision: Precision = precision
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self._layout = torch.channels_last if convolutional else None
         self.largest: int | None = None
+
+    @property
+    def noise_left_on(self) -> tuple[DropoutSite, ...]:
+        """The operations that draw random numbers under test conditions, too."""
+        return self._interception.noise_left_on
 
     def run(
         self, batch: Batch, number: int, watched: Sequence[Layer], *, stop: bool = False

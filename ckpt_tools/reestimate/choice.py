@@ -176,5 +176,5 @@ def _not_behind_message(walk: Walk, rates: Rates) -> str:
     return (
         f"nothing to do: with {whose_rates}, {cause}. Use --layers all (layers='all') to "
         "re-estimate every BN layer all the same, or give the rates of the training run "
-        "(--model-kwargs)."
+        "(--model-kwargs; --dropout NAME=RATE, dropout= in Python, where this architecture lacks them)."
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.reestimate.effect import effect_warning
-from ckpt_tools.results import Controls, Effect, LayerResult, Reestimation, Verdict
+from ckpt_tools.results import Controls, DropoutSite, Effect, LayerResult, Reestimation, Verdict
 
 _MAX_ERROR = 0.1  # relative standard error of a layer's median channel
 # Dropout changes a variance by 1.2 to 1.9 right behind it, and less deeper down (33 small nets).
@@ -19,13 +19,21 @@ def result_warnings(result: Reestimation) -> tuple[str, ...]:
 
     Predictions on synthetic inputs mean nothing, so a change of them is no warning.
     """
-    return collect_warnings(result.layers, None if is_synthetic(result) else result.effect)
+    effect = None if is_synthetic(result) else result.effect
+    return collect_warnings(result.layers, effect, result.noise_left_on)
 
 
-def collect_warnings(layers: Iterable[LayerResult], effect: Effect | None) -> tuple[str, ...]:
-    """Return the warnings about these layers, and about the effect of a correction."""
+def collect_warnings(
+    layers: Iterable[LayerResult], effect: Effect | None, noise_left_on: Sequence[DropoutSite] = ()
+) -> tuple[str, ...]:
+    """Return the warnings about these layers, the effect of a correction, and noise in the pass."""
     layers = [layer for layer in layers if layer.rewritten]
-    warnings = [_effect_sentence(effect), _error_sentence(layers), _factor_sentence(layers)]
+    warnings = [
+        _effect_sentence(effect),
+        _error_sentence(layers),
+        _factor_sentence(layers),
+        noise_warning(noise_left_on),
+    ]
     return tuple(warning for warning in warnings if warning)
 
 
@@ -78,6 +86,18 @@ def _factor_sentence(layers: list[LayerResult]) -> str:
     return (
         f"{_count(changed)} changed beyond a factor of {_MAX_FACTOR:g}, more than dropout explains: "
         f"stored / new variance {listed}{more}; check drop rates, data and preprocessing"
+    )
+
+
+def noise_warning(sites: Sequence[DropoutSite]) -> str:
+    """Return the warning about noise that was on in the evaluation pass; empty if there was none."""
+    if not sites:
+        return ""
+    listed = ", ".join(f"{site.name} ({site.op})" for site in sites[:_LISTED])
+    more = f" and {len(sites) - _LISTED} more" if len(sites) > _LISTED else ""
+    return (
+        f"noise stayed on in evaluation mode: {listed}{more} drew random numbers without asking for "
+        "the mode, so variances behind that are those of noisy inputs; let it ask self.training"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -36,6 +36,7 @@ def reestimate_bn(
     rates: Rates = "model",
     forward: Forward = call_model,
     walk: Walk | None = None,
+    dropout: Mapping[str, float] | None = None,
     force: bool = False,
     strict: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -84,6 +85,9 @@ def reestimate_bn(
         rates: where the drop rates stem from; "model" takes the module's own as known.
         forward: ``forward(model, batch)`` for batches that the default cannot run.
         walk: the result of ``ckpt_tools.walk``, to save a second one.
+        dropout: rates of dropout that the training had and the model lacks, by patterns of names
+            of modules (``{"pool*": 0.25}``), as ``ckpt_tools.walk`` takes them. The drop rates are
+            known then.
         force: go on although control layers disagree with the data.
         strict: raise CheckFailed for every doubt about the data, and every warning about the
             result.
@@ -138,6 +142,7 @@ def reestimate_bn(
         rates=rates,
         forward=forward,
         walk=walk,
+        dropout=dropout,
         progress=progress,
         distributed=distributed,
         synthetic=synthetic,

@@ -6,7 +6,7 @@ several passes gives the later ones the result of the first, so that changed dat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from ckpt_tools.observation.layer import (
 from ckpt_tools.observation.paired_layer import paired_statistics
 from ckpt_tools.reestimate.passes import DataPass, PassContext, PassResult
 from ckpt_tools.reestimate.screening import DetectedOutlier
+from ckpt_tools.results import DropoutSite
 
 # `exact` ends when no statistic changes by more in a pass; the fixed point is then known to 1e-3.
 _SETTLED = 1e-4
@@ -75,13 +76,20 @@ def ratio(context: PassContext, tolerance: float | None, max_images: int | None 
     return Estimate(corrected, only, only.total.outliers, stopped_early=only.stopped_early)
 
 
-def refuse_without_noise(estimate: Estimate) -> None:
-    """Raise NothingToDo if a paired measurement found the same variances with dropout on and off."""
+def refuse_without_noise(estimate: Estimate, noise_left_on: Sequence[DropoutSite]) -> None:
+    """Raise NothingToDo if a paired measurement found the same variances with dropout on and off.
+
+    ``noise_left_on``: what drew random numbers with dropout off, too, and so made no difference.
+    """
     shifts = [dropout_shift(estimate.last_pass.evidence[name]) for name in estimate.statistics]
     if all(bool(((shift - 1).abs() < _NO_SHIFT).all()) for shift in shifts):
+        cause = "no noise reaches them"
+        if noise_left_on:
+            sites = ", ".join(f"{site.name} ({site.op})" for site in noise_left_on[:3])
+            cause = f"all noise is of a kind that stays on in evaluation mode, too: {sites}"
         raise NothingToDo(
             "nothing to do: with dropout on and off the inputs of every BN layer have the same "
-            "variance, so no noise reaches them. Give the drop rates of the training run "
+            f"variance, so {cause}. Give the drop rates of the training run "
             "(--model-kwargs), or use --estimator pooled."
         )
 

@@ -52,6 +52,7 @@ def run_method(
     rates: Rates = "model",
     forward: Forward = call_model,
     walk: Walk | None = None,
+    dropout: Mapping[str, float] | None = None,
     progress: Callable[[Progress], None] | None = None,
     distributed: bool = False,
     synthetic: bool = False,
@@ -75,6 +76,10 @@ def run_method(
             f"estimator {estimator!r} reads the data several times, but batches is a one-shot "
             f"iterator ({type(batches).__name__}). Pass a list or a DataLoader."
         )
+    if dropout and walk is not None:
+        raise UsageError(
+            "dropout is declared when a model is walked. Give it to ckpt_tools.walk, or leave walk out."
+        )
     model = unwrap_model(model)
     check_precision(precision, device_of(model))
     if synthetic and repeats is None:
@@ -82,7 +87,11 @@ def run_method(
     group = join_team() if distributed else contextlib.nullcontext(ALONE)
     with preserve_models(model, forward) as state, group as team:
         check_team(estimator, team)
-        walk = walk or team.first(lambda: walk_preserved_model(model, data.first(), state, forward=forward))
+        walk = walk or team.first(
+            lambda: walk_preserved_model(model, data.first(), state, forward=forward, dropout=dropout)
+        )
+        if walk.declared_dropout and rates == "unknown":
+            rates = "given"
         frozen = team.first(lambda: frozen_layers(model, walk))
         choice = choose(
             walk,
@@ -125,6 +134,7 @@ def run_method(
                 )
         evidence = estimate.last_pass.evidence
         controls = team.first(lambda: judge_controls(choice, layers, evidence, synthetic=synthetic))
+        noise_left_on = team.first(lambda: runner.noise_left_on)
         # Free memory differs between processes; the smallest part is what the user needs to know.
         cut_to = min(filter(None, team.all(lambda: runner.largest)), default=None)
     # From here on the model is as it was. All that may raise comes before the first write.
@@ -135,7 +145,7 @@ def run_method(
     if is_judge_needed and not method.force:
         refuse_disagreement(controls)
     if method.strict:
-        warnings = collect_warnings(results, None if synthetic else effect)
+        warnings = collect_warnings(results, None if synthetic else effect, noise_left_on)
         refuse_doubts((verdict, selection.verdict), controls, warnings)
     if not dry_run:
         _write(observed, estimate.statistics, means=statistics == "mean+variance")
@@ -160,6 +170,7 @@ def run_method(
         precision=precision,
         deviation=deviation,
         left_alone=walk.left_alone,
+        noise_left_on=noise_left_on,
         outliers=tuple(detected.outlier for detected in estimate.outliers),
         common=() if method.keep_outliers else tuple(sorted(screening.common)),
     )
@@ -189,7 +200,9 @@ def _paired_context(
     repeats: int | None,
 ) -> PassContext:
     """The context of a paired measurement: every reached layer, in the model and in a copy of it."""
-    copied = copy_in_training_mode(context.model, containers=walk.containers_trained)
+    copied = copy_in_training_mode(
+        context.model, containers=walk.containers_trained, dropout=walk.declared_dropout
+    )
     # Each process draws dropout of its own. The caller restores the generators.
     seed_random_generators(seed + context.team.rank)
     modules, twins = dict(context.model.named_modules()), dict(copied.named_modules())

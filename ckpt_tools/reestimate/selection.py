@@ -68,7 +68,7 @@ def estimate_statistics(
         return _measure_directly(context, method, reason)
     paired = _measure_ratio(make_paired(), method, verdict, synthetic=synthetic)
     if method.estimator == "ratio" or not _suits_pooled(paired):
-        refuse_without_noise(paired.estimate)
+        refuse_without_noise(paired.estimate, context.runner.noise_left_on)
         return paired
     assert paired.verdict is not None
     estimate = pooled(context, method.statistics, method.tolerance, number=2)

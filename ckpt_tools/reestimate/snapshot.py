@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypedDict, Unpack
 
@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     rates: Rates
     forward: Forward
     walk: Walk | None
+    dropout: Mapping[str, float] | None
     force: bool
     strict: bool
     progress: Callable[[Progress], None] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # How the drop rates of the model were found out, by the values of `LoadedModel.rates`.
 DROP_RATE_SOURCES = {
-    "given": "given by --model-kwargs",
+    "given": "given (--model-kwargs, --dropout)",
     "recorded": "recorded in the checkpoint",
     "estimated": "estimated from the stored statistics",
     "model": "those of the model",

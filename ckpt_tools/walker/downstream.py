@@ -7,10 +7,10 @@ is one of noisy inputs. Only such layers need a correction.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.errors import ModelError
@@ -20,6 +20,7 @@ from ckpt_tools.model.model_copy import RecordingMode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.results import BatchNormLayer, DropoutSite, LeftAlone, Walk
+from ckpt_tools.walker.declared_dropout import require_declared_sites, resolve_declared_dropout
 from ckpt_tools.walker.forward_recording import (
     FailedForward,
     ForwardCall,
@@ -38,6 +39,7 @@ def walk(
     *,
     probe: nn.Module | None = None,
     forward: Forward = call_model,
+    dropout: Mapping[str, float] | None = None,
 ) -> Walk:
     """Find the dropout sites and BN layers of a model, and which BN layers lie behind which site.
 
@@ -58,14 +60,21 @@ def walk(
         probe: the same architecture with every drop rate above zero, where the constructor leaves
             sites out at rate zero (timm's DropPath).
         forward: how to run the model on a batch, ``forward(model, batch)``.
+        dropout: rates of dropout that the training had and this model lacks, as ports of other
+            frameworks' networks do: on the output of modules by shell-style patterns of their
+            names (``{"pool*": 0.25}``), or on their input (``{"conv2:input": 0.25}``). Every
+            floating-point tensor is dropped value by value, as by ``nn.Dropout``.
 
     Raises:
         ModelError: if the model can be run neither on meta tensors nor for real. The message says
             what was tried.
+        UsageError: a pattern of ``dropout`` matches no module that runs, or a rate is none.
     """
     model = unwrap_model(model)
     with preserve_models(model, probe, forward) as state:
-        return walk_preserved_model(model, example_input, state, probe=probe, forward=forward)
+        return walk_preserved_model(
+            model, example_input, state, probe=probe, forward=forward, dropout=dropout
+        )
 
 
 def walk_preserved_model(
@@ -75,18 +84,22 @@ def walk_preserved_model(
     *,
     probe: nn.Module | None = None,
     forward: Forward = call_model,
+    dropout: Mapping[str, float] | None = None,
 ) -> Walk:
     """Walk a model that a caller already preserves; every forward starts from its ``state``.
 
     Arguments and errors are those of ``walk``.
     """
     _refuse_scripted(model)
-    call = ForwardCall(example_input, forward, state)
+    declared = resolve_declared_dropout(model, dropout or {})
+    call = ForwardCall(example_input, forward, state, declared)
     evaluation = _record(model, call, "evaluation")
     mode, training = _record_training(model, call)
     # What probing feeds the model is at most as costly as what the training forward needed.
     feeds = tuple(Feed)[: tuple(Feed).index(training.feed) + 1]
     probing = _record_active_sites([probe, model], call, mode, feeds) or training
+
+    require_declared_sites(declared, {**training.sites, **probing.sites})
 
     # The probe may have sites that the model lacks: at rate zero, timm builds no DropPath.
     inactive_names = [name for name in probing.sites if name not in training.sites]
@@ -111,6 +124,7 @@ def walk_preserved_model(
         left_alone=tuple(left_alone),
         device=training.device,
         containers_trained=mode == "training",
+        declared_dropout=declared,
         bytes_per_sample=evaluation.peak_bytes // max(1, evaluation.samples),
     )
 
@@ -151,9 +165,14 @@ def _batch_norm_layer(
 
 def _refuse_scripted(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) and _holds_statistics(module):
             name = name or type(module).__name__
             raise ModelError(f"{name}: TorchScript cannot be walked. Load the Python model.")
+
+
+def _holds_statistics(module: nn.Module) -> bool:
+    """Tell whether there may be a BN layer inside, whose input TorchScript would not show."""
+    return any(name.rpartition(".")[2] == "running_var" for name, _ in module.named_buffers())
 
 
 def _record_training(model: nn.Module, call: ForwardCall) -> tuple[RecordingMode, ForwardRecord]:
@@ -222,7 +241,7 @@ def _find_normalisers(
     first_names: dict[int, str] = {}
     left_alone = []
     for name, module in model.named_modules(remove_duplicate=False):
-        variance = module._buffers.get("running_var")
+        variance = _running_variance(module)
         # Modules that share their running variance are one layer, as is a module with two names.
         first_name = first_names.setdefault(id(module if variance is None else variance), name)
         if first_name != name:
@@ -237,9 +256,14 @@ def _find_normalisers(
     return layers, left_alone
 
 
+def _running_variance(module: nn.Module) -> Tensor | None:
+    # Not module._buffers.get: scripted modules have no dict there.
+    return dict(module.named_buffers(recurse=False)).get("running_var")
+
+
 def _reason_left_alone(module: nn.Module) -> str:
     """Return why a normaliser is left alone; empty for BN layers and for all other modules."""
-    has_statistics = module._buffers.get("running_var") is not None
+    has_statistics = _running_variance(module) is not None
     if isinstance(module, _BatchNorm) and not has_statistics:
         return "keeps no running statistics; it uses those of the batch at test time too"
     if has_statistics and not isinstance(module, _BatchNorm):

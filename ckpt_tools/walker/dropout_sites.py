@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 # Functions with the arguments (input, p, training, …) that return their input when not training.
 DROPOUT_FUNCTIONS: dict[Callable[..., object], str] = {
@@ -40,6 +40,11 @@ PROBE_RATE = 0.5  # sites that are switched off run at this rate, to see what th
 # Under these names modules keep their rate: ``p`` in nn.Dropout, ``drop_prob`` in timm's DropPath.
 _RATE_ATTRIBUTES = ("p", "drop_prob", "drop_rate", "dropout", "prob")
 _PROBABILITY_ARGUMENTS = ("p", "dropout_p")
+# Operators that tell by a tag whether they are random, or never are.
+_KNOWN_NAMESPACES = {
+    "aten", "prim", "prims", "c10d", "quantized", "quantized_decomposed", "mkldnn", "mkldnn_prepacked",
+    "onednn", "inductor", "profiler", "symm_mem", "torchvision", "rngprims", "ckpt_tools",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ def parse_dropout_call(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> DropoutCall | None:
     """Read the arguments of a dropout function; return None if ``func`` is another function."""
+    if isinstance(func, OpOverload):  # torch.ops.aten.dropout.default
+        func = func.overloadpacket
+    if isinstance(func, OpOverloadPacket):  # torch.ops.aten.dropout is torch.dropout
+        func = getattr(torch, func._qualified_op_name.removeprefix("aten::"), func)
     op = DROPOUT_FUNCTIONS.get(func)
     if op is None:
         return None
@@ -113,13 +122,19 @@ def draws_random_numbers(func: OpOverload, args: Sequence[object], kwargs: Mappi
     """
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    names = (argument.name for argument in func._schema.arguments)
-    arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
-    if arguments.get("train") is False:
+    arguments = _arguments_by_name(func, args, kwargs)
+    if arguments.get("train") is False or arguments.get("training") is False:
         return False
     certain = (0.0, 1.0) if "bernoulli" in func._schema.name else (0.0,)
     probabilities = [arguments[name] for name in _PROBABILITY_ARGUMENTS if name in arguments]
     return not any(probability in certain for probability in probabilities)
+
+
+def is_custom_operator(func: OpOverload) -> bool:
+    """Tell whether an operator is none of torch's, so that its tags say nothing about random numbers."""
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    return func.namespace not in _KNOWN_NAMESPACES and not func.namespace.startswith("_")
 
 
 def module_drop_rate(module: nn.Module | None) -> float | None:
@@ -132,11 +147,25 @@ def module_drop_rate(module: nn.Module | None) -> float | None:
     return None
 
 
-def bernoulli_drop_rate(func: OpOverload, args: Sequence[object]) -> float | None:
-    """Return 1 − p of a Bernoulli draw with the keep probability p; None for other operations."""
-    if "bernoulli" in func._schema.name and len(args) > 1 and isinstance(args[1], float):
-        return 1.0 - args[1]
-    return None
+def masking_drop_rate(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> float | None:
+    """Return the drop rate of an operation that draws a mask: 1 − p of a Bernoulli draw with the
+    keep probability p, p of dropout that is one operation. None for other operations.
+    """
+    probability = _arguments_by_name(func, args, kwargs).get("p")
+    if not isinstance(probability, float):
+        return None
+    if "bernoulli" in func._schema.name:
+        return 1.0 - probability
+    return probability if "dropout" in func._schema.name else None
+
+
+def _arguments_by_name(
+    func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the arguments of a call; torch leaves those out that have their default."""
+    parameters = func._schema.arguments
+    defaults = {item.name: item.default_value for item in parameters if item.has_default_value()}
+    return defaults | dict(zip((item.name for item in parameters), args, strict=False)) | dict(kwargs)
 
 
 def activate_dropout(model: nn.Module) -> None:

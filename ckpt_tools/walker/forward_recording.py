@@ -37,13 +37,16 @@ from ckpt_tools.model.calling import Forward, batch_norm_arguments, device_of, f
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.preserving import evaluation_mode
-from ckpt_tools.model.randomness import preserve_random_generators
+from ckpt_tools.model.randomness import TorchRandomness, preserve_random_generators
+from ckpt_tools.results import DeclaredDropout
+from ckpt_tools.walker.declared_dropout import add_declared_dropout
 from ckpt_tools.walker.dropout_sites import (
     PROBE_RATE,
     activate_dropout,
     draws_random_numbers,
     enable_dropout,
     ignores_input_values,
+    is_custom_operator,
     parse_dropout_call,
 )
 from ckpt_tools.walker.graph import Recorder
@@ -59,6 +62,9 @@ _SAMPLES = 2  # of which a real forward is tried before the whole batch
 
 # Operations that hand a value of a tensor to Python, which may decide by it.
 _DECISIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
+
+# Functions that hand all values of a tensor to Python or numpy without any operation.
+_EXPORTS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 
 
 class _OperationMode(TorchDispatchMode):
@@ -85,10 +91,10 @@ class _OperationMode(TorchDispatchMode):
         operands = tracker.recorder.to_operands((args, kwargs))
         if self.meta and any(tensor.is_meta for tensor in inputs):
             args, kwargs = _move_to_meta(args, kwargs, written)
-        output = func(*args, **kwargs)
+        output, is_random = self._run(func, args, kwargs)
         # The operation that draws the numbers is the first that the site taints.
-        if draws_random_numbers(func, args, kwargs):
-            taint |= {tracker.add_site_of_operation(func, args)}
+        if is_random:
+            taint |= {tracker.add_site_of_operation(func, args, kwargs)}
         outputs = find_tensors(output)
         running = tracker.running[-1]
         tracker.recorder.add_operation(func, operands, outputs, written, running.name)
@@ -98,6 +104,15 @@ class _OperationMode(TorchDispatchMode):
         if self.track_memory:
             tracker.track_memory(outputs)
         return output
+
+    def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, bool]:
+        """Run an operation; return its output, and whether it has drawn random numbers."""
+        if not is_custom_operator(func):
+            return func(*args, **kwargs), draws_random_numbers(func, args, kwargs)
+        if self.meta:
+            raise RuntimeError(f"{func}: only a real run shows whether a custom operator is random")
+        randomness = TorchRandomness()
+        return func(*args, **kwargs), randomness.has_advanced()
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -125,6 +140,8 @@ class _FunctionMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        if func in _EXPORTS:
+            self.tracker.running[-1].decided_by |= self.tracker.taint_of(find_tensors((args, kwargs)))
         if func is F.batch_norm:
             self._record_layer_input(args, kwargs)
         if self.everywhere:
@@ -199,13 +216,15 @@ class ForwardCall:
     """How to run a model once: an example batch, and ``forward(model, batch)``.
 
     ``state`` is that of the model and of all that ``forward`` may run. They have it back after
-    every recorded forward. With ``every_step`` all operations of recurrent cells are recorded, not
-    those of the first steps alone: an init rewrite follows the values through them.
+    every recorded forward. ``dropout`` is declared by the user; it is on in training mode. With
+    ``every_step`` all operations of recurrent cells are recorded, not those of the first steps
+    alone: an init rewrite follows the values through them.
     """
 
     batch: Batch
     forward: Forward
     state: ModelState
+    dropout: tuple[DeclaredDropout, ...] = ()
     every_step: bool = False
 
 
@@ -281,6 +300,8 @@ def _run(
     if inactive_sites.set_attributes:
         activate_dropout(twin)
     layers = set_mode(twin, mode)
+    if mode != "evaluation":
+        add_declared_dropout(twin, call.dropout)
     recorder = Recorder(twin, find_tensors(to_pytree(call.batch)))
     record = ForwardRecord(feed, batch_size(call.batch), recorder.graph)
     tracker = TaintTracker(twin, record, recorder, training=mode != "evaluation")

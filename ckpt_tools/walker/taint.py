@@ -7,7 +7,7 @@ by storage and not by tensor, so that views share it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ckpt_tools.model.layouts import values_of
 from ckpt_tools.results import DropoutSite
-from ckpt_tools.walker.dropout_sites import HostRandomness, bernoulli_drop_rate, module_drop_rate
+from ckpt_tools.walker.dropout_sites import HostRandomness, masking_drop_rate, module_drop_rate
 from ckpt_tools.walker.graph import Graph, Recorder, storage_key
 
 Taint = frozenset[str]  # names of dropout sites
@@ -115,7 +115,9 @@ class TaintTracker:
         self._sizes = {key: size for key, size in self._sizes.items() if not key.expired()}
         self.record.peak_bytes = max(self.record.peak_bytes, sum(self._sizes.values()))
 
-    def add_site_of_operation(self, func: OpOverload, args: Sequence[object]) -> str:
+    def add_site_of_operation(
+        self, func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> str:
         """Record the site of a random operation, and return its name.
 
         Op and rate are those of the dropout function that runs it. Outside of such a function the
@@ -126,9 +128,10 @@ class TaintTracker:
             return self._add_site(*self.dropout_call)
         module = self.running[-1].module
         is_noise_module = module is not None and not module._modules and not module._parameters
-        op = type(module).__name__ if is_noise_module else func._schema.name.replace("::", ".")
+        kind = getattr(module, "original_name", type(module).__name__)  # of scripted modules
+        op = kind if is_noise_module else func._schema.name.replace("::", ".")
         rate = module_drop_rate(module)
-        return self._add_site(op, bernoulli_drop_rate(func, args) if rate is None else rate)
+        return self._add_site(op, masking_drop_rate(func, args, kwargs) if rate is None else rate)
 
     def _add_site(self, op: str, rate: float | None) -> str:
         running = self.running[-1]
@@ -166,6 +169,9 @@ class TaintTracker:
         # The caller sees nothing of the decision but what the module returns.
         if running.decided_by:
             self.add_taint(find_tensors(output), running.decided_by)
+            if any(not isinstance(leaf, Tensor | None) for leaf in pytree.tree_leaves(output)):
+                # It may decide by a bool or a number, too; nobody can follow those.
+                self.running[-1].decided_by |= running.decided_by
 
 
 _EMPTY: Taint = frozenset()

@@ -74,6 +74,8 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "outliers": [dataclass_to_dict(outlier) for outlier in result.outliers],
         "common_outliers": list(result.common),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
+        # Operations that drew random numbers with dropout off, too
+        "noise_left_on": [dataclasses.asdict(site) for site in result.noise_left_on],
         "dropout_sites": [_site(site, plan.walk) for site in plan.walk.dropout_sites],
         "metrics": outcome.metrics and metrics_json(outcome.metrics),
         "output": _output(outcome),
@@ -182,6 +184,7 @@ def _explanation(inspection: Inspection) -> dict[str, object] | None:
         "verdict": dataclass_to_dict(explanation.verdict),
         "preprocessing": explanation.preprocessing,
         "images": explanation.images,
+        "noise_left_on": [dataclasses.asdict(site) for site in explanation.noise_left_on],
         "layers": [
             {
                 "name": layer.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ckpt_tools.jobs.explanation import Explanation
 from ckpt_tools.jobs.inspection import Inspection
 from ckpt_tools.plain_text import escape_controls, one_line
+from ckpt_tools.reestimate.concerns import noise_warning
 from ckpt_tools.report.columns import align_columns, count_text
 from ckpt_tools.report.text.metrics_text import other_files_text, skipped_text
 from ckpt_tools.report.text.reestimation_text import measured_text, mismatch_verdict_text
@@ -57,7 +58,8 @@ def explanation_paragraph(explanation: Explanation, inspection: Inspection) -> s
     first = f"Why is eval worse than train? Measured on {count_text(explanation.images, 'sample')}: "
     if inspection.correction is not None:
         return first + _CORRECTED
-    return first + _CAUSES[explanation.cause](explanation)
+    noise = noise_warning(explanation.noise_left_on)
+    return first + _CAUSES[explanation.cause](explanation) + (f" Besides, {noise}." if noise else "")
 
 
 def explanation_command(explanation: Explanation, inspection: Inspection) -> str | None:

@@ -22,6 +22,8 @@ def reestimate_command(inspection: Inspection, *method: str) -> str:
         command += ["--arch", request.model.architecture]
     for name, value in request.model.model_kwargs.items():
         command += ["--model-kwargs", f"{name}={value}"]
+    for name, rate in request.model.dropout.items():
+        command += ["--dropout", f"{name}={rate}"]
     if request.model.weights != "auto":
         command += ["--weights", request.model.weights]
     command += _preprocessing_options(request.preprocessing)
