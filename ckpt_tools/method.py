@@ -63,6 +63,11 @@ class Method:
             )
         if not 0 < self.momentum <= 1:
             raise UsageError(f"momentum={self.momentum}: expected a number in (0, 1].")
+        if self.estimator == "ratio" and self.statistics != "variance":
+            raise UsageError(
+                f"statistics={self.statistics} measures the data itself, and the estimator ratio takes dropout's "
+                "share out of the stored variance. Leave one of them out."
+            )
         if self.force and self.strict:
             raise UsageError("force goes on where strict stops. Leave one of them out.")
         if self.epochs < 1:
@@ -79,6 +84,11 @@ class Method:
         must not change.
         """
         return self.estimator == "exact" or self.epochs > 1
+
+    @property
+    def replaces_statistics(self) -> bool:
+        """Whether the stored mean and variance are replaced, and influence nothing."""
+        return self.statistics == "mean+variance" and self.estimator != "ema"
 
     def require_no_data(self) -> None:
         """Raise UsageError if this method needs training data: only the paired measurement does not."""

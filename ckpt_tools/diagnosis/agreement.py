@@ -27,6 +27,7 @@ from ckpt_tools.observation.interception import Interception
 from ckpt_tools.observation.layer import Layer, batch_statistics, current_statistics
 from ckpt_tools.observation.running import Runner
 from ckpt_tools.observation.training_history import batches_seen, initial_weight, is_trained
+from ckpt_tools.observation.training_mode import switch_dropout_on
 from ckpt_tools.results import BatchNormLayer, Walk
 
 Normalise = Literal["stored", "batch"]
@@ -243,14 +244,3 @@ def _compare_layer(layer: Layer, compare_variance: bool) -> LayerAgreement:
 def _distance(shift: Tensor, deviation: Tensor) -> Tensor:
     # An overflow makes NaN or infinity, which is as far away as can be.
     return (shift.square() + deviation.square() / 2).sqrt().nan_to_num(1.0, 1.0).clamp(max=1.0)
-
-
-def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
-    """Set all modules but BN layers to training mode; with ``containers=False`` only leaf modules.
-
-    The caller restores the flags. They are set one by one: a module's own ``train()`` may do more.
-    """
-    for module in model.modules():
-        leaf = not any(True for _ in module.children())
-        if not isinstance(module, _BatchNorm) and (containers or leaf):
-            module.training = True

@@ -68,16 +68,32 @@ def _copy_by_attribute(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def set_mode(model: nn.Module, mode: RecordingMode) -> dict[int, str]:
-    """Set the ``training`` flag of every module, and return the names of BN layers.
+    """Set the ``training`` flag of every module of a copy, and return the names of BN layers.
 
-    BN layers are always in evaluation mode. Their names stand under the ``id`` of their
-    ``running_var``, by which the layer of a call of ``F.batch_norm`` can be recognised.
+    In the training modes it is the model's own ``train()`` that decides, because what that keeps in
+    evaluation mode, such as a frozen backbone with its dropout, never ran in training mode. Where
+    it fails or sets nothing, every module is set. BN layers are always in evaluation mode. Their
+    names stand under the ``id`` of their ``running_var``, by which the layer of a call of
+    ``F.batch_norm`` can be recognised.
     """
     layers: dict[int, str] = {}
+    all_modules = mode != "evaluation" and not _call_own_train(model)
     for name, module in model.named_modules():
-        module.training = mode == "training" or (mode == "leaves" and not module._modules)
+        trains = mode != "evaluation" and (all_modules or module.training)
+        module.training = trains and (mode == "training" or not module._modules)
         if isinstance(module, _BatchNorm):
             # Not with .eval(): BN layers of timm hold drop and activation modules.
             module.training = False
             layers.setdefault(id(module.running_var), name)
     return layers
+
+
+def _call_own_train(model: nn.Module) -> bool:
+    """Call the model's own ``train()``; False if it fails, or sets no module to training mode."""
+    for module in model.modules():
+        module.training = False
+    try:
+        model.train()
+    except Exception:  # noqa: BLE001 - somebody else's train() may do anything
+        return False
+    return any(module.training for module in model.modules())

@@ -1,11 +1,11 @@
-"""A copy of a model under the conditions of its training, as its owner has arranged them."""
+"""A model under the conditions of its training, as its owner has arranged them."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.model.model_copy import copy_model
+from ckpt_tools.model.model_copy import copy_model, set_mode
 
 
 def copy_in_training_mode(model: nn.Module, *, containers: bool) -> nn.Module:
@@ -20,22 +20,19 @@ def copy_in_training_mode(model: nn.Module, *, containers: bool) -> nn.Module:
             targets there; of those only leaf modules are set to training mode.
     """
     twin = copy_model(model, meta=False)
-    if not (containers and _train(twin)):
-        for module in twin.modules():
-            module.training = containers or not module._modules
-    for module in twin.modules():
-        if isinstance(module, _BatchNorm):
-            # Not with .eval(): BN layers of timm hold drop and activation modules.
-            module.training = False
+    set_mode(twin, "training" if containers else "leaves")
     return twin
 
 
-def _train(model: nn.Module) -> bool:
-    """Call the model's own ``train()``; False if it fails, or sets no module to training mode."""
-    for module in model.modules():
-        module.training = False
-    try:
-        model.train()
-    except Exception:  # noqa: BLE001 - somebody else's train() may do anything
-        return False
-    return any(module.training for module in model.modules())
+def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
+    """Set the flags of all modules but BN layers as the model's own ``train()`` does.
+
+    The caller restores the flags. They are set one by one, as a copy without contents shows them:
+    a model's own ``train()`` may do more.
+    """
+    twin = copy_model(model, meta=True)
+    set_mode(twin, "training" if containers else "leaves")
+    modules = dict(model.named_modules())
+    for name, copied in twin.named_modules():
+        if name in modules and not isinstance(copied, _BatchNorm):
+            modules[name].training = copied.training
