@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from ckpt_tools.advice import advise
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Statistics
 from ckpt_tools.errors import UsageError
 
@@ -65,8 +66,8 @@ class Method:
             raise UsageError(f"momentum={self.momentum}: expected a number in (0, 1].")
         if self.estimator == "ratio" and self.statistics != "variance":
             raise UsageError(
-                f"statistics={self.statistics} measures the data itself, and the estimator ratio takes dropout's "
-                "share out of the stored variance. Leave one of them out."
+                f"statistics={self.statistics} measures the data itself, and the estimator ratio takes "
+                "dropout's share out of the stored variance. Leave one of them out."
             )
         if self.force and self.strict:
             raise UsageError("force goes on where strict stops. Leave one of them out.")
@@ -95,10 +96,11 @@ class Method:
         if self.estimator not in ("auto", "ratio"):
             raise UsageError(
                 f"the estimator {self.estimator} takes the data for that of the training; expected "
-                "data (--data, batches). Without data, leave the estimator out: the variances are "
-                "compared with dropout on and off."
+                f"data ({advise('--data', 'batches')}). Without data, leave the estimator out: the "
+                "variances are compared with dropout on and off."
             )
         if self.statistics != "variance":
             raise UsageError(
-                f"statistics={self.statistics} measures the data itself; expected data (--data, batches)."
+                f"statistics={self.statistics} measures the data itself; expected data "
+                f"({advise('--data', 'batches')})."
             )

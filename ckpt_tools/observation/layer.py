@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ckpt_tools.advice import advise
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments, image_sums
 from ckpt_tools.observation.evidence import Evidence
@@ -108,8 +109,8 @@ class Layer:
         if x.numel() == x.shape[1]:
             raise DataError(
                 f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a "
-                "variance needs two. Use larger batches (--batch-size) or larger inputs "
-                "(--input-size)."
+                f"variance needs two. Use larger batches{advise(' (--batch-size)', '')} or larger inputs"
+                f"{advise(' (--input-size)', '')}."
             )
         # Sums around the stored mean stay small. All batches need one centre to be merged.
         self._calls.append(batch_moments(x, self.stored.mean, images))
@@ -200,10 +201,10 @@ def _read_stored(name: str, module: _BatchNorm, *, replaced: bool) -> MeanVarian
         if not bool(usable.all()):
             raise ModelError(
                 f"{name or '(root)'}.{buffer}: expected finite statistics, found NaN, infinity or a "
-                f"variance below zero in {int((~usable).sum())} of {len(usable)} channels, as a training step "
-                "that overflowed leaves them. Take an earlier checkpoint, or measure mean and "
-                "variance anew on the training data: --statistics mean+variance "
-                "(statistics='mean+variance')."
+                f"variance below zero in {int((~usable).sum())} of {len(usable)} channels, as a "
+                "training step that overflowed leaves them. Take an earlier checkpoint, or measure "
+                "mean and variance anew on the training data: "
+                + advise("--statistics mean+variance.", "statistics='mean+variance'.")
             )
     return MeanVariance(mean, variance)
 

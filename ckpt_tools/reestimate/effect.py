@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ckpt_tools.advice import advise
 from ckpt_tools.model.batch import Batch, batch_size, to_device
 from ckpt_tools.model.calling import Forward, device_of
 from ckpt_tools.observation.interception import Interception
@@ -83,7 +84,7 @@ def effect_warning(effect: Effect | None) -> str:
     return (
         f"the correction changes {effect.changed:.0%} of the predictions on {effect.images} inputs, and "
         f"the mean confidence from {effect.confidence_before:.2f} to {effect.confidence_after:.2f}; "
-        "judge it on labelled data (--eval-data) before you use it"
+        f"judge it on labelled data{advise(' (--eval-data)', '')} before you use it"
     )
 
 

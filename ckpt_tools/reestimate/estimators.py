@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ckpt_tools.advice import advise
 from ckpt_tools.contract import Statistics
 from ckpt_tools.errors import ModelError, NothingToDo
 from ckpt_tools.moments import Moments
@@ -82,8 +83,11 @@ def refuse_without_noise(estimate: Estimate) -> None:
     if all(bool(((shift - 1).abs() < _NO_SHIFT).all()) for shift in shifts):
         raise NothingToDo(
             "nothing to do: with dropout on and off the inputs of every BN layer have the same "
-            "variance, so no noise reaches them. Give the drop rates of the training run "
-            "(--model-kwargs), or use --estimator pooled."
+            "variance, so no noise reaches them. "
+            + advise(
+                "Give the drop rates of the training run (--model-kwargs), or use --estimator pooled.",
+                "Build the model with the drop rates of the training run, or use estimator='pooled'.",
+            )
         )
 
 
@@ -125,8 +129,11 @@ def exact(context: PassContext, statistics: Statistics, tolerance: float | None)
     while residual is None or residual > _SETTLED:
         if passes >= _MAX_PASSES:
             raise ModelError(
-                f"exact: after {passes} passes a running variance still changes by {residual:.2g} "
-                "a pass. Use --estimator pooled, or a larger --batch-size for a better start."
+                f"exact: after {passes} passes a running variance still changes by {residual:.2g} a pass. "
+                + advise(
+                    "Use --estimator pooled, or a larger --batch-size for a better start.",
+                    "Use estimator='pooled', or larger batches for a better start.",
+                )
             )
         for name, values in current.items():
             context.layers[name].current = values

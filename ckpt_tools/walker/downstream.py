@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ckpt_tools.advice import advise
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.model.batch import Batch, batch_size
 from ckpt_tools.model.calling import Forward, call_model, unwrap_model
@@ -164,7 +165,7 @@ def _record(model: nn.Module, call: ForwardCall, mode: RecordingMode) -> Forward
         raise ModelError(
             f"{type(model).__name__}: a forward in {mode} mode failed: "
             f"{type(error).__name__}: {error}. "
-            "Expected the model to run on the example input; check its shape (--input-size)."
+            f"Expected the model to run on the example input; check its shape{advise(' (--input-size)', '')}."
         ) from error
 
 
