@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -101,7 +102,7 @@ class PairedLayer(Layer):
         where it cannot be told: from one repeat, or a batch of very few images.
         """
         repeats = self.repeats
-        calls = [merge_calls(_without_offsets(calls))[0] for calls in self._repeats()]
+        calls = [merge_calls(_align_calls(calls, self.stored.mean))[0] for calls in self._repeats()]
         if repeats < 2 or len(calls) != repeats or not super().calls:
             return None
         logs = torch.stack([moments.variance().log() for moments in calls])
@@ -127,8 +128,8 @@ class PairedLayer(Layer):
         return replace(observation, evidence=evidence)
 
     def _paired_evidence(self) -> Evidence:
-        moments, sums = merge_calls(_without_offsets(self.batch_calls))
-        repeats = [merge_calls(_without_offsets(calls)) for calls in self._repeats()]
+        moments, sums = merge_calls(_align_calls(self.batch_calls, self.stored.mean))
+        repeats = [merge_calls(_align_calls(calls, self.stored.mean)) for calls in self._repeats()]
         training, training_sums = self._mean_of_repeats(itertools.starmap(BatchMoments, repeats))
         if sums.shape != training_sums.shape:  # rows of a call that belong to no single image
             sums, training_sums = sums.sum(1, keepdim=True), training_sums.sum(1, keepdim=True)
@@ -155,22 +156,27 @@ def paired_statistics(layer: Layer, batch: Moments) -> MeanVariance:
     return MeanVariance(layer.training_mean, batch.variance(unbiased=False))
 
 
-def _without_offsets(calls: list[BatchMoments]) -> list[BatchMoments]:
-    """The calls of one forward, each moved to the mean of all.
+def _align_calls(calls: list[BatchMoments], centre: Tensor) -> list[BatchMoments]:
+    """The calls of one forward, each moved to the mean of all, and its variance made unbiased.
 
     In training each call is normalised, and counts in the running variance, by itself. So what the
     calls differ in as a whole (the two inputs of a siamese net, the depths of a recursion) is no
-    part of the stored variance, nor of the two that are compared here.
+    part of the stored variance, nor of the two that are compared here. Each value x of a call
+    becomes m + s·(x − mean), with the mean m of all calls, and s² such that the variance of all is
+    the mean of the calls' unbiased ones. ``centre`` (C,) is that of the clusters' sums.
     """
     if len(calls) < 2:
         return calls
-    mean = merge_calls(calls)[0].mean
-    moved = []
+    total = merge_calls(calls)[0]
+    aligned = []
     for call in calls:
-        shift = mean - call.moments.mean
-        count, total, squares = call.sums
-        sums = torch.stack(
-            [count, total + shift * count, squares + 2 * shift * total + shift.square() * count]
-        )
-        moved.append(BatchMoments(Moments(call.moments.count, mean, call.moments.m2), sums))
-    return moved
+        moments, (count, sums, squares) = call.moments, call.sums
+        factor = moments.count / max(1, moments.count - 1) * (total.count - 1) / total.count
+        before, after = moments.mean - centre, total.mean - centre
+        deviation = math.sqrt(factor) * (sums - before * count)
+        square = factor * (squares - 2 * before * sums + before.square() * count)
+        new_squares = square + 2 * after * deviation + after.square() * count
+        new_sums = torch.stack([count, deviation + after * count, new_squares])
+        new_moments = Moments(moments.count, total.mean, factor * moments.m2)
+        aligned.append(BatchMoments(new_moments, new_sums))
+    return aligned

@@ -173,7 +173,10 @@ def _not_behind_message(walk: Walk, rates: Rates) -> str:
     if walk.left_alone:
         cause += f" (left alone: {walk.left_alone[0].name}, {walk.left_alone[0].reason})"
     all_layers = advise("--layers all", "layers='all'")
-    return f"nothing to do: with {whose_rates}, {cause}. Use {all_layers} to re-estimate every BN layer all the same, or {_advise_rates()}."
+    return (
+        f"nothing to do: with {whose_rates}, {cause}. Use {all_layers} to re-estimate every BN layer "
+        f"all the same, or {_advise_rates()}."
+    )
 
 
 def _advise_rates() -> str:

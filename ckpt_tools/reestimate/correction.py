@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 from torch import nn
 
+from ckpt_tools.arguments import check_callable
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statistics
+from ckpt_tools.errors import UsageError
 from ckpt_tools.method import Method
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, unwrap_model
@@ -123,6 +126,14 @@ def reestimate_bn(
         force=force,
         strict=strict,
     )
+    check_callable("forward", forward, "(model, batch)")
+    if progress is not None:
+        check_callable("progress", progress, "(progress)")
+    if rates not in get_args(Rates):
+        raise UsageError(f"rates={rates!r}: expected one of {', '.join(get_args(Rates))}.")
+    if walk is not None and not isinstance(walk, Walk):
+        raise UsageError(f"walk is a {type(walk).__name__}; expected the result of ckpt_tools.walk.")
+    input_shape = None if input_shape is None else _check_shape(input_shape)
     synthetic = batches is None
     if batches is None:
         method.require_no_data()
@@ -140,4 +151,13 @@ def reestimate_bn(
         progress=progress,
         distributed=distributed,
         synthetic=synthetic,
+    )
+
+
+def _check_shape(shape: object) -> tuple[int, ...]:
+    """Return the shape as a tuple; raise UsageError if it is none."""
+    if isinstance(shape, Sequence) and shape and all(type(size) is int and size > 0 for size in shape):
+        return tuple(shape)
+    raise UsageError(
+        f"input_shape={shape!r}: expected the shape of one sample, without the batch, such as (3, 224, 224)."
     )

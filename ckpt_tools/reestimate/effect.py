@@ -58,7 +58,8 @@ def compare_outputs(before: Tensor, after: Tensor) -> Effect | None:
 
     None if nothing is finite.
     """
-    finite = before.flatten(1).isfinite().all(1) & after.flatten(1).isfinite().all(1)
+    count = len(before)
+    finite = (before.isfinite() & after.isfinite()).reshape(count, -1).all(1)
     before, after = before[finite].double(), after[finite].double()
     if not len(before):
         return None

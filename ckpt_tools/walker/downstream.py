@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.advice import advise
+from ckpt_tools.arguments import check_callable
 from ckpt_tools.errors import CkptToolsError, ModelError
 from ckpt_tools.model.batch import Batch, batch_size
 from ckpt_tools.model.calling import Forward, call_model, unwrap_model
@@ -53,6 +54,7 @@ def walk(
         ModelError: if the model can be run neither on meta tensors nor for real.
     """
     model = unwrap_model(model)
+    check_callable("forward", forward, "(model, batch)")
     with preserve_models(model, probe, forward) as state:
         return walk_preserved_model(model, example_input, state, probe=probe, forward=forward)
 
