@@ -10,6 +10,7 @@ import torch
 from field_nets import FIELDS
 from paired_oracle import dropout_shift, normalise, norms_of, run, values_of
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import ckpt_tools
 
@@ -119,7 +120,7 @@ def test_walk(name: str) -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_pooled(name: str) -> None:
     model, batch = make(name)
-    second = {key: x for key, x in batch.items()} if isinstance(batch, dict) else batch.flip(0) * 1.1
+    second = pytree.tree_map_only(Tensor, lambda x: 1.1 * x if x.is_floating_point() else x, batch)
     truth = pooled_variances(model, [batch, second], noisy_layers(model, batch))
     new = corrected(model, [batch, second], "pooled")
     for layer, variance in truth.items():
@@ -131,6 +132,8 @@ def test_exact(name: str) -> None:
     model, batch = make(name)
     truth = swept_variances(model, batch, noisy_layers(model, batch), SWEEPS.get(name, 1))
     new = corrected(model, [batch], "exact")
+    for layer, norm in norms_of(model).items():
+        assert layer in truth or torch.equal(new[layer], norm.running_var.double())
     for layer, variance in truth.items():
         torch.testing.assert_close(new[layer], variance, rtol=2e-3, atol=1e-8)
 

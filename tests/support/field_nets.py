@@ -1,4 +1,4 @@
-"""Tiny nets of many fields, each with dropout and BatchNorm where its field has them, and a batch for each."""
+"""Tiny nets of many fields, with dropout and BatchNorm where the field has them, and a batch for each."""
 
 from __future__ import annotations
 
@@ -533,7 +533,7 @@ FIELDS: dict[str, tuple[Callable[[], nn.Module], Batch]] = {
     "ghost ResNet": (GhostResNet, normal(48, 3, 6, 6)),
     "weight-tied": (WeightTied, normal(96, 5)),
     "experts": (Experts, normal(96, 6)),
-    "two towers": (TwoTowers, {"pixels": normal(64, 3, 4, 4), "tokens": torch.arange(64 * 3).view(64, 3) % 10}),
+    "two towers": (TwoTowers, {"pixels": normal(64, 3, 4, 4), "tokens": torch.arange(192).view(64, 3) % 10}),
     "squeeze and excite": (SqueezeExcite, normal(32, 3, 6, 6)),
     "SELU": (self_normalising, normal(96, 6)),
 }  # fmt: skip
