@@ -110,8 +110,8 @@ def reestimate_bn(
             depends on it (``force`` overrides), or ``strict`` found a doubt.
         DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
         ModelError: NaN in the model or its stored statistics, a model that cannot be run.
-        UsageError: arguments of a wrong type; settings that mean nothing; a pattern that matches no BN layer; no batches and a
-            model that needs real data.
+        UsageError: arguments of a wrong type; settings that mean nothing; a pattern that matches no
+            BN layer; no batches and a model that needs real data.
         RankError: a process of the group is gone.
     """
     method = Method(
