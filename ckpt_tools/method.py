@@ -7,10 +7,12 @@ loads anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from ckpt_tools.advice import advise
+from ckpt_tools.arguments import is_number
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Statistics
 from ckpt_tools.errors import UsageError
 
@@ -48,7 +50,12 @@ class Method:
         for name in ("only", "keep"):
             patterns = getattr(self, name)
             # A single text is one pattern; as a sequence it would be one for each character.
-            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+            patterns = (patterns,) if isinstance(patterns, str) else patterns
+            if not isinstance(patterns, Iterable):
+                raise UsageError(f"{name}={patterns!r}: expected patterns of names of BN layers.")
+            patterns = tuple(patterns)
+            if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+                raise UsageError(f"{name}: {wrong[0]!r} is no pattern; expected a text such as 'layer4.*'.")
             object.__setattr__(self, name, patterns)
         for name, value, choices in (
             ("estimator", self.estimator, get_args(Estimator)),
@@ -57,16 +64,23 @@ class Method:
         ):
             if value not in choices:
                 raise UsageError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
-        if self.tolerance is not None and not (0 < self.tolerance < 1 and self.estimator != "ema"):
+        is_fraction = is_number(self.tolerance) and 0 < (self.tolerance or 0) < 1
+        if self.tolerance is not None and not (is_fraction and self.estimator != "ema"):
             raise UsageError(
-                f"tolerance={self.tolerance}: expected a relative error in (0, 1), and not the ema estimator."
+                f"tolerance={self.tolerance!r}: expected a relative error in (0, 1), and not the ema "
+                "estimator."
             )
-        if not 0 < self.momentum <= 1:
-            raise UsageError(f"momentum={self.momentum}: expected a number in (0, 1].")
+        if not (is_number(self.momentum) and 0 < self.momentum <= 1):
+            raise UsageError(f"momentum={self.momentum!r}: expected a number in (0, 1].")
+        if self.estimator == "ratio" and self.statistics != "variance":
+            raise UsageError(
+                f"statistics={self.statistics} measures the data itself, and the estimator ratio takes "
+                "dropout's share out of the stored variance. Leave one of them out."
+            )
         if self.force and self.strict:
             raise UsageError("force goes on where strict stops. Leave one of them out.")
-        if self.epochs < 1:
-            raise UsageError(f"epochs={self.epochs}: expected at least 1.")
+        if isinstance(self.epochs, bool) or not (isinstance(self.epochs, int) and self.epochs >= 1):
+            raise UsageError(f"epochs={self.epochs!r}: expected a whole number of at least 1.")
         is_default = (self.momentum, self.epochs) == (_DEFAULT_MOMENTUM, _DEFAULT_EPOCHS)
         if self.estimator != "ema" and not is_default:
             raise UsageError(
@@ -80,15 +94,21 @@ class Method:
         """
         return self.estimator == "exact" or self.epochs > 1
 
+    @property
+    def replaces_statistics(self) -> bool:
+        """Whether the stored mean and variance are replaced, and influence nothing."""
+        return self.statistics == "mean+variance" and self.estimator != "ema"
+
     def require_no_data(self) -> None:
         """Raise UsageError if this method needs training data: only the paired measurement does not."""
         if self.estimator not in ("auto", "ratio"):
             raise UsageError(
                 f"the estimator {self.estimator} takes the data for that of the training; expected "
-                "data (--data, batches). Without data, leave the estimator out: the variances are "
-                "compared with dropout on and off."
+                f"data ({advise('--data', 'batches')}). Without data, leave the estimator out: the "
+                "variances are compared with dropout on and off."
             )
         if self.statistics != "variance":
             raise UsageError(
-                f"statistics={self.statistics} measures the data itself; expected data (--data, batches)."
+                f"statistics={self.statistics} measures the data itself; expected data "
+                f"({advise('--data', 'batches')})."
             )

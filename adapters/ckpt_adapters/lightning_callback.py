@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_tools
+from ckpt_tools.arguments import check_count
 from ckpt_tools.contract import Estimator, LayerChoice
 from ckpt_tools.errors import CkptToolsError, UsageError
 from ckpt_tools.method import Method
@@ -87,6 +88,8 @@ class BNReestimation(Callback):
         super().__init__()
         if when not in get_args(When):
             raise UsageError(f"BNReestimation(when={when!r}): expected one of {', '.join(get_args(When))}.")
+        check_count("limit_batches", limit_batches)
+        check_count("max_images", max_images)
         self.when, self.attribute, self.batches = when, attribute, batches
         self.limit_batches, self.max_images = limit_batches, max_images
         self.result: Reestimation | None = None

@@ -58,14 +58,15 @@ _method = options.combine_options(
         help="auto: pooled where the data agrees with the stored statistics, else ratio. ratio: the "
         "stored variances, less what dropout added, measured with dropout on and off on the same inputs. "
         "pooled: the variances of the data. exact: passes until every variance is that of the final "
-        "network. ema: as the paper's authors ran it.",
+        "network; best for layers that a forward runs on small parts (ghost batches). ema: as the "
+        "paper's authors ran it.",
     ),
     click.option(
         "--statistics",
         type=click.Choice(get_args(Statistics)),
         default=Method.statistics,
         show_default=True,
-        help="mean+variance is precise BN and rewrites running means, too.",
+        help="mean+variance is precise BN and rewrites running means, too, whatever is stored.",
     ),
     click.option(
         "--tolerance",

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from ckpt_tools.advice import caller_gives_options
 from ckpt_tools.cli import github
 from ckpt_tools.cli.printing import guarded_streams, print_message
 from ckpt_tools.cli.progress import transfer_bar
@@ -39,7 +40,7 @@ class ErrorBoundary(click.Group):
         """
         _open_streams()
         args = args if args is None else list(args)
-        with remembering(), guarded_streams():
+        with remembering(), guarded_streams(), caller_gives_options():
             remember_urls(sys.argv[1:] if args is None else args)
             words = [word for value in os.environ.values() if "://" in value for word in value.split()]
             remember_urls(word for word in words if "@" in word or "?" in word)  # of proxies, for example

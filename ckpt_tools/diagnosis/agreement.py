@@ -21,7 +21,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, force_eager, unwrap_model
-from ckpt_tools.model.model_copy import copy_model, set_mode
 from ckpt_tools.model.preserving import preserved_evaluation_mode
 from ckpt_tools.model.randomness import seed_temporarily
 from ckpt_tools.observation.finite import check_input
@@ -29,6 +28,7 @@ from ckpt_tools.observation.interception import Interception
 from ckpt_tools.observation.layer import Layer, batch_statistics, current_statistics
 from ckpt_tools.observation.running import Runner
 from ckpt_tools.observation.training_history import batches_seen, initial_weight, is_trained
+from ckpt_tools.observation.training_mode import switch_dropout_on
 from ckpt_tools.results import BatchNormLayer, Walk
 from ckpt_tools.walker.declared_dropout import add_declared_dropout
 
@@ -249,16 +249,3 @@ def _compare_layer(layer: Layer, compare_variance: bool) -> LayerAgreement:
 def _distance(shift: Tensor, deviation: Tensor) -> Tensor:
     # An overflow makes NaN or infinity, which is as far away as can be.
     return (shift.square() + deviation.square() / 2).sqrt().nan_to_num(1.0, 1.0).clamp(max=1.0)
-
-
-def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
-    """Set all modules but BN layers to training mode that training had there.
-
-    With ``containers=False`` these are leaf modules only. The caller restores the flags. They are
-    those that the ``train()`` of a copy sets: a module's own ``train()`` may do more.
-    """
-    twin = copy_model(model, meta=True)
-    set_mode(twin, "training" if containers else "leaves")
-    flags = {name: module.training for name, module in twin.named_modules()}
-    for name, module in model.named_modules():
-        module.training = flags.get(name, False)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt_tools.contract import Checkpoint, LoadedModel, Recipe
+from ckpt_tools.errors import UsageError
 from ckpt_tools.identify import plugins
 from ckpt_tools.identify.candidate import load_candidate, load_recipe
 from ckpt_tools.identify.resolution import find_candidates, require_single_candidate
@@ -34,6 +35,8 @@ def load(
     Raises CheckpointError for a file that cannot be read, ArchitectureError for one that does not
     fit, and AmbiguousArchitecture for one that fits several architectures.
     """
+    if not isinstance(path, (str, Path)):
+        raise UsageError(f"path is a {type(path).__name__}; expected the path of a checkpoint.")
     return identify_model(read_checkpoint(path, weights=weights, trust=trust), architecture, model_kwargs)
 
 

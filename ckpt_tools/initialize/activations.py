@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckpt_tools.arguments import check_callable
 from ckpt_tools.errors import UsageError
 from ckpt_tools.model.preserving import preserve_models
 
@@ -53,6 +54,7 @@ def activation_moments(f: Function) -> ActivationMoments:
     Raises:
         UsageError: f is not pointwise, is random, or its moments are not finite.
     """
+    check_callable("f", f, "of a tensor, such as torch.tanh")
     with preserve_models(f):
         _require_pointwise(f)
         return _integrate_adaptively(f)

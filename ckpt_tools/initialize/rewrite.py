@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from ckpt_tools.arguments import check_callable, check_seed
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, Scheme
 from ckpt_tools.errors import ModelError
 from ckpt_tools.initialize.constants import Constants
@@ -65,6 +66,8 @@ def rewrite_init(
     check_choice(rule, "rule", get_args(InitRule))
     check_choice(backward_term, "backward_term", get_args(BackwardTerm))
     check_choice(backward_factor, "backward_factor", get_args(BackwardFactor))
+    check_seed(seed)
+    check_callable("forward", forward, "(model, batch)")
     model = unwrap_model(model)
     graph, uses = _record_weight_uses(model, example_input, forward)
     biases = _find_biases(model, uses)

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ckpt_tools.advice import advise
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.initialize.init_results import LayerSignal
 from ckpt_tools.model.batch import Batch, to_device
@@ -86,7 +87,7 @@ def measure_signals(
         raise ModelError(
             f"{type(model).__name__}: forward and backward in training mode failed: "
             f"{type(first_error).__name__}: {first_error}. Expected the model to run on the "
-            "batches; check their shape (--input-size) and size (--batch-size)."
+            f"batches; check their shape and size{advise(' (--input-size, --batch-size)', '')}."
         ) from error
 
 

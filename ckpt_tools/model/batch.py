@@ -49,6 +49,12 @@ def batch_size(batch: Batch) -> int:
     return max(tensors, key=lambda tensor: (sizes.count(tensor.size(0)), tensor.numel())).size(0)
 
 
+def batch_shapes(batch: Batch) -> tuple[torch.Size, ...]:
+    """Return the shapes of all tensors that go into the model, in order."""
+    leaves = pytree.tree_leaves(_input(batch))
+    return tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
+
+
 # Images (C, H, W) have as many dimensions as a batch of sequences (N, T, F). They have at most four
 # channels, and a batch of so few samples is rare.
 _MAX_IMAGE_CHANNELS = 4

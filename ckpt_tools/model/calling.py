@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ckpt_tools.errors import DataError
+from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.batch_fields import select_arguments
 from ckpt_tools.model.process_context import ProcessContext
@@ -45,8 +45,14 @@ def call_model(model: nn.Module, batch: Batch) -> object:
 def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the module inside DataParallel, DistributedDataParallel and torch.compile.
 
-    The wrappers may be nested in any way.
+    The wrappers may be nested in any way. Raises UsageError for anything but a module.
     """
+    if not isinstance(model, nn.Module):
+        kind, loaded = type(model).__name__, isinstance(getattr(model, "model", None), nn.Module)
+        advice = (
+            "Pass its attribute `model`." if loaded else "ckpt_tools.load(path).model builds one from a file."
+        )
+        raise UsageError(f"model is a {kind}; expected a torch.nn.Module. {advice}")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

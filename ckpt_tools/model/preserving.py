@@ -11,7 +11,7 @@ from torch import nn
 from ckpt_tools.model.model_state import ModelState
 from ckpt_tools.model.randomness import preserve_random_generators
 from ckpt_tools.model.restoring import run_all_steps
-from ckpt_tools.model.torch_settings import preserve_torch_settings
+from ckpt_tools.model.torch_settings import preserve_torch_settings, suspend_autocast
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def preserve_models(*roots: object) -> Iterator[ModelState]:
     """Put models, torch's settings and the global random generators back as they were.
 
     This happens at the end of the context, also when it raises. Everything that runs code of a
-    caller's model runs within such a context.
+    caller's model runs within such a context. A caller's ``torch.autocast`` has no effect in it.
 
     Args:
         *roots: models, and functions that may run other models. ``ModelState`` says what belongs to
@@ -31,7 +31,7 @@ def preserve_models(*roots: object) -> Iterator[ModelState]:
     Raises:
         ModelError: a model is not initialised yet, or could not be put back.
     """
-    with preserve_random_generators(), preserve_torch_settings():
+    with preserve_random_generators(), preserve_torch_settings(), suspend_autocast():
         state = ModelState(*roots)
         try:
             yield state

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -37,6 +37,25 @@ def preserve_torch_settings() -> Iterator[None]:
     take turns in several threads. What this version of torch does not have is left out.
     """
     with _PROCESS, _preserve(_OF_THE_THREAD):
+        yield
+
+
+@contextmanager
+def suspend_autocast() -> Iterator[None]:
+    """Compute as outside of a caller's ``torch.autocast``, whose dtype is not the stated precision.
+
+    The copies of weights that autocast keeps are dropped before and after: its own lack the dtype
+    of another autocast inside, and those that are made inside lack gradients.
+    """
+    devices = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+    if not devices:
+        yield
+        return
+    with ExitStack() as stack:
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -176,6 +195,8 @@ def _set_sparse_checks(enabled: bool) -> None:
     (checks.enable if enabled else checks.disable)()
 
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
 _OF_THE_PROCESS: Sequence[TorchSetting] = (
     _pair("get_default_dtype", "set_default_dtype"),
     _pair_of_tuples(
@@ -250,7 +271,7 @@ _OF_THE_THREAD: Sequence[TorchSetting] = (
     _pair("is_grad_enabled", "set_grad_enabled"),
     _pair("get_num_threads", "set_num_threads"),
     _pair("is_autocast_cache_enabled", "set_autocast_cache_enabled"),
-    *(setting for device in ("cpu", "cuda", "xpu", "mps") for setting in _autocast(device)),
+    *(setting for device in _AUTOCAST_DEVICES for setting in _autocast(device)),
     TorchSetting("default device", _default_device, torch.set_default_device),
     TorchSetting("device of CUDA", _current_device, _set_current_device),
 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ckpt_tools.advice import advise
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors, iterate_inputs
 from ckpt_tools.model.layouts import is_plain, values_of
@@ -77,6 +78,6 @@ def check_activations(model: nn.Module, moments: Mapping[str, Moments | None], n
     name = next(name for name, total in sums.items() if not bool(torch.isfinite(total)))
     raise ModelError(
         f"{name}: batch {number} gives non-finite inputs to this layer although weights and input "
-        "are finite; the activations overflow. Check the preprocessing (--mean, --std), or run in "
-        "float32."
+        "are finite; the activations overflow. Check the preprocessing"
+        f"{advise(' (--mean, --std)', '')}, or run in float32."
     )

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.errors import DataError
+from ckpt_tools.advice import advise
+from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments, image_sums
 from ckpt_tools.observation.evidence import Evidence
 
@@ -32,10 +33,12 @@ class Observation:
     ``energy`` (clusters,) tells how unusual each cluster of images is: the squared distance from
     the stored mean in units of the stored variance, averaged over values, as a logarithm, averaged
     over channels. ``image_energy`` (images,) is the same of single images; None unless asked for.
+    ``calls`` are the moments of each call, for a layer that a forward runs several times.
     """
 
     evidence: Evidence
     energy: Tensor
+    calls: tuple[Moments, ...]
     image_energy: Tensor | None = None
 
 
@@ -69,17 +72,17 @@ class Layer:
     ``stored`` are the statistics of the checkpoint, in float64. ``current`` are those that an
     estimator has arrived at; they start as the stored ones. ``evidence`` is what the pass has shown
     so far of the layer's input; None before the first batch. The module's buffers never change.
+
+    With ``replaced`` the estimator replaces both statistics and depends on neither. Otherwise the
+    layer raises ModelError if one is NaN, infinite, or a variance below zero.
     """
 
     paired = False  # whether the input is measured under training conditions, too
     frozen = False  # whether training leaves the layer in evaluation mode
 
-    def __init__(self, name: str, module: _BatchNorm, *, rewritten: bool) -> None:
-        assert module.running_mean is not None
-        assert module.running_var is not None
+    def __init__(self, name: str, module: _BatchNorm, *, rewritten: bool, replaced: bool = False) -> None:
         self.name, self.module, self.rewritten = name, module, rewritten
-        mean, variance = module.running_mean.detach(), module.running_var.detach()
-        self.stored = MeanVariance(mean.double(), variance.double())
+        self.stored = _read_stored(name, module, replaced=replaced)
         self.current = self.stored
         self.evidence: Evidence | None = None
         self._rule: Rule = current_statistics
@@ -106,8 +109,8 @@ class Layer:
         if x.numel() == x.shape[1]:
             raise DataError(
                 f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a "
-                "variance needs two. Use larger batches (--batch-size) or larger inputs "
-                "(--input-size)."
+                f"variance needs two. Use larger batches{advise(' (--batch-size)', '')} or larger inputs"
+                f"{advise(' (--input-size)', '')}."
             )
         # Sums around the stored mean stay small. All batches need one centre to be merged.
         self._calls.append(batch_moments(x, self.stored.mean, images))
@@ -157,7 +160,8 @@ class Layer:
             return None
         moments, sums = merge_calls(calls)
         image_energy = self._energy(_add_sums(images)) if images else None
-        return Observation(batch_evidence(moments, sums), self._energy(sums), image_energy)
+        each_call = tuple(call.moments for call in calls)
+        return Observation(batch_evidence(moments, sums), self._energy(sums), each_call, image_energy)
 
     def _energy(self, sums: Tensor) -> Tensor:
         variance = self.stored.variance + self.module.eps
@@ -179,6 +183,30 @@ class Layer:
         """Relative standard error (C,) of what the pass estimates, so far."""
         assert self.evidence is not None
         return self.evidence.relative_error(self.stored.mean)
+
+
+def _read_stored(name: str, module: _BatchNorm, *, replaced: bool) -> MeanVariance:
+    """The layer's running statistics; impossible ones are initial if ``replaced``, else an error."""
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    mean, variance = module.running_mean.detach().double(), module.running_var.detach().double()
+    possible = {"running_mean": mean.isfinite(), "running_var": variance.isfinite() & (variance >= 0)}
+    if replaced:
+        # Moments are taken around the stored mean, and samples compared in stored variances.
+        return MeanVariance(
+            torch.where(possible["running_mean"], mean, 0.0),
+            torch.where(possible["running_var"], variance, 1.0),
+        )
+    for buffer, usable in possible.items():
+        if not bool(usable.all()):
+            raise ModelError(
+                f"{name or '(root)'}.{buffer}: expected finite statistics, found NaN, infinity or a "
+                f"variance below zero in {int((~usable).sum())} of {len(usable)} channels, as a "
+                "training step that overflowed leaves them. Take an earlier checkpoint, or measure "
+                "mean and variance anew on the training data: "
+                + advise("--statistics mean+variance.", "statistics='mean+variance'.")
+            )
+    return MeanVariance(mean, variance)
 
 
 def merge_calls(calls: list[BatchMoments]) -> tuple[Moments, Tensor]:

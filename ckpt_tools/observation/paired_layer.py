@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -65,9 +68,32 @@ class PairedLayer(Layer):
         return max(super().calls, -(-self.training.calls // self.repeats))
 
     @property
-    def training_moments(self) -> Moments:
-        """The moments of the current batch under training conditions, over all repeats."""
-        return merge_calls(self.training.batch_calls)[0]
+    def training_mean(self) -> Tensor:
+        """The mean (C,) under training conditions of what was observed last under test conditions.
+
+        That is of the same call of the current batch, over all repeats, or over all calls where the
+        numbers of calls differ. A layer that only test conditions reach keeps its stored mean.
+        """
+        repeats, call = self._repeats(), len(self.batch_calls) - 1
+        if not repeats:
+            return self.stored.mean
+        if any(len(calls) <= call for calls in repeats):
+            return merge_calls(self.training.batch_calls)[0].mean
+        return merge_calls([calls[call] for calls in repeats])[0].mean
+
+    def _repeats(self) -> list[list[BatchMoments]]:
+        """The calls under training conditions, those of each repeat by themselves.
+
+        All stand in one list if the repeats have run the layer differently often; there is no list
+        if none has run it.
+        """
+        calls = self.training.batch_calls
+        if not calls:
+            return []
+        number, rest = divmod(len(calls), self.repeats)
+        if rest:
+            return [calls]
+        return [calls[start : start + number] for start in range(0, len(calls), number)]
 
     def noise_share(self) -> float | None:
         """The variance that dropout adds to one repeat's result, in units of the images' variance.
@@ -75,10 +101,11 @@ class PairedLayer(Layer):
         It is that of the logarithm of the current batch's variance, in the median channel. None
         where it cannot be told: from one repeat, or a batch of very few images.
         """
-        calls, repeats = self.training.batch_calls, self.repeats
+        repeats = self.repeats
+        calls = [merge_calls(_align_calls(calls, self.stored.mean))[0] for calls in self._repeats()]
         if repeats < 2 or len(calls) != repeats or not super().calls:
             return None
-        logs = torch.stack([call.moments.variance().log() for call in calls])
+        logs = torch.stack([moments.variance().log() for moments in calls])
         noise = logs.var(0)
         evidence = self._paired_evidence()
         if evidence.clusters.count < _FEWEST_IMAGES:
@@ -101,18 +128,19 @@ class PairedLayer(Layer):
         return replace(observation, evidence=evidence)
 
     def _paired_evidence(self) -> Evidence:
-        moments, sums = merge_calls(self.batch_calls)
-        training, training_sums = self._mean_of_repeats(self.training.batch_calls)
+        moments, sums = merge_calls(_align_calls(self.batch_calls, self.stored.mean))
+        repeats = [merge_calls(_align_calls(calls, self.stored.mean)) for calls in self._repeats()]
+        training, training_sums = self._mean_of_repeats(itertools.starmap(BatchMoments, repeats))
         if sums.shape != training_sums.shape:  # rows of a call that belong to no single image
             sums, training_sums = sums.sum(1, keepdim=True), training_sums.sum(1, keepdim=True)
         return batch_evidence(moments, torch.cat([sums, training_sums]), training)
 
-    def _mean_of_repeats(self, calls: list[BatchMoments]) -> tuple[Moments, Tensor]:
+    def _mean_of_repeats(self, calls: Iterable[BatchMoments]) -> tuple[Moments, Tensor]:
         """Moments and cluster sums of all repeats, scaled to the weight of a single one.
 
         Otherwise a batch that is repeated more often would count more under this condition alone.
         """
-        moments, sums = merge_calls(calls)
+        moments, sums = merge_calls(list(calls))
         scaled = Moments(moments.count // self.repeats, moments.mean, moments.m2 / self.repeats)
         return scaled, sums / self.repeats
 
@@ -120,8 +148,35 @@ class PairedLayer(Layer):
 def paired_statistics(layer: Layer, batch: Moments) -> MeanVariance:
     """What a layer normalises with under test conditions in a paired measurement.
 
-    The mean is that of the same images under training conditions, as the final network keeps the
-    mean that training has left. The variance is the batch's own, as in ``batch_variance``.
+    The mean is that of the same images in the same call under training conditions, as the final
+    network keeps the mean that training has left. The variance is that of the batch, as in
+    ``batch_variance``.
     """
     assert isinstance(layer, PairedLayer)
-    return MeanVariance(layer.training_moments.mean, batch.variance(unbiased=False))
+    return MeanVariance(layer.training_mean, batch.variance(unbiased=False))
+
+
+def _align_calls(calls: list[BatchMoments], centre: Tensor) -> list[BatchMoments]:
+    """The calls of one forward, each moved to the mean of all, and its variance made unbiased.
+
+    In training each call is normalised, and counts in the running variance, by itself. So what the
+    calls differ in as a whole (the two inputs of a siamese net, the depths of a recursion) is no
+    part of the stored variance, nor of the two that are compared here. Each value x of a call
+    becomes m + s·(x − mean), with the mean m of all calls, and s² such that the variance of all is
+    the mean of the calls' unbiased ones. ``centre`` (C,) is that of the clusters' sums.
+    """
+    if len(calls) < 2:
+        return calls
+    total = merge_calls(calls)[0]
+    aligned = []
+    for call in calls:
+        moments, (count, sums, squares) = call.moments, call.sums
+        factor = moments.count / max(1, moments.count - 1) * (total.count - 1) / total.count
+        before, after = moments.mean - centre, total.mean - centre
+        deviation = math.sqrt(factor) * (sums - before * count)
+        square = factor * (squares - 2 * before * sums + before.square() * count)
+        new_squares = square + 2 * after * deviation + after.square() * count
+        new_sums = torch.stack([count, deviation + after * count, new_squares])
+        new_moments = Moments(moments.count, total.mean, factor * moments.m2)
+        aligned.append(BatchMoments(new_moments, new_sums))
+    return aligned

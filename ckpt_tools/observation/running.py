@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ckpt_tools.advice import advise
 from ckpt_tools.contract import Precision
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError, is_short_of_memory
 from ckpt_tools.machine.precision import compute_in_precision
@@ -73,7 +74,8 @@ class Runner:
                 yield images
             elif images < 2:
                 raise ModelError(
-                    f"batch {number}: not even one sample fits into memory. Use a smaller --input-size."
+                    f"batch {number}: not even one sample fits into memory. Use "
+                    f"{advise('a smaller --input-size', 'smaller inputs')}."
                 )
             else:
                 # Later batches are split from the start: each failed attempt costs a forward. The
@@ -171,7 +173,9 @@ def has_hooks(model: nn.Module) -> bool:
 def _translate_error(error: Exception, number: int) -> CkptToolsError:
     # torch raises this one from a signal handler, so it may arrive in the middle of a forward.
     if str(error).startswith("DataLoader worker"):
-        return DataError(f"batch {number}: {error}. Memory ran out? Try fewer --workers.")
+        return DataError(
+            f"batch {number}: {error}. Memory ran out? Try fewer {advise('--workers', 'workers')}."
+        )
     return ModelError(
         f"batch {number}: the model cannot run on it: {type(error).__name__}: {error}. "
         "Check the input's shape and the device."

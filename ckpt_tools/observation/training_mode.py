@@ -1,10 +1,11 @@
-"""A copy of a model under the conditions of its training, as its owner has arranged them."""
+"""A model under the conditions of its training, as its owner has arranged them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.model.model_copy import copy_model, set_mode
 from ckpt_tools.results import DeclaredDropout
@@ -30,3 +31,17 @@ def copy_in_training_mode(
     set_mode(twin, "training" if containers else "leaves")
     add_declared_dropout(twin, dropout)
     return twin
+
+
+def switch_dropout_on(model: nn.Module, *, containers: bool) -> None:
+    """Set the flags of all modules but BN layers as the model's own ``train()`` does.
+
+    The caller restores the flags. They are set one by one, as a copy without contents shows them:
+    a model's own ``train()`` may do more.
+    """
+    twin = copy_model(model, meta=True)
+    set_mode(twin, "training" if containers else "leaves")
+    modules = dict(model.named_modules())
+    for name, copied in twin.named_modules():
+        if name in modules and not isinstance(copied, _BatchNorm):
+            modules[name].training = copied.training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
@@ -21,10 +21,13 @@ class Batches:
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        if isinstance(batches, (Tensor, Mapping)):
+        # What has a length along each axis (Tensor, numpy's arrays) is a batch, and a text is a path.
+        is_batch = isinstance(batches, (Tensor, Mapping)) or hasattr(batches, "__array__")
+        is_iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
+        if is_batch or not is_iterable or isinstance(batches, (str, bytes, nn.Module)):
             raise UsageError(
                 f"batches is a {type(batches).__name__}; expected an iterable of batches, such as "
-                "[batch] or a DataLoader."
+                "[batch] or a DataLoader, or None for random inputs."
             )
         # An IterableDataset may yield batches itself; what it yields is not known beforehand.
         if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from ckpt_tools.advice import advise
 from ckpt_tools.contract import LayerChoice, Rates, Statistics
 from ckpt_tools.errors import NothingToDo
 from ckpt_tools.reestimate.layer_patterns import select_layers
@@ -61,9 +62,9 @@ def choose(
     kept = {name: reason for name, reason in frozen.items() if name not in allowed}
     for name in choice.rewrite - kept.keys():
         if only and name not in allowed:
-            kept[name] = "kept: not among the layers that --only names"
+            kept[name] = f"kept: not among the layers that {advise('--only', 'only')} names"
         elif name in excluded:
-            kept[name] = "kept: asked for with --keep"
+            kept[name] = f"kept: asked for with {advise('--keep', 'keep')}"
     return _leave_out(choice, kept, frozen.keys())
 
 
@@ -80,7 +81,8 @@ def _leave_out(choice: Choice, kept: Mapping[str, str], frozen: Set[str]) -> Cho
     if not rewrite:
         raise NothingToDo(
             f"nothing to do: {choice.why}, and each of them is left as it is ({reasons}). Name layers "
-            "with --only (only=) to rewrite them all the same, or leave --keep (keep=) out."
+            f"with {advise('--only', 'only=')} to rewrite them all the same, or leave "
+            f"{advise('--keep', 'keep=')} out."
         )
     why = f"{choice.why}; {len(affected)} of them left as they are ({reasons})"
     return Choice(rewrite, controls, why, kept)
@@ -130,10 +132,7 @@ def _may_be_behind(walk: Walk, reached: list[BatchNormLayer]) -> bool:
 
 def _unknown_rates_reason(walk: Walk) -> str:
     why = "drop rates are not recorded in a state dict, so every BN layer is rewritten, as in the paper"
-    return (
-        f"{why} (give them with --model-kwargs, e.g. drop_rate=0.2, to rewrite only what "
-        f"lies behind dropout){_hidden_noise_note(walk)}"
-    )
+    return f"{why} ({_advise_rates()}, to rewrite only what lies behind dropout){_hidden_noise_note(walk)}"
 
 
 def _hidden_noise_note(walk: Walk) -> str:
@@ -173,8 +172,17 @@ def _not_behind_message(walk: Walk, rates: Rates) -> str:
         cause = f"every drop rate is zero, so no BN layer saw dropout{note}"
     if walk.left_alone:
         cause += f" (left alone: {walk.left_alone[0].name}, {walk.left_alone[0].reason})"
+    all_layers = advise("--layers all", "layers='all'")
     return (
-        f"nothing to do: with {whose_rates}, {cause}. Use --layers all (layers='all') to "
-        "re-estimate every BN layer all the same, or give the rates of the training run "
-        "(--model-kwargs; --dropout NAME=RATE, dropout= in Python, where this architecture lacks them)."
+        f"nothing to do: with {whose_rates}, {cause}. Use {all_layers} to re-estimate every BN layer "
+        f"all the same, or {_advise_rates()}."
+    )
+
+
+def _advise_rates() -> str:
+    return advise(
+        "give the rates of the training run (--model-kwargs drop_rate=0.2; --dropout NAME=RATE where this "
+        "architecture lacks them)",
+        "build the model with the drop rates of the training run, or name them where it has none: "
+        "dropout={'pool*': 0.25}",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ckpt_tools.advice import advise
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.reestimate.effect import effect_warning
 from ckpt_tools.results import Controls, DropoutSite, Effect, LayerResult, Reestimation, Verdict
@@ -52,7 +53,7 @@ def refuse_doubts(verdicts: Iterable[Verdict | None], controls: Controls, warnin
     if doubts:
         raise CheckFailed(
             f"strict: {'; '.join(doubts)}. Nothing was written. Look at the data, or go on without "
-            "--strict (strict=False)."
+            f"{advise('--strict', 'strict=True')}."
         )
 
 

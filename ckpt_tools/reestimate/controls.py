@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ckpt_tools.advice import advise
 from ckpt_tools.diagnosis.mismatch import measure
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.observation.evidence import Evidence
@@ -101,8 +102,11 @@ def refuse_disagreement(controls: Controls) -> None:
     if controls.verdict != "disagree":
         return
     raise CheckFailed(
-        f"the data does not look like the training data: {controls.reason}. Check --data and the "
-        "preprocessing (--mean, --std, --input-size), or pass --force (force=True) to go on."
+        f"the data does not look like the training data: {controls.reason}. Check "
+        + advise(
+            "--data and the preprocessing (--mean, --std, --input-size), or pass --force to go on.",
+            "the batches and their preprocessing, or pass force=True to go on.",
+        )
     )
 
 

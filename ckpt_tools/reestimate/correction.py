@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import get_args
 
 from torch import nn
 
+from ckpt_tools.arguments import check_callable
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statistics
+from ckpt_tools.errors import UsageError
 from ckpt_tools.method import Method
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, device_of, unwrap_model
@@ -64,8 +67,10 @@ def reestimate_bn(
             kept mean, variances pooled within and between batches, unbiased, (C,). "exact":
             continues with damped passes until each stored variance is that of the layer's input in
             the final network, to 1e-3 relative. "ema": exponential moving average of batch
-            variances, as the paper's authors ran it. These three are right if the data is
-            distributed as it was in training.
+            variances, as the paper's authors ran it, updated once a call of the layer. These three
+            are right if the data is distributed as it was in training. Where a forward runs a layer
+            on several parts (ghost batches, siamese nets), "pooled" has the bias of the part's
+            size, 7 % in the median channel at 16 samples; "exact" has none.
             "auto": "ratio" on the first 512 inputs; where these agree with the stored statistics
             "pooled" on all. "pooled" where the rates are unknown.
         layers: "auto" (behind active dropout; every layer if the rates are unknown),
@@ -74,12 +79,13 @@ def reestimate_bn(
         only, keep: shell-style patterns of names of BN layers, or of modules that hold them
             (``"layer4"``). With ``only``, no other layer is rewritten; those of ``keep`` are not.
         statistics: "variance", or "mean+variance": precise BN (Wu & Johnson 2021,
-            arXiv:2105.07576), population mean and biased variance.
+            arXiv:2105.07576), population mean and biased variance, whatever is stored.
         tolerance: stop when the 95th percentile over channels of the relative standard error is
             below it in every rewritten layer, after at least 128 images. None: read everything.
         precision: of convolutions and matrix products: "fp32"; "tf32" on CUDA; "bf16", "fp16" by
             torch.autocast. Moments are made from float32 values in float64 whatever it is; how far
-            the variances of the first 64 images deviate from fp32 is measured and returned.
+            the variances of the first 64 images deviate from fp32 is measured and returned. A
+            ``torch.autocast`` around the call has no effect; one inside the model is part of it.
         compile: run what stands between BN layers through torch.compile; pays on long passes only.
         momentum, epochs: of "ema".
         rates: where the drop rates stem from; "model" takes the module's own as known.
@@ -108,9 +114,9 @@ def reestimate_bn(
         CheckFailed: control layers show that these are not the training data, and the estimator
             depends on it (``force`` overrides), or ``strict`` found a doubt.
         DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
-        ModelError: NaN in the model, a model that cannot be run.
-        UsageError: settings that mean nothing; a pattern that matches no BN layer; no batches and a
-            model that needs real data.
+        ModelError: NaN in the model or its stored statistics, a model that cannot be run.
+        UsageError: arguments of a wrong type; settings that mean nothing; a pattern that matches no
+            BN layer; no batches and a model that needs real data.
         RankError: a process of the group is gone.
     """
     method = Method(
@@ -128,6 +134,14 @@ def reestimate_bn(
         force=force,
         strict=strict,
     )
+    check_callable("forward", forward, "(model, batch)")
+    if progress is not None:
+        check_callable("progress", progress, "(progress)")
+    if rates not in get_args(Rates):
+        raise UsageError(f"rates={rates!r}: expected one of {', '.join(get_args(Rates))}.")
+    if walk is not None and not isinstance(walk, Walk):
+        raise UsageError(f"walk is a {type(walk).__name__}; expected the result of ckpt_tools.walk.")
+    input_shape = None if input_shape is None else _check_shape(input_shape)
     synthetic = batches is None
     if batches is None:
         method.require_no_data()
@@ -146,4 +160,13 @@ def reestimate_bn(
         progress=progress,
         distributed=distributed,
         synthetic=synthetic,
+    )
+
+
+def _check_shape(shape: object) -> tuple[int, ...]:
+    """Return the shape as a tuple; raise UsageError if it is none."""
+    if isinstance(shape, Sequence) and shape and all(type(size) is int and size > 0 for size in shape):
+        return tuple(shape)
+    raise UsageError(
+        f"input_shape={shape!r}: expected the shape of one sample, without the batch, such as (3, 224, 224)."
     )

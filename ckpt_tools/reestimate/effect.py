@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ckpt_tools.advice import advise
 from ckpt_tools.model.batch import Batch, batch_size, to_device
 from ckpt_tools.model.calling import Forward, device_of
 from ckpt_tools.observation.interception import Interception
@@ -57,7 +58,8 @@ def compare_outputs(before: Tensor, after: Tensor) -> Effect | None:
 
     None if nothing is finite.
     """
-    finite = before.flatten(1).isfinite().all(1) & after.flatten(1).isfinite().all(1)
+    count = len(before)
+    finite = (before.isfinite() & after.isfinite()).reshape(count, -1).all(1)
     before, after = before[finite].double(), after[finite].double()
     if not len(before):
         return None
@@ -83,7 +85,7 @@ def effect_warning(effect: Effect | None) -> str:
     return (
         f"the correction changes {effect.changed:.0%} of the predictions on {effect.images} inputs, and "
         f"the mean confidence from {effect.confidence_before:.2f} to {effect.confidence_after:.2f}; "
-        "judge it on labelled data (--eval-data) before you use it"
+        f"judge it on labelled data{advise(' (--eval-data)', '')} before you use it"
     )
 
 

@@ -6,12 +6,14 @@ several passes gives the later ones the result of the first, so that changed dat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ckpt_tools.advice import advise
 from ckpt_tools.contract import Statistics
 from ckpt_tools.errors import ModelError, NothingToDo
 from ckpt_tools.moments import Moments
@@ -45,8 +47,8 @@ class Estimate:
     ``statistics`` are the new ones of the layers to rewrite, by layer name, without layers that
     the data did not reach. ``last_pass`` holds the evidence for them, ``outliers`` the samples that
     were left out in any pass. ``residual`` is the largest relative change in the last pass of
-    `exact`. ``error_scale`` is the standard error of the estimate in units of that of the pooled
-    variance.
+    `exact`. ``error_scale`` is the standard error of a layer's estimate in units of that of the
+    pooled variance, by layer name where it is not 1.
     """
 
     statistics: Mapping[str, MeanVariance]
@@ -55,7 +57,7 @@ class Estimate:
     passes: int = 1
     stopped_early: bool = False
     residual: float | None = None
-    error_scale: float = 1.0
+    error_scale: Mapping[str, float] = field(default_factory=dict)
 
 
 def ratio(context: PassContext, tolerance: float | None, max_images: int | None = None) -> Estimate:
@@ -89,8 +91,11 @@ def refuse_without_noise(estimate: Estimate, noise_left_on: Sequence[DropoutSite
             cause = f"all noise is of a kind that stays on in evaluation mode, too: {sites}"
         raise NothingToDo(
             "nothing to do: with dropout on and off the inputs of every BN layer have the same "
-            f"variance, so {cause}. Give the drop rates of the training run "
-            "(--model-kwargs), or use --estimator pooled."
+            f"variance, so {cause}. "
+            + advise(
+                "Give the drop rates of the training run (--model-kwargs), or use --estimator pooled.",
+                "Build the model with the drop rates of the training run, or use estimator='pooled'.",
+            )
         )
 
 
@@ -132,8 +137,11 @@ def exact(context: PassContext, statistics: Statistics, tolerance: float | None)
     while residual is None or residual > _SETTLED:
         if passes >= _MAX_PASSES:
             raise ModelError(
-                f"exact: after {passes} passes a running variance still changes by {residual:.2g} "
-                "a pass. Use --estimator pooled, or a larger --batch-size for a better start."
+                f"exact: after {passes} passes a running variance still changes by {residual:.2g} a pass. "
+                + advise(
+                    "Use --estimator pooled, or a larger --batch-size for a better start.",
+                    "Use estimator='pooled', or larger batches for a better start.",
+                )
             )
         for name, values in current.items():
             context.layers[name].current = values
@@ -148,9 +156,14 @@ def exact(context: PassContext, statistics: Statistics, tolerance: float | None)
 
 
 def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: int) -> Estimate:
-    """The exponential moving average of batch statistics that training itself would keep."""
+    """The exponential moving average of batch statistics that training itself would keep.
+
+    As in training, a layer that a forward runs several times is updated after each call.
+    """
+    calls: Counter[str] = Counter()
 
     def update(layer: Layer, batch: Moments) -> None:
+        calls[layer.name] += 1
         mean = batch.mean if statistics == "mean+variance" else layer.current.mean
         layer.current = MeanVariance(
             torch.lerp(layer.current.mean, mean, momentum),
@@ -163,12 +176,21 @@ def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: i
         last = DataPass(context, batch_statistics, number, first, update=update).run()
         names = {earlier.outlier.name for earlier in outliers}
         outliers += tuple(new for new in last.total.outliers if new.outlier.name not in names)
-    # Batch i of n has the weight m(1 − m)^(n − i), where pooling would give every batch 1/n.
-    steps = last.total.batches * epochs
-    weights = momentum * (1 - momentum) ** torch.arange(steps, dtype=torch.float64)
-    error_scale = float((steps * weights.square().sum()).sqrt() / weights.sum())
     averages = {name: context.layers[name].current for name in _reached_names(context, last.evidence)}
-    return Estimate(averages, last, outliers, epochs, error_scale=error_scale)
+    batches = last.total.batches * epochs
+    scales = {name: _moving_average_error(batches, calls[name] / batches, momentum) for name in averages}
+    return Estimate(averages, last, outliers, epochs, error_scale=scales)
+
+
+def _moving_average_error(batches: int, calls: float, momentum: float) -> float:
+    """The standard error of a moving average of batches, in units of that of their mean.
+
+    Batch i of n has the weight m(1 − m)^(n − i), where pooling would give every batch 1/n. Several
+    ``calls`` of a layer in a batch are worth one with a larger m.
+    """
+    kept = (1 - momentum) ** calls
+    weights = (1 - kept) * kept ** torch.arange(batches, dtype=torch.float64)
+    return float((batches * weights.square().sum()).sqrt() / weights.sum())
 
 
 def _pooling_rule(statistics: Statistics) -> Rule:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from ckpt_tools.advice import advise
 from ckpt_tools.errors import UsageError
 from ckpt_tools.results import BatchNormLayer
 
@@ -47,10 +48,11 @@ def _no_match_message(layers: Sequence[BatchNormLayer], pattern: str, option: st
     hint = f" Did you mean {close[0]}?" if close else ""
     shown = ", ".join(layer.name or "(root)" for layer in layers[:_SHOWN_NAMES])
     more = len(layers) - _SHOWN_NAMES
+    lister = advise("ckpt-fix inspect --all lists them", "walk(model, batch).batch_norms has them")
     return (
-        f"--{option} {pattern} ({option}={pattern!r} in Python): expected a pattern that matches a BN "
+        f"{advise(f'--{option} {pattern}', f'{option}={pattern!r}')}: expected a pattern that matches a BN "
         f"layer or a container of BN layers, found that none has such a name.{hint} The BN layers are "
-        f"{shown}{f' and {more} more; ckpt-fix inspect --all lists them' if more > 0 else ''}."
+        f"{shown}{f' and {more} more; {lister}' if more > 0 else ''}."
     )
 
 

@@ -51,7 +51,8 @@ def _result(
         # The ratio of a dead channel means nothing; it is left out unless all are dead.
         alive = new > floor if bool((new > floor).any()) else torch.ones_like(new, dtype=torch.bool)
         ratio = _spread(((layer.stored.variance + floor) / (new + floor))[alive])
-        relative = evidence.relative_error(layer.stored.mean) * estimate.error_scale
+        scale = estimate.error_scale.get(walked.name, 1.0)
+        relative = evidence.relative_error(layer.stored.mean) * scale
         error = _spread(relative[alive])
     both = paired.get(walked.name)
     if both is not None and both.training is not None:

@@ -108,7 +108,7 @@ def run_method(
         with evaluation_mode(model), torch.no_grad(), uncompiled:
             share_buffers(model, team)
             screening = Screening(model, _sample_namer(batches, team), keep=method.keep_outliers)
-            observed = _observed_layers(model, walk, choice)
+            observed = _observed_layers(model, walk, choice, replaced=method.replaces_statistics)
             context = PassContext(model, data, runner, observed, screening, team, progress)
             deviation = None if precision == "fp32" else precision_deviation(context)
             # The first inputs stay at hand, because the passes may use up what can be read once.
@@ -243,12 +243,16 @@ def _sample_namer(batches: object, team: Team) -> Callable[[int, int], str]:
     return lambda batch, row: f"sample {row} of batch {batch}{process}"
 
 
-def _observed_layers(model: nn.Module, walk: Walk, choice: Choice) -> dict[str, Layer]:
+def _observed_layers(model: nn.Module, walk: Walk, choice: Choice, *, replaced: bool) -> dict[str, Layer]:
     modules = {name: x for name, x in model.named_modules() if isinstance(x, _BatchNorm)}
     observed = choice.rewrite | choice.controls
     # In the walk's order, which is that of execution: the first control layers are judged.
     names = [layer.name for layer in walk.batch_norms if layer.name in observed]
-    return {name: Layer(name, modules[name], rewritten=name in choice.rewrite) for name in names}
+    layers = {}
+    for name in names:
+        rewritten = name in choice.rewrite
+        layers[name] = Layer(name, modules[name], rewritten=rewritten, replaced=rewritten and replaced)
+    return layers
 
 
 def _write(layers: Mapping[str, Layer], statistics: Mapping[str, MeanVariance], *, means: bool) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ckpt_tools.distributed import ALONE, Team
 from ckpt_tools.errors import DataError
-from ckpt_tools.model.batch import Batch, batch_size, select_samples
+from ckpt_tools.model.batch import Batch, batch_shapes, batch_size, select_samples
 from ckpt_tools.moments import Moments
 from ckpt_tools.observation.evidence import Evidence
 from ckpt_tools.observation.layer import Layer, MeanVariance, Rule
@@ -33,7 +33,7 @@ from ckpt_tools.reestimate.tally import Tally
 _CONTROL_IMAGES = 512
 
 Update = Callable[[Layer, Moments], None]
-"""What an estimator does with a rewritten layer after each batch, given that batch's moments."""
+"""What an estimator does with a rewritten layer after each of its calls, given that call's moments."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DataPass:
         tolerance: end the pass when the error bound is below it; None reads everything.
         max_images: read only the first batches, which hold so many samples; the next pass begins
             with them again.
-        update: called for each rewritten layer after each batch.
+        update: called for each rewritten layer after each batch, once for each call of the layer.
         residual: of the pass before, for the progress display.
     """
 
@@ -99,8 +99,9 @@ class DataPass:
     update: Update | None = None
     residual: float | None = None
     _control_batches: int = field(default=0, init=False)
-    # Whether a forward runs each layer exactly once; unknown before the first batch.
-    _runs_layers_once: bool | None = field(default=None, init=False)
+    # Shapes of the batches on which a forward runs each layer exactly once. Larger batches may be
+    # cut into several ghost batches, longer sequences run a recursion more often.
+    _shapes_run_once: set[object] = field(default_factory=set, init=False)
 
     def run(self) -> PassResult:
         """Read the data and return what it shows.
@@ -225,13 +226,14 @@ class DataPass:
         watched = [layer for layer in layers if layer.rewritten or layer.paired or with_controls]
         for layer in watched:
             layer.begin_batch(per_image=per_image)
-        stop = self._runs_layers_once is True
+        shape = batch_shapes(batch)
+        stop = shape in self._shapes_run_once
         for images in self.context.runner.run(batch, number, watched, stop=stop):
-            if self._runs_layers_once is None:
-                # A forward may end behind the last layer only if that layer is not run again, and
-                # if no hook of somebody else counts on the forward's end.
-                once = all(layer.calls == 1 for layer in watched)
-                self._runs_layers_once = once and not has_hooks(self.context.model)
+            # A forward may end behind the last layer only if that layer is not run again, and if no
+            # hook of somebody else counts on the forward's end.
+            once = not stop and all(layer.calls == 1 for layer in watched)
+            if once and not has_hooks(self.context.model):
+                self._shapes_run_once.add(shape)
             observations = {layer.name: layer.take_observation() for layer in watched}
             yield images, {name: item for name, item in observations.items() if item is not None}
 
@@ -240,7 +242,8 @@ class DataPass:
             layer = self.context.layers[name]
             layer.add_evidence(observation.evidence)
             if self.update is not None and layer.rewritten:
-                self.update(layer, observation.evidence.moments)
+                for moments in observation.calls:
+                    self.update(layer, moments)
 
     def _report_progress(self, images: int, *, in_round: bool = False) -> None:
         """Call the caller's ``progress``; the common error is unknown before a round ends."""

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from ckpt_tools.arguments import check_callable, check_count, check_seed
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Rates, Statistics
 from ckpt_tools.model.batch import Batch, batch_size, to_device
 from ckpt_tools.model.calling import Forward, device_of, unwrap_model
@@ -86,6 +87,12 @@ def corrected_state_dict(
     Raises:
         CkptToolsError: what ``reestimate_bn`` raises.
     """
+    check_count("limit_batches", limit_batches)
+    check_count("max_images", max_images)
+    check_seed(seed)
+    for name, function, signature in (("prepare", prepare, "(batch) -> batch"), ("done", done, "(result)")):
+        if function is not None:
+            check_callable(name, function, signature)
     inner = unwrap_model(model)
     with seed_temporarily(seed), ExitStack() as stack:
         readable: Iterable[Batch] | None = None

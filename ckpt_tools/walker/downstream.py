@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ckpt_tools.advice import advise
+from ckpt_tools.arguments import check_callable
 from ckpt_tools.errors import ModelError
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, unwrap_model
@@ -71,6 +73,7 @@ def walk(
         UsageError: a pattern of ``dropout`` matches no module that runs, or a rate is none.
     """
     model = unwrap_model(model)
+    check_callable("forward", forward, "(model, batch)")
     with preserve_models(model, probe, forward) as state:
         return walk_preserved_model(
             model, example_input, state, probe=probe, forward=forward, dropout=dropout
@@ -197,7 +200,7 @@ def _record(model: nn.Module, call: ForwardCall, mode: RecordingMode) -> Forward
         raise ModelError(
             f"{type(model).__name__}: a forward in {mode} mode failed: "
             f"{type(error).__name__}: {error}. It was tried on {_describe_attempts(failed)}. "
-            "Expected the model to run on the example input; check its shape (--input-size)."
+            f"Expected the model to run on the example input; check its shape{advise(' (--input-size)', '')}."
         ) from error
 
 

@@ -53,7 +53,7 @@ def test_a_collapse_of_the_confidence() -> None:
     (warning,) = collect_warnings([LAYER], Effect(256, 0.4, 0.27, 0.04, 2.0))
     assert "changes 40% of the predictions on 256 inputs" in warning
     assert "from 0.27 to 0.04" in warning
-    assert "--eval-data" in warning
+    assert "judge it on labelled data" in warning
 
 
 def test_predictions_on_made_up_inputs_mean_nothing() -> None:

@@ -292,7 +292,7 @@ def test_which_layers() -> None:
     assert len(unknown.rewritten) == len(unknown.layers)
     assert "not recorded" in unknown.why
     assert unknown.controls.names == ("norms.0",)
-    with pytest.raises(NothingToDo, match="--layers all"):
+    with pytest.raises(NothingToDo, match="layers='all'"):
         reestimate_bn(nets.DenseNet(0.0), data)
     with pytest.raises(NothingToDo, match="no BatchNorm"):
         reestimate_bn(nn.Conv2d(3, 3, 1), data)
@@ -304,7 +304,7 @@ def test_controls_refuse_other_data() -> None:
     model, data = case("densenet")
     before = copy.deepcopy(model.state_dict())
     assert reestimate_bn(copy.deepcopy(model), data, estimator="pooled").controls.verdict == "agree"
-    with pytest.raises(CheckFailed, match=r"norms\.0.*--force"):
+    with pytest.raises(CheckFailed, match=r"norms\.0.*force=True"):
         reestimate_bn(model, [batch * 4 for batch in data], estimator="pooled")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     forced = reestimate_bn(model, [batch * 4 for batch in data], estimator="pooled", force=True)
@@ -338,7 +338,7 @@ def test_what_is_not_finite_is_refused(spoil, error: type[Exception], words: str
 
 def test_one_value_per_channel() -> None:
     model, data = case("mlp")
-    with pytest.raises(DataError, match=r"one value per channel.*--batch-size"):
+    with pytest.raises(DataError, match=r"one value per channel.*larger batches"):
         reestimate_bn(model, [data[0], data[1][:1]])
 
 

@@ -154,7 +154,7 @@ def test_wrappers_are_looked_through() -> None:
 
 
 def test_a_model_that_does_not_run() -> None:
-    with pytest.raises(ModelError, match=r"Sequential.*--input-size"):
+    with pytest.raises(ModelError, match=r"Sequential.*check its shape"):
         ckpt_tools.walk(nets.mlp(), torch.randn(4, 3))
 
 

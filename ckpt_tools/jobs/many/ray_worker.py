@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ckpt_tools.advice import caller_gives_options
 from ckpt_tools.errors import ClusterError, DataError
 from ckpt_tools.jobs.many.engine import Record, RecordBuilder
 from ckpt_tools.jobs.many.folder_items import CheckpointItem
@@ -61,7 +62,8 @@ def inspect_items_in_worker(
     except DataError as error:
         raise _add_host_name(error, environment) from error
     for number, item in items.items():
-        result_or_key = inspect_item(item, request, source)
+        with caller_gives_options():
+            result_or_key = inspect_item(item, request, source)
         if isinstance(result_or_key, ItemResult):
             yield number, describe(result_or_key)
         else:
@@ -84,7 +86,7 @@ def reestimate_items_in_worker(
         def record_result(result: ItemResult) -> None:
             record((numbers[result.item], describe(result)))
 
-        with keep_freed_memory():
+        with caller_gives_options(), keep_freed_memory():
             reestimate_items(list(numbers), request, record_result, watch)
 
     try:
