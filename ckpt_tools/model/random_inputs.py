@@ -178,6 +178,8 @@ class RandomBatches:
     def __iter__(self) -> Iterator[Tensor]:
         """Make the batches one by one."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        for start in range(0, self.count, self.batch_size):
-            size = min(self.batch_size, self.count - start)
+        batches = -(-self.count // self.batch_size)  # rounded up
+        for number in range(batches):
+            # The sizes differ by at most one: a single sample may have no variance.
+            size = self.count // batches + (number < self.count % batches)
             yield synthetic_samples(size, self.shape, generator=generator).to(self.device)

@@ -102,7 +102,7 @@ def reestimate_bn(
             changes a variance.
         CheckFailed: control layers show that these are not the training data, and the estimator
             depends on it (``force`` overrides), or ``strict`` found a doubt.
-        DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
+        DataError: no batch, one value per channel in all the data, NaN in over 1 % of the samples.
         ModelError: NaN in the model, a model that cannot be run.
         UsageError: settings that mean nothing; a pattern that matches no BN layer; no batches and a
             model that needs real data.

@@ -50,5 +50,5 @@ def _variances(context: PassContext, batch: Batch, precision: Precision) -> dict
     for _ in context.runner.run(batch, 0, list(layers.values())):
         moments = {name: layer.end_batch() for name, layer in layers.items()}
         check_activations(context.model, moments, 0)
-    reached = [layer for layer in layers.values() if layer.rewritten]
-    return {layer.name: layer.moments.variance() for layer in reached if layer.moments}
+    moments = {layer.name: layer.moments for layer in layers.values() if layer.rewritten}
+    return {name: item.variance() for name, item in moments.items() if item and item.count > 1}

@@ -143,6 +143,8 @@ def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: i
     """The exponential moving average of batch statistics that training itself would keep."""
 
     def update(layer: Layer, batch: Moments) -> None:
+        if batch.count < 2:  # PyTorch's training mode refuses such a batch
+            return
         mean = batch.mean if statistics == "mean+variance" else layer.current.mean
         layer.current = MeanVariance(
             torch.lerp(layer.current.mean, mean, momentum),

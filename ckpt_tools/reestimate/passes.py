@@ -120,7 +120,11 @@ class DataPass:
             self.context.screening.common |= common
             local, total, stopped = self._read_data(initial)
         self._check_data(total)
-        evidence = {layer.name: layer.evidence for layer in layers if layer.evidence is not None}
+        evidence = {
+            layer.name: layer.evidence
+            for layer in layers
+            if layer.evidence is not None and layer.evidence.moments.count > 1
+        }
         return PassResult(evidence, total, local.batches, self._control_batches, stopped)
 
     def _count_control_batches(self) -> int:
@@ -259,6 +263,12 @@ class DataPass:
         if not total.batches:
             raise no_batch_error()
         refuse_not_finite(total.outliers, total.samples)
+        for layer in self.context.layers.values():
+            if layer.rewritten and layer.moments is not None and layer.moments.count < 2:
+                raise DataError(
+                    f"{layer.name}: all the data holds one value per channel for this layer; a variance "
+                    "needs two. Give more samples, or larger inputs (--input-size)."
+                )
         if self.first is None:
             return
         # The totals of all processes are compared, because a DataLoader may deal samples out to the
