@@ -138,6 +138,11 @@ class CallableStream:
         if number < 0 and self.batch_count is None:
             raise DataError(f"{self._spec}: expected batches, found none. An iterator may be used up.")
 
+    @property
+    def rows_are_samples(self) -> bool:
+        """Whether the samples of a Dataset were put into batches here; of other batches nobody knows."""
+        return self._indices is not None
+
     def sample_name(self, batch: int, row: int) -> str:
         """Return the number of a Dataset's sample, or the place of a sample in its batch."""
         if self._indices is not None:

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +174,7 @@ class RandomBatches:
     batch_size: int = 128
     device: torch.device | str = "cpu"
     seed: int = 0
+    rows_are_samples: ClassVar[bool] = True
 
     def __iter__(self) -> Iterator[Tensor]:
         """Make the batches one by one."""

@@ -41,6 +41,7 @@ def reestimate_bn(
     progress: Callable[[Progress], None] | None = None,
     distributed: bool = False,
     keep_outliers: bool = False,
+    rows_are_samples: bool = False,
     input_shape: tuple[int, ...] | None = None,
 ) -> Reestimation:
     """Correct the running variances of BN layers for dropout (Hendrycks & Gimpel 2016, section 3).
@@ -95,6 +96,11 @@ def reestimate_bn(
             times too large, or of a single colour). Without it they are left out and named in
             ``outliers``, unless over 1 % are of their kind. A sample with NaN or infinity never
             counts.
+        rows_are_samples: the rows of a batch are independent samples (images, rows of a table), so
+            an outlier is left out alone. Without it nothing is known about them (a graph's nodes,
+            frames folded into the batch), and a batch is never cut: one with an outlier is left out
+            as a whole or, where that would be over 1 % of the samples, counts and is named in
+            ``kept_outliers``.
         input_shape: of one random input, where there are no batches; None: inferred from the model.
 
     Raises:
@@ -120,6 +126,7 @@ def reestimate_bn(
         precision=precision,
         compile=compile,
         keep_outliers=keep_outliers,
+        rows_are_samples=rows_are_samples,
         force=force,
         strict=strict,
     )
