@@ -302,7 +302,7 @@ class Reestimation:
         lines.append(f"controls: {self.controls.verdict}{reason}")
         if self.batch_spread is not None and self.batch_spread.unlike:
             lines.append(
-                f"batches: they differ {self.batch_spread.ratio:.1f} times as much as chance; shuffle the data"
+                f"batches: they differ {self.batch_spread.ratio:.1f} times as much as chance; shuffle them"
             )
         for outlier in self.kept_outliers[:3]:
             lines.append(f"outlier: {outlier.name} ({outlier.reason}) counts, as its batch cannot be cut")

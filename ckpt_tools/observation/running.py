@@ -75,8 +75,8 @@ class Runner:
                 )
             elif not (self._rows_are_samples or self._gives_same_inputs_in_halves(part, watched)):
                 raise ModelError(
-                    f"batch {number}: memory is too short for it, and no trial could show that its halves may "
-                    "be run one after the other. Use smaller batches or, if the rows of a batch are "
+                    f"batch {number}: memory is too short for it, and no trial could show that its halves "
+                    "may be run one after the other. Use smaller batches or, if the rows of a batch are "
                     "independent samples, rows_are_samples=True (--rows-are-samples)."
                 )
             else:

@@ -71,5 +71,5 @@ def _deviations(ratio: float, between: int, within: int) -> float:
     mean square is nearly normal.
     """
     a, b = 2 / (9 * between), 2 / (9 * within)
-    root = ratio ** (1 / 3)
+    root = math.cbrt(ratio)
     return ((1 - b) * root - (1 - a)) / math.sqrt(b * root**2 + a)

@@ -45,9 +45,9 @@ class Estimate:
 
     ``statistics`` are the new ones of the layers to rewrite, by layer name, without layers that
     the data did not reach. ``last_pass`` holds the evidence for them, ``outliers`` the samples that
-    were left out in any pass, and ``kept_outliers`` those that counted in the first one. ``residual`` is the largest relative change in the last pass of
-    `exact`. ``error_scale`` is the standard error of the estimate in units of that of the pooled
-    variance.
+    were left out in any pass, and ``kept_outliers`` those that counted in the first one.
+    ``residual`` is the largest relative change in the last pass of `exact`. ``error_scale`` is the
+    standard error of the estimate in units of that of the pooled variance.
     """
 
     statistics: Mapping[str, MeanVariance]

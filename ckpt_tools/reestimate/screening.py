@@ -206,7 +206,7 @@ class Screening:
         self, batch: Batch, local_number: int, number: int, outliers: Mapping[int, Suspect]
     ) -> list[DetectedOutlier]:
         """Name the outliers of a batch; the arguments are those of ``screen``, with their rows."""
-        detected = []
+        detected: list[DetectedOutlier] = []
         for row, suspect in sorted(outliers.items()):
             name = self._sample_name(local_number, row)
             whole = not self.rows_are_samples

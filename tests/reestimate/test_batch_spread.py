@@ -1,4 +1,4 @@
-"""Batches that are more unlike each other than chance: sorted data and frames in order, never shuffled data."""
+"""Batches that are more unlike each other than chance: sorted data, frames in order, never shuffled data."""
 
 from __future__ import annotations
 
