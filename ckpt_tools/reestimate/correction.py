@@ -55,8 +55,8 @@ def reestimate_bn(
         batches: an iterable of tensors, of tuples or lists whose first item is the input, or of
             dicts for ``model(**batch)``, in random order: `pooled` is off where every batch holds one
             class or one video (``batch_spread`` of the result tells). A batch with one value per
-            channel counts, normalised with the stored statistics. `exact` and ``epochs > 1`` iterate over it several times.
-            None: up to 512 random inputs, fewer for a large model, for "ratio".
+            channel counts, normalised with the stored statistics. `exact` and ``epochs > 1`` iterate
+            over them several times. None: up to 512 random inputs, fewer for a large model, for "ratio".
         estimator: "ratio": stored variance · V_off / V_on, both measured on the same inputs, with
             dropout off and, in a copy of the model in training mode, on, while all BN layers
             normalise with batch statistics. What the inputs have of their own cancels, so they need
