@@ -43,6 +43,7 @@ class Method:
     precision: Precision = "fp32"
     compile: bool = False
     keep_outliers: bool = False
+    rows_are_samples: bool = False  # the rows of a batch are independent samples, so it may be cut
     force: bool = False  # go on although control layers disagree with the data
     strict: bool = False  # stop at every doubt about the data, and every warning about the result
 

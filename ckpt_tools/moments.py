@@ -89,6 +89,10 @@ class Clusters:
         kinds = slice(first, last)
         return Clusters(self.count, self.mean[kinds], self.comoments[kinds, kinds])
 
+    def scatter_of(self, weights: Tensor) -> Tensor:
+        """The sum (C,) of squares over clusters of what each adds to a total; see ``spread_of``."""
+        return (weights[:, None] * self.comoments * weights).sum((0, 1)).clamp_min(0)
+
     def spread_of(self, weights: Tensor) -> Tensor:
         """The standard error (C,) of a total that is linear in the sums, with ``weights`` (sums, C).
 
@@ -96,8 +100,7 @@ class Clusters:
         """
         if self.count < 2:
             return torch.full_like(weights[0], torch.inf)
-        scatter = (weights[:, None] * self.comoments * weights).sum((0, 1)).clamp_min(0)
-        return (scatter * self.count / (self.count - 1)).sqrt()
+        return (self.scatter_of(weights) * self.count / (self.count - 1)).sqrt()
 
 
 def mean_weights(moments: Moments, centre: Tensor) -> Tensor:

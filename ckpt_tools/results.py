@@ -219,18 +219,39 @@ class Controls:
 
 @dataclass(frozen=True)
 class Outlier:
-    """A sample that was left out.
+    """A sample that stands out, and that was left out.
 
     ``leverage``: its mean square in units of the median sample's, of the input or of the distance
     from a BN layer's running mean (geometric mean over channels), whichever is largest; ``where``
     is "input" or that layer. None where nothing could be measured. ``reason``: "extreme"; "blank",
-    one colour all over; "not finite", NaN or infinity.
+    one colour all over; "not finite", NaN or infinity. ``whole_batch``: its batch could not be cut,
+    because its rows are not known to be independent samples, and stayed or went as a whole.
     """
 
     name: str
     reason: OutlierReason
     leverage: float | None
     where: str
+    whole_batch: bool = False
+
+
+@dataclass(frozen=True)
+class BatchSpread:
+    """Whether the batches of a pass are more unlike each other than batches of independent samples.
+
+    Attributes:
+        ratio: how far the sums of the batches scatter in the input of ``layer``, the one where it
+            shows most, in units of what independent samples would give: 1 where data is shuffled.
+        layer: its name.
+        batches: how many were compared.
+        unlike: whether the ratio is beyond chance. Then each batch shows only a part of the
+            variance, as in class-sorted data or video frames in order, and the data is to be shuffled.
+    """
+
+    ratio: float
+    layer: str
+    batches: int
+    unlike: bool
 
 
 @dataclass(frozen=True)
@@ -261,6 +282,8 @@ class Reestimation:
         None  # of the variances on the first images from those in fp32, for other precisions
     )
     outliers: tuple[Outlier, ...] = ()  # samples that were left out, in the order in which they were met
+    batch_spread: BatchSpread | None = None  # None if it cannot be told, or the inputs were made up
+    kept_outliers: tuple[Outlier, ...] = ()  # that count: too much would have been left out with them
     common: tuple[
         OutlierReason, ...
     ] = ()  # what over 1 % of the samples look like: no outliers, they counted
@@ -275,9 +298,10 @@ class Reestimation:
         data = f", data: {self.verdict.level}" if self.verdict else ""
         if self.noise_left_on:
             data += f", noise stayed on: {', '.join(site.op for site in self.noise_left_on[:3])}"
+        unlike = ", the batches differ: shuffle" if self.batch_spread and self.batch_spread.unlike else ""
         return (
             f"<Reestimation: {len(self.rewritten)} of {len(self.layers)} BN layers, {self.estimator}, "
-            f"{self.images:,} samples{data}>"
+            f"{self.images:,} samples{data}{unlike}>"
         )
 
     def summary(self) -> str:
@@ -296,6 +320,12 @@ class Reestimation:
         if self.noise_left_on:
             sites = ", ".join(f"{site.name} ({site.op})" for site in self.noise_left_on)
             lines.append(f"noise that stayed on: {sites}")
+        if self.batch_spread is not None and self.batch_spread.unlike:
+            lines.append(
+                f"batches: they differ {self.batch_spread.ratio:.1f} times as much as chance; shuffle them"
+            )
+        for outlier in self.kept_outliers[:3]:
+            lines.append(f"outlier: {outlier.name} ({outlier.reason}) counts, as its batch cannot be cut")
         if self.effect is not None and self.effect.changed is not None:
             lines.append(f"effect: {self.effect.changed:.1%} of {self.effect.images} predictions change")
         return "\n".join(lines)

@@ -96,6 +96,12 @@ _method = options.combine_options(
         "all over). By default they are left out and named with their leverage. NaN and infinity "
         "never count; in over 1 % of the samples they are an error.",
     ),
+    click.option(
+        "--rows-are-samples",
+        is_flag=True,
+        help="The rows of a batch that package.module:callable yields are independent samples, so that "
+        "an outlier is left out alone. Otherwise its batch is left out as a whole.",
+    ),
     click.option("--compile", is_flag=True, help="Run what stands between BN layers through torch.compile."),
     click.option("--force", is_flag=True, help="Go on although control layers disagree with the data."),
     click.option(

@@ -222,7 +222,11 @@ seed = functools.partial(
 
 reading = combine_options(
     pack("reading", "ckpt_tools.jobs.request", "ReadingOptions"),
-    click.option("--limit", type=click.IntRange(min=1), help="Read this many samples, drawn at random."),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        help="Read this many samples, drawn at random; of an iterable the first, in whole batches.",
+    ),
     seed(help="Of the random order of the samples, and of the halves of --calibrate."),
     click.option(
         "--device",

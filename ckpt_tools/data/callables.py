@@ -27,7 +27,8 @@ class CallableSource:
     """What a callable returned: an iterable of batches, a DataLoader, or a Dataset.
 
     A Dataset with a length is batched here, in random order and, unless they are asked for, without
-    labels. Of an iterable, the first ``limit`` samples are taken in its own order.
+    labels. Of an iterable, the first batches are taken in its own order, up to the one with which
+    ``limit`` samples are reached: nobody knows whether its batches may be cut.
     """
 
     spec: str
@@ -130,7 +131,7 @@ class CallableStream:
             is_ours = self._numbers is not None or number % self._share.world == self._share.rank
             if remaining is not None and size >= remaining:
                 if is_ours:
-                    yield _first_samples(batch, size, remaining)
+                    yield batch
                 return
             if remaining is not None:
                 remaining -= size
@@ -138,6 +139,11 @@ class CallableStream:
                 yield batch
         if number < 0 and self.batch_count is None:
             raise DataError(f"{self._spec}: expected batches, found none. An iterator may be used up.")
+
+    @property
+    def rows_are_samples(self) -> bool:
+        """Whether the samples of a Dataset were put into batches here; of other batches nobody knows."""
+        return self._indices is not None
 
     def sample_name(self, batch: int, row: int) -> str:
         """Return the number of a Dataset's sample, or the place of a sample in its batch."""
@@ -199,15 +205,6 @@ def input_tensors(batch: object) -> list[Tensor]:
     if isinstance(batch, Mapping):
         return [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     return [batch] if isinstance(batch, Tensor) else []
-
-
-def _first_samples(batch: Any, size: int, count: int) -> Any:
-    """Return the first ``count`` of ``size`` samples of a batch, in all its parts."""
-    if isinstance(batch, Mapping):
-        return {name: _first_samples(value, size, count) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return [_first_samples(value, size, count) for value in batch]
-    return batch[:count] if isinstance(batch, Tensor) and batch.ndim and len(batch) == size else batch
 
 
 def _describe_batch(batch: object) -> str:

@@ -73,12 +73,15 @@ def random_order(count: int, *, limit: int | None, seed: int) -> Tensor:
 def balanced_batch_sizes(count: int, size: int) -> list[int]:
     """Divide ``count`` samples into ⌈count/size⌉ batches whose sizes differ by at most one.
 
-    A small last batch would distort a batch variance, so there is none. Raises UsageError if
-    ``size`` is less than 1.
+    A small last batch would distort a batch variance, so there is none. A single sample may have
+    no variance at all, so of an odd number of samples at batch size 2 three make the first batch.
+    Raises UsageError if ``size`` is less than 1.
     """
     if size < 1:
         raise UsageError(f"--batch-size is {size}. Give at least 1.")
     batches = -(-count // size)  # rounded up
+    if size > 1:
+        batches = min(batches, max(1, count // 2))
     return [count // batches + (number < count % batches) for number in range(batches)]
 
 

@@ -123,6 +123,11 @@ class _Reader:
         """The samples that could not be read so far."""
         return self._stream.skipped_samples
 
+    @property
+    def rows_are_samples(self) -> bool:
+        """Whether the rows of a batch are independent samples."""
+        return self._stream.rows_are_samples
+
     def sample_name(self, batch: int, row: int) -> str:
         """Return the name of a sample of the current pass as messages show it."""
         return self._stream.sample_name(batch, row)

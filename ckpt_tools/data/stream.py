@@ -85,6 +85,10 @@ class BatchStream(SampleStream, Protocol):
     def batch_count(self) -> int | None:
         """Number of batches in one pass; None if only a pass can tell."""
 
+    @property
+    def rows_are_samples(self) -> bool:
+        """Whether the rows of a batch are independent samples, so that it may be cut by rows."""
+
     def sample_name(self, batch: int, row: int, /) -> str:
         """Return the name of a sample as messages show it.
 
@@ -104,6 +108,8 @@ class IndexedStream:
     the device. A ``cache`` keeps decoded batches for the next pass; where ``reading`` asks for one,
     it need not be given. Iterate one pass at a time.
     """
+
+    rows_are_samples = True
 
     def __init__(
         self,

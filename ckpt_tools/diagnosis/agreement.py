@@ -126,7 +126,7 @@ def measure_agreement(
         seed: of dropout.
 
     Raises:
-        DataError: NaN in a batch, a batch of one value per channel.
+        DataError: NaN in a batch.
         ModelError: the model cannot run on a batch.
     """
     model = unwrap_model(model)
@@ -156,7 +156,8 @@ def measure_agreement(
             switch_dropout_on(model, containers=walk.containers_trained)
             stack.callback(add_declared_dropout(model, walk.declared_dropout))
         images = sum(_run_batches(runner, batches, measured_layers, stop=layers is not None))
-    reached_layers = [layer for layer in measured_layers if layer.moments is not None]
+    # A layer of whose input there is a single value per channel shows no variance.
+    reached_layers = [layer for layer in measured_layers if layer.moments and layer.moments.count > 1]
     return _summarise(reached_layers, means_only, images, normalise)
 
 

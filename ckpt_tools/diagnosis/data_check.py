@@ -145,7 +145,7 @@ def check_data(
         seed: of dropout and of the augmentations tried.
 
     Raises:
-        DataError: NaN in a batch, a batch of one value per channel.
+        DataError: NaN in a batch.
         ModelError: the model cannot run on a batch.
     """
     sample = Sample(

@@ -135,18 +135,24 @@ class Sample:
 def draw_sample(batches: Iterable[Batch], images: int) -> list[Batch]:
     """Return the first batches, with ``images`` samples in all, less those that are outliers.
 
-    The last batch is cut. Of the iterable no more batches are taken than needed.
+    The last batch is cut. Of the iterable no more batches are taken than needed. A stream that says
+    that the rows of its batches are not known to be samples has none cut: a batch with an outlier is
+    left out as a whole, unless there is no other.
     """
     sample: list[Batch] = []
+    left_out: list[Batch] = []
+    may_cut = getattr(batches, "rows_are_samples", True)
     # A single outlier can move the moments of every layer.
     usual_inputs = InputFilter()
     for number, batch in enumerate(batches):
-        size = batch_size(batch)
-        if size > images:
+        if may_cut and batch_size(batch) > images:
             batch = slice_samples(batch, 0, images)
-        if size:
-            sample.append(usual_inputs.remove_outliers(batch, number))
+        size, usual = batch_size(batch), usual_inputs.remove_outliers(batch, number)
+        if size and (may_cut or batch_size(usual) == size):
+            sample.append(usual)
+        elif size:
+            left_out.append(batch)
         images -= size
         if images <= 0:
             break
-    return sample
+    return sample or left_out[:1]

@@ -128,7 +128,7 @@ def fit_rates(
         trial rate that changes anything.
 
     Raises:
-        DataError: NaN in a batch, a batch of one value per channel.
+        DataError: NaN in a batch.
         ModelError: the model cannot run on a batch.
     """
     parts = _take_batches(batches)
@@ -243,7 +243,7 @@ def _added_variance(layer: Layer) -> float:
 
 
 def _variance(layer: Layer) -> Tensor:
-    if layer.moments is None:  # the batch did not reach this layer
+    if layer.moments is None or layer.moments.count < 2:  # the batch shows no variance of this layer
         return torch.full_like(layer.stored.variance, torch.nan)
     return layer.moments.variance() + _added_variance(layer)
 

@@ -63,7 +63,7 @@ def evaluate(
     """
     model = unwrap_model(model)
     outputs = _Outputs(forward)
-    runner = Runner(model, outputs, Interception(dropout=True))
+    runner = Runner(model, outputs, Interception(dropout=True), rows_are_samples=True)
     parts: list[Outcomes] = []
     labels: list[Tensor] = []
     logits: list[Tensor] = []

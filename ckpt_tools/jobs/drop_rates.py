@@ -43,7 +43,7 @@ def estimate_drop_rates(loaded: LoadedModel, model_walk: Walk, batches: Iterable
         are too few.
 
     Raises:
-        DataError: NaN in a batch, a batch of one value per channel.
+        DataError: NaN in a batch.
     """
     if not any(layer.potentially_downstream_of or layer.downstream_of for layer in model_walk.batch_norms):
         return None

@@ -97,6 +97,8 @@ def relative_deviation(exact: Mapping[str, Tensor], measured: Mapping[str, Tenso
     Both map names of layers to variances (C,). Dead channels, whose variance is 0, are left out.
     """
     pairs = [(exact[name], measured[name]) for name in exact if name in measured]
+    if not pairs:
+        return Spread(0.0, 0.0, 0.0)
     relative = torch.cat([((b - a).abs() / a)[a > 0] for a, b in pairs])
     if not len(relative):
         return Spread(0.0, 0.0, 0.0)

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -174,10 +174,13 @@ class RandomBatches:
     batch_size: int = 128
     device: torch.device | str = "cpu"
     seed: int = 0
+    rows_are_samples: ClassVar[bool] = True
 
     def __iter__(self) -> Iterator[Tensor]:
         """Make the batches one by one."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        for start in range(0, self.count, self.batch_size):
-            size = min(self.batch_size, self.count - start)
+        batches = -(-self.count // self.batch_size)  # rounded up
+        for number in range(batches):
+            # The sizes differ by at most one: a single sample may have no variance.
+            size = self.count // batches + (number < self.count % batches)
             yield synthetic_samples(size, self.shape, generator=generator).to(self.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.advice import advise
-from ckpt_tools.errors import DataError, ModelError
+from ckpt_tools.errors import ModelError
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments, image_sums
 from ckpt_tools.observation.evidence import Evidence
 
@@ -66,6 +66,12 @@ def batch_statistics(layer: Layer, batch: Moments) -> MeanVariance:
     return MeanVariance(batch.mean, batch.variance(unbiased=False))
 
 
+def measured_statistics(layer: Layer, batch: Moments) -> MeanVariance:
+    """Mean and variance of all batches of this pass so far."""
+    assert layer.moments is not None
+    return MeanVariance(layer.moments.mean, layer.moments.variance())
+
+
 class Layer:
     """A BN layer under observation.
 
@@ -102,16 +108,11 @@ class Layer:
     def observe(self, x: Tensor, images: int) -> None:
         """Measure an input (N, C, …) that stems from so many ``images``.
 
-        Raises DataError if it holds a single value per channel, which has no variance.
+        A single value per channel counts, too: it has no variance of its own, but the pooled
+        variance of all batches contains its distance from their mean.
         """
         if x.numel() == 0:  # detection models run heads on zero proposals, which show nothing
             return
-        if x.numel() == x.shape[1]:
-            raise DataError(
-                f"{self.name}: a batch holds one value per channel (shape {tuple(x.shape)}); a "
-                f"variance needs two. Use larger batches{advise(' (--batch-size)', '')} or larger inputs"
-                f"{advise(' (--input-size)', '')}."
-            )
         # Sums around the stored mean stay small. All batches need one centre to be merged.
         self._calls.append(batch_moments(x, self.stored.mean, images))
         if self._image_sums is not None:
@@ -124,11 +125,24 @@ class Layer:
         assert variance is not None
         # An empty input was not observed; it has no moments and needs none.
         if x.numel():
-            statistics = self._rule(self, self._calls[-1].moments)
+            moments = self._calls[-1].moments
+            rule = self._rule if moments.count > 1 else self._rule_without_variance()
+            statistics = rule(self, moments)
             # `to(mean)` takes over the dtype of the buffers, as the module's own forward has it.
             mean, variance = statistics.mean.to(mean), statistics.variance.to(variance)
         # training=False, because training mode would overwrite the module's buffers.
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    def _rule_without_variance(self) -> Rule:
+        """The rule for a single value per channel, which has no variance to be normalised with.
+
+        The layer takes its current statistics. Where these are the initial 0 and 1, as after
+        ``reset_running_stats()``, those that the pass has shown so far are better.
+        """
+        current, is_measured = self.current, self.moments is not None and self.moments.count > 1
+        if is_measured and not bool(current.mean.any()) and bool((current.variance == 1).all()):
+            return measured_statistics
+        return current_statistics
 
     @property
     def moments(self) -> Moments | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ckpt_tools.advice import advise
 from ckpt_tools.contract import Precision
@@ -24,6 +24,8 @@ from ckpt_tools.results import DropoutSite
 # Of the pass under training conditions. Four are enough where dropout adds less noise than images
 # differ; beyond sixteen the gain does not pay (see scripts/bench evidence).
 _FIRST_REPEATS, _MAX_REPEATS = 4, 16
+# Between the logarithms of an image's energy in a whole batch and in half of it: rounding is below.
+_SAME_ENERGY = 1e-2
 
 
 class Runner:
@@ -32,7 +34,8 @@ class Runner:
     Images go to convolutional models with their channels last (1.2 to 1.3 times faster on CPUs). A
     model that cannot take that, such as one with ``x.view`` on a feature map, gets them as they
     are. Where memory runs short the batch is halved, and so are the later ones; ``largest`` is then
-    the number of samples that fit.
+    the number of samples that fit. Unless ``rows_are_samples`` is known, a trial must show that the
+    layers get the same input from two halves as from the whole.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class Runner:
         precision: Precision = "fp32",
         *,
         compiled: bool = False,
+        rows_are_samples: bool = False,
     ) -> None:
+        self._rows_are_samples = rows_are_samples
         self._model = cast(nn.Module, torch.compile(model)) if compiled else model
         self._forward, self._interception = forward, interception
         interception.name_modules(model)
@@ -66,7 +71,7 @@ class Runner:
         With ``stop`` a forward ends behind the last watched layer. Raises ModelError, naming the
         batch by ``number``, if the model cannot run on it.
         """
-        parts = self._split(batch)
+        parts = self.split(batch)
         while parts:
             part = parts.pop(0)
             images = batch_size(part)
@@ -77,14 +82,58 @@ class Runner:
                     f"batch {number}: not even one sample fits into memory. Use "
                     f"{advise('a smaller --input-size', 'smaller inputs')}."
                 )
+            elif not (self._rows_are_samples or self._gives_same_inputs_in_halves(part, watched)):
+                raise ModelError(
+                    f"batch {number}: memory is too short for it, and no trial could show that its halves "
+                    "may be run one after the other. Use smaller batches or, if the rows of a batch are "
+                    "independent samples, rows_are_samples=True (--rows-are-samples)."
+                )
             else:
                 # Later batches are split from the start: each failed attempt costs a forward. The
                 # parts of this one go to the front, so that images keep their order.
                 self.largest = images // 2
-                parts[:0] = self._split(part)
+                parts[:0] = self.split(part)
 
-    def _split(self, batch: Batch) -> list[Batch]:
-        """Parts of nearly equal size, none above ``largest``."""
+    def _gives_same_inputs_in_halves(self, batch: Batch, watched: Sequence[Layer]) -> bool:
+        """Try whether halving a batch leaves the layers' inputs as they are.
+
+        The batch itself does not fit into memory, so the trial takes the first half of it that
+        does, and halves that. In a graph the rows would belong to other edges then, and the model
+        fails, or its layers see something else.
+        """
+        whole = slice_samples(batch, 0, batch_size(batch) // 2)
+        while (size := batch_size(whole)) >= 2:
+            halves = [slice_samples(whole, 0, size // 2), slice_samples(whole, size // 2, size)]
+            try:
+                expected, found = self._energies([whole], watched), self._energies(halves, watched)
+            except Exception as error:  # noqa: BLE001 - models and the caller's forward raise anything
+                if not is_short_of_memory(error):
+                    return False
+                whole = halves[0]
+                continue
+            self._rows_are_samples = expected.keys() == found.keys() and all(
+                len(values) == len(found[name]) and torch.allclose(values, found[name], atol=_SAME_ENERGY)
+                for name, values in expected.items()
+            )
+            return self._rows_are_samples
+        return False
+
+    def _energies(self, batches: Sequence[Batch], watched: Sequence[Layer]) -> dict[str, Tensor]:
+        """The energy of every image of the batches in each layer, normalised as in the final network."""
+        layers = [Layer(layer.name, layer.module, rewritten=False) for layer in watched]
+        energies: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for layer in layers:
+                layer.begin_batch(per_image=True)
+            Runner._call(self, batch, layers, stop=False)  # without training conditions
+            for layer in layers:
+                observation = layer.take_observation()
+                if observation is not None and observation.image_energy is not None:
+                    energies.setdefault(layer.name, []).append(observation.image_energy)
+        return {name: torch.cat(parts) for name, parts in energies.items()}
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """Return parts of nearly equal size, none above ``largest``: what memory was found to hold."""
         size = batch_size(batch)
         if self.largest is None or size <= self.largest:
             return [batch]
@@ -139,9 +188,18 @@ class PairedRunner(Runner):
 
     def __init__(self, test: Runner, training: Runner, *, repeats: int | None = None) -> None:
         vars(self).update(vars(test))
-        self._training = training
+        self._test, self._training = test, training
         self._is_decided = repeats is not None
         self.repeats = repeats or _FIRST_REPEATS
+
+    @property
+    def largest(self) -> int | None:
+        """The number of samples that fit into memory, which the runner of other passes learns, too."""
+        return self._test.largest
+
+    @largest.setter
+    def largest(self, size: int | None) -> None:
+        self._test.largest = size
 
     def _call(self, batch: Batch, watched: Sequence[Layer], *, stop: bool) -> None:
         pairs = [layer for layer in watched if isinstance(layer, PairedLayer)]

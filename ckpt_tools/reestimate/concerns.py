@@ -7,7 +7,16 @@ from collections.abc import Iterable, Sequence
 from ckpt_tools.advice import advise
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.reestimate.effect import effect_warning
-from ckpt_tools.results import Controls, DropoutSite, Effect, LayerResult, Reestimation, Verdict
+from ckpt_tools.results import (
+    BatchSpread,
+    Controls,
+    DropoutSite,
+    Effect,
+    LayerResult,
+    Outlier,
+    Reestimation,
+    Verdict,
+)
 
 _MAX_ERROR = 0.1  # relative standard error of a layer's median channel
 # Dropout changes a variance by 1.2 to 1.9 right behind it, and less deeper down (33 small nets).
@@ -21,19 +30,27 @@ def result_warnings(result: Reestimation) -> tuple[str, ...]:
     Predictions on synthetic inputs mean nothing, so a change of them is no warning.
     """
     effect = None if is_synthetic(result) else result.effect
-    return collect_warnings(result.layers, effect, result.noise_left_on)
+    return collect_warnings(
+        result.layers, effect, result.noise_left_on, result.batch_spread, result.kept_outliers
+    )
 
 
 def collect_warnings(
-    layers: Iterable[LayerResult], effect: Effect | None, noise_left_on: Sequence[DropoutSite] = ()
+    layers: Iterable[LayerResult],
+    effect: Effect | None,
+    noise_left_on: Sequence[DropoutSite] = (),
+    spread: BatchSpread | None = None,
+    kept: Sequence[Outlier] = (),
 ) -> tuple[str, ...]:
-    """Return the warnings about these layers, the effect of a correction, and noise in the pass."""
+    """Return the warnings about these layers, the effect of a correction, noise and the batches."""
     layers = [layer for layer in layers if layer.rewritten]
     warnings = [
         _effect_sentence(effect),
         _error_sentence(layers),
         _factor_sentence(layers),
         noise_warning(noise_left_on),
+        _spread_sentence(spread),
+        _kept_sentence(kept),
     ]
     return tuple(warning for warning in warnings if warning)
 
@@ -55,6 +72,28 @@ def refuse_doubts(verdicts: Iterable[Verdict | None], controls: Controls, warnin
             f"strict: {'; '.join(doubts)}. Nothing was written. Look at the data, or go on without "
             f"{advise('--strict', 'strict=True')}."
         )
+
+
+def _spread_sentence(spread: BatchSpread | None) -> str:
+    if spread is None or not spread.unlike:
+        return ""
+    return (
+        f"the batches differ more than chance: {spread.ratio:.1f} times as much as batches of independent "
+        f"samples ({spread.batches} batches, layer {spread.layer or '(root)'}); shuffle the data, or the "
+        "variances are off, unless the training had such batches, too"
+    )
+
+
+def _kept_sentence(kept: Sequence[Outlier]) -> str:
+    if not kept:
+        return ""
+    names = ", ".join(f"{outlier.name} ({outlier.reason})" for outlier in kept[:_LISTED])
+    more = f" and {len(kept) - _LISTED} more" if len(kept) > _LISTED else ""
+    return (
+        f"outliers count, because their batches cannot be cut and hold over 1 % of the samples: "
+        f"{names}{more}; remove them or, if the rows of a batch are independent samples, say so "
+        "(--rows-are-samples, rows_are_samples=True)"
+    )
 
 
 def _effect_sentence(effect: Effect | None) -> str:

@@ -45,6 +45,7 @@ def reestimate_bn(
     progress: Callable[[Progress], None] | None = None,
     distributed: bool = False,
     keep_outliers: bool = False,
+    rows_are_samples: bool = False,
     input_shape: tuple[int, ...] | None = None,
 ) -> Reestimation:
     """Correct the running variances of BN layers for dropout (Hendrycks & Gimpel 2016, section 3).
@@ -57,8 +58,10 @@ def reestimate_bn(
         model: any nn.Module; DataParallel, DDP and torch.compile wrappers are looked through.
         batches: an iterable of tensors, of tuples or lists whose first item is the input, or of
             dicts for ``model(**batch)`` (of ``{"image": …, "label": …}`` a model that takes a tensor
-            gets the image). `exact` and ``epochs > 1`` iterate over it several times.
-            None: up to 512 random inputs, fewer for a large model, for "ratio".
+            gets the image), in random order: `pooled` is off where every batch holds one class or one
+            video (``batch_spread`` of the result tells). A batch with one value per channel counts,
+            normalised with the stored statistics. `exact` and ``epochs > 1`` iterate over them several
+            times. None: up to 512 random inputs, fewer for a large model, for "ratio".
         estimator: "ratio": stored variance · V_off / V_on, both measured on the same inputs, with
             dropout off and, in a copy of the model in training mode, on, while all BN layers
             normalise with batch statistics. What the inputs have of their own cancels, so they need
@@ -106,6 +109,11 @@ def reestimate_bn(
             times too large, or of a single colour). Without it they are left out and named in
             ``outliers``, unless over 1 % are of their kind. A sample with NaN or infinity never
             counts.
+        rows_are_samples: the rows of a batch are independent samples (images, rows of a table), so
+            an outlier is left out alone. Without it nothing is known about them (a graph's nodes,
+            frames folded into the batch), and a batch is never cut: one with an outlier is left out
+            as a whole or, where that would be over 1 % of the samples, counts and is named in
+            ``kept_outliers``.
         input_shape: of one random input, where there are no batches; None: inferred from the model.
 
     Raises:
@@ -113,7 +121,7 @@ def reestimate_bn(
             changes a variance.
         CheckFailed: control layers show that these are not the training data, and the estimator
             depends on it (``force`` overrides), or ``strict`` found a doubt.
-        DataError: no batch, a batch of one value per channel, NaN in over 1 % of the samples.
+        DataError: no batch, one value per channel in all the data, NaN in over 1 % of the samples.
         ModelError: NaN in the model or its stored statistics, a model that cannot be run.
         UsageError: arguments of a wrong type; settings that mean nothing; a pattern that matches no
             BN layer; no batches and a model that needs real data.
@@ -131,6 +139,7 @@ def reestimate_bn(
         precision=precision,
         compile=compile,
         keep_outliers=keep_outliers,
+        rows_are_samples=rows_are_samples,
         force=force,
         strict=strict,
     )

@@ -20,8 +20,8 @@ _COMPARED_IMAGES = 64
 def precision_deviation(context: PassContext) -> Spread:
     """The relative deviation of variances in the runner's precision from those in fp32.
 
-    It is measured on the first 64 images of the first process that has any. Raises DataError if
-    there is no batch.
+    It is measured on the first 64 images, or on the first batch if it cannot be cut, of the first
+    process that has any. Raises DataError if there is no batch.
     """
     for spread in context.team.all(lambda: _local_deviation(context)):
         if spread is not None:
@@ -33,7 +33,9 @@ def _local_deviation(context: PassContext) -> Spread | None:
     ahead = context.batches.ahead(1)
     if not ahead:
         return None
-    batch = InputFilter().remove_outliers(slice_samples(ahead[0], 0, _COMPARED_IMAGES), 0)
+    batch = ahead[0]
+    if context.screening.rows_are_samples:
+        batch = InputFilter().remove_outliers(slice_samples(batch, 0, _COMPARED_IMAGES), 0)
     check_input(batch, 0)
     # fp32 comes first, so that the runner ends in the precision that the passes need.
     precision = context.runner.precision
@@ -50,5 +52,5 @@ def _variances(context: PassContext, batch: Batch, precision: Precision) -> dict
     for _ in context.runner.run(batch, 0, list(layers.values())):
         moments = {name: layer.end_batch() for name, layer in layers.items()}
         check_activations(context.model, moments, 0)
-    reached = [layer for layer in layers.values() if layer.rewritten]
-    return {layer.name: layer.moments.variance() for layer in reached if layer.moments}
+    moments = {layer.name: layer.moments for layer in layers.values() if layer.rewritten}
+    return {name: item.variance() for name, item in moments.items() if item and item.count > 1}

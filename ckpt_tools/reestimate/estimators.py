@@ -29,7 +29,7 @@ from ckpt_tools.observation.layer import (
 from ckpt_tools.observation.paired_layer import paired_statistics
 from ckpt_tools.reestimate.passes import DataPass, PassContext, PassResult
 from ckpt_tools.reestimate.screening import DetectedOutlier
-from ckpt_tools.results import DropoutSite
+from ckpt_tools.results import DropoutSite, Outlier
 
 # `exact` ends when no statistic changes by more in a pass; the fixed point is then known to 1e-3.
 _SETTLED = 1e-4
@@ -37,6 +37,7 @@ _MAX_PASSES = 100
 # Weight of the new value in a log-space step. Undamped passes diverge; from `pooled`, a weight of
 # 0.7 reaches 1e-3 in 6 to 7 passes on small nets, 0.5 in 8 to 9.
 _DAMPING = 0.7
+_TOLERATED_LOSS = 0.5  # of the samples of a paired measurement, in batches that cannot be cut
 _NO_SHIFT = 1e-5  # a smaller relative change of a variance is rounding
 
 
@@ -46,9 +47,10 @@ class Estimate:
 
     ``statistics`` are the new ones of the layers to rewrite, by layer name, without layers that
     the data did not reach. ``last_pass`` holds the evidence for them, ``outliers`` the samples that
-    were left out in any pass. ``residual`` is the largest relative change in the last pass of
-    `exact`. ``error_scale`` is the standard error of a layer's estimate in units of that of the
-    pooled variance, by layer name where it is not 1.
+    were left out in any pass, and ``kept_outliers`` those that counted in the first one.
+    ``residual`` is the largest relative change in the last pass of `exact`. ``error_scale`` is the
+    standard error of a layer's estimate in units of that of the pooled variance, by layer name where
+    it is not 1.
     """
 
     statistics: Mapping[str, MeanVariance]
@@ -58,6 +60,7 @@ class Estimate:
     stopped_early: bool = False
     residual: float | None = None
     error_scale: Mapping[str, float] = field(default_factory=dict)
+    kept_outliers: tuple[Outlier, ...] = ()
 
 
 def ratio(context: PassContext, tolerance: float | None, max_images: int | None = None) -> Estimate:
@@ -67,7 +70,14 @@ def ratio(context: PassContext, tolerance: float | None, max_images: int | None 
     what the samples have of their own cancels, and they need not be those of the training. The
     layers of the context are of type ``PairedLayer``.
     """
-    only = DataPass(context, paired_statistics, tolerance=tolerance, max_images=max_images).run()
+    # What is left out of both sides of a ratio costs precision alone.
+    only = DataPass(
+        context,
+        paired_statistics,
+        tolerance=tolerance,
+        max_images=max_images,
+        tolerated_loss=_TOLERATED_LOSS,
+    ).run()
     shifts = {name: dropout_shift(only.evidence[name]) for name in _reached_names(context, only.evidence)}
     corrected = {
         name: MeanVariance(stored.mean, stored.variance / shift)
@@ -75,7 +85,9 @@ def ratio(context: PassContext, tolerance: float | None, max_images: int | None 
         for stored in [context.layers[name].stored]
     }
     _require_some(corrected)
-    return Estimate(corrected, only, only.total.outliers, stopped_early=only.stopped_early)
+    return Estimate(
+        corrected, only, only.total.outliers, stopped_early=only.stopped_early, kept_outliers=only.kept
+    )
 
 
 def refuse_without_noise(estimate: Estimate, noise_left_on: Sequence[DropoutSite]) -> None:
@@ -119,7 +131,9 @@ def pooled(
     """
     first = DataPass(context, _pooling_rule(statistics), number, tolerance=tolerance).run()
     measured = _measured_statistics(context, first.evidence, statistics)
-    return Estimate(measured, first, first.total.outliers, stopped_early=first.stopped_early)
+    return Estimate(
+        measured, first, first.total.outliers, stopped_early=first.stopped_early, kept_outliers=first.kept
+    )
 
 
 def exact(context: PassContext, statistics: Statistics, tolerance: float | None) -> Estimate:
@@ -152,7 +166,15 @@ def exact(context: PassContext, statistics: Statistics, tolerance: float | None)
         targets = _measured_statistics(context, last.evidence, statistics)
         residual = _largest_change(context, targets)
         current = {name: _step(context.layers[name].current, targets[name]) for name in targets}
-    return Estimate(current, last, first.total.outliers, passes, first.stopped_early, residual)
+    return Estimate(
+        current,
+        last,
+        first.total.outliers,
+        passes,
+        first.stopped_early,
+        residual,
+        kept_outliers=first.kept,
+    )
 
 
 def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: int) -> Estimate:
@@ -163,6 +185,8 @@ def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: i
     calls: Counter[str] = Counter()
 
     def update(layer: Layer, batch: Moments) -> None:
+        if batch.count < 2:  # PyTorch's training mode refuses such a batch
+            return
         calls[layer.name] += 1
         mean = batch.mean if statistics == "mean+variance" else layer.current.mean
         layer.current = MeanVariance(
@@ -178,8 +202,10 @@ def ema(context: PassContext, statistics: Statistics, momentum: float, epochs: i
         outliers += tuple(new for new in last.total.outliers if new.outlier.name not in names)
     averages = {name: context.layers[name].current for name in _reached_names(context, last.evidence)}
     batches = last.total.batches * epochs
-    scales = {name: _moving_average_error(batches, calls[name] / batches, momentum) for name in averages}
-    return Estimate(averages, last, outliers, epochs, error_scale=scales)
+    scales = {
+        name: _moving_average_error(batches, max(1, calls[name]) / batches, momentum) for name in averages
+    }
+    return Estimate(averages, last, outliers, epochs, error_scale=scales, kept_outliers=first.kept)
 
 
 def _moving_average_error(batches: int, calls: float, momentum: float) -> float:

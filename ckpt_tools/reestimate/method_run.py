@@ -26,6 +26,7 @@ from ckpt_tools.observation.layer import Layer, MeanVariance
 from ckpt_tools.observation.paired_layer import PairedLayer
 from ckpt_tools.observation.running import PairedRunner, Runner
 from ckpt_tools.observation.training_mode import copy_in_training_mode
+from ckpt_tools.reestimate.batch_spread import measure_batch_spread
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.concerns import collect_warnings, refuse_doubts
@@ -70,6 +71,8 @@ def run_method(
     started = time.perf_counter()
     estimator, statistics, precision = method.estimator, method.statistics, method.precision
     data = Batches(batches)
+    # Sources of our own say so: they put samples into batches themselves.
+    rows_are_samples = method.rows_are_samples or bool(getattr(batches, "rows_are_samples", False))
     # Raised here rather than after the first pass, which may take long.
     if data.one_shot and method.reads_data_repeatedly:
         raise UsageError(
@@ -102,12 +105,17 @@ def run_method(
             keep=method.keep,
             frozen=frozen,
         )
-        runner = _make_runner(model, forward, method)
+        runner = _make_runner(model, forward, method, rows_are_samples=rows_are_samples)
         # Submodules that the user has compiled must run as they are written to be intercepted.
         uncompiled = contextlib.nullcontext() if method.compile else force_eager()
         with evaluation_mode(model), torch.no_grad(), uncompiled:
             share_buffers(model, team)
-            screening = Screening(model, _sample_namer(batches, team), keep=method.keep_outliers)
+            screening = Screening(
+                model,
+                _sample_namer(batches, team),
+                keep=method.keep_outliers,
+                rows_are_samples=rows_are_samples,
+            )
             observed = _observed_layers(model, walk, choice, replaced=method.replaces_statistics)
             context = PassContext(model, data, runner, observed, screening, team, progress)
             deviation = None if precision == "fp32" else precision_deviation(context)
@@ -129,8 +137,9 @@ def run_method(
             layers = {**selection.layers, **observed}
             effect = None
             if selection.paired and compares_outputs:
+                parts = [part for batch in sample for part in runner.split(batch)]
                 effect = team.first(
-                    lambda: measure_effect(model, sample, forward, layers, estimate.statistics)
+                    lambda: measure_effect(model, parts, forward, layers, estimate.statistics)
                 )
         evidence = estimate.last_pass.evidence
         controls = team.first(lambda: judge_controls(choice, layers, evidence, synthetic=synthetic))
@@ -141,11 +150,18 @@ def run_method(
     results = layer_results(walk, choice, layers, estimate, selection.paired)
     # The variances that mean+variance replaces are no judge of the data, and `ratio` needs none.
     # A verdict that is known already comes from a closer look than that of the control layers.
+    batch_spread = None if synthetic else measure_batch_spread(layers, evidence)
     is_judge_needed = verdict is None and statistics == "variance" and selection.estimator != "ratio"
     if is_judge_needed and not method.force:
         refuse_disagreement(controls)
     if method.strict:
-        warnings = collect_warnings(results, None if synthetic else effect, noise_left_on)
+        warnings = collect_warnings(
+            results,
+            None if synthetic else effect,
+            noise_left_on,
+            batch_spread,
+            estimate.kept_outliers,
+        )
         refuse_doubts((verdict, selection.verdict), controls, warnings)
     if not dry_run:
         _write(observed, estimate.statistics, means=statistics == "mean+variance")
@@ -172,6 +188,8 @@ def run_method(
         left_alone=walk.left_alone,
         noise_left_on=noise_left_on,
         outliers=tuple(detected.outlier for detected in estimate.outliers),
+        batch_spread=batch_spread,
+        kept_outliers=estimate.kept_outliers,
         common=() if method.keep_outliers else tuple(sorted(screening.common)),
     )
 
@@ -183,10 +201,17 @@ def _make_runner(
     *,
     dropout: bool = False,
     containers: bool = True,
+    rows_are_samples: bool,
 ) -> Runner:
     kind = CompiledInterception if method.compile else Interception
-    interception = kind(dropout=dropout, containers=containers)
-    return Runner(model, forward, interception, method.precision, compiled=method.compile)
+    return Runner(
+        model,
+        forward,
+        kind(dropout=dropout, containers=containers),
+        method.precision,
+        compiled=method.compile,
+        rows_are_samples=rows_are_samples,
+    )
 
 
 def _paired_context(
@@ -214,7 +239,14 @@ def _paired_context(
             layers[walked.name] = PairedLayer(
                 walked.name, module, twin, rewritten=rewritten, frozen=is_frozen
             )
-    training = _make_runner(copied, forward, method, dropout=True, containers=walk.containers_trained)
+    training = _make_runner(
+        copied,
+        forward,
+        method,
+        dropout=True,
+        containers=walk.containers_trained,
+        rows_are_samples=context.screening.rows_are_samples,
+    )
     return replace(context, layers=layers, runner=PairedRunner(context.runner, training, repeats=repeats))
 
 

@@ -20,6 +20,7 @@ from ckpt_tools.observation.outliers import SELF_SUFFICIENT
 from ckpt_tools.observation.running import Runner, has_hooks
 from ckpt_tools.reestimate.batches import Batches, checksum, no_batch_error
 from ckpt_tools.reestimate.screening import (
+    TOLERATED_SHARE,
     Observations,
     SampleKey,
     Screening,
@@ -28,6 +29,7 @@ from ckpt_tools.reestimate.screening import (
 from ckpt_tools.reestimate.shares import combine_shares
 from ckpt_tools.reestimate.stopping import Progress, error_bound, is_precise_enough
 from ckpt_tools.reestimate.tally import Tally
+from ckpt_tools.results import Outlier
 
 # Control layers are watched on so many images only: they suffice to tell a factor of two.
 _CONTROL_IMAGES = 512
@@ -57,7 +59,8 @@ class PassContext:
 class PassResult:
     """What a pass measured: the evidence of each layer that the data reached, by layer name.
 
-    ``total`` counts the data of all processes, ``local_batches`` the batches of this one.
+    ``total`` counts the data of all processes, ``local_batches`` the batches of this one. ``kept``
+    are outliers that count, because too much would have been left out with them.
     """
 
     evidence: dict[str, Evidence]
@@ -65,6 +68,7 @@ class PassResult:
     local_batches: int
     control_batches: int  # the first ones, on which control layers were watched
     stopped_early: bool
+    kept: tuple[Outlier, ...] = ()
 
 
 @dataclass
@@ -87,6 +91,8 @@ class DataPass:
             with them again.
         update: called for each rewritten layer after each batch, once for each call of the layer.
         residual: of the pass before, for the progress display.
+        tolerated_loss: which share of the data may be left out in whole batches, because these hold
+            outliers and cannot be cut.
     """
 
     context: PassContext
@@ -98,6 +104,7 @@ class DataPass:
     max_images: int | None = None
     update: Update | None = None
     residual: float | None = None
+    tolerated_loss: float = TOLERATED_SHARE
     _control_batches: int = field(default=0, init=False)
     # Shapes of the batches on which a forward runs each layer exactly once. Larger batches may be
     # cut into several ghost batches, longer sequences run a recursion more often.
@@ -116,13 +123,26 @@ class DataPass:
         self._control_batches = self._count_control_batches()
         local, total, stopped = self._read_data(initial)
         # Where many samples look like outliers of one kind, they are what the data look like. What
-        # was measured without them is wrong, so the pass begins again and lets them count.
-        while (common := total.common_reasons()) and self._is_rereadable():
-            self.context.screening.common |= common
+        # was measured without them is wrong, so the pass begins again and lets them count. The same
+        # holds where too many whole batches would be lost, but for this pass alone.
+        kept: tuple[Outlier, ...] = ()
+        screening, common = self.context.screening, self.context.screening.common
+        while self._is_rereadable():
+            new, costly = total.common_reasons(), total.costly_outliers(self.tolerated_loss)
+            if not new and not costly:
+                break
+            kept += tuple(outlier for outlier in costly if outlier.reason not in new)
+            common |= new
+            screening.common |= new | {outlier.reason for outlier in costly}
             local, total, stopped = self._read_data(initial)
+        screening.common = common
         self._check_data(total)
-        evidence = {layer.name: layer.evidence for layer in layers if layer.evidence is not None}
-        return PassResult(evidence, total, local.batches, self._control_batches, stopped)
+        evidence = {
+            layer.name: layer.evidence
+            for layer in layers
+            if layer.evidence is not None and layer.evidence.moments.count > 1
+        }
+        return PassResult(evidence, total, local.batches, self._control_batches, stopped, kept)
 
     def _count_control_batches(self) -> int:
         """How many batches hold the images that control layers need, by the largest first batch."""
@@ -146,7 +166,7 @@ class DataPass:
             layer.begin_pass(self.rule)
         excluded: set[SampleKey] | None = None
         if self.first is not None and self.same_samples:
-            excluded = {detected.key for detected in self.first.total.outliers}
+            excluded = {key for detected in self.first.total.outliers for key in detected.keys}
         context.screening.begin_pass(excluded)
         # Small batches cannot show what is usual, so several are looked at before the first is run.
         if context.screening.judges:
@@ -262,6 +282,19 @@ class DataPass:
         if not total.batches:
             raise no_batch_error()
         refuse_not_finite(total.outliers, total.samples)
+        if not total.images:
+            names = ", ".join(detected.outlier.name for detected in total.outliers[:3])
+            raise DataError(
+                f"every batch holds an outlier ({names}) and was left out as a whole. Remove these samples, "
+                "or, if the rows of a batch are independent samples, leave out the outliers alone "
+                "(rows_are_samples=True, --rows-are-samples)."
+            )
+        for layer in self.context.layers.values():
+            if layer.rewritten and layer.moments is not None and layer.moments.count < 2:
+                raise DataError(
+                    f"{layer.name}: all the data holds one value per channel for this layer; a variance "
+                    "needs two. Give more samples, or larger inputs (--input-size)."
+                )
         if self.first is None:
             return
         # The totals of all processes are compared, because a DataLoader may deal samples out to the

@@ -4,6 +4,10 @@ The sums over clusters of images, which are measured anyway, suffice to see that
 Then nothing is computed twice, and all results are those of a pass without screening. A batch that
 looks unusual is run again to measure image by image, and once more without the images that stand
 out, because these have influenced the variance that normalised their neighbours.
+
+Only a batch whose rows are known to be independent samples is run without some of them. Of any
+other batch (a graph, frames folded into the batch) nobody knows what belongs to a row, so it is
+left out as a whole.
 """
 
 from __future__ import annotations
@@ -58,10 +62,14 @@ _MAX_NOT_FINITE = 100  # if there are more, and most samples are not finite, rea
 
 @dataclass(frozen=True)
 class DetectedOutlier:
-    """An outlier, and the key by which a later pass recognises it."""
+    """An outlier, and the keys by which a later pass recognises what was left out with it.
+
+    That is the sample alone. Of a batch that is left out as a whole, the first outlier has the keys
+    of all its samples, and any other outlier has none.
+    """
 
     outlier: Outlier
-    key: SampleKey
+    keys: tuple[SampleKey, ...]
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,20 @@ class Screening:
     """Keeps outliers out of passes; with ``keep`` only samples that are not finite.
 
     ``sample_name(batch, row)`` is what users know a sample by. Samples with a reason in ``common``
-    count as usual, because the data have many of them.
+    count as usual, because the data have many of them. Unless ``rows_are_samples``, a batch with an
+    outlier is left out as a whole.
     """
 
-    def __init__(self, model: nn.Module, sample_name: Callable[[int, int], str], *, keep: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sample_name: Callable[[int, int], str],
+        *,
+        keep: bool,
+        rows_are_samples: bool,
+    ) -> None:
         self.common: frozenset[OutlierReason] = frozenset({"blank", "extreme"} if keep else ())
+        self.rows_are_samples = rows_are_samples
         self._model, self._sample_name = model, sample_name
         self.begin_pass(None)
 
@@ -115,7 +132,10 @@ class Screening:
         if any(batch_size(batch) >= SELF_SUFFICIENT for batch in batches[:1]):
             return
         for number, batch in enumerate(batches):
-            finite = sorted(set(range(batch_size(batch))) - set(not_finite_rows(batch, number)))
+            not_finite = not_finite_rows(batch, number)
+            finite = sorted(set(range(batch_size(batch))) - set(not_finite))
+            if not_finite and not self.rows_are_samples:
+                continue
             energies = log_energies(select_samples(batch, finite)) if finite else None
             if energies is not None:
                 self._histories["input"].remember(energies)
@@ -152,8 +172,9 @@ class Screening:
         input_rows = not_finite_rows(batch, number)
         outliers = {row: Suspect("not finite", None, "input") for row in input_rows}
         usual: list[int] = []
+        counting: list[Observations] = []
         tasks = [self._first_task(batch, number, outliers)]
-        while tasks:
+        while tasks and (self.rows_are_samples or not outliers):
             task, start = tasks.pop(0), 0
             if not task.rows:
                 continue
@@ -164,22 +185,39 @@ class Screening:
                 part_task = task.restricted_to(rows)
                 next_task = self._next_task(part_task, observations, number, outliers)
                 if next_task is None:
-                    count(observations)
+                    counting.append(observations)
                     usual += rows
                 else:
                     tasks.append(next_task)
+        if outliers and not self.rows_are_samples:
+            usual, counting = [], []
+        for observations in counting:
+            count(observations)
         self._images += batch_size(batch)
-        self._counts.update(suspect.reason for suspect in outliers.values())
-        detected = []
-        for row, suspect in sorted(outliers.items()):
-            name = self._sample_name(local_number, row)
-            outlier = Outlier(name, suspect.reason, suspect.leverage, suspect.where)
-            key = _sample_keys(select_samples(batch, [row]), number, row)[0]
-            detected.append(DetectedOutlier(outlier, key))
+        reasons = [suspect.reason for suspect in outliers.values()]
+        self._counts.update(reasons if self.rows_are_samples else set(reasons))
+        detected = self._describe(batch, local_number, number, outliers)
         self._not_finite += [item for item in detected if item.outlier.reason == "not finite"]
         if len(self._not_finite) > max(_MAX_NOT_FINITE, self._images / 2):
             refuse_not_finite(self._not_finite, self._images)
         return sorted(usual), tuple(detected)
+
+    def _describe(
+        self, batch: Batch, local_number: int, number: int, outliers: Mapping[int, Suspect]
+    ) -> list[DetectedOutlier]:
+        """Name the outliers of a batch; the arguments are those of ``screen``, with their rows."""
+        detected: list[DetectedOutlier] = []
+        for row, suspect in sorted(outliers.items()):
+            name = self._sample_name(local_number, row)
+            whole = not self.rows_are_samples
+            outlier = Outlier(name, suspect.reason, suspect.leverage, suspect.where, whole_batch=whole)
+            keys: Sequence[SampleKey] = ()
+            if not whole:
+                keys = _sample_keys(select_samples(batch, [row]), number, row)[:1]
+            elif not detected:
+                keys = _sample_keys(batch, number)
+            detected.append(DetectedOutlier(outlier, tuple(keys)))
+        return detected
 
     def _first_task(self, batch: Batch, number: int, outliers: Mapping[int, Suspect]) -> _Task:
         rows = [row for row in range(batch_size(batch)) if row not in outliers]
@@ -187,9 +225,10 @@ class Screening:
             # Heads are cheap to compute, digests are not: few samples share a head with an outlier.
             heads = {fingerprint_head(key) for key in self._excluded if isinstance(key, bytes)}
             keys = _sample_keys(batch, number, heads=heads)
-            return _Task([row for row in rows if keys[row] not in self._excluded])
-        if not rows:
-            return _Task(rows)
+            usual = [row for row in rows if keys[row] not in self._excluded]
+            return _Task(usual if self.rows_are_samples or not usual else rows)
+        if not rows or (outliers and not self.rows_are_samples):
+            return _Task([])
         finite = select_samples(batch, rows) if outliers else batch
         suspects = find_suspects(finite, self._histories["input"], self.common)
         by_row = {rows[place]: suspect for place, suspect in suspects.items()}

@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
     progress: Callable[[Progress], None] | None
     distributed: bool
     keep_outliers: bool
+    rows_are_samples: bool
     input_shape: tuple[int, ...] | None
 
 

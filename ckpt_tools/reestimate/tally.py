@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ckpt_tools.contract import OutlierReason
 from ckpt_tools.reestimate.screening import DetectedOutlier, tolerated_outliers
+from ckpt_tools.results import Outlier
+
+_COMMON_BATCHES = 0.25  # share of the batches with an outlier above which that is what data look like
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,37 @@ class Tally:
         )
 
     @property
+    def left_out(self) -> int:
+        """The outliers, and the samples that were left out because they share a batch with one."""
+        return sum(len(detected.keys) for detected in self.outliers)
+
+    @property
     def samples(self) -> int:
-        """All samples that were read, outliers among them."""
-        return self.images + len(self.outliers)
+        """All samples that were read, those that were left out among them."""
+        return self.images + self.left_out
 
     def common_reasons(self) -> frozenset[OutlierReason]:
-        """Reasons that rejected so many samples that these are what the data look like."""
-        reasons = Counter(detected.outlier.reason for detected in self.outliers)
-        del reasons["not finite"]  # those never count, however many they are
-        limit = tolerated_outliers(self.samples)
-        return self.common | {reason for reason, count in reasons.items() if count > limit}
+        """Reasons that rejected so many samples that these are what the data look like.
+
+        In batches that are left out as a whole, one extreme row may make many others extreme (the
+        neighbours of a node), so there the batches are counted.
+        """
+        single = Counter(item.outlier.reason for item in self.outliers if not item.outlier.whole_batch)
+        batches = Counter(
+            item.outlier.reason for item in self.outliers if item.outlier.whole_batch and item.keys
+        )
+        common = {reason for reason, count in single.items() if count > tolerated_outliers(self.samples)}
+        limit = max(1, _COMMON_BATCHES * self.batches)
+        common |= {reason for reason, count in batches.items() if count > limit}
+        return self.common | common - {"not finite"}  # those never count, however many they are
+
+    def costly_outliers(self, tolerated_share: float) -> tuple[Outlier, ...]:
+        """The outliers whose batches, left out as a whole, are a larger share of the data than this.
+
+        To leave them out would change the result more than an outlier may; they are to be kept.
+        Samples that are not finite never count, whatever they cost.
+        """
+        batches = [detected for detected in self.outliers if detected.outlier.whole_batch]
+        finite = [detected for detected in batches if detected.outlier.reason != "not finite"]
+        lost = sum(len(detected.keys) for detected in finite)
+        return tuple(item.outlier for item in finite) if lost > tolerated_share * self.samples else ()

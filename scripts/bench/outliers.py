@@ -106,7 +106,14 @@ def _variances(model: nn.Module, run: Callable[[nn.Module, Tensor], object], ima
 
 
 def _ours(model: nn.Module, images: Tensor, size: int = BATCH) -> Reestimation:
-    return reestimate_bn(model, list(images.split(size)), layers="all", force=True, estimator="pooled")
+    return reestimate_bn(
+        model,
+        list(images.split(size)),
+        layers="all",
+        force=True,
+        estimator="pooled",
+        rows_are_samples=True,
+    )
 
 
 def _update_bn(model: nn.Module, images: Tensor) -> None:

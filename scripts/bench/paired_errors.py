@@ -67,7 +67,7 @@ def measure_shift(
         Runner(twin, call_model, Interception(dropout=True)),
         repeats=repeats,
     )
-    screening = Screening(model, lambda batch, row: "", keep=False)
+    screening = Screening(model, lambda batch, row: "", keep=False, rows_are_samples=True)
     context = PassContext(model, Batches(batches), runner, layers, screening)
     with preserved_evaluation_mode(model), torch.no_grad(), seed_temporarily(seed):
         estimate = ratio(context, None)

@@ -64,7 +64,7 @@ def estimated(model: nn.Module, batches: Iterator[Tensor], tolerance: float | No
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms}
     runner, screening = (
         Runner(model, call_model, Interception()),
-        Screening(model, lambda batch, row: "", keep=False),
+        Screening(model, lambda batch, row: "", keep=False, rows_are_samples=True),
     )
     context = PassContext(model, Batches(batches), runner, layers, screening)
     with preserved_evaluation_mode(model), torch.no_grad():

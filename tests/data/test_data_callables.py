@@ -122,17 +122,16 @@ def test_iterables_come_as_they_are_and_iterators_are_made_anew():
     assert first_column(stream("inner.made")) == list(range(40))
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [(10, [10]), (30, [30]), (33, [30, 3]), (99, [30, 10])])
-def test_limit_takes_the_first_samples_of_an_iterable(limit, sizes):
+@pytest.mark.parametrize(("limit", "sizes"), [(10, [30]), (30, [30]), (33, [30, 10]), (99, [30, 10])])
+def test_limit_takes_the_first_batches_of_an_iterable_and_cuts_none(limit, sizes):
     batches = stream("listed", limit=limit)
     assert [len(batch) for batch in batches] == [len(batch) for batch in batches] == sizes
 
 
-def test_limit_cuts_tuples_and_dicts_alike():
-    pair = list(stream("generator", limit=30))[-1]
-    assert [len(part) for part in pair] == [5, 5]
-    only = next(iter(stream("dicts", limit=7)))
-    assert (len(only["x"]), len(only["mask"]), only["scale"].item()) == (7, 7, 2.0)
+def test_a_source_knows_whether_the_rows_of_its_batches_are_samples():
+    assert stream("pairs").rows_are_samples
+    assert not stream("listed").rows_are_samples
+    assert not stream("dicts").rows_are_samples
 
 
 @pytest.mark.parametrize(

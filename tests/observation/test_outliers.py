@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
-from ckpt_tools import reestimate_bn
+import ckpt_tools
 from ckpt_tools.cli import main
 from ckpt_tools.contract import InputSpec
 from ckpt_tools.data.images.image_folder import FolderSource
@@ -37,6 +38,9 @@ from ckpt_tools.observation.outliers import (
 )
 from ckpt_tools.reestimate.method_run import _sample_namer
 from ckpt_tools.results import Reestimation
+
+# All data here is of independent samples. tests/reestimate/test_uncut_batches.py has other data.
+reestimate_bn = functools.partial(ckpt_tools.reestimate_bn, rows_are_samples=True)
 
 SHAPE = (3, 8, 8)
 BAD = (100, 200, 300)

@@ -68,7 +68,7 @@ def test_short_memory_halves_the_batches(error: Exception) -> None:
     limited, plain = Limited(densenet(), 10, error), densenet()
     found = ckpt_tools.walk(limited, DATA[0][:2])
     limited.sizes.clear()
-    result = reestimate_bn(limited, DATA, walk=found, estimator="pooled")
+    result = reestimate_bn(limited, DATA, walk=found, estimator="pooled", rows_are_samples=True)
     reestimate_bn(plain, [part for batch in DATA for part in batch.split(8)], estimator="pooled")
     assert result.cut_to == 8
     assert limited.sizes == [8] * 16
@@ -83,7 +83,7 @@ def test_memory_for_not_even_one_sample() -> None:
     limited.most = 0
     before = copy.deepcopy(limited.state_dict())
     with pytest.raises(ModelError, match="not even one sample fits"):
-        reestimate_bn(limited, DATA, walk=found, estimator="pooled")
+        reestimate_bn(limited, DATA, walk=found, estimator="pooled", rows_are_samples=True)
     for key, value in limited.state_dict().items():
         assert torch.equal(value, before[key])
 

@@ -229,7 +229,7 @@ def test_an_outlier_is_left_out_of_both_conditions() -> None:
     clean, dirty = copy.deepcopy(model), copy.deepcopy(model)
     kept = [row for row in range(400) if row != 7]
     reestimate_bn(clean, [x[kept]], estimator="ratio")
-    result = reestimate_bn(dirty, [spoiled], estimator="ratio")
+    result = reestimate_bn(dirty, [spoiled], estimator="ratio", rows_are_samples=True)
     assert [outlier.name for outlier in result.outliers] == ["sample 7 of batch 0"]
     torch.testing.assert_close(
         variances(dirty)["features.5.running_var"],

@@ -86,7 +86,7 @@ def run_pass(model: nn.Module, batches: list[Tensor]) -> dict[str, Moments]:
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     layers = {name: Layer(name, module, rewritten=True) for name, module in norms.items()}
     with torch.no_grad():
-        screening = Screening(model, lambda batch, row: "", keep=False)
+        screening = Screening(model, lambda batch, row: "", keep=False, rows_are_samples=True)
         runner = Runner(model, call_model, Interception())
         context = PassContext(model, Batches(batches), runner, layers, screening)
         estimate = pooled(context, "variance", None)

@@ -91,6 +91,7 @@ class ShardStream:
 
     count: None = None
     batch_count: None = None
+    rows_are_samples = True
 
     def __init__(
         self,

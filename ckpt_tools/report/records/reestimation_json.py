@@ -72,6 +72,8 @@ def outcome_json(outcome: ReestimationOutcome) -> dict[str, object]:
         "layers": [_layer(layer, made_up=is_synthetic(result)) for layer in result.layers],
         "controls": _controls(result.controls),
         "outliers": [dataclass_to_dict(outlier) for outlier in result.outliers],
+        "kept_outliers": [dataclass_to_dict(outlier) for outlier in result.kept_outliers],
+        "batch_spread": result.batch_spread and dataclass_to_dict(result.batch_spread),
         "common_outliers": list(result.common),
         "left_alone": [dataclasses.asdict(item) for item in result.left_alone],
         # Operations that drew random numbers with dropout off, too

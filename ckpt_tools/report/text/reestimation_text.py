@@ -199,7 +199,13 @@ def outliers_text(result: Reestimation) -> list[str]:
         count = count_text(len(result.outliers), "sample")
         parts.append(f"outliers: {count} left out (--keep-outliers includes them)")
         shown = result.outliers[:_SHOWN_OUTLIERS]
-        parts.append(align_columns([(f"  {item.name}", item.reason, leverage_text(item)) for item in shown]))
+        rows = [(f"  {item.name}", item.reason, leverage_text(item)) for item in shown]
+        parts.append(align_columns(rows))
+        if any(item.whole_batch for item in result.outliers):
+            parts.append(
+                "  with their whole batches, whose rows are not known to be independent samples "
+                "(--rows-are-samples)"
+            )
     if len(result.outliers) > _SHOWN_OUTLIERS:
         parts.append(f"  … and {len(result.outliers) - _SHOWN_OUTLIERS} more (--json lists all)")
     if result.common:
