@@ -26,7 +26,7 @@ from ckpt_tools.errors import ModelError
 from ckpt_tools.initialize.init_results import Factors
 from ckpt_tools.initialize.layer_factors import MAX_USES, ZERO_INPUT
 from ckpt_tools.initialize.weight_products import WeightNames
-from ckpt_tools.model.batch import Batch, batch_size, repeat_samples, to_device
+from ckpt_tools.model.batch import Batch, batch_size, repeat_samples, to_device, to_pytree
 from ckpt_tools.model.calling import Forward, device_of, force_eager
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.overwriting import overwrite_tensors
@@ -97,17 +97,18 @@ def measure_factors(
 
 def _normal_batches(example_input: Batch, repeats: int, seed: int) -> Iterator[Batch]:
     """The batches to try: with more samples, with as many as given, and as it was given."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw_like(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+            return tensor
+        return torch.randn(tensor.shape, generator=generator).to(tensor)
+
     repeated = repeat_samples(example_input, repeats)
-    for batch in [example_input] if repeated is None else [repeated, example_input]:
-        generator = torch.Generator().manual_seed(seed)
-        yield pytree.tree_map_only(Tensor, lambda tensor: _normal_like(tensor, generator), batch)
+    if repeated is not None:
+        yield pytree.tree_map_only(Tensor, draw_like, repeated)
+    yield pytree.tree_map_only(Tensor, draw_like, to_pytree(example_input))
     yield example_input
-
-
-def _normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
-        return tensor
-    return torch.randn(tensor.shape, generator=generator).to(tensor)
 
 
 def _measure(
@@ -124,9 +125,7 @@ def _measure(
     }
     if shared:
         seconds = {**_sweep(drawn, batch, forward, mode, seed, shared), **{n: seconds[n] for n in shared}}
-    return {
-        name: _update_factors(factors, seconds.get(name, [])) for name, factors in drawn.factors.items()
-    }
+    return {name: _update_factors(factors, seconds.get(name, [])) for name, factors in drawn.factors.items()}
 
 
 def _sweep(
@@ -138,6 +137,7 @@ def _sweep(
     fixed: Mapping[str, Factors],
 ) -> dict[str, list[float]]:
     """Run a copy of the model once, and return the second moments of each weight's first uses."""
+    seconds: dict[str, list[float]] = {}
     with preserve_models(drawn.model, forward), preserve_random_generators(), force_eager(), torch.no_grad():
         seed_random_generators(seed)
         twin = copy_model(drawn.model, meta=False)
@@ -148,21 +148,28 @@ def _sweep(
         parameters = dict(twin.named_parameters(remove_duplicate=False))
         overwrite_tensors([(parameters[name], value) for name, value in drawn.tensors.items()])
         for name, factors in fixed.items():
-            parameters[name] *= drawn.factors[name].divisor / factors.divisor
-        with _Rescaler(twin, {**drawn.factors, **fixed}, fixed) as rescaler:
+            parameters[name].mul_(drawn.factors[name].divisor / factors.divisor)
+        with _Rescaler(twin, {**drawn.factors, **fixed}, fixed, seconds):
             forward(twin, batch)
-    return rescaler.seconds
+    return seconds
 
 
 class _Rescaler(TorchDispatchMode):
     """Sets the divisor of every weight at its first use, by the variance of its output there.
 
-    ``seconds`` has the second moments of each weight's first uses that something reaches.
+    ``seconds`` receives the second moments of each weight's first uses that something reaches.
+    Weights in ``fixed`` keep their divisors.
     """
 
-    def __init__(self, model: nn.Module, factors: Mapping[str, Factors], fixed: Mapping[str, Factors]):
+    def __init__(
+        self,
+        model: nn.Module,
+        factors: Mapping[str, Factors],
+        fixed: Mapping[str, Factors],
+        seconds: dict[str, list[float]],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seconds: dict[str, list[float]] = {}
+        self._seconds = seconds
         self._names = WeightNames(model)
         self._parameters = dict(model.named_parameters())
         self._factors = dict(factors)
@@ -182,13 +189,13 @@ class _Rescaler(TorchDispatchMode):
         z = func(*_without_bias(func, args), **(kwargs or {}))
         factors = self._factors[name]
         second = _second_moment(z, args[position], factors.divisor)
-        uses = self.seconds.setdefault(name, [])
+        uses = self._seconds.setdefault(name, [])
         if math.isfinite(second) and second > ZERO_INPUT and len(uses) < MAX_USES:
             uses.append(second)
             if len(uses) == 1 and name not in self._fixed:
                 self._factors[name] = _update_factors(factors, uses)
                 scale = factors.divisor / self._factors[name].divisor
-                self._parameters[name] *= scale
+                self._parameters[name].mul_(scale)
                 z *= scale
         return func(*args, **(kwargs or {})) if _has_bias(func, args) else z
 
