@@ -80,9 +80,7 @@ def _integrate_adaptively(f: Function) -> ActivationMoments:
         if not len(low):
             break
         if len(low) > _MAX_INTERVALS:
-            raise UsageError(
-                f"{_name(f)}: no quadrature converges on it; expected a piecewise smooth function."
-            )
+            raise _infinite_moments(f)
         middle = (low + high) / 2
         low, high = torch.cat([low, middle]), torch.cat([middle, high])
     else:
@@ -150,8 +148,8 @@ def _require_finite_moments(f: Function, low: Tensor, integrals: Tensor) -> None
 
 def _infinite_moments(f: Function) -> UsageError:
     return UsageError(
-        f"{_name(f)}: its moments under N(0, 1) are not finite; expected a tamer function, without "
-        "poles (1/x, log x) or growth beyond all bounds (exp x²)."
+        f"{_name(f)}: its moments under N(0, 1) are not finite, or no quadrature finds them; expected "
+        "a piecewise smooth function without poles (1/x, log x) or growth beyond all bounds (exp x²)."
     )
 
 

@@ -39,7 +39,7 @@ class Elements:
     values: tuple[float, ...]
 
     def quantiles(self, u: Tensor) -> Tensor:
-        """Elements for uniform u in (0, 1)."""
+        """An element for each of the uniform numbers u in (0, 1)."""
         values = torch.tensor(self.values, dtype=u.dtype)
         return values[(u * len(values)).long()]
 
@@ -65,18 +65,20 @@ class Call:
 Chain: TypeAlias = Variable | Call
 Z = Variable()
 
-_MAX_ELEMENTS = 256  # of a constant tensor; more are averaged in groups
-_GRID, _REACH = 4096, 8.0  # points of the midpoint rule, and standard deviations that it covers
+_MAX_ELEMENTS = 1024  # of a constant tensor; more are averaged in groups
+_GRID, _REACH = 1024, 8.0  # points of the midpoint rule, and standard deviations that it covers
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 _IDENTITIES = {("add", 0.0), ("sub", 0.0), ("mul", 1.0), ("div", 1.0)}
 
 
 def elements_of(tensor: Tensor) -> Elements:
-    """The elements of a constant tensor, sorted; of very many the means of equal groups."""
-    values = tensor.double().flatten().sort().values
+    """The elements of a constant tensor in order; of very many the means of groups of similar ones."""
+    values = tensor.double().flatten()
     if len(values) > _MAX_ELEMENTS:
-        values = torch.stack([group.mean() for group in values.tensor_split(_MAX_ELEMENTS)])
+        values = torch.stack([group.mean() for group in values.sort().values.tensor_split(_MAX_ELEMENTS)])
+        # Other tensors of as many elements must not be paired by size.
+        values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
     return Elements(tuple(values.tolist()))
 
 
@@ -165,15 +167,19 @@ def chain_moments(chain: Chain, deviation: float = 1.0) -> ActivationMoments:
 
 def _average_over_elements(chain: Chain, elements: Sequence[Elements], deviation: float) -> ActivationMoments:
     # Every z of a midpoint rule meets every row, that is, one value of each tensor of elements.
-    # Several tensors are paired by the golden ratio, so that all combinations occur.
-    rows = len(elements[0].values) if len(elements) == 1 else _MAX_ELEMENTS
+    # Tensors of one length belong to the same channels. Those of different lengths are paired by the
+    # golden ratio, so that all combinations occur.
+    lengths = list(dict.fromkeys(len(part.values) for part in elements))
+    rows = lengths[0] if len(lengths) == 1 else _MAX_ELEMENTS
     row = torch.arange(rows, dtype=torch.float64) + 0.5
+    u_of_length = {
+        length: row / rows if not k else row * _GOLDEN_RATIO**k % 1 for k, length in enumerate(lengths)
+    }
     step = 2 * _REACH / _GRID
     z = (torch.arange(_GRID, dtype=torch.float64) + 0.5) * step - _REACH
     density = torch.exp(-z.square() / 2) * step / math.sqrt(2 * math.pi) / rows
     values: dict[Variable | Elements, Tensor] = {
-        part: part.quantiles(row / rows if not k else row * _GOLDEN_RATIO**k % 1)[:, None].expand(rows, _GRID)
-        for k, part in enumerate(elements)
+        part: part.quantiles(u_of_length[len(part.values)])[:, None].expand(rows, _GRID) for part in elements
     }
     with torch.enable_grad():
         u = (deviation * z).expand(rows, _GRID).clone().requires_grad_()

@@ -187,7 +187,12 @@ class Pointwise:
         noises = [variable for variable in variables if self._is_noise(variable)]
         others = [variable for variable in variables if variable not in noises]
         values = {}
-        for variable, u in zip(others, _uniform_points(len(others), shape[0]), strict=True):
+        # Constants of one length belong to the same channels, so they share one dimension.
+        keys = {v: len(v.values) if isinstance(v, Elements) else v for v in others}
+        dimensions = list(dict.fromkeys(keys.values()))
+        points = dict(zip(dimensions, _uniform_points(len(dimensions), shape[0]), strict=True))
+        for variable in others:
+            u = points[keys[variable]]
             values[variable] = self._quantiles(variable, u)[:, None].expand(shape).reshape(-1)
         for variable, u in zip(noises, _uniform_points(len(noises), shape[1]), strict=True):
             values[variable] = self._quantiles(variable, u).expand(shape).reshape(-1)

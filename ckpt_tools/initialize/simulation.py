@@ -14,7 +14,7 @@ from ckpt_tools.initialize.state import State
 from ckpt_tools.model.randomness import preserve_random_generators, seed_random_generators
 from ckpt_tools.walker.graph import Node, Operand
 
-_VALUES, _MAX_RUNS = 2**15, 64  # so many outputs are averaged, of so many runs at most
+_VALUES, _MAX_RUNS = 2**15, 2**12  # so many outputs are averaged, of so many runs at most
 
 
 def simulate_second_moment(node: Node, state: State, constants: Constants) -> float | None:
