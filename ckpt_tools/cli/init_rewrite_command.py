@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # it imports torch
     type=click.Choice(get_args(InitRule)),
     default="paper",
     show_default=True,
-    help="paper: by the neighbours of each layer. propagated: by second moments carried through "
-    "the whole graph, so that every pre-activation has variance 1.",
+    help="paper: by the neighbours of each layer. propagated: by the variance that the drawn "
+    "weights give each layer's output on N(0, 1) inputs, so that it becomes 1.",
 )
 @click.option(
     "--backward-term",

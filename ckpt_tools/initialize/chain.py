@@ -8,11 +8,11 @@ them, so no table of activation names is needed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
@@ -27,6 +27,21 @@ class Variable:
     """The pre-activation z. ``of`` tells several variables of one expression apart."""
 
     of: Hashable = None
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The elements of a constant tensor, such as a PReLU's slopes, one for each channel.
+
+    Every value of an activation meets each of them equally often.
+    """
+
+    values: tuple[float, ...]
+
+    def quantiles(self, u: Tensor) -> Tensor:
+        """An element for each of the uniform numbers u in (0, 1)."""
+        values = torch.tensor(self.values, dtype=u.dtype)
+        return values[(u * len(values)).long()]
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,21 @@ class Call:
 Chain: TypeAlias = Variable | Call
 Z = Variable()
 
+_MAX_ELEMENTS = 1024  # of a constant tensor; more are averaged in groups
+_GRID, _REACH = 1024, 8.0  # points of the midpoint rule, and standard deviations that it covers
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
 _IDENTITIES = {("add", 0.0), ("sub", 0.0), ("mul", 1.0), ("div", 1.0)}
+
+
+def elements_of(tensor: Tensor) -> Elements:
+    """The elements of a constant tensor in order; of very many the means of groups of similar ones."""
+    values = tensor.double().flatten()
+    if len(values) > _MAX_ELEMENTS:
+        values = torch.stack([group.mean() for group in values.sort().values.tensor_split(_MAX_ELEMENTS)])
+        # Other tensors of as many elements must not be paired by size.
+        values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+    return Elements(tuple(values.tolist()))
 
 
 def extend_chain(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chain:
@@ -75,10 +104,11 @@ def chain_function(chain: Chain) -> Callable[[Tensor], Tensor]:
     return f
 
 
-def evaluate_chain(chain: Chain, values: Mapping[Variable, Tensor]) -> Tensor:
+def evaluate_chain(chain: Chain, values: Mapping[Variable | Elements, Tensor]) -> Tensor:
     """The value of a chain for these values of its variables.
 
-    All values are tensors of one shape and dtype; so is the result.
+    All values are tensors of one shape and dtype; so is the result. Elements that have no values
+    count with their mean.
     """
     # Parts that occur several times are computed once.
     any_value = next(iter(values.values()))
@@ -87,6 +117,8 @@ def evaluate_chain(chain: Chain, values: Mapping[Variable, Tensor]) -> Tensor:
     def value(part: Any) -> Any:
         if isinstance(part, Variable):
             return values[part]
+        if isinstance(part, Elements):
+            return values[part] if part in values else sum(part.values) / len(part.values)
         if isinstance(part, Call):
             if id(part) not in results:
                 results[id(part)] = _run(part, [value(arg) for arg in part.args], any_value)
@@ -109,44 +141,71 @@ def chain_label(chain: Chain) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def chain_moments(chain: Chain, mean: float = 0.0, deviation: float = 1.0) -> ActivationMoments:
-    """E[f(u)²], E[f'(u)²] and E[f(u)] of the chain f for u ~ N(mean, deviation²).
+def chain_moments(chain: Chain, deviation: float = 1.0) -> ActivationMoments:
+    """E[f(u)²], E[f'(u)²] and E[f(u)] of the chain f for u ~ N(0, deviation²).
+
+    Where f differs between channels they are averages over the channels.
 
     Raises:
         UsageError: the moments do not exist, or f is not pointwise.
     """
     if chain == Z:
-        return ActivationMoments(mean**2 + deviation**2, 1.0, mean)
+        return ActivationMoments(deviation**2, 1.0, 0.0)
+    elements = [part for part in list_variables(chain) if isinstance(part, Elements)]
+    if elements:
+        return _average_over_elements(chain, elements, deviation)
     f = chain_function(chain)
-    if (mean, deviation) == (0.0, 1.0):
+    if deviation == 1.0:
         return activation_moments(f)
     if deviation == 0.0:
-        value = float(f(torch.tensor([mean], dtype=torch.float64)))
+        value = float(f(torch.zeros(1, dtype=torch.float64)))
         return ActivationMoments(value**2, 0.0, value)
-    standardised = activation_moments(lambda z: f(mean + deviation * z))
-    # The slope of z → f(mean + deviation·z) is deviation·f'.
-    slope = standardised.backward / deviation**2
-    return ActivationMoments(standardised.forward, slope, standardised.mean)
+    standardised = activation_moments(lambda z: f(deviation * z))
+    # The slope of z → f(deviation·z) is deviation·f'.
+    return ActivationMoments(standardised.forward, standardised.backward / deviation**2, standardised.mean)
 
 
-@functools.lru_cache(maxsize=4096)
-def shared_moment(chain: Chain, mean: float, common: float, independent: float) -> float:
-    """E[f(u) f(u')] for two correlated Gaussians u and u' and the chain f.
+def _average_over_elements(chain: Chain, elements: Sequence[Elements], deviation: float) -> ActivationMoments:
+    # Every z of a midpoint rule meets every row, that is, one value of each tensor of elements.
+    # Tensors of one length belong to the same channels. Those of different lengths are paired by the
+    # golden ratio, so that all combinations occur.
+    lengths = list(dict.fromkeys(len(part.values) for part in elements))
+    rows = lengths[0] if len(lengths) == 1 else _MAX_ELEMENTS
+    row = torch.arange(rows, dtype=torch.float64) + 0.5
+    u_of_length = {
+        length: row / rows if not k else row * _GOLDEN_RATIO**k % 1 for k, length in enumerate(lengths)
+    }
+    step = 2 * _REACH / _GRID
+    z = (torch.arange(_GRID, dtype=torch.float64) + 0.5) * step - _REACH
+    density = torch.exp(-z.square() / 2) * step / math.sqrt(2 * math.pi) / rows
+    values: dict[Variable | Elements, Tensor] = {
+        part: part.quantiles(u_of_length[len(part.values)])[:, None].expand(rows, _GRID) for part in elements
+    }
+    with torch.enable_grad():
+        u = (deviation * z).expand(rows, _GRID).clone().requires_grad_()
+        result = evaluate_chain(chain, {Z: u * 1, **values})
+        slope = torch.autograd.grad(result.sum(), u)[0] if result.requires_grad else torch.zeros_like(u)
+    moments = [float((m.detach() * density).sum()) for m in (result.square(), slope.square(), result)]
+    if not all(map(math.isfinite, moments)):
+        raise UsageError(f"{chain_label(chain)}: its moments under N(0, {deviation:g}²) are not finite.")
+    return ActivationMoments(*moments)
 
-    u and u' are N(mean, common² + independent²) with covariance common². The result is
-    E_b[E_w[f(mean + common·b + independent·w)]²] by Gauss–Hermite quadrature, about 1 % off at
-    kinks.
+
+def list_variables(chain: Any) -> list[Variable | Elements]:
+    """The variables of an expression and the elements of its constants, each once.
+
+    The search visits a part that occurs several times only once, so it takes linear time.
     """
-    b, outer_weights = _normal_quadrature(48)
-    w, inner_weights = _normal_quadrature(96)
-    values = chain_function(chain)((mean + common * b)[:, None] + independent * w)
-    return float(((values @ inner_weights).square() * outer_weights).sum())
-
-
-@functools.cache
-def _normal_quadrature(order: int) -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.hermite_e.hermegauss(order)
-    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    variables: dict[Variable | Elements, None] = {}
+    stack, visited = [chain], set()
+    while stack:
+        part = stack.pop()
+        if isinstance(part, (Variable, Elements)):
+            variables[part] = None
+        elif isinstance(part, Call) and id(part) not in visited:
+            visited.add(id(part))
+            stack += part.args
+    return list(variables)
 
 
 def _run(part: Call, args: list[Any], z: Tensor) -> Tensor:

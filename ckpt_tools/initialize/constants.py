@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ckpt_tools.initialize.chain import Elements, elements_of
 from ckpt_tools.initialize.mean_field import Signal
 from ckpt_tools.walker.dropout_sites import ignores_input_values
 from ckpt_tools.walker.graph import Graph, Node, Operand
@@ -18,7 +19,7 @@ from ckpt_tools.walker.graph import Graph, Node, Operand
 # Attention masks hold large negative numbers that are added to logits. What is below this counts as
 # minus infinity and is left out of the moments.
 _MASKED_LOGIT = -50.0
-_UNKNOWN = Signal(0.0, 1.0, 1.0)
+_UNKNOWN = Signal(0.0, 1.0)
 _NUMBER_DTYPES = (torch.bool, torch.int64, torch.int32, torch.uint8)
 
 
@@ -55,11 +56,12 @@ class Constants:
         except RuntimeError:
             return None
 
-    def signal(self, operand: Operand) -> Signal:
-        """The moments over the elements of a static operand.
+    def is_static(self, operand: Operand) -> bool:
+        """Whether an operand depends on neither the input nor random numbers."""
+        return self._graph[operand.node].static
 
-        Every sample meets the same values, so E[x x'] is E[x²].
-        """
+    def signal(self, operand: Operand) -> Signal:
+        """The moments over the elements of a static operand."""
         key = (operand.node, operand.output, operand.shape, operand.offset)
         if key not in self._signals:
             self._signals[key] = _element_moments(self.tensor(operand))
@@ -73,6 +75,14 @@ class Constants:
         signal = self.signal(operand)
         is_uniform = signal is not _UNKNOWN and signal.deviation <= 1e-6 * abs(signal.mean)
         return signal.mean if is_uniform else None
+
+    def number_or_elements(self, operand: Operand) -> float | Elements:
+        """A static operand as one number, or as its elements where they differ."""
+        signal, tensor = self.signal(operand), self.tensor(operand)
+        is_uniform = signal.deviation <= 1e-6 * abs(signal.mean)
+        if is_uniform or tensor is None or not tensor.is_floating_point():
+            return signal.mean
+        return elements_of(tensor)
 
     def depends_on_parameter(self, operand: Operand) -> bool:
         """Whether a static operand is computed from a parameter.
@@ -143,5 +153,4 @@ def _element_moments(value: Tensor | None) -> Signal:
     elements = elements[elements.isfinite() & (elements > _MASKED_LOGIT)]
     if not elements.numel():
         return _UNKNOWN
-    second = float(elements.square().mean())
-    return Signal(float(elements.mean()), second, second)
+    return Signal(float(elements.mean()), float(elements.square().mean()))

@@ -13,7 +13,7 @@ import torch
 
 from ckpt_tools.errors import UsageError
 from ckpt_tools.initialize import operations
-from ckpt_tools.initialize.chain import Chain, Z, chain_function, chain_label, chain_moments
+from ckpt_tools.initialize.chain import Chain, Elements, Z, chain_function, chain_label, chain_moments
 from ckpt_tools.initialize.operations import is_pointwise, operation_name
 from ckpt_tools.initialize.paper_rule import PaperRule
 from ckpt_tools.initialize.rule import UNKNOWN
@@ -163,10 +163,10 @@ def _apply_pointwise(
     averages = [function.average for function in inputs]
     averages_only = None not in averages
 
-    def number(operand: Operand) -> float:
+    def number(operand: Operand) -> float | Elements:
         # All activations among the operands are functions of z, so this one is noise or a constant.
         state = states.state(operand)
-        return state.signal.mean if state.random else states.constants.signal(operand).mean
+        return state.signal.mean if state.random else states.constants.number_or_elements(operand)
 
     def link(operand: Operand) -> Any:
         if operand.node not in functions:

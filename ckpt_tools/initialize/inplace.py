@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, Scheme
 from ckpt_tools.errors import UsageError
@@ -99,7 +98,4 @@ def _moments(f: Activation | None, name: str) -> ActivationMoments:
         raise UsageError(
             f"{name}={f!r}: expected a function of a tensor such as torch.relu or nn.GELU(), or None."
         )
-    if isinstance(f, nn.Module):
-        # A module's parameters (PReLU's) must be where the quadrature's nodes are, in their dtype.
-        f = copy.deepcopy(f).to("cpu", torch.float64)
     return activation_moments(f)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt_tools.contract import BackwardFactor, BackwardTerm, InitRule, Scheme
@@ -11,8 +10,7 @@ from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.followers import Follower, find_follower
 from ckpt_tools.initialize.init_results import Factors
 from ckpt_tools.initialize.paper_rule import PaperRule
-from ckpt_tools.initialize.propagated_rule import PropagatedRule
-from ckpt_tools.initialize.rule import backward_term, divisor, fan_ratio
+from ckpt_tools.initialize.rule import divisor, fan_ratio
 from ckpt_tools.initialize.scheme import fans
 from ckpt_tools.initialize.state import State
 from ckpt_tools.walker.graph import Graph
@@ -20,9 +18,9 @@ from ckpt_tools.walker.weights import WeightUse
 
 # Two uses of a weight are enough. Averaging over all would carry the state of a recurrent net
 # through every step, so that its divisor would depend on the length of the sequence.
-_MAX_USES = 2
+MAX_USES = 2
 # E[x²] below this is that of a layer behind a scale that starts at zero.
-_ZERO_INPUT = 1e-12
+ZERO_INPUT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,15 @@ class InitMethod:
 def compute_factors(
     graph: Graph, constants: Constants, uses: Sequence[WeightUse], method: InitMethod
 ) -> dict[str, Factors]:
-    """The factors of every weight, by parameter, in order of execution."""
+    """The factors of every weight by the paper's rule, by parameter, in order of execution."""
     paper_rule = PaperRule(graph, constants, uses)
     inputs = paper_rule.weight_inputs()
     followers = {
         use.node: find_follower(paper_rule, use.node) for use in uses if method.has_backward_term(use)
     }
-    if method.rule == "propagated":
-        inputs = _propagate(graph, constants, uses, followers, method)
     factors = {}
     for name, uses_of_weight in _group_by_parameter(uses).items():
-        chosen = uses_of_weight[:_MAX_USES]
+        chosen = uses_of_weight[:MAX_USES]
         factors[name] = _combine_uses(
             [inputs[use.node] for use in chosen],
             [followers[use.node] for use in chosen if use.node in followers],
@@ -72,35 +68,6 @@ def compute_factors(
             method.backward_factor,
         )
     return factors
-
-
-def _propagate(
-    graph: Graph,
-    constants: Constants,
-    uses: Sequence[WeightUse],
-    followers: Mapping[int, Follower],
-    method: InitMethod,
-) -> dict[int, State]:
-    """The weights' inputs under the propagated rule.
-
-    Where a weight is used more than once, its uses share one divisor, which depends on the inputs
-    of all of them. Then a second run through the graph uses the averages from the first run.
-    """
-    backward = {}
-    for use in uses:
-        if use.node in followers:
-            follower = followers[use.node]
-            term = backward_term(follower.slope, follower.keep, method.backward_factor)
-            backward[use.parameter] = method.fan_ratio(use) * term
-    inputs = PropagatedRule(graph, constants, uses, backward=backward).weight_inputs()
-    shared_seconds = {
-        name: statistics.fmean(inputs[use.node].signal.second for use in uses_of_weight[:_MAX_USES])
-        for name, uses_of_weight in _group_by_parameter(uses).items()
-        if len(uses_of_weight) > 1
-    }
-    if not shared_seconds:
-        return inputs
-    return PropagatedRule(graph, constants, uses, shared_seconds, backward).weight_inputs()
 
 
 def _group_by_parameter(uses: Iterable[WeightUse]) -> dict[str, list[WeightUse]]:
@@ -119,7 +86,7 @@ def _combine_uses(
     second = sum(state.signal.second for state in inputs) / len(inputs)
     without_dropout = sum(state.signal.second * state.signal.keep for state in inputs) / len(inputs)
     activation = _join_names(state.activation for state in inputs)
-    if second < _ZERO_INPUT:
+    if second < ZERO_INPUT:
         # Nothing reaches the layer yet, so it gets the weights of one with standardised input.
         factors = Factors(f"{activation}, nothing yet", 1.0, 1.0)
     else:

@@ -31,14 +31,11 @@ class Noise:
     b: float = 1.0
 
     def moments(self, chain: Chain) -> Signal:
-        """The moments of ``chain`` applied to this noise.
-
-        Noise is drawn anew for each position and sample, so E[x x'] is E[x]².
-        """
+        """The moments of ``chain`` applied to this noise."""
         values, weights = self._points()
         results = chain_function(chain)(values)
         mean, second = float(results @ weights), float(results.square() @ weights)
-        return Signal(mean, second, mean**2)
+        return Signal(mean, second)
 
     def quantiles(self, u: Tensor) -> Tensor:
         """Values of this distribution for uniform u in (0, 1)."""

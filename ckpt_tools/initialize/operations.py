@@ -61,7 +61,7 @@ BLANK_MAKERS = frozenset({
 })
 # Pointwise operations that PyTorch does not tag as such.
 _UNTAGGED_POINTWISE = frozenset({
-    "hardswish", "prelu_kernel", "log_sigmoid_forward", "copy", "rrelu_with_noise",
+    "hardswish", "prelu_kernel", "log_sigmoid_forward", "copy",
 })
 # fmt: on
 # Behind these an activation is the same function of a layer's output. Concatenations are left out,

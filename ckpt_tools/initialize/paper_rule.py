@@ -8,7 +8,7 @@ outputs of weight layers and normalisations, the input, and activations that wer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ckpt_tools.errors import UsageError
@@ -19,6 +19,7 @@ from ckpt_tools.initialize.noise import noise_distribution
 from ckpt_tools.initialize.operations import is_pointwise, operation_name
 from ckpt_tools.initialize.pointwise import Pointwise
 from ckpt_tools.initialize.rule import UNKNOWN
+from ckpt_tools.initialize.simulation import simulate_second_moment
 from ckpt_tools.initialize.state import CONSTANT, State, mask_keep
 from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.graph import Node, Operand
@@ -39,16 +40,9 @@ class FixedWeight:
 
 @dataclass
 class PaperRule(Pointwise):
-    """Every activation has mean zero, and every weight layer's output is N(0, 1).
-
-    ``seconds`` and ``backward`` serve `PropagatedRule`, which derives from them how large a layer's
-    output will be. ``seconds`` is E[x²] by parameter where it is used more than once, averaged over
-    the uses; ``backward`` is the backward term by parameter.
-    """
+    """Every activation has mean zero, and every weight layer's output is N(0, 1)."""
 
     uses: Sequence[WeightUse] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    backward: Mapping[str, float] = field(default_factory=dict)
     _states: list[State] = field(init=False, default_factory=list)
     _weight_inputs: dict[int, State] = field(init=False, default_factory=dict)
     # The part of a tensor that was written, for tensors that were made empty or zero; by node.
@@ -144,7 +138,7 @@ class PaperRule(Pointwise):
         """
         if name in operations.NORMS:
             gain, offset = self._scale_and_offset(node)
-            signal = Signal(0.0, gain + offset.second, 0.0)
+            signal = Signal(0.0, gain + offset.second)
             return self._new_source((index, 0, 0), signal, "a normalisation")
         if name in operations.MEANS:
             return self._average_positions(index, self.state(self.activation_operands(node)[0]))
@@ -169,7 +163,7 @@ class PaperRule(Pointwise):
         An operation that reads it alone sees the activation itself, since pooling is neutral.
         Beside what was averaged it counts as the number ``average``, as in an RMS norm.
         """
-        average = chain_moments(state.chain, 0.0, math.sqrt(state.source_signal.second)).mean
+        average = chain_moments(state.chain, math.sqrt(state.source_signal.second)).mean
         source = self._new_source((index, 0, 0), state.signal, state.activation)
         return replace(
             state,
@@ -203,20 +197,27 @@ class PaperRule(Pointwise):
 
     def _apply_dropout(self, state: State, keep: float) -> State:
         # The mask of inverted dropout is 0 or 1 / keep: E[m] = 1 and E[m²] = 1 / keep.
-        mask = Signal(1.0, 1 / keep, 1.0)
+        mask = Signal(1.0, 1 / keep)
         mask = replace(mask, keep=mask_keep(mask))
         signal = mean_field.multiply(state.signal, mask)
         return replace(state, keep=state.keep * mask.keep, signal=signal)
 
     def _unknown_state(self, index: int, node: Node) -> State:
-        states = [self.state(operand) for operand in self.activation_operands(node)]
+        operands = self.activation_operands(node)
+        states = [self.state(operand) for operand in operands]
         if states and all(state.random for state in states):
             return replace(states[0], noise=None)  # pooled or thinned out, it is still noise
-        label = f"unknown ({operation_name(node.op)})"
-        return self._new_source((index, 0, 0), self._unknown_signal(states), label)
-
-    def _unknown_signal(self, states: Sequence[State]) -> Signal:
-        return Signal(0.0, UNKNOWN, 0.0)
+        name = operation_name(node.op)
+        second, label = None, f"unknown ({name})"
+        # Several activations may depend on each other, so that nothing follows from their moments.
+        if len(operands) == 1 and operands[0].floating:
+            second = simulate_second_moment(node, states[0], self.constants)
+        if second is not None and math.isfinite(second):
+            label = name
+        elif second is not None:
+            second, label = None, f"{name}, undefined on N(0, 1)"
+        signal = Signal(0.0, UNKNOWN if second is None else second)
+        return self._new_source((index, 0, 0), signal, label)
 
     def _move_values(self, index: int, node: Node) -> State | None:
         # One tensor stays what it is, wherever its values go. Several are mixed by size.
@@ -243,7 +244,7 @@ class PaperRule(Pointwise):
         probability = self.constants.uniform_value(operand) if operand is not None else None
         noise = noise_distribution(node, probability)
         # Of unknown noise the moments are those of Unif[0, 1].
-        signal = noise.moments(Z) if noise is not None else Signal(0.5, 1 / 3, 0.25)
+        signal = noise.moments(Z) if noise is not None else Signal(0.5, 1 / 3)
         source = (index, 0, 0)
         state = replace(self._new_source(source, signal, "noise"), noise=noise, random=True)
         self._sources[Variable(source)] = state

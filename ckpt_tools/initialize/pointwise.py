@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ckpt_tools.initialize import mean_field
-from ckpt_tools.initialize.chain import Variable, Z, chain_function, chain_moments, evaluate_chain
+from ckpt_tools.initialize.chain import (
+    Elements,
+    Variable,
+    Z,
+    chain_function,
+    chain_moments,
+    evaluate_chain,
+    list_variables,
+)
 from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.mean_field import Signal
 from ckpt_tools.initialize.operations import ARITHMETIC, operation_name
@@ -24,7 +32,6 @@ from ckpt_tools.initialize.state import (
     Source,
     State,
     factor_signal,
-    list_variables,
     replay_node,
 )
 from ckpt_tools.walker.graph import Graph, Node, Operand
@@ -38,8 +45,7 @@ _NEGLIGIBLE = 1e-9  # share of E[x²] below which a branch counts as zero
 class Pointwise:
     """The states of operands, and what pointwise operations make of them.
 
-    `PaperRule` and `PropagatedRule` extend it. `PropagatedRule` overrides those methods in which
-    the two rules differ.
+    `PaperRule` extends it by all other operations.
     """
 
     graph: Graph
@@ -62,7 +68,7 @@ class Pointwise:
 
     def _simplify_signal(self, signal: Signal) -> Signal:
         # The paper's rule takes f(z) and W as zero-centred (section 2.1.1).
-        return replace(signal, mean=0.0, shared=0.0)
+        return replace(signal, mean=0.0)
 
     def _is_standardised_input(self, state: State) -> bool:
         # The paper's rule takes the input as standardised, however the model scales it.
@@ -70,9 +76,9 @@ class Pointwise:
         return node.func is None and not node.static and state.chain == Z
 
     def _chain_signal(self, state: State) -> Signal:
-        moments = chain_moments(state.chain, 0.0, math.sqrt(state.source_signal.second))
+        moments = chain_moments(state.chain, math.sqrt(state.source_signal.second))
         keep = state.source_signal.keep * state.keep
-        return Signal(0.0, moments.forward / state.keep, 0.0, keep)
+        return Signal(0.0, moments.forward / state.keep, keep)
 
     def _apply_pointwise(self, index: int, node: Node) -> State | None:
         """The state behind a pointwise operation; None where it cannot be told."""
@@ -113,11 +119,11 @@ class Pointwise:
             joint=operands.replay_joint(),
             parts=operands.parts,
         )
-        if state.averaged_source is not None:
-            step = chain_function(operands.replay(lambda _: Z))
-            average = torch.tensor([state.average], dtype=torch.float64)
-            state = replace(state, average=float(step(average)))
-        return replace(state, signal=self._chain_signal(state))
+        if state.averaged_source is None:
+            return replace(state, signal=self._chain_signal(state))
+        step = chain_function(operands.replay(lambda _: Z))
+        average = float(step(torch.tensor([state.average], dtype=torch.float64)))
+        return replace(state, average=average, signal=Signal(0.0, average**2 / state.keep, state.keep))
 
     def _join_independent(self, index: int, operands: PointwiseOperands) -> State:
         """The sum or product of two independent operands.
@@ -156,36 +162,50 @@ class Pointwise:
         variables = list_variables(joint)
         if not variables or len(variables) > MAX_PARTS:
             return None
-        has_noise = any(self._sources[variable].random for variable in variables)
+        has_noise = any(map(self._is_noise, variables))
         shape = _SHAPE_WITH_NOISE if has_noise else _SHAPE_WITHOUT_NOISE
         values = evaluate_chain(joint, self._sample_sources(variables, shape)).view(shape)
         mean, second = float(values.mean()), float(values.square().mean())
         # Averaging over the noise first gives the moment that the activation has without dropout.
         without_dropout = float(values.mean(1).square().mean())
         keep = without_dropout / second if second > 0 else 1.0
-        signal = self._simplify_signal(Signal(mean, second, mean**2, keep))
+        signal = self._simplify_signal(Signal(mean, second, keep))
         state = self._new_source((index, 0, 0), signal, "a joint function")
         return replace(state, parts=operands.parts, joint=joint)
 
-    def _sample_sources(
-        self, variables: Sequence[Variable], shape: tuple[int, int]
-    ) -> dict[Variable, Tensor]:
-        """Quasi-random values of independent sources, as flat tensors.
+    def _is_noise(self, variable: Variable | Elements) -> bool:
+        return isinstance(variable, Variable) and self._sources[variable].random
 
-        Every value of the activations (the first dimension of ``shape``) meets every value of the
-        noise (the second).
+    def _sample_sources(
+        self, variables: Sequence[Variable | Elements], shape: tuple[int, int]
+    ) -> dict[Variable | Elements, Tensor]:
+        """Quasi-random values of independent sources and constants, as flat tensors.
+
+        Every value of the activations and constants (the first dimension of ``shape``) meets every
+        value of the noise (the second).
         """
-        sources = {variable: self._sources[variable] for variable in variables}
-        activations = [variable for variable in variables if not sources[variable].random]
-        noises = [variable for variable in variables if sources[variable].random]
-        rows = _uniform_points(len(activations), shape[0])
-        columns = _uniform_points(len(noises), shape[1])
+        noises = [variable for variable in variables if self._is_noise(variable)]
+        others = [variable for variable in variables if variable not in noises]
         values = {}
-        for variable, u in zip(activations, rows, strict=True):
-            values[variable] = _quantiles(sources[variable], u)[:, None].expand(shape).reshape(-1)
-        for variable, u in zip(noises, columns, strict=True):
-            values[variable] = _quantiles(sources[variable], u).expand(shape).reshape(-1)
+        # Constants of one length belong to the same channels, so they share one dimension.
+        keys = {v: len(v.values) if isinstance(v, Elements) else v for v in others}
+        dimensions = list(dict.fromkeys(keys.values()))
+        points = dict(zip(dimensions, _uniform_points(len(dimensions), shape[0]), strict=True))
+        for variable in others:
+            u = points[keys[variable]]
+            values[variable] = self._quantiles(variable, u)[:, None].expand(shape).reshape(-1)
+        for variable, u in zip(noises, _uniform_points(len(noises), shape[1]), strict=True):
+            values[variable] = self._quantiles(variable, u).expand(shape).reshape(-1)
         return values
+
+    def _quantiles(self, variable: Variable | Elements, u: Tensor) -> Tensor:
+        if isinstance(variable, Elements):
+            return variable.quantiles(u)
+        source = self._sources[variable]
+        if source.noise is not None:
+            return source.noise.quantiles(u)
+        standard_normal: Tensor = torch.special.ndtri(u)
+        return source.source_signal.mean + source.source_signal.deviation * standard_normal
 
 
 def _transform_noise(operands: PointwiseOperands) -> State | None:
@@ -206,10 +226,3 @@ def _uniform_points(dimensions: int, count: int) -> Sequence[Tensor]:
     points = torch.quasirandom.SobolEngine(dimensions).draw(count, dtype=torch.float64)
     # The sequence starts at 0, whose normal quantile is infinite; half a step keeps off the ends.
     return list(((points + 0.5 / count) % 1).T)
-
-
-def _quantiles(source: State, u: Tensor) -> Tensor:
-    if source.noise is not None:
-        return source.noise.quantiles(u)
-    standard_normal: Tensor = torch.special.ndtri(u)
-    return source.source_signal.mean + source.source_signal.deviation * standard_normal

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ckpt_tools.initialize.chain import Chain
+from ckpt_tools.initialize.chain import Chain, Elements
 from ckpt_tools.initialize.constants import Constants
-from ckpt_tools.initialize.operations import ARITHMETIC, HOMOGENEOUS
+from ckpt_tools.initialize.operations import HOMOGENEOUS
 from ckpt_tools.initialize.state import Source, State, is_dropout, mask_keep, replay_node
 from ckpt_tools.walker.graph import Node, Operand
 
@@ -63,21 +63,6 @@ class PointwiseOperands:
         """
         return sum(len(state.parts) for state in self.states.values()) > len(self.parts)
 
-    @cached_property
-    def constants_are_numbers(self) -> bool:
-        """Whether the operation can be replayed with one number for each constant.
-
-        In arithmetic a constant tensor with different elements is a factor or summand with moments
-        of its own. Elsewhere (as a bound, a slope, a condition) its mean has to do.
-        """
-        if self.name not in ARITHMETIC:
-            return True
-        constants = [operand for operand in self.node.operands if operand not in self.states]
-        return all(
-            operand in self.averages or self.constants.uniform_value(operand) is not None
-            for operand in constants
-        )
-
     @property
     def dropout_moves_through(self) -> bool:
         """Whether dropout in front of the operation is the same as dropout behind it.
@@ -91,8 +76,7 @@ class PointwiseOperands:
     def extend_a_chain(self) -> bool:
         """Whether the result is a function of one source, with dropout behind that function."""
         masks_are_dropout = not self.masks or is_dropout(self.name, self.masks)
-        is_function = self.has_one_source and self.constants_are_numbers
-        return is_function and self.dropout_moves_through and masks_are_dropout
+        return self.has_one_source and self.dropout_moves_through and masks_are_dropout
 
     @property
     def need_an_integral(self) -> bool:
@@ -103,7 +87,7 @@ class PointwiseOperands:
     @property
     def can_be_integrated(self) -> bool:
         """Whether the result is an expression over few enough independent parts."""
-        return len(self.parts) <= MAX_PARTS and self.constants_are_numbers
+        return len(self.parts) <= MAX_PARTS
 
     @property
     def keep(self) -> float:
@@ -111,21 +95,18 @@ class PointwiseOperands:
         activation_keep = min(state.keep for state in self.activations)
         return activation_keep * math.prod(mask_keep(mask.signal) for mask in self.masks)
 
-    def number(self, operand: Operand) -> float:
-        """An average or a constant as one number.
-
-        A constant tensor counts with its mean.
-        """
+    def constant(self, operand: Operand) -> float | Elements:
+        """An average or a constant as one number, or as the elements where they differ."""
         if operand in self.averages:
             return self.averages[operand]
-        return self.constants.signal(operand).mean
+        return self.constants.number_or_elements(operand)
 
     def replay(self, replacement: Callable[[State], Any]) -> Chain:
         """The operation with ``replacement(state)`` in place of activations and noise."""
 
         def replace_operand(operand: Operand) -> Any:
             state = self.states.get(operand)
-            return self.number(operand) if state is None else replacement(state)
+            return self.constant(operand) if state is None else replacement(state)
 
         return replay_node(self.node, replace_operand)
 

@@ -16,6 +16,7 @@ from ckpt_tools.errors import ModelError
 from ckpt_tools.initialize.constants import Constants
 from ckpt_tools.initialize.init_results import Factors, InitLayer, InitRewrite
 from ckpt_tools.initialize.layer_factors import InitMethod, compute_factors
+from ckpt_tools.initialize.propagated_rule import DrawnModel, measure_factors
 from ckpt_tools.initialize.rule import check_choice
 from ckpt_tools.initialize.scheme import fans, fill
 from ckpt_tools.model.batch import Batch
@@ -47,10 +48,10 @@ def rewrite_init(
     Args:
         model: a fresh nn.Module; wrappers are looked through. Its train flags, buffers and hooks
             stay as they are.
-        example_input: a batch as for ``walk``; only its shape matters.
+        example_input: a batch as for ``walk``. Of its floating-point tensors only the shape matters.
         scheme: "hypersphere" or "orthonormal" fan-in vectors, "uniform" (section 4), or "normal".
-        rule: "paper": every layer from its neighbours; "propagated": mean and second moment carried
-            through the graph.
+        rule: "paper": every layer from its neighbours; "propagated": by the variance that the drawn
+            weights give every layer's output, in one forward on N(0, 1) inputs with dropout on.
         backward_term: "auto" (linear layers under the paper's rule), "on" or "off".
         backward_factor: "paper": p·E[f'²]; "inverted": E[f'²]/p, what PyTorch's dropout does to the
             error signal.
@@ -72,9 +73,15 @@ def rewrite_init(
     graph, uses = _record_weight_uses(model, example_input, forward)
     biases = _find_biases(model, uses)
     constants = Constants(graph, model, zeroed=[bias for bias in biases.values() if bias])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     method = InitMethod(scheme, rule, backward_term, backward_factor)
     factors = compute_factors(graph, constants, uses, method)
-    _write(model, _draw_weights(model, uses, factors, scheme, seed), biases.values())
+    tensors = _new_tensors(model, uses, factors, biases, scheme, seed)
+    if rule == "propagated":
+        drawn = DrawnModel(model, tensors, factors)
+        factors = measure_factors(drawn, graph, example_input, forward, seed)
+        tensors = _new_tensors(model, uses, factors, biases, scheme, seed)
+    overwrite_tensors([(parameters[name], value) for name, value in tensors.items()])
     layers = _rewritten_layers(model, uses, factors, biases) + _untouched_layers(graph, model, uses)
     return InitRewrite(tuple(layers), rule, scheme, backward_term, backward_factor, seed)
 
@@ -124,14 +131,15 @@ def _find_biases(model: nn.Module, uses: Iterable[WeightUse]) -> dict[str, str]:
     return biases
 
 
-def _draw_weights(
+def _new_tensors(
     model: nn.Module,
     uses: Iterable[WeightUse],
     factors: Mapping[str, Factors],
+    biases: Mapping[str, str],
     scheme: Scheme,
     seed: int,
 ) -> dict[str, Tensor]:
-    """New values of every weight, in float32 on the CPU.
+    """New values of every weight, in float32 on the CPU, and of every bias.
 
     The parts of a packed weight (query, key and value of an attention) are drawn one by one.
     """
@@ -151,7 +159,7 @@ def _draw_weights(
             weights[name] = torch.empty_like(old, dtype=torch.float32, device="cpu").copy_(old)
         values = weights[name].as_strided(view.shape, view.stride, view.offset)
         fill(values, use.geometry, scheme, generators[name], divisor=factors[name].divisor)
-    return weights
+    return {**weights, **{bias: torch.zeros_like(parameters[bias]) for bias in biases.values() if bias}}
 
 
 def _weight_generator(seed: int, parameter: str) -> torch.Generator:
@@ -159,12 +167,6 @@ def _weight_generator(seed: int, parameter: str) -> torch.Generator:
     # layers still get the same weights.
     digest = hashlib.sha256(f"{seed} {parameter}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _write(model: nn.Module, weights: Mapping[str, Tensor], biases: Iterable[str]) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    zeros = {name: torch.zeros_like(parameters[name]) for name in biases if name}
-    overwrite_tensors([(parameters[name], value) for name, value in {**weights, **zeros}.items()])
 
 
 def _rewritten_layers(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from ckpt_tools.initialize.chain import Call, Chain, Variable, Z, chain_label, extend_chain
+from ckpt_tools.initialize.chain import Chain, Z, chain_label, extend_chain
 from ckpt_tools.initialize.mean_field import Signal
 from ckpt_tools.initialize.noise import Noise
 from ckpt_tools.walker.graph import Node, Operand
@@ -90,20 +90,3 @@ def replay_node(node: Node, replacement: Callable[[Operand], Any]) -> Chain:
 
     kwargs = {name: convert(value) for name, value in node.kwargs.items()}
     return extend_chain(node.op, tuple(map(convert, node.args)), kwargs)
-
-
-def list_variables(chain: Any) -> list[Variable]:
-    """The variables of an expression, each once.
-
-    The search visits a part that occurs several times only once, so it takes linear time.
-    """
-    variables: dict[Variable, None] = {}
-    stack, visited = [chain], set()
-    while stack:
-        part = stack.pop()
-        if isinstance(part, Variable):
-            variables[part] = None
-        elif isinstance(part, Call) and id(part) not in visited:
-            visited.add(id(part))
-            stack += part.args
-    return list(variables)

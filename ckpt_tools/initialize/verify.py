@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,13 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckpt_tools.advice import advise
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.initialize.init_results import LayerSignal
+from ckpt_tools.initialize.weight_products import WeightNames, factor_roles
 from ckpt_tools.model.batch import Batch, to_device
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.model.randomness import preserve_random_generators, seed_random_generators
 from ckpt_tools.moments import Moments
-from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.weights import layer_name
 
 _ERROR_SCALE = 0.01  # standard deviation of the error that is fed in at the output
@@ -162,10 +161,7 @@ class _SignalRecorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # A view of a parameter, such as a part of a packed weight, shares the parameter's storage.
-        self._names = {
-            StorageWeakRef(tensor.untyped_storage()): name for name, tensor in model.named_parameters()
-        }
+        self._weights = WeightNames(model)
         self._outputs: dict[str, _PooledValues] = {}
         self._errors: dict[str, _PooledValues] = {}
         self._generator = generator
@@ -215,36 +211,22 @@ class _SignalRecorder(TorchDispatchMode):
         return output
 
     def _record_output(self, func: OpOverload, args: Sequence[Any], output: object) -> None:
-        product = contraction(func)
-        if product is None:
-            return
-        # Of a matrix product either factor may be the weight, of a convolution only the second.
-        first, second = product.factors
-        positions = [second] if func is torch.ops.aten.convolution.default else [second, first]
-        names = [self._parameter_name(args[position]) for position in positions]
-        name = next((name for name in names if name is not None), None)
-        if name is not None and isinstance(output, Tensor):
+        product = self._weights.find_product(func, args)
+        if product is not None and isinstance(output, Tensor):
+            name, _ = product
             self._errors.setdefault(name, _PooledValues(self._generator))
             self._outputs.setdefault(name, _PooledValues(self._generator)).add(output.detach())
 
     def _record_error(self, func: OpOverload, args: Sequence[Any]) -> None:
         # Pairs of positions: that of a weight, and that of the error it would be multiplied with.
+        pairs = list(factor_roles(func))
         if func is torch.ops.aten.convolution_backward.default:
             pairs = [(2, 0)]
-        else:
-            product = contraction(func)
-            if product is None:
-                return
-            first, second = product.factors
-            pairs = [(second, first), (first, second)]
         for weight, error in pairs:
-            name = self._parameter_name(args[weight])
+            name = self._weights.find(args[weight])
             if name in self._errors:
                 self._errors[name].add(args[error].detach() / _ERROR_SCALE)
                 return
-
-    def _parameter_name(self, tensor: Tensor) -> str | None:
-        return self._names.get(StorageWeakRef(tensor.untyped_storage()))
 
 
 class _PooledValues:

@@ -95,6 +95,19 @@ def select_samples(batch: Batch, rows: Sequence[int]) -> Batch:
     return _map_samples(batch, select_rows)
 
 
+def repeat_samples(batch: Batch, count: int) -> Batch | None:
+    """Return the batch with every sample ``count`` times.
+
+    None where it is not clear which rows are samples: a list of images, an input whose tensors
+    have different lengths (a graph's nodes and edges), or none.
+    """
+    inputs, size = _input(batch), batch_size(batch)
+    lengths = {len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim}
+    if count < 2 or _are_images(inputs) or lengths != {size}:
+        return None
+    return _map_samples(batch, lambda rows: rows.repeat(count, *[1] * (rows.ndim - 1)))
+
+
 def _map_samples(batch: Batch, select: Callable[[Any], object]) -> Batch:
     """Apply ``select`` to the list of images, or to every tensor with one row for each sample.
 

@@ -114,6 +114,14 @@ def test_under_no_grad_and_without_touching_parameters() -> None:
         (nn.Dropout(0.5), "random"),
         (lambda z: z.sum(), "shape"),
         (lambda z: torch.exp(z.square()), "finite"),
+        (nn.PReLU(3), "differs between channels"),
+        (nn.RReLU(), "evaluation mode"),
+        (lambda z: z**1.5, "defined for every z"),
+        (torch.log1p, "defined for every z"),
+        (torch.acosh, "defined for every z"),
+        (lambda z: 1 / (z - 0.7), "not finite"),
+        (torch.tan, "not finite"),
+        (lambda z: (z + 0.3).abs().log(), "not finite"),  # E[f²] exists, E[f'²] does not
     ],
 )
 def test_what_is_no_nonlinearity(f: object, words: str) -> None:
@@ -128,3 +136,20 @@ def test_inference_mode_changes_nothing() -> None:
     with torch.no_grad():
         assert activation_moments(torch.tanh) == expected
         assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("center", [-1.37, 0.3, 2.0])
+@pytest.mark.parametrize("width", [1e-3, 3e-3, 0.1])
+def test_narrow_spikes(center: float, width: float) -> None:
+    """E[exp(−(z−c)²/w²)²] of a spike of width w at c, in closed form."""
+    moments = activation_moments(lambda z: torch.exp(-(((z - center) / width) ** 2)))
+    variance = width**2 / 4 + 1
+    expected = math.exp(-(center**2) / (2 * variance)) * width / 2 / math.sqrt(variance)
+    assert moments.forward == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_module_of_any_precision() -> None:
+    prelu = nn.PReLU(init=0.1)
+    assert activation_moments(prelu).forward == pytest.approx((1 + 0.1**2) / 2)
+    assert activation_moments(nn.PReLU().bfloat16()).backward == pytest.approx((1 + 0.25**2) / 2)
+    assert prelu.weight.dtype == torch.float32
