@@ -14,8 +14,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_Operation = Callable[[Tensor, float], Tensor]
+Operation = Callable[[Tensor, float], Tensor]
 """Changes the pixels (C, H, W) of an image, which are in 0–1, by a strength in −1 to 1."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How far a policy moves an image at strength 1: degrees, slopes, and shares of the side.
+
+    ``pixels`` instead of a share move small images further than large ones.
+    """
+
+    rotation: float
+    shear: float
+    translation: float = 0.0
+    pixels: float = 0.0
+
+    def rotate(self, image: Tensor, strength: float) -> Tensor:
+        """Rotate an image (C, H, W) around its centre."""
+        angle = math.radians(strength * self.rotation)
+        return _transform(
+            image, [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
+        )
+
+    def shear_horizontally(self, image: Tensor, strength: float) -> Tensor:
+        """Move every row of an image (C, H, W) in proportion to its place."""
+        return _transform(image, [[1.0, strength * self.shear, 0.0], [0.0, 1.0, 0.0]])
+
+    def shear_vertically(self, image: Tensor, strength: float) -> Tensor:
+        """Move every column of an image (C, H, W) in proportion to its place."""
+        return _transform(image, [[1.0, 0.0, 0.0], [strength * self.shear, 1.0, 0.0]])
+
+    def translate_horizontally(self, image: Tensor, strength: float) -> Tensor:
+        """Move an image (C, H, W) along its rows."""
+        share = self.translation + self.pixels / image.shape[-1]
+        return _transform(image, [[1.0, 0.0, 2 * strength * share], [0.0, 1.0, 0.0]])
+
+    def translate_vertically(self, image: Tensor, strength: float) -> Tensor:
+        """Move an image (C, H, W) along its columns."""
+        share = self.translation + self.pixels / image.shape[-2]
+        return _transform(image, [[1.0, 0.0, 0.0], [0.0, 1.0, 2 * strength * share]])
+
+
+# Those of torchvision 0.29 (transforms/autoaugment.py). The first is also that of timm's `rand` policies.
+RAND_AUGMENT = Geometry(rotation=30, shear=0.3, translation=0.45)
+TRIVIAL_AUGMENT = Geometry(rotation=135, shear=0.99, pixels=32)
+# Of anything that moves images further than RandAugment, and small ones less than TrivialAugment.
+STRONG = Geometry(rotation=90, shear=1.0, translation=0.5)
 
 
 @dataclass(frozen=True)
@@ -30,6 +75,7 @@ class Policy:
     operations: int
     strength: float
     varies: bool
+    geometry: Geometry = STRONG
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return changed images."""
@@ -39,10 +85,19 @@ class Policy:
         return torch.stack([self._change(image) for image in pixels]) * scale + low
 
     def _change(self, image: Tensor) -> Tensor:
-        for number in torch.randint(len(_OPERATIONS), (self.operations,)).tolist():
+        geometry = self.geometry
+        choices = (
+            geometry.rotate,
+            geometry.shear_horizontally,
+            geometry.shear_vertically,
+            geometry.translate_horizontally,
+            geometry.translate_vertically,
+            *_COLOUR_OPERATIONS,
+        )
+        for number in torch.randint(len(choices), (self.operations,)).tolist():
             size = self.strength * (float(torch.rand(())) if self.varies else 1.0)
             sign = 1 if float(torch.rand(())) < 0.5 else -1
-            image = _OPERATIONS[number](image, sign * size).clamp(0, 1)
+            image = choices[number](image, sign * size).clamp(0, 1)
         return image
 
 
@@ -62,27 +117,6 @@ class Greyscale:
 
 def _keep(image: Tensor, strength: float) -> Tensor:
     return image
-
-
-def _rotate(image: Tensor, strength: float) -> Tensor:
-    cosine, sine = math.cos(strength * math.pi / 2), math.sin(strength * math.pi / 2)
-    return _transform(image, [[cosine, -sine, 0.0], [sine, cosine, 0.0]])
-
-
-def _shear(image: Tensor, strength: float) -> Tensor:
-    return _transform(image, [[1.0, strength, 0.0], [0.0, 1.0, 0.0]])
-
-
-def _shear_vertically(image: Tensor, strength: float) -> Tensor:
-    return _transform(image, [[1.0, 0.0, 0.0], [strength, 1.0, 0.0]])
-
-
-def _translate(image: Tensor, strength: float) -> Tensor:
-    return _transform(image, [[1.0, 0.0, strength], [0.0, 1.0, 0.0]])
-
-
-def _translate_vertically(image: Tensor, strength: float) -> Tensor:
-    return _transform(image, [[1.0, 0.0, 0.0], [0.0, 1.0, strength]])
 
 
 def _transform(image: Tensor, matrix: list[list[float]]) -> Tensor:
@@ -131,13 +165,8 @@ def _grey(image: Tensor) -> Tensor:
     return image.mean(-3, keepdim=True)
 
 
-_OPERATIONS: tuple[_Operation, ...] = (
+_COLOUR_OPERATIONS: tuple[Operation, ...] = (
     _keep,
-    _rotate,
-    _shear,
-    _shear_vertically,
-    _translate,
-    _translate_vertically,
     _brighten,
     _saturate,
     _contrast,

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ckpt_tools.diagnosis.augmentation_policies import Greyscale, Policy
+from ckpt_tools.diagnosis.augmentation_policies import RAND_AUGMENT, TRIVIAL_AUGMENT, Greyscale, Policy
 
 BatchChange = Callable[[Tensor], Tensor]
-_AREAS = (0.08, 1.0)  # the default range of torchvision's RandomResizedCrop
+# Of windows, as shares of an image: torchvision's default for RandomResizedCrop, and what people set
+# for fine-tuning and for small images.
+_SMALLEST_AREA, _USUAL_SMALLEST_AREA = 0.08, 0.4
 
 
 def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
@@ -29,12 +31,15 @@ def training_augmentations(batch: Tensor, black: Tensor) -> list[BatchChange]:
     # Images are padded either before or after they are normalised.
     shift_over_black, shift_over_zeros = _Shift(black), _Shift(torch.zeros_like(black))
     return [
+        Policy(black, operations=2, strength=0.3, varies=False, geometry=RAND_AUGMENT),
         Policy(black, operations=2, strength=0.3, varies=False),
         Policy(black, operations=1, strength=1.0, varies=True),
+        Policy(black, operations=1, strength=1.0, varies=True, geometry=TRIVIAL_AUGMENT),
         *([Greyscale(black)] if batch.shape[1] == 3 else []),
         shift_over_black,
         shift_over_zeros,
         _crop_randomly,
+        lambda x: _crop_randomly(x, _USUAL_SMALLEST_AREA),
         _mix_samples,
         _mix_batch,
         lambda x: _mix_samples(_crop_randomly(x)),
@@ -62,13 +67,13 @@ class _Shift:
         return torch.stack(windows)
 
 
-def _crop_randomly(x: Tensor) -> Tensor:
+def _crop_randomly(x: Tensor, smallest_area: float = _SMALLEST_AREA) -> Tensor:
     """Enlarge a window of every image to the image's size, as in training on ImageNet.
 
-    It covers 8–100 % of the area.
+    It covers a share of the area that is drawn between the smallest one and 1.
     """
     height, width = x.shape[2:]
-    sides = torch.empty(len(x)).uniform_(*_AREAS).sqrt().tolist()
+    sides = torch.empty(len(x)).uniform_(smallest_area, 1).sqrt().tolist()
     windows = []
     for image, side in zip(x, sides, strict=True):
         h, w = max(2, round(height * side)), max(2, round(width * side))

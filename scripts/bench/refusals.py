@@ -19,7 +19,7 @@ import ckpt_tools
 from bench.evidence.continued_nets import continue_training
 from bench.evidence.image_data import ImageData
 from bench.evidence.net_training import Training, list_trainings, load_or_train
-from bench.evidence.wrong_images import wrong_inputs
+from bench.evidence.wrong_images import WRONG_INPUTS
 from ckpt_tools.diagnosis.data_check import check_data
 
 IMAGES = 256
@@ -47,7 +47,7 @@ def count_refusals(
                 RIGHT,
                 Counter(_judge(model, data.normalise(raw), number) for number, raw in enumerate(samples)),
             )
-            for wrong, make in wrong_inputs(data).items() if kind == "final" else ():
+            for wrong, make in WRONG_INPUTS.items() if kind == "final" else ():
                 yield (
                     name,
                     wrong,

@@ -24,7 +24,7 @@ from bench.evidence.correction_inputs import (
 )
 from bench.evidence.image_data import ImageData
 from bench.evidence.net_training import Training
-from bench.evidence.wrong_images import REVERSED_CHANNELS, WRONG_INPUTS
+from bench.evidence.wrong_images import WRONG_INPUTS
 from ckpt_tools import Walk
 from ckpt_tools.errors import CheckFailed
 
@@ -44,11 +44,6 @@ WAYS: dict[str, tuple[Way, ...]] = {
     "probes": tuple((PROBE, name) for name in PROBES),
 }
 REFUSED = "refused"  # `auto` may refuse the data; the net stays as it was trained
-
-
-def possible_ways(training: Training, ways: Sequence[Way]) -> list[Way]:
-    """The corrections whose inputs exist for the images of this training."""
-    return [way for way in ways if training.changes.coloured or way[1] != REVERSED_CHANNELS]
 
 
 def measure(cell: Cell, training: Training, model: nn.Module, ways: Sequence[Way]) -> Record:

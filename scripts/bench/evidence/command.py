@@ -16,7 +16,7 @@ import click
 import torch
 
 from bench.evidence.cell_records import Cell, Record, Way, read_records, write_records
-from bench.evidence.cells import WAYS, measure, possible_ways
+from bench.evidence.cells import WAYS, measure
 from bench.evidence.net_training import MOMENTS, Moment, Training, list_trainings, load_or_train
 from bench.evidence.report import render_report
 
@@ -73,8 +73,7 @@ def run_cells(
         cell = Cell.at(training, moment)
         records = read_records(out)
         record = records.get(cell, Record(cell))
-        possible = possible_ways(training, ways)
-        missing = [way for way in possible if again or way not in record.measurements]
+        missing = [way for way in ways if again or way not in record.measurements]
         if not missing:
             continue
         started = time.perf_counter()

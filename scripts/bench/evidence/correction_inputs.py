@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.evidence.image_data import ImageData
 from bench.evidence.net_training import Training, augment
-from bench.evidence.wrong_images import wrong_inputs
+from bench.evidence.wrong_images import WRONG_INPUTS
 
 IMAGES = 600
 COPIES = 4  # of every image, each augmented on its own
@@ -35,7 +35,7 @@ def training_inputs(training: Training, data: ImageData) -> dict[str, Batches]:
         copies = [augment(training.changes, data, part).images for part in (rows.repeat(COPIES)).split(BATCH)]
     raw = data.train_images[rows]
     plain = data.normalise(raw)
-    wrong = {kind: _split(make(data, raw)) for kind, make in wrong_inputs(data).items()}
+    wrong = {kind: _split(make(data, raw)) for kind, make in WRONG_INPUTS.items()}
     return {
         AS_IN_TRAINING: copies,
         PLAIN: _split(plain),

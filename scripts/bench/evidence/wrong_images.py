@@ -1,4 +1,4 @@
-"""Images that a net was not trained on: other units, other channels, another data set."""
+"""Images that a net was not trained on: in other units, or of another data set."""
 
 from __future__ import annotations
 
@@ -16,19 +16,12 @@ from ckpt_tools.demo.digits import POINT_MEAN, POINT_STD
 WrongInput = Callable[[ImageData, Tensor], Tensor]
 """Makes the input of a model out of raw images (N, C, H, W)."""
 
-REVERSED_CHANNELS = "reversed channels"
+# Reversed channels are not among them: ink and paper of the coloured digits have random colours.
 WRONG_INPUTS: dict[str, WrongInput] = {
     "no normalisation": lambda data, raw: to_pixels(raw),
     "0–255": lambda data, raw: 255 * to_pixels(raw),
     "another data set": lambda data, raw: data.normalise(from_pixels(photographs(raw), raw)),
-    REVERSED_CHANNELS: lambda data, raw: data.normalise(raw.flip(1)),
 }
-
-
-def wrong_inputs(data: ImageData) -> dict[str, WrongInput]:
-    """Those that exist for these images: grey ones have no channels to reverse."""
-    coloured = data.shape[0] == 3
-    return {kind: make for kind, make in WRONG_INPUTS.items() if coloured or kind != REVERSED_CHANNELS}
 
 
 def to_pixels(raw: Tensor) -> Tensor:
