@@ -140,4 +140,4 @@ def _read_class_outputs(location: Location) -> object:
 # What a result does not depend on. How a convolution is computed may change its last bits, and no
 # more.
 _WITHOUT_EFFECT = frozenset({"trust", "device", "compile", "workers", "force", "strict"})
-_YOUNGER_SETTINGS = ("only", "keep", "crop_mode", "labels", "dropout")
+_YOUNGER_SETTINGS = ("only", "keep", "crop_mode", "labels", "dropout", "rows_are_samples")

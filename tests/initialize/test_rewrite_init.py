@@ -413,7 +413,7 @@ def test_half_precision_and_tied_weights_keep_their_type_and_their_tie() -> None
             ModelError,
             "lets nothing through",
         ),
-        (nn.Linear(4, 4), (2, 5), ModelError, "--input-size"),
+        (nn.Linear(4, 4), (2, 5), ModelError, "check its shape"),
         (nn.Linear(4, 4, device="meta"), (2, 4), ModelError, "meta device"),
     ],
 )
