@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ckpt_tools.arguments import check_callable
 from ckpt_tools.errors import UsageError
+from ckpt_tools.model.preserving import preserve_models
 
 Function = Callable[[Tensor], Tensor]
 QuadratureRule = tuple[Tensor, Tensor]  # nodes on [−1, 1] and their weights
@@ -61,11 +62,12 @@ def activation_moments(f: Function) -> ActivationMoments:
             of 1/x).
     """
     check_callable("f", f, "of a tensor, such as torch.tanh")
-    if isinstance(f, nn.Module):
-        # Its parameters (PReLU's slope) must be where the quadrature's nodes are, in their dtype.
-        f = copy.deepcopy(f).to("cpu", torch.float64)
-    _require_pointwise(f)
-    return _integrate_adaptively(f)
+    with preserve_models(f):
+        if isinstance(f, nn.Module):
+            # Its parameters (PReLU's slope) must be where the quadrature's nodes are, in their dtype.
+            f = copy.deepcopy(f).to("cpu", torch.float64)
+        _require_pointwise(f)
+        return _integrate_adaptively(f)
 
 
 def _integrate_adaptively(f: Function) -> ActivationMoments:
