@@ -25,6 +25,7 @@ from hostile_facts import filled
 from hostile_names import is_command, is_own, lines, names, poisoned
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 import ckpt_tools.report
@@ -262,6 +263,10 @@ def _calls(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.save(nets.DenseNet().state_dict(), folder / "fresh.pt")
     np.save(folder / "data.npy", images.numpy())
     np.savez(folder / "labelled.npz", images=images.numpy(), labels=np.arange(len(images)) % 5)
+    (folder / "photos").mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
+    (folder / "photos" / "unreadable.png").write_bytes(b"")
     arch = ["--arch", "nets:DenseNet"]
     data = ["--data", "data.npy", *arch, "--force", "-q"]
     with pytest.MonkeyPatch.context() as patch:
@@ -282,6 +287,8 @@ def _calls(tmp_path_factory: pytest.TempPathFactory) -> None:
         run(*judged, "error < 0", "-o", "x.safetensors")
         run("bn-reestimate", "net.pt", *data, "--estimator", "pooled", "-o", "pooled.safetensors")
         run("bn-reestimate", "runs", *data, "--report", "runs.html")
+        photos = ["--data", "photos", *arch, "--input-size", "3,8,8", "--force", "-q"]
+        run("bn-reestimate", "net.pt", *photos, "-o", "photos.safetensors")
         run("evaluate", "net.pt", "--before", "net.pt", "--data", "labelled.npz", *arch, "-q")
         for more in ([], ["--json"]):
             run(*inspected, *more)
