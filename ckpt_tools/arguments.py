@@ -1,12 +1,27 @@
-"""Checks of what a caller gives, so that a wrong type is answered with a sentence."""
+"""Checks of what a caller gives, and advice in the caller's words.
+
+A wrong type is answered with a sentence. Messages name options on the command line and arguments
+in Python.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 
 from ckpt_tools.errors import UsageError
 
-__all__ = ["check_callable", "check_count", "check_seed", "is_number"]
+__all__ = [
+    "advise",
+    "caller_gives_options",
+    "check_callable",
+    "check_count",
+    "check_seed",
+    "is_number",
+]
+
+_depth = 0  # of the process, because a command works in several threads
 
 
 def check_count(name: str, value: object) -> None:
@@ -31,3 +46,19 @@ def check_callable(name: str, value: object, signature: str) -> None:
 def is_number(value: object) -> bool:
     """Tell whether ``value`` is a real number; a flag is none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+@contextmanager
+def caller_gives_options() -> Iterator[None]:
+    """Within this context, messages are for somebody who has typed a command."""
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
+def advise(option: str, argument: str) -> str:
+    """Return the ``option`` of the command line or the ``argument`` in Python, whichever the caller has."""
+    return option if _depth else argument

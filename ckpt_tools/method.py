@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from ckpt_tools.advice import advise
-from ckpt_tools.arguments import is_number
+from ckpt_tools.arguments import advise, is_number
 from ckpt_tools.contract import Estimator, LayerChoice, Precision, Statistics
 from ckpt_tools.errors import UsageError
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import ckpt_tools
-from ckpt_tools.advice import advise, caller_gives_options
+from ckpt_tools.arguments import advise, caller_gives_options
 from ckpt_tools.errors import CheckFailed, DataError, ModelError, NothingToDo, UsageError
 from ckpt_tools.method import Method
 

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_tools.channel_statistics import _pool
-from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments, log_variance_weights
+from ckpt_tools.moments import BatchMoments, Clusters, Moments, _pool, batch_moments, log_variance_weights
 
 
 def split(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:

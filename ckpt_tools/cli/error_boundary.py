@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ckpt_tools.advice import caller_gives_options
+from ckpt_tools.arguments import caller_gives_options
 from ckpt_tools.cli import github
 from ckpt_tools.cli.printing import guarded_streams, print_message
 from ckpt_tools.cli.progress import transfer_bar

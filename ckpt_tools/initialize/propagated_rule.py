@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ckpt_tools.errors import ModelError
 from ckpt_tools.initialize.init_results import Factors
 from ckpt_tools.initialize.layer_factors import MAX_USES, ZERO_INPUT
-from ckpt_tools.initialize.weight_products import WeightNames
 from ckpt_tools.model.batch import Batch, batch_size, repeat_samples, to_device, to_pytree
 from ckpt_tools.model.calling import Forward, device_of, force_eager
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
@@ -34,6 +33,7 @@ from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.model.randomness import preserve_random_generators, seed_random_generators
 from ckpt_tools.walker.contractions import contraction
 from ckpt_tools.walker.graph import Graph
+from ckpt_tools.walker.weight_products import WeightNames
 
 # In deep nets of SiLU or GELU a few samples carry most of the variance, so many are needed. The
 # elements of all intermediate results together limit them: a second or two for every 2^28.

@@ -21,16 +21,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError
 from ckpt_tools.initialize.init_results import LayerSignal
-from ckpt_tools.initialize.weight_products import WeightNames, factor_roles
 from ckpt_tools.model.batch import Batch, to_device
 from ckpt_tools.model.calling import Forward, call_model, device_of, force_eager, unwrap_model
 from ckpt_tools.model.model_copy import RecordingMode, copy_model, set_mode
 from ckpt_tools.model.preserving import preserve_models
 from ckpt_tools.model.randomness import preserve_random_generators, seed_random_generators
 from ckpt_tools.moments import Moments
+from ckpt_tools.walker.weight_products import WeightNames, factor_roles
 from ckpt_tools.walker.weights import layer_name
 
 _ERROR_SCALE = 0.01  # standard deviation of the error that is fed in at the output

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.errors import DataError, ModelError
 from ckpt_tools.model.batch import Batch, batch_size, input_tensors, iterate_inputs
 from ckpt_tools.model.layouts import is_plain, values_of

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.errors import ModelError
 from ckpt_tools.moments import BatchMoments, Clusters, Moments, batch_moments, image_sums
 from ckpt_tools.observation.evidence import Evidence

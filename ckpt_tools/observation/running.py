@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.contract import Precision
 from ckpt_tools.errors import CkptToolsError, DataError, ModelError, is_short_of_memory
 from ckpt_tools.machine.precision import compute_in_precision

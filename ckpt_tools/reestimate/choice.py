@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.contract import LayerChoice, Rates, Statistics
 from ckpt_tools.errors import NothingToDo
 from ckpt_tools.reestimate.layer_patterns import select_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.reestimate.effect import effect_warning
 from ckpt_tools.results import (

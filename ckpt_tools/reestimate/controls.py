@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.diagnosis.mismatch import measure
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.observation.evidence import Evidence

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.model.batch import Batch, batch_size, to_device
 from ckpt_tools.model.calling import Forward, device_of
 from ckpt_tools.observation.interception import Interception

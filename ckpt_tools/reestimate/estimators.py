@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.contract import Statistics
 from ckpt_tools.errors import ModelError, NothingToDo
 from ckpt_tools.moments import Moments

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from ckpt_tools.advice import advise
+from ckpt_tools.arguments import advise
 from ckpt_tools.errors import UsageError
 from ckpt_tools.results import BatchNormLayer
 

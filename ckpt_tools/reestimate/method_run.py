@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ckpt_tools.contract import Rates
+from ckpt_tools.diagnosis.batch_spread import measure_batch_spread
 from ckpt_tools.distributed import ALONE, Team, join_team
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.machine.precision import check_precision
@@ -26,7 +27,6 @@ from ckpt_tools.observation.layer import Layer, MeanVariance
 from ckpt_tools.observation.paired_layer import PairedLayer
 from ckpt_tools.observation.running import PairedRunner, Runner
 from ckpt_tools.observation.training_mode import copy_in_training_mode
-from ckpt_tools.reestimate.batch_spread import measure_batch_spread
 from ckpt_tools.reestimate.batches import Batches
 from ckpt_tools.reestimate.choice import Choice, choose
 from ckpt_tools.reestimate.concerns import collect_warnings, refuse_doubts

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ckpt_tools.advice import advise
-from ckpt_tools.arguments import check_callable
+from ckpt_tools.arguments import advise, check_callable
 from ckpt_tools.errors import ModelError
 from ckpt_tools.model.batch import Batch
 from ckpt_tools.model.calling import Forward, call_model, unwrap_model

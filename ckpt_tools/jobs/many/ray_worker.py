@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ckpt_tools.advice import caller_gives_options
+from ckpt_tools.arguments import caller_gives_options
 from ckpt_tools.errors import ClusterError, DataError
 from ckpt_tools.jobs.many.engine import Record, RecordBuilder
 from ckpt_tools.jobs.many.folder_items import CheckpointItem

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import ckpt_tools
 from ckpt_tools.cli import main
+from ckpt_tools.diagnosis.batch_spread import measure_batch_spread
 from ckpt_tools.errors import CheckFailed
 from ckpt_tools.observation.layer import Layer, batch_variance
-from ckpt_tools.reestimate.batch_spread import measure_batch_spread
 from ckpt_tools.reestimate.concerns import result_warnings
 from ckpt_tools.results import BatchSpread, Reestimation
 
