@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ckpt_tools.model.layouts import values_of
+
 # A tensor, a tuple or list whose first item is the input, or a mapping for ``model(**batch)``.
 Batch: TypeAlias = object
 
@@ -50,9 +52,12 @@ def batch_size(batch: Batch) -> int:
 
 
 def batch_shapes(batch: Batch) -> tuple[torch.Size, ...]:
-    """Return the shapes of all tensors that go into the model, in order."""
+    """Return the shapes of all tensors that go into the model, in order.
+
+    That of a sparse or nested tensor is the shape of its values.
+    """
     leaves = pytree.tree_leaves(_input(batch))
-    return tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
+    return tuple(values_of(leaf).shape for leaf in leaves if isinstance(leaf, Tensor))
 
 
 # Images (C, H, W) have as many dimensions as a batch of sequences (N, T, F). They have at most four

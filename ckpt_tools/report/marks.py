@@ -29,8 +29,8 @@ _REPORT_KEYS = frozenset({
     "scores", "rates", "data", "estimator", "estimator_reason", "verdict", "effect", "warnings",
     "statistics", "passes", "residual", "stopped_early",
     "precision", "deviation", "why", "layers", "controls", "outliers", "common_outliers",
-    "left_alone", "noise_left_on", "dropout_sites", "metrics", "output", "command", "containers_trained",
-    "device", "processes", "seconds",
+    "kept_outliers", "batch_spread", "left_alone", "noise_left_on", "dropout_sites", "metrics",
+    "output", "command", "containers_trained", "device", "processes", "seconds",
 })
 # fmt: on
 _FOLDER_KEYS = frozenset({"tool", "checkpoints"})  # of the report of a folder
