@@ -388,7 +388,7 @@ def _class_map(folder: Path) -> Iterator[Seed]:
 
 def _label_file(folder: Path) -> Iterator[Seed]:
     yield Seed({"labels.csv": b"name,label\na.png,0\nsub/b.png,1\n"}, "labels.csv")
-    yield Seed({"labels.csv": b",Image,Class,split\n0,'a',cat,val\n1,b.png,dog,val\n"}, "labels.csv")
+    yield Seed({"labels.csv": b",Image,Class,split\n0,a,cat,val\n1,b.png,dog,val\n"}, "labels.csv")
     yield Seed({"labels.txt": b"a.png 0\nsub/b.png 1\n"}, "labels.txt")
     yield Seed({"labels.txt": b"1\n0\n"}, "labels.txt")
 
