@@ -104,6 +104,7 @@ def measure_agreement(
     layers: int | None = None,
     normalise: Normalise = "stored",
     counted: bool = True,
+    rows_are_samples: bool = False,
     seed: int = 0,
 ) -> Agreement:
     """Compare the inputs of BN layers under training conditions with what the layers have stored.
@@ -123,6 +124,7 @@ def measure_agreement(
         normalise: by "stored" statistics, as the final network does, differences add up from layer
             to layer. By those of the "batch", as in training, every layer is judged by itself.
         counted: whether the counters of the model's BN layers are those of the training run.
+        rows_are_samples: whether batches may be halved where memory is short.
         seed: of dropout.
 
     Raises:
@@ -144,7 +146,7 @@ def measure_agreement(
         layer.begin_pass(batch_statistics if by_batch else current_statistics)
         measured_layers.append(layer)
     interception = Interception(dropout=rates_known, containers=walk.containers_trained)
-    runner = Runner(model, forward, interception)
+    runner = Runner(model, forward, interception, rows_are_samples=rows_are_samples)
     with (
         preserved_evaluation_mode(model, forward),
         seed_temporarily(seed),

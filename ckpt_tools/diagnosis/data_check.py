@@ -158,6 +158,7 @@ def check_data(
         rates_known=rates_known,
         counted=counted,
         forward=forward,
+        rows_are_samples=getattr(batches, "rows_are_samples", False),
         seed=seed,
     )
     deep = sample.deep_agreement()

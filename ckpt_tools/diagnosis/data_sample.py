@@ -64,6 +64,7 @@ class Sample:
     rates_known: bool
     counted: bool
     forward: Forward
+    rows_are_samples: bool
     seed: int
 
     def early_agreement(self, change: BatchChange | None = None) -> Agreement:
@@ -128,6 +129,7 @@ class Sample:
             layers=EARLY_LAYERS if early else None,
             normalise="stored" if early else "batch",
             counted=self.counted,
+            rows_are_samples=self.rows_are_samples,
             seed=self.seed,
         )
 

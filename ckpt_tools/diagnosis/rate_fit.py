@@ -103,6 +103,7 @@ def fit_rates(
     forward: Forward = call_model,
     frozen: Collection[str] = (),
     counted: bool = True,
+    rows_are_samples: bool = False,
     seed: int = 0,
 ) -> RateFit | None:
     """Find the drop rates at which the stored BN statistics fit the data best.
@@ -121,6 +122,7 @@ def fit_rates(
         frozen: names of BN layers that training left in evaluation mode. They normalise with their
             stored statistics, and nothing is compared there.
         counted: whether the counters of the model's BN layers are those of the training run.
+        rows_are_samples: whether batches may be halved where memory is short.
         seed: of dropout.
 
     Returns:
@@ -140,7 +142,17 @@ def fit_rates(
     ]
     if samples < _FEWEST_SAMPLES or not noisy_layers or not names:
         return None
-    trials = _Trials(make_model, parts, noisy_layers, walk.containers_trained, forward, frozen, counted, seed)
+    trials = _Trials(
+        make_model,
+        parts,
+        noisy_layers,
+        walk.containers_trained,
+        forward,
+        frozen,
+        counted,
+        rows_are_samples,
+        seed,
+    )
     best = dict.fromkeys(names, 0.0)
     estimates: dict[str, _Estimate] = {}
     for _ in range(_ROUNDS if len(names) > 1 else 1):
@@ -194,11 +206,13 @@ class _Trials:
         forward: Forward,
         frozen: Collection[str],
         counted: bool,
+        rows_are_samples: bool,
         seed: int,
     ) -> None:
         self._make_model, self._parts, self._noisy_layers = make_model, parts, noisy_layers
         self._containers_trained, self._forward = containers_trained, forward
         self._frozen, self._counted, self._seed = frozen, counted, seed
+        self._rows_are_samples = rows_are_samples
         self._trials: dict[tuple[float, ...], _Trial | None] = {}
 
     def at(self, rates: Rates) -> _Trial | None:
@@ -222,7 +236,8 @@ class _Trials:
         if not compared:
             return None
         interception = Interception(dropout=True, containers=self._containers_trained)
-        runner, variances = Runner(model, self._forward, interception), []
+        runner = Runner(model, self._forward, interception, rows_are_samples=self._rows_are_samples)
+        variances = []
         with preserve_models(self._forward), torch.no_grad(), force_eager():
             seed_random_generators(self._seed)
             for number, part in enumerate(self._parts):

@@ -58,7 +58,16 @@ def estimate_drop_rates(loaded: LoadedModel, model_walk: Walk, batches: Iterable
 
     counted = loaded.checkpoint is None or has_counters(loaded.checkpoint)
     frozen = frozen_layers(loaded.model, model_walk)
-    return fit_rates(make_model, names, samples, model_walk, frozen=frozen, counted=counted)
+    rows_are_samples = getattr(batches, "rows_are_samples", False)
+    return fit_rates(
+        make_model,
+        names,
+        samples,
+        model_walk,
+        frozen=frozen,
+        counted=counted,
+        rows_are_samples=rows_are_samples,
+    )
 
 
 def apply_estimate(loaded: LoadedModel, fit: RateFit) -> LoadedModel:

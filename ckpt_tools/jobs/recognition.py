@@ -105,6 +105,7 @@ def _measure_agreement(
         rates_known=loaded.rates != "unknown",
         normalise="batch",
         counted=has_counters(checkpoint),
+        rows_are_samples=stream.rows_are_samples,
     )
 
 
