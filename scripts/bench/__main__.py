@@ -248,7 +248,7 @@ def refusals(seeds: int, subsets: int, only: str, scratch: Path) -> None:
     totals: dict[str, Counter[str]] = {}
     for net, kind, verdicts in count_refusals(scratch, seeds, subsets, only):
         totals.setdefault(kind, Counter()).update(verdicts)
-        is_wrong = verdicts["refuse"] > 0 if kind == RIGHT else verdicts["refuse"] < verdicts.total()
+        is_wrong = verdicts["refuse"] > 0 if kind.startswith(RIGHT) else verdicts["refuse"] < verdicts.total()
         if is_wrong:
             print(f"{net}: {kind}: {dict(verdicts)}", flush=True)
     for kind, verdicts in totals.items():

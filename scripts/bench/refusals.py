@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import ckpt_tools
 from bench.evidence.continued_nets import continue_training
 from bench.evidence.image_data import ImageData
-from bench.evidence.net_training import Training, list_trainings, load_or_train
+from bench.evidence.net_training import MOMENTS, Training, list_trainings, load_or_train
 from bench.evidence.wrong_images import WRONG_INPUTS
 from ckpt_tools.diagnosis.data_check import check_data
 
 IMAGES = 256
 RIGHT = "right"
+RIGHT_OTHER_WEIGHTS = "right, for weights that were averaged, merged, pruned or tuned with frozen BN"
 WRONG_SUBSETS = 2  # of each kind; wrong data is the same from one to the next
 
 
@@ -44,7 +45,7 @@ def count_refusals(
             samples = [draw(data, number) for number in range(subsets)]
             yield (
                 name,
-                RIGHT,
+                RIGHT if kind in MOMENTS else RIGHT_OTHER_WEIGHTS,
                 Counter(_judge(model, data.normalise(raw), number) for number, raw in enumerate(samples)),
             )
             for wrong, make in WRONG_INPUTS.items() if kind == "final" else ():
