@@ -55,7 +55,8 @@ _method = options.combine_options(
         type=click.Choice(get_args(Estimator)),
         default=Method.estimator,
         show_default=True,
-        help="auto: pooled where the data agrees with the stored statistics, else ratio. ratio: the "
+        help="auto: pooled where the data agrees with the stored statistics, or these trail behind the "
+        "weights, else ratio. ratio: the "
         "stored variances, less what dropout added, measured with dropout on and off on the same inputs. "
         "pooled: the variances of the data. exact: passes until every variance is that of the final "
         "network; best for layers that a forward runs on small parts (ghost batches). ema: as the "
@@ -184,8 +185,8 @@ def bn_reestimate(
     """Rewrite the BN running variances of CHECKPOINT with dropout off.
 
     The training data streams through the model once; a new safetensors file is written in which
-    only running variances differ. CHECKPOINT itself is never changed. Without recorded drop rates
-    every BN layer is rewritten.
+    only running variances differ. CHECKPOINT itself is never changed. Drop rates that
+    nobody recorded are read from the statistics; where that is not clear, every BN layer is rewritten.
 
     \b
         ckpt-fix bn-reestimate model.pt --data train/ --arch torchvision:densenet121
