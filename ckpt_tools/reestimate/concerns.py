@@ -87,11 +87,10 @@ def _spread_sentence(spread: BatchSpread | None) -> str:
 def _kept_sentence(kept: Sequence[Outlier]) -> str:
     if not kept:
         return ""
-    names = ", ".join(f"{outlier.name} ({outlier.reason})" for outlier in kept[:_LISTED])
-    more = f" and {len(kept) - _LISTED} more" if len(kept) > _LISTED else ""
+    names = _list([f"{outlier.name} ({outlier.reason})" for outlier in kept])
     return (
         f"outliers count, because their batches cannot be cut and hold over 1 % of the samples: "
-        f"{names}{more}; remove them or, if the rows of a batch are independent samples, say so "
+        f"{names}; remove them or, if the rows of a batch are independent samples, say so "
         "(--rows-are-samples, rows_are_samples=True)"
     )
 
@@ -119,13 +118,10 @@ def _factor_sentence(layers: list[LayerResult]) -> str:
     ]
     if not changed:
         return ""
-    listed = ", ".join(
-        f"{layer.name or '(root)'} {layer.ratio.median:.3g}" for layer in changed[:_LISTED] if layer.ratio
-    )
-    more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
+    listed = _list([f"{layer.name or '(root)'} {layer.ratio.median:.3g}" for layer in changed if layer.ratio])
     return (
         f"{_count(changed)} changed beyond a factor of {_MAX_FACTOR:g}, more than dropout explains: "
-        f"stored / new variance {listed}{more}; check drop rates, data and preprocessing"
+        f"stored / new variance {listed}; check drop rates, data and preprocessing"
     )
 
 
@@ -133,12 +129,16 @@ def noise_warning(sites: Sequence[DropoutSite]) -> str:
     """Return the warning about noise that was on in the evaluation pass; empty if there was none."""
     if not sites:
         return ""
-    listed = ", ".join(f"{site.name} ({site.op})" for site in sites[:_LISTED])
-    more = f" and {len(sites) - _LISTED} more" if len(sites) > _LISTED else ""
+    listed = _list([f"{site.name} ({site.op})" for site in sites])
     return (
-        f"noise stayed on in evaluation mode: {listed}{more} drew random numbers without asking for "
+        f"noise stayed on in evaluation mode: {listed} drew random numbers without asking for "
         "the mode, so variances behind that are those of noisy inputs; let it ask self.training"
     )
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _count(layers: list[LayerResult]) -> str:
